@@ -1,0 +1,1 @@
+"""InfAlign-CTRL: calibrated, transformed rewards."""

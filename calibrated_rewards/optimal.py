@@ -1,0 +1,175 @@
+"""The transform that is best for a procedure (Corollary 2).
+
+For calibrated procedures the win rate's derivative with respect to the policy's density at u is, up to a constant,
+Phi(u) = -int_u^1 g_policy(F(v)) g_base(v) dv, and the optimum has f ~ e^{Phi/beta} with this very Phi:
+
+    beta f'/f = g_policy(F(u)) g_base(u),    F(0) = 0,  F(1) = 1
+
+which is beta f'/f = N^2 F^{N-1} u^{N-1} for best-of-N. We shoot backwards from u = 1 on log f(1), as F(0) crosses 0
+once, and polish the result to rounding error. The paper iterates Phi -> f -> Phi; undamped, that ends in a cycle of two
+functions in nearly every best-of-N case. `Optimal.iterate` shows it and, damped, is our cross-check.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from math import exp, isfinite, log1p
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import expit, logit
+
+from calibrated_rewards.procedures import CalibratedProcedure, Rank
+from calibrated_rewards.quadrature import WINDOW, Grid, Law, normalised
+from calibrated_rewards.transforms import Values
+
+Array: TypeAlias = npt.NDArray[np.float64]
+
+SMALLEST_BETA = 1e-4
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """The paper's fixed-point iteration after some rounds: Phi at the quantiles u, and how far each round moved it."""
+
+    u: Array
+    values: Array
+    changes: Array
+
+
+@dataclass(frozen=True)
+class Optimal:
+    """The transform that maximises win rate - beta KL (Def. 5) for calibrated procedures; Phi(1) = 0.
+
+    It holds the question, not the answer: equality, repr and pickle are those of three small fields, and the curve is
+    solved for (in some 50 ms) when it is first needed.
+
+    >>> from calibrated_rewards.procedures import Standard
+    >>> Optimal(Standard(), beta=0.1)([0.0, 0.5, 1.0]).round(6)  # Corollary 1: the identity
+    array([-1. , -0.5,  0. ])
+    """
+
+    procedure: CalibratedProcedure
+    beta: float
+    base: CalibratedProcedure | None = None
+
+    def __post_init__(self) -> None:
+        for side in (self.procedure, self.base or self.procedure):
+            if not isinstance(side, CalibratedProcedure):
+                raise ValueError(
+                    "Optimal needs calibrated procedures (Standard, BestOf, WorstOf, Calibrated); "
+                    f"tune() takes any, got {side!r}."
+                )
+        if not (isfinite(self.beta) and self.beta > 0):
+            raise ValueError(f"beta must be finite and > 0, got beta={self.beta!r}.")
+
+    def __call__(self, u: npt.ArrayLike) -> Values:
+        """Return Phi(u) <= 0."""
+        with np.errstate(divide="ignore"):
+            return self.at_logit(logit(np.asarray(u, np.float64)))
+
+    def at_logit(self, s: npt.ArrayLike) -> Values:
+        """Return Phi(expit(s))."""
+        s = np.asarray(s, np.float64)
+        grid, curve = self._solved
+        return np.asarray(self.beta * grid.interpolate(curve, s.ravel())).reshape(s.shape)[()]
+
+    @property
+    def law(self) -> Law:
+        """The law of u under the optimal policy, f ~ e^{Phi/beta}."""
+        return normalised(*self._solved)
+
+    @property
+    def residuals(self) -> tuple[float, float]:
+        """Largest misses of the fixed point, over Phi's range, and of the ODE, over its largest slope in the logit."""
+        grid, curve = self._solved
+        image, slope = self._step(grid, curve)
+        fixed_point = np.abs(image - curve).max() / np.abs(curve).max()
+        return float(fixed_point), float(np.abs(grid.derivative(curve) - slope).max() / slope.max())
+
+    def iterate(self, rounds: int, damping: float = 0.1) -> Iteration:
+        """Phi <- (1 - damping) Phi + damping step(Phi) from Phi = 0, as the paper does with damping = 1.
+
+        `changes` are the largest differences between Phi and its image, over the range of the image.
+        """
+        grid = Grid(np.linspace(-45.0, 45.0, 241))
+        curve, changes = np.zeros_like(grid.s), []
+        for _ in range(rounds):
+            image, _ = self._step(grid, curve)
+            changes.append(np.abs(image - curve).max() / np.abs(image).max())
+            curve = (1 - damping) * curve + damping * image
+        return Iteration(grid.u, self.beta * curve, np.array(changes))
+
+    @cached_property
+    def _solved(self) -> tuple[Grid, Array]:
+        """Phi/beta on a grid that resolves it: shot, then polished by Newton's method."""
+        start = self._log_density_at_one()
+        grid = Grid(WINDOW)
+        for _ in range(40):
+            curve = self._shoot(start, np.concatenate([[0.0], expit(-grid.s[::-1])]))[:0:-1, 0] - start
+            law = normalised(grid, curve)
+            coarse = grid.unresolved(law.per_logit, 1e-12) | grid.unresolved(self._step(grid, curve)[1], 1e-12)
+            coarse &= grid.widths > 1e-6
+            if not coarse.any():
+                break
+            grid = grid.split(coarse)
+        return grid, self._polish(grid, curve)
+
+    def _rate(self, rank: Rank, below_one: Rank, u: Rank, v: Rank) -> Rank:
+        """d log f / du."""
+        base = self.base or self.procedure
+        return self.procedure.density(rank, below_one) * base.density(u, v) / self.beta
+
+    def _slope_at(self, state: Array, x: float) -> tuple[float, float]:
+        """Right-hand side in x = 1 - u for the state (log f, 1 - F); held in range where a trial shot leaves it."""
+        log_density, below_one = state.tolist()
+        below_one = min(max(below_one, 0.0), 1.0)
+        return -self._rate(1 - below_one, below_one, 1 - x, x), exp(min(log_density, 700.0))
+
+    def _shoot(self, start: float, x: Array) -> Array:
+        from scipy.integrate import odeint
+
+        return np.asarray(odeint(self._slope_at, [start, 0.0], x, rtol=1e-8, atol=1e-8, mxstep=20000))
+
+    def _miss(self, start: float) -> float:
+        """F(0) when log f(1) = start."""
+        return float(1 - self._shoot(start, np.array([0.0, 1.0]))[-1, 1])
+
+    def _log_density_at_one(self) -> float:
+        # df/dF <= max(g_base) g_policy(F) / beta, and f(0) <= 1 because f rises: f(1) <= 1 + max(g_base) / beta.
+        from scipy.optimize import brentq
+
+        u = np.linspace(0.0, 1.0, 1025)
+        largest = float((self.base or self.procedure).density(u, 1 - u).max())
+        return float(brentq(self._miss, 0.0, log1p(1.01 * largest / self.beta) + 1e-6, xtol=1e-9, rtol=1e-9))
+
+    def _step(self, grid: Grid, curve: Array) -> tuple[Array, Array]:
+        """One round of the paper's iteration: Phi/beta -> F -> Phi/beta; and the slope of the result in the logit."""
+        law = normalised(grid, curve)
+        slope = self._rate(law.cdf, law.survival, grid.u, np.asarray(expit(-grid.s))) * np.exp(grid.log_slope)
+        return -grid.running(slope)[1], slope
+
+    def _polish(self, grid: Grid, curve: Array) -> Array:
+        """Newton's method on Phi = step(Phi). The step's derivative is compact, so GMRES needs a few dozen products."""
+        from scipy.sparse.linalg import LinearOperator, gmres
+
+        for _ in range(6):
+            miss = self._step(grid, curve)[0] - curve
+            if np.abs(miss).max() <= 1e-13 * np.abs(curve).max():
+                break
+            product = partial(self._derivative, grid, curve)
+            operator = LinearOperator((len(curve), len(curve)), matvec=product, dtype=np.float64)
+            curve = curve + gmres(operator, miss, rtol=1e-6, restart=80, maxiter=1)[0]
+        miss = self._step(grid, curve)[0] - curve
+        if not np.abs(miss).max() <= 1e-9 * np.abs(curve).max():
+            raise ArithmeticError(f"{self!r} was not solved to 1e-9; beta >= {SMALLEST_BETA:g} always is.")
+        return curve
+
+    def _derivative(self, grid: Grid, curve: Array, direction: Array) -> Array:
+        """(I - step') direction, by a central difference."""
+        size = float(np.abs(direction).max())
+        if size == 0:
+            return direction
+        h = 1e-6 / size
+        ahead, behind = (self._step(grid, curve + sign * h * direction)[0] for sign in (1, -1))
+        return np.asarray(direction - (ahead - behind) / (2 * h))

@@ -1,0 +1,266 @@
+"""Inference-time procedures: how a response is chosen once the policy can be sampled (sections 2, 4.2 and App. G).
+
+Every procedure is one definition with three faces, which the tests hold against each other:
+
+* `choose(scores, rng)`: run it, on the calibrated scores of `draws` responses;
+* `tilt(law)`: what it does to the law of u, as the density of its output against the density of one draw (Def. 6);
+* `pool_weights(scores)`: how likely each of m >= `draws` given responses is to come out when the procedure is run on a
+  random choice of them: the weights of the exact U-statistic in `evaluation`.
+
+>>> BestOf(2).pool_weights([0.1, 0.7, 0.4]).round(4)
+array([0.    , 0.6667, 0.3333])
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import gammaln
+
+Array: TypeAlias = npt.NDArray[np.float64]
+# Quantiles one by one (an ODE solver asks for millions of them) or as an array.
+Rank = TypeVar("Rank", float, npt.NDArray[np.float64])
+
+
+@runtime_checkable
+class Law(Protocol):
+    """What a procedure needs to know of the policy's law of u, at the nodes of a quadrature (`quadrature.Law`)."""
+
+    @property
+    def u(self) -> Array:
+        """Quantiles of the reference, ascending."""
+
+    @property
+    def mass(self) -> Array:
+        """Weight of each node."""
+
+    @property
+    def cdf(self) -> Array:
+        """F(u): the policy's own quantile."""
+
+    @property
+    def survival(self) -> Array:
+        """1 - F(u)."""
+
+
+@runtime_checkable
+class Procedure(Protocol):
+    """A way to get one response out of a policy."""
+
+    @property
+    def draws(self) -> int:
+        """How many responses it looks at, at the most."""
+
+    @property
+    def breaks(self) -> tuple[float, ...]:
+        """Quantiles at which its tilt jumps."""
+
+    def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
+        """Index of the response that comes out, along the last axis of `scores`."""
+
+    def tilt(self, law: Law) -> Array:
+        """Density of the output over the density of a single draw."""
+
+    def pool_weights(self, scores: npt.ArrayLike) -> Array:
+        """Probability of each response of a pool to come out."""
+
+
+@runtime_checkable
+class CalibratedProcedure(Procedure, Protocol):
+    """A procedure whose tilt is a function g of the policy's own quantile (Def. 6): Theorem 2 holds for it."""
+
+    def density(self, rank: Rank, below_one: Rank) -> Rank:
+        """g at the quantile `rank`, with `below_one` = 1 - rank given to full precision; its integral is 1."""
+
+
+def checked_whole(name: str, **number: float) -> None:
+    """Refuse a count that is not a whole number >= 1, naming the procedure and the parameter."""
+    for key, value in number.items():
+        if not (isfinite(value) and value == int(value) and value >= 1):
+            raise ValueError(f"{name} needs a whole {key} >= 1, got {key}={value!r}.")
+
+
+def checked_pool(scores: npt.ArrayLike, draws: int, name: str) -> Array:
+    """Finite scores on one axis, at least as many as the procedure draws."""
+    pool = np.asarray(scores, np.float64)
+    if pool.ndim != 1 or len(pool) < draws:
+        raise ValueError(f"{name} needs a pool of at least {draws} scores on one axis, got shape {pool.shape}.")
+    if not np.isfinite(pool).all():
+        raise ValueError(f"{name} needs finite scores, got {pool[~np.isfinite(pool)][0]}.")
+    return pool
+
+
+def _random_best(scores: Array, rng: np.random.Generator) -> npt.NDArray[np.intp]:
+    """The first largest in a random order, so that ties fall to each with equal chance."""
+    order = rng.permuted(np.broadcast_to(np.arange(scores.shape[-1]), scores.shape), axis=-1)
+    best = np.argmax(np.take_along_axis(scores, order, -1), axis=-1)
+    return np.asarray(np.take_along_axis(order, best[..., None], -1)[..., 0], np.intp)
+
+
+def _share_ties(pool: Array, by_rank: Array) -> Array:
+    """Hand out weights by rank; tied scores share theirs, as a random tie-break would."""
+    _, group, size = np.unique(pool, return_inverse=True, return_counts=True)
+    ends = np.cumsum(size)
+    total = np.add.reduceat(by_rank, ends - size)
+    return np.asarray((total / size)[group])
+
+
+def best_of_subset(m: int, n: int) -> Array:
+    """P(the best of a random n of m is the i-th smallest) = binom(i - 1, n - 1) / binom(m, n), i = 1..m.
+
+    >>> best_of_subset(4, 2)
+    array([0.        , 0.16666667, 0.33333333, 0.5       ])
+    """
+    i = np.arange(1, m + 1)
+    reachable = i >= n
+    i = np.where(reachable, i, n)
+    log_ways = gammaln(i) - gammaln(n) - gammaln(i - n + 1)
+    weights = np.where(reachable, np.exp(log_ways - (gammaln(m + 1) - gammaln(n + 1) - gammaln(m - n + 1))), 0.0)
+    return np.asarray(weights / weights.sum())
+
+
+@dataclass(frozen=True)
+class Standard:
+    """One draw, no procedure."""
+
+    draws = 1
+    breaks = ()
+
+    def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
+        """Return the first response."""
+        return np.zeros(np.shape(scores)[:-1], np.intp)
+
+    def density(self, rank: Rank, below_one: Rank) -> Rank:
+        """g = 1."""
+        return 0 * rank + 1.0
+
+    def tilt(self, law: Law) -> Array:
+        """Return 1 everywhere."""
+        return np.ones_like(law.u)
+
+    def pool_weights(self, scores: npt.ArrayLike) -> Array:
+        """Return 1/m each."""
+        pool = checked_pool(scores, 1, "Standard")
+        return np.full(len(pool), 1 / len(pool))
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """The best of n draws: g(C) = n C^{n-1} (Lemma 5)."""
+
+    n: int
+    breaks = ()
+
+    def __post_init__(self) -> None:
+        checked_whole("BestOf", n=self.n)
+
+    @property
+    def draws(self) -> int:
+        """N."""
+        return self.n
+
+    def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
+        """Return the largest, ties at random."""
+        return _random_best(np.asarray(scores, np.float64), rng)
+
+    def density(self, rank: Rank, below_one: Rank) -> Rank:
+        """g(C) = n C^{n-1}."""
+        return self.n * rank ** (self.n - 1)
+
+    def tilt(self, law: Law) -> Array:
+        """Return g(F(u))."""
+        return self.density(law.cdf, law.survival)
+
+    def pool_weights(self, scores: npt.ArrayLike) -> Array:
+        """Exact: the best of a random n-subset of the pool."""
+        pool = checked_pool(scores, self.n, f"BestOf({self.n})")
+        return _share_ties(pool, best_of_subset(len(pool), self.n))
+
+
+@dataclass(frozen=True)
+class WorstOf:
+    """The worst of n draws, as a best-of-n jailbreak would pick it: g(C) = n (1 - C)^{n-1} (Lemma 5)."""
+
+    n: int
+    breaks = ()
+
+    def __post_init__(self) -> None:
+        checked_whole("WorstOf", n=self.n)
+
+    @property
+    def draws(self) -> int:
+        """N."""
+        return self.n
+
+    def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
+        """Return the smallest, ties at random."""
+        return _random_best(-np.asarray(scores, np.float64), rng)
+
+    def density(self, rank: Rank, below_one: Rank) -> Rank:
+        """g(C) = n (1 - C)^{n-1}."""
+        return self.n * below_one ** (self.n - 1)
+
+    def tilt(self, law: Law) -> Array:
+        """Return g(F(u))."""
+        return self.density(law.cdf, law.survival)
+
+    def pool_weights(self, scores: npt.ArrayLike) -> Array:
+        """Exact: the worst of a random n-subset of the pool."""
+        pool = checked_pool(scores, self.n, f"WorstOf({self.n})")
+        return _share_ties(pool, best_of_subset(len(pool), self.n)[::-1])
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Any calibrated procedure: T_pi(y) ~ pi(y) g(C_pi(y)) for a g >= 0 on [0, 1] (Def. 6, Theorem 4).
+
+    It is known by its density alone, so it is run by drawing `draws` responses and picking one in proportion to
+    g(rank): exact as draws grows, as any sampling-importance-resampling is.
+
+    >>> Calibrated(np.square).density(np.array([0.5, 1.0]), np.array([0.5, 0.0])).round(6)
+    array([0.75, 3.  ])
+    """
+
+    g: Callable[[Array], Any]
+    draws: int = 64
+    breaks = ()
+
+    def __post_init__(self) -> None:
+        checked_whole("Calibrated", draws=self.draws)
+        values = np.asarray(self.g(np.linspace(0, 1, 1025)), np.float64)
+        if values.shape != (1025,) or not (np.isfinite(values) & (values >= 0)).all() or not values.any():
+            raise ValueError(
+                f"Calibrated needs a g that maps arrays on [0, 1] to finite values >= 0, not all 0, got g={self.g!r}."
+            )
+
+    @cached_property
+    def total(self) -> float:
+        """Integral of g over [0, 1]."""
+        from scipy.integrate import quad
+
+        return float(quad(lambda c: float(self.g(np.array([c]))[0]), 0, 1, epsabs=0, epsrel=1e-12, limit=200)[0])
+
+    def density(self, rank: Rank, below_one: Rank) -> Rank:
+        """g(C) over its integral."""
+        return np.asarray(self.g(np.asarray(rank)), np.float64)[()] / self.total
+
+    def tilt(self, law: Law) -> Array:
+        """Return g(F(u))."""
+        return self.density(law.cdf, law.survival)
+
+    def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
+        """Pick one in proportion to g at its rank among the draws."""
+        scores = np.asarray(scores, np.float64)
+        rows = scores.reshape(-1, scores.shape[-1])
+        picked = [rng.choice(len(row), p=self.pool_weights(row)) for row in rows]
+        return np.array(picked, np.intp).reshape(scores.shape[:-1])
+
+    def pool_weights(self, scores: npt.ArrayLike) -> Array:
+        """Self-normalised: in proportion to g at the middle of each rank's bin; ties share."""
+        pool = checked_pool(scores, 1, "Calibrated")
+        by_rank = np.asarray(self.g((np.arange(len(pool)) + 0.5) / len(pool)), np.float64)
+        return _share_ties(pool, by_rank / by_rank.sum())

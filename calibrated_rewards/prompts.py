@@ -1,0 +1,260 @@
+"""A prompt, text or messages, to one stable 16-byte key: the fact that two processes must agree on.
+
+The canonical form that is hashed is specified in docs/table_format.md, so that a program in another language can
+compute the same keys. Whatever changes it is a new format version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from json.encoder import encode_basestring as _quote
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Prompt: TypeAlias = str | Sequence[Any] | np.ndarray
+"""A text, or a list (tuple, object array) of messages: mappings or objects that have a role and content."""
+
+KEY_BYTES = 16
+_TEXT, _CHAT, _ID = b"text:", b"chat:", b"id:"
+_CONTROLS = bytes(range(32))
+_MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
+# A float with a whole value below this is written as an integer: Arrow turns a column of 1 and 0.7 into 1.0 and 0.7.
+_WHOLE_FLOATS = 2.0**53
+
+
+def prompt_key(prompt: Prompt) -> bytes:
+    """The key of a prompt: 16 bytes, the same in every process and on every machine.
+
+    >>> prompt_key("Hi").hex()
+    '44964cc7191d530031ce76f9f6d73f74'
+    >>> chat = [{"role": "user", "content": "Hi"}]
+    >>> prompt_key(chat) == prompt_key([{"content": [{"type": "text", "text": "Hi"}], "role": "user", "name": None}])
+    True
+    >>> prompt_key(chat) == prompt_key("Hi")
+    False
+    """
+    if isinstance(prompt, str):
+        data = _TEXT + prompt.encode("utf-8", "surrogatepass")
+    else:
+        data = _CHAT + (_plain_chat(prompt) or canonical_chat(prompt).encode("utf-8", "surrogatepass"))
+    return blake2b(data, digest_size=KEY_BYTES).digest()
+
+
+def id_key(identifier: str | int) -> bytes:
+    """The key of an explicit prompt id; "7" and 7 are the same id, and no id is ever a prompt's key.
+
+    >>> id_key(7) == id_key("7") != prompt_key("7")
+    True
+    """
+    whole = isinstance(identifier, int | np.integer) and not isinstance(identifier, bool)
+    if not whole and not isinstance(identifier, str):
+        raise TypeError(f"a prompt id is a str or an int, got {type(identifier).__name__}: {_clip(identifier)}")
+    return _digest(_ID + str(identifier).encode("utf-8", "surrogatepass"))
+
+
+def as_key(prompt: Prompt | bytes) -> bytes:
+    """The key of a prompt, or the key itself where the caller has it already (16 raw bytes)."""
+    if not isinstance(prompt, bytes):
+        return prompt_key(prompt)
+    if len(prompt) != KEY_BYTES:
+        raise ValueError(f"a key has {KEY_BYTES} bytes, got {len(prompt)}: {_clip(prompt)}")
+    return prompt
+
+
+def longest_prefix(
+    text: str, lengths: Sequence[int], known: Callable[[list[bytes]], Sequence[bool]]
+) -> tuple[bytes, int] | None:
+    """The longest known prompt that `text` starts with, as (key, number of characters), or None.
+
+    `lengths` are the ascending UTF-8 lengths of the known text prompts, `known` says which of a list of keys are known.
+    For loops that hand over prompt and response glued together.
+
+    >>> table = {prompt_key("2+2="), prompt_key("2+2=4 because ")}
+    >>> key, split = longest_prefix("2+2=4, easily", [4, 14], lambda keys: [key in table for key in keys])
+    >>> split, key == prompt_key("2+2=")
+    (4, True)
+    """
+    data = text.encode("utf-8", "surrogatepass")
+    keys, ends = _prefix_keys(data, lengths)
+    hits = np.flatnonzero(known(keys)) if keys else np.empty(0, dtype=np.int64)
+    if not len(hits):
+        return None
+    longest = int(hits[-1])
+    return keys[longest], len(data[: ends[longest]].decode("utf-8", "surrogatepass"))
+
+
+def _prefix_keys(data: bytes, lengths: Sequence[int]) -> tuple[list[bytes], list[int]]:
+    """The text key of every prefix of `data` that has one of the lengths, hashing each byte once."""
+    state, done = blake2b(_TEXT, digest_size=KEY_BYTES), 0
+    keys: list[bytes] = []
+    ends: list[int] = []
+    for end in map(int, lengths):
+        if end > len(data):
+            break
+        if end < len(data) and data[end] & 0xC0 == 0x80:  # inside a character
+            continue
+        state.update(data[done:end])
+        done = end
+        keys.append(state.copy().digest())
+        ends.append(end)
+    return keys, ends
+
+
+def canonical_chat(messages: Sequence[Any] | np.ndarray) -> str:
+    """The text of a message list that is hashed: compact JSON with sorted keys, None dropped and text parts joined.
+
+    >>> canonical_chat([{"role": "user", "name": None, "content": [{"type": "text", "text": "Hi"}]}])
+    '[{"content":"Hi","role":"user"}]'
+    """
+    if not _is_list(messages):
+        raise TypeError(f"a prompt is a string or a list of messages, got {type(messages).__name__}: {_clip(messages)}")
+    if not len(messages):
+        raise ValueError("a prompt needs at least one message, got an empty list")
+    try:
+        return "[" + ",".join([_message(message, f"message {i}") for i, message in enumerate(messages)]) + "]"
+    except RecursionError:
+        raise ValueError("a message must not contain itself or nest without end") from None
+
+
+def _plain_chat(messages: Any) -> bytes | None:
+    """What `canonical_chat` gives, in half the time, where every message is {"role": str, "content": str}; else None."""
+    written = []
+    for message in messages if type(messages) is list else ():
+        if type(message) is not dict or len(message) != 2:
+            return None
+        role, content = message.get("role"), message.get("content")
+        if type(role) is not str or type(content) is not str:
+            return None
+        if "\\" in content:
+            content = content.replace("\\", "\\\\")
+        if '"' in content:
+            content = content.replace('"', '\\"')
+        if "\n" in content:
+            content = content.replace("\n", "\\n")
+        written.append(f'{{"content":"{content}","role":{_quote(role)}}}')
+    data = f"[{','.join(written)}]".encode("utf-8", "surrogatepass")
+    # Any other control character is rare enough to be left to the full writer.
+    return data if written and len(data.translate(None, _CONTROLS)) == len(data) else None
+
+
+def _message(message: object, place: str) -> str:
+    fields = _members(message, _MESSAGE_FIELDS)
+    if fields is None or not isinstance(fields.get("role"), str):
+        raise TypeError(f"{place} needs a role that is a string, got {_clip(message)}")
+    if _is_list(fields.get("content")):
+        fields = {**fields, "content": _joined(fields["content"])}
+    return _object(fields, place)
+
+
+def _joined(parts: Sequence[Any]) -> str | list[Any]:
+    """Content with runs of adjacent text parts as one; a string where there is nothing but text."""
+    joined: list[Any] = []
+    for part in parts:
+        text = _text_of(part)
+        if text is not None and joined and isinstance(joined[-1], _Text):
+            joined[-1] = _Text(joined[-1].text + text)
+        else:
+            joined.append(part if text is None else _Text(text))
+    if all(isinstance(part, _Text) for part in joined):
+        return "".join(part.text for part in joined)
+    return joined
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """A text part, in the one form that the many ways to write it come down to."""
+
+    text: str
+    type: str = "text"
+
+
+def _text_of(part: object) -> str | None:
+    """The text of a part that is nothing but text; None for any other part."""
+    if isinstance(part, str):
+        return part
+    given = {name: value for name, value in (_members(part) or {}).items() if value is not None}
+    text = given.get("text")
+    return text if isinstance(text, str) and given == {"type": "text", "text": text} else None
+
+
+def _members(value: Any, wanted: Sequence[str] = ()) -> Mapping[Any, Any] | None:
+    """The named values of a mapping, a dataclass, a pydantic model or a plain object; None where there are none."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, type) or callable(value):
+        return None
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if callable(dump := getattr(value, "model_dump", None)):
+        return dict(dump())
+    public = {name: item for name, item in getattr(value, "__dict__", {}).items() if not name.startswith("_")}
+    public.update((name, getattr(value, name, None)) for name in wanted)
+    return public or None
+
+
+def _canonical(value: Any, place: str) -> str:
+    """`value` as canonical JSON; what JSON cannot say (bytes, pixels) is an unquoted token, which no JSON value is."""
+    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, str):
+        return _quote(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return _number(value, place)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"bytes({_digest(bytes(value)).hex()})"
+    if _is_list(value):
+        return "[" + ",".join([_canonical(item, f"{place}[{i}]") for i, item in enumerate(value)]) + "]"
+    return _image(value) or _object(_members(value), place, value)
+
+
+def _object(fields: Mapping[Any, Any] | None, place: str, value: object = None) -> str:
+    if fields is None:
+        raise TypeError(f"{place} has no canonical form: {type(value).__name__} {_clip(value)}")
+    for name in fields:
+        if not isinstance(name, str):
+            raise TypeError(f"{place} needs names that are strings, got {_clip(name)}")
+    given = sorted((str(name), item) for name, item in fields.items() if item is not None)
+    return "{" + ",".join([f"{_quote(name)}:{_canonical(item, f'{place}.{name}')}" for name, item in given]) + "}"
+
+
+def _number(value: float, place: str) -> str:
+    if isinstance(value, int):
+        return str(int(value))
+    if not math.isfinite(value):
+        raise ValueError(f"{place} has no canonical form: {value}")
+    return str(int(value)) if value.is_integer() and abs(value) < _WHOLE_FLOATS else repr(float(value))
+
+
+def _image(value: Any) -> str | None:
+    """The token of an array of two axes or more, or of a PIL image; None for anything else."""
+    if isinstance(value, np.ndarray):
+        little = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
+        return f"array({value.dtype.name},{'x'.join(map(str, value.shape))},{_digest(little.tobytes()).hex()})"
+    pil = sys.modules.get("PIL.Image")  # an image cannot be here unless its library is
+    if pil is None or not isinstance(value, pil.Image):
+        return None
+    pixels = value.tobytes() + bytes(value.getpalette() or ())
+    return f"image({value.mode},{value.width}x{value.height},{_digest(pixels).hex()})"
+
+
+def _is_list(value: object) -> bool:
+    """Lists, tuples, and the arrays that parquet readers put in their place (one axis, or objects)."""
+    if isinstance(value, (list, tuple)):
+        return True
+    return isinstance(value, np.ndarray) and (value.ndim == 1 or (value.ndim > 1 and value.dtype == object))
+
+
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=KEY_BYTES).digest()
+
+
+def _clip(value: object, width: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
