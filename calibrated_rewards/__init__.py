@@ -1,1 +1,34 @@
-"""InfAlign-CTRL: calibrated, transformed rewards."""
+"""InfAlign-CTRL: rewards calibrated against a reference policy, transformed for the way the policy will be served.
+
+`theory` says what to expect of a policy before it is trained, `evaluation` what came of it.
+
+>>> import calibrated_rewards as cr
+>>> table = cr.ReferenceTable.build([("2+2=", [0.1, 0.5, 0.9, 1.3])])
+>>> u = cr.EmpiricalCDF()(table, table.rows(["2+2="]), [1.0])
+>>> cr.scaled(cr.Exponential(10.0), "unit")(u).round(4)
+array([0.082])
+"""
+
+from calibrated_rewards import evaluation as evaluation
+from calibrated_rewards import theory as theory
+from calibrated_rewards.calibrations import EmpiricalCDF as EmpiricalCDF
+from calibrated_rewards.choice import optimal_transform as optimal_transform
+from calibrated_rewards.choice import optimum as optimum
+from calibrated_rewards.choice import tune as tune
+from calibrated_rewards.procedures import BestOf as BestOf
+from calibrated_rewards.procedures import Standard as Standard
+from calibrated_rewards.procedures import WorstOf as WorstOf
+from calibrated_rewards.prompts import id_key as id_key
+from calibrated_rewards.prompts import prompt_key as prompt_key
+from calibrated_rewards.scaling import scaled as scaled
+from calibrated_rewards.score_procedures import RewindAndRepeat as RewindAndRepeat
+from calibrated_rewards.score_procedures import SoftBestOf as SoftBestOf
+from calibrated_rewards.table import ReferenceTable as ReferenceTable
+from calibrated_rewards.table import UnknownPromptError as UnknownPromptError
+from calibrated_rewards.transforms import Chain as Chain
+from calibrated_rewards.transforms import Exponential as Exponential
+from calibrated_rewards.transforms import Identity as Identity
+from calibrated_rewards.transforms import Log as Log
+from calibrated_rewards.transforms import Tabulated as Tabulated
+
+__version__ = "0.1.0"

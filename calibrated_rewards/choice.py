@@ -8,7 +8,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from math import asinh, exp, isnan, log, nan, sinh
+from math import asinh, exp, isfinite, log, sinh
 
 import numpy as np
 
@@ -55,11 +55,13 @@ def optimal_transform(
 
 def _beta_of_optimum(procedure: CalibratedProcedure, base: CalibratedProcedure | None, kl: float) -> float:
     """Secant steps on log KL against log beta, which is nearly a straight line."""
+    if not (isfinite(kl) and kl > 0):
+        raise ValueError(f"kl must be finite and > 0, got kl={kl!r}.")
     x, step = log(0.3), -1.0
-    excess = _excess_kl(procedure, base, kl, x) if kl > 0 else nan
+    excess = _excess_kl(procedure, base, kl, x)
     for _ in range(60):
         ahead = min(max(x + step, log(SMALLEST_BETA)), log(LARGEST_BETA))
-        if ahead == x or isnan(excess):
+        if ahead == x:
             break
         moved = _excess_kl(procedure, base, kl, ahead)
         x, step, excess = ahead, -moved * (ahead - x) / (moved - excess), moved
@@ -67,8 +69,8 @@ def _beta_of_optimum(procedure: CalibratedProcedure, base: CalibratedProcedure |
             return exp(x)
         step = min(max(step, -3.0), 3.0)
     raise ValueError(
-        f"For {procedure!r} the optimum with {SMALLEST_BETA:g} <= beta <= {LARGEST_BETA:g} has no kl={kl!r}: "
-        f"it comes to {kl * exp(excess):.3g}."
+        f"The optimum for {procedure!r} reaches a KL up to {kl * exp(excess):.3g} with beta >= {SMALLEST_BETA:g}, "
+        f"got kl={kl!r}."
     )
 
 

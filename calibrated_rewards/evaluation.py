@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import nan, sqrt
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -123,9 +123,7 @@ class Estimate:
             variance += (sizes - 1) / sizes * np.add.reduceat(shifts**2, starts)
         return sqrt(variance.sum()) / len(self.per_prompt)
 
-    def interval(
-        self, level: float = 0.95, method: Literal["bootstrap", "normal"] = "bootstrap", seed: int = 0
-    ) -> tuple[float, float]:
+    def interval(self, level: float = 0.95, method: str = "bootstrap", seed: int = 0) -> tuple[float, float]:
         """Confidence interval for the average over all prompts like these.
 
         "bootstrap": percentiles over resampled prompts; "normal": `standard_error` and Student's t with P - 1 degrees
@@ -283,9 +281,7 @@ class Prediction:
         return self.ess >= 5
 
 
-def predict(
-    references: Samples, policy_mass: Float[np.ndarray, " K"], base_mass: Float[np.ndarray, " K"]
-) -> Prediction:
+def predict(references: Samples, policy_mass: npt.ArrayLike, base_mass: npt.ArrayLike) -> Prediction:
     """The win rate under the judge of a policy that does not exist yet, from K references a prompt alone.
 
     `references.select` are the proxy's scores, on which the policy will be trained; `policy_mass[i]` is the mass that
@@ -294,26 +290,29 @@ def predict(
     W = sum_{i != j} A_i B_j w(i, j) / sum_{i != j} A_i B_j.
 
     >>> references = Samples(select=[[0.3, 0.1, 0.7, 0.5]], judge=[[1.0, 2.0, 3.0, 4.0]])
-    >>> predict(references, np.array([0.0, 0.0, 0.5, 0.5]), np.full(4, 0.25))
+    >>> predict(references, [0.0, 0.0, 0.5, 0.5], [0.25, 0.25, 0.25, 0.25])
     Prediction(win_rate=Estimate(0.833 over 1 prompt), ess=2.0)
     """
-    for name, mass in (("policy_mass", policy_mass), ("base_mass", base_mass)):
-        if not (np.isfinite(mass).all() and (mass >= 0).all() and abs(mass.sum() - 1) < 1e-6):
-            raise ValueError(f"predict needs a {name} of K numbers >= 0 that sum to 1, got {mass!r:.80}.")
-    if 1 - policy_mass @ base_mass < 1e-9:
-        raise ValueError(f"predict needs mass in at least two of the K={len(base_mass)} bins, got it all in one.")
-    values = [_predicted(references, prompt, policy_mass, base_mass) for prompt in range(len(references))]
-    ess = min(1 / float(mass @ mass) for mass in (policy_mass, base_mass))
-    return Prediction(Estimate(np.array(values)), ess)
+    a, b = _mass("policy_mass", policy_mass), _mass("base_mass", base_mass)
+    for prompt, size in enumerate(references.sizes):
+        if not len(a) == len(b) == size:
+            raise ValueError(
+                f"predict needs K masses for K references, got {len(a)} and {len(b)} for the {size} of prompt {prompt}."
+            )
+    if 1 - a @ b < 1e-9:
+        raise ValueError(f"predict needs mass in two bins or more, got all of both sides in one of {len(a)}.")
+    values = [_predicted(*rows, a, b) for rows in zip(references.select, references.judge, strict=True)]
+    return Prediction(Estimate(np.array(values)), ess=float(1 / max(a @ a, b @ b)))
 
 
-def _predicted(references: Samples, prompt: int, policy_mass: Array, base_mass: Array) -> float:
-    select, judge = references.select[prompt], references.judge[prompt]
-    if not len(policy_mass) == len(base_mass) == len(select):
-        raise ValueError(
-            f"predict needs K references a prompt for K bins, got {len(select)} for prompt {prompt} "
-            f"and {len(policy_mass)}, {len(base_mass)} bins."
-        )
+def _mass(name: str, mass: npt.ArrayLike) -> Array:
+    bins = np.asarray(mass, np.float64)
+    if bins.ndim != 1 or not (np.isfinite(bins).all() and (bins >= 0).all() and abs(bins.sum() - 1) < 1e-6):
+        raise ValueError(f"predict needs a {name} of K numbers >= 0 that sum to 1, got {mass!r:.80}.")
+    return np.asarray(bins / bins.sum())
+
+
+def _predicted(select: Array, judge: Array, policy_mass: Array, base_mass: Array) -> float:
     # The i-th mass goes to the i-th smallest; tied ones share theirs.
     _, group, size = np.unique(select, return_inverse=True, return_counts=True)
     start = np.cumsum(size) - size

@@ -63,6 +63,9 @@ class Optimal:
         if not (isfinite(self.beta) and self.beta > 0):
             raise ValueError(f"beta must be finite and > 0, got beta={self.beta!r}.")
 
+    def __getstate__(self) -> dict[str, object]:
+        return {"procedure": self.procedure, "beta": self.beta, "base": self.base}
+
     def __call__(self, u: npt.ArrayLike) -> Values:
         """Return Phi(u) <= 0."""
         with np.errstate(divide="ignore"):
@@ -121,8 +124,10 @@ class Optimal:
         return self.procedure.density(rank, below_one) * base.density(u, v) / self.beta
 
     def _slope_at(self, state: Array, x: float) -> tuple[float, float]:
-        """Right-hand side in x = 1 - u for the state (log f, 1 - F); held in range where a trial shot leaves it."""
+        """Right-hand side in x = 1 - u for the state (log f, 1 - F); a shot far past F = 0 goes straight on."""
         log_density, below_one = state.tolist()
+        if below_one > 1.5:
+            return 0.0, exp(min(log_density, 700.0))
         below_one = min(max(below_one, 0.0), 1.0)
         return -self._rate(1 - below_one, below_one, 1 - x, x), exp(min(log_density, 700.0))
 

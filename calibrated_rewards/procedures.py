@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
-from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -246,7 +246,8 @@ class Calibrated:
 
     def density(self, rank: Rank, below_one: Rank) -> Rank:
         """g(C) over its integral."""
-        return np.asarray(self.g(np.asarray(rank)), np.float64)[()] / self.total
+        value: Any = self.g(np.asarray(rank))
+        return cast(Rank, value / self.total)
 
     def tilt(self, law: Law) -> Array:
         """Return g(F(u))."""

@@ -45,7 +45,7 @@ def prompt_key(prompt: Prompt) -> bytes:
     return blake2b(data, digest_size=KEY_BYTES).digest()
 
 
-def id_key(identifier: str | int) -> bytes:
+def id_key(identifier: str | int | np.integer) -> bytes:
     """The key of an explicit prompt id; "7" and 7 are the same id, and no id is ever a prompt's key.
 
     >>> id_key(7) == id_key("7") != prompt_key("7")
@@ -53,7 +53,7 @@ def id_key(identifier: str | int) -> bytes:
     """
     whole = isinstance(identifier, int | np.integer) and not isinstance(identifier, bool)
     if not whole and not isinstance(identifier, str):
-        raise TypeError(f"a prompt id is a str or an int, got {type(identifier).__name__}: {_clip(identifier)}")
+        raise TypeError(f"a prompt id is a str or an int, got {type(identifier).__name__}: {start_of(identifier)}")
     return _digest(_ID + str(identifier).encode("utf-8", "surrogatepass"))
 
 
@@ -62,12 +62,12 @@ def as_key(prompt: Prompt | bytes) -> bytes:
     if not isinstance(prompt, bytes):
         return prompt_key(prompt)
     if len(prompt) != KEY_BYTES:
-        raise ValueError(f"a key has {KEY_BYTES} bytes, got {len(prompt)}: {_clip(prompt)}")
+        raise ValueError(f"a key has {KEY_BYTES} bytes, got {len(prompt)}: {start_of(prompt)}")
     return prompt
 
 
 def longest_prefix(
-    text: str, lengths: Sequence[int], known: Callable[[list[bytes]], Sequence[bool]]
+    text: str, lengths: Sequence[int], known: Callable[[list[bytes]], Sequence[bool] | np.ndarray]
 ) -> tuple[bytes, int] | None:
     """The longest known prompt that `text` starts with, as (key, number of characters), or None.
 
@@ -105,14 +105,16 @@ def _prefix_keys(data: bytes, lengths: Sequence[int]) -> tuple[list[bytes], list
     return keys, ends
 
 
-def canonical_chat(messages: Sequence[Any] | np.ndarray) -> str:
+def canonical_chat(messages: Any) -> str:
     """The text of a message list that is hashed: compact JSON with sorted keys, None dropped and text parts joined.
 
     >>> canonical_chat([{"role": "user", "name": None, "content": [{"type": "text", "text": "Hi"}]}])
     '[{"content":"Hi","role":"user"}]'
     """
     if not _is_list(messages):
-        raise TypeError(f"a prompt is a string or a list of messages, got {type(messages).__name__}: {_clip(messages)}")
+        raise TypeError(
+            f"a prompt is a string or a list of messages, got {type(messages).__name__}: {start_of(messages)}"
+        )
     if not len(messages):
         raise ValueError("a prompt needs at least one message, got an empty list")
     try:
@@ -122,7 +124,7 @@ def canonical_chat(messages: Sequence[Any] | np.ndarray) -> str:
 
 
 def _plain_chat(messages: Any) -> bytes | None:
-    """What `canonical_chat` gives, in half the time, where every message is {"role": str, "content": str}; else None."""
+    """What `canonical_chat` gives, in half the time, if every message is {"role": str, "content": str}; else None."""
     written = []
     for message in messages if type(messages) is list else ():
         if type(message) is not dict or len(message) != 2:
@@ -145,7 +147,7 @@ def _plain_chat(messages: Any) -> bytes | None:
 def _message(message: object, place: str) -> str:
     fields = _members(message, _MESSAGE_FIELDS)
     if fields is None or not isinstance(fields.get("role"), str):
-        raise TypeError(f"{place} needs a role that is a string, got {_clip(message)}")
+        raise TypeError(f"{place} needs a role that is a string, got {start_of(message)}")
     if _is_list(fields.get("content")):
         fields = {**fields, "content": _joined(fields["content"])}
     return _object(fields, place)
@@ -216,10 +218,10 @@ def _canonical(value: Any, place: str) -> str:
 
 def _object(fields: Mapping[Any, Any] | None, place: str, value: object = None) -> str:
     if fields is None:
-        raise TypeError(f"{place} has no canonical form: {type(value).__name__} {_clip(value)}")
+        raise TypeError(f"{place} has no canonical form: {type(value).__name__} {start_of(value)}")
     for name in fields:
         if not isinstance(name, str):
-            raise TypeError(f"{place} needs names that are strings, got {_clip(name)}")
+            raise TypeError(f"{place} needs names that are strings, got {start_of(name)}")
     given = sorted((str(name), item) for name, item in fields.items() if item is not None)
     return "{" + ",".join([f"{_quote(name)}:{_canonical(item, f'{place}.{name}')}" for name, item in given]) + "}"
 
@@ -255,6 +257,11 @@ def _digest(data: bytes) -> bytes:
     return blake2b(data, digest_size=KEY_BYTES).digest()
 
 
-def _clip(value: object, width: int = 60) -> str:
-    text = repr(value)
+def start_of(prompt: object, width: int = 60) -> str:
+    """What an error shows of a prompt.
+
+    >>> start_of("Once upon a time there was a king who had three daughters, and")
+    "'Once upon a time there was a king who had three daughter..."
+    """
+    text = f"key {prompt.hex()}" if isinstance(prompt, bytes) and len(prompt) == KEY_BYTES else repr(prompt)
     return text if len(text) <= width else text[: width - 3] + "..."

@@ -27,7 +27,8 @@ DIFFERENTIATE = np.stack([legendre.legval(NODES, legendre.legder(c)) for c in TO
 # |s| = 45 leaves out 3e-20 of the reference's mass at each end; panels of 1.5 resolve F^N u^{N-1} for any N.
 WINDOW: Array = np.linspace(-45.0, 45.0, 61)
 FAR: Array = np.sinh(np.linspace(np.arcsinh(45.0), np.arcsinh(1e7), 40))
-MAX_ROUNDS = 60
+MOST_PANELS = 2000
+EPSILON = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True)
@@ -150,21 +151,22 @@ def resolve(
 ) -> Law:
     """The law with density proportional to e^{log_weight(s)} on a grid fine enough for it (and for `watch` of it).
 
-    `breaks` are quantiles in (0, 1) where something jumps or bends. Gives up refining after 60 bisections in one place:
-    by then the panel is too short to matter.
+    `breaks` are quantiles in (0, 1) where something jumps or bends. Refinement ends at the tolerance, or at the rounding
+    error of log_weight itself, or where a panel has become too short to matter.
     """
     edges = np.unique(np.concatenate([_window(log_weight), logit(np.array(list(breaks), np.float64))]))
     grid = Grid(edges[np.isfinite(edges)])
-    for _ in range(MAX_ROUNDS):
-        law = normalised(grid, log_weight(grid.s))
-        coarse = grid.unresolved(law.per_logit, tolerance)
+    while True:
+        exponent = log_weight(grid.s)
+        law = normalised(grid, exponent)
+        attainable = max(tolerance, 4 * EPSILON * float(np.abs(exponent[law.mass > 1e-20]).max(initial=0.0)))
+        coarse = grid.unresolved(law.per_logit, attainable)
         if watch is not None:
-            coarse |= grid.unresolved(watch(law), tolerance)
+            coarse |= grid.unresolved(watch(law), attainable)
         coarse &= grid.widths > 1e-9 * np.maximum(1.0, np.abs(grid.edges[1:]))
-        if not coarse.any():
-            break
+        if not coarse.any() or len(coarse) > MOST_PANELS:
+            return law
         grid = grid.split(coarse)
-    return law
 
 
 def _window(log_weight: Callable[[Array], Array]) -> Array:

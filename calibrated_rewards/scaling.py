@@ -26,6 +26,7 @@ from calibrated_rewards.transforms import (
     NormalQuantile,
     Power,
     Transform,
+    at_logit,
     knots,
 )
 
@@ -114,10 +115,14 @@ def _exponential_moments(t: float) -> tuple[float, float]:
 
 def _integrated_moments(transform: Transform) -> tuple[float, float]:
     law = resolve(np.zeros_like, knots(transform), watch=partial(_deviation, transform))
-    values = np.asarray(transform(law.u))
-    mean = float(law.mass @ values)
-    return mean, sqrt(float(law.mass @ (values - mean) ** 2))
+    above_median = _above_median(transform, law.grid.s)
+    mean = float(law.mass @ above_median)
+    return float(transform(0.5)) + mean, sqrt(float(law.mass @ (above_median - mean) ** 2))
+
+
+def _above_median(transform: Transform, s: Array) -> Array:
+    return np.asarray(at_logit(transform, s) - at_logit(transform, 0.0))
 
 
 def _deviation(transform: Transform, law: Law) -> Array:
-    return np.asarray(np.abs(np.asarray(transform(law.u)) - transform(0.5)) * law.per_logit)
+    return np.abs(_above_median(transform, law.grid.s)) * law.per_logit

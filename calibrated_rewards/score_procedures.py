@@ -56,22 +56,24 @@ class SoftBestOf:
 
         1/S = int_0^inf e^{-xS} dx turns the mean over n - 1 others into the (n - 1)th power of one.
         """
-        heat = np.exp((law.u - 1) / self.temperature)
-        total = np.zeros_like(heat)
+        log_heat = (law.u - 1) / self.temperature
+        total = np.zeros_like(log_heat)
         for part in np.array_split(self._nodes, max(1, len(self._nodes) // 256)):
-            gone = np.exp(-np.exp(part)[:, None] * heat)
-            others = (gone @ law.mass) ** (self.n - 1) * np.exp(part)
-            total += others @ gone
-        return np.asarray(self.n * heat * total * self._step)
+            z = np.minimum(part[:, None] + log_heat, 700.0)
+            others = (np.exp(-np.exp(z)) @ law.mass) ** (self.n - 1)
+            total += others @ np.exp(z - np.exp(z))
+        return np.asarray(self.n * total * self._step)
 
     def pool_weights(self, scores: npt.ArrayLike) -> Array:
         """Exact over all n-subsets of the pool, by the same integral and elementary symmetric polynomials."""
         pool = checked_pool(scores, self.n, f"SoftBestOf({self.n})")
-        heat = np.exp((pool - pool.max()) / self.temperature)
-        gone = np.exp(-np.exp(self._nodes) * heat[:, None])
+        coldest = max(-700.0, (pool.min() - pool.max()) / self.temperature)
+        y = np.arange(-40.0, 6.0 - coldest, self._step)
+        z = np.minimum(y + np.maximum((pool - pool.max()) / self.temperature, -700.0)[:, None], 700.0)
+        gone = np.exp(-np.exp(z))
         ahead, behind = _symmetric(gone, self.n - 1), _symmetric(gone[::-1], self.n - 1)[::-1]
         others = np.einsum("iky,iky->iy", ahead[:-1], behind[1:, ::-1])
-        weights = heat * ((others * gone) @ np.exp(self._nodes)) * self._step
+        weights = (others * np.exp(z - np.exp(z))).sum(axis=1) * self._step
         return np.asarray(weights / np.exp(_log_binomial(len(pool), self.n)))
 
     # The integrand in y = log x is analytic for |Im y| < pi/2, so the trapezoid rule's error is e^{-pi^2 / step}.
@@ -127,7 +129,9 @@ class RewindAndRepeat:
     def mean_tries(self, law: Law) -> float:
         """(1 - q^N) / (1 - q) with q = F(threshold)."""
         success = float(law.mass[law.u >= self.threshold].sum())
-        return float(-np.expm1(self.max_tries * np.log1p(-min(success, 1.0))) / success) if success else self.max_tries
+        if not 0 < success < 1:
+            return 1.0 if success > 0 else float(self.max_tries)
+        return float(-np.expm1(self.max_tries * np.log1p(-success)) / success)
 
     def tilt(self, law: Law) -> Array:
         """Return the mean number of tries above the threshold, and q^{N-1} below it."""

@@ -43,14 +43,14 @@ class PreciseTransform(Protocol):
         """Phi(u), element by element."""
 
     def at_logit(self, s: npt.ArrayLike, /) -> Values:
-        """Phi at u = 1 / (1 + e^-s) up to a constant, free of cancellation: what e^{Phi/beta} needs at small beta."""
+        """Phi(u) - Phi(1) at u = 1 / (1 + e^-s), or Phi(u) if Phi(1) is infinite, free of cancellation near u = 1."""
 
 
 def at_logit(transform: Transform, s: npt.ArrayLike) -> Values:
-    """`transform.at_logit(s)` where the transform has it, else its value at expit(s)."""
+    """`transform.at_logit(s)` where the transform has it, else its value at expit(s), kept off 0 and 1."""
     if isinstance(transform, PreciseTransform):
         return transform.at_logit(s)
-    return transform(expit(np.asarray(s, np.float64)))
+    return transform(np.clip(expit(np.asarray(s, np.float64)), np.finfo(np.float64).tiny, 1 - 2.0**-53))
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,9 @@ class Tabulated:
     def _curve(self) -> "PPoly":
         from scipy.interpolate import PchipInterpolator
 
-        return PchipInterpolator(self.u, self.values)
+        # Slopes of nearly flat cells overflow in its harmonic means, to the right limit of 0.
+        with np.errstate(over="ignore", divide="ignore"):
+            return PchipInterpolator(self.u, self.values)
 
     def __call__(self, u: npt.ArrayLike) -> Values:
         """Return the interpolated value."""
@@ -237,11 +239,18 @@ class Chain:
         return np.asarray(u, np.float64)[()]
 
     def at_logit(self, s: npt.ArrayLike) -> Values:
-        """Affine parts at the end only scale the rest, so its precision near 0 and 1 is kept."""
+        """Hands logits from part to part where a part maps onto quantiles, so that no precision near 1 is lost."""
         *head, last = self.parts
-        if head and isinstance(last, Affine):
-            return last.scale * at_logit(head[0] if len(head) == 1 else Chain(*head), s)
-        return at_logit(last, s) if not head else self(expit(np.asarray(s, np.float64)))
+        if not head:
+            return at_logit(last, s)
+        before = head[0] if len(head) == 1 else Chain(*head)
+        if isinstance(last, Affine):
+            return last.scale * at_logit(before, s)
+        quantile = np.asarray(before(expit(np.asarray(s, np.float64))))
+        if isinstance(before, PreciseTransform) and before(0.0) >= 0 and before(1.0) == 1:
+            with np.errstate(divide="ignore"):
+                return at_logit(last, np.log(quantile) - np.log(-np.asarray(before.at_logit(s))))
+        return last(quantile)
 
 
 def knots(transform: Transform) -> tuple[float, ...]:

@@ -1,0 +1,58 @@
+# Each target sets up what it needs. PYTHON is only asked for venv and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+BENCHMARKS := $(filter-out benchmarks/environment.py,$(sort $(wildcard benchmarks/*.py benchmarks/paper/*.py)))
+
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check wheel bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## install everything into .venv; again only when pyproject.toml or constraints.txt changed
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "calibrated-rewards needs Python 3.11 or newer, got " + sys.version)'
+	@echo 'Setting up $(VENV): some minutes the first time.'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) setuptools
+	$(BIN)/python $(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## the paper's comparison of transforms: its table and figure
+	$(BIN)/python benchmarks/paper/transforms.py
+
+# One thread: the arrays are small, and the two cores of a small machine are better used by two runs.
+test wheel: export OMP_NUM_THREADS = 1
+test: $(READY)  ## the test suite, doctests included
+	$(BIN)/pytest
+
+check: $(READY)  ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The tests come out of the sdist, whose package is deleted, into a folder that knows nothing of this one: whatever
+# the wheel lacks is missed there. `build` makes the wheel from the sdist.
+wheel: $(READY)  ## sdist, wheel from the sdist, its contents, and the test suite against it in a new environment
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/check-wheel-contents dist
+	@set -eux; outside=$$(mktemp -d); trap 'rm -rf "$$outside"' EXIT; \
+	$(PYTHON) -m venv "$$outside/venv"; \
+	"$$outside/venv/bin/python" $(PIP_INSTALL) "$$(echo dist/*.whl)[test]"; \
+	tar -xzf dist/*.tar.gz -C "$$outside" --strip-components 1; \
+	rm -r "$$outside/calibrated_rewards" "$$outside"/*.egg-info; \
+	cd "$$outside"; \
+	venv/bin/python -c 'import calibrated_rewards as it; print(it.__file__); assert "site-packages" in it.__file__'; \
+	venv/bin/pytest tests --pyargs calibrated_rewards
+
+bench: $(READY)  ## every benchmark and figure of the docs; minutes each, results in benchmarks/results
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:  ## remove builds and caches; the environment stays
+	rm -rf dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)*' -prune -exec rm -rf {} +

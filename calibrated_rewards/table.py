@@ -1,0 +1,309 @@
+"""ReferenceTable: each prompt's reference rollouts as sorted scores, and where a new score stands among them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int, Int64, Shaped
+
+from calibrated_rewards import table_build, table_search, table_summary
+from calibrated_rewards.prompts import Prompt, as_key, id_key, longest_prefix, start_of
+from calibrated_rewards.table_build import Row
+from calibrated_rewards.table_format import COLUMNS
+from calibrated_rewards.table_mapped import open_table
+from calibrated_rewards.table_search import Content
+from calibrated_rewards.table_writer import write_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ReferenceTable", "Row", "UnknownPromptError"]
+
+Duplicates = Literal["error", "pool"]
+Directory = str | os.PathLike[str]
+
+
+class UnknownPromptError(KeyError):
+    """A prompt that the table has no references for."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would show the message in quotes
+
+
+class ReferenceTable:
+    """The calibration data of a reward model: each prompt's K >= 1 reference scores, K may differ between prompts.
+
+    Immutable; rows are ordered by key, so that equal content is equal bytes in whatever order it arrived. On disk it is
+    memory-mapped: opening takes a millisecond, and every byte is checked against a checksum when first touched.
+
+    >>> table = ReferenceTable.build([("2+2=", [0.1, 0.5, 0.5, 0.9]), ("Hello", [-3.0])])
+    >>> rows = table.rows(["2+2=", "2+2=", "Hello"])
+    >>> table.cdf(rows, [0.5, 2.0, -4.0])
+    array([0.5, 1. , 0. ])
+    >>> table
+    ReferenceTable(2 prompts, 5 references, in memory)
+
+    Look-ups take rows of shape (P,) with scores of shape (P,), or (P, G) for G responses a prompt. Scores are compared
+    as float32. Given arrays they return arrays; given torch tensors, tensors on the same device. The edges:
+
+    ====================  =================  =========================================
+    score or quantile     cdf                icdf
+    ====================  =================  =========================================
+    below all             0
+    above all             1
+    ties with m of them   (below + m/2) / K
+    nan, inf              ValueError
+    u = 0                                    the smallest reference
+    u = 1                                    the largest
+    u = j / K             (any j >= 1)       the j-th smallest, exactly
+    u outside, nan                           ValueError
+    unknown row           IndexError         IndexError; -1 is unknown, not the last row
+    ====================  =================  =========================================
+    """
+
+    def __init__(self, content: Content) -> None:
+        self._content = content
+
+    @classmethod
+    def build(
+        cls,
+        rows: Iterable[Row | tuple[Any, ...]],
+        *,
+        path: Directory | None = None,
+        meta: Mapping[str, Any] | None = None,
+        duplicates: Duplicates = "error",
+    ) -> ReferenceTable:
+        """A table of `Row`s, or of (prompt, scores) or (prompt, scores, aliases), in any order.
+
+        With `path` the rows stream through a temporary file there, so that memory does not grow with K, and the table
+        that comes back is the mapped one. `meta` is anything JSON can say (tuples come back as lists).
+        A prompt that comes twice is an error unless `duplicates="pool"`.
+        """
+        return cls(table_build.build(rows, path, _as_json(meta or {}), duplicates))
+
+    @classmethod
+    def load(cls, path: Directory, *, verify: bool | None = None) -> ReferenceTable:
+        """Open a table on disk.
+
+        Altered bytes raise ValueError when they are first touched; with `verify=True` all are checked now, with
+        `verify=False` never.
+        """
+        return cls(open_table(path, verify))
+
+    def save(self, path: Directory) -> None:
+        """Write the table to a directory, in one step: a reader finds the old one or this one, whatever happens."""
+        columns = {name: self._content.column(name) for name in COLUMNS if name != "checksums"}
+        write_table(path, columns, self._content.total, self._content.meta, self._content.read)
+
+    @property
+    def path(self) -> str | None:
+        """The directory that the table is mapped from; None for one in memory."""
+        return self._content.path
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The caller's meta, as a copy."""
+        return dict(json.loads(self._content.meta))
+
+    def __len__(self) -> int:
+        return self._content.prompts
+
+    def __repr__(self) -> str:
+        return f"ReferenceTable({len(self)} prompts, {self._content.total} references, {self.path or 'in memory'})"
+
+    def find(
+        self, prompts: Sequence[Prompt | bytes] | np.ndarray, ids: Sequence[Any] | np.ndarray | None = None
+    ) -> Int64[np.ndarray, " G"]:
+        """The row of each prompt, -1 where it is unknown: by its id, if it has a known one, or by its own key."""
+        if isinstance(prompts, str | bytes):
+            raise TypeError(f"prompts are a list of prompts, got the one {start_of(prompts)}")
+        rows = np.full(len(prompts), -1)
+        if ids is not None:
+            if len(ids) != len(prompts):
+                raise ValueError(f"ids must be one for each prompt, got {len(ids)} for {len(prompts)} prompts")
+            named = {place: id_key(identifier) for place, identifier in enumerate(ids) if identifier is not None}
+            rows[list(named)] = self._find_keys(list(named.values()))
+        left = np.flatnonzero(rows < 0).tolist()
+        rows[left] = self._find_keys([as_key(prompts[place]) for place in left])
+        return rows
+
+    def rows(
+        self, prompts: Sequence[Prompt | bytes] | np.ndarray, ids: Sequence[Any] | np.ndarray | None = None
+    ) -> Int64[np.ndarray, " G"]:
+        """The row of each prompt, as `find`; UnknownPromptError if there is one without."""
+        rows = self.find(prompts, ids)
+        if len(rows) and rows.min() < 0:
+            self._refuse(prompts, np.flatnonzero(rows < 0))
+        return rows
+
+    def rows_by_prefix(
+        self, texts: Sequence[str] | np.ndarray
+    ) -> tuple[Int64[np.ndarray, " G"], Int64[np.ndarray, " G"]]:
+        """The row of the longest known text prompt that each text starts with, and where in the text it stops."""
+        if isinstance(texts, str):
+            raise TypeError(f"texts are a list of texts, got the one {start_of(texts)}")
+        lengths = self._content.column("lengths").tolist()
+        found = [longest_prefix(text, lengths, self._knows) for text in texts]
+        if None in found:
+            self._refuse(texts, np.array([place for place, hit in enumerate(found) if hit is None]))
+        hits = [hit for hit in found if hit is not None]
+        return self._find_keys([key for key, _ in hits]), np.array([split for _, split in hits], dtype=np.int64)
+
+    @overload
+    def ranks(self, rows: Any, scores: Tensor) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def ranks(self, rows: Any, scores: Any) -> tuple[Int64[np.ndarray, "*P"], Int64[np.ndarray, "*P"]]: ...
+    def ranks(self, rows: Any, scores: Any) -> Any:
+        """How many of its row's references each score is above, and how many it equals."""
+        return _route(scores).ranks(self._content, rows, scores)
+
+    @overload
+    def cdf(self, rows: Any, scores: Tensor) -> Tensor: ...
+    @overload
+    def cdf(self, rows: Any, scores: Any) -> Float64[np.ndarray, "*P"]: ...
+    def cdf(self, rows: Any, scores: Any) -> Any:
+        """Eq. 12: (below + equal / 2) / K, in float64."""
+        return _route(scores).cdf(self._content, rows, scores)
+
+    @overload
+    def icdf(self, rows: Any, u: Tensor) -> Tensor: ...
+    @overload
+    def icdf(self, rows: Any, u: Any) -> Float32[np.ndarray, "*P"]: ...
+    def icdf(self, rows: Any, u: Any) -> Any:
+        """The generalised inverse: the smallest reference with a share of at least u at or below it."""
+        return _route(u).icdf(self._content, rows, u)
+
+    @overload
+    def counts(self, rows: Tensor) -> Tensor: ...
+    @overload
+    def counts(self, rows: Any) -> Int64[np.ndarray, " P"]: ...
+    def counts(self, rows: Any) -> Any:
+        """K of each row."""
+        return _route(rows).counts(self._content, rows)
+
+    def scores(self, row: int) -> Float32[np.ndarray, " K"]:
+        """The sorted references of one row, as a view that cannot be written to."""
+        rows = table_search.checked_rows([row], len(self))
+        self._content.touch(rows)
+        begin = int(table_search.starts(self._content, rows)[0])
+        view = self._content.scores[begin : begin + int(table_search.counts(self._content, rows)[0])]
+        view.flags.writeable = False
+        return view
+
+    def blocks(
+        self, rows: Int[np.ndarray, " P"]
+    ) -> Iterator[tuple[Int64[np.ndarray, " b"], Float32[np.ndarray, "b K"]]]:
+        """The references of many rows, in chunks of equal K: (positions in `rows`, one row of scores for each)."""
+        return table_search.blocks(self._content, rows)
+
+    def items(self) -> Iterator[tuple[bytes, Float32[np.ndarray, " K"]]]:
+        """All (key, sorted scores), by ascending key."""
+        return ((as_key(row.prompt), row.scores) for row in table_build.rows_of(self._content))
+
+    def merge(
+        self,
+        *others: ReferenceTable,
+        path: Directory | None = None,
+        meta: Mapping[str, Any] | None = None,
+        duplicates: Duplicates = "error",
+    ) -> ReferenceTable:
+        """A table of all the rows of these tables, with their aliases; their meta must agree unless one is given."""
+        if meta is None and any(table.meta != self.meta for table in others):
+            raise ValueError("merge needs tables of one meta, or the meta of the result: they may be of other scorers")
+        contents = [table._content for table in (self, *others)]
+        rows = (row for content in contents for row in table_build.rows_of(content))
+        text = self._content.meta if meta is None else _as_json(meta)
+        return ReferenceTable(table_build.build(rows, path, text, duplicates, table_build.lengths_of(*contents)))
+
+    def extend(
+        self,
+        rows: Iterable[Row | tuple[Any, ...]],
+        *,
+        path: Directory | None = None,
+        meta: Mapping[str, Any] | None = None,
+        allow_new: bool = False,
+    ) -> ReferenceTable:
+        """A table with more references for prompts that this one has, found by key or alias; new ones if allowed."""
+        both = (row for part in (table_build.rows_of(self._content), self._known(rows, allow_new)) for row in part)
+        text = self._content.meta if meta is None else _as_json(meta)
+        return ReferenceTable(table_build.build(both, path, text, "pool", table_build.lengths_of(self._content)))
+
+    def describe(self) -> dict[str, float]:
+        """The table in ten numbers, which `table_summary.describe` explains."""
+        return table_summary.describe(self._content)
+
+    def save_pretrained(self, save_directory: Directory) -> None:
+        """`save`, by the name it has in the Hugging Face world."""
+        self.save(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, name: Directory, *, verify: bool | None = None, **hub: Any) -> ReferenceTable:
+        """Open a table from a directory, or from the Hugging Face Hub with the options of `table_hub.download`."""
+        if os.path.isdir(name):
+            return cls.load(name, verify=verify)
+        from calibrated_rewards import table_hub
+
+        return cls.load(table_hub.download(str(name), **hub), verify=verify)
+
+    def push_to_hub(self, repo_id: str, **hub: Any) -> str:
+        """Upload the table to the Hugging Face Hub with the options of `table_hub.upload`; the URL of the commit."""
+        from calibrated_rewards import table_hub
+
+        with tempfile.TemporaryDirectory() as directory:
+            self.save(directory)
+            return table_hub.upload(directory, repo_id, **hub)
+
+    def _find_keys(self, keys: Sequence[bytes]) -> Int64[np.ndarray, " G"]:
+        column, wanted = self._content.column, table_search.halves(keys)
+        rows = table_search.locate(column("keys_high"), column("keys_low"), *wanted)
+        left = np.flatnonzero(rows < 0)
+        if len(left) and len(column("alias_rows")):
+            alias = table_search.locate(column("alias_high"), column("alias_low"), wanted[0][left], wanted[1][left])
+            rows[left] = np.where(alias < 0, -1, column("alias_rows")[alias])
+        return rows
+
+    def _knows(self, keys: Sequence[bytes]) -> Shaped[np.ndarray, " G"]:
+        return self._find_keys(keys) >= 0
+
+    def _refuse(self, prompts: Sequence[Any] | np.ndarray, unknown: Int[np.ndarray, " _"]) -> None:
+        prompt = prompts[int(unknown[0])]
+        of = f"; {len(unknown)} of {len(prompts)} are unknown" if len(prompts) > 1 else ""
+        raise UnknownPromptError(
+            f"the table ({self.path or 'in memory'}, {len(self)} prompts) has no references for {start_of(prompt)}, "
+            f"key {as_key(prompt).hex()}{of}"
+        )
+
+    def _known(self, rows: Iterable[Any], allow_new: bool) -> Iterator[Row]:
+        """Rows under the key that the table has for their prompt."""
+        high, low = self._content.column("keys_high"), self._content.column("keys_low")
+        for position, item in enumerate(rows):
+            row = table_build.as_row(item, position)
+            found = int(self._find_keys([as_key(row.prompt)])[0])
+            if found < 0 and not allow_new:
+                raise UnknownPromptError(
+                    f"row {position}: the table has no prompt {start_of(row.prompt)}; allow_new=True would add it"
+                )
+            yield row if found < 0 else row._replace(prompt=bytes.fromhex(f"{high[found]:016x}{low[found]:016x}"))
+
+
+def _route(values: Any) -> Any:
+    """The module that searches for this kind of values; torch is not imported to find out."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(values, torch.Tensor):
+        return table_search
+    from calibrated_rewards import table_torch
+
+    return table_torch
+
+
+def _as_json(meta: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(meta), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"meta must be what JSON can say, got {start_of(meta)}: {error}") from None

@@ -1,0 +1,140 @@
+"""Conformance suites: what every transform and procedure must hold, ours and yours.
+
+>>> from calibrated_rewards.transforms import Exponential
+>>> print(check_transform(Exponential(5.0)))
+Exponential(t=5.0): 6 checks passed
+>>> check_transform(lambda u: -u)
+Traceback (most recent call last):
+AssertionError: <function <lambda> at ...> does not rise with u: Phi(0) = -0.0 is above Phi(1/512) = -0.001953125
+"""
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import expit, logit
+
+from calibrated_rewards.procedures import Procedure
+from calibrated_rewards.quadrature import Law, reference_law, resolve
+from calibrated_rewards.transforms import PreciseTransform, Transform
+
+Array: TypeAlias = npt.NDArray[np.float64]
+STEPS = 512
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was checked, and that all of it held; a check that does not hold raises AssertionError and says why."""
+
+    subject: str
+    checks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {len(self.checks)} checks passed"
+
+
+def check_transform(transform: Transform) -> Verdict:
+    """Monotone, finite inside, batch = one by one, stable under repeated calls, picklable, precise near the ends."""
+    return Verdict(repr(transform), tuple(_transform_checks(transform)))
+
+
+def _hold(condition: object, complaint: str) -> None:
+    if not condition:
+        raise AssertionError(complaint)
+
+
+def _transform_checks(transform: Transform) -> Iterator[str]:
+    u = np.arange(STEPS + 1) / STEPS
+    values = np.asarray(transform(u), np.float64)
+    _hold(values.shape == u.shape, f"{transform!r} maps shape {u.shape} to {values.shape}")
+    yield "one value for each u"
+    inside = (
+        np.isfinite(values[1:-1]).all() and values[0] < np.inf and values[-1] > -np.inf and not np.isnan(values).any()
+    )
+    _hold(inside, f"{transform!r} is not finite inside (0, 1), or is infinite the wrong way at an end")
+    yield "finite inside (0, 1)"
+    falls = np.flatnonzero(values[1:] < values[:-1] - 1e-12 * np.abs(values[1:-1]).max())
+    if len(falls):
+        first = int(falls[0])
+        at = [f"Phi({Fraction(i, STEPS)}) = {values[i]}" for i in (first, first + 1)]
+        raise AssertionError(f"{transform!r} does not rise with u: {' is above '.join(at)}")
+    yield "monotone"
+    one_by_one = np.array([float(np.asarray(transform(x))) for x in u.tolist()])
+    _hold(np.allclose(values, one_by_one, rtol=1e-13, atol=0), f"{transform!r} gives other values one by one")
+    yield "batch = one by one"
+    _hold(np.array_equal(values, np.asarray(transform(u))), f"{transform!r} gives other values when called again")
+    yield "deterministic"
+    if isinstance(transform, PreciseTransform):
+        shifted = np.asarray(transform.at_logit(logit(u[1:-1])))
+        shift = values[1:-1] - shifted
+        _hold(np.ptp(shift) <= 1e-9 * np.ptp(values[1:-1]), f"{transform!r}.at_logit is not Phi up to a constant")
+        yield "at_logit = Phi up to a constant"
+
+
+def check_procedure(procedure: Procedure, seed: int = 0, runs: int = 20_000) -> Verdict:
+    """The three faces of a procedure agree: running it, its tilt of a law, its weights over a pool."""
+    return Verdict(repr(procedure), tuple(_procedure_checks(procedure, np.random.default_rng(seed), runs)))
+
+
+def _procedure_checks(procedure: Procedure, rng: np.random.Generator, runs: int) -> Iterator[str]:
+    for law in _laws(procedure):
+        tilt = np.asarray(procedure.tilt(law))
+        _hold((tilt >= 0).all(), f"{procedure!r} gives some response a negative density")
+        _hold(abs(law.mass @ tilt - 1) < 1e-9, f"{procedure!r} turns a law into one of mass {law.mass @ tilt}")
+    yield "the output is a distribution"
+    pool = np.round(rng.random(procedure.draws + 20), 1)
+    weights, order = procedure.pool_weights(pool), rng.permutation(len(pool))
+    _hold(
+        abs(weights.sum() - 1) < 1e-9 and (weights >= 0).all(),
+        f"{procedure!r} has pool weights that are no distribution",
+    )
+    _hold(
+        np.allclose(procedure.pool_weights(pool[order]), weights[order], rtol=1e-9),
+        f"{procedure!r} minds the pool's order",
+    )
+    yield "the pool's order does not matter"
+    _hold(all(np.ptp(weights[pool == x]) < 1e-9 for x in pool), f"{procedure!r} treats tied scores differently")
+    yield "ties share"
+    scores = rng.random((runs, procedure.draws))
+    chosen = np.asarray(procedure.choose(scores, rng))
+    _hold(chosen.shape == (runs,), f"{procedure!r} chooses shape {chosen.shape} from scores of shape {scores.shape}")
+    output = np.sort(np.take_along_axis(scores, chosen[:, None], 1)[:, 0])
+    yield "one choice for each row of scores"
+    law = next(_laws(procedure))
+    expected = np.interp(output, law.u, law.grid.running(law.per_logit * procedure.tilt(law))[0])
+    gap = np.abs(expected - (np.arange(runs) + 0.5) / runs).max()
+    _hold(gap < 3.5 / np.sqrt(runs), f"{procedure!r} run {runs} times is {gap:.4f} away from its tilt")
+    yield "running it = its tilt"
+    small = np.round(rng.random(procedure.draws), 2)
+    shuffled = rng.permuted(np.tile(np.arange(len(small)), (runs, 1)), axis=1)
+    picked = np.take_along_axis(shuffled, np.asarray(procedure.choose(small[shuffled], rng))[:, None], 1)[:, 0]
+    gap = np.abs(np.bincount(picked, minlength=len(small)) / runs - procedure.pool_weights(small)).max()
+    _hold(gap < 3.5 / np.sqrt(runs), f"{procedure!r} run {runs} times is {gap:.4f} away from its pool weights")
+    yield "running it = its pool weights"
+
+
+def _laws(procedure: Procedure) -> Iterator[Law]:
+    """The reference's law, and that of the policy with f ~ e^{3u}, on grids that resolve what the procedure does."""
+    output = partial(_output, procedure)
+    yield reference_law(resolve(np.zeros_like, procedure.breaks, watch=output).grid)
+    yield resolve(_steep, procedure.breaks, watch=output)
+
+
+def _output(procedure: Procedure, law: Law) -> Array:
+    return np.asarray(procedure.tilt(law) * law.per_logit)
+
+
+def _steep(s: Array) -> Array:
+    return np.asarray(3.0 * expit(s))
+
+
+def check_picklable(thing: object) -> Verdict:
+    """Frozen dataclasses of ours survive a spawned worker: equal, and the same repr, after a round trip."""
+    copy = pickle.loads(pickle.dumps(thing))
+    _hold(copy == thing and repr(copy) == repr(thing), f"{thing!r} comes back from pickle as {copy!r}")
+    return Verdict(repr(thing), ("pickle round trip",))

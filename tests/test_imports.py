@@ -1,0 +1,160 @@
+"""Which way imports run, and that `import calibrated_rewards` stays light."""
+
+import ast
+import fnmatch
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import calibrated_rewards
+
+PACKAGE = Path(calibrated_rewards.__file__).parent
+ROOT = Path(__file__).parents[1]
+
+# What each module may import: nothing but what it names here, and only from the lines above its own.
+# CONTRIBUTING.md shows the same list.
+LAYERS = """
+transforms        ->
+procedures        ->
+quadrature        ->
+prompts           ->
+score_procedures  -> procedures
+scaling           -> quadrature, transforms
+theory            -> procedures, quadrature, score_procedures, transforms
+optimal           -> procedures, quadrature, transforms
+choice            -> optimal, procedures, scaling, theory, transforms
+bands             -> procedures, quadrature, transforms
+finite_k          -> bands, procedures, quadrature, transforms
+evaluation        -> procedures, score_procedures
+table_format      ->
+table_writer      -> table_format
+table_mapped      -> table_format
+table_search      -> table_format
+table_torch       -> table_search
+table_summary     -> table_search
+table_hub         -> table_format
+table_build       -> prompts, table_mapped, table_search, table_writer
+table             -> prompts, table_*
+calibrations      -> finite_k, table
+testing           -> *
+"""
+
+# What a module may load when it is imported, next to the standard library. The rest waits inside a function.
+LIGHT = {"numpy", "scipy.special", "jaxtyping"}
+HEAVY_ON_PURPOSE = {"table_torch": {"torch"}}
+# scipy.special costs 0.17 s of the 0.3 s, and scipy.optimize would cost 0.13 s more.
+NEVER_LOADED = {"torch", "matplotlib", "transformers", "huggingface_hub", "tqdm", "scipy.optimize", "scipy.stats"}
+SECONDS = 0.4
+
+
+def allowed(layers: str = LAYERS) -> dict[str, set[str]]:
+    """What each module of the list may import; a pattern stands for all that it matches further up."""
+    above: dict[str, set[str]] = {}
+    for line in layers.strip().splitlines():
+        name, patterns = line.split("->")
+        matches = {pattern: fnmatch.filter(above, pattern) for pattern in patterns.replace(",", " ").split()}
+        assert all(matches.values()), f"{line!r} names something that does not stand further up"
+        above[name.strip()] = {module for modules in matches.values() for module in modules}
+    return above
+
+
+def imports(tree: ast.AST, *, within_functions: bool = True) -> Iterator[str]:
+    """Every module that the code names in an import; without those that wait in a function or for a type checker."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        waits = isinstance(node, ast.FunctionDef) or typing_only
+        if within_functions or not waits:
+            yield from imports(node, within_functions=within_functions)
+
+
+def siblings(source: str, **options: bool) -> set[str]:
+    """The modules of the package that a module's source imports."""
+    names = [name.split(".") for name in imports(ast.parse(source), **options)]
+    return {parts[1] for parts in names if parts[0] == "calibrated_rewards"}
+
+
+def strangers(source: str) -> set[str]:
+    """What a module loads from elsewhere when it is imported."""
+    names = set(imports(ast.parse(source), within_functions=False))
+    outside = {name for name in names if name.split(".")[0] not in {*sys.stdlib_module_names, "calibrated_rewards"}}
+    return {name for name in outside if not any(f"{name}.".startswith(f"{light}.") for light in LIGHT)}
+
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def test_every_module_has_its_layer() -> None:
+    """The list and the folder name the same modules."""
+    assert sorted(allowed()) == MODULES
+
+
+def test_a_list_with_a_cycle_is_refused() -> None:
+    """Each name on the right stands further up; a cycle cannot be written, nor a name that allows nothing."""
+    assert allowed("a ->\nb -> a\nc -> *") == {"a": set(), "b": {"a"}, "c": {"a", "b"}}
+    with pytest.raises(AssertionError, match="further up"):
+        allowed("a -> b\nb -> a")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module: str) -> None:
+    """A module imports what its layer may."""
+    assert siblings((PACKAGE / f"{module}.py").read_text()) <= allowed()[module]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_heavy_imports_wait(module: str) -> None:
+    """No module loads more than numpy, scipy.special and jaxtyping before a function needs it."""
+    found = strangers((PACKAGE / f"{module}.py").read_text())
+    assert {name for name in found if name.split(".")[0] not in HEAVY_ON_PURPOSE.get(module, set())} == set()
+
+
+def test_the_reader_of_imports_reads_all_of_them() -> None:
+    """Each way to write an import is seen, also inside a function; only those at the top count as loaded."""
+    source = (
+        "import scipy.special, scipy.stats\nfrom scipy import optimize\nfrom calibrated_rewards import table\n"
+        "from calibrated_rewards.theory import kl\ntry:\n    import tqdm\nexcept ImportError: pass\n"
+        "class A:\n    def f(self):\n        import torch, calibrated_rewards.bands\n"
+    )
+
+    assert siblings(source) == {"table", "theory", "bands"}
+    assert strangers(source) == {"scipy.stats", "scipy.optimize", "tqdm"}
+
+
+def test_contributing_shows_the_same_layers() -> None:
+    """The list that people read is the one that is tested."""
+    assert LAYERS.strip() in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def fresh_python(code: str, folder: Path, **environment: str) -> str:
+    """The output of a new interpreter that stands outside of the repository."""
+    command, variables = [sys.executable, "-c", code], {**os.environ, **environment}
+    return subprocess.run(command, cwd=folder, env=variables, check=True, capture_output=True, text=True).stdout
+
+
+LOADED = f"import sys; print(*sorted({NEVER_LOADED!r} & set(sys.modules)))"
+
+
+def test_the_import_is_light(tmp_path: Path) -> None:
+    """Importing the package loads no torch, no matplotlib, no network library and no solver."""
+    assert fresh_python(f"import calibrated_rewards; {LOADED}", tmp_path).split() == []
+
+
+@pytest.mark.parametrize("heavy", ["torch", "scipy.optimize"])
+def test_a_heavy_import_would_be_noticed(heavy: str, tmp_path: Path) -> None:
+    """The check above can fail: what is imported first is found."""
+    assert heavy in fresh_python(f"import {heavy}, calibrated_rewards; {LOADED}", tmp_path).split()
+
+
+def test_the_import_is_quick(tmp_path: Path) -> None:
+    """Within 0.4 s of processor time: the best of five, with bytecode in place, for a busy machine must not decide."""
+    code = "import time; start = time.process_time(); import calibrated_rewards; print(time.process_time() - start)"
+    bytecode = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    assert min(float(fresh_python(code, tmp_path, **bytecode)) for _ in range(6)) < SECONDS

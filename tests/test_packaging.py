@@ -1,0 +1,140 @@
+"""What is shipped is what is here, and the house style's numbers hold: lengths of files and functions, docstrings."""
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+
+import calibrated_rewards
+
+PACKAGE = Path(calibrated_rewards.__file__).parent
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
+
+FILE_LINES, FUNCTION_LINES = 300, 40
+# What breaks the limits, and why that is better than a cut. CONTRIBUTING.md lists them too.
+LONG_FILES: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {}
+# A helper lives in the file that uses it; used by two, it is a noun that has no file yet.
+NO_NOUNS = {"base", "common", "config", "constants", "errors", "helpers", "misc", "registry", "types", "utils"}
+
+SOURCES = {path.stem: path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+TESTS = {path.stem: path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py"))}
+
+
+LEFT_OUT = {"skip", "skipif", "xfail", "importorskip"}
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(source: str) -> Iterator[Function]:
+    return (node for node in ast.walk(ast.parse(source)) if isinstance(node, Function))
+
+
+def length(function: Function) -> int:
+    """Lines from `def` to the end, less the docstring."""
+    first = function.body[0]
+    docstring = first.end_lineno - first.lineno + 1 if ast.get_docstring(function) is not None else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
+def test_every_folder_is_in_the_packages_list() -> None:
+    """A folder that is forgotten in `packages` breaks nothing but the wheel."""
+    here = {".".join(("calibrated_rewards", *path.parent.relative_to(PACKAGE).parts)) for path in PACKAGE.rglob("*.py")}
+
+    assert sorted(SETUPTOOLS["packages"]) == sorted(here | set(SETUPTOOLS.get("package-dir", ())))
+
+
+def test_the_types_are_shipped() -> None:
+    """Type checkers of users see ours: py.typed is there, and is package data."""
+    assert (PACKAGE / "py.typed").is_file()
+    assert SETUPTOOLS["package-data"]["calibrated_rewards"] == ["py.typed"]
+
+
+def test_one_version() -> None:
+    """pyproject.toml, the package, what is installed and the newest entry of the changelog agree."""
+    newest = re.search(r"^## \[?v?(\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    installed = distribution("calibrated-rewards").version
+
+    assert newest is not None
+    assert {PROJECT["project"]["version"], calibrated_rewards.__version__, installed} == {newest[1]}
+
+
+def pins() -> dict[str, str]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    return dict(line.lower().replace("_", "-").split("==") for line in lines)
+
+
+def requirements() -> list[Requirement]:
+    project = PROJECT["project"]
+    groups = [PROJECT["build-system"]["requires"], project["dependencies"], *project["optional-dependencies"].values()]
+    return [Requirement(line) for group in groups for line in group]
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_what_is_required_is_pinned(requirement: Requirement) -> None:
+    """constraints.txt has one exact version of each requirement, and it lies in the range that is declared."""
+    if requirement.name != "calibrated-rewards":
+        assert requirement.specifier.contains(pins()[requirement.name.lower().replace("_", "-")])
+    else:
+        assert requirement.extras <= PROJECT["project"]["optional-dependencies"].keys()
+
+
+def test_pins_hold_on_any_machine() -> None:
+    """Nothing but `name==version`: no local build, no path, no host."""
+    for name, version in pins().items():
+        assert re.fullmatch(r"[a-z0-9.-]+", name), name
+        assert re.fullmatch(r"[0-9]+(\.[0-9]+)*(\.?(a|b|rc|post)[0-9]+)?", version), (name, version)
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_a_file_is_one_idea(module: str) -> None:
+    """A module says what it is, has a name that says something, and can be read in one sitting."""
+    lines = len(SOURCES[module].splitlines())
+
+    assert module not in NO_NOUNS
+    assert ast.get_docstring(ast.parse(SOURCES[module]))
+    assert (lines > FILE_LINES) == (module in LONG_FILES), f"{module} has {lines} lines"
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_functions_are_short(module: str) -> None:
+    """No function has more than 40 lines next to its docstring, but for those listed."""
+    lengths = {f"{module}.{function.name}": length(function) for function in functions(SOURCES[module])}
+    listed = {name for name in LONG_FUNCTIONS if name.startswith(f"{module}.")}
+
+    assert {name for name, lines in lengths.items() if lines > FUNCTION_LINES} == listed, lengths
+
+
+@pytest.mark.parametrize("module", TESTS)
+def test_every_test_says_what_it_holds(module: str) -> None:
+    """Each test has its one line, and none is skipped or expected to fail."""
+    tests = [function for function in functions(TESTS[module]) if function.name.startswith("test_")]
+
+    assert [test.name for test in tests if not ast.get_docstring(test)] == []
+    assert (
+        LEFT_OUT & {node.attr for node in ast.walk(ast.parse(TESTS[module])) if isinstance(node, ast.Attribute)}
+        == set()
+    )
+
+
+def test_each_module_has_its_tests() -> None:
+    """tests/ mirrors the package, one file to one module."""
+    missing = {module for module in SOURCES if module != "__init__" and f"test_{module}" not in TESTS}
+
+    assert missing == set()
+
+
+def test_lengths_are_measured() -> None:
+    """The measure counts the signature and the body, not the docstring; and it sees methods and inner functions."""
+    lines = ["class A:", "    def f(", "        self,", "    ):", "        '''One.", "", "        Two.'''"]
+    source = "\n".join([*lines, "        def g(): return 1", "        return g"])
+    found: dict[str, Any] = {function.name: length(function) for function in functions(source)}
+
+    assert found == {"f": 5, "g": 1}
