@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -34,3 +36,15 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def save(name: str, results: object) -> Path:
+    """Write benchmarks/results/<name>.json: the command, the environment and the results."""
+    script = Path(sys.argv[0]).resolve()
+    here = Path(__file__).resolve().parent
+    command = " ".join(["python", str(script.relative_to(here.parent)), *sys.argv[1:]])
+    path = here / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    content = {"command": command, "environment": environment(), "results": results}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return path

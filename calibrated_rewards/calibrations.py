@@ -112,10 +112,9 @@ class ZScore:
         return _in_blocks(self._standardised, table, rows, scores)
 
     def _standardised(self, scores: Float[np.ndarray, "b 1"], references: Float[np.ndarray, "b K"]) -> Array:
-        # Not sd == 0: the mean of equal numbers is rounded, and what is left over would become a deviation.
-        flat = references.min(axis=1) == references.max(axis=1)
+        # Exactly 0 for equal references: float64 adds up 2^29 equal float32 numbers without rounding.
         gap, sd = scores[:, 0] - references.mean(axis=1), references.std(axis=1)
-        return np.where(flat, 0.0, gap / np.where(flat, 1.0, sd))
+        return np.where(sd > 0, gap / np.where(sd > 0, sd, 1.0), 0.0)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from scipy.optimize import brentq, nnls
 from scipy.special import digamma, gammaln, log_expit, logit, logsumexp, xlog1py, xlogy
 
 from calibrated_rewards.bands import band
-from calibrated_rewards.procedures import Procedure
+from calibrated_rewards.procedures import CalibratedProcedure, Procedure
 from calibrated_rewards.quadrature import MOST_PANELS, ORDER, TO_COEFFICIENTS, WINDOW, Grid
 from calibrated_rewards.transforms import Affine, Chain, Exponential, Identity, Log, Power, Transform, knots
 
@@ -96,7 +96,7 @@ def _posterior(transform: Transform, K: int) -> Array:
             return a / b
         case Log():
             return np.asarray(digamma(a) - digamma(b))
-        case Power(p=p):
+        case Power(p=p) if K <= 10_000:  # beyond, what is left of two large logarithms is no longer good to 1e-10
             return np.exp(gammaln(a + p) - gammaln(a) - (gammaln(b + p) - gammaln(b)))
         case Exponential(t=t) if t > 0:
             return _confluent(a, b, t)
@@ -137,6 +137,18 @@ def _unbiased(transform: Transform, K: int) -> Array:
         case Exponential(t=t):  # e^{tC} = e^t e^{-t(1 - C)}, and 1 - C has K - j
             return _with_ties(-exp(t) * _exponential_series(K, -t)[::-1])
     return _with_ties(_least_biased(transform, K))
+
+
+def _has_unbiased(transform: Transform) -> bool:
+    """Whether "unbiased" is exact, or a series, once K is large."""
+    match transform:
+        case Chain(parts=(only,)):
+            return _has_unbiased(only)
+        case Chain(parts=(*head, Affine())):
+            return _has_unbiased(Chain(*head))
+        case Power(p=p):
+            return p == int(p)
+    return isinstance(transform, Identity | Affine | Exponential)
 
 
 def _falling(j: Array, K: int, p: int) -> Array:
@@ -316,7 +328,8 @@ def log_partition(transform: Transform, beta: float, K: int, estimator: Estimato
     """
     if not (isfinite(beta) and beta > 0):
         raise ValueError(f"log_partition needs a finite beta > 0, got beta={beta!r}.")
-    total = float(logsumexp(values(transform, K, estimator)[::2] / beta)) - log(K + 1)
+    with np.errstate(over="ignore"):
+        total = float(logsumexp(values(transform, K, estimator)[::2] / beta)) - log(K + 1)
     if not isfinite(total):
         raise OverflowError(f"log_partition needs values / beta that a float can hold, got beta={beta!r}.")
     return total
@@ -338,11 +351,12 @@ def references_needed(
     if delta is not None and not np.isfinite(transform(np.array([0.0, 1.0]))).all():
         raise ValueError(f"references_needed with delta needs a transform that is finite on [0, 1], got {transform!r}.")
     worst = partial(_worst_error, delta=delta) if delta is not None else rmse
-    fails, tried, enough = 0, 1, MOST_REFERENCES + 1
+    most = MOST_FITTED if estimator == "unbiased" and not _has_unbiased(transform) else MOST_REFERENCES
+    fails, tried, enough = 0, 1, most + 1
     for step in count():
         excess = worst(transform, tried, estimator) / error
         fails, enough = (tried, enough) if excess > 1 else (fails, tried)
-        if fails == MOST_REFERENCES:
+        if fails == most:
             raise ValueError(f"references_needed finds no K <= {fails} with an error of {error!r} for {transform!r}.")
         if enough - fails == 1:
             break
@@ -430,7 +444,7 @@ def win_rate_at_kl(
 
 @dataclass(frozen=True)
 class _Law:
-    """A law of u at the nodes of a Gauss rule on each panel: what `Procedure.tilt` reads."""
+    """Laws of u at the nodes of a Gauss rule on each panel: what `Procedure.tilt` reads, one row at a time."""
 
     u: Array
     mass: Array
@@ -459,8 +473,25 @@ class _Policies:
 
     def win_rates(self, beta: float) -> Array:
         """Win rate of each."""
-        rows = zip(self.ends, self.density(beta), strict=True)
-        return np.array([_win_rate(ends, density, self.procedure, self.base) for ends, density in rows])
+        blocks = np.array_split(np.arange(len(self.ends)), ceil(self.ends.size * self.order / 2e6))
+        density = self.density(beta)
+        return np.concatenate([self._win_rates(self.ends[rows], density[rows]) for rows in blocks])
+
+    @property
+    def order(self) -> int:
+        """Nodes on each panel: exact between two polynomials, as best-of-n and worst-of-n of n <= 128 have."""
+        return min(128, max(16, self.procedure.draws, self.base.draws))
+
+    def _win_rates(self, ends: Array, density: Array) -> Array:
+        """Integral of the policies' output density against the CDF of the base's output (Thm 4)."""
+        _, weights, running = rule = _gauss(self.order)
+        policy, reference = _step_law(ends, density, rule), _step_law(ends, np.ones_like(density), rule)
+        base_density = _tilt(self.base, reference) * np.diff(ends)[:, :, None]
+        totals = base_density @ weights
+        base_cdf = (np.cumsum(totals, axis=1) - totals)[:, :, None] + base_density @ running.T
+        output = policy.mass * _tilt(self.procedure, policy)
+        won = (output * base_cdf).sum(axis=(1, 2))
+        return np.asarray(won / (output.sum(axis=(1, 2)) * totals.sum(axis=1)))
 
     def outcome(self, beta: float, fixed_kl: bool = False) -> WinRateAtK:
         """Means and standard errors."""
@@ -495,25 +526,21 @@ def _drawn(
     return _Policies(rewards, ends, procedure, base)
 
 
-def _win_rate(ends: Array, density: Array, procedure: Procedure, base: Procedure) -> float:
-    """Integral of the policy's output density against the CDF of the base's output (Thm 4)."""
-    # Between two polynomials, as best-of-n and worst-of-n have, this many nodes are exact.
-    rule = _gauss(min(128, max(16, procedure.draws, base.draws)))
-    policy, reference = _step_law(ends, density, rule), _step_law(ends, np.ones_like(density), rule)
-    base_density = base.tilt(reference).reshape(-1, len(rule[0])) * np.diff(ends)[:, None]
-    totals = base_density @ rule[1]
-    base_cdf = (np.cumsum(totals) - totals)[:, None] + base_density @ rule[2].T
-    output = policy.mass * procedure.tilt(policy)
-    return float(output @ base_cdf.ravel() / (output.sum() * totals.sum()))
-
-
 def _step_law(ends: Array, density: Array, rule: tuple[Array, Array, Array]) -> _Law:
-    gap, (x, weights, _) = np.diff(ends)[:, None], rule
-    mass = gap * density[:, None]
-    cdf = np.cumsum(mass)[:, None] - mass * (1 - x)
-    survival = np.cumsum(mass[::-1])[::-1, None] - mass * x
-    parts = (ends[:-1, None] + gap * x, mass * weights, np.clip(cdf, 0, 1), np.clip(survival, 0, 1))
-    return _Law(*(part.ravel() for part in parts))
+    """Laws with a constant density on each panel."""
+    gap, (x, weights, _) = np.diff(ends)[:, :, None], rule
+    mass = gap * density[:, :, None]
+    cdf = np.cumsum(mass, axis=1) - mass * (1 - x)
+    survival = np.flip(np.cumsum(np.flip(mass, 1), axis=1), 1) - mass * x
+    return _Law(ends[:, :-1, None] + gap * x, mass * weights, np.clip(cdf, 0, 1), np.clip(survival, 0, 1))
+
+
+def _tilt(procedure: Procedure, law: _Law) -> Array:
+    """The procedure's tilt of each law, all at once where it is a function of the rank alone (Def. 6)."""
+    if isinstance(procedure, CalibratedProcedure):
+        return procedure.density(law.cdf, law.survival)
+    flat = [part.reshape(len(part), -1) for part in (law.u, law.mass, law.cdf, law.survival)]
+    return np.array([procedure.tilt(_Law(*row)) for row in zip(*flat, strict=True)]).reshape(law.u.shape)
 
 
 @lru_cache(maxsize=32)

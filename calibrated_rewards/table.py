@@ -73,7 +73,7 @@ class ReferenceTable:
     @classmethod
     def build(
         cls,
-        rows: Iterable[Row | tuple[Any, ...]],
+        rows: Iterable[Sequence[Any]],
         *,
         path: Directory | None = None,
         meta: Mapping[str, Any] | None = None,
@@ -223,7 +223,7 @@ class ReferenceTable:
 
     def extend(
         self,
-        rows: Iterable[Row | tuple[Any, ...]],
+        rows: Iterable[Sequence[Any]],
         *,
         path: Directory | None = None,
         meta: Mapping[str, Any] | None = None,

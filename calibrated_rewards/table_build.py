@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
@@ -39,7 +39,7 @@ def build(
     rows: Iterable[Any],
     path: str | os.PathLike[str] | None,
     meta: str,
-    duplicates: Literal["error", "pool"],
+    duplicates: str,
     lengths: Iterable[int] = (),
 ) -> Content:
     """The content of a table of these rows: in memory, or on disk at `path`, by way of a temporary file there."""

@@ -62,6 +62,16 @@ class Header:
                 entries[name] = {"dtype": dtype, "shape": [size], "data_offsets": [begin, end]}
         return entries
 
+    def is_consistent(self) -> bool:
+        """Whether sizes, digests and meta are such as a table can have."""
+        offsets, *aliases = (self.sizes.get(name, 0) for name in ("offsets", "alias_high", "alias_low", "alias_rows"))
+        return (
+            (offsets == self.prompts + 1 or (offsets == 0 and self.total % self.prompts == 0))
+            and aliases == [aliases[0]] * 3
+            and set(self.digests) == set(self.tensors()) - {"scores"}
+            and isinstance(json.loads(self.meta), dict)
+        )
+
     def encode(self) -> bytes:
         """The bytes before the data: length, JSON, and spaces up to a multiple of eight."""
         metadata = {
@@ -113,7 +123,7 @@ def decode_header(head: bytes, path: Path) -> Header:
             raise ValueError(f"{prompts} prompts, {total} scores, {rows_per_block} rows per block")
         sizes, digests = json.loads(metadata["sizes"]), json.loads(metadata["digests"])
         header = Header(prompts, total, rows_per_block, sizes, digests, metadata["meta"])
-        if entries != header.tensors() or not isinstance(json.loads(header.meta), dict):
+        if entries != header.tensors() or not header.is_consistent():
             raise ValueError(f"tensors {entries} where the counts say {header.tensors()}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         rule = f"{path} must be a {FORMAT!r} of version {VERSION}, keys {KEYS!r}"

@@ -224,10 +224,15 @@ def test_one_reference_is_a_baseline():
     assert calibrate(LogSigmoidAtQuantile(), [reference], [score]) == pytest.approx(-log1p(exp(-0.5)))
 
 
-def test_equal_references_have_no_spread_though_their_mean_is_rounded():
-    """Three times float32(0.1): its float64 mean may differ from it by a bit, which is not a deviation."""
-    for k in range(1, 60):
-        assert calibrate(ZScore(), [0.1] * k, [5.0]).tolist() == [0]
+@pytest.mark.parametrize("reference", [0.1, -3.3e38, 1e-45])
+def test_equal_references_have_no_spread_at_all(reference):
+    """Not even that of a rounded mean, which a division would blow up; two neighbouring floats do have one."""
+    reference = float(np.float32(reference))
+    for k in range(1, 120, 7):
+        assert calibrate(ZScore(), [reference] * k, [5.0]).tolist() == [0]
+    neighbour = float(np.nextafter(np.float32(reference), np.float32(np.inf)))
+
+    assert calibrate(ZScore(), [reference, neighbour], [reference, neighbour]).tolist() == [-1, 1]
 
 
 def test_standardises_the_references_themselves():
@@ -267,7 +272,7 @@ def test_scores_that_are_no_number_are_refused(calibration, bad, shown):
     table = ReferenceTable.build([("a", [0.0, 1.0])])
 
     with pytest.raises(ValueError, match=rf"finite.*{shown}.*1"):
-        calibration(table, np.zeros(3, np.int64), np.array([0.5, bad, np.nan]))
+        calibration(table, np.zeros(3, np.int64), np.array([0.5, bad, 0.25]))
 
 
 @pytest.mark.parametrize("calibration", ALL, ids=repr)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections import OrderedDict
 from hashlib import blake2b
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,8 +20,10 @@ from pydantic import BaseModel
 
 from calibrated_rewards.prompts import as_key, canonical_chat, id_key, longest_prefix, prompt_key, start_of
 
-texts = st.text(st.characters(exclude_categories=()), max_size=12)
-names = st.text(st.characters(exclude_categories=()), max_size=4)
+# Every code point, lone surrogates included, and often those that JSON escapes.
+letters = st.characters(exclude_categories=()) | st.sampled_from('\n\t\r\b\0\x1f\x7f"\\/ \u00e9')
+texts = st.text(letters, max_size=12)
+names = st.text(letters, max_size=4)
 # A whole float is written as an integer, and lists of content are flattened: both have tests of their own.
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | texts | st.floats(0.01, 0.99),
@@ -315,3 +319,15 @@ def test_start_of_is_short():
     """Errors show keys in hex, and no more than the start of a long prompt."""
     assert start_of(bytes(16)) == f"key {'00' * 16}"
     assert len(start_of([{"role": "user", "content": "x" * 1000}])) == 60
+
+
+def test_documented_keys():
+    """The keys that docs/table_format.md shows are the hashes of what it says is hashed."""
+    page = (Path(__file__).parents[1] / "docs" / "table_format.md").read_text()
+    for text, key in [
+        ("text:Hi", prompt_key("Hi")),
+        ('chat:[{"content":"Hi","role":"user"}]', prompt_key([{"role": "user", "content": "Hi"}])),
+        ("id:7", id_key(7)),
+    ]:
+        assert blake2b(text.encode(), digest_size=16).digest() == key
+        assert re.search(rf"{re.escape(text)} +{key.hex()}\n", page)
