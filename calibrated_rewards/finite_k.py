@@ -39,7 +39,7 @@ from calibrated_rewards.transforms import Affine, Chain, Exponential, Identity, 
 Array: TypeAlias = npt.NDArray[np.float64]
 Estimator: TypeAlias = Literal["empirical", "posterior", "unbiased", "randomised"]
 MOST_REFERENCES = 10**6
-# The least-squares fit behind "unbiased" and the exact band each take a second at this K, and grow with its cube.
+# The least-squares fit behind "unbiased" and the exact band take up to a second at this K, and much longer soon after.
 MOST_FITTED = MOST_BANDED = 1000
 
 
@@ -245,9 +245,7 @@ def _panels(transform: Transform, K: int = 1, edges: npt.ArrayLike = ()) -> Grid
         rows = _inside(transform, grid).reshape(-1, ORDER)
         missed = np.abs(rows @ TO_COEFFICIENTS[-3:].T).max(axis=1) / np.maximum(np.abs(rows).max(axis=1), 1e-300)
         # Far out in the logit a float u < 1 is noisy, and what is noise there is of no weight.
-        inner = np.where(
-            grid.edges[1:] * grid.edges[:-1] > 0, np.minimum(*np.abs([grid.edges[1:], grid.edges[:-1]])), 0
-        )
+        inner = np.abs(grid.edges[1:] + grid.edges[:-1]) / 2 - grid.widths / 2
         coarse = (missed > 1e-12) & (missed * np.exp(-inner) > 1e-15) & (grid.widths > 1e-9 * np.maximum(1.0, inner))
         if not coarse.any() or len(coarse) > most:  # the latter for a Phi whose values are noisy themselves
             _check_tails(transform, grid)
@@ -463,7 +461,8 @@ class _Policies:
 
     def density(self, beta: float) -> Array:
         """f on each panel, proportional to e^{reward / beta}."""
-        height = np.exp((self.rewards - self.rewards.max(axis=1, keepdims=True)) / beta)
+        with np.errstate(over="ignore"):
+            height = np.exp((self.rewards - self.rewards.max(axis=1, keepdims=True)) / beta)
         return np.asarray(height / (height * np.diff(self.ends)).sum(axis=1, keepdims=True))
 
     def kl(self, beta: float) -> Array:

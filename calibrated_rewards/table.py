@@ -85,7 +85,7 @@ class ReferenceTable:
         that comes back is the mapped one. `meta` is anything JSON can say (tuples come back as lists).
         A prompt that comes twice is an error unless `duplicates="pool"`.
         """
-        return cls(table_build.build(rows, path, _as_json(meta or {}), duplicates))
+        return cls(table_build.build(rows, path, meta or {}, duplicates))
 
     @classmethod
     def load(cls, path: Directory, *, verify: bool | None = None) -> ReferenceTable:
@@ -218,8 +218,8 @@ class ReferenceTable:
             raise ValueError("merge needs tables of one meta, or the meta of the result: they may be of other scorers")
         contents = [table._content for table in (self, *others)]
         rows = (row for content in contents for row in table_build.rows_of(content))
-        text = self._content.meta if meta is None else _as_json(meta)
-        return ReferenceTable(table_build.build(rows, path, text, duplicates, table_build.lengths_of(*contents)))
+        meta = self.meta if meta is None else meta
+        return ReferenceTable(table_build.build(rows, path, meta, duplicates, table_build.lengths_of(*contents)))
 
     def extend(
         self,
@@ -231,8 +231,8 @@ class ReferenceTable:
     ) -> ReferenceTable:
         """A table with more references for prompts that this one has, found by key or alias; new ones if allowed."""
         both = (row for part in (table_build.rows_of(self._content), self._known(rows, allow_new)) for row in part)
-        text = self._content.meta if meta is None else _as_json(meta)
-        return ReferenceTable(table_build.build(both, path, text, "pool", table_build.lengths_of(self._content)))
+        meta = self.meta if meta is None else meta
+        return ReferenceTable(table_build.build(both, path, meta, "pool", table_build.lengths_of(self._content)))
 
     def describe(self) -> dict[str, float]:
         """The table in ten numbers, which `table_summary.describe` explains."""
@@ -243,21 +243,31 @@ class ReferenceTable:
         self.save(save_directory)
 
     @classmethod
-    def from_pretrained(cls, name: Directory, *, verify: bool | None = None, **hub: Any) -> ReferenceTable:
-        """Open a table from a directory, or from the Hugging Face Hub with the options of `table_hub.download`."""
+    def from_pretrained(
+        cls,
+        name: Directory,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        verify: bool | None = None,
+        **hub: Any,
+    ) -> ReferenceTable:
+        """Open a table from a directory, or from the Hugging Face Hub; `table_hub.download` has the other options."""
         if os.path.isdir(name):
             return cls.load(name, verify=verify)
         from calibrated_rewards import table_hub
 
-        return cls.load(table_hub.download(str(name), **hub), verify=verify)
+        return cls.load(table_hub.download(str(name), revision=revision, token=token, **hub), verify=verify)
 
-    def push_to_hub(self, repo_id: str, **hub: Any) -> str:
-        """Upload the table to the Hugging Face Hub with the options of `table_hub.upload`; the URL of the commit."""
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **hub: Any
+    ) -> str:
+        """Upload the table to the Hugging Face Hub, for the URL of the commit; `table_hub.upload` has more options."""
         from calibrated_rewards import table_hub
 
         with tempfile.TemporaryDirectory() as directory:
             self.save(directory)
-            return table_hub.upload(directory, repo_id, **hub)
+            return table_hub.upload(directory, repo_id, private=private, token=token, **hub)
 
     def _find_keys(self, keys: Sequence[bytes]) -> Int64[np.ndarray, " G"]:
         column, wanted = self._content.column, table_search.halves(keys)
@@ -300,10 +310,3 @@ def _route(values: Any) -> Any:
     from calibrated_rewards import table_torch
 
     return table_torch
-
-
-def _as_json(meta: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(dict(meta), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"meta must be what JSON can say, got {start_of(meta)}: {error}") from None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -38,22 +39,30 @@ class Row(NamedTuple):
 def build(
     rows: Iterable[Any],
     path: str | os.PathLike[str] | None,
-    meta: str,
+    meta: Mapping[str, Any],
     duplicates: str,
     lengths: Iterable[int] = (),
 ) -> Content:
     """The content of a table of these rows: in memory, or on disk at `path`, by way of a temporary file there."""
     if duplicates not in ("error", "pool"):
         raise ValueError(f"duplicates is 'error' or 'pool', got {duplicates!r}")
+    meta_text = _as_json(meta)
     if path is None:
         with io.BytesIO() as file:
             gathered = _gather(_spool(rows, file, lengths), duplicates)
-            return InMemory(gathered.columns, gathered.read(0, len(gathered.groups) - 1), meta)
+            return InMemory(gathered.columns, gathered.read(0, len(gathered.groups) - 1), meta_text)
     Path(path).mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=path, buffering=0) as file:
         gathered = _gather(_spool(rows, file, lengths), duplicates)
-        write_table(path, gathered.columns, int(gathered.offsets[-1]), meta, gathered.read)
+        write_table(path, gathered.columns, int(gathered.offsets[-1]), meta_text, gathered.read)
     return open_table(path)
+
+
+def _as_json(meta: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(meta), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"meta must be what JSON can say, got {start_of(meta)}: {error}") from None
 
 
 def as_row(item: Any, position: int) -> Row:
@@ -135,8 +144,10 @@ class _Spool:
             self.flush()
 
     def flush(self) -> None:
-        self.file.write(self.pending)
-        self.pending.clear()
+        rest = memoryview(self.pending)
+        while rest:  # a raw file may take less than all of it, and say why at the next try
+            rest = rest[self.file.write(rest) :]
+        self.pending = bytearray()
 
 
 def _spool(rows: Iterable[Any], file: io.BytesIO | io.FileIO, lengths: Iterable[int]) -> _Spool:
@@ -173,11 +184,14 @@ class _Gathered:
         offsets = (self.offsets[first : last + 1] - self.offsets[first]).tolist()
         groups = self.groups[first : last + 1].tolist()
         flat = np.empty(offsets[-1], np.float32)
+        arrivals = self.order[groups[0] : groups[-1]]
+        begins, sizes = self.begins[arrivals], self.begins[arrivals + 1] - self.begins[arrivals]
         at, memory = 0, flat.data.cast("B")
-        for arrival in self.order[groups[0] : groups[-1]]:
-            begin, end = self.begins[arrival], self.begins[arrival + 1]
-            self.file.seek(4 * begin)
-            at += self.file.readinto(memory[at : at + 4 * (end - begin)])
+        for begin, size in zip((4 * begins).tolist(), (4 * sizes).tolist(), strict=True):
+            self.file.seek(begin)
+            at += self.file.readinto(memory[at : at + size])
+        if at != flat.nbytes:
+            raise OSError(f"the temporary file of a table must keep its {flat.nbytes} bytes, got {at} back")
         if len(self.order) != len(self.groups) - 1:
             for row in np.flatnonzero(np.diff(groups) > 1):
                 flat[offsets[row] : offsets[row + 1]].sort()

@@ -287,7 +287,7 @@ def test_build_says_what_is_wrong_with_which_row(rows, error, message, tmp_path)
 def test_build_options_are_checked():
     """What is neither a way to treat duplicates nor JSON is refused."""
     with pytest.raises(ValueError, match="duplicates is 'error' or 'pool', got 'first'"):
-        build([("a", [1.0])], None, "{}", "first")
+        build([("a", [1.0])], None, {}, "first")
     for meta in ({"a": float("nan")}, {"a": {1}}, {"a": b"x"}):
         with pytest.raises(TypeError, match="meta must be what JSON can say"):
             ReferenceTable.build([("a", [1.0])], meta=meta)
