@@ -432,7 +432,7 @@ def win_rate_at_kl(
     """
     policies = _drawn(transform, procedure, K, estimator, base, draws, seed)
     scale = float(np.ptp(policies.rewards)) or 1.0
-    low, high = log(scale) - 25, log(scale) + 25
+    low, high = max(log(scale) - 25, -700.0), min(log(scale) + 25, 700.0)  # what exp can hold
     reached = [float(policies.kl(exp(log_beta)).mean()) for log_beta in (low, high)]
     if not reached[1] < kl < reached[0]:
         raise ValueError(f"win_rate_at_kl needs a KL > 0 and < {reached[0]:.4g}, the most K={K} gives, got kl={kl!r}.")

@@ -101,7 +101,7 @@ def _random_best(scores: Array, rng: np.random.Generator) -> npt.NDArray[np.intp
     return np.asarray(np.take_along_axis(order, best[..., None], -1)[..., 0], np.intp)
 
 
-def _share_ties(pool: Array, by_rank: Array) -> Array:
+def share_ties(pool: Array, by_rank: Array) -> Array:
     """Hand out weights by rank; tied scores share theirs, as a random tie-break would."""
     _, group, size = np.unique(pool, return_inverse=True, return_counts=True)
     ends = np.cumsum(size)
@@ -178,7 +178,7 @@ class BestOf:
     def pool_weights(self, scores: npt.ArrayLike) -> Array:
         """Exact: the best of a random n-subset of the pool."""
         pool = checked_pool(scores, self.n, f"BestOf({self.n})")
-        return _share_ties(pool, best_of_subset(len(pool), self.n))
+        return share_ties(pool, best_of_subset(len(pool), self.n))
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class WorstOf:
     def pool_weights(self, scores: npt.ArrayLike) -> Array:
         """Exact: the worst of a random n-subset of the pool."""
         pool = checked_pool(scores, self.n, f"WorstOf({self.n})")
-        return _share_ties(pool, best_of_subset(len(pool), self.n)[::-1])
+        return share_ties(pool, best_of_subset(len(pool), self.n)[::-1])
 
 
 @dataclass(frozen=True)
@@ -264,4 +264,4 @@ class Calibrated:
         """Self-normalised: in proportion to g at the middle of each rank's bin; ties share."""
         pool = checked_pool(scores, 1, "Calibrated")
         by_rank = np.asarray(self.g((np.arange(len(pool)) + 0.5) / len(pool)), np.float64)
-        return _share_ties(pool, by_rank / by_rank.sum())
+        return share_ties(pool, by_rank / by_rank.sum())

@@ -151,7 +151,7 @@ def resolve(
 ) -> Law:
     """The law with density proportional to e^{log_weight(s)} on a grid fine enough for it (and for `watch` of it).
 
-    `breaks` are quantiles in (0, 1) where something jumps or bends. Refinement ends at the tolerance, or at the rounding
+    `breaks` are quantiles in (0, 1) where something jumps or bends. Refinement ends at the tolerance, at the rounding
     error of log_weight itself, or where a panel has become too short to matter.
     """
     edges = np.unique(np.concatenate([_window(log_weight), logit(np.array(list(breaks), np.float64))]))

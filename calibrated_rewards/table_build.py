@@ -200,13 +200,14 @@ class _Gathered:
 
 def _gather(spool: _Spool, duplicates: str) -> _Gathered:
     high, low = halves(spool.keys)
+    spool.keys.clear()
     order = np.lexsort((low, high))
     high, low = high[order], low[order]
     new = _first_of_its_kind(high, low)
     if duplicates == "error" and not new.all():
         twice = int(np.flatnonzero(~new)[0])
         first, second = sorted(order[twice - 1 : twice + 1].tolist())
-        key = bytes(spool.keys[16 * first : 16 * first + 16]).hex()
+        key = f"{high[twice]:016x}{low[twice]:016x}"
         raise ValueError(
             f"rows {first} and {second} have the same prompt, key {key}; duplicates='pool' would pool them"
         )
@@ -214,34 +215,39 @@ def _gather(spool: _Spool, duplicates: str) -> _Gathered:
     counts = np.frombuffer(spool.counts, dtype=np.int64)
     sizes = np.add.reduceat(counts[order], groups[:-1])
     offsets = np.append(0, np.cumsum(sizes))
-    row_of = np.empty(len(order), dtype=np.int64)
-    row_of[order] = np.cumsum(new) - 1
+    high, low = high[new], low[new]
     columns = {
-        "keys_high": high[new],
-        "keys_low": low[new],
+        "keys_high": high,
+        "keys_low": low,
         "offsets": offsets if (sizes != sizes[0]).any() else offsets[:0],
         "lengths": np.array(sorted(spool.lengths), dtype=np.int64),
     }
-    columns |= _alias_columns(spool, columns["keys_high"], columns["keys_low"], row_of)
+    columns |= _alias_columns(spool, high, low, order, new)
     return _Gathered(spool.file, columns, order, groups, np.append(0, np.cumsum(counts)), offsets)
 
 
-def _alias_columns(spool: _Spool, high: Any, low: Any, row_of: Int64[np.ndarray, " A"]) -> dict[str, np.ndarray]:
+def _alias_columns(
+    spool: _Spool, high: Any, low: Any, order: Int64[np.ndarray, " A"], first: Bool[np.ndarray, " A"]
+) -> dict[str, np.ndarray]:
     """Sorted aliases, without those that say nothing new; an alias that leads to two prompts is refused."""
     alias_high, alias_low = halves(spool.alias_keys)
-    rows = row_of[np.frombuffer(spool.alias_owners, dtype=np.int64)] if len(alias_high) else row_of[:0]
-    order = np.lexsort((rows, alias_low, alias_high))
-    alias_high, alias_low, rows = alias_high[order], alias_low[order], rows[order]
+    if not len(alias_high):
+        return {"alias_high": alias_high, "alias_low": alias_low, "alias_rows": np.empty(0, dtype=np.int64)}
+    row_of = np.empty(len(order), dtype=np.int64)
+    row_of[order] = np.cumsum(first) - 1
+    rows = row_of[np.frombuffer(spool.alias_owners, dtype=np.int64)]
+    by_key = np.lexsort((rows, alias_low, alias_high))
+    alias_high, alias_low, rows = alias_high[by_key], alias_low[by_key], rows[by_key]
     new = _first_of_its_kind(alias_high, alias_low)
     prompt = locate(high, low, alias_high, alias_low)
-    prompt = np.where(prompt < 0, rows[np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))], prompt)
-    if (clash := np.flatnonzero(prompt != rows)).size:
-        owners = [int(np.flatnonzero(row_of == row)[0]) for row in (prompt[clash[0]], rows[clash[0]])]
+    wanted = np.where(prompt < 0, rows[np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))], prompt)
+    if (clash := np.flatnonzero(wanted != rows)).size:
+        owners = [int(np.flatnonzero(row_of == row)[0]) for row in (wanted[clash[0]], rows[clash[0]])]
         key = f"{alias_high[clash[0]]:016x}{alias_low[clash[0]]:016x}"
         raise ValueError(
             f"an alias must lead to one prompt, got key {key} for those of rows {min(owners)} and {max(owners)}"
         )
-    keep = new & (locate(high, low, alias_high, alias_low) < 0)
+    keep = new & (prompt < 0)
     return {"alias_high": alias_high[keep], "alias_low": alias_low[keep], "alias_rows": rows[keep]}
 
 

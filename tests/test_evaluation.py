@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr, ndtri
 
-from calibrated_rewards.evaluation import Estimate, Influence, Prediction, Samples, difference, predict, win_rate
+from calibrated_rewards.estimates import Estimate, Influence, Samples, difference
+from calibrated_rewards.evaluation import Prediction, predict, win_rate
 from calibrated_rewards.procedures import BestOf, Calibrated, Standard, WorstOf
 from calibrated_rewards.score_procedures import RewindAndRepeat, SoftBestOf
 

@@ -89,6 +89,7 @@ def test_icdf_of_j_over_k_is_the_jth():
 
 
 @given(contents)
+@settings(max_examples=30)
 def test_mean_of_own_references_is_one_half(content):
     """Lemma 4 for K references: their own calibrated scores average 1/2, ties or not."""
     table = ReferenceTable.build(content.items())
@@ -97,6 +98,7 @@ def test_mean_of_own_references_is_one_half(content):
 
 
 @given(contents, st.data())
+@settings(max_examples=30)
 def test_batches_are_their_parts(content, data):
     """One by one, all at once, over the border of a chunk, and as (P, G), the ranks are the same."""
     table = ReferenceTable.build(content.items())
@@ -115,6 +117,7 @@ def test_batches_are_their_parts(content, data):
 
 
 @given(contents | uniform)
+@settings(max_examples=30)
 def test_blocks_hold_every_row_once(content):
     """Every position comes exactly once, with its own references."""
     table = ReferenceTable.build(content.items())
@@ -137,7 +140,7 @@ def test_large_blocks_are_bounded():
 
 
 @given(st.one_of(contents, uniform), st.randoms(use_true_random=False))
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_any_order_of_arrival_is_the_same_bytes(tmp_path_factory, content, random):
     """Rows, references and aliases in any order, through memory or disk, make the same two files."""
     folder = tmp_path_factory.mktemp("tables")
@@ -151,7 +154,7 @@ def test_any_order_of_arrival_is_the_same_bytes(tmp_path_factory, content, rando
 
 
 @given(contents, contents, st.booleans())
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_merge_and_extend_are_building_from_the_union(tmp_path_factory, one, other, mapped):
     """Pooled rows, their aliases, and prefixes are those of a table of all rows at once."""
     folder = tmp_path_factory.mktemp("tables")
@@ -387,7 +390,7 @@ def test_threads_share_a_table(tmp_path):
 
 
 @given(contents | uniform)
-@settings(max_examples=50)
+@settings(max_examples=40)
 def test_describe_by_brute_force(content):
     """The ten numbers, each from its definition."""
     content = {prompt: [s for s in row if abs(s) < 2] or [0.1] for prompt, row in content.items()}
