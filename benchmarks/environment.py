@@ -12,13 +12,14 @@ from pathlib import Path
 PACKAGES = ("calibrated-rewards", "numpy", "scipy", "torch", "numba")
 
 
-def environment() -> dict[str, str | int | None]:
-    """Python, packages, processor, cores and memory; None for what is not installed."""
+def environment() -> dict[str, str | float | None]:
+    """Python, packages, processor, cores, how busy they are, and memory; None for what is not installed."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[0], 1),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         **{package: _version(package) for package in PACKAGES},
     }

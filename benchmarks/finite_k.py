@@ -15,7 +15,9 @@ from environment import save
 
 from calibrated_rewards import theory
 from calibrated_rewards.bands import band, dkw
-from calibrated_rewards.finite_k import bias, references_needed, rmse, values, win_rate_at_kl
+from calibrated_rewards.finite_k import values
+from calibrated_rewards.finite_k_error import bias, references_needed, rmse
+from calibrated_rewards.fixed_references import win_rate_at_kl
 from calibrated_rewards.procedures import BestOf, Standard
 from calibrated_rewards.scaling import moments
 from calibrated_rewards.transforms import Exponential, Identity, Log, NormalQuantile

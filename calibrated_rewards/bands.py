@@ -17,7 +17,6 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float
-from scipy.optimize import brentq
 from scipy.special import betaincinv, gammaln, xlogy
 
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -110,6 +109,8 @@ def _boxes(K: int, level: float) -> tuple[Array, Array]:
 @lru_cache(maxsize=256)
 def _local_level(K: int, delta: float) -> float:
     """The level at which all K central intervals hold together with probability 1 - delta exactly."""
+    from scipy.optimize import brentq
+
     # Between Bonferroni's level and the one that a single order statistic would have.
     low, high = log(delta / K), log(delta)
     if K == 1 or _excess(low, K, delta) <= 0:  # the latter where delta is too small for doubles to tell them apart

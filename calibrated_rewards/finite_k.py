@@ -8,39 +8,33 @@ empirical quantile (Eq. 12) is i / 2K, and no more is known of it. Four ways to 
 * "unbiased": its mean over references is Phi(C) for every C, exactly or as nearly as a non-decreasing vector can;
 * "randomised": the mean of Phi over the bin `randomised` draws from, whose u is exactly uniform under pi_ref.
 
+`finite_k_error` has the bias and the mean square error of each, `fixed_references` what K costs in win rate.
+
 >>> for estimator in "empirical", "posterior", "unbiased", "randomised":
-...     excess = float(bias(Exponential(10.0), 32, estimator, 0.5)) / np.exp(5.0)
-...     print(f"{estimator:10}  bias at C = 1/2 {excess:+.1%}  rmse {rmse(Exponential(10.0), 32, estimator):.0f}")
-empirical   bias at C = 1/2 +47.6%  rmse 2011
-posterior   bias at C = 1/2 +96.5%  rmse 1695
-unbiased    bias at C = 1/2 -0.0%  rmse 1980
-randomised  bias at C = 1/2 +44.7%  rmse 1747
+...     print(f"{estimator:10}", values(Identity(), 2, estimator).round(3))
+empirical  [0.   0.25 0.5  0.75 1.  ]
+posterior  [0.25  0.375 0.5   0.625 0.75 ]
+unbiased   [0.   0.25 0.5  0.75 1.  ]
+randomised [0.167 0.333 0.5   0.667 0.833]
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import count
+from functools import partial
 from math import ceil, exp, isfinite, log, sqrt
 from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float
-from numpy.polynomial import legendre
-from scipy.optimize import brentq, nnls
 from scipy.special import digamma, gammaln, log_expit, logit, logsumexp, xlog1py, xlogy
 
-from calibrated_rewards.bands import band
-from calibrated_rewards.procedures import CalibratedProcedure, Procedure
 from calibrated_rewards.quadrature import MOST_PANELS, ORDER, TO_COEFFICIENTS, WINDOW, Grid
 from calibrated_rewards.transforms import Affine, Chain, Exponential, Identity, Log, Power, Transform, knots
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Estimator: TypeAlias = Literal["empirical", "posterior", "unbiased", "randomised"]
-MOST_REFERENCES = 10**6
-# The least-squares fit behind "unbiased" and the exact band take up to a second at this K, and much longer soon after.
-MOST_FITTED = MOST_BANDED = 1000
+# The least-squares fit behind "unbiased" takes up to a second at this K, and much longer soon after.
+MOST_FITTED = 1000
 
 
 def values(transform: Transform, K: int, estimator: Estimator = "empirical") -> Float[np.ndarray, " {2*K+1}"]:
@@ -102,8 +96,8 @@ def _posterior(transform: Transform, K: int) -> Array:
             return _confluent(a, b, t)
         case Exponential(t=t):  # Kummer's transformation leaves a series of terms > 0, hence no cancellation
             return -exp(t) * _confluent(b - a, b, -t)
-    grid = _panels(transform, K)
-    phi, mass = _inside(transform, grid), np.log(grid.weights) + grid.log_slope
+    grid = panels(transform, K)
+    phi, mass = inside(transform, grid), np.log(grid.weights) + grid.log_slope
     # In theta = arcsin sqrt(u), C given i has standard deviation 1 / sqrt(4K) for every i: 14 of them hold it all.
     theta, reach, low, high = np.arcsin(np.sqrt(grid.u)), 7 / sqrt(K), log_expit(grid.s), log_expit(-grid.s)
     vector = np.empty(2 * K + 1)
@@ -139,18 +133,6 @@ def _unbiased(transform: Transform, K: int) -> Array:
     return _with_ties(_least_biased(transform, K))
 
 
-def _has_unbiased(transform: Transform) -> bool:
-    """Whether "unbiased" is exact, or a series, once K is large."""
-    match transform:
-        case Chain(parts=(only,)):
-            return _has_unbiased(only)
-        case Chain(parts=(*head, Affine())):
-            return _has_unbiased(Chain(*head))
-        case Power(p=p):
-            return p == int(p)
-    return isinstance(transform, Identity | Affine | Exponential)
-
-
 def _falling(j: Array, K: int, p: int) -> Array:
     """binom(j, p) / binom(K, p), whose mean over j ~ Binomial(K, C) is C^p."""
     product = np.ones_like(j)
@@ -178,15 +160,17 @@ def _least_biased(transform: Transform, K: int) -> Array:
     vectors whose biases no double can tell apart, the one with the least variance: the root mean square bias is within
     1e-4 of an rmse of the least.
     """
+    from scipy.optimize import nnls
+
     if K > MOST_FITTED:
         raise ValueError(f'"unbiased" needs K <= {MOST_FITTED} for {transform!r}, which has no exact one, got K={K}.')
-    grid = _panels(transform, K)
-    phi, weight = _inside(transform, grid), np.sqrt(grid.weights * np.exp(grid.log_slope))
+    grid = panels(transform, K)
+    phi, weight = inside(transform, grid), np.sqrt(grid.weights * np.exp(grid.log_slope))
     origin, span = phi[0], phi[-1] - phi[0]
     if span == 0:
         return np.full(K + 1, origin)
     penalty, bernstein = 1e-4 / sqrt(K + 1), np.zeros((len(phi), K + 1))
-    np.put_along_axis(bernstein, *_binomial(K, grid.u), axis=1)
+    np.put_along_axis(bernstein, *binomial_chances(K, grid.u), axis=1)
     basis = np.vstack([weight[:, None] * bernstein, penalty * np.eye(K + 1)])
     target = np.concatenate([weight * (phi - origin), penalty * (_posterior(transform, K)[::2] - origin)]) / span
     steps = np.flip(np.cumsum(np.flip(basis, 1), axis=1), 1)
@@ -196,11 +180,11 @@ def _least_biased(transform: Transform, K: int) -> Array:
 
 
 def _randomised(transform: Transform, K: int) -> Array:
-    grid = _panels(transform, 1, logit(np.arange(1, K + 1) / (K + 1)))
+    grid = panels(transform, 1, logit(np.arange(1, K + 1) / (K + 1)))
     mass = (grid.weights * np.exp(grid.log_slope)).reshape(-1, ORDER)
     first = np.searchsorted(grid.edges, logit(np.arange(1, K + 1) / (K + 1)))
     bins = partial(np.add.reduceat, indices=np.concatenate([[0], first]))
-    return _with_ties(bins((mass * _inside(transform, grid).reshape(-1, ORDER)).sum(axis=1)) / bins(mass.sum(axis=1)))
+    return _with_ties(bins((mass * inside(transform, grid).reshape(-1, ORDER)).sum(axis=1)) / bins(mass.sum(axis=1)))
 
 
 _ESTIMATES: dict[str, Callable[[Transform, int], Array]] = {
@@ -231,18 +215,18 @@ def randomised(below: npt.ArrayLike, equal: npt.ArrayLike, K: int, rng: np.rando
     return np.asarray((below + draw * (equal + 1)) / (K + 1))[()]
 
 
-def _inside(transform: Transform, grid: Grid) -> Array:
+def inside(transform: Transform, grid: Grid) -> Array:
     """Phi at the nodes, short of u = 1 where the logit is finite and the float is not."""
     return np.asarray(transform(np.clip(grid.u, 1e-300, 1 - 2.0**-53)), np.float64)
 
 
-def _panels(transform: Transform, K: int = 1, edges: npt.ArrayLike = ()) -> Grid:
+def panels(transform: Transform, K: int = 1, edges: npt.ArrayLike = ()) -> Grid:
     """Panels that resolve Phi, to 1e-12 of its largest value on each, and the likelihood of C given any index of K."""
     turns = np.linspace(0, np.pi / 2, ceil(sqrt(K)) + 1)[1:-1]  # 3.1 standard deviations of arcsin sqrt(C) each
     grid = Grid(np.unique(np.concatenate([WINDOW, edges, logit(knots(transform)), 2 * np.log(np.tan(turns))])))
     most = len(grid.widths) + MOST_PANELS
     while True:
-        rows = _inside(transform, grid).reshape(-1, ORDER)
+        rows = inside(transform, grid).reshape(-1, ORDER)
         missed = np.abs(rows @ TO_COEFFICIENTS[-3:].T).max(axis=1) / np.maximum(np.abs(rows).max(axis=1), 1e-300)
         # Far out in the logit a float u < 1 is noisy, and what is noise there is of no weight.
         inner = np.abs(grid.edges[1:] + grid.edges[:-1]) / 2 - grid.widths / 2
@@ -257,14 +241,14 @@ def _check_tails(transform: Transform, grid: Grid) -> None:
     """Refuse a Phi so steep towards an infinite end that quantiles no float can tell from 0 or 1 carry its mean."""
     if np.isfinite(transform(np.array([0.0, 1.0]))).all():
         return
-    size = np.abs(_inside(transform, grid) - transform(0.5)) * grid.weights * np.exp(grid.log_slope)
+    size = np.abs(inside(transform, grid) - transform(0.5)) * grid.weights * np.exp(grid.log_slope)
     if size[np.abs(grid.s) > 34].sum() > 1e-10 * size.sum():
         raise ValueError(
             f"{transform!r} is too steep near 0 or 1: its mean depends on quantiles within 1e-15 of there."
         )
 
 
-def _binomial(K: int, u: Array) -> tuple[npt.NDArray[np.intp], Array]:
+def binomial_chances(K: int, u: Array) -> tuple[npt.NDArray[np.intp], Array]:
     """Counts j and the probabilities of J = j, J ~ Binomial(K, u): a row for each u, all that is above 1e-17 of it."""
     width = min(K + 1, int(2 * (9 * sqrt(K / 4) + 40)))
     start = np.clip(np.floor(K * u) - width // 2, 0, K + 1 - width).astype(np.intp)
@@ -273,49 +257,6 @@ def _binomial(K: int, u: Array) -> tuple[npt.NDArray[np.intp], Array]:
     log_chance = log_ways[j] + log_ways[K - j] + xlogy(j, u[:, None]) + xlog1py(K - j, -u[:, None])
     chance = np.exp(log_chance - log_chance.max(axis=1, keepdims=True))
     return j, chance / chance.sum(axis=1, keepdims=True)
-
-
-def _mean_deviation(whole: Array, u: Array, phi: Array, power: int) -> Array:
-    """E[(v_J - phi)^power] over references, at each true quantile u."""
-    K = len(whole) - 1
-    means = []
-    for part in np.array_split(np.arange(len(u)), ceil(len(u) * min(K + 1, 9 * sqrt(K) + 80) / 2e6) or 1):
-        j, chance = _binomial(K, u[part])
-        means.append((chance * (whole[j] - phi[part, None]) ** power).sum(axis=1))
-    return np.concatenate(means)
-
-
-def bias(transform: Transform, K: int, estimator: Estimator, c: npt.ArrayLike) -> Array | np.float64:
-    """Expected value over K references at the true quantiles c, less Phi(c): exact, and infinite where Phi(c) is.
-
-    >>> u = np.array([0.1, 0.5, 0.9])
-    >>> bias(Identity(), 8, "posterior", u).round(4)
-    array([ 0.08,  0.  , -0.08])
-    """
-    c = np.asarray(c, np.float64)
-    if not ((c >= 0) & (c <= 1)).all():
-        raise ValueError(f"bias needs true quantiles c in [0, 1], got c={c!r}.")
-    mean = _mean_deviation(values(transform, K, estimator)[::2], c.ravel(), np.zeros(c.size), 1)
-    return np.asarray(mean.reshape(c.shape) - transform(c))[()]
-
-
-def rmse(transform: Transform, K: int, estimator: Estimator = "empirical") -> float:
-    """Root mean square of value less Phi(C) over C ~ Unif[0, 1] and K references, to 1e-9 of itself.
-
-    >>> [round(rmse(Identity(), 50, estimator) ** -2, 6) for estimator in ("empirical", "posterior")]  # 6K, 6(K + 2)
-    [300.0, 312.0]
-    """
-    whole = values(transform, K, estimator)[::2]
-    grid = _panels(transform)
-    most = len(grid.widths) + MOST_PANELS
-    while True:
-        phi = _inside(transform, grid)
-        scale = max(np.abs(whole).max(), np.abs(phi).max()) or 1.0
-        density = _mean_deviation(whole / scale, grid.u, phi / scale, 2) * np.exp(grid.log_slope)
-        coarse = grid.unresolved(density, 1e-10) & (grid.widths > 1e-6)
-        if not coarse.any() or len(coarse) > most:
-            return float(scale * sqrt(grid.weights @ density))
-        grid = grid.split(coarse)
 
 
 def log_partition(transform: Transform, beta: float, K: int, estimator: Estimator = "empirical") -> float:
@@ -331,221 +272,3 @@ def log_partition(transform: Transform, beta: float, K: int, estimator: Estimato
     if not isfinite(total):
         raise OverflowError(f"log_partition needs values / beta that a float can hold, got beta={beta!r}.")
     return total
-
-
-def references_needed(
-    transform: Transform, error: float, estimator: Estimator = "empirical", delta: float | None = None
-) -> int:
-    """The smallest K, found by doubling and bisection, whose `rmse` is at most `error`.
-
-    With delta: whose values are within `error` of Phi(C) for all responses at once with probability 1 - delta, by the
-    better of two bands (no ties; "simultaneous" is considered up to K = 1000).
-
-    >>> references_needed(Identity(), 0.05), references_needed(Identity(), 0.05, delta=0.05)
-    (67, 738)
-    """
-    if not (isfinite(error) and error > 0):
-        raise ValueError(f"references_needed needs a finite error > 0, got error={error!r}.")
-    if delta is not None and not np.isfinite(transform(np.array([0.0, 1.0]))).all():
-        raise ValueError(f"references_needed with delta needs a transform that is finite on [0, 1], got {transform!r}.")
-    worst = partial(_worst_error, delta=delta) if delta is not None else rmse
-    most = MOST_FITTED if estimator == "unbiased" and not _has_unbiased(transform) else MOST_REFERENCES
-    fails, tried, enough = 0, 1, most + 1
-    for step in count():
-        excess = worst(transform, tried, estimator) / error
-        fails, enough = (tried, enough) if excess > 1 else (fails, tried)
-        if fails == most:
-            raise ValueError(f"references_needed finds no K <= {fails} with an error of {error!r} for {transform!r}.")
-        if enough - fails == 1:
-            break
-        # Errors fall about as 1/sqrt(K): follow that from the last K tried, and bisect (or double) every other time.
-        guess = tried * excess**2 if step % 2 == 0 else min((fails + enough) / 2, max(2 * fails, 1))
-        tried = min(max(ceil(guess), fails + 1), enough - 1)
-    return enough
-
-
-def _worst_error(transform: Transform, K: int, estimator: Estimator, delta: float) -> float:
-    """Largest distance from a value to Phi at either end of its band; which band is better is known before any data."""
-    whole = values(transform, K, estimator)[::2]
-    bands = [band(K, delta, "dkw")] + ([band(K, delta, "simultaneous")] if K <= MOST_BANDED else [])
-    gaps = [max(np.max(transform(high[::2]) - whole), np.max(whole - transform(low[::2]))) for low, high in bands]
-    return float(min(gaps))
-
-
-@dataclass(frozen=True)
-class WinRateAtK:
-    """What the policy that is optimal for K fixed references a prompt gets, on the average over references.
-
-    The errors are standard errors over draws of references; from `win_rate_at_kl`, that of the win rate at that KL.
-    """
-
-    win_rate: float
-    kl: float
-    beta: float
-    win_rate_error: float
-    kl_error: float
-
-
-def win_rate_at_k(
-    transform: Transform,
-    beta: float,
-    procedure: Procedure,
-    K: int,
-    estimator: Estimator = "empirical",
-    *,
-    base: Procedure | None = None,
-    draws: int = 1000,
-    seed: int = 0,
-) -> WinRateAtK:
-    """True win rate over the reference, and true KL, when each prompt keeps the same K references all through training.
-
-    The reward is then a step function of the true quantile, v_2j between the references' own quantiles U_(j) and
-    U_(j+1), and so is the optimal policy's density. This is the worst case for finite K, a policy free to fit the noise
-    of every prompt's own references. `procedure` decodes the policy, `base` the reference: the same, unless given.
-
-    >>> from calibrated_rewards.procedures import BestOf
-    >>> [round(win_rate_at_k(Identity(), 0.2, BestOf(4), K, draws=200).win_rate, 2) for K in (4, 32)]
-    [0.81, 0.82]
-    """
-    if not (isfinite(beta) and beta > 0):
-        raise ValueError(f"win_rate_at_k needs a finite beta > 0, got beta={beta!r}.")
-    return _drawn(transform, procedure, K, estimator, base, draws, seed).outcome(beta)
-
-
-def win_rate_at_kl(
-    transform: Transform,
-    kl: float,
-    procedure: Procedure,
-    K: int,
-    estimator: Estimator = "empirical",
-    *,
-    base: Procedure | None = None,
-    draws: int = 1000,
-    seed: int = 0,
-) -> WinRateAtK:
-    """`win_rate_at_k` at the beta where the mean true KL over the draws is `kl`.
-
-    >>> from calibrated_rewards.procedures import BestOf
-    >>> at_kl = win_rate_at_kl(Exponential(10.0), 0.5, BestOf(4), 32, draws=200)
-    >>> round(at_kl.win_rate, 2), round(at_kl.kl, 9)
-    (0.85, 0.5)
-    """
-    policies = _drawn(transform, procedure, K, estimator, base, draws, seed)
-    scale = float(np.ptp(policies.rewards)) or 1.0
-    low, high = max(log(scale) - 25, -700.0), min(log(scale) + 25, 700.0)  # what exp can hold
-    reached = [float(policies.kl(exp(log_beta)).mean()) for log_beta in (low, high)]
-    if not reached[1] < kl < reached[0]:
-        raise ValueError(f"win_rate_at_kl needs a KL > 0 and < {reached[0]:.4g}, the most K={K} gives, got kl={kl!r}.")
-    log_beta = brentq(lambda x: float(policies.kl(exp(x)).mean()) - kl, low, high, xtol=1e-13)
-    return policies.outcome(exp(log_beta), fixed_kl=True)
-
-
-@dataclass(frozen=True)
-class _Law:
-    """Laws of u at the nodes of a Gauss rule on each panel: what `Procedure.tilt` reads, one row at a time."""
-
-    u: Array
-    mass: Array
-    cdf: Array
-    survival: Array
-
-
-@dataclass(frozen=True)
-class _Policies:
-    """The optimal policies of many draws of references, a row each: densities constant between the ends of panels."""
-
-    rewards: Array
-    ends: Array
-    procedure: Procedure
-    base: Procedure
-
-    def density(self, beta: float) -> Array:
-        """f on each panel, proportional to e^{reward / beta}."""
-        with np.errstate(over="ignore"):
-            height = np.exp((self.rewards - self.rewards.max(axis=1, keepdims=True)) / beta)
-        return np.asarray(height / (height * np.diff(self.ends)).sum(axis=1, keepdims=True))
-
-    def kl(self, beta: float) -> Array:
-        """KL of each."""
-        density = self.density(beta)
-        return np.asarray((np.diff(self.ends) * xlogy(density, density)).sum(axis=1))
-
-    def win_rates(self, beta: float) -> Array:
-        """Win rate of each."""
-        blocks = np.array_split(np.arange(len(self.ends)), ceil(self.ends.size * self.order / 2e6))
-        density = self.density(beta)
-        return np.concatenate([self._win_rates(self.ends[rows], density[rows]) for rows in blocks])
-
-    @property
-    def order(self) -> int:
-        """Nodes on each panel: exact between two polynomials, as best-of-n and worst-of-n of n <= 128 have."""
-        return min(128, max(16, self.procedure.draws, self.base.draws))
-
-    def _win_rates(self, ends: Array, density: Array) -> Array:
-        """Integral of the policies' output density against the CDF of the base's output (Thm 4)."""
-        _, weights, running = rule = _gauss(self.order)
-        policy, reference = _step_law(ends, density, rule), _step_law(ends, np.ones_like(density), rule)
-        base_density = _tilt(self.base, reference) * np.diff(ends)[:, :, None]
-        totals = base_density @ weights
-        base_cdf = (np.cumsum(totals, axis=1) - totals)[:, :, None] + base_density @ running.T
-        output = policy.mass * _tilt(self.procedure, policy)
-        won = (output * base_cdf).sum(axis=(1, 2))
-        return np.asarray(won / (output.sum(axis=(1, 2)) * totals.sum(axis=1)))
-
-    def outcome(self, beta: float, fixed_kl: bool = False) -> WinRateAtK:
-        """Means and standard errors."""
-        wins, kls = self.win_rates(beta), self.kl(beta)
-        trade = 0.0
-        if fixed_kl:  # beta moves with the draws, along the frontier, so that only what is off the frontier is noise
-            nearby = beta * 1.01
-            trade = float((self.win_rates(nearby) - wins).mean() / (self.kl(nearby) - kls).mean())
-        errors = [float(x.std(ddof=1) / sqrt(len(x))) for x in (wins - trade * kls, kls)]
-        return WinRateAtK(float(wins.mean()), float(kls.mean()), beta, *errors)
-
-
-def _drawn(
-    transform: Transform,
-    procedure: Procedure,
-    K: int,
-    estimator: Estimator,
-    base: Procedure | None,
-    draws: int,
-    seed: int,
-) -> _Policies:
-    """Policies for `draws` draws of K references; panels end at references and where a procedure's tilt jumps."""
-    if not (isfinite(draws) and int(draws) == draws and draws >= 2):
-        raise ValueError(f"A standard error needs a whole draws >= 2, got draws={draws!r}.")
-    whole, base = values(transform, K, estimator)[::2], procedure if base is None else base
-    breaks = np.array(sorted({*procedure.breaks, *base.breaks}), np.float64)
-    ends = np.hstack([np.random.default_rng(seed).random((draws, K)), np.tile(breaks, (draws, 1))])
-    order = np.argsort(ends, axis=1)
-    below = np.cumsum(order < K, axis=1)
-    rewards = whole[np.hstack([np.zeros((draws, 1), np.intp), below])]
-    ends = np.hstack([np.zeros((draws, 1)), np.take_along_axis(ends, order, axis=1), np.ones((draws, 1))])
-    return _Policies(rewards, ends, procedure, base)
-
-
-def _step_law(ends: Array, density: Array, rule: tuple[Array, Array, Array]) -> _Law:
-    """Laws with a constant density on each panel."""
-    gap, (x, weights, _) = np.diff(ends)[:, :, None], rule
-    mass = gap * density[:, :, None]
-    cdf = np.cumsum(mass, axis=1) - mass * (1 - x)
-    survival = np.flip(np.cumsum(np.flip(mass, 1), axis=1), 1) - mass * x
-    return _Law(ends[:, :-1, None] + gap * x, mass * weights, np.clip(cdf, 0, 1), np.clip(survival, 0, 1))
-
-
-def _tilt(procedure: Procedure, law: _Law) -> Array:
-    """The procedure's tilt of each law, all at once where it is a function of the rank alone (Def. 6)."""
-    if isinstance(procedure, CalibratedProcedure):
-        return procedure.density(law.cdf, law.survival)
-    flat = [part.reshape(len(part), -1) for part in (law.u, law.mass, law.cdf, law.survival)]
-    return np.array([procedure.tilt(_Law(*row)) for row in zip(*flat, strict=True)]).reshape(law.u.shape)
-
-
-@lru_cache(maxsize=32)
-def _gauss(order: int) -> tuple[Array, Array, Array]:
-    """Gauss-Legendre on [0, 1]: nodes, weights, and the matrix from values at nodes to integrals from 0 to nodes."""
-    x, weights = legendre.leggauss(order)
-    p, odd = legendre.legvander(x, order), 2 * np.arange(order) + 1
-    integrals = np.column_stack([x + 1, (p[:, 2:] - p[:, :-2]) / odd[1:]])
-    return (x + 1) / 2, weights / 2, integrals @ (p[:, :order] * weights[:, None] * odd / 4).T

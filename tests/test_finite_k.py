@@ -17,16 +17,10 @@ from scipy.integrate import quad
 from scipy.optimize import lsq_linear
 from strategies import procedures, transforms
 
-from calibrated_rewards.finite_k import (
-    bias,
-    log_partition,
-    randomised,
-    references_needed,
-    rmse,
-    values,
-    win_rate_at_k,
-    win_rate_at_kl,
-)
+from calibrated_rewards.bands import band
+from calibrated_rewards.finite_k import log_partition, randomised, values
+from calibrated_rewards.finite_k_error import bias, references_needed, rmse
+from calibrated_rewards.fixed_references import win_rate_at_k, win_rate_at_kl
 from calibrated_rewards.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.score_procedures import RewindAndRepeat, SoftBestOf
 from calibrated_rewards.theory import win_rate
@@ -185,6 +179,22 @@ def test_posterior_quadrature_is_scipys(transform, K):
             0
         ]
         assert vector[i] == pytest.approx(exact, rel=1e-9, abs=1e-10)
+
+
+@dataclass(frozen=True)
+class Jump:
+    """One above 0.7, nothing below: a transform with a jump that nobody announced."""
+
+    def __call__(self, u):
+        """Return 0 or 1."""
+        return (np.asarray(u) > 0.7) * 1.0
+
+
+@pytest.mark.parametrize("K", [1, 10, 200])
+def test_posterior_finds_a_jump(K):
+    """P(C > 0.7 | i), by scipy's Beta."""
+    i = np.arange(2 * K + 1)
+    assert values(Jump(), K, "posterior") == pytest.approx(stats.beta(i / 2 + 1, K - i / 2 + 1).sf(0.7), abs=1e-9)
 
 
 @pytest.mark.parametrize("K", [1, 2, 9, 100])
@@ -432,8 +442,21 @@ def test_references_needed_closed_forms():
     """ceil(1 / 6 error^2) on the average, and DKW's log(2/delta) / 2 error^2 for all responses at once."""
     for error in (0.1, 0.02, 0.003):
         assert references_needed(Identity(), error) == np.ceil(1 / (6 * error**2))
+    for error in np.linspace(0.021, 0.2, 30):
+        assert references_needed(Identity(), error, "posterior") == np.ceil(1 / (6 * error**2) - 2)
     for error, delta in (0.04, 0.05), (0.02, 0.3):
         assert references_needed(Identity(), error, delta=delta) == np.ceil(np.log(2 / delta) / (2 * error**2))
+
+
+def test_references_needed_takes_the_better_band():
+    """For e^{10u} what it finds is enough by the simultaneous band, where DKW's is still half as wide again."""
+    transform, delta = Exponential(10.0), 0.1
+    error = 0.4 * float(transform(1.0) - transform(0.0))
+    K = references_needed(transform, error, delta=delta)
+    u, (low, high) = np.arange(K + 1) / K, band(K, delta, "simultaneous")
+    width = np.sqrt(np.log(2 / delta) / (2 * K))
+    assert max((transform(high[::2]) - transform(u)).max(), (transform(u) - transform(low[::2])).max()) <= error
+    assert (transform(np.minimum(u + width, 1)) - transform(u)).max() > 1.5 * error
 
 
 @pytest.mark.parametrize("estimator", ["empirical", "posterior"])
@@ -542,20 +565,24 @@ def test_many_references_tell_all(procedure, estimator):
     assert abs(result.win_rate - win_rate(Power(3.0), 0.3, procedure)) < 1e-3 + 4 * result.win_rate_error
 
 
-def test_win_rate_at_kl_has_that_kl_and_an_honest_error():
+@pytest.mark.parametrize(
+    ("transform", "procedure", "K"), [(Exponential(10.0), BestOf(4), 6), (Identity(), Standard(), 3)], ids=repr
+)
+def test_win_rate_at_kl_has_that_kl_and_an_honest_error(transform, procedure, K):
     """Over 40 seeds, the spread of the results is the error that each reports, and their mean is a long run's."""
-    runs = [win_rate_at_kl(Exponential(10.0), 0.5, BestOf(4), 6, draws=60, seed=seed) for seed in range(40)]
+    runs = [win_rate_at_kl(transform, 0.5, procedure, K, draws=60, seed=seed) for seed in range(40)]
     assert [run.kl for run in runs] == pytest.approx([0.5] * 40, abs=1e-9)
     spread, reported = np.std([run.win_rate for run in runs], ddof=1), np.mean([run.win_rate_error for run in runs])
     assert 0.65 < spread / reported < 1.5
-    long_run = win_rate_at_kl(Exponential(10.0), 0.5, BestOf(4), 6, draws=4000, seed=99)
+    long_run = win_rate_at_kl(transform, 0.5, procedure, K, draws=4000, seed=99)
     assert abs(np.mean([run.win_rate for run in runs]) - long_run.win_rate) < 5 * spread / np.sqrt(40)
 
 
-def test_win_rate_at_kl_agrees_with_win_rate_at_k():
-    """At the beta that it found, same draws."""
-    found = win_rate_at_kl(Log(), 0.3, WorstOf(2), 10, "posterior", draws=50, seed=4)
-    again = win_rate_at_k(Log(), found.beta, WorstOf(2), 10, "posterior", draws=50, seed=4)
+@pytest.mark.parametrize("transform", [Log(), Exponential(700.0), Chain(Identity(), Affine(1e-200))], ids=repr)
+def test_win_rate_at_kl_agrees_with_win_rate_at_k(transform):
+    """At the beta that it found, same draws, however large or small the values."""
+    found = win_rate_at_kl(transform, 0.3, WorstOf(2), 10, "posterior", draws=50, seed=4)
+    again = win_rate_at_k(transform, found.beta, WorstOf(2), 10, "posterior", draws=50, seed=4)
     assert (again.win_rate, again.kl) == pytest.approx((found.win_rate, found.kl), abs=1e-12)
 
 

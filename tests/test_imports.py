@@ -29,7 +29,8 @@ optimal           -> procedures, quadrature, transforms
 choice            -> optimal, procedures, scaling, theory, transforms
 bands             -> procedures, quadrature, transforms
 finite_k          -> bands, procedures, quadrature, transforms
-evaluation        -> procedures, score_procedures
+estimates         ->
+evaluation        -> estimates, procedures, score_procedures
 table_format      ->
 table_writer      -> table_format
 table_mapped      -> table_format
@@ -68,7 +69,8 @@ def imports(tree: ast.AST, *, within_functions: bool = True) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            parts = ["calibrated_rewards"] * bool(node.level) + [node.module] * bool(node.module)
+            yield from (".".join([*parts, alias.name]) for alias in node.names)
         typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
         waits = isinstance(node, ast.FunctionDef) or typing_only
         if within_functions or not waits:
@@ -118,13 +120,24 @@ def test_heavy_imports_wait(module: str) -> None:
 
 def test_the_reader_of_imports_reads_all_of_them() -> None:
     """Each way to write an import is seen, also inside a function; only those at the top count as loaded."""
-    source = (
-        "import scipy.special, scipy.stats\nfrom scipy import optimize\nfrom calibrated_rewards import table\n"
-        "from calibrated_rewards.theory import kl\ntry:\n    import tqdm\nexcept ImportError: pass\n"
-        "class A:\n    def f(self):\n        import torch, calibrated_rewards.bands\n"
+    source = "\n".join(
+        [
+            "import scipy.special, scipy.stats",
+            "from scipy import optimize",
+            "from calibrated_rewards import table",
+            "from calibrated_rewards.theory import kl",
+            "from . import choice",
+            "from .optimal import Optimal",
+            "try:",
+            "    import tqdm",
+            "except ImportError: pass",
+            "class A:",
+            "    def f(self):",
+            "        import torch, calibrated_rewards.bands",
+        ]
     )
 
-    assert siblings(source) == {"table", "theory", "bands"}
+    assert siblings(source) == {"table", "theory", "choice", "optimal", "bands"}
     assert strangers(source) == {"scipy.stats", "scipy.optimize", "tqdm"}
 
 

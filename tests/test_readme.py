@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ import pytest
 import calibrated_rewards
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = Path(calibrated_rewards.__file__).parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# `print(x)  # 0.25` promises a line of output.
-PROMISE = re.compile(r"^\s*print\(.*\)\s+# (.+)$", re.MULTILINE)
-SUFFIXES = r"\.(py|md|toml|txt|json|safetensors|svg|png|yaml|yml)"
+# Comments on lines of their own, right below a print, are what it prints.
+PROMISE = re.compile(r"^ *print\(.*\n((?:# .+\n)+)", re.MULTILINE)
+FILE_ENDINGS = {".py", ".md", ".toml", ".txt", ".json", ".safetensors", ".png"}
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 
@@ -31,37 +33,60 @@ def run(script: str, name: str) -> list[str]:
     return printed.getvalue().splitlines()
 
 
-def missing_in_order(promised: list[str], printed: list[str]) -> list[str]:
+def promised(script: str) -> list[str]:
+    """The lines that a script says it prints."""
+    return [line.removeprefix("# ") for comment in PROMISE.findall(script + "\n") for line in comment.splitlines()]
+
+
+def missing_in_order(promises: list[str], printed: list[str]) -> list[str]:
     """The promised lines that are not printed, or not in that order."""
     rest = iter(printed)
-    return [line for line in promised if line not in rest]
+    return [line for line in promises if line not in rest]
 
 
 @each_document
 def test_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The python blocks of a document are one script, and print what the comments beside their prints say."""
+    """The python blocks of a document are one script, and print what the comments below their prints say."""
     script = "\n".join(blocks(document.read_text(), "python", "py"))
     monkeypatch.chdir(tmp_path)
 
-    assert missing_in_order(PROMISE.findall(script), run(script, str(document))) == []
+    assert missing_in_order(promised(script), run(script, str(document))) == []
 
 
 def test_a_wrong_example_would_be_noticed() -> None:
     """The check above can fail: on another number, and on the right numbers in another order."""
-    script = "print(1 + 1)  # 2\nfor x in 'ab':\n    print(x)  # b\nprint(3)  # 3"
+    script = "# a comment\nfor x in 'ab':\n    print(x)  # each\n# a\n# b\n\n# another\nprint(3)\n# 3"
 
-    assert PROMISE.findall(script) == ["2", "b", "3"]
-    assert missing_in_order(["2", "b", "3"], run(script, "right")) == []
-    assert missing_in_order(["2", "4"], run(script, "wrong")) == ["4"]
-    assert missing_in_order(["3", "2"], run(script, "disordered")) == ["2"]
+    assert promised(script) == ["a", "b", "3"]
+    assert missing_in_order(["a", "b", "3"], run(script, "right")) == []
+    assert missing_in_order(["a", "4"], run(script, "wrong")) == ["4"]
+    assert missing_in_order(["3", "a"], run(script, "disordered")) == ["a"]
 
 
 def test_the_readme_has_an_example() -> None:
-    """There is something to run, it prints something, and it uses the package."""
+    """There is something to run, it says what it prints, and it uses the package."""
     script = "\n".join(blocks((ROOT / "README.md").read_text(), "python"))
 
     assert "calibrated_rewards" in script
-    assert PROMISE.search(script)
+    assert promised(script)
+
+
+@each_document
+def test_named_tests_exist(document: Path) -> None:
+    """Every `test_file.py::test_name` is a test; `::test_name` alone is one of the file named before it."""
+    file = ""
+    for named, test in re.findall(r"`(?:tests/)?(test_\w+\.py)?(?:::(test_\w+))?`", document.read_text()):
+        file = named or file
+        assert not file or f"def {test}" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+
+
+@each_document
+def test_named_functions_exist(document: Path) -> None:
+    """Every `module.name` of a module of the package is in it."""
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    for module, name in re.findall(r"`(\w+)\.([A-Za-z]\w*)", document.read_text()):
+        if module in modules and f".{name}" not in FILE_ENDINGS:
+            assert name in vars(import_module(f"calibrated_rewards.{module}")), f"{module}.{name}"
 
 
 @each_document
@@ -111,7 +136,13 @@ def test_paths_exist(document: Path) -> None:
 def located(path: str) -> Path:
     """Where a path of the repository is; the package may be installed elsewhere."""
     head, _, rest = path.partition("/")
-    return Path(calibrated_rewards.__file__).parent / rest if head == "calibrated_rewards" else ROOT / path
+    return PACKAGE / rest if head == "calibrated_rewards" else ROOT / path
+
+
+def found(pattern: str) -> list[str]:
+    """The files that a name of the tree, or a pattern such as `table_*.py`, stands for."""
+    place = located(pattern)
+    return [pattern.replace(place.name, path.name) for path in place.parent.glob(place.name)]
 
 
 def tree(text: str) -> Iterator[str]:
@@ -124,7 +155,7 @@ def tree(text: str) -> Iterator[str]:
         path = (folders[-1][1] if folders else "") + name
         if name.endswith("/"):
             folders.append((depth, path))
-        if name.endswith("/") or re.search(SUFFIXES + "$", name):
+        if name.endswith("/") or Path(name).suffix in FILE_ENDINGS:
             yield path
 
 
@@ -133,10 +164,10 @@ def test_the_file_tree_is_the_tree() -> None:
     shown = {
         path for block in blocks((ROOT / "README.md").read_text(), "", "text") if "/" in block for path in tree(block)
     }
-    modules = {f"calibrated_rewards/{path.name}" for path in Path(calibrated_rewards.__file__).parent.glob("*.py")}
+    modules = {f"calibrated_rewards/{path.name}" for path in PACKAGE.glob("*.py") if path.name != "__init__.py"}
 
-    assert sorted(path for path in shown if not located(path).exists()) == []
-    assert sorted(modules - shown) == []
+    assert sorted(pattern for pattern in shown if not found(pattern)) == []
+    assert sorted(modules - {path for pattern in shown for path in found(pattern)}) == []
 
 
 def test_the_reader_of_trees_reads_them() -> None:

@@ -183,6 +183,13 @@ def test_extend_finds_rows_by_alias_and_refuses_new_prompts():
         table.extend([(CHAT, [0.0]), ("new", [1.0])])
 
 
+def test_aliases_that_say_nothing_new_are_not_stored(tmp_path):
+    """The prompt itself as its alias, or one alias twice, is the table without."""
+    plain = ReferenceTable.build([Row("a", [1.0], ["x"]), Row("b", [2.0])])
+    wordy = ReferenceTable.build([Row("a", [1.0], ["a", "x", "x", prompt_key("a")]), Row("b", [2.0], ["b"])])
+    assert files(plain, tmp_path / "plain") == files(wordy, tmp_path / "wordy")
+
+
 def test_merge_refuses_what_does_not_belong_together():
     """Tables of different meta, and the same prompt twice, are refused unless the caller says what is meant."""
     one, other = ReferenceTable.build([("a", [1.0])], meta={"scorer": "x"}), ReferenceTable.build([("a", [2.0])])
@@ -247,8 +254,9 @@ def test_prefixes():
 def test_keys_that_share_a_half_are_told_apart():
     """Keys equal in their first or last eight bytes are different keys."""
     keys = [a * 8 + b * 8 for a in (b"\0", b"a", b"\xff") for b in (b"\0", b"a", b"b", b"\xff")]
-    table = ReferenceTable.build([(key, [float(i)]) for i, key in enumerate(keys)])
+    table = ReferenceTable.build([(key, [float(i)]) for i, key in reversed(list(enumerate(keys)))])
     assert table.rows(keys).tolist() == list(range(12))  # bytes in ascending order
+    assert [row.tolist() for _, row in table.items()] == [[float(i)] for i in range(12)]
     assert table.find([b"a" * 8 + b"c" * 8, b"b" * 16, b"\0" * 15 + b"\1"]).tolist() == [-1, -1, -1]
     assert [key for key, _ in table.items()] == keys
 

@@ -112,3 +112,13 @@ def test_uploads_happen_once_and_are_checked(tmp_path):
     (tmp_path / "table.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match="must be as they were written"):
         on_device(ReferenceTable.load(tmp_path)._content, CPU)
+
+
+def test_icdf_of_j_over_k_is_the_jth_on_a_device():
+    """As in numpy, the quantile j / K is the j-th reference, however j / K and K u are rounded."""
+    table = table_of([np.arange(1, k + 1) for k in range(1, 151)])
+    rows = np.repeat(np.arange(150), np.arange(1, 151))
+    places = np.concatenate([np.arange(1, k + 1) for k in range(1, 151)])
+    u = torch.from_numpy(places / (rows + 1))
+    for route in (table, on_device(table._content, CPU)):
+        assert np.array_equal(route.icdf(rows, u).numpy(), places.astype(np.float32))

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import save
 
 from calibrated_rewards.choice import tune
-from calibrated_rewards.finite_k import bias, win_rate_at_kl
+from calibrated_rewards.finite_k_error import bias
+from calibrated_rewards.fixed_references import win_rate_at_kl
 from calibrated_rewards.procedures import BestOf
 from calibrated_rewards.theory import beta_for_kl, win_rate
 from calibrated_rewards.transforms import Exponential, Identity
