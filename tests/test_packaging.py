@@ -21,13 +21,17 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 
 FILE_LINES, FUNCTION_LINES = 300, 40
 # What breaks the limits, and why that is better than a cut. CONTRIBUTING.md lists them too.
-LONG_FILES: dict[str, str] = {}
+LONG_FILES: dict[str, str] = {
+    "table": "one class; its docstring has the table of every edge case, and torch needs overloads"
+}
 LONG_FUNCTIONS: dict[str, str] = {}
 # Modules without a test file of their own, and the one that tests them: parts that only the whole shows.
 TESTED_WITH = {
     "__init__": "api",
     "choice": "optimal",
     "estimates": "evaluation",
+    "finite_k_error": "finite_k",
+    "fixed_references": "finite_k",
     "score_procedures": "procedures",
     "table_build": "table",
     "table_mapped": "table_format",

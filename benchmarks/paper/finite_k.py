@@ -3,7 +3,7 @@
     python benchmarks/paper/finite_k.py
 
 Writes benchmarks/results/finite_k_cost.json and docs/figures/finite_k.png. The left panel is exact; the right one is a
-mean over 400 draws of references, with standard errors smaller than the markers.
+mean over 4000 draws of references.
 """
 
 import sys
@@ -49,7 +49,7 @@ def costs():
     }
     rows = {}
     for name, (transform, estimator) in arms.items():
-        points = [win_rate_at_kl(transform, KL, PROCEDURE, k, estimator, draws=400) for k in SIZES]
+        points = [win_rate_at_kl(transform, KL, PROCEDURE, k, estimator, draws=4000) for k in SIZES]
         rows[name] = {
             "win rate": [point.win_rate for point in points],
             "standard error": [point.win_rate_error for point in points],
