@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## the paper's comparison of transforms: its table and figure
-	$(BIN)/python benchmarks/paper/transforms.py
+	$(BIN)/python benchmarks/paper/transforms.py --out demo
 
 # One thread: the arrays are small, and the two cores of a small machine are better used by two runs.
 test wheel: export OMP_NUM_THREADS = 1

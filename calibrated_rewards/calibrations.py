@@ -63,7 +63,9 @@ class EmpiricalCDF:
 
     def _within(self, scores: Float[np.ndarray, "b 1"], references: Float[np.ndarray, "b K"]) -> Array:
         gap = scores - references
-        return np.asarray(np.where(np.abs(gap) <= self.tolerance, 0.5, gap > 0).mean(axis=1))
+        # Scores are rounded to float32, so what is 0.1 apart in decimals is 0.1 to a unit in the last place here.
+        slack = 2.0**-23 * np.maximum(np.abs(scores), np.abs(references))
+        return np.asarray(np.where(np.abs(gap) <= self.tolerance + slack, 0.5, gap > 0).mean(axis=1))
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,8 @@ def _checked(rows: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Int[np.ndarray
             "this calibration needs numpy scores (EmpiricalCDF() without tolerance takes tensors), "
             f"got {type(scores).__name__}"
         )
+    if np.asarray(scores).dtype.kind not in "fiub":
+        raise TypeError(f"scores must be real numbers, got {np.asarray(scores).dtype}")
     with np.errstate(over="ignore"):
         rounded = np.asarray(scores).astype(np.float32).astype(np.float64)
     if rounded.ndim != 1 or rounded.shape != np.shape(rows):

@@ -8,7 +8,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from math import asinh, exp, isfinite, log, sinh
+from math import asinh, exp, inf, isfinite, log, sinh
 
 import numpy as np
 
@@ -45,37 +45,39 @@ def optimal_transform(
     >>> print(f"{optimal_transform(BestOf(4), kl=1.0).beta:.4f}")
     0.0830
     """
-    match beta, kl:
-        case float() | int(), None:
-            return Optimal(procedure, beta, base)
-        case None, float() | int():
-            return Optimal(procedure, _beta_of_optimum(procedure, base, kl), base)
-    raise ValueError(f"optimal_transform needs either beta or kl, got beta={beta!r}, kl={kl!r}.")
+    if (beta is None) == (kl is None):
+        raise ValueError(f"optimal_transform needs either beta or kl, got beta={beta!r}, kl={kl!r}.")
+    if beta is not None:
+        return Optimal(procedure, float(beta), base)
+    return Optimal(procedure, _beta_of_optimum(procedure, base, float(kl or 0)), base)
 
 
 def _beta_of_optimum(procedure: CalibratedProcedure, base: CalibratedProcedure | None, kl: float) -> float:
-    """Secant steps on log KL against log beta, which is nearly a straight line."""
+    """Secant steps on log KL against log beta, between betas known to be too small and too large."""
     if not (isfinite(kl) and kl > 0):
         raise ValueError(f"kl must be finite and > 0, got kl={kl!r}.")
-    x, step = log(0.3), -1.0
-    excess = _excess_kl(procedure, base, kl, x)
-    for _ in range(60):
-        ahead = min(max(x + step, log(SMALLEST_BETA)), log(LARGEST_BETA))
-        if ahead == x:
-            break
-        moved = _excess_kl(procedure, base, kl, ahead)
-        x, step, excess = ahead, -moved * (ahead - x) / (moved - excess), moved
-        if abs(excess) < 1e-12:
+    excess = partial(_excess_kl, procedure, base, kl)
+    low, high, x, step = log(SMALLEST_BETA), log(LARGEST_BETA), log(0.3), -1.0
+    value = excess(x)
+    for _ in range(80):
+        low, high = (x, high) if value > 0 else (low, x)
+        if abs(value) < 1e-12:
             return exp(x)
-        step = min(max(step, -3.0), 3.0)
+        if high - low < 1e-9:
+            break
+        ahead = x + min(max(step, -3.0), 3.0)
+        ahead = ahead if low < ahead < high else (low + high) / 2
+        moved = excess(ahead)
+        step = -moved * (ahead - x) / (moved - value) if moved != value else 0.0
+        x, value = ahead, moved
     raise ValueError(
-        f"The optimum for {procedure!r} reaches a KL up to {kl * exp(excess):.3g} with beta >= {SMALLEST_BETA:g}, "
-        f"got kl={kl!r}."
+        f"The optimum for {procedure!r} comes no nearer to kl={kl!r} than {kl * exp(value):.3g}, at beta {exp(x):.3g}: "
+        f"beta must be >= {SMALLEST_BETA:g}, and KL may jump. tune() reaches more."
     )
 
 
 def _excess_kl(procedure: CalibratedProcedure, base: CalibratedProcedure | None, kl: float, log_beta: float) -> float:
-    return log(kl_of(Optimal(procedure, exp(log_beta), base).law) / kl)
+    return log(max(kl_of(Optimal(procedure, exp(log_beta), base).law), 1e-300) / kl)
 
 
 def optimum(
@@ -85,9 +87,10 @@ def optimum(
     kl: float | None = None,
     base: CalibratedProcedure | None = None,
 ) -> Choice:
-    """The optimal transform, ready to train with: no other policy of its KL has a higher win rate.
+    """The optimal transform, ready to train with: no other policy does better at win rate - beta KL.
 
-    `beta` is that of Def. 5; the Choice carries the beta that goes with the transform scaled to [0, 1].
+    `beta` is the price of KL in that objective (Def. 5), where a win rate counts as it is; the Choice carries another,
+    the one to train the transform with now that it is scaled to [0, 1].
     """
     best = optimal_transform(procedure, beta=beta, kl=kl, base=base)
     low, high = span(best)
@@ -101,6 +104,8 @@ def tune(procedure: Procedure, *, kl: float, base: Procedure | None = None) -> C
     """The best exponential transform (Eq. 11) for any procedure at a KL budget; the identity where t would be 0."""
     from scipy.optimize import minimize_scalar
 
+    if not (isfinite(kl) and kl > 0):
+        raise ValueError(f"kl must be finite and > 0, got kl={kl!r}.")
     loss = partial(_loss, procedure, base, kl)
     trials = np.linspace(-asinh(LARGEST_T), asinh(LARGEST_T), 27)
     best = int(np.argmin([loss(x) for x in trials.tolist()]))
@@ -117,4 +122,8 @@ def _exponential(x: float) -> Transform:
 
 def _loss(procedure: Procedure, base: Procedure | None, kl: float, x: float) -> float:
     transform = _exponential(x)
-    return -win_rate(transform, beta_for_kl(transform, kl), procedure, base)
+    try:
+        beta = beta_for_kl(transform, kl)
+    except ValueError:  # too far from the reference for this t
+        return inf
+    return -win_rate(transform, beta, procedure, base)

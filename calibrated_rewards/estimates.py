@@ -84,8 +84,10 @@ class Estimate:
     """An average over prompts, with its two errors.
 
     `standard_error` is for the average over all prompts like these, and contains the noise of the responses;
-    `sampling_error` for these very prompts, had the responses been others. What the data cannot tell is nan: the former
-    from one prompt, the latter without a jackknife or where a pool is no larger than the procedure's draws.
+    `sampling_error` for these very prompts, had the responses been others. The latter is a jackknife: on average never
+    too small, and too large where N is near m (by 7 % at N = 4 of m = 16, by a third at 7 of 8), when it can exceed the
+    former. What the data cannot tell is nan: the former from one prompt, the latter without a jackknife or where a pool
+    is no larger than the procedure's draws.
     """
 
     per_prompt: Float[np.ndarray, " P"]

@@ -35,6 +35,8 @@ def win_rate(
     `RewindAndRepeat`) needs calibrated selecting scores, and computes its weights anew for every response left out;
     `jackknife=False` spares that and leaves `sampling_error` unknown.
     """
+    if not (isinstance(policy, Samples) and isinstance(reference, Samples)):
+        raise TypeError(f"win_rate needs Samples(scores), got {type(policy).__name__}, {type(reference).__name__}.")
     if len(policy) != len(reference):
         raise ValueError(
             f"win_rate needs the same prompts on both sides, got {len(policy)} of the policy and "
@@ -140,6 +142,7 @@ def predict(references: Samples, policy_mass: npt.ArrayLike, base_mass: npt.Arra
 
     `references.select` are the proxy's scores, on which the policy will be trained; `policy_mass[i]` is the mass that
     its output's law (of theory, in quantiles of the reference) has between i/K and (i+1)/K; `base_mass` the base's.
+    `theory.bin_masses` computes both; with beta = infinity it is the reference's own, hence the base's.
     The i-th smallest reference stands for its bin, and no reference for both sides at once:
     W = sum_{i != j} A_i B_j w(i, j) / sum_{i != j} A_i B_j.
 

@@ -53,6 +53,7 @@ def win_rate_at_k(
     of every prompt's own references. `procedure` decodes the policy, `base` the reference: the same, unless given.
 
     >>> from calibrated_rewards.procedures import BestOf
+    >>> from calibrated_rewards.transforms import Identity
     >>> [round(win_rate_at_k(Identity(), 0.2, BestOf(4), K, draws=200).win_rate, 2) for K in (4, 32)]
     [0.81, 0.82]
     """
@@ -75,6 +76,7 @@ def win_rate_at_kl(
     """`win_rate_at_k` at the beta where the mean true KL over the draws is `kl`.
 
     >>> from calibrated_rewards.procedures import BestOf
+    >>> from calibrated_rewards.transforms import Exponential
     >>> at_kl = win_rate_at_kl(Exponential(10.0), 0.5, BestOf(4), 32, draws=200)
     >>> round(at_kl.win_rate, 2), round(at_kl.kl, 9)
     (0.85, 0.5)

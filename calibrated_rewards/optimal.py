@@ -5,13 +5,16 @@ Phi(u) = -int_u^1 g_policy(F(v)) g_base(v) dv, and the optimum has f ~ e^{Phi/be
 
     beta f'/f = g_policy(F(u)) g_base(u),    F(0) = 0,  F(1) = 1
 
-which is beta f'/f = N^2 F^{N-1} u^{N-1} for best-of-N. We shoot backwards from u = 1 on log f(1), as F(0) crosses 0
-once, and polish the result to rounding error. The paper iterates Phi -> f -> Phi; undamped, that ends in a cycle of two
-functions in nearly every best-of-N case. `Optimal.iterate` shows it and, damped, is our cross-check.
+which is beta f'/f = N^2 F^{N-1} u^{N-1} for best-of-N. We shoot backwards from u = 1 on log f(1) until F(0) = 0, and
+polish the result to rounding error. Where g_policy rises, as for best-of-N, the win rate is concave in the policy and
+there is one solution; else there may be several, and we take the best of them. The paper iterates Phi -> f -> Phi;
+undamped, that ends in a cycle of two functions in nearly every best-of-N case. `Optimal.iterate` shows it and, damped,
+is our cross-check.
 """
 
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from math import exp, isfinite, log1p
 from typing import TypeAlias
 
@@ -21,6 +24,7 @@ from scipy.special import expit, logit
 
 from calibrated_rewards.procedures import CalibratedProcedure, Rank
 from calibrated_rewards.quadrature import WINDOW, Grid, Law, normalised
+from calibrated_rewards.theory import kl_of, win_rate_of
 from calibrated_rewards.transforms import Values
 
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -68,8 +72,11 @@ class Optimal:
 
     def __call__(self, u: npt.ArrayLike) -> Values:
         """Return Phi(u) <= 0."""
+        u = np.asarray(u, np.float64)
+        if not ((u >= 0) & (u <= 1)).all():
+            raise ValueError(f"Optimal is defined for u in [0, 1], got {u[~((u >= 0) & (u <= 1))].ravel()[0]}.")
         with np.errstate(divide="ignore"):
-            return self.at_logit(logit(np.asarray(u, np.float64)))
+            return self.at_logit(logit(u))
 
     def at_logit(self, s: npt.ArrayLike) -> Values:
         """Return Phi(expit(s))."""
@@ -105,8 +112,12 @@ class Optimal:
 
     @cached_property
     def _solved(self) -> tuple[Grid, Array]:
-        """Phi/beta on a grid that resolves it: shot, then polished by Newton's method."""
-        start = self._log_density_at_one()
+        """Phi/beta on a grid that resolves it: the best of the stationary points."""
+        solutions = [self._solve_from(start) for start in self._starts()]
+        return max(solutions, key=self._objective)
+
+    def _solve_from(self, start: float) -> tuple[Grid, Array]:
+        """Shot from log f(1) = start, on panels fine enough for it, then polished by Newton's method."""
         grid = Grid(WINDOW)
         for _ in range(40):
             curve = self._shoot(start, np.concatenate([[0.0], expit(-grid.s[::-1])]))[:0:-1, 0] - start
@@ -118,6 +129,10 @@ class Optimal:
             grid = grid.split(coarse)
         return grid, self._polish(grid, curve)
 
+    def _objective(self, solution: tuple[Grid, Array]) -> float:
+        law = normalised(*solution)
+        return win_rate_of(law, self.procedure, self.base) - self.beta * kl_of(law)
+
     def _rate(self, rank: Rank, below_one: Rank, u: Rank, v: Rank) -> Rank:
         """d log f / du."""
         base = self.base or self.procedure
@@ -126,6 +141,7 @@ class Optimal:
     def _slope_at(self, state: Array, x: float) -> tuple[float, float]:
         """Right-hand side in x = 1 - u for the state (log f, 1 - F); a shot far past F = 0 goes straight on."""
         log_density, below_one = state.tolist()
+        x = min(max(x, 0.0), 1.0)  # the integrator looks a step beyond the end
         if below_one > 1.5:
             return 0.0, exp(min(log_density, 700.0))
         below_one = min(max(below_one, 0.0), 1.0)
@@ -140,13 +156,20 @@ class Optimal:
         """F(0) when log f(1) = start."""
         return float(1 - self._shoot(start, np.array([0.0, 1.0]))[-1, 1])
 
-    def _log_density_at_one(self) -> float:
-        # df/dF <= max(g_base) g_policy(F) / beta, and f(0) <= 1 because f rises: f(1) <= 1 + max(g_base) / beta.
+    def _starts(self) -> list[float]:
+        """Every log f(1) that leads to F(0) = 0; one, where g_policy rises (W is then concave)."""
         from scipy.optimize import brentq
 
         u = np.linspace(0.0, 1.0, 1025)
+        # df/dF <= max(g_base) g_policy(F) / beta, and f(0) <= 1 because f rises: f(1) <= 1 + max(g_base) / beta.
         largest = float((self.base or self.procedure).density(u, 1 - u).max())
-        return float(brentq(self._miss, 0.0, log1p(1.01 * largest / self.beta) + 1e-6, xtol=1e-9, rtol=1e-9))
+        rises = bool((np.diff(self.procedure.density(u, 1 - u)) >= 0).all())
+        ends = np.linspace(0.0, log1p(1.01 * largest / self.beta) + 1e-6, 2 if rises else 60)
+        above = [self._miss(end) > 0 for end in ends.tolist()]
+        crossed = [
+            pair for pair, signs in zip(pairwise(ends.tolist()), pairwise(above), strict=True) if signs[0] != signs[1]
+        ]
+        return [float(brentq(self._miss, *pair, xtol=1e-9, rtol=1e-9)) for pair in crossed]
 
     def _step(self, grid: Grid, curve: Array) -> tuple[Array, Array]:
         """One round of the paper's iteration: Phi/beta -> F -> Phi/beta; and the slope of the result in the logit."""
@@ -158,16 +181,27 @@ class Optimal:
         """Newton's method on Phi = step(Phi). The step's derivative is compact, so GMRES needs a few dozen products."""
         from scipy.sparse.linalg import LinearOperator, gmres
 
-        for _ in range(6):
+        for _ in range(20):
             miss = self._step(grid, curve)[0] - curve
             if np.abs(miss).max() <= 1e-13 * np.abs(curve).max():
                 break
             product = partial(self._derivative, grid, curve)
             operator = LinearOperator((len(curve), len(curve)), matvec=product, dtype=np.float64)
-            curve = curve + gmres(operator, miss, rtol=1e-6, restart=80, maxiter=1)[0]
+            curve = self._advanced(grid, curve, gmres(operator, miss, rtol=1e-6, restart=80, maxiter=1)[0])
         miss = self._step(grid, curve)[0] - curve
         if not np.abs(miss).max() <= 1e-9 * np.abs(curve).max():
-            raise ArithmeticError(f"{self!r} was not solved to 1e-9; beta >= {SMALLEST_BETA:g} always is.")
+            raise ArithmeticError(
+                f"{self!r} was not solved to 1e-9: beta is too small, or g too rough. tune() needs no such solution."
+            )
+        return curve
+
+    def _advanced(self, grid: Grid, curve: Array, step: Array) -> Array:
+        """The curve a Newton step further, or half of it, or a quarter ... until it misses by less."""
+        before = np.abs(self._step(grid, curve)[0] - curve).max()
+        for halvings in range(12):
+            ahead: Array = curve + step * 0.5**halvings
+            if np.abs(self._step(grid, ahead)[0] - ahead).max() < before:
+                return ahead
         return curve
 
     def _derivative(self, grid: Grid, curve: Array, direction: Array) -> Array:

@@ -14,7 +14,7 @@ array([0.    , 0.6667, 0.3333])
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite
+from itertools import pairwise
 from typing import Any, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
 import numpy as np
@@ -77,10 +77,10 @@ class CalibratedProcedure(Procedure, Protocol):
         """g at the quantile `rank`, with `below_one` = 1 - rank given to full precision; its integral is 1."""
 
 
-def checked_whole(name: str, **number: float) -> None:
+def checked_whole(name: str, **number: object) -> None:
     """Refuse a count that is not a whole number >= 1, naming the procedure and the parameter."""
     for key, value in number.items():
-        if not (isfinite(value) and value == int(value) and value >= 1):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} needs a whole {key} >= 1, got {key}={value!r}.")
 
 
@@ -232,7 +232,7 @@ class Calibrated:
     def __post_init__(self) -> None:
         checked_whole("Calibrated", draws=self.draws)
         values = np.asarray(self.g(np.linspace(0, 1, 1025)), np.float64)
-        if values.shape != (1025,) or not (np.isfinite(values) & (values >= 0)).all() or not values.any():
+        if values.shape != (1025,) or not (np.isfinite(values) & (values >= 0)).all() or not self.total > 0:
             raise ValueError(
                 f"Calibrated needs a g that maps arrays on [0, 1] to finite values >= 0, not all 0, got g={self.g!r}."
             )
@@ -242,7 +242,13 @@ class Calibrated:
         """Integral of g over [0, 1]."""
         from scipy.integrate import quad
 
-        return float(quad(lambda c: float(self.g(np.array([c]))[0]), 0, 1, epsabs=0, epsrel=1e-12, limit=200)[0])
+        # In pieces, or the rule would step over a g that is 0 but for a narrow bump.
+        ends = np.linspace(0, 1, 65)
+        pieces = [quad(self._at, a, b, epsabs=1e-14, epsrel=1e-12, limit=200)[0] for a, b in pairwise(ends)]
+        return float(sum(pieces))
+
+    def _at(self, c: float) -> float:
+        return float(np.asarray(self.g(np.array([c])))[0])
 
     def density(self, rank: Rank, below_one: Rank) -> Rank:
         """g(C) over its integral."""
@@ -264,4 +270,6 @@ class Calibrated:
         """Self-normalised: in proportion to g at the middle of each rank's bin; ties share."""
         pool = checked_pool(scores, 1, "Calibrated")
         by_rank = np.asarray(self.g((np.arange(len(pool)) + 0.5) / len(pool)), np.float64)
+        if not by_rank.any():
+            raise ValueError(f"Calibrated needs more than {len(pool)} responses: g is 0 at the ranks of all of them.")
         return share_ties(pool, by_rank / by_rank.sum())

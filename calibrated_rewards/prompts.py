@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from json.encoder import encode_basestring as _quote
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -54,7 +55,8 @@ def id_key(identifier: str | int | np.integer) -> bytes:
     whole = isinstance(identifier, int | np.integer) and not isinstance(identifier, bool)
     if not whole and not isinstance(identifier, str):
         raise TypeError(f"a prompt id is a str or an int, got {type(identifier).__name__}: {start_of(identifier)}")
-    return _digest(_ID + str(identifier).encode("utf-8", "surrogatepass"))
+    text = str(int(identifier)) if whole else str.__str__(identifier)  # enum members are their values
+    return _digest(_ID + text.encode("utf-8", "surrogatepass"))
 
 
 def as_key(prompt: Prompt | bytes) -> bytes:
@@ -185,7 +187,10 @@ def _text_of(part: object) -> str | None:
 
 
 def _members(value: Any, wanted: Sequence[str] = ()) -> Mapping[Any, Any] | None:
-    """The named values of a mapping, a dataclass, a pydantic model or a plain object; None where there are none."""
+    """The named values of a mapping, a dataclass, a pydantic model, a namespace, or an object asked for `wanted` ones.
+
+    None for all else, and for objects with private attributes: what those hold might be what tells two apart.
+    """
     if isinstance(value, Mapping):
         return value
     if isinstance(value, type) or callable(value):
@@ -194,9 +199,10 @@ def _members(value: Any, wanted: Sequence[str] = ()) -> Mapping[Any, Any] | None
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if callable(dump := getattr(value, "model_dump", None)):
         return dict(dump())
-    public = {name: item for name, item in getattr(value, "__dict__", {}).items() if not name.startswith("_")}
-    public.update((name, getattr(value, name, None)) for name in wanted)
-    return public or None
+    own = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ()), *getattr(value, "_fields", ())]
+    if any(name.startswith("_") for name in own) or not (wanted or isinstance(value, SimpleNamespace)):
+        return None
+    return {name: getattr(value, name, None) for name in (*own, *wanted)}
 
 
 def _canonical(value: Any, place: str) -> str:
@@ -222,7 +228,7 @@ def _object(fields: Mapping[Any, Any] | None, place: str, value: object = None) 
     for name in fields:
         if not isinstance(name, str):
             raise TypeError(f"{place} needs names that are strings, got {start_of(name)}")
-    given = sorted((str(name), item) for name, item in fields.items() if item is not None)
+    given = sorted((str.__str__(name), item) for name, item in fields.items() if item is not None)
     return "{" + ",".join([f"{_quote(name)}:{_canonical(item, f'{place}.{name}')}" for name, item in given]) + "}"
 
 
@@ -242,7 +248,10 @@ def _image(value: Any) -> str | None:
     pil = sys.modules.get("PIL.Image")  # an image cannot be here unless its library is
     if pil is None or not isinstance(value, pil.Image):
         return None
-    pixels = value.tobytes() + bytes(value.getpalette() or ())
+    if getattr(value, "n_frames", 1) > 1:
+        raise TypeError(f"an image in a prompt has one frame, got {value.n_frames}")
+    palette = value.getpalette(value.palette.mode) if value.palette else ()
+    pixels = value.tobytes() + bytes(palette or ()) + repr(value.info.get("transparency")).encode()
     return f"image({value.mode},{value.width}x{value.height},{_digest(pixels).hex()})"
 
 

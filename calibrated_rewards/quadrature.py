@@ -23,6 +23,9 @@ NODES, WEIGHTS = legendre.leggauss(ORDER)
 TO_COEFFICIENTS = np.linalg.inv(legendre.legvander(NODES, ORDER - 1))
 RUNNING = np.stack([legendre.legval(NODES, legendre.legint(c, lbnd=-1)) for c in TO_COEFFICIENTS.T], axis=1)
 DIFFERENTIATE = np.stack([legendre.legval(NODES, legendre.legder(c)) for c in TO_COEFFICIENTS.T], axis=1)
+SIGNS: Array = np.where(np.arange(ORDER) % 2, -1.0, 1.0)
+# A polynomial through rounded values is off by this much more at its edges than at its nodes.
+EDGE_NOISE = 30.0
 
 # |s| = 45 leaves out 3e-20 of the reference's mass at each end; panels of 1.5 resolve F^N u^{N-1} for any N.
 WINDOW: Array = np.linspace(-45.0, 45.0, 61)
@@ -75,10 +78,20 @@ class Grid:
         """Derivative with respect to s of the panels' polynomials through `values`."""
         return np.asarray((values.reshape(-1, ORDER) @ DIFFERENTIATE.T * (2 / self.widths)[:, None]).ravel())
 
-    def unresolved(self, density: Array, tolerance: float) -> npt.NDArray[np.bool_]:
-        """Which panels miss more than `tolerance` of a density in s, judged by its last Legendre coefficients."""
-        tail = np.abs(density.reshape(-1, ORDER) @ TO_COEFFICIENTS[-3:].T).max(axis=1)
-        return np.asarray(tail * self.widths > tolerance * (self.weights @ density))
+    def unresolved(self, density: Array, tolerance: float, breaks: Array | None = None) -> npt.NDArray[np.bool_]:
+        """Which panels miss more than `tolerance` of a density in s.
+
+        Judged by its last Legendre coefficients, and by whether neighbours agree at their common edge: a jump between
+        an edge and the next node is seen by no coefficient. At `breaks`, logits where it jumps, they need not.
+        """
+        coefficients = density.reshape(-1, ORDER) @ TO_COEFFICIENTS.T
+        missed = np.abs(coefficients[:, -3:]).max(axis=1)
+        gap = np.abs(coefficients[1:] @ SIGNS - coefficients[:-1].sum(axis=1)) / EDGE_NOISE
+        if breaks is not None:
+            gap[np.isin(self.edges[1:-1], breaks)] = 0.0
+        missed[1:] = np.maximum(missed[1:], gap)
+        missed[:-1] = np.maximum(missed[:-1], gap)
+        return np.asarray(missed * self.widths > tolerance * (self.weights @ density))
 
     def split(self, panels: npt.NDArray[np.bool_]) -> "Grid":
         """Bisect the given panels."""
@@ -154,15 +167,21 @@ def resolve(
     `breaks` are quantiles in (0, 1) where something jumps or bends. Refinement ends at the tolerance, at the rounding
     error of log_weight itself, or where a panel has become too short to matter.
     """
-    edges = np.unique(np.concatenate([_window(log_weight), logit(np.array(list(breaks), np.float64))]))
+    jumps = logit(np.array(list(breaks), np.float64))
+    edges = np.unique(np.concatenate([_window(log_weight), jumps]))
     grid = Grid(edges[np.isfinite(edges)])
     while True:
         exponent = log_weight(grid.s)
         law = normalised(grid, exponent)
-        attainable = max(tolerance, 4 * EPSILON * float(np.abs(exponent[law.mass > 1e-20]).max(initial=0.0)))
-        coarse = grid.unresolved(law.per_logit, attainable)
+        noise = 4 * EPSILON * float(np.abs(exponent[law.mass > 1e-20]).max(initial=0.0))
+        if noise > 1e-6:
+            raise ValueError(
+                f"Phi/beta of size {noise / EPSILON / 4:.2g} has no digits left after rounding: "
+                "a larger beta, or a transform with an at_logit of its own, is needed."
+            )
+        coarse = grid.unresolved(law.per_logit, max(tolerance, noise), jumps)
         if watch is not None:
-            coarse |= grid.unresolved(watch(law), attainable)
+            coarse |= grid.unresolved(watch(law), max(tolerance, noise), jumps)
         coarse &= grid.widths > 1e-9 * np.maximum(1.0, np.abs(grid.edges[1:]))
         if not coarse.any() or len(coarse) > MOST_PANELS:
             return law
@@ -173,6 +192,8 @@ def _window(log_weight: Callable[[Array], Array]) -> Array:
     """Panel edges that cover the bulk of both the reference and e^{log_weight}, wherever in the logit that is."""
     edges: Array = np.concatenate([-FAR[:0:-1], WINDOW, FAR[1:]])
     log_mass = log_weight(edges) + log_expit(edges) + log_expit(-edges)
+    if not np.max(log_mass) < np.inf or log_mass[-1] > np.max(log_mass) - 60.0:
+        raise ValueError("e^{Phi/beta} has no finite integral: Phi rises too fast towards u = 1 for this beta.")
     heavy = np.flatnonzero(log_mass > np.max(log_mass) - 60.0)
     low, high = edges[max(heavy[0] - 1, 0)], edges[min(heavy[-1] + 1, len(edges) - 1)]
     kept: Array = edges[(edges >= min(low, -45.0)) & (edges <= max(high, 45.0))]

@@ -10,7 +10,7 @@ Chain(Log(), Affine(scale=1.0, shift=1.0))
 """
 
 from functools import partial
-from math import exp, isfinite, sinh, sqrt
+from math import exp, expm1, inf, isfinite, sinh, sqrt
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -48,6 +48,8 @@ def scaled(transform: Transform, scale: Scale) -> Transform:
             return _affine(transform, 1 / (high - low), -low / (high - low)) if isfinite(high - low) else transform
         case "standard":
             mean, spread = moments(transform)
+            if not 0 < spread < inf:
+                raise ValueError(f"A transform needs a finite spread > 0 under the reference, got {transform!r}.")
             return _affine(transform, 1 / spread, -mean / spread)
     raise ValueError(f'scale must be "unit", "standard" or "raw", got scale={scale!r}.')
 
@@ -99,7 +101,7 @@ def _exponential_moments(t: float) -> tuple[float, float]:
     Written with e^{-|x|} taken out of sinh and cosh, so that nothing overflows before the result does.
     """
     x = abs(t) / 2
-    shrunk_sinh, shrunk_cosh = -np.expm1(-2 * x) / 2, (1 + exp(-2 * x)) / 2
+    shrunk_sinh, shrunk_cosh = -expm1(-2 * x) / 2, (1 + exp(-2 * x)) / 2
     if x < 0.5:
         term, terms = 1.0, []
         for k in range(1, 12):
@@ -121,7 +123,8 @@ def _integrated_moments(transform: Transform) -> tuple[float, float]:
 
 
 def _above_median(transform: Transform, s: Array) -> Array:
-    return np.asarray(at_logit(transform, s) - at_logit(transform, 0.0))
+    values = np.asarray(at_logit(transform, np.append(s, 0.0)), np.float64)
+    return np.asarray(values[:-1] - values[-1])
 
 
 def _deviation(transform: Transform, law: Law) -> Array:

@@ -61,7 +61,7 @@ class ReferenceTable:
     nan, inf              ValueError
     u = 0                                    the smallest reference
     u = 1                                    the largest
-    u = j / K             (any j >= 1)       the j-th smallest, exactly
+    u = j / K             (float64, j >= 1)  the j-th smallest, exactly
     u outside, nan                           ValueError
     unknown row           IndexError         IndexError; -1 is unknown, not the last row
     ====================  =================  =========================================
@@ -80,6 +80,8 @@ class ReferenceTable:
         duplicates: Duplicates = "error",
     ) -> ReferenceTable:
         """A table of `Row`s, or of (prompt, scores) or (prompt, scores, aliases), in any order.
+
+        Aliases are further names of the prompt: a rendered template, messages, or an id as `id_key(7)`.
 
         With `path` the rows stream through a temporary file there, so that memory does not grow with K, and the table
         that comes back is the mapped one. `meta` is anything JSON can say (tuples come back as lists).
@@ -121,8 +123,9 @@ class ReferenceTable:
         self, prompts: Sequence[Prompt | bytes] | np.ndarray, ids: Sequence[Any] | np.ndarray | None = None
     ) -> Int64[np.ndarray, " G"]:
         """The row of each prompt, -1 where it is unknown: by its id, if it has a known one, or by its own key."""
-        if isinstance(prompts, str | bytes):
-            raise TypeError(f"prompts are a list of prompts, got the one {start_of(prompts)}")
+        if isinstance(prompts, str | bytes | Mapping) or isinstance(ids, str | bytes | Mapping):
+            raise TypeError(f"prompts and ids are lists, got prompts={start_of(prompts)}, ids={ids!r:.60}")
+        prompts, ids = list(prompts), None if ids is None else list(ids)  # a Series would be asked by its labels
         rows = np.full(len(prompts), -1)
         if ids is not None:
             if len(ids) != len(prompts):
@@ -282,7 +285,7 @@ class ReferenceTable:
         return self._find_keys(keys) >= 0
 
     def _refuse(self, prompts: Sequence[Any] | np.ndarray, unknown: Int[np.ndarray, " _"]) -> None:
-        prompt = prompts[int(unknown[0])]
+        prompt = list(prompts)[int(unknown[0])]
         of = f"; {len(unknown)} of {len(prompts)} are unknown" if len(prompts) > 1 else ""
         raise UnknownPromptError(
             f"the table ({self.path or 'in memory'}, {len(self)} prompts) has no references for {start_of(prompt)}, "
@@ -299,7 +302,9 @@ class ReferenceTable:
                 raise UnknownPromptError(
                     f"row {position}: the table has no prompt {start_of(row.prompt)}; allow_new=True would add it"
                 )
-            yield row if found < 0 else row._replace(prompt=bytes.fromhex(f"{high[found]:016x}{low[found]:016x}"))
+            # The text stays as an alias, so that prefix look-up knows its length.
+            key = bytes.fromhex(f"{high[found]:016x}{low[found]:016x}")
+            yield row if found < 0 else Row(key, row.scores, [*row.aliases, row.prompt])
 
 
 def _route(values: Any) -> Any:

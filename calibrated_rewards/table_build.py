@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
 from calibrated_rewards.prompts import Prompt, as_key, start_of
-from calibrated_rewards.table_mapped import open_table
+from calibrated_rewards.table_mapped import reopen
 from calibrated_rewards.table_search import Content, InMemory, halves, locate, starts
 from calibrated_rewards.table_writer import write_table
 
@@ -50,12 +50,15 @@ def build(
     if path is None:
         with io.BytesIO() as file:
             gathered = _gather(_spool(rows, file, lengths), duplicates)
-            return InMemory(gathered.columns, gathered.read(0, len(gathered.groups) - 1), meta_text)
+            scores = gathered.read(0, len(gathered.groups) - 1)
+            for column in (scores, *gathered.columns.values()):
+                column.flags.writeable = False  # views of it are handed out
+            return InMemory(gathered.columns, scores, meta_text)
     Path(path).mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=path, buffering=0) as file:
         gathered = _gather(_spool(rows, file, lengths), duplicates)
-        write_table(path, gathered.columns, int(gathered.offsets[-1]), meta_text, gathered.read)
-    return open_table(path)
+        digest = write_table(path, gathered.columns, int(gathered.offsets[-1]), meta_text, gathered.read)
+    return reopen(os.fspath(path), digest, None)  # another writer may have replaced it already
 
 
 def _as_json(meta: Mapping[str, Any]) -> str:
@@ -102,6 +105,8 @@ def sorted_scores(scores: Any) -> Float32[np.ndarray, " K"]:
     """
     if "torch" in sys.modules and isinstance(scores, sys.modules["torch"].Tensor):
         scores = scores.detach().float().cpu().numpy()
+    if isinstance(scores, np.ma.MaskedArray):
+        raise TypeError("scores must not be a masked array: give the unmasked ones")
     given = np.asarray(scores)
     if given.ndim != 1 or not given.size or given.dtype.kind not in "fiub":
         raise ValueError(f"a row needs a list of K >= 1 numbers, got shape {given.shape} of {given.dtype}")
@@ -131,8 +136,9 @@ class _Spool:
     def add(self, row: Row) -> None:
         if isinstance(row.aliases, str | bytes):
             raise TypeError(f"aliases are a list of prompts or keys, got {start_of(row.aliases)}")
-        key, aliases, scores = as_key(row.prompt), [as_key(alias) for alias in row.aliases], sorted_scores(row.scores)
-        for text in (row.prompt, *row.aliases):
+        given = list(row.aliases)
+        key, aliases, scores = as_key(row.prompt), [as_key(alias) for alias in given], sorted_scores(row.scores)
+        for text in (row.prompt, *given):
             if isinstance(text, str):
                 self.lengths.add(len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")))
         self.alias_keys += b"".join(aliases)

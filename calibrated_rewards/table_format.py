@@ -87,6 +87,8 @@ class Header:
         }
         text = json.dumps({"__metadata__": metadata, **self.tensors()}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
+        if len(text) > _LONGEST_HEADER:
+            raise ValueError(f"a table needs meta of less than {_LONGEST_HEADER} bytes, got {len(self.meta)}")
         return len(text).to_bytes(8, "little") + text
 
     def summary(self, digest: str) -> bytes:

@@ -115,14 +115,14 @@ class MappedTable:
         return data
 
     def __reduce__(self) -> tuple[Callable[..., MappedTable], tuple[object, ...]]:
-        return _reopen, (self.path, self.digest, self.verify)
+        return reopen, (self.path, self.digest, self.verify)
 
 
-def _reopen(path: str, digest: str, verify: bool | None) -> MappedTable:
-    """The table that was pickled, if its path still holds that one."""
+def reopen(path: str, digest: str, verify: bool | None) -> MappedTable:
+    """The table that was pickled or built, if its path still holds that one."""
     table = open_table(path, verify)
     if table.digest != digest:
-        raise ValueError(f"{path} must hold the table that was pickled, {digest}; got another, {table.digest}")
+        raise ValueError(f"{path} must hold the table with digest {digest}; got another, {table.digest}")
     return table
 
 

@@ -36,8 +36,11 @@ ReadRows: TypeAlias = Callable[[int, int], np.ndarray]
 
 def write_table(
     directory: str | os.PathLike[str], columns: Mapping[str, np.ndarray], total: int, meta: str, read: ReadRows
-) -> None:
-    """Write the table of these columns, rows by ascending key, whose `total` scores `read` hands out block by block."""
+) -> str:
+    """Write the table of these columns, rows by ascending key, whose `total` scores `read` hands out block by block.
+
+    Returns the digest of its header, by which it can be told from another writer's.
+    """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     given = {name: np.ascontiguousarray(columns[name], DTYPES[COLUMNS[name]]) for name in COLUMNS if name in columns}
@@ -45,6 +48,7 @@ def write_table(
         header = _write_data(file, given, total, meta, read)
         os.fsync(file.fileno())
         _commit(path, name, header)
+    return hex_digest(header.encode())
 
 
 def _write_data(file: IO[bytes], columns: dict[str, np.ndarray], total: int, meta: str, read: ReadRows) -> Header:
@@ -114,7 +118,8 @@ def _recover(path: Path) -> None:
             digest = hex_digest(read_head(data.fileno(), path / DATA_FILE))
             os.replace(path / pending_summary(digest), path / SUMMARY_FILE)
     for stale in [*path.glob(f".{SUMMARY_FILE}.*"), *path.glob(f".{DATA_FILE}.*")]:
-        with open(stale, "rb") as file:
+        # What cannot be opened or has gone meanwhile is another writer's business: tidying must not fail a write.
+        with contextlib.suppress(OSError), open(stale, "rb") as file:
             if _try_lock(file.fileno()):
                 stale.unlink()
 

@@ -3,8 +3,8 @@
 For a continuous model the policy that maximises E[Phi(C)] - beta KL has, whatever the prompt, the reward model and the
 reference, the density f(u) ~ e^{Phi(u)/beta} over the calibrated reward u. Everything here is an integral over that.
 
-beta means something only together with the scale of Phi: `scaling.scaled` fixes it, and CalibratedReward does so by
-default. Functions here take Phi and beta as they are given.
+beta means something only together with the scale of Phi, which `scaling.scaled` fixes. Functions here take Phi and beta
+as they are given.
 
 >>> from calibrated_rewards.procedures import BestOf
 >>> from calibrated_rewards.transforms import Exponential, Identity
@@ -18,7 +18,7 @@ default. Functions here take Phi and beta as they are given.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import exp, inf, isfinite, log, nan
+from math import exp, inf, log, nan
 from typing import TypeAlias
 
 import numpy as np
@@ -33,13 +33,16 @@ Array: TypeAlias = npt.NDArray[np.float64]
 
 
 def _log_weight(transform: Transform, beta: float, s: Array) -> Array:
-    return np.asarray(at_logit(transform, s), np.float64) / beta
+    return np.asarray(at_logit(transform, s), np.float64) / beta if beta < inf else np.zeros_like(s)
 
 
 def policy_law(transform: Transform, beta: float, *procedures: Procedure, breaks: Iterable[float] = ()) -> Law:
-    """The law of u under the optimal policy, on panels fine enough for it and for the procedures' outputs."""
-    if not (isfinite(beta) and beta > 0):
-        raise ValueError(f"beta must be finite and > 0, got beta={beta!r}.")
+    """The law of u under the optimal policy, on panels fine enough for it and for the procedures' outputs.
+
+    beta = infinity stands for the reference itself.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be > 0, got beta={beta!r}.")
     bends = [*breaks, *knots(transform), *(jump for procedure in procedures for jump in procedure.breaks)]
     watch = partial(_outputs, procedures) if procedures else None
     return resolve(partial(_log_weight, transform, beta), bends, watch=watch)
@@ -86,7 +89,7 @@ def win_rate_of(law: Law, procedure: Procedure, base: Procedure | None = None) -
     against = (base or procedure).tilt(uniform) * uniform.per_logit
     beaten, _ = law.grid.running(against)
     output = law.mass * procedure.tilt(law)
-    return float(output @ beaten / (output.sum() * (law.grid.weights @ against)))
+    return min(1.0, float(output @ beaten / (output.sum() * (law.grid.weights @ against))))
 
 
 def mean_tries(transform: Transform, beta: float, procedure: RewindAndRepeat) -> float:
@@ -100,7 +103,15 @@ def mean_tries(transform: Transform, beta: float, procedure: RewindAndRepeat) ->
 
 
 def bin_masses(transform: Transform, beta: float, procedure: Procedure, bins: int) -> Array:
-    """Mass that the procedure on the optimal policy puts on each of `bins` equal bins of u: weights for references."""
+    """Mass that the procedure on the optimal policy puts on each of `bins` equal bins of u: weights for references.
+
+    >>> from calibrated_rewards.procedures import BestOf
+    >>> from calibrated_rewards.transforms import Identity
+    >>> bin_masses(Identity(), inf, BestOf(2), 4)  # the reference's own best of two
+    array([0.0625, 0.1875, 0.3125, 0.4375])
+    """
+    if bins < 1:
+        raise ValueError(f"bin_masses needs bins >= 1, got bins={bins!r}.")
     edges = np.arange(1, bins) / bins
     law = policy_law(transform, beta, procedure, breaks=edges)
     output = law.mass * procedure.tilt(law)
@@ -109,6 +120,8 @@ def bin_masses(transform: Transform, beta: float, procedure: Procedure, bins: in
 
 def kl_range(transform: Transform) -> tuple[float, float]:
     """The KL that beta from infinity down to 0 can reach: 0, and minus the log of the share of u at Phi's maximum.
+
+    A plain function is known at floats alone, the last of which before 1 leaves a share of e^-36.7.
 
     >>> from calibrated_rewards.transforms import Tabulated
     >>> kl_range(Tabulated([0.0, 0.75, 1.0], [0.0, 1.0, 1.0]))  # flat over the top quarter
@@ -134,7 +147,10 @@ def beta_for_kl(transform: Transform, kl: float) -> float:
     _, most = kl_range(transform)
     beta = exp(_solve_log_beta(transform, kl)) if 0 < kl < most else nan
     if not (beta > 0 and abs(kl_of(policy_law(transform, beta)) - kl) < 1e-6 * kl):
-        raise ValueError(f"{transform!r} reaches a KL between 0 and {min(most, 690.0):.6g}, got kl={kl!r}.")
+        raise ValueError(
+            f"{transform!r} reaches a KL between 0 and {min(most, 690.0):.6g} with a beta that floats can hold, "
+            f"got kl={kl!r}."
+        )
     return beta
 
 

@@ -29,7 +29,10 @@ Values: TypeAlias = npt.NDArray[np.float64] | np.float64
 
 @runtime_checkable
 class Transform(Protocol):
-    """Any non-decreasing map of [0, 1]; finite inside, and infinite at most at u = 0 (downwards) or u = 1 (upwards)."""
+    """Any non-decreasing map of [0, 1]; finite inside, and infinite at most at u = 0 (downwards) or u = 1 (upwards).
+
+    It is for quantiles: what it makes of a raw score outside [0, 1] means nothing. Arrays come back as numpy's.
+    """
 
     def __call__(self, u: npt.ArrayLike, /) -> Values:
         """Phi(u), element by element."""
@@ -86,14 +89,15 @@ class Exponential:
 
     >>> Exponential(0.0)
     Traceback (most recent call last):
-    ValueError: Exponential needs 0 < |t| <= 700, got t=0.0.
+    ValueError: Exponential needs 1e-9 <= |t| <= 700, got t=0.0.
     """
 
     t: float
 
     def __post_init__(self) -> None:
-        if not 0 < abs(self.t) <= 700:
-            raise ValueError(f"Exponential needs 0 < |t| <= 700, got t={self.t!r}.")
+        if not 1e-9 <= abs(self.t) <= 700:
+            raise ValueError(f"Exponential needs 1e-9 <= |t| <= 700, got t={self.t!r}.")
+        object.__setattr__(self, "t", float(self.t))
 
     def __call__(self, u: npt.ArrayLike) -> Values:
         """Return sign(t) e^{tu}."""
@@ -128,6 +132,7 @@ class Power:
     def __post_init__(self) -> None:
         if not (isfinite(self.p) and self.p > 0):
             raise ValueError(f"Power needs a finite p > 0, got p={self.p!r}.")
+        object.__setattr__(self, "p", float(self.p))
 
     def __call__(self, u: npt.ArrayLike) -> Values:
         """Return u^p."""
@@ -177,10 +182,13 @@ class Tabulated:
             )
         if not (knots[0] == 0 and knots[-1] == 1 and np.all(np.diff(knots) > 0)):
             raise ValueError(f"Tabulated needs knots that rise strictly from 0 to 1, got u={knots.tolist()!r:.80}.")
-        if not (np.all(np.isfinite(heights)) and np.all(np.diff(heights) >= 0)):
+        if not (np.all(np.isfinite(heights)) and np.all(heights[1:] >= heights[:-1])):
             raise ValueError(f"Tabulated needs finite, non-decreasing values, got {heights.tolist()!r:.80}.")
         object.__setattr__(self, "u", tuple(knots.tolist()))
         object.__setattr__(self, "values", tuple(heights.tolist()))
+        with np.errstate(all="ignore"):
+            if not np.isfinite(self([0.0, *(knots[1:] + knots[:-1]) / 2, 1.0])).all():
+                raise ValueError(f"Tabulated needs knots and values that floats can join, got u={self.u!r:.80}.")
 
     @cached_property
     def _curve(self) -> "PPoly":
@@ -192,7 +200,10 @@ class Tabulated:
 
     def __call__(self, u: npt.ArrayLike) -> Values:
         """Return the interpolated value."""
-        return np.asarray(self._curve(np.asarray(u, np.float64)), np.float64)[()]
+        u = np.asarray(u, np.float64)
+        if not ((u >= 0) & (u <= 1)).all():
+            raise ValueError(f"Tabulated is defined for u in [0, 1], got {u[~((u >= 0) & (u <= 1))].ravel()[0]}.")
+        return np.asarray(self._curve(u), np.float64)[()]
 
     def save(self, path: str | Path) -> None:
         """Write the knots as two columns of text, `u,value`, to the last bit."""
@@ -249,7 +260,9 @@ class Chain:
         quantile = np.asarray(before(expit(np.asarray(s, np.float64))))
         if isinstance(before, PreciseTransform) and before(0.0) >= 0 and before(1.0) == 1:
             with np.errstate(divide="ignore"):
-                return at_logit(last, np.log(quantile) - np.log(-np.asarray(before.at_logit(s))))
+                inner = np.log(quantile) - np.log(-np.asarray(before.at_logit(s)))
+                # Where a float cannot hold the quantile, |s| > 700, its logit is as good as s.
+                return at_logit(last, np.where(np.isfinite(inner), inner, s))
         return last(quantile)
 
 
@@ -263,6 +276,6 @@ def knots(transform: Transform) -> tuple[float, ...]:
         case Tabulated(u=u):
             return u[1:-1]
         case Chain(parts=(first, *_)):
-            return knots(first)
+            return knots(first)  # those of later parts are found by bisection
         case _:
             return ()

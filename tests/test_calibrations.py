@@ -312,3 +312,12 @@ def test_is_a_value(calibration):
     assert isinstance(calibration, Calibration)
     assert pickle.loads(pickle.dumps(calibration)) == calibration == eval(repr(calibration))
     assert hash(calibration) == hash(eval(repr(calibration)))
+
+
+def test_tolerance_on_a_decimal_grid():
+    """Scores 0, .1, ... 1 with a tolerance of .1: neighbours tie, though float32 rounds them apart."""
+    grid = np.arange(11) / 10
+    table = ReferenceTable.build([("p", grid)])
+    u = EmpiricalCDF(tolerance=0.1)(table, np.zeros(11, int), grid)
+
+    assert 11 * u == pytest.approx([1, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 8.5, 9.5, 10])

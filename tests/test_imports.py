@@ -26,7 +26,7 @@ estimates         ->
 score_procedures  -> procedures
 scaling           -> quadrature, transforms
 theory            -> procedures, quadrature, score_procedures, transforms
-optimal           -> procedures, quadrature, transforms
+optimal           -> procedures, quadrature, theory, transforms
 choice            -> optimal, procedures, scaling, theory, transforms
 finite_k          -> quadrature, transforms
 finite_k_error    -> bands, finite_k, quadrature, transforms

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import OrderedDict
+from enum import Enum
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
@@ -338,3 +339,34 @@ def test_documented_keys():
     ]:
         assert blake2b(text.encode(), digest_size=16).digest() == key
         assert re.search(rf"{re.escape(text)} +{key.hex()}\n", page)
+
+
+class Role(str, Enum):  # noqa: UP042 (a StrEnum prints as its value, this one does not)
+    """Names and values as an API client has them."""
+
+    user = "user"
+    role = "role"
+    content = "content"
+
+
+def test_enum_members_are_their_values():
+    """On the fast path, off it, and as ids."""
+    plain = [{"role": "user", "content": "Hi", "name": "x"}]
+
+    assert prompt_key([{Role.role: Role.user, Role.content: "Hi", "name": "x"}]) == prompt_key(plain)
+    assert id_key(Role.user) == id_key("user")
+
+
+class Hidden:
+    """A message whose payload is private."""
+
+    def __init__(self, data):
+        self.role, self.content, self._data = "user", "Hi", data
+
+
+def test_objects_with_hidden_state_are_refused():
+    """Two of them might differ in what no key would see; so might two opaque parts."""
+    with pytest.raises(TypeError, match="needs a role"):
+        prompt_key([Hidden(1)])
+    with pytest.raises(TypeError, match="no canonical form"):
+        prompt_key([{"role": "user", "content": [{"type": "video", "video": Hidden(1)}]}])

@@ -51,6 +51,23 @@ def test_a_jump_is_found_without_being_announced():
     assert law.mass[law.u < 1 / 3].sum() == pytest.approx(expected, abs=1e-9)
 
 
+@given(st.floats(0.01, 0.99))
+def test_a_jump_anywhere_is_found(threshold):
+    """Also between a panel's edge and its first node, where no coefficient of either panel sees it."""
+    law = resolve(lambda s: np.where(expit(s) < threshold, 0.0, 3.0))
+
+    expected = threshold / (threshold + np.exp(3.0) * (1 - threshold))
+    assert law.mass[law.u < threshold].sum() == pytest.approx(expected, abs=1e-8)
+
+
+def test_what_has_no_integral_is_refused():
+    """e^{-log(1 - u)} = 1/(1 - u), in logits and as floats."""
+    with pytest.raises(ValueError, match="no finite integral"):
+        resolve(lambda s: np.logaddexp(0, s))
+    with pytest.raises(ValueError, match="no digits left after rounding"):
+        resolve(lambda s: expit(s) * 1e12)
+
+
 def test_a_narrow_interior_peak_is_found():
     """A Gaussian of width 0.02 in the logit, far narrower than a panel, is integrated to full precision."""
     law = resolve(lambda s: -0.5 * ((s - 0.3) / 0.02) ** 2 - log_expit(s) - log_expit(-s))

@@ -1,6 +1,7 @@
 """ReferenceTable: ranks against brute force, and one content whatever way it came together."""
 
 import gc
+import inspect
 import pickle
 import subprocess
 import sys
@@ -349,7 +350,7 @@ def test_quantiles_outside_of_the_unit_interval_are_refused():
 def test_one_prompt_where_a_list_belongs():
     """A string is not taken for the list of its characters, and ids are one a prompt."""
     table = ReferenceTable.build([("a", [1.0])])
-    with pytest.raises(TypeError, match="prompts are a list of prompts, got the one 'a'"):
+    with pytest.raises(TypeError, match="prompts and ids are lists, got prompts='a'"):
         table.rows("a")
     with pytest.raises(ValueError, match="ids must be one for each prompt, got 2 for 1"):
         table.rows(["a"], ids=[1, 2])
@@ -471,3 +472,54 @@ def test_mapped_tables_close_their_files(tmp_path):
         ReferenceTable.load(tmp_path).scores(0)
     gc.collect()
     assert len(list(descriptors.iterdir())) <= before
+
+
+class Labelled(list):
+    """A sequence that answers by label, as a shuffled pandas Series does."""
+
+    def __getitem__(self, label):
+        return list.__getitem__(self, len(self) - 1 - label)
+
+
+def test_rows_go_by_position_not_by_label():
+    """The third prompt has the third row, whatever the container's own indexing says."""
+    table = ReferenceTable.build([(p, [1.0]) for p in "abc"])
+
+    assert table.rows(Labelled("abc")).tolist() == table.rows(["a", "b", "c"]).tolist()
+    with pytest.raises(TypeError, match="prompts and ids are lists"):
+        inspect.unwrap(ReferenceTable.find)(table, {0: "a"})
+
+
+def test_what_is_handed_out_cannot_be_written_to():
+    """Neither items() nor scores() of a table in memory."""
+    table = ReferenceTable.build([("a", [1.0, 2.0]), ("b", [3.0])])
+
+    given = [scores for _, scores in table.items()]
+    with pytest.raises(ValueError, match="read-only"):
+        given[0][:] = -1
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        table.scores(0).flags.writeable = True
+
+
+def test_extend_keeps_texts_for_prefix_search():
+    """A prompt known by its key alone becomes findable by prefix once its text is seen."""
+    table = ReferenceTable.build([("2+2", [0.0]), (prompt_key("2+2=4"), [5.0])]).extend([("2+2=4", [6.0])])
+
+    rows, splits = table.rows_by_prefix(["2+2=4!"])
+    assert splits.tolist() == [5]
+    assert table.counts(rows).tolist() == [2]
+
+
+def test_a_meta_too_large_for_the_header_leaves_the_old_table(tmp_path):
+    """Refused before anything is moved."""
+    ReferenceTable.build([("a", [1.0])], path=tmp_path / "t")
+    with pytest.raises(ValueError, match="needs meta of less than"):
+        ReferenceTable.build([("a", [2.0])], path=tmp_path / "t", meta={"x": "a" * 100_000_001})
+
+    assert ReferenceTable.load(tmp_path / "t").scores(0).tolist() == [1.0]
+
+
+def test_masked_scores_are_refused():
+    """A mask would be lost."""
+    with pytest.raises((TypeError, ValueError), match="masked"):
+        ReferenceTable.build([("a", np.ma.array([1.0, 99.0], mask=[0, 1]))])

@@ -255,7 +255,7 @@ def test_a_pickle_of_another_table_is_refused(tmp_path):
     pickled = pickle.dumps(table)
     assert np.array_equal(pickle.loads(pickled).scores(3), table.scores(3))
     ReferenceTable.build(some_rows(seed=1), path=tmp_path)
-    with pytest.raises(ValueError, match="must hold the table that was pickled"):
+    with pytest.raises(ValueError, match="must hold the table with digest"):
         pickle.loads(pickled)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from strategies import betas, procedures, transforms
@@ -267,15 +268,36 @@ def test_closed_form_and_root_finder_of_another_kind():
     assert beta_for_kl(Identity(), 0.5) == pytest.approx(brentq(divergence, 0.05, 5, xtol=1e-14), rel=1e-10)
 
 
-@pytest.mark.parametrize("beta", [0.0, -1.0, math.nan, math.inf])
+def test_infinite_beta_is_exactly_the_reference():
+    """So that bin_masses gives the base's own masses."""
+    assert kl(Log(), math.inf) == pytest.approx(0, abs=1e-30)
+    assert bin_masses(Log(), math.inf, BestOf(3), 4) == pytest.approx(np.diff(np.array([0, 0.25, 0.5, 0.75, 1]) ** 3))
+
+
+def test_chains_into_an_unbounded_transform():
+    """NormalQuantile of u^2: the density ~ e^{z/beta} with z = Phi^-1(u^2), by adaptive quadrature in z."""
+    chain = Chain(Power(2.0), NormalQuantile())
+    weight = partial(_chain_weight, 0.5)
+    total = quad(weight, -10, 12, epsabs=1e-13)[0]
+    mean = quad(lambda z: z * weight(z), -10, 12, epsabs=1e-13)[0] / total
+
+    assert kl(chain, 0.5) == pytest.approx(mean / 0.5 - math.log(total), abs=1e-9)
+
+
+def _chain_weight(beta, z):
+    """e^{z/beta} du with u = sqrt(Phi(z))."""
+    return math.exp(z / beta) * stats.norm.pdf(z) / (2 * math.sqrt(stats.norm.cdf(z)))
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])
 def test_a_bad_beta_is_named(beta):
-    """beta must be finite and positive, in every function."""
+    """beta must be positive, in every function."""
     for call in (
         partial(kl, Identity(), beta),
         partial(policy_law, Log(), beta),
         partial(win_rate, Log(), beta, BestOf(2)),
     ):
-        with pytest.raises(ValueError, match=f"beta must be finite and > 0, got beta={beta}"):
+        with pytest.raises(ValueError, match=f"beta must be > 0, got beta={beta}"):
             call()
 
 

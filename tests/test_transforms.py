@@ -132,7 +132,7 @@ def test_composed_values_are_the_known_functions():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Exponential(0.0), r"Exponential needs 0 < \|t\| <= 700, got t=0.0"),
+        (lambda: Exponential(0.0), r"Exponential needs 1e-9 <= \|t\| <= 700, got t=0.0"),
         (lambda: Exponential(math.nan), "got t=nan"),
         (lambda: Exponential(701), "got t=701"),
         (lambda: Power(0.0), "Power needs a finite p > 0, got p=0.0"),

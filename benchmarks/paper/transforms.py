@@ -1,11 +1,13 @@
 """Figures 2 and 11 of the paper, and the comparison of transforms at matched KL behind them.
 
-    python benchmarks/paper/transforms.py
+    python benchmarks/paper/transforms.py               # keeps its JSON in benchmarks/results and its figure in docs
+    python benchmarks/paper/transforms.py --out demo    # only demo/transforms.png
 
-Prints win rates at matched KL next to those published with the design of this library (by another program), and writes
-benchmarks/results/transforms.json and docs/figures/transforms.png. Everything is exact; nothing is trained.
+Prints win rates at matched KL. Everything is exact; nothing is trained. In parentheses: what another program found for
+the same question when this library was designed.
 """
 
+import argparse
 import sys
 from functools import cache
 from pathlib import Path
@@ -24,7 +26,7 @@ from calibrated_rewards.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.theory import beta_for_kl, win_rate
 from calibrated_rewards.transforms import Exponential, Identity, Log
 
-FIGURE = Path(__file__).resolve().parents[2] / "docs" / "figures" / "transforms.png"
+FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
 COLUMNS = {
     "identity": Identity(),
     "log": Log(),
@@ -75,6 +77,7 @@ def rate(column, procedure, kl):
 def compare():
     """Every published entry: ours, theirs, and the difference."""
     rows = []
+    print("win rate over the reference, and in parentheses the same by another program")
     print(f"{'':12}{'KL':>5}  " + "".join(f"{name:>18}" for name in ALL))
     for (name, kl), published in PUBLISHED.items():
         ours = {column: rate(column, PROCEDURES[name], kl) for column in ALL}
@@ -90,7 +93,7 @@ def compare():
     return {"rows": rows, "largest difference": worst}
 
 
-def draw():
+def draw(folder):
     """Win rate against KL for the procedures of the paper's figures, with the optimum and a larger N."""
     names = ["standard", "best of 2", "best of 4", "best of 32", "worst of 2", "worst of 4"]
     figure, axes = plt.subplots(2, 3, figsize=(12, 7), sharex=True, layout="constrained")
@@ -108,15 +111,20 @@ def draw():
         ax.set_xlabel("KL from the reference, nats")
     for ax in axes[:, 0]:
         ax.set_ylabel("win rate over the reference")
-    FIGURE.parent.mkdir(exist_ok=True)
-    figure.savefig(FIGURE, dpi=130)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "transforms.png", dpi=130)
 
 
 def main():
     """The table, the JSON and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for the figure; nothing of the checkout is then written to")
+    folder = parser.parse_args().out
     results = compare()
-    draw()
-    print(f"{save('transforms', results)}\n{FIGURE}")
+    draw(folder or FIGURES)
+    print((folder or FIGURES) / "transforms.png")
+    if folder is None:
+        print(save("transforms", results))
 
 
 if __name__ == "__main__":
