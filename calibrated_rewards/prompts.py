@@ -251,7 +251,8 @@ def _image(value: Any) -> str | None:
     if getattr(value, "n_frames", 1) > 1:
         raise TypeError(f"an image in a prompt has one frame, got {value.n_frames}")
     palette = value.getpalette(value.palette.mode) if value.palette else ()
-    pixels = value.tobytes() + bytes(palette or ()) + repr(value.info.get("transparency")).encode()
+    clear = value.info.get("transparency")
+    pixels = value.tobytes() + bytes(palette or ()) + (b"" if clear is None else repr(clear).encode())
     return f"image({value.mode},{value.width}x{value.height},{_digest(pixels).hex()})"
 
 
