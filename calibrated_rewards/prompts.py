@@ -19,6 +19,8 @@ import numpy as np
 
 Prompt: TypeAlias = str | Sequence[Any] | np.ndarray
 """A text, or a list (tuple, object array) of messages: mappings or objects that have a role and content."""
+Completion: TypeAlias = str | Sequence[Any] | np.ndarray
+"""A text, or the messages that follow the prompt's (tool calls and their results included)."""
 
 KEY_BYTES = 16
 _TEXT, _CHAT, _ID = b"text:", b"chat:", b"id:"

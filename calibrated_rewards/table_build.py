@@ -158,7 +158,7 @@ class _Spool:
 
 def _spool(rows: Iterable[Any], file: io.BytesIO | io.FileIO, lengths: Iterable[int]) -> _Spool:
     """All rows, taken one at a time; what is wrong with one is said with its position and the start of its prompt."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     spool = _Spool(file, set(lengths))
     for position, item in enumerate(tqdm(rows, desc="reference table", unit=" prompts", delay=3, disable=None)):

@@ -1,4 +1,4 @@
-"""Conformance suites: what every transform and procedure must hold, ours and yours.
+"""Conformance suites: what every transform, procedure and scorer must hold, ours and yours; and scorers for tests.
 
 >>> from calibrated_rewards.transforms import Exponential
 >>> print(check_transform(Exponential(5.0)))
@@ -6,20 +6,29 @@ Exponential(t=5.0): 6 checks passed
 >>> check_transform(lambda u: -u)
 Traceback (most recent call last):
 AssertionError: <function <lambda> at ...> does not rise with u: Phi(0) = -0.0 is above Phi(1/512) = -0.001953125
+>>> print(check_scorer(HashScorer(), sign=False))  # a line a check; here the first two
+HashScorer(seed=0)
+  ok    one finite number for each completion: 64 scores, ...
 """
 
+import json
 import pickle
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import TypeAlias
+from hashlib import blake2b
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit, logit
+from jaxtyping import Float32
+from scipy.special import expit, logit, ndtri
 
+from calibrated_rewards.checks.conformance import check_scorer as check_scorer  # noqa: PLC0414 (public here)
 from calibrated_rewards.procedures import Procedure
+from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, prompt_key
 from calibrated_rewards.quadrature import Law, reference_law, resolve
 from calibrated_rewards.transforms import PreciseTransform, Transform
 
@@ -138,3 +147,58 @@ def check_picklable(thing: object) -> Verdict:
     copy = pickle.loads(pickle.dumps(thing))
     _hold(copy == thing and repr(copy) == repr(thing), f"{thing!r} comes back from pickle as {copy!r}")
     return Verdict(repr(thing), ("pickle round trip",))
+
+
+@dataclass(frozen=True)
+class HashScorer:
+    """A scorer without a model: scores like draws of a normal distribution, the same ones always.
+
+    >>> HashScorer()(["Hi", "Hi"], ["Hello!", "Go away"]).round(3)
+    array([1.088, 1.544], dtype=float32)
+    """
+
+    seed: int = 0
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+        """The score of each pair: mean 0, variance 1."""
+        return np.array([self._score(p, c) for p, c in zip(prompts, completions, strict=True)], np.float32)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Its seed."""
+        return {"kind": "hash", "seed": self.seed}
+
+    def _score(self, prompt: Prompt, completion: Completion) -> float:
+        data = prompt_key(prompt) + _text(completion).encode("utf-8", "surrogatepass")
+        digest = blake2b(data, digest_size=8, key=str(self.seed).encode()).digest()
+        return float(ndtri((int.from_bytes(digest, "little") + 0.5) / 2**64))
+
+
+@dataclass(frozen=True)
+class NumberScorer:
+    """A scorer without a model: the last number in a completion, or a default.
+
+    >>> NumberScorer()(["2+2=", "2+2=", "2+2="], ["4", "3 or 4? I say -1.5", "Who knows?"])
+    array([ 4. , -1.5,  0. ], dtype=float32)
+    """
+
+    default: float = 0.0
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+        """The number in each completion."""
+        numbers = [_NUMBER.findall(_text(c)) for _, c in zip(prompts, completions, strict=True)]
+        return np.array([float(found[-1]) if found else self.default for found in numbers], np.float32)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Its default."""
+        return {"kind": "number", "default": self.default}
+
+
+_NUMBER = re.compile(r"(?:(?<!\d)[-+])?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
+
+
+def _text(completion: Completion) -> str:
+    """A completion as text; of messages, what the last one says."""
+    if isinstance(completion, str):
+        return completion
+    last = json.loads(canonical_chat(completion))[-1] if len(completion) else {}
+    return str(last.get("content") or "")

@@ -36,7 +36,9 @@ PUBLIC = {
     "tune",
 }
 DESCRIPTORS = (property, cached_property, classmethod, staticmethod)
-MODULES = sorted(path.stem for path in Path(cr.__file__).parent.glob("*.py") if path.stem != "__init__")
+PACKAGE = Path(cr.__file__).parent
+FILES = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py") if path.stem != "__init__"]
+MODULES = sorted(".".join(path.parts) for path in FILES)
 
 
 def exports() -> list[ast.alias]:

@@ -33,6 +33,26 @@ TESTED_WITH = {
     "finite_k_error": "finite_k",
     "fixed_references": "finite_k",
     "score_procedures": "procedures",
+    "__main__": "cli",
+    "checks": "conformance",
+    "checks.edge_inputs": "conformance",
+    "checks.probes": "conformance",
+    "checks.same_score": "conformance",
+    "checks.subject": "conformance",
+    "commands": "cli",
+    "commands.check_scorer": "cli",
+    "commands.reward_model": "cli",
+    "commands.server": "cli",
+    "reading": "body",
+    "reading.completion_tokens": "implicit",
+    "reading.fingerprint": "body",
+    "reading.next_token": "judge",
+    "reading.question": "judge",
+    "scorers": "protocol",
+    "scorers.plain": "pairwise",
+    "scorers.remote_dialects": "remote",
+    "scorers.remote_text": "remote",
+    "scorers.remote_vllm": "remote",
     "table_build": "table",
     "table_mapped": "table_format",
     "table_search": "table",
@@ -43,7 +63,9 @@ TESTED_WITH = {
 # A helper lives in the file that uses it; used by two, it is a noun that has no file yet.
 NO_NOUNS = {"base", "common", "config", "constants", "errors", "helpers", "misc", "registry", "types", "utils"}
 
-SOURCES = {path.stem: path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+FILES = {path.relative_to(PACKAGE).with_suffix(""): path for path in sorted(PACKAGE.rglob("*.py"))}
+# By dotted name; a folder's __init__ is called as the folder.
+SOURCES = {".".join(name.parts).removesuffix(".__init__"): path.read_text() for name, path in FILES.items()}
 TESTS = {path.stem: path.read_text() for path in sorted((ROOT / "tests").glob("*.py"))}
 
 
@@ -115,17 +137,24 @@ def roots(source: str) -> set[str]:
 
 
 def declared(*extras: str) -> set[str]:
-    """The top-level names that come with the base install and these extras."""
+    """The top-level names that come with the base install and these extras, and with the extras that those name."""
     groups = [PROJECT["project"]["dependencies"], *(PROJECT["project"]["optional-dependencies"][e] for e in extras)]
-    names = {Requirement(line).name.lower().replace("-", "_") for group in groups for line in group}
-    return {"PIL" if name == "pillow" else name for name in names}
+    required = [Requirement(line) for group in groups for line in group]
+    names = {requirement.name.lower().replace("-", "_") for requirement in required}
+    own = {
+        extra for requirement in required if requirement.name == "calibrated-rewards" for extra in requirement.extras
+    }
+    return {"PIL" if name == "pillow" else name for name in names} | (declared(*own) if own else set())
 
 
 def test_what_is_imported_is_required() -> None:
-    """The package needs the base install alone (who has a tensor has torch), its tests `test`, the benchmarks `dev`."""
+    """The base install is enough outside of the folders that run models (who has a tensor has torch)."""
     benchmarks = {path.stem: path.read_text() for path in (ROOT / "benchmarks").rglob("*.py")}
 
-    assert set().union(*map(roots, SOURCES.values())) - declared() <= {"torch"}
+    base = {module: source for module, source in SOURCES.items() if "." not in module}
+
+    assert set().union(*map(roots, base.values())) - declared() <= {"torch"}
+    assert set().union(*map(roots, SOURCES.values())) - declared("hf", "http") == set()
     assert set().union(*map(roots, TESTS.values())) - declared("test") == set()
     assert set().union(*map(roots, benchmarks.values())) - declared("test", "dev") - set(benchmarks) == set()
 
@@ -142,7 +171,7 @@ def test_a_file_is_one_idea(module: str) -> None:
     """A module says what it is, has a name that says something, and can be read in one sitting."""
     lines = len(SOURCES[module].splitlines())
 
-    assert module not in NO_NOUNS
+    assert module.rsplit(".", maxsplit=1)[-1] not in NO_NOUNS
     assert ast.get_docstring(ast.parse(SOURCES[module]))
     assert (lines > FILE_LINES) == (module in LONG_FILES), f"{module} has {lines} lines"
 
@@ -170,7 +199,7 @@ def test_every_test_says_what_it_holds(module: str) -> None:
 
 def test_each_module_has_its_tests() -> None:
     """tests/ mirrors the package, one file to one module, but for those listed."""
-    without = {module for module in SOURCES if f"test_{module}" not in TESTS}
+    without = {module for module in SOURCES if f"test_{module.split('.')[-1]}" not in TESTS}
 
     assert without == TESTED_WITH.keys()
     assert {f"test_{other}" for other in TESTED_WITH.values()} <= TESTS.keys()

@@ -164,7 +164,8 @@ def test_the_file_tree_is_the_tree() -> None:
     shown = {
         path for block in blocks((ROOT / "README.md").read_text(), "", "text") if "/" in block for path in tree(block)
     }
-    modules = {f"calibrated_rewards/{path.name}" for path in PACKAGE.glob("*.py") if path.name != "__init__.py"}
+    names = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    modules = {f"calibrated_rewards/{name}" for name in names}
 
     assert sorted(pattern for pattern in shown if not found(pattern)) == []
     assert sorted(modules - {path for pattern in shown for path in found(pattern)}) == []

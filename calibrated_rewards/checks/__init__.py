@@ -1,0 +1,1 @@
+"""What `check_scorer` asks of a scorer, and how its answer is judged."""

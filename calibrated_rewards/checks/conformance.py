@@ -1,0 +1,196 @@
+"""Is this scorer fit for use? A line for each check, on your own model, before GPU hours are spent on its scores."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from calibrated_rewards.checks import edge_inputs, same_score
+from calibrated_rewards.checks.probes import Pairs, everyday
+from calibrated_rewards.checks.subject import Outcome, Subject, values_of
+from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.scorers.protocol import Scorer
+
+# Of more pairs of the user's, so many are taken.
+PAIRS = 64
+# Words of an input that should be longer than what a scorer reads.
+LONG_WORDS = 6_000
+# A repr that is longer is cut to the name of its class.
+SHORT_REPR = 200
+
+
+@dataclass(frozen=True)
+class Check:
+    """A question to a scorer, and how it is asked."""
+
+    name: str
+    ask: Callable[[Subject], Outcome]
+    compares: bool = True
+    """Whether it compares with the scores of the pairs, and so needs them."""
+
+
+CHECKS = (
+    Check("one finite number for each completion", edge_inputs.finite, compares=False),
+    Check("BOS once, ids that the model has", edge_inputs.one_bos, compares=False),
+    Check("different completions, different scores", edge_inputs.distinct),
+    Check("alone = in a mixed batch", same_score.alone),
+    Check("with a longer, with a shorter neighbour", same_score.neighbours),
+    Check("permuted", same_score.permuted),
+    Check("repeated in a batch", same_score.repeated),
+    Check("called twice", same_score.called_twice),
+    Check("called after other inputs", same_score.after_others),
+    Check("completions of one prompt together = alone", same_score.one_prompt),
+    Check("model in training mode, another seed", same_score.training_mode),
+    Check("special tokens in the text", same_score.special_tokens),
+    Check("unicode, emoji, very short", same_score.odd_text),
+    Check("empty or blank completion", edge_inputs.empty_completion),
+    Check("empty list", edge_inputs.empty_list, compares=False),
+    Check("conversation", edge_inputs.conversation),
+    Check("sign", edge_inputs.sign, compares=False),
+    Check("truncation", edge_inputs.truncation),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of one check."""
+
+    name: str
+    status: Literal["ok", "FAIL", "-"]
+    detail: str = ""
+
+    def __str__(self) -> str:
+        detail = self.detail.replace(" -> ", "\n        -> ")
+        return f"  {self.status:<4}  {self.name}{': ' * bool(detail)}{detail}"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All findings about a scorer, a line each."""
+
+    subject: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def failed(self) -> tuple[Finding, ...]:
+        """Those that failed."""
+        return tuple(finding for finding in self.findings if finding.status == "FAIL")
+
+    @property
+    def passed(self) -> bool:
+        """Whether none failed."""
+        return not self.failed
+
+    def __str__(self) -> str:
+        return "\n".join([self.subject, *map(str, self.findings)])
+
+
+@dataclass(frozen=True, eq=False)
+class Examination:
+    """What a scorer is asked: built-in questions, or pairs of yours; iterating runs the checks, one after another."""
+
+    scorer: Scorer
+    prompts: Sequence[Prompt] | None = None
+    completions: Sequence[Completion] | None = None
+    tolerance: float | None = None
+    """How far apart equal scores may be, in standard deviations; None: 1e-4, or 0.1 if the fingerprint has 16 bits."""
+    chat: bool | None = None
+    """Whether the built-in prompts are messages; None: if the scorer shows a chat template."""
+    sign: bool = True
+    """Whether good answers should be above bad ones; a model of other things than quality need not know."""
+    discrete: bool = False
+    """Whether the scores are grades or rules, which may tie."""
+    long_words: int = LONG_WORDS
+    """Words of an input that should be too long."""
+
+    def __post_init__(self) -> None:
+        if (self.prompts is None) != (self.completions is None):
+            raise ValueError("an examination needs prompts and completions, got only one of them")
+        prompts, completions = len(self.prompts or ()), len(self.completions or ())
+        if self.prompts is not None and (prompts != completions or prompts < 2):
+            raise ValueError(
+                "an examination needs as many prompts as completions, 2 or more, "
+                f"got {prompts} prompts and {completions} completions"
+            )
+        if self.tolerance is not None and not self.tolerance >= 0:
+            raise ValueError(f"an examination needs tolerance >= 0, got tolerance={self.tolerance}")
+
+    def __iter__(self) -> Iterator[Finding]:
+        subject = self.subject
+        scored = True
+        for check in CHECKS:
+            if check.compares and not scored:
+                yield Finding(check.name, "-", "there are no scores to compare with")
+                continue
+            found = Finding(check.name, *answer(check, subject))
+            scored = scored and not (check is CHECKS[0] and found.status == "FAIL")
+            yield found
+
+    def inspect(self) -> Inspection:
+        """All findings, whether or not some failed."""
+        return Inspection(self.title, tuple(self))
+
+    @property
+    def title(self) -> str:
+        """How a verdict names the scorer: by its repr, unless that has a whole model in it."""
+        told = self.scorer.__qualname__ if isinstance(self.scorer, Named) else repr(self.scorer)
+        return told if len(told) <= SHORT_REPR and "\n" not in told else f"{type(self.scorer).__name__}(...)"
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The scorer with the pairs that it is asked about."""
+        chat = speaks_chat(self.scorer) if self.chat is None else self.chat
+        pairs = everyday(chat)
+        if self.prompts is not None and self.completions is not None:
+            some = np.linspace(0, len(self.prompts) - 1, min(PAIRS, len(self.prompts))).astype(int).tolist()
+            pairs = Pairs(self.prompts, self.completions).at(some)
+        return Subject(self.scorer, pairs, self.tolerance, chat, self.sign, self.discrete, self.long_words)
+
+
+def check_scorer(
+    scorer: Scorer,
+    prompts: Sequence[Prompt] | None = None,
+    completions: Sequence[Completion] | None = None,
+    *,
+    tolerance: float | None = None,
+    chat: bool | None = None,
+    sign: bool = True,
+    discrete: bool = False,
+    long_words: int = LONG_WORDS,
+) -> Inspection:
+    """Run all checks on a scorer; AssertionError with the whole verdict if any failed.
+
+    The arguments are those of `Examination`, whose `inspect()` gives the same verdict and does not raise.
+
+    >>> check_scorer(lambda prompts, completions: [c.count("e") / len(c) for c in completions])
+    Traceback (most recent call last):
+    AssertionError: ...
+    """
+    found = Examination(scorer, prompts, completions, tolerance, chat, sign, discrete, long_words).inspect()
+    if not found.passed:
+        raise AssertionError(str(found))
+    return found
+
+
+def answer(check: Check, subject: Subject) -> Outcome:
+    """What comes of a check; whatever a scorer raises is a finding, and the next check is run."""
+    try:
+        return check.ask(subject)
+    except Exception as error:  # noqa: BLE001 (a scorer is anybody's code; nothing is silenced, the verdict shows it)
+        return Outcome("FAIL", f"{type(error).__name__}: {error}")
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A function or a class."""
+
+    __qualname__: str
+
+
+def speaks_chat(scorer: Scorer) -> bool:
+    """Whether a scorer shows a chat template to render messages with."""
+    inside = Subject(scorer, Pairs([], []), None, False, False, False, 0)
+    templates = [inside.tokenizer.chat_template] if inside.tokenizer is not None else []
+    return any(templates) or any(values_of(inside.fingerprint, "template"))

@@ -1,0 +1,223 @@
+"""Checks of what a scorer gives and takes: finite distinct numbers, nothing at all, chats, one BOS, too long inputs."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from calibrated_rewards.checks.probes import BLANK, QUESTIONS, Pairs, asked, message, soup, two_turns
+from calibrated_rewards.checks.subject import PADS, Embedding, Outcome, Subject, in_units
+from calibrated_rewards.prompts import start_of
+
+# Of scores that differ, at most so many may look alike.
+DISTINCT = 0.95
+# Tokenizers without a limit say 1e30.
+NO_LIMIT = 2**30
+# A change in the text that moves the score by less than this, in standard deviations, was not read.
+UNREAD = 1e-6
+
+
+def finite(subject: Subject) -> Outcome:
+    """One finite number for each pair, and none of the pairs cut."""
+    scores, cut = subject.heard(subject.pairs)
+    told = f"{len(scores)} scores, {scores.min():.3g} to {scores.max():.3g}, sd {scores.std():.3g}"
+    told += f"; in {' and '.join(subject.few_bits)} equal is within {subject.near:g} sd" if subject.few_bits else ""
+    return Outcome("ok", "; ".join([told, *cut]))
+
+
+def distinct(subject: Subject) -> Outcome:
+    """Different completions get different scores."""
+    different = {str(completion): i for i, completion in enumerate(subject.pairs.completions)}
+    found, most = len(np.unique(subject.mixed[[*different.values()]])), len(different)
+    told = f"{found} different scores of {most} different completions"
+    if found == 1 < most:
+        return Outcome("FAIL", f"all {most} completions get the score {subject.mixed[0]:.6g}")
+    if subject.discrete:
+        return Outcome("ok", told)
+    few = rounded_to(subject.mixed)
+    if found >= DISTINCT * most and not few:
+        return Outcome("ok", told)
+    told += f", all of them numbers of {few}" if few else ""
+    return Outcome(
+        "FAIL", f"{told} -> compute the head in float32; where ties are meant, of grades or rules, say discrete=True"
+    )
+
+
+def rounded_to(scores: Float32[np.ndarray, " n"]) -> str:
+    """The 16 bits that scores were rounded to: ties among many, also where few show none. Whole numbers are none.
+
+    >>> rounded_to(np.array([0.1, 0.2], np.float16).astype(np.float32)), rounded_to(np.array([0.1, 2], np.float32))
+    ('float16', '')
+    """
+    if (scores == np.round(scores)).all():
+        return ""
+    if not (scores.view(np.uint32) & 0xFFFF).any():
+        return "bfloat16"
+    with np.errstate(over="ignore"):
+        return "float16" if (scores == scores.astype(np.float16)).all() else ""
+
+
+def empty_list(subject: Subject) -> Outcome:
+    """No pairs give no scores."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        answer = subject.scorer([], [])
+    return Outcome("ok") if len(answer) == 0 else Outcome("FAIL", f"no pairs give {start_of(answer)}")
+
+
+def empty_completion(subject: Subject) -> Outcome:
+    """Completions without text have a score, alone the same as in a batch, or are refused."""
+    told = []
+    for blank in BLANK:
+        pair = Pairs([subject.pairs.prompts[0]], [blank])
+        try:
+            found = subject.score(pair)
+        except ValueError as error:
+            if not subject.refuses(pair):
+                raise
+            told.append(f"{blank!r} refused: {error}")
+            continue
+        outcome = subject.same(pair, subject.score(pair + subject.pairs.at([0, 1]))[:1], found, PADS)
+        if outcome.status == "FAIL":
+            return outcome
+    return Outcome("ok", told[0] if told else "")
+
+
+def conversation(subject: Subject) -> Outcome:
+    """A chat of several messages, with a completion that is text, or the same as a message."""
+    answers = [question.good for question in QUESTIONS[:2]]
+    as_text, as_messages = (Pairs([two_turns()] * 2, given) for given in (answers, [*map(message, answers)]))
+    try:
+        found, again = subject.score(as_text), subject.score(as_messages)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        if not subject.refuses(as_text) and not subject.refuses(as_messages):
+            raise
+        told = f"{type(error).__name__}: {error}"
+        if subject.tokenizer is None:
+            return Outcome("-", f"not taken, {told}")
+        if "template" in str(error):
+            return Outcome("ok", f"refused: {error}")
+        return Outcome(
+            "FAIL", f"{told} -> an error for prompts that are messages should say what is missing, a chat template"
+        )
+    return subject.same(as_text, again, found, "a completion is not read alike as text and as a message")
+
+
+def one_bos(subject: Subject) -> Outcome:
+    """What the model reads begins with at most one BOS, and the tokenizer has no ids that the model has not."""
+    tokenizer, model = subject.tokenizer, subject.model
+    if model is None or tokenizer is None:
+        return Outcome("-", "the scorer does not show both model and tokenizer")
+    largest, size = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
+    if largest >= size:
+        return Outcome(
+            "FAIL", f"the tokenizer has ids up to {largest}, the model {size} embeddings -> another model's tokenizer?"
+        )
+    with ids_read(model) as batches:
+        subject.one_by_one(subject.pairs.at(range(min(4, len(subject.pairs)))))
+        if tokenizer.chat_template:
+            # Whether messages are taken at all is another check.
+            subject.refuses(Pairs([two_turns()], [QUESTIONS[1].good]))
+    rows = [row for ids in batches for row in ids.reshape(-1, ids.shape[-1]).tolist()]
+    bos = tokenizer.bos_token_id
+    doubled = [row for row in rows if row[:2] == [bos, bos]]
+    if doubled:
+        told = f"the model reads {doubled[0][:4]}, and {bos} is BOS"
+        return Outcome("FAIL", f"{told} -> the template writes one: tokenise with add_special_tokens=False")
+    return (
+        Outcome("ok", "the tokenizer has no BOS" * (bos is None)) if rows else Outcome("-", "the model is given no ids")
+    )
+
+
+@contextmanager
+def ids_read(model: Embedding | None) -> Iterator[list[Any]]:
+    """The tensors of token ids that go through the model's embeddings meanwhile: batches of rows."""
+    batches: list[Any] = []
+    if model is None:
+        yield batches
+        return
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: batches.extend(inputs[:1]))
+    try:
+        yield batches
+    finally:
+        hook.remove()
+
+
+def truncation(subject: Subject) -> Outcome:
+    """An input that is longer than the scorer reads is refused or reported, and never silently cut."""
+    limit = subject.limit
+    if limit is None:
+        return silently_cut(subject)
+    if limit >= NO_LIMIT:
+        return Outcome("-", "the scorer has no limit")
+    if limit > subject.long_words:
+        return Outcome("-", f"the scorer reads {limit} tokens; longer was not tried (long_words={subject.long_words})")
+    pairs = Pairs([asked("Hi", subject.chat)], [soup(limit + 16)])
+    try:
+        _, cut = subject.heard(pairs)
+    except ValueError as error:
+        if not subject.refuses(pairs):
+            raise
+        return Outcome("ok", f"refused: {error}")
+    if not cut:
+        return Outcome("FAIL", f"more than max_length={limit} tokens raise no TruncationWarning -> warn, or raise")
+    return Outcome("ok", f"reported: {cut[0]}")
+
+
+def silently_cut(subject: Subject) -> Outcome:
+    """Two long inputs that differ at one end alone; whether the scorer looks there is asked of short ones."""
+    read: list[str] = []
+    unread: list[str] = []
+    for end in ("first", "last"):
+        try:
+            moved, cut = moves(subject, subject.long_words, end)
+        except (ValueError, RuntimeError, LookupError) as error:
+            return Outcome("ok", f"refused, {type(error).__name__}: {error}")
+        if cut:
+            return Outcome("ok", f"reported: {cut[0]}")
+        read += [end] if moved > UNREAD else []
+        unread += [end] if moved <= UNREAD < moves(subject, 64, end)[0] else []
+    if unread:
+        told = (
+            f"texts of {subject.long_words} words that differ in their {' and '.join(unread)} ones have one score, and"
+        )
+        return Outcome(
+            "FAIL", f"{told} those of 64 words do not -> the text is cut without a word: raise, or warn of it"
+        )
+    if not read:
+        return Outcome("-", "neither the first nor the last words of a text move its score")
+    return Outcome("ok", f"of texts of {subject.long_words} words the {' and the '.join(read)} ones are read")
+
+
+def moves(subject: Subject, words: int, end: str) -> tuple[float, Sequence[str]]:
+    """How far the score moves if a sixteenth of the words changes, at one end; and what was said of the length."""
+    plain, other = soup(words).split(), soup(words, start=1).split()
+    few = max(1, words // 16)
+    changed = other[:few] + plain[few:] if end == "first" else plain[:-few] + other[-few:]
+    scores, cut = [], []
+    for text in (plain, changed):
+        prompt, completion = " ".join(text[: words // 2]), " ".join(text[words // 2 :])
+        found, heard = subject.heard(Pairs([asked(prompt, subject.chat)], [completion]))
+        scores.append(float(found[0]))
+        cut += heard
+    return in_units(abs(scores[0] - scores[1]), subject.sd), cut
+
+
+def sign(subject: Subject) -> Outcome:
+    """Good answers score above bad ones, most of the time."""
+    if not subject.sign:
+        return Outcome("-", "not asked")
+    prompts = [asked(question.prompt, subject.chat) for question in QUESTIONS]
+    good = subject.score(Pairs(prompts, [question.good for question in QUESTIONS]))
+    bad = subject.score(Pairs(prompts, [question.bad for question in QUESTIONS]))
+    wrong, pairs = [i for i in range(len(good)) if good[i] <= bad[i]], len(good)
+    if len(wrong) < pairs / 2:
+        return Outcome("ok", f"the good answer is above the bad one in {pairs - len(wrong)} of {pairs} pairs")
+    told = f"the good answer is not above the bad one in {len(wrong)} of {pairs} pairs ({QUESTIONS[wrong[0]].prompt!r})"
+    return Outcome(
+        "FAIL",
+        f"{told} -> is this a cost model? Cost(scorer). A random head? The wrong label? If it is meant so: sign=False",
+    )

@@ -1,0 +1,86 @@
+"""The command line, `calibrated-rewards COMMAND ...`: finds the command's module, and turns errors into one line.
+
+A sub-command is a module of `calibrated_rewards.commands` and a line below. The module is not imported before its
+command is called, and imports what is heavy (torch, transformers) when it runs.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Protocol, cast
+
+from calibrated_rewards import __version__
+
+COMMANDS = {
+    "check-scorer": "check that a reward model scores alike on every path, cuts nothing silently, prefers good answers",
+}
+
+PASSED, FAILED, UNUSABLE = 0, 1, 2
+
+
+class Command(Protocol):
+    """A module of `calibrated_rewards.commands`."""
+
+    EPILOG: str
+    """What stands under its options: examples."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Its options."""
+
+    def run(self, options: argparse.Namespace) -> int:
+        """Does it; 0 if all is well, 1 if what was asked is answered with no."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 passed, 1 failed, 2 wrong usage or something that cannot be loaded."""
+    chosen, rest = split(sys.argv[1:] if arguments is None else arguments)
+    command = cast(Command, import_module(f"calibrated_rewards.commands.{chosen.replace('-', '_')}"))
+    parser = argparse.ArgumentParser(
+        prog=f"calibrated-rewards {chosen}",
+        description=sentence(COMMANDS[chosen]),
+        epilog=command.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    options = parser.parse_args(rest)
+    try:
+        return command.run(options)
+    except Exception as error:  # whatever went wrong is shown, in a line
+        if options.debug:
+            raise
+        told = " ".join(str(error).split()) or type(error).__name__
+        sys.stderr.write(f"{parser.prog}: error: {told} (--debug shows where)\n")
+        return UNUSABLE
+
+
+def split(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that is called, and what is said to it.
+
+    >>> split(["check-scorer", "--reward-model", "my/model"])
+    ('check-scorer', ['--reward-model', 'my/model'])
+    """
+    lines = [f"  {name:<14}{summary}" for name, summary in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="calibrated-rewards",
+        description="Rewards calibrated against a reference policy, and transformed for the way the policy is served.",
+        epilog="\n".join(
+            ["commands:", *lines, "", "calibrated-rewards COMMAND --help tells the options, with examples."]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=f"one of: {', '.join(COMMANDS)}")
+    # What follows the command is the command's, --help too.
+    own = next((i for i, word in enumerate(arguments, 1) if not word.startswith("-")), len(arguments))
+    return parser.parse_args(arguments[:own]).command, list(arguments[own:])
+
+
+def sentence(summary: str) -> str:
+    """A summary as a sentence.
+
+    >>> sentence("check that all is well")
+    'Check that all is well.'
+    """
+    return f"{summary[:1].upper()}{summary[1:]}."

@@ -1,0 +1,136 @@
+"""`calibrated-rewards check-scorer`: a line for each check as it is made, and how fast the model scores."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibrated_rewards.commands import reward_model
+
+if TYPE_CHECKING:
+    from calibrated_rewards.checks.conformance import Examination
+    from calibrated_rewards.checks.subject import Subject
+
+EPILOG = """examples:
+  calibrated-rewards check-scorer --reward-model Skywork/Skywork-Reward-V2-Qwen3-0.6B
+  calibrated-rewards check-scorer --reward-model ./my-rm --max-length 4096 --prompts mine.jsonl
+  calibrated-rewards check-scorer --reward-model ./stars --label expected:1,2,3,4,5
+  calibrated-rewards check-scorer --reward-model ./toxicity --no-sign
+
+A line of --prompts has a "prompt" and a "completion", or several "completions"; prompts are text or lists of messages.
+Each check says ok, FAIL with what to do, or - where it does not apply. Differences are in standard deviations (sd) of
+the model's scores. Exit code: 0 all well, 1 a check failed, 2 the model could not be loaded."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    reward_model.add_arguments(parser)
+    group = parser.add_argument_group("checks")
+    group.add_argument(
+        "--prompts", type=Path, metavar="FILE.jsonl", help="pairs of yours in place of the built-in ones"
+    )
+    group.add_argument("--tolerance", type=float, metavar="SD", help="how near is equal: 1e-4 sd, or 0.1 in 16 bits")
+    group.add_argument("--no-sign", action="store_true", help="do not ask that good answers score above bad ones")
+    group.add_argument("--discrete", action="store_true", help="scores are grades or rules, and may tie")
+    group.add_argument(
+        "--chat", action=argparse.BooleanOptionalAction, help="ask with messages; if there is a template"
+    )
+    group.add_argument("--long-words", type=int, metavar="N", help="words of an input that should be too long: 6000")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Load the model, ask it everything, and say so line by line."""
+    examination = asked(options)
+    say(examination.title)
+    for line in told(examination.subject.fingerprint):
+        say(f"  {line}")
+    statuses = []
+    for finding in examination:
+        say(str(finding))
+        statuses.append(finding.status)
+    failed = statuses.count("FAIL")
+    if statuses[0] == "ok":
+        say(speed(examination.subject))
+    say(f"{statuses.count('ok')} ok, {failed} failed, {statuses.count('-')} not asked")
+    return int(failed > 0)
+
+
+def asked(options: argparse.Namespace) -> "Examination":
+    """The model, and what it will be asked."""
+    from calibrated_rewards.checks.conformance import LONG_WORDS, Examination
+
+    prompts, completions = read_pairs(options.prompts) if options.prompts else (None, None)
+    return Examination(
+        reward_model.load(options),
+        prompts,
+        completions,
+        tolerance=options.tolerance,
+        chat=options.chat,
+        sign=not options.no_sign,
+        discrete=options.discrete,
+        long_words=options.long_words or LONG_WORDS,
+    )
+
+
+def say(line: str) -> None:
+    """A line of output, at once: checks of a large model take their time."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def told(fingerprint: dict[str, Any]) -> list[str]:
+    """What is worth knowing of a fingerprint: lines of `name: value`, long values cut.
+
+    >>> told({"kind": "cost", "of": {"dtype": "float32", "text": {"max_length": 512, "template": "{{ x }}" * 99}}})
+    ['kind: cost', 'dtype: float32', 'text: max_length=512, template=yes']
+    """
+    lines = []
+    for name, value in fingerprint.items():
+        if name == "text" and isinstance(value, dict):
+            limit, template = value.get("max_length"), "yes" if value.get("template") else "no"
+            lines.append(f"text: max_length={'none' if limit == 2**30 else limit}, template={template}")
+        elif isinstance(value, dict):
+            lines += told(value)
+        else:
+            shown = str(value)
+            lines += [f"{name}: {shown if len(shown) <= 100 else shown[:97] + '...'}"] if value is not None else []
+    return lines
+
+
+def speed(subject: "Subject") -> str:
+    """How many completions it scores in a second, all pairs in one call; and tokens, where the model shows them."""
+    from calibrated_rewards.checks.edge_inputs import ids_read
+
+    with ids_read(subject.model) as batches:
+        start = time.perf_counter()
+        subject.score(subject.pairs)
+        seconds = time.perf_counter() - start
+    count, tokens = len(subject.pairs), sum(ids.numel() for ids in batches)
+    read = f", {tokens / seconds:,.0f} tokens" if tokens else ""
+    return f"  {count} completions in {seconds:.2f} s: {count / seconds:,.0f} completions{read} a second"
+
+
+def read_pairs(file: Path) -> tuple[list[Any], list[Any]]:
+    """Prompts and completions of a JSON Lines file."""
+    prompts, completions = [], []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        row = parsed(line, f"line {number} of {file}") if line.strip() else {}
+        several = row.get("completions", [row["completion"]] if "completion" in row else [])
+        if row and ("prompt" not in row or not several):
+            raise ValueError(f'line {number} of {file} needs a "prompt" and a "completion", got {sorted(row)}')
+        prompts += [row["prompt"] for _ in several]
+        completions += several
+    return prompts, completions
+
+
+def parsed(line: str, where: str) -> dict[str, Any]:
+    """A line that is a JSON object."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is no JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f'{where} needs an object with "prompt" and "completion", got {type(row).__name__}')
+    return row

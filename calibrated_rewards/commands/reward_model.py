@@ -1,0 +1,114 @@
+"""The options that name a reward model, the same for every command that needs one, and the scorer that they lead to."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibrated_rewards.commands import server
+from calibrated_rewards.reading.labels import Difference, Expected, Label, Labels, Ordinal, Weighted
+
+if TYPE_CHECKING:
+    from calibrated_rewards.reading.text import Text
+    from calibrated_rewards.scorers.protocol import Scorer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--reward-model, and all that says how it is loaded and read."""
+    group = parser.add_argument_group("reward model")
+    group.add_argument(
+        "--reward-model", required=True, metavar="PATH|ID|URL", help="a folder, an id of the Hub, a server"
+    )
+    group.add_argument("--kind", help="what it is, where looking at the checkpoint does not tell: judge, process, ...")
+    group.add_argument("--option", action="append", default=[], type=named, metavar="NAME=VALUE", help=OPTION_HELP)
+    group.add_argument("--label", type=labels, metavar="HOW", help=LABEL_HELP)
+    group.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help="most tokens of an input; what the model can read"
+    )
+    group.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="a Jinja template in place of the tokenizer's"
+    )
+    group.add_argument("--batch-tokens", type=int, metavar="TOKENS", help="tokens in a batch, padding included")
+    group.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: as it was saved")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps; a GPU if there is one")
+    group.add_argument("--revision", help="a branch, tag or commit of the Hub")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+    server.add_arguments(parser)
+
+
+OPTION_HELP = "what else load_scorer takes, such as --option mark=<extra_0>; JSON, or text that is none"
+LABEL_HELP = (
+    "how several labels make one score: 3 (that label's logit), 1-0 (logit 1 minus logit 0), expected:1,2,3,4,5 "
+    "(their mean value), weighted:1,-0.5 (a weighted sum), ordinal (the expected class)"
+)
+
+
+def load(options: argparse.Namespace) -> "Scorer":
+    """The scorer that the options name."""
+    from calibrated_rewards.scorers.loading import load_scorer
+
+    if options.reward_model.startswith(("http://", "https://")):
+        return server.load(options, text(options.max_length, options.chat_template))
+    return load_scorer(options.reward_model, **settings(options))
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What `load_scorer` is told."""
+    return {
+        "kind": options.kind,
+        "labels": options.label,
+        "text": text(options.max_length, options.chat_template),
+        "batch_tokens": options.batch_tokens,
+        "dtype": options.dtype,
+        "device": options.device,
+        "revision": options.revision,
+        "trust_remote_code": options.trust_remote_code,
+        **dict(options.option),
+    }
+
+
+def named(setting: str) -> tuple[str, Any]:
+    """A name and its value.
+
+    >>> named("step_tokens=[3, 5]"), named("mark=<extra_0>")
+    (('step_tokens', [3, 5]), ('mark', '<extra_0>'))
+    """
+    name, equals, value = setting.partition("=")
+    if not name.isidentifier() or not equals:
+        raise argparse.ArgumentTypeError(f"an option is NAME=VALUE, got {setting!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def text(max_length: int | None, template: Path | None) -> "Text | None":
+    """How text becomes tokens, if anything was said about it."""
+    from calibrated_rewards.reading.text import Text
+
+    if max_length is None and template is None:
+        return None
+    return Text(max_length=max_length, template=template.read_text(encoding="utf-8") if template else None)
+
+
+def labels(how: str) -> Labels:
+    """What `--label` says.
+
+    >>> labels("3"), labels("1-0"), labels("expected:1,2,3"), labels("ordinal")
+    (Label(index=3), Difference(good=1, bad=0), Expected(values=(1.0, 2.0, 3.0)), Ordinal())
+    """
+    name, _, numbers = how.partition(":")
+    try:
+        if name in WITH_NUMBERS:
+            return WITH_NUMBERS[name](tuple(map(float, numbers.split(","))))
+        if how == "ordinal":
+            return Ordinal()
+        good, minus, bad = how.partition("-")
+        return Difference(int(good), int(bad)) if minus else Label(int(good))
+    except ValueError:
+        wanted = "3, 1-0, expected:1,2,3, weighted:1,-0.5 or ordinal"
+        raise argparse.ArgumentTypeError(f"a label is {wanted}, got {how!r}") from None
+
+
+WITH_NUMBERS: dict[str, Callable[[Any], Labels]] = {"expected": Expected, "weighted": Weighted}

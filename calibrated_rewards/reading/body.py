@@ -1,0 +1,137 @@
+"""What a transformer that gives scores is made of: its body, its heads, and the facts that scoring needs of it."""
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+# Tokens in a batch, padding included, unless the user says otherwise.
+ON_CPU, ON_GPU = 8_192, 65_536
+# Of models without a table of embeddings, such as Canine, which hashes characters.
+ANY_ID = 2**31
+_locks: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
+_one_at_a_time = threading.Lock()
+
+
+def lock_of(model: Any) -> threading.RLock:
+    """The lock of a model: one for all scorers that use it, for its training mode and its hooks are the model's."""
+    with _one_at_a_time:
+        return _locks.setdefault(body_of(model), threading.RLock())
+
+
+def body_of(model: Any) -> nn.Module:
+    """The transformer without its head; under PEFT, with the adapter in it."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body: Any = getattr(inner, inner.base_model_prefix, inner)
+    # Llama 4 keeps its body under another name than the one it gives.
+    found: nn.Module = getattr(inner, "get_decoder", lambda: None)() or inner if body is inner else body
+    return found
+
+
+def heads_of(model: Any) -> dict[str, nn.Module]:
+    """The parts beside the body that have weights, by name: score, classifier, pooler, ..."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body = body_of(model)
+    beside = [(name, part) for name, part in inner.named_children() if part is not body]
+    return {name: part for name, part in beside if any(True for _ in part.parameters())}
+
+
+def vocabulary(model: Any) -> int:
+    """How many token ids the model has an embedding for."""
+    table = embeddings_of(model)
+    return ANY_ID if table is None else int(table.shape[0])
+
+
+def embeddings_of(model: Any) -> Tensor | None:
+    """The table of the tokens' embeddings; None for a model that has none."""
+    try:
+        table: Tensor = model.get_input_embeddings().weight
+    except NotImplementedError:
+        return None
+    return table
+
+
+def device_of(model: Any) -> torch.device:
+    """Where its inputs go: where the embeddings are, or the first weight that is anywhere (the rest is offloaded)."""
+    table = embeddings_of(model)
+    if table is not None and table.device.type != "meta":
+        return table.device
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def default_budget(model: Any) -> int:
+    """Tokens in a batch, for the device that a model is on."""
+    return ON_CPU if device_of(model).type == "cpu" else ON_GPU
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The precision of its body; of quantised weights, that of what is not quantised."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def positions_of(model: Any) -> int | None:
+    """How many tokens it has positions for; None if it does not say."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    named = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]
+    tables = [part for part in named if isinstance(part, nn.Embedding)]
+    # RoBERTa counts positions from the padding id on: 514 of them are 512 tokens.
+    usable = [m.num_embeddings - m.padding_idx - 1 for m in tables if m.padding_idx is not None]
+    return min(usable, default=most if isinstance(most, int) and most > 0 else None)
+
+
+def rope_turn(model: Any) -> int | None:
+    """The length above which all of an input is read otherwise: LongRoPE has two sets of angles. None in most."""
+    given = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    ropes = [rope for rope in (given, *given.values()) if isinstance(rope, Mapping)]
+    turns = [int(rope["original_max_position_embeddings"]) for rope in ropes if rope.get("rope_type") == "longrope"]
+    return min(turns, default=None)
+
+
+def in_float32(part: nn.Module) -> nn.Module:
+    """A head that computes in float32, apart from the model's: 16 bits turn close scores into ties."""
+    weights = list(part.parameters())
+    if all(p.dtype == torch.float32 for p in weights) or not all(p.is_floating_point() for p in weights):
+        return part
+    return copy.deepcopy(part).float().requires_grad_(False).eval()
+
+
+@contextmanager
+def for_scoring(model: nn.Module, lock: threading.RLock) -> Iterator[None]:
+    """One caller at a time, no gradients, no dropout, no autocast of a loop around it; then all as before."""
+    with lock, ExitStack() as after:
+        training = [part for part in model.modules() if part.training]
+        if training:
+            model.eval()
+            after.callback(_train, training)
+        after.enter_context(torch.inference_mode())
+        after.enter_context(torch.autocast(device_of(model).type, enabled=False))
+        yield
+
+
+def _train(parts: list[nn.Module]) -> None:
+    for part in parts:
+        part.training = True
+
+
+def right_padded(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, padded on the right: positions then count from the first token, in every model."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    return ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+
+
+def check_vocabulary(rows: list[list[int]], model: nn.Module) -> None:
+    """Refuse ids that the model has no embedding for: on a GPU they would end the process."""
+    largest, size = max((max(row) for row in rows), default=0), vocabulary(model)
+    if largest >= size:
+        raise ValueError(
+            f"the tokenizer gives id {largest}, the reward model has {size} embeddings: it is another model's "
+            "tokenizer, or tokens were added without resize_token_embeddings"
+        )

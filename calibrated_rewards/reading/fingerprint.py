@@ -1,0 +1,63 @@
+"""What a model and its tokenizer are, in a few digests: the same wherever they lie."""
+
+import json
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibrated_rewards.reading.body import dtype_of
+
+# Values of each weight that the fingerprint reads: enough to tell any two checkpoints apart, in no time.
+SAMPLED = 1024
+# What a config says of the file it came from, of training, or of what the weights tell already: no score depends on it.
+NOT_OF_THE_SCORES = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def model_fingerprint(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What a model and its tokenizer are: its class, its precision, and digests of what they hold."""
+    return {
+        "model": type(model).__name__,
+        "weights": weights_digest(model.state_dict()),
+        "config": config_digest(model.config),
+        "dtype": str(dtype_of(model)).removeprefix("torch."),
+        "tokenizer": tokenizer_digest(tokenizer),
+    }
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """A digest of names, shapes, and evenly spread values of all weights; the same wherever they lie."""
+    digest = blake2b(digest_size=16)
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        if weight.device.type != "meta" and weight.numel():
+            flat = weight.detach().flatten()
+            values = flat[:: max(1, flat.numel() // SAMPLED)].cpu()
+            digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def config_digest(config: Any) -> str:
+    """A digest of what a config adds to its class's defaults: rotary scaling, windows, padding id, ..."""
+    given = {name: value for name, value in config.to_diff_dict().items() if name not in NOT_OF_THE_SCORES}
+    return blake2b(json.dumps(given, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A digest of all that a tokenizer does to text: vocabulary, merges, normaliser, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # A fast tokenizer remembers how its last call padded and truncated: that is no part of it.
+    parts = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    what = {**parts, "padding": None, "truncation": None} if isinstance(parts, dict) else parts
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    return blake2b(f"{what} {special}".encode(), digest_size=16).hexdigest()

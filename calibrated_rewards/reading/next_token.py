@@ -1,0 +1,122 @@
+"""Heads over the vocabulary: the next token's logits, and the log-probability of the token that follows, in float32."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibrated_rewards.reading.batches import Budget
+from calibrated_rewards.reading.body import body_of, device_of, dtype_of, for_scoring, in_float32, vocabulary
+from calibrated_rewards.reading.decoder import Decoder, Head, Row, Sharing
+
+# Logits that LogProbability holds at a time: 256 MB.
+CELLS = 2**26
+# How near a head has to come to the model's own forward, of its largest logit. 16 bits round each logit.
+NEAR = {torch.float32: 1e-4}
+NEAR_16_BIT = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """A head: the logits of the next token as the model's own forward makes them, of all tokens or of some."""
+
+    layer: nn.Module
+    tokens: tuple[int, ...] | None = None
+    """Which of the layer's outputs; None: all."""
+    scale: float = 1.0
+    """What the model multiplies them by (Cohere, Granite)."""
+    cap: float | None = None
+    """What it bounds them by (Gemma)."""
+
+    def __call__(self, hidden: Tensor, following: Tensor, /) -> Tensor:
+        """The logits, whatever follows."""
+        logits = self.layer(hidden.to(next(self.layer.parameters()).device)) * self.scale
+        if self.tokens is not None:
+            logits = logits[:, self.tokens]
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+@dataclass(frozen=True, eq=False)
+class LogProbability:
+    """A head: the log-probability of the token that follows; some positions at a time, for vocabularies are large."""
+
+    logits: Logits
+    size: int
+    """Tokens of the vocabulary."""
+    cells: int = CELLS
+
+    def __call__(self, hidden: Tensor, following: Tensor, /) -> Tensor:
+        """log_softmax(logits)[following], (n, 1)."""
+        some = max(1, self.cells // self.size)
+        starts = range(0, len(hidden), some)
+        return torch.cat([self._part(hidden[i : i + some], following[i : i + some]) for i in starts])
+
+    def _part(self, hidden: Tensor, following: Tensor) -> Tensor:
+        logits = self.logits(hidden, following)
+        chosen = logits.gather(1, following.to(logits.device)[:, None])
+        return chosen - logits.logsumexp(1, keepdim=True)
+
+
+def logits_of(model: Any, lock: Any, tokens: Sequence[int] | None = None) -> Logits:
+    """The head that a language model ends in; its scale is measured, for models name it in many ways."""
+    layer = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_output_embeddings()
+    if layer is None or body_of(model) is model:
+        raise TypeError(
+            f"a language model has a body and an output layer, {type(model).__name__} lacks one: got no causal LM"
+        )
+    chosen, left = _rows(layer, tokens)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    scale = _scale(*both(model, Logits(chosen, left), lock, tokens), cap)
+    head = Logits(chosen, left, scale, cap)
+    check_head(model, head, lock, tokens)
+    return head
+
+
+def check_head(model: Any, head: Head, lock: Any, columns: Sequence[int] | None = None) -> None:
+    """Refuse a head that, behind the model's body, does not give what the model's own forward gives first."""
+    read, own = both(model, head, lock, columns)
+    near = NEAR.get(dtype_of(model), NEAR_16_BIT) * float(own.abs().max())
+    apart = float((read - own).abs().max()) if read.shape == own.shape else float("inf")
+    if not apart <= near:
+        raise ValueError(
+            f"body and head of {type(model).__name__} have to give what its own forward gives, got logits {apart:.1e} "
+            f"apart (the largest is {float(own.abs().max()):.1e}): score with a callable of yours that runs its forward"
+        )
+
+
+def both(model: Any, head: Head, lock: Any, columns: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """What body and head give for a few tokens, and what the model's own forward gives for them."""
+    few = min(32, vocabulary(model))
+    ids = [i % few for i in range(3, 12)]
+    decoder = Decoder(model, body_of(model), head, Budget(64), Sharing(False), show_progress=False, lock=lock)
+    read = decoder([Row(ids, list(range(len(ids))))], [0])[0]
+    with for_scoring(model, lock):
+        own = model(input_ids=torch.tensor([ids], device=device_of(model)))[0][0].float().cpu()
+    return read, own if columns is None else own[:, list(columns)]
+
+
+def _rows(layer: nn.Module, tokens: Sequence[int] | None) -> tuple[nn.Module, tuple[int, ...] | None]:
+    """A float32 layer for these tokens, and which of its outputs they are; a plain layer's rows are copied alone."""
+    if tokens is None:
+        return in_float32(layer), None
+    if type(layer) is not nn.Linear or not layer.weight.is_floating_point():
+        return in_float32(layer), tuple(tokens)
+    at = list(tokens)
+    few = nn.Linear(layer.in_features, len(at), layer.bias is not None, device="meta")
+    few.weight = nn.Parameter(layer.weight.detach()[at].float(), requires_grad=False)
+    if layer.bias is not None:
+        few.bias = nn.Parameter(layer.bias.detach()[at].float(), requires_grad=False)
+    return few, None
+
+
+def _scale(read: Tensor, own: Tensor, cap: float | None) -> float:
+    """The factor between the layer's outputs and the model's logits, before it bounds them."""
+    if cap is not None:
+        inside = own.abs() < 0.5 * cap
+        read, own = read[inside], cap * torch.atanh(own[inside] / cap)
+    read, own = read.double().flatten(), own.double().flatten()
+    scale = float(read @ own) / max(float(read @ read), 1e-30)
+    # 16 bits leave this much doubt, and no model scales by so little.
+    return 1.0 if abs(scale - 1) < 0.01 else scale

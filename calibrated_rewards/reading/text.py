@@ -1,0 +1,183 @@
+"""A prompt and its completion to the token ids that the reward model reads: template, special tokens, truncation."""
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Tokenizers without a limit of their own say 1e30.
+NO_LIMIT = 2**30
+
+
+class TruncationWarning(UserWarning):
+    """Some inputs were longer than the reward model reads; says how many, and what was kept."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """How text becomes tokens; every choice is part of the scorer's fingerprint.
+
+    A chat (a prompt that is a list of messages, or any with `chat=True`) is rendered with the reward model's own
+    template, which writes the special tokens itself; a string completion is an assistant's message. A plain prompt and
+    its completion are joined as they are, and the tokenizer adds its special tokens. A doubled first BOS loses one.
+
+    What is longer than `max_length` tokens keeps its first token if that is special (BOS, CLS), and its *last* tokens:
+    the beginning of the prompt is what goes. That is reported by a TruncationWarning, or is an error with
+    `on_long="raise"`.
+    """
+
+    max_length: int | None = None
+    """Most tokens of an input; None for what the model and its tokenizer say they can read."""
+    on_long: Literal["warn", "raise"] = "warn"
+    chat: bool | None = None
+    """None: render prompts that are messages. True: a string prompt is a user's message. False: refuse messages."""
+    template: str | None = None
+    """A chat template (Jinja) in place of the tokenizer's."""
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    """Passed to the template: tools, enable_thinking, ..."""
+    special_tokens: bool | None = None
+    """Whether the tokenizer adds its special tokens; None: to plain text, not to a rendered chat."""
+    append_eos: bool = False
+    """End each input with EOS, unless it ends so already."""
+    strip: tuple[str, ...] = ()
+    """Taken off the end of completions first, such as an "<|im_end|>" that sampling left there."""
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"Text needs max_length >= 2, got max_length={self.max_length}")
+        if self.on_long not in ("warn", "raise"):
+            raise ValueError(f"Text needs on_long to be 'warn' or 'raise', got on_long={self.on_long!r}")
+
+    def fingerprint(self, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+        """The settings, and the template that they lead to."""
+        return {**asdict(self), "template": self.template or tokenizer.chat_template}
+
+    def limit(self, tokenizer: "PreTrainedTokenizerBase", positions: int | None) -> int:
+        """Most tokens of an input: `max_length`, or what the model (its positions) and its tokenizer can read."""
+        known = [n for n in (tokenizer.model_max_length, positions) if n and n < NO_LIMIT]
+        if self.max_length is None:
+            return min(known, default=NO_LIMIT)
+        if positions and self.max_length > positions:
+            raise ValueError(f"the model reads at most {positions} tokens, got max_length={self.max_length}")
+        return self.max_length
+
+    def render(self, tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, completion: Completion) -> tuple[str, bool]:
+        """The text that is tokenised, and whether a template wrote it."""
+        completion = self.stripped(completion)
+        if isinstance(prompt, str) and not self.chat:
+            if not isinstance(completion, str):
+                raise TypeError(
+                    f"a prompt that is text needs a completion that is text, got {start_of(completion)}; "
+                    "Text(chat=True) makes the prompt a user's message"
+                )
+            return prompt + completion, False
+        return self._rendered(tokenizer, self.messages(prompt) + _answer(completion)), True
+
+    def messages(self, prompt: Prompt) -> list[dict[str, Any]]:
+        """A prompt as plain messages: None-valued keys (which Arrow adds) are gone, text parts are joined."""
+        if isinstance(prompt, str):
+            return [{"role": "user", "content": prompt}]
+        if self.chat is False:
+            raise TypeError(f"Text(chat=False) takes prompts that are text, got {start_of(prompt)}")
+        return list(json.loads(canonical_chat(prompt)))
+
+    def opening(self, tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> tuple[str, bool]:
+        """A prompt alone, ready for its completion, and whether a template wrote it."""
+        if isinstance(prompt, str) and not self.chat:
+            return prompt, False
+        return self._rendered(tokenizer, self.messages(prompt), add_generation_prompt=True), True
+
+    def tokens(self, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        """The ids of rendered texts, whole: special tokens once each, EOS if asked for, never empty."""
+        ids: list[list[int]] = [[]] * len(texts)
+        for rendered in (False, True):
+            at = [i for i, (_, by_template) in enumerate(texts) if by_template == rendered]
+            add = not rendered if self.special_tokens is None else self.special_tokens
+            found = (
+                tokenizer([texts[i][0] for i in at], add_special_tokens=add, verbose=False)["input_ids"] if at else []
+            )
+            for i, row in zip(at, found, strict=True):
+                ids[i] = self._mended(row, tokenizer, texts[i][0])
+        return ids
+
+    def encode(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
+        limit: int = NO_LIMIT,
+    ) -> list[list[int]]:
+        """The token ids of each pair, cut to `limit`, which is reported."""
+        texts = [self.render(tokenizer, p, c) for p, c in zip(prompts, completions, strict=True)]
+        ids = self.tokens(tokenizer, texts)
+        self.report([len(row) for row in ids], limit)
+        return [kept(row, limit, tokenizer) for row in ids]
+
+    def report(self, lengths: Sequence[int], limit: int) -> None:
+        """Say that inputs are longer than the limit, if some are: as a warning, or as an error."""
+        long = [length for length in lengths if length > limit]
+        if long:
+            message = f"{len(long)} of {len(lengths)} inputs are longer than max_length={limit} (longest: {max(long)})"
+            if self.on_long == "raise":
+                raise ValueError(f"{message}; shorten them, or set on_long='warn' to keep their last {limit} tokens")
+            warnings.warn(f"{message}: their first tokens were left out", TruncationWarning, stacklevel=4)
+
+    def stripped(self, completion: Completion) -> Completion:
+        """A completion that is text, less the ends in `strip`; messages as they are."""
+        if not isinstance(completion, str):
+            return completion
+        while any(end and completion.endswith(end) for end in self.strip):
+            completion = completion.removesuffix(next(end for end in self.strip if end and completion.endswith(end)))
+        return completion
+
+    def _rendered(self, tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], **options: Any) -> str:
+        template = self.template or tokenizer.chat_template
+        if template is None:
+            raise ValueError(
+                "the reward model's tokenizer has no chat template, and the prompt is a list of messages: "
+                f"{start_of(messages)}. Give one, Text(template=...), or prompts that are text, as it was trained"
+            )
+        from jinja2 import TemplateError
+
+        options = {**self.template_options, **options, "chat_template": self.template}
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses the messages {start_of(messages)}: {error}") from error
+
+    def _mended(self, row: list[int], tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if bos is not None and row[:2] == [bos, bos]:
+            row = row[1:]
+        if self.append_eos and row[-1:] != [eos]:
+            if eos is None:
+                raise ValueError("Text(append_eos=True) needs a tokenizer with an EOS token")
+            row = [*row, eos]
+        if not row:
+            raise ValueError(f"an input needs at least one token, got none for {text!r}")
+        return row
+
+
+def kept(row: list[int], limit: int, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The tokens of a row that the model reads: the first if it opens every text, and the last.
+
+    >>> from types import SimpleNamespace
+    >>> kept([0, 5, 6, 7, 8], 3, SimpleNamespace(bos_token_id=0, cls_token_id=None))
+    [0, 7, 8]
+    """
+    if len(row) <= limit:
+        return row
+    opens = row[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id)
+    return row[:1] + row[len(row) - limit + 1 :] if opens else row[len(row) - limit :]
+
+
+def _answer(completion: Completion) -> list[dict[str, Any]]:
+    if isinstance(completion, str):
+        return [{"role": "assistant", "content": completion}]
+    return list(json.loads(canonical_chat(completion))) if len(completion) else []

@@ -1,0 +1,30 @@
+"""Minus a scorer: cost models, and whatever else says how bad a completion is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.scorers.protocol import Scorer, fingerprint, score
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The other way round: a completion that costs little scores high.
+
+    >>> Cost(lambda prompts, completions: [len(c) for c in completions])(["Hi", "Hi"], ["Hello!", "Go away"])
+    array([-6., -7.], dtype=float32)
+    """
+
+    scorer: Scorer
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+        """Minus the cost of each pair."""
+        return -score(self.scorer, prompts, completions)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the scores depend on."""
+        return {"kind": "cost", "of": fingerprint(self.scorer)}

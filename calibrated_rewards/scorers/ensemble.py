@@ -1,0 +1,133 @@
+"""Several scorers as one: their mean, the worst of them, or the mean less what they disagree by."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.scorers.protocol import Scorer, fingerprint, score
+
+
+@runtime_checkable
+class Combination(Protocol):
+    """Makes one score of those of M scorers; yours may do it otherwise."""
+
+    def __call__(self, members: Float64[np.ndarray, "M n"], /) -> Float64[np.ndarray, " n"]:
+        """The scores."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of all.
+
+    >>> Mean()(np.array([[1.0], [4.0]]))
+    array([2.5])
+    """
+
+    def __call__(self, members: Float64[np.ndarray, "M n"], /) -> Float64[np.ndarray, " n"]:
+        """members.mean(0)."""
+        return np.asarray(members.mean(0))
+
+
+@dataclass(frozen=True)
+class Min:
+    """The lowest: a completion is as good as the scorer that likes it least says.
+
+    >>> Min()(np.array([[1.0], [4.0]]))
+    array([1.])
+    """
+
+    def __call__(self, members: Float64[np.ndarray, "M n"], /) -> Float64[np.ndarray, " n"]:
+        """members.min(0)."""
+        return np.asarray(members.min(0))
+
+
+@dataclass(frozen=True)
+class LowerBound:
+    """The mean minus k standard deviations (those of the M scores, not of a population they were drawn from).
+
+    >>> LowerBound(k=1.0)(np.array([[1.0], [4.0]]))
+    array([1.])
+    """
+
+    k: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.k < np.inf:
+            raise ValueError(f"LowerBound needs a finite k >= 0, got k={self.k}")
+
+    def __call__(self, members: Float64[np.ndarray, "M n"], /) -> Float64[np.ndarray, " n"]:
+        """members.mean(0) - k * members.std(0)."""
+        return np.asarray(members.mean(0) - self.k * members.std(0))
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Combines scorers; each counts as (score - shift) / scale.
+
+    Raw scores of different reward models stand on different scales: as they are, the one with the widest spread
+    outweighs all others in a mean, and the one with the lowest level is nearly always the minimum. So say each one's
+    shift and scale: the mean and the standard deviation of its scores for the reference completions, which
+    `Ensemble.standardised` measures. A smaller scale is a larger weight.
+
+    >>> length = lambda prompts, completions: [len(c) for c in completions]
+    >>> calm = lambda prompts, completions: [-c.count("!") for c in completions]
+    >>> Ensemble([length, calm], Min(), shifts=[6.0, 0.0])(["Hi", "Hi"], ["Hello!", "Go away"])
+    array([-1.,  0.], dtype=float32)
+    """
+
+    scorers: Sequence[Scorer]
+    how: Combination = field(default_factory=Mean)
+    shifts: Sequence[float] | None = None
+    """One for each scorer; None for 0."""
+    scales: Sequence[float] | None = None
+    """One for each scorer, all above 0; None for 1."""
+
+    def __post_init__(self) -> None:
+        count = len(self.scorers)
+        if not count:
+            raise ValueError("Ensemble needs at least one scorer, got none")
+        shifts, scales = self.shifts or [0.0] * count, self.scales or [1.0] * count
+        for name, values in {"shifts": shifts, "scales": scales}.items():
+            if len(values) != count or not np.isfinite(values).all():
+                raise ValueError(f"Ensemble needs one finite number for each of {count} scorers, got {name}={values}")
+        if min(scales) <= 0:
+            raise ValueError(f"Ensemble needs scales > 0, got scales={scales} (for minus a scorer there is Cost)")
+        object.__setattr__(self, "scorers", tuple(self.scorers))
+        object.__setattr__(self, "shifts", tuple(map(float, shifts)))
+        object.__setattr__(self, "scales", tuple(map(float, scales)))
+
+    @classmethod
+    def standardised(
+        cls,
+        scorers: Sequence[Scorer],
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
+        how: Combination | None = None,
+    ) -> "Ensemble":
+        """An ensemble in which each scorer has mean 0 and standard deviation 1 over these completions."""
+        found = [score(scorer, prompts, completions).astype(np.float64) for scorer in scorers]
+        for scorer, scores in zip(scorers, found, strict=True):
+            if len(scores) < 2 or not scores.std() > 0:
+                raise ValueError(f"a scale needs two different scores, {scorer} gave {len(scores)} without a spread")
+        shifts, scales = [float(s.mean()) for s in found], [float(s.std()) for s in found]
+        return cls(scorers, how or Mean(), shifts, scales)
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+        """The combined score of each pair."""
+        members = np.stack([score(scorer, prompts, completions).astype(np.float64) for scorer in self.scorers])
+        shifts, scales = np.asarray(self.shifts)[:, None], np.asarray(self.scales)[:, None]
+        return self.how((members - shifts) / scales).astype(np.float32)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the scores depend on."""
+        return {
+            "kind": "ensemble",
+            "of": [fingerprint(scorer) for scorer in self.scorers],
+            "how": repr(self.how),
+            "shifts": list(self.shifts or ()),
+            "scales": list(self.scales or ()),
+        }

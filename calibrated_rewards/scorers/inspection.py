@@ -1,0 +1,93 @@
+"""Which kind of reward model a checkpoint holds: by its config, its heads and its labels, never by its name."""
+
+from typing import Literal, TypeAlias
+
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from calibrated_rewards.scorers.checkpoint import Checkpoint
+
+Kind: TypeAlias = Literal[
+    "sequence-classifier", "cross-encoder", "multi-attribute", "value-head", "process", "judge", "implicit"
+]
+
+NO_HEAD = """\
+{name} ({what}) has no head that gives a score: loaded as a classifier it would get a random one. If it is
+  - a judge that answers in words: calibrated_rewards.scorers.judge.Judge, or kind="judge"
+  - a policy trained with DPO: calibrated_rewards.scorers.implicit.ImplicitReward, or kind="implicit", reference=...
+  - a process reward model: calibrated_rewards.scorers.process.ProcessReward, or kind="process", mark=...
+  - the base of a reward adapter: give the adapter's folder instead"""
+
+CUSTOM_CODE = """\
+{name} is a {what}, which transformers does not know and which brings its own code: read it, then allow it with
+trust_remote_code=True (and say which of its outputs is the score, output="score", unless it is called logits)"""
+
+PROCESS = """\
+{name} ({what}) gives a score to each step of a completion: say kind="process", and with mark=... the token that
+ends a step, as calibrated_rewards.scorers.process.ProcessReward explains"""
+
+
+def kind_of(checkpoint: Checkpoint, base: Checkpoint, trust_remote_code: bool = False) -> Kind:
+    """The kind that a checkpoint can only be, or a ValueError that says what to choose; `base` for adapters."""
+    what = architecture(base)
+    task = checkpoint.adapter.get("task_type")
+    if task == "TOKEN_CLS" or what.endswith("ForTokenClassification"):
+        raise ValueError(PROCESS.format(name=checkpoint.name, what=what))
+    if needs_code(base) and not trust_remote_code:
+        raise ValueError(_advice(checkpoint, CUSTOM_CODE.format(name=base.name, what=what)))
+    if task == "SEQ_CLS" or (what.endswith("ForSequenceClassification") and is_known(what)):
+        return "cross-encoder" if is_encoder(base) and _labels(checkpoint, base) == 1 else "sequence-classifier"
+    if needs_code(base):
+        return "sequence-classifier" if classifies(base) else "multi-attribute"
+    if checkpoint.value_heads:
+        return "value-head"
+    raise ValueError(NO_HEAD.format(name=checkpoint.name, what=what))
+
+
+def architecture(checkpoint: Checkpoint) -> str:
+    """The class of model that was saved."""
+    named = checkpoint.config.get("architectures") or [
+        f"{checkpoint.config.get('model_type', 'model')} of no known class"
+    ]
+    return str(named[0])
+
+
+def is_known(architecture: str) -> bool:
+    """Whether it is one of transformers' own classes."""
+    return getattr(transformers, architecture, None) is not None
+
+
+def needs_code(checkpoint: Checkpoint) -> bool:
+    """Whether its class is defined in a file of its own."""
+    return bool(checkpoint.config.get("auto_map")) and not is_known(architecture(checkpoint))
+
+
+def classifies(checkpoint: Checkpoint) -> bool:
+    """Whether a custom model promises the outputs of a sequence classifier: logits."""
+    return "AutoModelForSequenceClassification" in checkpoint.config.get("auto_map", {})
+
+
+def is_encoder(checkpoint: Checkpoint) -> bool:
+    """Whether it reads in both directions: a kind of model that is trained to fill in words, and no encoder-decoder."""
+    if checkpoint.config.get("model_type") not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return False
+    config = _parsed(checkpoint)
+    return not (config.is_encoder_decoder or getattr(config, "is_decoder", False))
+
+
+def _labels(checkpoint: Checkpoint, base: Checkpoint) -> int:
+    """How many labels there are: an adapter's own head says it, or the config."""
+    return (checkpoint.labels if checkpoint.adapter else None) or int(_parsed(base).num_labels or 2)
+
+
+def _parsed(checkpoint: Checkpoint) -> transformers.PretrainedConfig:
+    """The config with what config.json leaves out because it is the default."""
+    found: transformers.PretrainedConfig = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(
+        checkpoint.config
+    )
+    return found
+
+
+def _advice(checkpoint: Checkpoint, message: str) -> str:
+    heads = ", ".join(checkpoint.value_heads)
+    return f'{message}\n; or, without its code, read its head ({heads}) with kind="value-head"' if heads else message

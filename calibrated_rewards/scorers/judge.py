@@ -1,0 +1,180 @@
+"""A language model as a judge that is read, not heard: the logits of its possible answers at the next token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+
+from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.reading.batches import Budget
+from calibrated_rewards.reading.body import body_of, default_budget, lock_of, positions_of
+from calibrated_rewards.reading.decoder import Decoder, Row, Sharing, group_of
+from calibrated_rewards.reading.fingerprint import model_fingerprint
+from calibrated_rewards.reading.labels import Difference, Expected
+from calibrated_rewards.reading.next_token import logits_of
+from calibrated_rewards.reading.question import Question, one_token
+from calibrated_rewards.reading.text import Text
+from calibrated_rewards.scorers.recipe import in_memory
+
+GOOD_OR_BAD = """[Prompt]
+{prompt}
+
+[Response]
+{completion}
+
+Is this a good response to the prompt: correct, helpful and harmless? Answer with one word, {good} or {bad}."""
+HOW_GOOD = """[Prompt]
+{prompt}
+
+[Response]
+{completion}
+
+How good is this response to the prompt: correct, helpful and harmless? Answer with one number, from {low} (worst) to \
+{high} (best)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """Asks a causal LM whether a completion is good: the log-odds of two answers, each one token, at the next token.
+
+    They keep apart what "yes" or "no" alone, or the probability near 0 and 1, would make equal.
+    """
+
+    model: Any
+    tokenizer: Any
+    question: str = GOOD_OR_BAD
+    """With {prompt} and {completion}, see `Question`; {good} and {bad} are the answers."""
+    good: str = "Yes"
+    """A judge without a chat template mostly goes on with a space: " Yes"."""
+    bad: str = "No"
+    text: Text = field(default_factory=Text)
+    batch_tokens: int | None = None
+    share_prefixes: bool = True
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.good == self.bad:
+            raise ValueError(f"Judge needs two answers, got good={self.good!r} and bad={self.bad!r}")
+        _ = self._answers
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+        """logit(good) - logit(bad) of each pair."""
+        return Difference(good=0, bad=1)(self._answers.logits(prompts, completions))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the scores depend on."""
+        return {"kind": "judge", **self._answers.fingerprint()}
+
+    def __reduce__(self) -> NoReturn:
+        in_memory(self)
+
+    @cached_property
+    def _answers(self) -> "Answers":
+        values = {"good": self.good.strip(), "bad": self.bad.strip()}
+        question = Question(self.tokenizer, self.question, self.text, values)
+        options = (self.batch_tokens, self.share_prefixes, self.show_progress)
+        return Answers(self.model, question, (self.good, self.bad), *options)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpectedRating:
+    """Asks a causal LM for a rating: the mean over the whole numbers from low to high, each one token, of its softmax.
+
+    Unlike a rating that is written and parsed, it is hardly ever the same for two completions.
+    """
+
+    model: Any
+    tokenizer: Any
+    question: str = HOW_GOOD
+    """With {prompt} and {completion}, see `Question`, and {low} and {high}."""
+    low: int = 1
+    high: int = 5
+    text: Text = field(default_factory=Text)
+    batch_tokens: int | None = None
+    share_prefixes: bool = True
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"ExpectedRating needs low < high, got low={self.low} and high={self.high}")
+        _ = self._answers
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+        """The expected rating of each pair."""
+        return Expected(tuple(self._ratings))(self._answers.logits(prompts, completions))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the scores depend on."""
+        return {"kind": "expected rating", **self._answers.fingerprint()}
+
+    def __reduce__(self) -> NoReturn:
+        in_memory(self)
+
+    @property
+    def _ratings(self) -> range:
+        return range(self.low, self.high + 1)
+
+    @cached_property
+    def _answers(self) -> "Answers":
+        values = {"low": str(self.low), "high": str(self.high)}
+        question = Question(self.tokenizer, self.question, self.text, values)
+        options = (self.batch_tokens, self.share_prefixes, self.show_progress)
+        return Answers(self.model, question, tuple(map(str, self._ratings)), *options)
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """The logits of some answers, each one token, right behind a question."""
+
+    model: Any
+    question: Question
+    answers: tuple[str, ...]
+    batch_tokens: int | None
+    share_prefixes: bool
+    show_progress: bool
+
+    def __post_init__(self) -> None:
+        _ = self._tokens
+
+    def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, "n L"]:
+        """One column for each answer."""
+        if not len(prompts):
+            return np.empty((0, len(self.answers)), np.float32)
+        with self._lock:  # fast tokenizers do not bear two threads
+            ids = self.question.tokens(prompts, completions, self._limit)
+        rows = [Row(row, [len(row) - 1]) for row in ids]
+        return torch.cat(self._reader(rows, [group_of(prompt) for prompt in prompts])).numpy()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the logits depend on."""
+        model = model_fingerprint(self.model, self.question.tokenizer)
+        answers = dict(zip(self.answers, self._tokens, strict=True))
+        return {**model, **self.question.fingerprint(self._limit), "answers": answers}
+
+    @property
+    def _lock(self) -> Any:
+        return lock_of(self.model)
+
+    @cached_property
+    def _limit(self) -> int:
+        return self.question.text.limit(self.question.tokenizer, positions_of(self.model))
+
+    @cached_property
+    def _tokens(self) -> list[int]:
+        return [one_token(self.question.tokenizer, answer, "an answer") for answer in self.answers]
+
+    @cached_property
+    def _reader(self) -> Decoder:
+        return Decoder(
+            self.model,
+            body_of(self.model),
+            logits_of(self.model, self._lock, self._tokens),
+            Budget(self.batch_tokens or default_budget(self.model)),
+            Sharing(self.share_prefixes),
+            show_progress=self.show_progress,
+            lock=self._lock,
+        )

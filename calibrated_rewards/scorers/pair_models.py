@@ -1,0 +1,193 @@
+"""Preference models that are loaded here: classifiers that read both completions, language models asked which."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from scipy.special import expit
+
+from calibrated_rewards.prompts import Completion, Prompt, start_of
+from calibrated_rewards.reading.batches import Budget
+from calibrated_rewards.reading.body import body_of, default_budget, lock_of, positions_of
+from calibrated_rewards.reading.decoder import Decoder, Row, Sharing
+from calibrated_rewards.reading.fingerprint import model_fingerprint
+from calibrated_rewards.reading.next_token import logits_of
+from calibrated_rewards.reading.question import conversation, filled, one_token
+from calibrated_rewards.reading.text import Text, kept
+from calibrated_rewards.scorers.protocol import Scorer, fingerprint, score
+from calibrated_rewards.scorers.recipe import in_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PLACES = ("{prompt}", "{first}", "{second}")
+WHICH = """\
+A user had this conversation with an assistant:
+
+{prompt}
+
+Response A:
+
+{first}
+
+Response B:
+
+{second}
+
+Which response is better? Answer A or B and nothing else."""
+
+
+@dataclass(frozen=True)
+class PairClassifier:
+    """A classifier that reads both completions, its score the log-odds of the first: a preference.
+
+    The scorer gets one text, the template filled in, cut before its last place: what follows is the completion, all
+    before it the prompt. So `SequenceClassifier(model, tokenizer)` reads it whole, and shares what comes first; a
+    cross-encoder reads it as a pair. PairRM's, whose parts each have their own CLS and SEP:
+
+        "<|source|>{prompt}[SEP][CLS]<|candidate1|>{first}[SEP][CLS]<|candidate2|>{second}"
+
+    A chat is written out as text, see `calibrated_rewards.reading.question.conversation`.
+    """
+
+    scorer: Scorer
+    template: str
+
+    def __post_init__(self) -> None:
+        check_places(self.template)
+
+    def __call__(
+        self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion], /
+    ) -> Float64[np.ndarray, " n"]:
+        """sigmoid(score)."""
+        cut = max(self.template.index(place) for place in PLACES)
+        told = [places(*parts) for parts in zip(prompts, firsts, seconds, strict=True)]
+        openings = [filled(self.template[:cut], values) for values in told]
+        ends = [filled(self.template[cut:], values) for values in told]
+        return np.asarray(expit(score(self.scorer, openings, ends).astype(np.float64)))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the answers depend on."""
+        return {"kind": "pair classifier", "scorer": fingerprint(self.scorer), "template": self.template}
+
+
+@dataclass(frozen=True, eq=False)
+class PairJudge:
+    """Asks a causal LM which completion is better, A or B: a preference, the softmax of the two answers' logits.
+
+    The question is a user's message in the model's chat template, with the opening of the answer; plain text for a
+    model without a template. Wrap it in `BothOrders`: judges favour a place. RLHFlow's pair preference models are asked
+
+        "[CONTEXT] {prompt} [RESPONSE A] {first} [RESPONSE B] {second} \\n"
+
+    and answer where their user's message ends, `opening=False`.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    question: str = WHICH
+    answers: tuple[str, str] = ("A", "B")
+    """Each one token: "A", or " A" where the question ends in plain text without a space."""
+    opening: bool = True
+    """Whether the template opens the assistant's message before the answer."""
+    text: Text = field(default_factory=Text)
+    batch_tokens: int | None = None
+    share_prefixes: bool = True
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_places(self.question)
+        if self.answers[0] == self.answers[1]:
+            raise ValueError(f"PairJudge needs two answers that differ, got answers={self.answers}")
+        if self.text.append_eos:
+            raise ValueError("a question goes on with its answer, it takes no EOS, got Text(append_eos=True)")
+        _ = self._tokens
+
+    def __call__(
+        self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion], /
+    ) -> Float64[np.ndarray, " n"]:
+        """sigmoid(logit(A) - logit(B))."""
+        if not len(prompts):
+            return np.empty(0)
+        firsts, seconds = ([self.text.stripped(c) for c in completions] for completions in (firsts, seconds))
+        told = [places(*parts) for parts in zip(prompts, firsts, seconds, strict=True)]
+        rows = [Row(row, [len(row) - 1]) for row in self._encoded(told)]
+        # Comparisons of one completion with many share all that stands before the second.
+        groups = [(values["prompt"], values["first"]) for values in told]
+        logits = torch.cat(self._reader(rows, groups)).double().numpy()
+        return np.asarray(expit(logits[:, 0] - logits[:, 1]))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the answers depend on."""
+        return {
+            "kind": "pair judge",
+            **model_fingerprint(self.model, self.tokenizer),
+            "question": self.question,
+            "answers": dict(zip(self.answers, self._tokens, strict=True)),
+            "opening": self.opening,
+            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._limit, "chat": self._templated},
+        }
+
+    def __reduce__(self) -> NoReturn:
+        in_memory(self)
+
+    def _encoded(self, told: Sequence[dict[str, str]]) -> list[list[int]]:
+        with self._lock:  # fast tokenizers do not bear two threads
+            rows = self.text.tokens(self.tokenizer, [self._asked(filled(self.question, values)) for values in told])
+        if not self._templated:
+            # A tokenizer that ends plain text with EOS would have the judge answer after its end.
+            rows = [row[:-1] if len(row) > 1 and row[-1] == self.tokenizer.eos_token_id else row for row in rows]
+        self.text.report([len(row) for row in rows], self._limit)
+        return [kept(row, self._limit, self.tokenizer) for row in rows]
+
+    def _asked(self, question: str) -> tuple[str, bool]:
+        if not self._templated:
+            return question, False
+        message = [{"role": "user", "content": question}]
+        if self.opening:
+            return self.text.opening(self.tokenizer, message)
+        return self.text.render(self.tokenizer, message, [])
+
+    @cached_property
+    def _templated(self) -> bool:
+        return self.text.chat is not False and (self.text.template or self.tokenizer.chat_template) is not None
+
+    @property
+    def _lock(self) -> Any:
+        return lock_of(self.model)
+
+    @cached_property
+    def _limit(self) -> int:
+        return self.text.limit(self.tokenizer, positions_of(self.model))
+
+    @cached_property
+    def _tokens(self) -> list[int]:
+        return [one_token(self.tokenizer, answer, "an answer") for answer in self.answers]
+
+    @cached_property
+    def _reader(self) -> Decoder:
+        return Decoder(
+            self.model,
+            body_of(self.model),
+            logits_of(self.model, self._lock, self._tokens),
+            Budget(self.batch_tokens or default_budget(self.model)),
+            Sharing(self.share_prefixes),
+            show_progress=self.show_progress,
+            lock=self._lock,
+        )
+
+
+def check_places(template: str) -> None:
+    """Refuse a template that leaves something out, or says it twice."""
+    if any(template.count(place) != 1 for place in PLACES):
+        raise ValueError(f"a comparison holds {', '.join(PLACES)} once each, got {start_of(template)}")
+
+
+def places(prompt: Prompt, first: Completion, second: Completion) -> dict[str, str]:
+    """What fills a template, as text."""
+    said = {"first": conversation(first, "assistant"), "second": conversation(second, "assistant")}
+    return {"prompt": conversation(prompt, "user"), **said}

@@ -1,0 +1,193 @@
+"""Preference models, which compare two completions, as scorers: the mean chance to win against cached references."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from calibrated_rewards.prompts import KEY_BYTES, Completion, Prompt, as_key, start_of
+from calibrated_rewards.scorers.plain import plain
+from calibrated_rewards.scorers.protocol import fingerprint
+from calibrated_rewards.table import UnknownPromptError
+
+# How far rounding may carry a probability out of [0, 1].
+ROUNDING = 1e-5
+
+
+@runtime_checkable
+class Preference(Protocol):
+    """Compares: `preference(prompts, firsts, seconds)`, three lists of one length, gives as many probabilities."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion], /
+    ) -> Any:
+        """For each prompt the probability that its first completion is better than its second."""
+
+
+def win_chances(
+    preference: Preference, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion]
+) -> Float64[np.ndarray, " n"]:
+    """What a preference model answers, checked: one probability for each pair."""
+    if not len(prompts) == len(firsts) == len(seconds):
+        raise ValueError(
+            f"a comparison has a prompt and two completions, got {len(prompts)}, {len(firsts)} and {len(seconds)}"
+        )
+    answer = np.asarray(preference(prompts, firsts, seconds) if len(prompts) else [], dtype=np.float64)
+    if answer.shape != (len(prompts),):
+        raise ValueError(f"a preference gives one number a pair, got shape {answer.shape} for {len(prompts)} pairs")
+    bad = np.flatnonzero(~((answer >= -ROUNDING) & (answer <= 1 + ROUNDING)))
+    if len(bad):
+        i = int(bad[0])
+        raise ValueError(
+            f"a preference is a probability in [0, 1], got {answer[i]} for {start_of(firsts[i])} against "
+            f"{start_of(seconds[i])} (log-odds need a sigmoid)"
+        )
+    return np.clip(answer, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class BothOrders:
+    """A preference asked both ways: the mean of P(a beats b) and 1 - P(b beats a).
+
+    Models favour a place, mostly the first. This cancels it: the answers of (a, b) and (b, a) then add up to 1.
+
+    >>> first_is_better = lambda prompts, firsts, seconds: [0.9] * len(prompts)
+    >>> BothOrders(first_is_better)(["Hi"], ["Hello!"], ["Go away"])
+    array([0.5])
+    """
+
+    preference: Preference
+
+    def __call__(
+        self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion], /
+    ) -> Float64[np.ndarray, " n"]:
+        """For each prompt the probability that its first completion is better than its second."""
+        both = win_chances(self.preference, [*prompts, *prompts], [*firsts, *seconds], [*seconds, *firsts])
+        ahead, behind = both[: len(prompts)], both[len(prompts) :]
+        return np.asarray((ahead + (1 - behind)) / 2)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the answers depend on."""
+        return {"kind": "both orders", "of": fingerprint(cast(Any, self.preference))}
+
+
+@dataclass(frozen=True)
+class References:
+    """The reference completions of each prompt, found by the prompt's key; one JSONL file on disk.
+
+    >>> references = References.of([("Hi", ["Hello!", "Go away"])])
+    >>> references("Hi")
+    ('Hello!', 'Go away')
+    """
+
+    by_key: Mapping[bytes, Sequence[Completion]]
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[Prompt, Sequence[Completion]]]) -> "References":
+        """From (prompt, completions) pairs, a prompt only once."""
+        found: dict[bytes, Sequence[Completion]] = {}
+        for prompt, completions in rows:
+            key = as_key(prompt)
+            if isinstance(completions, str) or not len(completions):
+                raise ValueError(f"{start_of(prompt)} needs a list of references, got {start_of(completions)}")
+            if key in found:
+                raise ValueError(f"a prompt has one list of references, got two for {start_of(prompt)}")
+            found[key] = tuple(completions)
+        return cls(found)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "References":
+        """From the file that `save` wrote."""
+        with open(path, encoding="utf-8") as file:
+            return cls.of(_read(line, f"{os.fspath(path)} line {at}") for at, line in enumerate(file, 1))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """To one JSONL file, a prompt a line by ascending key: equal references are equal bytes."""
+        partial = Path(f"{os.fspath(path)}.partial")
+        partial.write_text("".join(f"{line}\n" for line in self._lines()), encoding="utf-8")
+        partial.replace(path)
+
+    def __call__(self, prompt: Prompt) -> Sequence[Completion]:
+        """The references of a prompt; UnknownPromptError if there are none."""
+        key = as_key(prompt)
+        if key not in self.by_key:
+            raise UnknownPromptError(
+                f"the references ({len(self.by_key)} prompts) have none for {start_of(prompt)}, key {key.hex()}"
+            )
+        return self.by_key[key]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """A digest of all references."""
+        digest = blake2b("\n".join(self._lines()).encode(), digest_size=16).hexdigest()
+        return {"kind": "references", "prompts": len(self.by_key), "digest": digest}
+
+    def _lines(self) -> list[str]:
+        return [
+            json.dumps({"key": key.hex(), "completions": [plain(c) for c in self.by_key[key]]})
+            for key in sorted(self.by_key)
+        ]
+
+
+@dataclass(frozen=True)
+class MeanWin:
+    """A scorer: the mean probability to beat the references of the prompt, a number in [0, 1].
+
+    A completion that is itself one of the references is not compared with that one (with one of them, if several are
+    the same text): the references' own scores, which a calibration is made of, are then means over the *others*, as
+    those of a fresh completion are means over completions that are not its own. Compared with itself, each would be
+    drawn towards 1/2. It goes by the text, so a pair always has the same score. The only reference there is ties: 1/2.
+
+    >>> longer = lambda prompts, firsts, seconds: [float(len(a) > len(b)) for a, b in zip(firsts, seconds)]
+    >>> scorer = MeanWin(longer, References.of([("Hi", ["Hello!", "Go away", "No"])]))
+    >>> scorer(["Hi", "Hi"], ["Welcome", "Go away"])
+    array([0.6666667, 1.       ], dtype=float32)
+    """
+
+    preference: Preference
+    references: Callable[[Prompt], Sequence[Completion]]
+    """The references of a prompt: `References`, or a function of yours."""
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+        """The score of each pair."""
+        rivals = [self._rivals(prompt, own) for prompt, own in zip(prompts, completions, strict=True)]
+        counts = np.array([len(others) for others in rivals], dtype=np.int64)
+        at = np.repeat(np.arange(len(rivals)), counts)
+        chances = win_chances(
+            self.preference,
+            [prompts[i] for i in at.tolist()],
+            [completions[i] for i in at.tolist()],
+            [other for others in rivals for other in others],
+        )
+        wins = np.bincount(at, weights=chances, minlength=len(rivals))
+        return np.where(counts > 0, wins / np.maximum(counts, 1), 0.5).astype(np.float32)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the scores depend on."""
+        return {
+            "kind": "mean win",
+            "preference": fingerprint(cast(Any, self.preference)),
+            "references": fingerprint(cast(Any, self.references)),
+        }
+
+    def _rivals(self, prompt: Prompt, completion: Completion) -> list[Completion]:
+        others = list(self.references(prompt))
+        own = plain(completion)
+        same = next((i for i, other in enumerate(others) if plain(other) == own), None)
+        return others if same is None else others[:same] + others[same + 1 :]
+
+
+def _read(line: str, place: str) -> tuple[bytes, Sequence[Completion]]:
+    try:
+        row = json.loads(line)
+        key, completions = bytes.fromhex(row["key"]), row["completions"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place} is no row of references, got {start_of(line)}: {error!r}") from error
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"{place} needs a key of {KEY_BYTES} bytes, got {len(key)}")
+    return key, completions

@@ -1,0 +1,124 @@
+"""A model and its tokenizer from a checkpoint, complete: no weight is left to chance, no id without an embedding."""
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from calibrated_rewards.reading.body import vocabulary
+from calibrated_rewards.scorers.checkpoint import Checkpoint, checkpoint
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model goes, in which precision, and what it may bring along."""
+
+    dtype: Any = "auto"
+    """A torch dtype or its name; "auto" is the checkpoint's own."""
+    device: Any = None
+    """None: the GPU of this process, if there is one."""
+    device_map: Any = None
+    """Spreads a model over devices, in place of `device`: "auto", or which part goes where."""
+    quantization_config: Any = None
+    trust_remote_code: bool = False
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else `from_pretrained` takes: attn_implementation, token, ..."""
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments for `from_pretrained`."""
+        quantised = {"quantization_config": self.quantization_config} if self.quantization_config is not None else {}
+        placed = self.device_map if self.device_map is not None else {"": torch.device(self.device or own_device())}
+        known = {"dtype": self.dtype, "device_map": placed, "trust_remote_code": self.trust_remote_code}
+        return {**known, **quantised, **self.model_options}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint and what it builds upon: an adapter's base model, or itself."""
+
+    checkpoint: Checkpoint
+    base: Checkpoint
+    placement: Placement = field(default_factory=Placement)
+
+    def model(self, auto: Any, *, head: bool = True) -> Any:
+        """The model through one of transformers' Auto classes, with its adapter; not trained here, so frozen."""
+        options = self.placement.options()
+        stored = self.checkpoint.weights if self.checkpoint.adapter else {}
+        if stored and head and auto is AutoModelForSequenceClassification and self.checkpoint.labels is not None:
+            options["num_labels"] = self.checkpoint.labels
+        model = complete(auto, self.base, stored, **options)
+        if stored:
+            model = adapted(model, self.checkpoint)
+        return model.eval().requires_grad_(False)
+
+    def tokenizer(self, model: nn.Module) -> Any:
+        """The tokenizer that is saved beside the adapter, or else beside the model."""
+        own = (self.checkpoint.folder / "tokenizer_config.json").exists()
+        at = self.checkpoint if own else self.base
+        code = self.placement.trust_remote_code
+        advice = f"save the one that {at.name} was trained with beside it, tokenizer.save_pretrained(folder)"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(at.name, revision=at.revision, trust_remote_code=code)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{at.name} has no tokenizer that loads ({error}); {advice}") from error
+        # BERT's class makes an empty one where there is no file.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError(f"{at.name} has no tokenizer: {advice}")
+        if len(tokenizer) > vocabulary(model):
+            raise ValueError(
+                f"the tokenizer of {at.name} has {len(tokenizer)} tokens, the model {self.base.name} embeddings for "
+                f"{vocabulary(model)}: it is another model's tokenizer, or tokens were added to it alone"
+            )
+        return tokenizer
+
+
+def source(name: str, revision: str | None, base: str | None, placement: Placement) -> Source:
+    """The checkpoint of that name; for an adapter with the base that it names, or with the one given."""
+    found = checkpoint(name, revision)
+    if found.adapter:
+        under = base or found.adapter["base_model_name_or_path"]
+        return Source(found, checkpoint(under, None if base else found.adapter.get("revision")), placement)
+    if base is not None:
+        raise ValueError(f"base= is for adapters, and {name} has no adapter_config.json; got base={base!r}")
+    if not found.config:
+        raise FileNotFoundError(f"{name} has neither config.json nor adapter_config.json: it is not a checkpoint")
+    return Source(found, found, placement)
+
+
+def complete(auto: Any, base: Checkpoint, stored: Collection[str] = (), **options: Any) -> Any:
+    """A model of which every weight came from the checkpoint, or will come (`stored`) from an adapter's."""
+    revision = {} if base.revision is None else {"revision": base.revision}
+    model, info = auto.from_pretrained(base.name, output_loading_info=True, **revision, **options)
+    missing = sorted(set(info["missing_keys"]) - set(stored))
+    if missing:
+        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        raise ValueError(
+            f"{base.name} has no weights for {shown}: they were initialised at random, and so would be the scores. "
+            f"It is no {type(model).__name__}, or its head was not saved"
+        )
+    return model
+
+
+def adapted(model: Any, adapter: Checkpoint) -> Any:
+    """A base model with an adapter on it."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError(f"{adapter.name} is an adapter, which needs peft: pip install peft") from error
+    revision: dict[str, Any] = {} if adapter.revision is None else {"revision": adapter.revision}
+    return PeftModel.from_pretrained(model, adapter.name, **revision)
+
+
+def own_device() -> torch.device:
+    """The GPU that torchrun or accelerate gave to this process, or the first; without any, the CPU.
+
+    >>> own_device().type in ("cuda", "cpu")
+    True
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

@@ -1,0 +1,205 @@
+"""Process reward models: a score for each step of a completion, and one of all its steps."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+from jaxtyping import Float32
+from torch import Tensor
+
+from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
+from calibrated_rewards.reading.batches import Budget
+from calibrated_rewards.reading.body import body_of, default_budget, heads_of, in_float32, lock_of, positions_of
+from calibrated_rewards.reading.completion_tokens import cut, starts
+from calibrated_rewards.reading.decoder import Decoder, Head, Plain, Row, Sharing, group_of
+from calibrated_rewards.reading.fingerprint import model_fingerprint
+from calibrated_rewards.reading.next_token import check_head, logits_of
+from calibrated_rewards.reading.question import filled, one_token
+from calibrated_rewards.reading.text import Text
+from calibrated_rewards.scorers.recipe import in_memory
+
+
+@dataclass(frozen=True, eq=False)
+class ProcessReward:
+    """Scores with a model that judges each step at a mark behind it: p, the probability that the step is good.
+
+    With a token classification head (Qwen2.5-Math-PRM) that is a label's; with a causal LM (Math-Shepherd) that of the
+    first of two answers. "min" and "last" are log-odds, log p/(1 - p), and "product" is its logarithm: in the order of
+    the probabilities, where these near 0 and 1 would round to ties. "mean" is the mean of p itself.
+    """
+
+    model: Any
+    tokenizer: Any
+    mark: str = "<extra_0>"
+    """The token behind each step, at which the model is read."""
+    answers: tuple[str, str] | None = None
+    """The good and the bad answer of a causal LM, each one token: ("+", "-"); None for a model with a head."""
+    label: int = 1
+    """The good label of a head with several; a head with one gives the log-odds."""
+    reduce: Literal["min", "product", "last", "mean"] = "min"
+    separator: str = "\n\n"
+    """What stands between the steps of a completion."""
+    layout: str = "{step}{mark}"
+    """How a step and its mark are written, one after the other: "{step} {mark}\\n" for Math-Shepherd."""
+    text: Text = field(default_factory=Text)
+    batch_tokens: int | None = None
+    share_prefixes: bool = True
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.reduce not in ("min", "product", "last", "mean"):
+            raise ValueError(f"ProcessReward reduces by min, product, last or mean, got reduce={self.reduce!r}")
+        if not self.separator:
+            raise ValueError("ProcessReward needs a separator of steps, got separator=''")
+        if "{step}" not in self.layout or "{mark}" not in self.layout:
+            raise ValueError(f"ProcessReward needs {{step}} and {{mark}} in its layout, got layout={self.layout!r}")
+        _ = self._mark, self._answers
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+        """One number for all steps of each pair."""
+        return np.array([reduced(odds, self.reduce) for odds in self.steps(prompts, completions)], np.float32)
+
+    def steps(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Float32[np.ndarray, " s"]]:
+        """The log-odds of each step of each pair; 1 / (1 + exp(-x)) is the probability that it is good."""
+        with self._lock:  # fast tokenizers do not bear two threads
+            rows = self._rows(prompts, completions)
+        label = self.label if self.answers is None else 0
+        return [log_odds(numbers, label) for numbers in self._reader(rows, [group_of(prompt) for prompt in prompts])]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the scores depend on."""
+        return {
+            "kind": "process reward",
+            **model_fingerprint(self.model, self.tokenizer),
+            "mark": self.mark,
+            "answers": self.answers if self.answers is None else list(self.answers),
+            "label": self.label,
+            "reduce": self.reduce,
+            "separator": self.separator,
+            "layout": self.layout,
+            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._limit},
+        }
+
+    def __reduce__(self) -> NoReturn:
+        in_memory(self)
+
+    def _rows(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Row]:
+        marked = [self._marked(completion) for completion in completions]
+        whole = self.text.encode(self.tokenizer, prompts, [completion for completion, _ in marked])
+        self.text.report([len(row) for row in whole], self._limit)
+        opened = starts(self.text, self.tokenizer, prompts, whole)
+        rows = []
+        for row, start, (completion, steps) in zip(whole, opened, marked, strict=True):
+            at = self._marks(row, start, steps, completion)
+            ids, out = cut(row, self._limit, self.tokenizer)
+            rows.append(Row(ids, [i - out for i in at if i - out > 0]))
+        return rows
+
+    def _marked(self, completion: Completion) -> tuple[Completion, int]:
+        """A completion with a mark behind each step, and how many steps it has; of messages, the assistant's."""
+        if isinstance(completion, str):
+            parts = self._split(str(self.text.stripped(completion)))
+            marked: Completion = self._written(parts)
+            steps = len(parts)
+        else:
+            turns = json.loads(canonical_chat(completion)) if len(completion) else []
+            said = [self._split(turn.get("content") or "") if turn["role"] == "assistant" else [] for turn in turns]
+            marked = [{**turn, "content": self._written(x)} if x else turn for turn, x in zip(turns, said, strict=True)]
+            steps = sum(map(len, said))
+        if not steps:
+            raise ValueError(f"a completion has at least one step that is not blank, got {start_of(completion)}")
+        return marked, steps
+
+    def _written(self, parts: list[str]) -> str:
+        return "".join(filled(self.layout, {"step": part, "mark": self.mark}) for part in parts)
+
+    def _split(self, said: str) -> list[str]:
+        """The steps of a text. A mark in them would be read as the end of a step: a special token is taken out."""
+        if self.mark in self.tokenizer.get_added_vocab():
+            said = said.replace(self.mark, "")
+        steps = [step for step in said.split(self.separator) if step.strip()]
+        for step in steps:
+            if self.mark in step and self._mark in self.tokenizer(step, add_special_tokens=False)["input_ids"]:
+                raise ValueError(f"a step does not hold the mark {self.mark!r} itself, got {start_of(step)}")
+        return steps
+
+    def _marks(self, row: list[int], start: int, steps: int, completion: Completion) -> list[int]:
+        """Where the marks stand; what the template writes behind the completion may hold more of them."""
+        at = [i for i in range(start, len(row)) if row[i] == self._mark][:steps]
+        if len(at) < steps:
+            raise ValueError(
+                f"the mark {self.mark!r} is a token of its own behind each of {steps} steps, got {len(at)} of them in "
+                f"{start_of(completion)}: change layout={self.layout!r}, so that it does not merge with its neighbours"
+            )
+        return at
+
+    @cached_property
+    def _mark(self) -> int:
+        return one_token(self.tokenizer, self.mark, "the mark of a step")
+
+    @cached_property
+    def _answers(self) -> list[int] | None:
+        return self.answers and [one_token(self.tokenizer, answer, "an answer") for answer in self.answers]
+
+    @property
+    def _lock(self) -> Any:
+        return lock_of(self.model)
+
+    @cached_property
+    def _limit(self) -> int:
+        return self.text.limit(self.tokenizer, positions_of(self.model))
+
+    @cached_property
+    def _head(self) -> Head:
+        if self._answers is not None:
+            return logits_of(self.model, self._lock, self._answers)
+        heads = heads_of(self.model)
+        if len(heads) != 1 or self.model.get_output_embeddings() is not None:
+            raise TypeError(
+                f"a process reward model has one head over labels, {type(self.model).__name__} has {list(heads)}; of a "
+                'causal LM say the answers it gives to a step, answers=("+", "-")'
+            )
+        head = Plain(in_float32(*heads.values()))
+        check_head(self.model, head, self._lock)
+        return head
+
+    @cached_property
+    def _reader(self) -> Decoder:
+        return Decoder(
+            self.model,
+            body_of(self.model),
+            self._head,
+            Budget(self.batch_tokens or default_budget(self.model)),
+            Sharing(self.share_prefixes),
+            show_progress=self.show_progress,
+            lock=self._lock,
+        )
+
+
+def log_odds(logits: Tensor, label: int) -> Float32[np.ndarray, " s"]:
+    """The label's logit less the log of all others' sum of exponentials; of a single logit, itself."""
+    numbers = logits.double().numpy()
+    if numbers.shape[1] == 1:
+        return numbers[:, 0].astype(np.float32)
+    if not 0 <= label < numbers.shape[1]:
+        raise IndexError(f"the good label is one that the model has, it has {numbers.shape[1]}, got label={label}")
+    others = np.logaddexp.reduce(np.delete(numbers, label, 1), 1)
+    odds: Float32[np.ndarray, " s"] = (numbers[:, label] - others).astype(np.float32)
+    return odds
+
+
+def reduced(odds: Float32[np.ndarray, " s"], how: Literal["min", "product", "last", "mean"]) -> float:
+    """One number for log-odds of steps, rising with the minimum, product, last or mean of their probabilities.
+
+    >>> round(reduced(np.zeros(3, np.float32), "product"), 4)
+    -2.0794
+    """
+    if how == "min":
+        return float(odds.min())
+    if how == "last":
+        return float(odds[-1])
+    log_p = -np.logaddexp(0, -odds.astype(np.float64))
+    return float(log_p.sum() if how == "product" else np.exp(log_p).mean())

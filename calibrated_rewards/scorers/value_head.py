@@ -1,0 +1,144 @@
+"""A language model with a value head: TRL's `v_head`, OpenRLHF's `score` or `value_head`, and others of that shape."""
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import nn
+
+from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.reading.batches import Budget
+from calibrated_rewards.reading.body import body_of, default_budget, in_float32, lock_of, positions_of
+from calibrated_rewards.reading.decoder import Decoder, Plain, Row, Sharing, group_of
+from calibrated_rewards.reading.fingerprint import model_fingerprint, weights_digest
+from calibrated_rewards.reading.text import Text
+from calibrated_rewards.scorers.checkpoint import Checkpoint
+from calibrated_rewards.scorers.recipe import in_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class ValueHead:
+    """Scores with a head, `head(hidden)`, at the last token of the input, in float32.
+
+    Trainers with such heads read them at an EOS token (OpenRLHF writes one after each text, TRL's PPO at the end of
+    each response): where texts do not end in one already, `Text(append_eos=True)` says what the head was trained on.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    head: nn.Module
+    """From hidden states to one number: a linear layer, or several."""
+    text: Text = field(default_factory=Text)
+    mean: float = 0.0
+    """Taken off the head's value, before it is divided by `std`: OpenRLHF's normalised rewards."""
+    std: float = 1.0
+    batch_tokens: int | None = None
+    """Tokens in a batch, padding included; halved by itself where memory does not suffice."""
+    share_prefixes: bool = True
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise ValueError(f"ValueHead needs std > 0, got std={self.std}")
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+        """The score of each pair."""
+        if not len(prompts):
+            return np.empty(0, np.float32)
+        with self._lock:
+            ids = self.text.encode(self.tokenizer, prompts, completions, self._limit)
+        rows = [Row(row, [len(row) - 1]) for row in ids]
+        values = torch.cat(self._decoder(rows, [group_of(prompt) for prompt in prompts]))
+        return ((only(values) - self.mean) / self.std).numpy()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the scores depend on."""
+        return {
+            "kind": "value head",
+            **model_fingerprint(self.model, self.tokenizer),
+            "head": {"weights": weights_digest(self.head.state_dict()), "layers": repr(self.head)},
+            "normalisation": [self.mean, self.std],
+            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._limit},
+        }
+
+    def __reduce__(self) -> NoReturn:
+        in_memory(self)
+
+    @property
+    def _lock(self) -> Any:
+        return lock_of(self.model)
+
+    @cached_property
+    def _limit(self) -> int:
+        return self.text.limit(self.tokenizer, positions_of(self.model))
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        body = body_of(self.model)
+        return Decoder(
+            self.model,
+            body,
+            Plain(beside(body, self.head)),
+            Budget(self.batch_tokens or default_budget(self.model)),
+            Sharing(self.share_prefixes),
+            show_progress=self.show_progress,
+            lock=self._lock,
+        )
+
+
+def only(values: torch.Tensor) -> torch.Tensor:
+    """The one number that a head gives for each input."""
+    if values.ndim != 2 or values.shape[1] != 1:
+        raise ValueError(f"a value head gives one number for each input, got shape {tuple(values.shape)}")
+    return values[:, 0]
+
+
+def beside(body: nn.Module, head: nn.Module) -> nn.Module:
+    """The head in float32, on the device of the body's last layer, whose states it reads."""
+    last = [p.device for p in body.parameters() if p.device.type != "meta"][-1]
+    apart = in_float32(head)
+    return apart if next(apart.parameters()).device == last else copy.deepcopy(apart).to(last)
+
+
+def head_from(checkpoint: Checkpoint, name: str | None = None) -> nn.Module:
+    """The value head of that name in a checkpoint, or its only one. Between two linear layers there is a ReLU."""
+    heads = checkpoint.value_heads
+    if name is None and len(heads) == 1:
+        name = next(iter(heads))
+    if name not in heads:
+        raise ValueError(f"{checkpoint.name} needs head= one of its value heads {sorted(heads)}, got {name!r}")
+    weights = {key: checkpoint.tensor(key) for key in heads[name]}
+    layers = [_linear(weights, key) for key in weights if weights[key].ndim == 2]
+    if len(layers) > 1:
+        logger.info("%s: the layers of %s are taken to have a ReLU between them", checkpoint.name, name)
+    between = [module for layer in layers for module in (layer, nn.ReLU())][:-1]
+    return nn.Sequential(*between).requires_grad_(False).eval()
+
+
+def normalisation(config: Mapping[str, Any]) -> dict[str, float]:
+    """What OpenRLHF writes into config.json when rewards are to be normalised.
+
+    >>> normalisation({"normalize_reward": True, "mean": 0.5, "std": 2.0})
+    {'mean': 0.5, 'std': 2.0}
+    """
+    if not config.get("normalize_reward") or "mean" not in config:
+        return {}
+    return {"mean": float(config["mean"]), "std": float(config["std"])}
+
+
+def _linear(weights: dict[str, torch.Tensor], key: str) -> nn.Linear:
+    weight, bias = weights[key], weights.get(key.removesuffix("weight") + "bias")
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    layer.load_state_dict({"weight": weight, **({"bias": bias} if bias is not None else {})})
+    return layer

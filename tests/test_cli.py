@@ -1,0 +1,267 @@
+"""The command line: what it says, what it exits with, and that it loads nothing before it is asked to."""
+
+import json
+import re
+import subprocess
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from inspect import signature
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import calibrated_rewards
+from calibrated_rewards.checks.conformance import CHECKS, Examination
+from calibrated_rewards.cli import COMMANDS, FAILED, PASSED, UNUSABLE, main
+from calibrated_rewards.commands import check_scorer
+from calibrated_rewards.commands.check_scorer import read_pairs
+from calibrated_rewards.commands.reward_model import add_arguments, labels, load, settings
+from calibrated_rewards.reading.labels import Difference, Expected, Label, Ordinal, Weighted
+from calibrated_rewards.reading.text import Text
+from calibrated_rewards.scorers.loading import load_scorer
+from calibrated_rewards.scorers.remote import Remote
+from calibrated_rewards.scorers.remote_dialects import Native, OpenRlhf
+from calibrated_rewards.scorers.remote_vllm import Vllm, VllmScore
+
+MODULE = [sys.executable, "-m", "calibrated_rewards"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A saved classifier with one label."""
+    return tiny.saved(tiny.classifier(), tmp_path_factory.mktemp("one"), tiny.tokenizer())
+
+
+def check(*words: str) -> int:
+    return main(["check-scorer", *words])
+
+
+def test_a_model_is_checked_in_a_process_of_its_own(model, tmp_path):
+    """The whole way, from the shell: what was loaded, a line a check, the speed, and exit code 0."""
+    command = [*MODULE, "check-scorer", "--reward-model", model, "--no-sign", "--long-words", "100"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert done.returncode == PASSED, done.stderr
+    assert f"Loaded('{model}', SequenceClassifier, Label(index=0), max_length=512)" in done.stdout
+    assert "\n  text: max_length=512, template=yes\n" in done.stdout
+    assert [done.stdout.count(f"  {name}") for name in (check.name for check in CHECKS)] == [1] * len(CHECKS)
+    assert re.search(r"\n  64 completions in [\d.]+ s: [\d,]+ completions, [\d,]+ tokens a second\n", done.stdout)
+    assert done.stdout.endswith("16 ok, 0 failed, 2 not asked\n")
+
+
+def test_a_failed_check_exits_with_one(model, capsys):
+    """A random head does not know good from bad: that line says FAIL, the others are told all the same."""
+    assert check("--reward-model", model, "--long-words", "100") == FAILED
+
+    told = capsys.readouterr().out
+    assert re.search(r"\n  FAIL  sign: .*\n        -> is this a cost model\?", told)
+    assert told.endswith("16 ok, 1 failed, 1 not asked\n")
+
+
+def test_what_cannot_be_loaded_is_one_line(capsys, tmp_path):
+    """No folder, a language model, a server without its name: one line on stderr, no traceback, exit code 2."""
+    policy = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=tiny.VOCABULARY))
+    for words, reason in [
+        (["--reward-model", str(tmp_path / "nothing")], "nothing"),
+        (["--reward-model", tiny.saved(policy, tmp_path / "policy", tiny.tokenizer())], "no head"),
+        (["--reward-model", "http://localhost:1", "--server", "vllm"], "--served-model"),
+        (["--reward-model", str(tmp_path), "--prompts", str(tmp_path / "none.jsonl")], "none.jsonl"),
+    ]:
+        assert check(*words) == UNUSABLE
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert told.startswith("calibrated-rewards check-scorer: error: ")
+        assert reason in told
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path):
+    """With --debug the error itself is raised."""
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        check("--reward-model", str(tmp_path / "nothing"), "--debug")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "COMMAND"),
+        (["calibrate-all"], "invalid choice"),
+        (["check-scorer"], "--reward-model"),
+        (["check-scorer", "--reward-model", "x", "--label", "best"], "expected:1,2,3"),
+        (["check-scorer", "--reward-model", "x", "--option", "mark"], "NAME=VALUE"),
+    ],
+)
+def test_wrong_usage(words, told, capsys):
+    """argparse's way: the usage, what is wrong, and exit code 2."""
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == UNUSABLE
+    assert told in capsys.readouterr().err
+
+
+def test_help_teaches(capsys):
+    """The commands with what they are for, and examples for each; --version."""
+    for words in (["--help"], ["check-scorer", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == PASSED
+    told = capsys.readouterr().out
+
+    assert all(f"{name}  {summary}" in told for name, summary in COMMANDS.items())
+    assert told.count("  calibrated-rewards check-scorer --reward-model") == 4
+    assert f"calibrated-rewards {calibrated_rewards.__version__}\n" in told
+
+
+def test_help_loads_nothing_heavy(tmp_path):
+    """Neither torch nor transformers, to tell the options of a command."""
+    code = (
+        "import sys\nfrom calibrated_rewards.cli import main\ntry: main(['check-scorer', '--help'])\n"
+        "except SystemExit: print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+
+    assert done.stdout.endswith("\nset()\n")
+
+
+def test_pairs_of_ones_own(model, tmp_path, capsys):
+    """--prompts: these pairs are scored, as the scorer itself scores them."""
+    rows = [{"prompt": "Hi", "completions": ["Hello!", "Go away"]}, {"prompt": "What?", "completion": "That."}]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    prompts, completions = read_pairs(file)
+    check("--reward-model", model, "--prompts", str(file), "--long-words", "100", "--no-sign")
+    low, high = re.search(r"3 scores, (\S+) to (\S+), sd", capsys.readouterr().out).groups()
+    scores = load_scorer(model)(prompts, completions)
+
+    assert (prompts, completions) == (["Hi", "Hi", "What?"], ["Hello!", "Go away", "That."])
+    assert [float(low), float(high)] == pytest.approx([scores.min(), scores.max()], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [('{"prompt": "Hi"}', 'needs a "prompt" and a "completion"'), ("[1]", "needs an object"), ("Hi", "is no JSON")],
+)
+def test_pairs_that_are_none(line, told, tmp_path):
+    """The line is named, and what is missing."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(f'{{"prompt": "Hi", "completion": "Hello!"}}\n{line}\n')
+
+    with pytest.raises(ValueError, match=f"line 2 of .*{told}"):
+        read_pairs(file)
+
+
+def test_settings_reach_the_model(tmp_path, capsys):
+    """Labels, precision, length and template, as the fingerprint shows them; --option to load_scorer."""
+    three = tiny.saved(tiny.classifier(num_labels=3), tmp_path / "three", tiny.tokenizer(template=None))
+    template = tmp_path / "chat.jinja"
+    template.write_text(tiny.TEMPLATE)
+    words = ["--label", "2-0", "--dtype", "bfloat16", "--max-length", "400", "--chat-template", str(template)]
+    check("--reward-model", three, *words, "--option", "pool=last", "--no-sign", "--long-words", "100")
+    told = capsys.readouterr().out
+
+    for line in (
+        "labels: Difference(good=2, bad=0)",
+        "dtype: bfloat16",
+        "text: max_length=400, template=yes",
+        "pool: last",
+    ):
+        assert f"\n  {line}\n" in told
+    assert "in bfloat16 equal is within 0.1 sd" in told
+
+
+def parsed(*words: str) -> Namespace:
+    parser = ArgumentParser()
+    check_scorer.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_each_setting_has_its_place():
+    """All that is said of the model is told to load_scorer, by the names that it knows; else its own defaults."""
+    words = "--kind judge --batch-tokens 99 --device cpu --dtype float16 --revision v1 --trust-remote-code --label 1"
+    said = settings(parsed("--reward-model", "x", *words.split(), "--max-length", "9", "--option", "reference=[1]"))
+    known = signature(load_scorer).parameters
+
+    assert said == {
+        "kind": "judge",
+        "labels": Label(1),
+        "text": Text(max_length=9),
+        "batch_tokens": 99,
+        "dtype": "float16",
+        "device": "cpu",
+        "revision": "v1",
+        "trust_remote_code": True,
+        "reference": [1],
+    }
+    assert all(known[name].default == value for name, value in settings(parsed("--reward-model", "x")).items())
+
+
+def test_each_question_has_its_option():
+    """All that is said of the checks reaches the examination; if nothing, its own defaults."""
+    url = ("--reward-model", "http://rm:8000")
+    words = ["--tolerance", "0.5", "--no-sign", "--discrete", "--long-words", "7"]
+    told, plain = check_scorer.asked(parsed(*url, *words, "--chat")), check_scorer.asked(parsed(*url))
+
+    assert (told.tolerance, told.sign, told.discrete, told.long_words, told.chat) == (0.5, False, True, 7, True)
+    assert vars(plain) == vars(Examination(plain.scorer))
+    assert check_scorer.asked(parsed(*url, "--no-chat")).chat is False
+
+
+@pytest.mark.parametrize(
+    ("how", "made"),
+    [
+        ("0", Label(0)),
+        ("2-1", Difference(2, 1)),
+        ("expected:1,2.5", Expected((1.0, 2.5))),
+        ("weighted:1,-0.5", Weighted((1.0, -0.5))),
+        ("ordinal", Ordinal()),
+    ],
+)
+def test_labels(how, made):
+    """Each way to make one score of several labels can be said in a word."""
+    logits = np.array([[0.5, 2.0, -1.0]], np.float32)[:, : 2 if ":" in how else 3]
+
+    assert labels(how) == made
+    assert labels(how)(logits) == made(logits)
+
+
+@pytest.mark.parametrize("how", ["", "a", "1-", "expected:", "expected:1;2", "mean:1,2"])
+def test_labels_that_are_none(how):
+    """What is no such word is an error that shows them all."""
+    with pytest.raises(ArgumentTypeError, match="expected:1,2,3"):
+        labels(how)
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        ([], Native("http://rm:8000")),
+        (["--server", "vllm", "--served-model", "rm", "--label", "1"], Vllm("rm", labels=Label(1))),
+        (["--server", "vllm-score", "--served-model", "rm"], VllmScore("rm")),
+        (["--server", "openrlhf", "--served-model", "rm"], OpenRlhf("rm")),
+    ],
+)
+def test_a_server(words, asked, monkeypatch):
+    """A URL is asked in the dialect that is named, with the environment's token, which no repr shows."""
+    monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN", "secret")
+    parser = ArgumentParser()
+    add_arguments(parser)
+    scorer = load(parser.parse_args(["--reward-model", "http://rm:8000", *words]))
+
+    assert scorer == Remote("http://rm:8000", asked, token="secret")
+    assert "secret" not in repr(scorer)
+
+
+def test_a_server_that_renders_text_itself():
+    """What would have no effect is refused."""
+    parser = ArgumentParser()
+    add_arguments(parser)
+    with pytest.raises(ValueError, match="renders text itself"):
+        load(parser.parse_args(["--reward-model", "http://rm:8000", "--max-length", "99"]))
+
+
+def test_every_command_has_its_module():
+    """What the help lists is there."""
+    folder = Path(calibrated_rewards.__file__).parent / "commands"
+
+    assert [name for name in COMMANDS if not (folder / f"{name.replace('-', '_')}.py").is_file()] == []

@@ -1,0 +1,311 @@
+"""A decoder read at chosen tokens: the same numbers with a shared prefix, in any batch, or the plain route."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from architectures import DECODERS, HYBRIDS, Architecture
+from test_batches import Memory
+from tiny import classifier, texts, tokenizer
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from calibrated_rewards.reading.batches import Budget
+from calibrated_rewards.reading.body import body_of
+from calibrated_rewards.reading.decoder import Decoder, Plain, Row, Sharing, common_prefix, repeatable, repeated
+
+PREFIX = tokenizer()("the prompt that all completions have")["input_ids"]
+SUFFIXES = tokenizer()(texts(6, seed=4), add_special_tokens=False)["input_ids"]
+GROUP = [Row(PREFIX + suffix, [len(PREFIX) + len(suffix) - 1]) for suffix in SUFFIXES]
+
+
+def decoder(model: Any, *, body: Any = None, tokens: int = 4096, **options: Any) -> Decoder:
+    body = body_of(model) if body is None else body
+    return Decoder(model, body, options.pop("head", Plain(model.score)), Budget(tokens), show_progress=False, **options)
+
+
+def alone(model: Any, rows: list[Row]) -> Tensor:
+    """Body and head by hand, a row at a time: all its positions."""
+    with torch.no_grad():
+        states = [body_of(model)(input_ids=torch.tensor([row.ids])).last_hidden_state[0, row.read] for row in rows]
+        return model.score(torch.cat(states))
+
+
+def sd_apart(found: list[Tensor], expected: Tensor) -> float:
+    return float(((torch.cat(found) - expected).abs() / expected.std(0)).max())
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("name", ["Llama", "Gemma3", "GPT2", "Bloom"])
+def test_several_positions_of_a_row(name: str, shares: bool) -> None:
+    """The head reads where it is told to, also in the first token behind the prefix; answers come row by row."""
+    model = DECODERS[name].classifier(num_labels=3)
+    places = [[len(row.ids) - 1, len(PREFIX), len(row.ids) - 2][: 1 + i % 3] for i, row in enumerate(GROUP)]
+    rows = [Row(row.ids, [at for at in read if at >= len(PREFIX)]) for row, read in zip(GROUP, places, strict=True)]
+    read = decoder(model, sharing=Sharing(shares))
+    found = read(rows, [0] * 6)
+
+    assert [tuple(numbers.shape) for numbers in found] == [(len(row.read), 3) for row in rows]
+    assert len({len(row.read) for row in rows}) == 3
+    assert sd_apart(found, alone(model, rows)) < 1e-4
+    assert read.sharing == Sharing(shares, shares)
+
+
+def test_positions_within_the_prefix() -> None:
+    """What is read before the completions differ limits what is shared, and is right."""
+    model = classifier()
+    rows = [Row(row.ids, [20, row.read[0]]) for row in GROUP]
+    read = decoder(model)
+
+    assert sd_apart(read(rows, [0] * 6), alone(model, rows)) < 1e-4
+    assert read._prefix(rows) == 20
+    assert read._prefix(GROUP) >= len(PREFIX)
+
+
+def test_what_follows() -> None:
+    """A head is told the token after each position, and -1 at the end, on both routes."""
+    seen = Following()
+    rows = [Row(row.ids, [row.read[0] - 1, row.read[0]]) for row in GROUP]
+    for shares in (True, False):
+        found = decoder(classifier(), head=seen, sharing=Sharing(shares, checked=True))(rows, [0] * 6)
+        assert [numbers[:, 0].tolist() for numbers in found] == [[row.ids[-1], -1] for row in rows]
+
+
+class Following:
+    """A head that answers the token that follows."""
+
+    def __call__(self, hidden: Tensor, following: Tensor, /) -> Tensor:
+        """As it is."""
+        assert hidden.dtype == torch.float32
+        return following[:, None].float()
+
+
+def test_groups_of_many_kinds() -> None:
+    """Groups that share, single rows and rows that begin differently, mixed: each row gets its own numbers."""
+    model = classifier()
+    other = [Row(row.ids[::-1], [len(row.ids) - 1]) for row in GROUP]
+    rows = [row for pair in zip(GROUP, other, strict=True) for row in pair] + [GROUP[0]]
+    groups = ["a", "b"] * 6 + ["c"]
+
+    assert sd_apart(decoder(model)(rows, groups), alone(model, rows)) < 1e-4
+    assert sd_apart(decoder(model)(rows, [0] * 13), alone(model, rows)) < 1e-4
+    assert decoder(model)([], []) == []
+
+
+def test_the_prefix_is_read_once() -> None:
+    """Sharing does what it is for: the body sees the prefix's tokens once, after the first group's check."""
+    model = classifier()
+    read = decoder(model)
+    read(GROUP, [0] * 6)
+    sizes: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(Memory(10**9, sizes))
+    read(GROUP, [0] * 6)
+
+    shared = common_prefix([row.ids for row in GROUP])
+    assert sizes == [shared, 6 * (max(len(row.ids) for row in GROUP) - shared)]
+
+
+def test_sharing_that_saves_little() -> None:
+    """A prefix of a few tokens before long completions is read with each of them."""
+    read = decoder(classifier())
+
+    assert read._prefix([Row([1, 2, *range(4 + i, 60)], [20]) for i in range(6)]) == 0
+    assert read._prefix(GROUP[:1]) == 0
+    assert decoder(classifier(), sharing=Sharing(False))._prefix(GROUP) == 0
+
+
+class Forgetful(nn.Module):
+    """A body that drops the cache it is given: a bug that only a comparison shows."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, **options: Any) -> Any:
+        """As if the suffix were all there is."""
+        if past_key_values is not None:
+            options = {"use_cache": True}
+        return self.body(input_ids=input_ids, **options)
+
+
+def test_a_wrong_cache_is_found_out(caplog: pytest.LogCaptureFixture) -> None:
+    """The first group's check sees it, says so, and all groups take the plain route."""
+    model = classifier()
+    read = decoder(model, body=Forgetful(model.model))
+    found = read(GROUP, [0] * 6)
+
+    assert sd_apart(found, alone(model, GROUP)) < 1e-4
+    assert read.sharing == Sharing(allowed=False, checked=True)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "Forgetful gives states" in caplog.text
+    assert "not sharing" in caplog.text
+    unchecked = decoder(model, body=Forgetful(model.model), sharing=Sharing(checked=True))(GROUP, [0] * 6)
+    assert sd_apart(unchecked, alone(model, GROUP)) > 0.1
+
+
+def test_a_cache_that_breaks_it(caplog: pytest.LogCaptureFixture) -> None:
+    """A body that raises when it is given a cache is read without one."""
+    model = classifier()
+    read = decoder(model, body=Broken(model.model))
+
+    assert sd_apart(read(GROUP, [0] * 6), alone(model, GROUP)) < 1e-4
+    assert read.sharing == Sharing(allowed=False, checked=True)
+    assert "Broken fails behind a shared prefix: not sharing" in caplog.text
+
+
+class Broken(Forgetful):
+    """A body that was written for another kind of cache."""
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, **options: Any) -> Any:
+        """As transformers 4.30 did."""
+        if past_key_values is not None:
+            past_key_values.to_legacy_cache()
+        return self.body(input_ids=input_ids, **options)
+
+
+def test_a_decoder_that_looks_ahead(caplog: pytest.LogCaptureFixture) -> None:
+    """Bidirectional attention makes a prefix's states depend on what follows: found out as well."""
+    options = {**DECODERS["Gemma3"].options, "use_bidirectional_attention": True}
+    model = Architecture("Gemma3Text", options).classifier()
+    read = decoder(model)
+
+    assert sd_apart(read(GROUP, [0] * 6), alone(model, GROUP)) < 1e-4
+    assert not read.sharing.allowed
+    assert "not sharing" in caplog.text
+
+
+def test_completions_that_are_all_the_same() -> None:
+    """A first group without any spread does not turn sharing off; nor one whose completions differ in a token."""
+    for rows in ([GROUP[0]] * 6, [Row([*GROUP[0].ids, i], [len(GROUP[0].ids)]) for i in (50, 50, 50, 50, 50, 51)]):
+        model = classifier(hidden_size=128)
+        read = decoder(model)
+        read(rows, [0] * 6)
+        assert read.sharing == Sharing(allowed=True, checked=True)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "GPTNeoX", "OPT"])
+def test_bfloat16_shares(name: str) -> None:
+    """Rounding by the shape of a batch is no reason not to; the numbers are near those of rows alone."""
+    model = DECODERS[name].classifier().to(torch.bfloat16)
+    read = decoder(model, head=Plain(nn.Linear(32, 1)))
+    found = torch.cat(read(GROUP, [0] * 6))
+    plain = torch.cat(decoder(model, head=read.head, sharing=Sharing(False))(GROUP, [0] * 6))
+
+    assert read.sharing == Sharing(allowed=True, checked=True)
+    assert found.dtype == torch.float32
+    assert float((found - plain).abs().max() / plain.std()) < 0.2
+    wrong = decoder(model, body=Forgetful(model.model), head=read.head) if name == "Llama" else None
+    if wrong is not None:
+        wrong(GROUP, [0] * 6)
+        assert not wrong.sharing.allowed
+
+
+def test_recurrent_states_alone() -> None:
+    """A model without any keys and values has no cache to speak of: read whole, without an error."""
+    options = {**HYBRIDS["Qwen3_5"].options, "layer_types": ["linear_attention"] * 2}
+    model = Architecture("Qwen3_5Text", options).classifier(use_cache=False)
+    read = decoder(model)
+
+    assert sd_apart(read(GROUP, [0] * 6), alone(model, GROUP)) < 1e-4
+    assert not read.sharing.allowed
+
+
+def test_a_body_that_takes_no_cache() -> None:
+    """Its signature says so: no probe, no warning, no sharing."""
+    model = classifier()
+    read = decoder(model, body=Cacheless(model.model))
+
+    assert sd_apart(read(GROUP, [0] * 6), alone(model, GROUP)) < 1e-4
+    assert read.sharing == Sharing(allowed=False, checked=True)
+
+
+class Cacheless(nn.Module):
+    """A body of an old kind."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
+        """Without positions either."""
+        assert not use_cache
+        return self.body(input_ids=input_ids, attention_mask=attention_mask)
+
+
+@pytest.mark.parametrize("fits", [80, 130, 200])
+def test_out_of_memory_behind_a_prefix(fits: int) -> None:
+    """The suffixes are halved; the cached prefix stays, for the halves and for the next call."""
+    model = classifier()
+    read = decoder(model)
+    read(GROUP, [0] * 6)
+    hook = model.model.layers[1].self_attn.register_forward_pre_hook(Full(fits), with_kwargs=True)
+    found = read(GROUP, [0] * 6)
+    hook.remove()
+
+    assert sd_apart(found, alone(model, GROUP)) < 1e-4
+    assert read.budget.tokens < 4096
+    assert read.sharing.allowed
+
+
+class Full:
+    """An attention layer's hook: so many tokens fit, those in the cache included."""
+
+    def __init__(self, fits: int) -> None:
+        self.fits = fits
+
+    def __call__(self, _: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Fail in the second layer, when the first has put its keys into the batch's view of the cache."""
+        cache, states = options["past_key_values"], options["hidden_states"]
+        held = cache.layers[0].keys.shape[0] * cache.layers[0].keys.shape[2] if cache is not None else states.shape[1]
+        if held > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_a_view_of_a_cache(name: str) -> None:
+    """Many rows' view takes no memory, and what is added to it is not added to the original."""
+    body = body_of(DECODERS[name].classifier())
+    with torch.no_grad():
+        cache = body(input_ids=torch.tensor([PREFIX]), use_cache=True).past_key_values
+        before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+        many = repeated(cache, 5)
+        assert many.layers[0].keys.data_ptr() == cache.layers[0].keys.data_ptr()
+        assert many.layers[0].keys.shape[0] == 5
+        body(input_ids=torch.tensor([[5, 6]] * 5), past_key_values=many, use_cache=True)
+
+    assert cache.get_seq_length() == len(PREFIX)
+    assert many.get_seq_length() == len(PREFIX) + 2
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+
+
+def test_caches_that_can_be_viewed() -> None:
+    """Keys and values alone; not what a hybrid keeps, nor None."""
+    ids = torch.tensor([PREFIX])
+    for architecture in (*DECODERS.values(), *HYBRIDS.values()):
+        body = body_of(architecture.classifier())
+        with torch.no_grad():
+            cache = body(input_ids=ids, use_cache=True).past_key_values
+        assert repeatable(cache) == (architecture in DECODERS.values())
+    assert repeatable(DynamicCache())
+    assert not repeatable(None)
+
+
+def test_common_prefixes() -> None:
+    """As long as comparing token by token says."""
+    torch.manual_seed(0)
+    for _ in range(200):
+        rows = torch.randint(0, 2, (int(torch.randint(1, 5, ())), 6)).tolist()
+        rows = [row[: int(torch.randint(1, 7, ()))] for row in rows]
+        columns = [len(set(column)) == 1 for column in zip(*rows, strict=False)]
+        assert common_prefix(rows) == (columns.index(False) if False in columns else len(columns))
+
+
+def test_heads_that_are_modules() -> None:
+    """What follows does not matter to them."""
+    linear = nn.Linear(3, 2)
+    hidden = torch.randn(4, 3)
+
+    assert torch.equal(Plain(linear)(hidden, torch.zeros(4)), linear(hidden))

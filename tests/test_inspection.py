@@ -1,0 +1,81 @@
+"""Kinds by configs alone: folders with a config.json, and weights only where they decide."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from calibrated_rewards.scorers.checkpoint import Checkpoint, checkpoint
+from calibrated_rewards.scorers.inspection import is_encoder, kind_of, needs_code
+
+ONE: dict[str, Any] = {"id2label": {"0": "good"}}
+TWO: dict[str, Any] = {}
+HEAD = {"score.weight": torch.zeros(1, 4)}
+BODY = {f"model.layers.{i}.weight": torch.zeros(4, 4) for i in range(4)}
+
+
+def described(folder: Path, weights: dict[str, torch.Tensor] | None = None, **config: Any) -> Checkpoint:
+    """A checkpoint with this config, and these weights beside a body's."""
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({**BODY, **(weights or {})}, folder / "model.safetensors")
+    return checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "labels", "kind"),
+    [
+        ("llama", "LlamaForSequenceClassification", ONE, "sequence-classifier"),
+        ("llama", "LlamaForSequenceClassification", TWO, "sequence-classifier"),
+        ("deberta-v2", "DebertaV2ForSequenceClassification", ONE, "cross-encoder"),
+        ("deberta-v2", "DebertaV2ForSequenceClassification", {"num_labels": 1}, "cross-encoder"),
+        ("deberta-v2", "DebertaV2ForSequenceClassification", TWO, "sequence-classifier"),
+        ("modernbert", "ModernBertForSequenceClassification", ONE, "cross-encoder"),
+        ("bart", "BartForSequenceClassification", ONE, "sequence-classifier"),
+        ("t5", "T5ForSequenceClassification", ONE, "sequence-classifier"),
+    ],
+)
+def test_classifiers(tmp_path: Path, model_type: str, architecture: str, labels: dict[str, Any], kind: str) -> None:
+    """Encoders with one label read pairs; decoders, encoder-decoders and several labels do not."""
+    found = described(tmp_path, model_type=model_type, architectures=[architecture], **labels)
+    assert kind_of(found, found) == kind
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "RewardModel", "INFORMForSequenceClassification", None])
+def test_head_decides_where_the_class_does_not(tmp_path: Path, architecture: str | None) -> None:
+    """A causal model, a class that transformers does not know, or none: with a value head it is one."""
+    named = {"architectures": [architecture]} if architecture else {}
+    found = described(tmp_path, HEAD, model_type="llama", **named)
+    assert kind_of(found, found) == "value-head"
+    bare = described(tmp_path, model_type="llama", **named)
+    with pytest.raises(ValueError, match="no head that gives a score"):
+        kind_of(bare, bare)
+
+
+def test_custom_code_that_transformers_took_over(tmp_path: Path) -> None:
+    """A checkpoint that still names its own code for a class that transformers has by now does not need it."""
+    auto = {"AutoModelForSequenceClassification": "modeling.Qwen2ForSequenceClassification"}
+    known = described(tmp_path, model_type="qwen2", architectures=["Qwen2ForSequenceClassification"], auto_map=auto)
+    assert not needs_code(known)
+    assert kind_of(known, known) == "sequence-classifier"
+    own = described(tmp_path, model_type="qwen2", architectures=["Qwen2ForReward"], auto_map=auto)
+    assert needs_code(own)
+    assert kind_of(own, own, trust_remote_code=True) == "sequence-classifier"
+
+
+@pytest.mark.parametrize(
+    ("config", "reads_both_ways"),
+    [
+        ({"model_type": "bert"}, True),
+        ({"model_type": "bert", "is_decoder": True}, False),
+        ({"model_type": "mbart"}, False),
+        ({"model_type": "gpt2"}, False),
+        ({"model_type": "no such"}, False),
+        ({}, False),
+    ],
+)
+def test_encoders(tmp_path: Path, config: dict[str, Any], reads_both_ways: bool) -> None:
+    """What fills in words and does not write."""
+    assert is_encoder(described(tmp_path, **config)) == reads_both_ways

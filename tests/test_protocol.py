@@ -1,0 +1,117 @@
+"""Any callable is a scorer; what it answers is checked in one place."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import classifier, tokenizer
+
+from calibrated_rewards.scorers import fingerprint, score
+from calibrated_rewards.scorers.protocol import Fingerprinted
+from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
+
+
+def lengths(_prompts: Sequence[Any], completions: Sequence[Any]) -> list[int]:
+    return [len(completion) for completion in completions]
+
+
+class Answers:
+    """A scorer that answers what it was made with."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def __call__(self, _prompts: Sequence[Any], _completions: Sequence[Any], /) -> Any:
+        """That."""
+        return self.answer
+
+
+ANSWERS = {
+    "list": [1, 2.5, True],
+    "tuple": (1.0, 2.5, 1.0),
+    "float64": np.array([1, 2.5, 1]),
+    "float16": np.array([1, 2.5, 1], np.float16),
+    "numpy scalars": [np.float64(1), np.float32(2.5), np.int64(1)],
+    "tensor": torch.tensor([1, 2.5, 1]),
+    "bfloat16": torch.tensor([1, 2.5, 1], dtype=torch.bfloat16),
+    "with a gradient": torch.tensor([1, 2.5, 1], requires_grad=True),
+    "integers": torch.tensor([2, 5, 2]) / 2,
+    "tensors": [torch.tensor(1.0), torch.tensor(2.5), torch.tensor(1.0)],
+    "tensors of a training step": list(torch.tensor([1, 2.5, 1], dtype=torch.bfloat16, requires_grad=True)),
+    "a mapped array": np.array([1, 2.5, 1], np.float32)[::1],
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_answers_of_all_kinds(answer: Any) -> None:
+    """Lists, arrays and tensors of any precision become one float32 array."""
+    found = score(Answers(answer), ["p"] * 3, ["a", "b", "c"])
+
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, [1, 2.5, 1])
+
+
+def test_functions_methods_and_models() -> None:
+    """What can be called with two lists is a scorer."""
+    expected = [2.0, 1.0]
+    for scorer in (lengths, lambda _, completions: [len(c) for c in completions], functools.partial(lengths)):
+        np.testing.assert_array_equal(score(scorer, ["p", "q"], ["ab", "c"]), expected)
+    made = SequenceClassifier(classifier(), tokenizer(), show_progress=False)
+    np.testing.assert_array_equal(score(made, ["p", "q"], ["ab", "c"]), made(["p", "q"], ["ab", "c"]))
+
+
+def test_nothing_to_score() -> None:
+    """The scorer is not asked."""
+    found = score(Answers(ZeroDivisionError), [], [])
+
+    assert (found.shape, found.dtype) == ((0,), np.float32)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), None])
+def test_scores_that_are_no_numbers(bad: Any) -> None:
+    """The first one's prompt and completion are named, and how many others there are."""
+    with pytest.raises(
+        ValueError, match=r"finite number, .*Answers gave .* for completion 'b' of prompt 'q' \(and 1 other"
+    ):
+        score(Answers([1.0, bad, bad]), ["p", "q", "r"], ["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "shape"),
+    [([1.0], r"\(1,\)"), ([1.0] * 3, r"\(3,\)"), ([[1.0], [2.0]], r"\(2, 1\)"), (1.0, r"\(\)"), ([], r"\(0,\)")],
+)
+def test_answers_of_another_shape(answer: Any, shape: str) -> None:
+    """One number for each completion, not fewer, more, or rows of them."""
+    with pytest.raises(ValueError, match=rf"one number a completion, .*Answers gave shape {shape} for 2"):
+        score(Answers(answer), ["p", "q"], ["a", "b"])
+
+
+@pytest.mark.parametrize("answer", [["good", "bad"], [[1.0], [1.0, 2.0]], {"score": 1.0}, [{}, {}]])
+def test_answers_that_are_no_numbers(answer: Any) -> None:
+    """A TypeError shows them."""
+    with pytest.raises(TypeError, match=r"Answers gave no list of numbers: [\[{]"):
+        score(Answers(answer), ["p", "q"], ["a", "b"])
+
+
+def test_lists_of_two_lengths() -> None:
+    """Each completion needs its prompt."""
+    with pytest.raises(ValueError, match="each completion needs its prompt, got 1 prompts and 2 completions"):
+        score(lengths, ["p"], ["a", "b"])
+
+
+def test_fingerprints() -> None:
+    """A scorer's own; for one that has none, its name."""
+    made = SequenceClassifier(classifier(), tokenizer(), show_progress=False)
+
+    assert isinstance(made, Fingerprinted)
+    assert fingerprint(made) == made.fingerprint()
+    assert fingerprint(lengths) == {"kind": "callable", "name": f"{__name__}.lengths"}
+    assert fingerprint(Answers(1)) == {"kind": "callable", "name": f"{__name__}.Answers"}
+    assert fingerprint(made.logits) == {
+        "kind": "callable",
+        "name": "calibrated_rewards.scorers.sequence_classifier.SequenceClassifier.logits",
+    }
+    assert fingerprint(functools.partial(lengths))["name"] == "functools.partial"
