@@ -1,10 +1,11 @@
-"""The command line, `calibrated-rewards COMMAND ...`: finds the command's module, and turns errors into one line.
+"""The command line, `calibrated-rewards COMMAND ...`: finds the command's module, and turns errors into messages.
 
 A sub-command is a module of `calibrated_rewards.commands` and a line below. The module is not imported before its
 command is called, and imports what is heavy (torch, transformers) when it runs.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -14,6 +15,23 @@ from calibrated_rewards import __version__
 
 COMMANDS = {
     "check-scorer": "check that a reward model scores alike on every path, cuts nothing silently, prefers good answers",
+}
+
+# What brings a library that is missing.
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "accelerate", "peft", "jinja2", "safetensors", "tokenizers"), "hf"),
+    "httpx": "http",
+}
+# How the library's words for its arguments are said here.
+WORDS = {
+    r"\bText\(template=\.\.\.\)": "--chat-template FILE",
+    r"\bkind=(\"?)([\w-]+)\1": r"--kind \2",
+    r"\bload_scorer needs kind=": "load_scorer needs --kind",
+    r"\blabels=": "--label",
+    r"\btokenizer=(\.\.\.)?": "--tokenizer",
+    r"\bVllm\(probabilities=True\)": "from Python, Vllm(probabilities=True)",
+    r"\btrust_remote_code=True": "--trust-remote-code",
+    r"(?<![\w(])(reference|mark|output)=(\"?)([\w.<>]+)\2": r"--option \1=\3",
 }
 
 PASSED, FAILED, UNUSABLE = 0, 1, 2
@@ -47,12 +65,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(rest)
     try:
         return command.run(options)
-    except Exception as error:  # whatever went wrong is shown, in a line
+    except Exception as error:  # whatever went wrong is shown, without a traceback
         if options.debug:
             raise
-        told = " ".join(str(error).split()) or type(error).__name__
-        sys.stderr.write(f"{parser.prog}: error: {told} (--debug shows where)\n")
+        said = told(error)
+        end = "\n" if "\n" in said else " "
+        sys.stderr.write(f"{parser.prog}: error: {said}{end}(--debug shows where)\n")
         return UNUSABLE
+
+
+def told(error: Exception) -> str:
+    """An error in the words of the command line; if a library is missing, which extra brings it.
+
+    >>> told(ValueError("say how they make one score, with labels= Label(i)"))
+    'say how they make one score, with --label Label(i)'
+    """
+    if isinstance(error, ModuleNotFoundError):
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra:
+            return f"this needs {error.name}, it is not installed: pip install 'calibrated-rewards[{extra}]'"
+    said = str(error).strip("\n") or type(error).__name__
+    for pattern, replacement in WORDS.items():
+        said = re.sub(pattern, replacement, said)
+    return said
 
 
 def split(arguments: Sequence[str]) -> tuple[str, list[str]]:

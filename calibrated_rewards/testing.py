@@ -5,7 +5,7 @@
 Exponential(t=5.0): 6 checks passed
 >>> check_transform(lambda u: -u)
 Traceback (most recent call last):
-AssertionError: <function <lambda> at ...> does not rise with u: Phi(0) = -0.0 is above Phi(1/512) = -0.001953125
+AssertionError: <lambda> does not rise with u: Phi(0) = -0.0 is above Phi(1/512) = -0.001953125
 >>> print(check_scorer(HashScorer(), sign=False))  # a line a check; here the first two
 HashScorer(seed=0)
   ok    one finite number for each completion: 64 scores, ...
@@ -27,6 +27,7 @@ from jaxtyping import Float32
 from scipy.special import expit, logit, ndtri
 
 from calibrated_rewards.checks.conformance import check_scorer as check_scorer  # noqa: PLC0414 (public here)
+from calibrated_rewards.checks.conformance import titled
 from calibrated_rewards.procedures import Procedure
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, prompt_key
 from calibrated_rewards.quadrature import Law, reference_law, resolve
@@ -49,7 +50,7 @@ class Verdict:
 
 def check_transform(transform: Transform) -> Verdict:
     """Monotone, finite inside, batch = one by one, stable under repeated calls, picklable, precise near the ends."""
-    return Verdict(repr(transform), tuple(_transform_checks(transform)))
+    return Verdict(titled(transform), tuple(_transform_checks(transform)))
 
 
 def _hold(condition: object, complaint: str) -> None:
@@ -60,70 +61,72 @@ def _hold(condition: object, complaint: str) -> None:
 def _transform_checks(transform: Transform) -> Iterator[str]:
     u = np.arange(STEPS + 1) / STEPS
     values = np.asarray(transform(u), np.float64)
-    _hold(values.shape == u.shape, f"{transform!r} maps shape {u.shape} to {values.shape}")
+    _hold(values.shape == u.shape, f"{titled(transform)} maps shape {u.shape} to {values.shape}")
     yield "one value for each u"
     inside = (
         np.isfinite(values[1:-1]).all() and values[0] < np.inf and values[-1] > -np.inf and not np.isnan(values).any()
     )
-    _hold(inside, f"{transform!r} is not finite inside (0, 1), or is infinite the wrong way at an end")
+    _hold(inside, f"{titled(transform)} is not finite inside (0, 1), or is infinite the wrong way at an end")
     yield "finite inside (0, 1)"
     falls = np.flatnonzero(values[1:] < values[:-1] - 1e-12 * np.abs(values[1:-1]).max())
     if len(falls):
         first = int(falls[0])
         at = [f"Phi({Fraction(i, STEPS)}) = {values[i]}" for i in (first, first + 1)]
-        raise AssertionError(f"{transform!r} does not rise with u: {' is above '.join(at)}")
+        raise AssertionError(f"{titled(transform)} does not rise with u: {' is above '.join(at)}")
     yield "monotone"
     one_by_one = np.array([float(np.asarray(transform(x))) for x in u.tolist()])
-    _hold(np.allclose(values, one_by_one, rtol=1e-13, atol=0), f"{transform!r} gives other values one by one")
+    _hold(np.allclose(values, one_by_one, rtol=1e-13, atol=0), f"{titled(transform)} gives other values one by one")
     yield "batch = one by one"
-    _hold(np.array_equal(values, np.asarray(transform(u))), f"{transform!r} gives other values when called again")
+    _hold(np.array_equal(values, np.asarray(transform(u))), f"{titled(transform)} gives other values when called again")
     yield "deterministic"
     if isinstance(transform, PreciseTransform):
         shifted = np.asarray(transform.at_logit(logit(u[1:-1])))
         shift = values[1:-1] - shifted
-        _hold(np.ptp(shift) <= 1e-9 * np.ptp(values[1:-1]), f"{transform!r}.at_logit is not Phi up to a constant")
+        _hold(np.ptp(shift) <= 1e-9 * np.ptp(values[1:-1]), f"{titled(transform)}.at_logit is not Phi up to a constant")
         yield "at_logit = Phi up to a constant"
 
 
 def check_procedure(procedure: Procedure, seed: int = 0, runs: int = 20_000) -> Verdict:
     """The three faces of a procedure agree: running it, its tilt of a law, its weights over a pool."""
-    return Verdict(repr(procedure), tuple(_procedure_checks(procedure, np.random.default_rng(seed), runs)))
+    return Verdict(titled(procedure), tuple(_procedure_checks(procedure, np.random.default_rng(seed), runs)))
 
 
 def _procedure_checks(procedure: Procedure, rng: np.random.Generator, runs: int) -> Iterator[str]:
     for law in _laws(procedure):
         tilt = np.asarray(procedure.tilt(law))
-        _hold((tilt >= 0).all(), f"{procedure!r} gives some response a negative density")
-        _hold(abs(law.mass @ tilt - 1) < 1e-9, f"{procedure!r} turns a law into one of mass {law.mass @ tilt}")
+        _hold((tilt >= 0).all(), f"{titled(procedure)} gives some response a negative density")
+        _hold(abs(law.mass @ tilt - 1) < 1e-9, f"{titled(procedure)} turns a law into one of mass {law.mass @ tilt}")
     yield "the output is a distribution"
     pool = np.round(rng.random(procedure.draws + 20), 1)
     weights, order = procedure.pool_weights(pool), rng.permutation(len(pool))
     _hold(
         abs(weights.sum() - 1) < 1e-9 and (weights >= 0).all(),
-        f"{procedure!r} has pool weights that are no distribution",
+        f"{titled(procedure)} has pool weights that are no distribution",
     )
     _hold(
         np.allclose(procedure.pool_weights(pool[order]), weights[order], rtol=1e-9),
-        f"{procedure!r} minds the pool's order",
+        f"{titled(procedure)} minds the pool's order",
     )
     yield "the pool's order does not matter"
-    _hold(all(np.ptp(weights[pool == x]) < 1e-9 for x in pool), f"{procedure!r} treats tied scores differently")
+    _hold(all(np.ptp(weights[pool == x]) < 1e-9 for x in pool), f"{titled(procedure)} treats tied scores differently")
     yield "ties share"
     scores = rng.random((runs, procedure.draws))
     chosen = np.asarray(procedure.choose(scores, rng))
-    _hold(chosen.shape == (runs,), f"{procedure!r} chooses shape {chosen.shape} from scores of shape {scores.shape}")
+    _hold(
+        chosen.shape == (runs,), f"{titled(procedure)} chooses shape {chosen.shape} from scores of shape {scores.shape}"
+    )
     output = np.sort(np.take_along_axis(scores, chosen[:, None], 1)[:, 0])
     yield "one choice for each row of scores"
     law = next(_laws(procedure))
     expected = np.interp(output, law.u, law.grid.running(law.per_logit * procedure.tilt(law))[0])
     gap = np.abs(expected - (np.arange(runs) + 0.5) / runs).max()
-    _hold(gap < 3.5 / np.sqrt(runs), f"{procedure!r} run {runs} times is {gap:.4f} away from its tilt")
+    _hold(gap < 3.5 / np.sqrt(runs), f"{titled(procedure)} run {runs} times is {gap:.4f} away from its tilt")
     yield "running it = its tilt"
     small = np.round(rng.random(procedure.draws), 2)
     shuffled = rng.permuted(np.tile(np.arange(len(small)), (runs, 1)), axis=1)
     picked = np.take_along_axis(shuffled, np.asarray(procedure.choose(small[shuffled], rng))[:, None], 1)[:, 0]
     gap = np.abs(np.bincount(picked, minlength=len(small)) / runs - procedure.pool_weights(small)).max()
-    _hold(gap < 3.5 / np.sqrt(runs), f"{procedure!r} run {runs} times is {gap:.4f} away from its pool weights")
+    _hold(gap < 3.5 / np.sqrt(runs), f"{titled(procedure)} run {runs} times is {gap:.4f} away from its pool weights")
     yield "running it = its pool weights"
 
 
@@ -145,8 +148,8 @@ def _steep(s: Array) -> Array:
 def check_picklable(thing: object) -> Verdict:
     """Frozen dataclasses of ours survive a spawned worker: equal, and the same repr, after a round trip."""
     copy = pickle.loads(pickle.dumps(thing))
-    _hold(copy == thing and repr(copy) == repr(thing), f"{thing!r} comes back from pickle as {copy!r}")
-    return Verdict(repr(thing), ("pickle round trip",))
+    _hold(copy == thing and repr(copy) == repr(thing), f"{titled(thing)} comes back from pickle as {titled(copy)}")
+    return Verdict(titled(thing), ("pickle round trip",))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import threading
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from architectures import ALL, DECODERS, ENCODERS, HYBRIDS, SEQUENCE_TO_SEQUENCE, Architecture
 from tiny import BOS, VOCABULARY, causal, classifier, saved, tokenizer
@@ -238,3 +239,32 @@ def test_a_digest_does_not_depend_on_use() -> None:
     made(["abc", "abcdefgh"], truncation=True, max_length=4, padding=True)
 
     assert model_fingerprint(classifier(), made) == before
+
+
+def test_any_bit_of_a_weight_counts() -> None:
+    """Also one that no evenly spread sample would see."""
+    weight = torch.zeros(1024, 1024)
+    before = weights_digest({"a": weight})
+    weight[5, 7] = 1e-6
+
+    assert weights_digest({"a": weight}) != before
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_adapters_have_a_digest() -> None:
+    """The scale of a LoRA is in no weight; an idle adapter is in no score, and a disabled one neither."""
+    from peft import LoraConfig, get_peft_model
+
+    def lora(alpha: int) -> Any:
+        torch.manual_seed(0)
+        return get_peft_model(tiny.classifier(), LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"]))
+
+    made = tiny.tokenizer()
+    said = {alpha: model_fingerprint(lora(alpha), made) for alpha in (8, 64)}
+    idle = lora(8)
+    idle.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+
+    assert said[8] != said[64]
+    assert model_fingerprint(idle, made) == said[8]
+    with idle.disable_adapter():
+        assert model_fingerprint(idle, made)["adapters"] == {}

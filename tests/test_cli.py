@@ -49,7 +49,7 @@ def test_a_model_is_checked_in_a_process_of_its_own(model, tmp_path):
     assert "\n  text: max_length=512, template=yes\n" in done.stdout
     assert [done.stdout.count(f"  {name}") for name in (check.name for check in CHECKS)] == [1] * len(CHECKS)
     assert re.search(r"\n  64 completions in [\d.]+ s: [\d,]+ completions, [\d,]+ tokens a second\n", done.stdout)
-    assert done.stdout.endswith("16 ok, 0 failed, 2 not asked\n")
+    assert re.search(r"\n\d+ ok, 0 failed, \d+ not asked\n$", done.stdout)
 
 
 def test_a_failed_check_exits_with_one(model, capsys):
@@ -58,11 +58,11 @@ def test_a_failed_check_exits_with_one(model, capsys):
 
     told = capsys.readouterr().out
     assert re.search(r"\n  FAIL  sign: .*\n        -> is this a cost model\?", told)
-    assert told.endswith("16 ok, 1 failed, 1 not asked\n")
+    assert re.search(r"\n\d+ ok, 1 failed, \d+ not asked\n$", told)
 
 
-def test_what_cannot_be_loaded_is_one_line(capsys, tmp_path):
-    """No folder, a language model, a server without its name: one line on stderr, no traceback, exit code 2."""
+def test_what_cannot_be_loaded_is_told(capsys, tmp_path):
+    """No folder, a language model, a server without its name: why, on stderr, no traceback, exit code 2."""
     policy = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=tiny.VOCABULARY))
     for words, reason in [
         (["--reward-model", str(tmp_path / "nothing")], "nothing"),
@@ -71,9 +71,11 @@ def test_what_cannot_be_loaded_is_one_line(capsys, tmp_path):
         (["--reward-model", str(tmp_path), "--prompts", str(tmp_path / "none.jsonl")], "none.jsonl"),
     ]:
         assert check(*words) == UNUSABLE
-        told = capsys.readouterr().err.splitlines()[-1]
-        assert told.startswith("calibrated-rewards check-scorer: error: ")
+        _, found, told = capsys.readouterr().err.partition("calibrated-rewards check-scorer: error: ")
+        assert found
         assert reason in told
+        assert told.endswith("(--debug shows where)\n")
+        assert "Traceback" not in told
 
 
 def test_debug_shows_where_an_error_came_from(tmp_path):
@@ -167,7 +169,150 @@ def test_settings_reach_the_model(tmp_path, capsys):
         "pool: last",
     ):
         assert f"\n  {line}\n" in told
-    assert "in bfloat16 equal is within 0.1 sd" in told
+    assert "in bfloat16" in told
+
+
+def written(folder: Path, *lines: str) -> Path:
+    file = folder / "pairs.jsonl"
+    file.write_text("\n".join([*lines, '{"prompt": "Hi", "completions": ["Hello!", "Bye"]}']), encoding="utf-8-sig")
+    return file
+
+
+def test_pairs_are_split_where_lines_end(tmp_path):
+    """U+2028 and U+0085 stand inside of a text; a byte order mark is no part of the first line; \\r\\n ends a line."""
+    row = json.dumps({"prompt": "a\u2028b", "completion": "c\x85d"}, ensure_ascii=False)
+
+    assert read_pairs(written(tmp_path, row + "\r")) == (["a\u2028b", "Hi", "Hi"], ["c\x85d", "Hello!", "Bye"])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "completions": "bcd"},
+        {"prompt": None, "completion": "c"},
+        {"prompt": 3, "completion": "c"},
+        {"prompt": [], "completion": "c"},
+        {"prompt": ["x"], "completion": "c"},
+        {"prompt": "p", "completion": None},
+        {"prompt": "p", "completions": ["a", 1]},
+        {"prompt": "p", "completion": "a", "completions": ["b"]},
+    ],
+    ids=str,
+)
+def test_rows_that_are_no_pairs(row, tmp_path, capsys):
+    """A text in place of a list, null, numbers, both words at once: exit code 2, and the line is named."""
+    file = written(tmp_path, '{"prompt": "p", "completion": "c"}', json.dumps(row))
+
+    assert check("--reward-model", "http://127.0.0.1:1", "--prompts", str(file)) == UNUSABLE
+    assert f"line 2 of {file}" in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_read(tmp_path, capsys):
+    """A folder, bytes that are no text, one pair alone: the option and the file are named."""
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe{")
+    (tmp_path / "one").write_text('{"prompt": "p", "completion": "c"}')
+    for words in (["--prompts", "."], ["--prompts", "bytes"], ["--prompts", "one"], ["--chat-template", "bytes"]):
+        file = str(tmp_path / words[1])
+        assert check("--reward-model", "http://127.0.0.1:1", words[0], file) == UNUSABLE
+        assert f"error: {words[0]} {file}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--kind", "judge", "--device", "cpu"], "--kind, --device"),
+        (["--dtype", "float32"], "--dtype"),
+        (["--option", "a=1"], "--option"),
+        (["--trust-remote-code", "--batch-tokens", "9"], "--batch-tokens, --trust-remote-code"),
+        (["--label", "1"], "--label"),
+        (["--revision", "v1"], "--revision"),
+        (["--server", "vllm", "--served-model", "rm", "--max-length", "9"], "--tokenizer"),
+    ],
+    ids=str,
+)
+def test_what_a_server_is_not_told(words, said, capsys):
+    """Options without an effect on a server are refused, by their names."""
+    assert check("--reward-model", "http://127.0.0.1:1", *words) == UNUSABLE
+    assert said in capsys.readouterr().err
+
+
+def test_what_only_servers_are_told(model, capsys):
+    """And the other way round."""
+    assert check("--reward-model", model, "--server", "vllm", "--tokenizer", "x") == UNUSABLE
+    assert "--server, --tokenizer: --reward-model is no URL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["0", "-3", "many"])
+def test_a_long_input_has_words(words, capsys):
+    """--long-words is a whole number from 1."""
+    with pytest.raises(SystemExit):
+        check("--reward-model", "x", "--long-words", words)
+    assert ">= 1" in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there(capsys):
+    """Found out by one question and one more, not by a suite of failed checks: exit code 2, and no secrets."""
+    assert check("--reward-model", "http://me:password@127.0.0.1:1/?key=secret") == UNUSABLE
+    told = capsys.readouterr()
+
+    assert "http://127.0.0.1:1/score gave no answer in 2 tries" in told.err
+    assert told.out == ""
+    assert "password" not in told.err
+    assert "secret" not in told.err
+
+
+def test_an_empty_token_is_none(monkeypatch):
+    """An environment variable that is set to nothing; a password is not what the model is called."""
+    monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN", "")
+    scorer = load(parsed("--reward-model", "http://me:password@rm:8000/?key=secret"))
+
+    assert scorer.token is None
+    assert scorer.dialect == Native("http://rm:8000/")
+
+
+def without(library: str, *words: str) -> str:
+    code = (
+        f"import sys; sys.modules[{library!r}] = None; from calibrated_rewards.cli import main; main({list(words)!r})"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+def test_a_server_needs_no_models_here(library):
+    """With a URL the command comes as far as asking it; without, it says what to install."""
+    assert "gave no answer" in without(library, "check-scorer", "--reward-model", "http://127.0.0.1:1")
+    told = without(library, "check-scorer", "--reward-model", "some/model")
+    assert f"needs {library}, it is not installed: pip install 'calibrated-rewards[hf]'" in told
+
+
+def test_a_server_needs_httpx():
+    """It says what to install."""
+    told = without("httpx", "check-scorer", "--reward-model", "http://127.0.0.1:1")
+
+    assert "pip install 'calibrated-rewards[http]'" in told
+
+
+def test_errors_speak_of_options(tmp_path, capsys):
+    """What to say is said as it is said here; an error of several lines keeps them."""
+    three = tiny.saved(tiny.classifier(num_labels=3), tmp_path / "three", tiny.tokenizer())
+    assert check("--reward-model", three) == UNUSABLE
+    assert "--label" in (said := capsys.readouterr().err)
+    assert "labels=" not in said
+    policy = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=tiny.VOCABULARY))
+    assert check("--reward-model", tiny.saved(policy, tmp_path / "policy", tiny.tokenizer())) == UNUSABLE
+    said = capsys.readouterr().err
+    assert "--kind judge" in said
+    assert "\n  - a judge" in said
+
+
+def test_what_is_being_checked_is_shown(monkeypatch, capsys):
+    """Where somebody watches, until it is done; nothing elsewhere."""
+    with check_scorer.doing("permuted"):
+        assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with check_scorer.doing("permuted"):
+        assert "permuted" in capsys.readouterr().err
+    assert capsys.readouterr().err == "\x1b[2K\r"
 
 
 def parsed(*words: str) -> Namespace:
@@ -199,10 +344,11 @@ def test_each_setting_has_its_place():
 def test_each_question_has_its_option():
     """All that is said of the checks reaches the examination; if nothing, its own defaults."""
     url = ("--reward-model", "http://rm:8000")
-    words = ["--tolerance", "0.5", "--no-sign", "--discrete", "--long-words", "7"]
+    words = ["--tolerance", "0.5", "--no-sign", "--discrete", "--no-prompt", "--long-words", "7"]
     told, plain = check_scorer.asked(parsed(*url, *words, "--chat")), check_scorer.asked(parsed(*url))
 
     assert (told.tolerance, told.sign, told.discrete, told.long_words, told.chat) == (0.5, False, True, 7, True)
+    assert not told.reads_prompt
     assert vars(plain) == vars(Examination(plain.scorer))
     assert check_scorer.asked(parsed(*url, "--no-chat")).chat is False
 

@@ -152,3 +152,27 @@ def test_empty_fingerprint_and_pickle() -> None:
     assert scorer.fingerprint() == CrossEncoder(bert(), typed()).fingerprint()
     assert scorer.fingerprint() != CrossEncoder(bert(), typed(), text=Text(max_length=9)).fingerprint()
     assert scorer.fingerprint() != CrossEncoder(bert(2), typed()).fingerprint()
+
+
+def test_a_model_in_training_is_read_as_it_is() -> None:
+    """Weights of now; keywords, as trainers call rewards; a text for a list is refused, and nan is named."""
+    model, tokenizer = bert().to(torch.bfloat16), typed()
+    scorer = CrossEncoder(model, tokenizer)
+    before = scorer(["a", "b"], ["c", "d"])
+    model.classifier.weight.data *= -2
+    model.classifier.bias.data *= -2
+    np.testing.assert_allclose(scorer(prompts=["a", "b"], completions=["c", "d"]), -2 * before, rtol=1e-3)
+    with pytest.raises(TypeError, match="prompts are a list"):
+        scorer("a", ["b"])
+    model.classifier.weight.data[:] = float("nan")
+    with pytest.raises(ValueError, match="CrossEncoder gave nan for completion 'c' of prompt 'a'"):
+        scorer(["a", "b"], ["c", "d"])
+
+
+@pytest.mark.parametrize("pad", [-1, tiny.VOCABULARY + 5])
+def test_a_padding_id_that_is_no_token(pad: int) -> None:
+    """The tokenizer's takes its place."""
+    model = bert()
+    expected = CrossEncoder(model, typed())(["a", "b"], ["c", "much longer"])
+    model.config.pad_token_id = pad
+    np.testing.assert_allclose(CrossEncoder(model, typed())(["a", "b"], ["c", "much longer"]), expected, rtol=1e-5)

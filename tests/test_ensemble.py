@@ -130,6 +130,67 @@ def test_members_are_checked() -> None:
         Ensemble(fixed([[1.0], [float("nan")]]), Min())(["p"], ["0"])
 
 
+def widest(members):
+    """A combination that is a plain function."""
+    return members.max(0)
+
+
+def narrowest(members):
+    """Another one."""
+    return members.min(0)
+
+
+@dataclass(frozen=True)
+class Told:
+    """A combination that says what it is, and answers what it was made with."""
+
+    answer: object = None
+
+    def __call__(self, members):
+        """That."""
+        return self.answer
+
+    def fingerprint(self):
+        """A word."""
+        return {"kind": "told"}
+
+
+class Plain:
+    """A combination whose repr is its address."""
+
+    def __call__(self, members):
+        """The maximum."""
+        return members.max(0)
+
+
+def test_combinations_are_known_again() -> None:
+    """By their fingerprint, their repr, or their place: never by an address in memory, which the next process lacks."""
+    scorers = fixed([[1.0]])
+    found = {how: Ensemble(scorers, how).fingerprint()["how"] for how in (Told(), Min(), widest, narrowest, Plain())}
+
+    expected = [{"kind": "told"}, "Min()", *(f"{__name__}.{name}" for name in ("widest", "narrowest", "Plain"))]
+    assert list(found.values()) == expected
+    assert Ensemble(scorers, Plain()).fingerprint() == Ensemble(scorers, Plain()).fingerprint()
+
+
+def test_a_combination_is_checked() -> None:
+    """One finite number for each pair, whoever computes it."""
+    ensemble = Ensemble(fixed([[1.0, 2.0]]), Told(np.array([1.0, np.nan])))
+    with pytest.raises(ValueError, match=r"ensemble's .*Told gave nan for completion '1'"):
+        ensemble(["p", "p"], ["0", "1"])
+    with pytest.raises(ValueError, match=r"Told gave shape \(1,\) for 2"):
+        Ensemble(fixed([[1.0, 2.0]]), Told(np.array([1.0])))(["p", "p"], ["0", "1"])
+
+
+def test_lists_of_any_kind() -> None:
+    """Shifts and scales as arrays, pairs by name; not a text in place of a list."""
+    ensemble = Ensemble(fixed([[1.0, 4.0], [2.0, 6.0]]), shifts=np.array([0.0, 2.0]), scales=np.array([1.0, 2.0]))
+
+    assert ensemble(prompts=["p", "p"], completions=["0", "1"]).tolist() == [0.5, 3.0]
+    with pytest.raises(TypeError, match="got the text"):
+        Ensemble.standardised(fixed([[1.0, 2.0]]), "pp", "01")
+
+
 def test_it_is_known_again() -> None:
     """The fingerprint has the members', in order, the combination and the scales; it pickles; empty is empty."""
     one, two = fixed([[1.0], [2.0]])

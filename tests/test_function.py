@@ -81,8 +81,16 @@ def test_an_error_says_for_what() -> None:
 def test_nothing_to_score() -> None:
     """No pairs, no scores; unequal lists are refused."""
     assert Function(overlap)([], []).shape == (0,)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="each completion needs its prompt"):
         Function(overlap)(["p"], [])
+
+
+def test_what_is_no_score() -> None:
+    """Its nan is its error, with the pair; a text in the place of a list is refused; it may be called by name."""
+    with pytest.raises(ValueError, match="half gave nan for completion 'c' of prompt 'p'"):
+        Function(lambda prompt, completion: math.nan, name="half")(prompts=["p"], completions=["c"])
+    with pytest.raises(TypeError, match="got the text 'pq'"):
+        Function(overlap)("pq", "ab")
 
 
 def test_it_pickles() -> None:

@@ -195,3 +195,29 @@ def test_the_fingerprint_tells_what_the_score_depends_on():
     assert len({json.dumps(scorer.fingerprint()) for scorer in scorers}) == len(scorers)
     again = ImplicitReward(policy, tokenizer, writer(1), batch_tokens=9)
     assert again.fingerprint() == scorers[0].fingerprint()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_policy_in_training_is_followed(dtype):
+    """After a step of an optimiser the reward is that of the policy now, its output layer included."""
+    policy, reference, tokenizer = writer(0).to(dtype), writer(1).to(dtype), tiny.tokenizer()
+    scorer = ImplicitReward(policy, tokenizer, reference)
+    before = scorer(*pairs())
+    optimiser = torch.optim.SGD(policy.lm_head.parameters(), lr=5.0)
+    policy(torch.tensor([[5, 6, 7, 8]]), labels=torch.tensor([[5, 6, 7, 8]])).loss.backward()
+    optimiser.step()
+    after = scorer(*pairs())
+    assert np.abs(after - before).max() > 0.01
+    np.testing.assert_array_equal(after, ImplicitReward(policy, tokenizer, reference)(*pairs()))
+
+
+def test_calls_take_keywords_and_refuse_a_text_for_a_list():
+    """As trainers call rewards; also the tokens' numbers are of lists."""
+    scorer = ImplicitReward(writer(0), tiny.tokenizer(), reference_free=True)
+    np.testing.assert_array_equal(scorer(prompts=["a"], completions=["b"]), scorer(["a"], ["b"]))
+    for call in (scorer, scorer.log_ratios):
+        with pytest.raises(TypeError, match="prompts are a list"):
+            call("a", ["b"])
+    scorer.model.model.norm.weight.data[:] = float("nan")
+    with pytest.raises(ValueError, match="ImplicitReward gave nan for completion 'b' of prompt 'a'"):
+        scorer(["a"], ["b"])

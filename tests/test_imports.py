@@ -45,9 +45,11 @@ table             -> prompts, table_*
 calibrations      -> table
 reading           ->
 reading.body      ->
-reading.fingerprint -> reading.body
+reading.adapters  ->
+reading.fingerprint -> reading.adapters, reading.body
 reading.batches   ->
-reading.text      -> prompts
+reading.messages  -> prompts
+reading.text      -> prompts, reading.messages
 reading.labels    ->
 reading.labels_of -> reading.labels
 reading.decoder   -> prompts, reading.batches, reading.body
@@ -58,40 +60,44 @@ reading.question  -> prompts, reading.text
 scorers.protocol  -> prompts
 scorers.plain     -> prompts
 scorers.recipe    -> prompts, scorers.protocol
-scorers.function  -> prompts
+scorers.function  -> prompts, scorers.protocol
 scorers.cost      -> prompts, scorers.protocol
 scorers.ensemble  -> prompts, scorers.protocol
 scorers.checkpoint ->
 scorers.inspection -> scorers.checkpoint
 scorers.pretrained -> reading.body, scorers.checkpoint
-scorers.sequence_classifier -> prompts, reading.*, scorers.recipe
-scorers.cross_encoder -> prompts, reading.*, scorers.recipe
-scorers.multi_attribute -> prompts, reading.*, scorers.recipe
-scorers.value_head -> prompts, reading.*, scorers.checkpoint, scorers.recipe
-scorers.shared_base -> prompts, reading.*, scorers.value_head, scorers.recipe
-scorers.process   -> prompts, reading.*, scorers.recipe
-scorers.implicit  -> prompts, reading.*, scorers.recipe
-scorers.judge     -> prompts, reading.*, scorers.recipe
-scorers.rated_judge -> prompts, reading.*, scorers.judge, scorers.recipe
+scorers.sequence_classifier -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.cross_encoder -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.multi_attribute -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.value_head -> prompts, reading.*, scorers.protocol, scorers.checkpoint, scorers.recipe
+scorers.shared_base -> prompts, reading.*, scorers.protocol, scorers.value_head, scorers.recipe
+scorers.process   -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.implicit  -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.judge     -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.rated_judge -> prompts, reading.*, scorers.protocol, scorers.judge, scorers.recipe
 scorers.pairwise  -> prompts, table, scorers.plain, scorers.protocol
 scorers.pair_models -> prompts, reading.*, scorers.protocol, scorers.recipe
-scorers.remote    -> prompts, reading.batches
-scorers.remote_text -> reading.fingerprint, reading.text
+scorers.remote_address -> prompts
+scorers.remote_retry ->
+scorers.remote    -> prompts, reading.batches, scorers.protocol, scorers.remote_*
+scorers.remote_text -> prompts, reading.fingerprint, reading.text
 scorers.remote_vllm -> prompts, reading.*, scorers.plain, scorers.remote_text
 scorers.remote_dialects -> prompts, reading.text, scorers.plain, scorers.remote_text
+scorers.kinds     -> reading.*, scorers.*
 scorers.loading   -> reading.*, scorers.*
 scorers           -> scorers.protocol, scorers.loading
 checks            ->
 checks.probes     -> prompts
 checks.subject    -> prompts, scorers.protocol, checks.probes
-checks.same_score -> checks.probes, checks.subject
+checks.same_score -> scorers.protocol, checks.probes, checks.subject
+checks.whole_input -> checks.probes, checks.subject
 checks.edge_inputs -> prompts, checks.probes, checks.subject
 checks.conformance -> prompts, scorers.protocol, checks.*
 testing           -> prompts, procedures, quadrature, transforms, checks.conformance
 commands          ->
-commands.server   -> reading.text, scorers.remote*
+commands.server   -> reading.text, scorers.protocol, scorers.remote*
 commands.reward_model -> reading.*, scorers.loading, scorers.protocol, commands.server
-commands.check_scorer -> checks.*, commands.reward_model
+commands.check_scorer -> prompts, scorers.plain, checks.*, commands.*
 cli               ->
 __main__          -> cli
 """

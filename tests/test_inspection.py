@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from calibrated_rewards.scorers.checkpoint import Checkpoint, checkpoint
-from calibrated_rewards.scorers.inspection import is_encoder, kind_of, needs_code
+from calibrated_rewards.scorers.inspection import check_writes, is_encoder, kind_of, needs_code
 
 ONE: dict[str, Any] = {"id2label": {"0": "good"}}
 TWO: dict[str, Any] = {}
@@ -79,3 +79,39 @@ def test_custom_code_that_transformers_took_over(tmp_path: Path) -> None:
 def test_encoders(tmp_path: Path, config: dict[str, Any], reads_both_ways: bool) -> None:
     """What fills in words and does not write."""
     assert is_encoder(described(tmp_path, **config)) == reads_both_ways
+
+
+def test_encoder_without_head(tmp_path: Path) -> None:
+    """An embedding model is told to train a head, and is not offered the kinds that write."""
+    found = described(tmp_path, model_type="bert", architectures=["BertModel"])
+    with pytest.raises(ValueError, match="an embedding model: train a classification head first") as raised:
+        kind_of(found, found)
+    assert "judge" not in str(raised.value)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForSequenceClassification", "LlamaForTokenClassification", "Reward"])
+def test_reward_models_write_nothing(tmp_path: Path, architecture: str) -> None:
+    """A model with a head for scores and none for words is no judge; with both, or with neither, it may be."""
+    scores = described(tmp_path, HEAD, model_type="llama", architectures=[architecture])
+    with pytest.raises(ValueError, match=rf"kind='judge' reads the words.*{architecture}"):
+        check_writes(scores, scores, "judge")
+    both = described(
+        tmp_path, {**HEAD, "lm_head.weight": torch.zeros(9, 4)}, model_type="llama", architectures=[architecture]
+    )
+    check_writes(both, both, "judge")
+    tied = described(tmp_path, HEAD, model_type="llama", architectures=["LlamaForCausalLM"])
+    check_writes(tied, tied, "judge")
+
+
+def test_reward_adapters_write_nothing(tmp_path: Path) -> None:
+    """An adapter for scores on a language model is no judge."""
+    (tmp_path / "base").mkdir()
+    base = described(tmp_path / "base", model_type="llama", architectures=["LlamaForCausalLM"])
+    for task, writes in [("SEQ_CLS", False), ("CAUSAL_LM", True)]:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"task_type": task}))
+        adapter = checkpoint(str(tmp_path))
+        if writes:
+            check_writes(adapter, base, "implicit")
+        else:
+            with pytest.raises(ValueError, match="kind='implicit' reads the words"):
+                check_writes(adapter, base, "implicit")

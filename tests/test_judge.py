@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import peft
 import pytest
 import tiny
 import torch
@@ -258,3 +259,57 @@ def test_the_fingerprint_tells_what_the_score_depends_on():
     ]
     assert len({own, *(json.dumps(other.fingerprint()) for other in others)}) == 6
     assert judge([], []).shape == Difference(0, 1)(np.empty((0, 2), np.float32)).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_is_trained_or_replaced_counts_at_once(dtype):
+    """Weights that change after the first call are those of the next call; another layer in their place as well."""
+    model, tokenizer = writer("Llama").to(dtype), tiny.tokenizer()
+    judge = Judge(model, tokenizer, SHORT, "Y", "N")
+    before = judge(*pairs())
+    model.lm_head.weight.data *= -3
+    after = judge(*pairs())
+    np.testing.assert_allclose(after, -3 * before, rtol=0.02)
+    np.testing.assert_array_equal(after, Judge(model, tokenizer, SHORT, "Y", "N")(*pairs()))
+    model.set_output_embeddings(torch.nn.Linear(32, tiny.VOCABULARY, False).to(dtype))
+    np.testing.assert_array_equal(judge(*pairs()), Judge(model, tokenizer, SHORT, "Y", "N")(*pairs()))
+
+
+def test_eos_that_the_template_writes_stays():
+    """Only a tokenizer's own EOS behind plain text is taken off; one at the end of a template was trained with."""
+    model, tokenizer = writer("Llama"), tiny.tokenizer(template=tiny.TEMPLATE + "</s>")
+    row = asked(tokenizer, "q >> a ok?")
+    assert row[-1] == tiny.EOS
+    score = Judge(model, tokenizer, SHORT, "Y", "N")(["q"], ["a"])
+    np.testing.assert_allclose(score, odds(model, tokenizer, [row]), rtol=1e-4)
+
+
+def test_nan_weights_are_named():
+    """Before the first call and after it: the error says nan."""
+    for first in (True, False):
+        model = writer("Llama")
+        judge = Judge(model, tiny.tokenizer(), SHORT, "Y", "N")
+        if not first:
+            judge(["a"], ["b"])
+        model.model.norm.weight.data[:] = float("nan")
+        with pytest.raises(ValueError, match="look for nan among"):
+            judge(["a"], ["b"])
+
+
+@pytest.mark.parametrize("kind", [lambda *given: Judge(*given, good="Y", bad="N"), ExpectedRating])
+def test_calls_take_keywords_and_lists_of_one_length(kind):
+    """As trainers call rewards; a text in the place of a list is refused."""
+    judge = kind(writer("Llama"), tiny.tokenizer())
+    np.testing.assert_array_equal(judge(prompts=["a"], completions=["b"]), judge(["a"], ["b"]))
+    with pytest.raises(TypeError, match="prompts are a list"):
+        judge("a", ["b"])
+    with pytest.raises(ValueError, match="got 1 prompts and 2 completions"):
+        judge(["a"], ["b", "c"])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_learned_prompt_is_refused():
+    """It stands before the body, which is read without it."""
+    soft = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="body and head of PeftModelForCausalLM have to give"):
+        Judge(peft.get_peft_model(writer("Llama"), soft), tiny.tokenizer(), good="Y", bad="N")(["a"], ["b"])

@@ -4,13 +4,34 @@ import numpy as np
 import pytest
 
 from calibrated_rewards.reading.labels import Difference, Expected, Label
-from calibrated_rewards.reading.labels_of import labels_of
+from calibrated_rewards.reading.labels_of import GOOD_AND_BAD, labels_of
 
 
 def test_one_and_two() -> None:
-    """One label is its logit, two are log-odds, whatever they are called."""
+    """One label is its logit, two are log-odds, the second's unless their names say otherwise."""
     assert labels_of({0: "3 stars"}) == Label(0)
     assert labels_of({0: "5", 1: "1"}) == Difference(1, 0)
+
+
+@pytest.mark.parametrize(("good", "bad"), sorted(GOOD_AND_BAD))
+def test_names_of_good_and_bad(good: str, bad: str) -> None:
+    """Where the names say which of two labels is the good one, it is, in either order and any case."""
+    assert labels_of({0: good.upper(), 1: f" {bad}"}) == Difference(good=0, bad=1)
+    assert labels_of({0: bad, 1: good.capitalize()}) == Difference(good=1, bad=0)
+    assert labels_of({0: good, 1: "something else"}) == Difference(good=1, bad=0)
+
+
+def test_ids_that_do_not_count_from_zero() -> None:
+    """The outputs are in the order of the ids, also where these are 1 to n or stand in another order."""
+    assert labels_of({3: "3 stars", 1: "1 star", 2: "2 stars"}) == Expected((1, 2, 3))
+    assert labels_of({10: "bad", 9: "good"}) == Difference(good=0, bad=1)
+
+
+@pytest.mark.parametrize("names", [["LABEL_0"], ["bad", "good"], ["good", "bad"], ["1", "2", "3"]])
+def test_head_of_another_width(names: list[str]) -> None:
+    """A head with another number of outputs than the config has names is not read by its first columns."""
+    with pytest.raises(ValueError, match=rf"{len(names)} (labels|values).* 4"):
+        labels_of(dict(enumerate(names)))(np.zeros((2, 4), np.float32))
 
 
 @pytest.mark.parametrize(
@@ -18,6 +39,8 @@ def test_one_and_two() -> None:
     [
         (["1 star", "2 stars", "3 stars", "4 stars", "5 stars"], (1, 2, 3, 4, 5)),
         (["-1", "0", "+1"], (-1, 0, 1)),
+        (["grade-1", "grade-2", "grade-3"], (1, 2, 3)),
+        (["score -1", "score: .5", "\u22122"], (-1, 0.5, -2)),
         (["score: 0.5", "score: 1.25", "score: 2"], (0.5, 1.25, 2)),
     ],
 )

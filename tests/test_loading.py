@@ -14,16 +14,18 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import BertConfig, BertForSequenceClassification, LlamaForTokenClassification
 
 from calibrated_rewards.reading.labels import Difference, Expected, Label
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder
 from calibrated_rewards.scorers.implicit import ImplicitReward
-from calibrated_rewards.scorers.judge import Judge
+from calibrated_rewards.scorers.judge import ExpectedRating, Judge
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.scorers.multi_attribute import MultiAttribute
 from calibrated_rewards.scorers.process import ProcessReward
+from calibrated_rewards.scorers.rated_judge import RatedJudge
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.scorers.value_head import ValueHead
 
@@ -114,6 +116,114 @@ def test_one_label(tmp_path: Path) -> None:
     model: Any = loaded.scorer.model
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_paths_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Path, and one below the home directory, name the same folder, for the reference and the base too."""
+    folder = tiny.saved(tiny.causal(), tmp_path / "lm", tiny.tokenizer())
+    adapter(tmp_path / "adapter", folder, "SEQ_CLS", num_labels=1)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    implicit = load_scorer(Path("~/lm"), kind="implicit", reference=Path("~/lm"))
+    assert (implicit.recipe.name, implicit.recipe.reference) == (folder, folder)  # type: ignore[attr-defined]
+    loaded = load_scorer(Path("~/adapter"), base=Path("~/lm"))
+    assert (loaded.recipe.name, loaded.recipe.base) == (str(tmp_path / "adapter"), folder)  # type: ignore[attr-defined]
+
+
+def test_settings_of_text(tmp_path: Path) -> None:
+    """Settings of the text do what they do in a Text, in the pickle as well."""
+    folder = tiny.saved(tiny.classifier(), tmp_path, tiny.tokenizer())
+    told = {"append_eos": True, "chat": True, "template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}
+    short, long = load_scorer(folder, **told), load_scorer(folder, text=Text(**told))  # type: ignore[arg-type]
+    assert short == long
+    np.testing.assert_array_equal(short(PROMPTS, COMPLETIONS), long(PROMPTS, COMPLETIONS))
+    assert np.ptp(short(PROMPTS, COMPLETIONS) - load_scorer(folder)(PROMPTS, COMPLETIONS)) > 0.01
+    assert pickle.loads(pickle.dumps(short)).scorer.text == Text(**told)  # type: ignore[arg-type]
+
+
+def test_a_number_is_a_label(tmp_path: Path) -> None:
+    """labels=2 is the third label's logit; one that the head does not have is refused as it loads."""
+    folder = tiny.saved(tiny.classifier(num_labels=3), tmp_path, tiny.tokenizer())
+    np.testing.assert_array_equal(
+        load_scorer(folder, labels=2)(PROMPTS, COMPLETIONS), load_scorer(folder, labels=Label(2))(PROMPTS, COMPLETIONS)
+    )
+    with pytest.raises(IndexError, match=r"Label\(index=7\).*it has 3"):
+        load_scorer(folder, labels=7)
+    with pytest.raises(ValueError, match="2 values, the model has 3"):
+        load_scorer(folder, labels=Expected((1, 2)))
+
+
+def test_names_that_say_which_is_good(tmp_path: Path) -> None:
+    """A classifier whose first label is the good one is not read backwards."""
+    names = {0: "POSITIVE", 1: "NEGATIVE"}
+    folder = tiny.saved(tiny.classifier(num_labels=2, id2label=names), tmp_path, tiny.tokenizer())
+    logits = by_itself(tiny.classifier(num_labels=2))
+    np.testing.assert_allclose(load_scorer(folder)(PROMPTS, COMPLETIONS), logits[:, 0] - logits[:, 1], atol=1e-4)
+
+
+def test_tokenizer_from_elsewhere(tmp_path: Path) -> None:
+    """A tokenizer that is not beside the model, and again after pickling."""
+    tiny.classifier().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "words")
+    loaded = load_scorer(tmp_path / "model", tokenizer=tmp_path / "words")
+    expected = by_itself(tiny.classifier())[:, 0]
+    np.testing.assert_allclose(loaded(PROMPTS, COMPLETIONS), expected, atol=1e-4 * expected.std())
+    again = pickle.loads(pickle.dumps(loaded))
+    np.testing.assert_array_equal(again(PROMPTS, COMPLETIONS), loaded(PROMPTS, COMPLETIONS))
+
+
+def test_options_are_refused_before_weights_load(tmp_path: Path) -> None:
+    """A checkpoint without any weights is enough to hear of a wrong option, or of a missing reference."""
+    tiny.config(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"kind='judge' \(Judge\) takes no god="):
+        load_scorer(tmp_path, kind="judge", god="Yes")
+    with pytest.raises(ValueError, match="kind='implicit' needs reference="):
+        load_scorer(tmp_path, kind="implicit")
+
+
+def test_other_judges(tmp_path: Path) -> None:
+    """A judge that rates, read or heard, is a kind as well, with underscores too."""
+    folder = tiny.saved(tiny.causal(), tmp_path, tiny.tokenizer())
+    rating = load_scorer(folder, kind="expected_rating", high=3)
+    np.testing.assert_array_equal(
+        rating(PROMPTS, COMPLETIONS), ExpectedRating(tiny.causal(), tiny.tokenizer(), high=3)(PROMPTS, COMPLETIONS)
+    )
+    heard = load_scorer(folder, kind="rated-judge", unparsed=0.5, max_new_tokens=2)
+    assert isinstance(heard.scorer, RatedJudge)
+    assert heard(["a"], ["b"]).shape == (1,)
+
+
+def test_reward_model_is_no_judge(tmp_path: Path) -> None:
+    """With tied embeddings a reward model would load as a language model."""
+    folder = tiny.saved(tiny.classifier(tie_word_embeddings=True), tmp_path, tiny.tokenizer())
+    for kind, options in [("judge", {"good": "a", "bad": "b"}), ("implicit", {"reference_free": True})]:
+        with pytest.raises(ValueError, match=rf"kind='{kind}' reads the words"):
+            load_scorer(folder, kind=kind, **options)  # type: ignore[arg-type]
+
+
+def test_reference_that_reads_other_tokens(tmp_path: Path) -> None:
+    """Ids that mean other tokens to the reference are refused; tokens that it lacks are warned of."""
+    policy_tokenizer, turned = tiny.tokenizer(), tiny.tokenizer()
+    vocabulary = json.loads(turned.backend_tokenizer.to_str())
+    words = vocabulary["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    turned._tokenizer = Tokenizer.from_str(json.dumps(vocabulary))
+    policy_tokenizer.add_tokens(["<|im_start|>"])
+    wide = tiny.VOCABULARY + 1
+    policy = tiny.saved(tiny.causal(vocab_size=wide), tmp_path / "policy", policy_tokenizer)
+    other = tiny.saved(tiny.causal(1, vocab_size=wide), tmp_path / "other", turned)
+    same = tiny.saved(tiny.causal(1, vocab_size=wide), tmp_path / "same", tiny.tokenizer())
+    with pytest.raises(ValueError, match=r"other reads other tokens than the model: 2 of .*'a'"):
+        load_scorer(policy, kind="implicit", reference=other)
+    with pytest.warns(UserWarning, match=r"same does not know tokens .*<\|im_start\|>"):
+        load_scorer(policy, kind="implicit", reference=same)
+
+
+def test_no_value_head(tmp_path: Path) -> None:
+    """kind="value-head" for a checkpoint without one says that there is none."""
+    folder = tiny.saved(tiny.causal(), tmp_path, tiny.tokenizer())
+    # A language model's own head is beside the body, and gives more than one number.
+    with pytest.raises(ValueError, match="has no value head"):
+        load_scorer(folder, kind="value-head")
 
 
 def test_precision(tmp_path: Path) -> None:
@@ -237,6 +347,24 @@ def test_adapters(tmp_path: Path) -> None:
     three = adapter(tmp_path / "three", base, "SEQ_CLS", num_labels=3)
     second = load_scorer(str(tmp_path / "three"), labels=Label(1))(PROMPTS, COMPLETIONS)
     np.testing.assert_allclose(second, by_itself(three)[:, 1], atol=1e-5)
+
+
+QUIET = """
+import logging, sys
+from calibrated_rewards.scorers.loading import load_scorer
+level = logging.getLogger("transformers").level
+load_scorer(sys.argv[1])
+assert logging.getLogger("transformers").level == level
+"""
+
+
+def test_adapters_load_quietly(tmp_path: Path) -> None:
+    """Transformers does not say that a head is missing which the adapter brings."""
+    base = tiny.saved(tiny.causal(), tmp_path / "base", tiny.tokenizer())
+    adapter(tmp_path / "adapter", base, "SEQ_CLS", num_labels=1)
+    command = [sys.executable, "-c", QUIET, str(tmp_path / "adapter")]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120)
+    assert "score.weight" not in done.stdout + done.stderr
 
 
 def test_adapter_whose_base_moved(tmp_path: Path) -> None:

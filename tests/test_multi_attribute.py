@@ -144,3 +144,62 @@ def test_empty_and_fingerprint() -> None:
         MultiAttribute(gated(), tiny.tokenizer(), 1),
     )
     assert scorer.fingerprint() not in [other.fingerprint() for other in others]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_in_training_is_read_as_it_is(dtype: torch.dtype) -> None:
+    """Weights of now; keywords, as trainers call rewards; a text for a list is refused, and nan is named."""
+    model = gated(dtype=dtype)
+    scorer = MultiAttribute(model, tiny.tokenizer(), output="rewards", labels=Label(0))
+    before = scorer(PROMPTS, COMPLETIONS)
+    model.regression.weight.data *= -2
+    np.testing.assert_allclose(scorer(prompts=PROMPTS, completions=COMPLETIONS), -2 * before, rtol=0.02, atol=0.02)
+    with pytest.raises(TypeError, match="prompts are a list"):
+        scorer("a", ["b"])
+    model.regression.weight.data[:] = float("nan")
+    with pytest.raises(ValueError, match="MultiAttribute gave nan"):
+        scorer(PROMPTS, COMPLETIONS)
+
+
+class FromPadding(Gated):
+    """One that finds the end of a row by the padding id of its config, and takes one row where it has none."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """The score at the last token that is no padding."""
+        pad = -1 if self.config.pad_token_id is None else self.config.pad_token_id
+        ends = (input_ids != pad).long() * torch.arange(input_ids.shape[1])
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return Attributes(score=self.regression(states[torch.arange(len(states)), ends.argmax(1)])[:, 0])
+
+
+@pytest.mark.parametrize("pad", [None, -1, tiny.VOCABULARY + 5])
+def test_a_padding_id_that_no_input_holds(pad: int | None) -> None:
+    """Rows then go one by one, as where there is none."""
+    model = gated(FromPadding)
+    model.config.pad_token_id = pad
+    scorer = MultiAttribute(model, tiny.tokenizer())
+    assert scorer._reader.one_by_one
+    np.testing.assert_allclose(scorer(PROMPTS, COMPLETIONS), by_itself(model, "score", PROMPTS, COMPLETIONS), atol=1e-5)
+
+
+def test_an_index_of_a_bare_tensor_is_refused() -> None:
+    """It would be the first row's numbers for all."""
+    with pytest.raises(ValueError, match="output"):
+        MultiAttribute(gated(Bare), tiny.tokenizer(), output=0)(["a"], ["b"])
+
+
+class Full(Gated):
+    """A forward that finds no memory."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """Nothing."""
+        self.asked = getattr(self, "asked", 0) + 1
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+
+def test_no_memory_is_no_matter_of_precision() -> None:
+    """A model in 16 bits without memory says so at once; it is not read anew, and not read in 16 bits from then on."""
+    model = gated(Full, torch.bfloat16)
+    with pytest.raises(torch.OutOfMemoryError):
+        MultiAttribute(model, tiny.tokenizer())(["a"], ["b"])
+    assert model.asked == 1

@@ -207,3 +207,25 @@ def test_a_chance_near_one_is_not_one() -> None:
     one, two = near(["p", "p"], ["a", "a"], ["b", "bb"])
     assert one < two < 1
     assert one == pytest.approx(expit(19.0), abs=1e-15)
+
+
+def test_a_judge_in_training_is_read_as_it_is() -> None:
+    """A head that changes after the first call counts in the next; the scales and the checks are found once."""
+    preference = judge()
+    prompts, firsts, seconds = comparisons(6)
+    before = preference(prompts=prompts, firsts=firsts, seconds=seconds)
+    preference.model.lm_head.weight.data *= -1
+    assert preference(prompts, firsts, seconds) == pytest.approx(1 - before, abs=1e-6)
+
+
+def test_a_comparison_is_of_lists() -> None:
+    """One of each, as many firsts as seconds."""
+    with pytest.raises(TypeError, match="completions are a list"):
+        judge()(["a"], ["b"], "c")
+    with pytest.raises(ValueError, match="got 1 prompts and 2 completions"):
+        judge()(["a"], ["b"], ["c", "d"])
+    broken = judge()
+    broken(["a"], ["b"], ["c"])
+    broken.model.model.norm.weight.data[:] = float("nan")
+    with pytest.raises(ValueError, match="look for nan among"):
+        broken(["a"], ["b"], ["c"])

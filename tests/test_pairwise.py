@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from calibrated_rewards.prompts import prompt_key
-from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, win_chances
+from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, listed, win_chances
 from calibrated_rewards.scorers.protocol import fingerprint, score
 from calibrated_rewards.table import UnknownPromptError
 
@@ -150,6 +151,58 @@ def test_a_preference_is_a_probability(answer, rule) -> None:
         win_chances(lambda *_: answer, ["p"], ["a"], ["b"])
 
 
+def test_tensors_are_answers_too() -> None:
+    """In bfloat16, and with a gradient."""
+    given = torch.tensor([0.25, 0.75], dtype=torch.bfloat16, requires_grad=True)
+
+    assert win_chances(lambda *_: given, ["p"] * 2, ["a"] * 2, ["b"] * 2).tolist() == [0.25, 0.75]
+    with pytest.raises(TypeError, match="no list of probabilities"):
+        win_chances(lambda *_: ["high"], ["p"], ["a"], ["b"])
+
+
+def test_both_orders_of_three_lists() -> None:
+    """Lists that are too short and too long are not made up for by their sum."""
+    with pytest.raises(ValueError, match="got 2, 1 and 3"):
+        BothOrders(BradleyTerry())(["p", "q"], ["1"], ["1", "2", "3"])
+
+
+@pytest.mark.parametrize("given", ["12", b"12", 3, None, [], [1, 2], [b"a"], [None], [{"role": "user"}]], ids=str)
+def test_references_are_lists_of_completions(given) -> None:
+    """From a file or from a function: no letters, bytes or numbers, and not nothing."""
+    with pytest.raises(ValueError, match="for 'p'"):
+        listed(given, "p")
+    with pytest.raises(ValueError, match="for 'p'"):
+        MeanWin(BradleyTerry(), lambda _: given)(["p"], ["1"])
+
+
+def test_it_is_short_and_has_a_hash() -> None:
+    """A repr does not show thousands of references; a set may hold both."""
+    references = References.of([("p", ["1"]), ("q", ["a reference"])])
+    scorer = MeanWin(BradleyTerry(), references)
+
+    assert "References(2 prompts)" in repr(scorer)
+    assert "a reference" not in repr(scorer)
+    assert {scorer, references, References.of([("q", ["a reference"]), ("p", ["1"])])} == {scorer, references}
+
+
+def test_a_file_that_was_edited(tmp_path) -> None:
+    """A byte order mark, an empty line, and line ends of Windows are no harm."""
+    References.of([("p", ["a"])]).save(tmp_path / "r.jsonl")
+    line = (tmp_path / "r.jsonl").read_bytes().strip()
+    (tmp_path / "r.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n")
+
+    assert References.load(tmp_path / "r.jsonl")("p") == ("a",)
+
+
+def test_pairs_are_checked() -> None:
+    """Called by name; texts in the place of lists are refused, not compared by letters."""
+    scorer = MeanWin(BradleyTerry(), lambda _: ["0"])
+
+    assert scorer(prompts=["p"], completions=["0.5"]) == pytest.approx([sigmoid(0.5)])
+    with pytest.raises(TypeError, match="got the text '12'"):
+        scorer(["p", "p"], "12")
+
+
 def test_rounding_is_no_error() -> None:
     """A softmax in float32 may end a little outside."""
     assert win_chances(lambda *_: [1 + 1e-7, -1e-7], ["p"] * 2, ["a"] * 2, ["b"] * 2).tolist() == [1.0, 0.0]
@@ -194,7 +247,7 @@ def test_other_references_are_another_scorer(rows) -> None:
         ('{"key": "00"}', "line 2 is no row"),
         ('{"key": "xy", "completions": ["a"]}', "line 2 is no row"),
         ('{"key": "00", "completions": ["a"]}', "line 2 needs a key of 16 bytes, got 1"),
-        ('{"key": "' + "00" * 16 + '", "completions": []}', "needs a list of references"),
+        ('{"key": "' + "00" * 16 + '", "completions": []}', "references are a list of completions"),
         ('{"key": "' + prompt_key("p").hex() + '", "completions": ["a"]}', "got two"),
     ],
 )

@@ -25,6 +25,23 @@ def test_what_is_said_is_passed_on() -> None:
     assert Placement(device="cuda:1").options()["device_map"] == {"": torch.device("cuda", 1)}
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [("bf16", "bfloat16"), ("fp16", "float16"), ("half", "float16"), ("fp32", "float32"), ("torch.float32", "float32")],
+)
+def test_names_of_precisions(given: str, name: str) -> None:
+    """Short names and torch's own stand for the same."""
+    assert Placement(given).options()["dtype"] == name
+    assert Placement(torch.float16).options()["dtype"] is torch.float16
+
+
+@pytest.mark.parametrize("dtype", ["float31", "int8", "nn", "b16"])
+def test_names_of_no_precision(dtype: str) -> None:
+    """What is no precision of a model is refused at once, with some that are."""
+    with pytest.raises(ValueError, match=rf"bfloat16 or float16, got dtype='{dtype}'"):
+        Placement(dtype)
+
+
 def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU of the local rank; more processes than GPUs share them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

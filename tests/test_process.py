@@ -243,3 +243,56 @@ def test_the_fingerprint_tells_what_the_score_depends_on():
     assert len({json.dumps(scorer.fingerprint()) for scorer in scorers}) == len(scorers)
     assert ProcessReward(model, tokenizer, MARK, batch_tokens=9).fingerprint() == scorers[0].fingerprint()
     assert scorers[0]([], []).shape == (0,)
+
+
+@pytest.mark.parametrize("reduce", ["min", "product", "last", "mean"])
+def test_a_completion_whose_marks_are_all_cut_away_is_refused(reduce):
+    """A product of no steps would be the best score there is."""
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %} and a long end"
+    text = Text(max_length=6, chat=True)
+    scorer = ProcessReward(labeller(), tiny.tokenizer(template=template), MARK, reduce=reduce, text=text)
+    with (
+        pytest.warns(TruncationWarning),
+        pytest.raises(ValueError, match="max_length=6 tokens of its input, got none of 2 in 'a"),
+    ):
+        scorer([[{"role": "user", "content": "q"}]], ["a\n\nb"])
+
+
+def test_marks_where_the_cut_falls():
+    """What is left after BOS is read where it stands, BOS itself never; a mark may be the first token there is."""
+    model, tokenizer = labeller(), tiny.tokenizer()
+    with pytest.warns(TruncationWarning):
+        steps = ProcessReward(model, tokenizer, MARK, text=Text(max_length=4)).steps([""], ["a\n\nb\n\nc"])[0]
+    # BOS [SEP] of a gone; b [SEP] c [SEP] is left of it, less what BOS takes.
+    row = [tiny.BOS, MARK_ID, *tokenizer("c", add_special_tokens=False)["input_ids"], MARK_ID]
+    assert_probabilities([steps], p_good(model, [row], MARK_ID, [0, 1]))
+    without = tiny.tokenizer(bos=False)
+    first = ProcessReward(model, without, MARK, layout="{mark}{step}").steps([""], ["a"])
+    assert_probabilities(first, p_good(model, [[MARK_ID]], MARK_ID, [0, 1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_in_training_is_read_as_it_is(dtype):
+    """Changed weights, and another head in the old one's place, count in the next call; dropout never does."""
+    model, tokenizer = labeller().to(dtype), tiny.tokenizer()
+    scorer = ProcessReward(model, tokenizer, MARK)
+    before = scorer(["p", "q"], ["a", "b"])
+    model.score.weight.data *= -2
+    model.score.bias.data *= -2
+    np.testing.assert_allclose(scorer(["p", "q"], ["a", "b"]), -2 * before, rtol=0.02)
+    model.score = torch.nn.Linear(32, 2).to(dtype)
+    np.testing.assert_array_equal(
+        scorer(["p", "q"], ["a", "b"]), ProcessReward(model, tokenizer, MARK)(["p", "q"], ["a", "b"])
+    )
+
+
+def test_calls_take_keywords_and_refuse_a_text_for_a_list():
+    """As trainers call rewards; steps are of lists as well, and nan is named."""
+    scorer = ProcessReward(labeller(), tiny.tokenizer(), MARK)
+    np.testing.assert_array_equal(scorer(prompts=["p"], completions=["a"]), scorer(["p"], ["a"]))
+    for call in (scorer, scorer.steps):
+        with pytest.raises(TypeError, match="completions are a list"):
+            call(["p"], "a")
+    scorer.model.score.weight.data[:] = float("nan")
+    with pytest.raises(ValueError, match="ProcessReward gave nan for completion 'a'"):
+        scorer(["p"], ["a"])

@@ -96,6 +96,29 @@ def test_answers_that_are_no_numbers(answer: Any) -> None:
         score(Answers(answer), ["p", "q"], ["a", "b"])
 
 
+@pytest.mark.parametrize("answer", [["1", "2"], [1 + 2j, 0], np.array([b"1", b"2"])], ids=str)
+def test_what_only_looks_like_numbers(answer: Any) -> None:
+    """Digits are text, and a complex number has no order."""
+    with pytest.raises(TypeError, match="gave no list of numbers"):
+        score(Answers(answer), ["p", "q"], ["a", "b"])
+
+
+def test_lists_are_lists() -> None:
+    """Iterators are read once, before anybody is asked; texts in the place of lists and no completions are refused."""
+    assert score(lengths, iter(["p", "q"]), (c for c in ("ab", "c"))).tolist() == [2, 1]
+    for prompts, completions in (("ab", ["a", "b"]), (["a", "b"], "ab"), (["a"], iter([None])), (["a"], iter([3]))):
+        with pytest.raises(TypeError, match="a list"):
+            score(lengths, prompts, completions)
+
+
+def test_scores_are_a_copy() -> None:
+    """The scorer may go on to use its own array."""
+    own = np.array([1.0, 2.0], np.float32)
+    score(Answers(own), ["p", "q"], ["a", "b"])[0] = 9
+
+    assert own[0] == 1
+
+
 def test_lists_of_two_lengths() -> None:
     """Each completion needs its prompt."""
     with pytest.raises(ValueError, match="each completion needs its prompt, got 1 prompts and 2 completions"):

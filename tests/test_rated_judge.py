@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import peft
 import pytest
 import tiny
 import torch
@@ -180,3 +181,71 @@ def test_the_fingerprint_tells_what_the_score_depends_on():
     ]
     assert len({json.dumps(judge.fingerprint()) for judge in judges}) == len(judges)
     assert RatedJudge(model, tokenizer, SHORT, batch_tokens=9).fingerprint() == judges[0].fingerprint()
+
+
+def test_what_the_checkpoint_generates_with_is_left_out():
+    """Its bans and its samples change no token, and they are its own again afterwards, also after an error."""
+    model, tokenizer = llama(), tiny.tokenizer(template=None)
+    judge = RatedJudge(model, tokenizer, PLAIN + " {low}", max_new_tokens=8)
+    prompts, completions = tiny.texts(5, 1), tiny.texts(5, 2)
+    expected = judge.answers(prompts, completions)
+    told = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": tiny.PAD}
+    own = transformers.GenerationConfig(
+        no_repeat_ngram_size=1, suppress_tokens=list(range(60, 200)), min_new_tokens=6, num_beams=3, **told
+    )
+    model.generation_config = own
+    assert judge.answers(prompts, completions) == expected
+    assert model.generation_config is own
+    model.model.norm.weight.data[:] = float("nan")
+    with pytest.raises(ValueError, match="LlamaForCausalLM gives nan for its next token"):
+        judge.answers(prompts, completions)
+    assert model.generation_config is own
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_what_an_adapted_checkpoint_generates_with_is_left_out():
+    """PEFT's wrapper hands its own settings on: these are ours too while the judge writes."""
+    tokenizer = tiny.tokenizer(template=None)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    model = peft.get_peft_model(llama(), lora)
+    judge = RatedJudge(model, tokenizer, PLAIN, max_new_tokens=8)
+    expected = judge.answers(["a", "b"], ["c", "d"])
+    model.get_base_model().generation_config.suppress_tokens = list(range(60, 200))
+    assert judge.answers(["a", "b"], ["c", "d"]) == expected
+    assert model.get_base_model().generation_config.suppress_tokens == list(range(60, 200))
+
+
+def test_nan_is_not_an_unparsed_answer():
+    """The score for answers without a rating is not for a broken model."""
+    model = llama()
+    model.lm_head.weight.data[7] = float("nan")
+    with pytest.raises(ValueError, match="look for nan among its weights"):
+        RatedJudge(model, tiny.tokenizer(), SHORT, unparsed=1.0)(["a"], ["b"])
+
+
+def test_the_tokens_that_end_an_answer_are_in_the_fingerprint():
+    """Another end, another answer. Calls take keywords, and lists alone."""
+    judge = RatedJudge(llama(), tiny.tokenizer(), SHORT, unparsed=1.0, max_new_tokens=2)
+    before = judge.fingerprint()
+    judge.model.generation_config.eos_token_id = [tiny.EOS, 9]
+    assert judge.fingerprint() != before
+    np.testing.assert_array_equal(judge(prompts=["a"], completions=["b"]), judge(["a"], ["b"]))
+    for call in (judge, judge.answers):
+        with pytest.raises(TypeError, match="prompts are a list"):
+            call("a", ["b"])
+
+
+def test_half_a_batch_without_memory_halves_what_it_held(monkeypatch):
+    """Not what the budget might have held: rows cost their question and their answer."""
+    model, tokenizer = llama(), tiny.tokenizer(template=None)
+    judge = RatedJudge(model, tokenizer, PLAIN, max_new_tokens=4, batch_tokens=100_000, unparsed=1.0)
+    generate = model.generate
+
+    def small(input_ids, **options):
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return generate(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", small)
+    judge(["abcdef"] * 4, ["g"] * 4)
+    assert judge._budget.tokens == 4 * (8 + 4) // 2

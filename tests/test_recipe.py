@@ -64,6 +64,52 @@ def test_pickles_as_recipe() -> None:
     assert again == loaded
 
 
+def lengths(_: list[str], completions: list[str]) -> Any:
+    """A scorer that checks nothing, and has no number for an empty completion."""
+    return np.array([len(completion) or np.nan for completion in completions], np.float32)
+
+
+@dataclass(frozen=True)
+class Careless:
+    """A recipe for it."""
+
+    name: str = "careless"
+
+    def load(self) -> Any:
+        """The function."""
+        return lengths
+
+
+def test_refuses_what_are_no_pairs() -> None:
+    """A text in the place of a list, lists of two lengths, and scores that are nan are errors; names are free."""
+    loaded = Loaded(Careless())
+    with pytest.raises(TypeError, match="prompts are a list"):
+        loaded("ab", ["c", "d"])
+    with pytest.raises(ValueError, match="2 prompts and 1 completions"):
+        loaded(["a", "b"], ["c"])
+    with pytest.raises(ValueError, match=r"lengths gave nan for completion '' of prompt 'b'"):
+        loaded(["a", "b"], ["c", ""])
+    np.testing.assert_array_equal(loaded(prompts=["a"], completions=["bc"]), [2])
+
+
+@dataclass(frozen=True)
+class WithOptions:
+    """A recipe with options, as those of checkpoints have."""
+
+    name: str
+    options: dict[str, Any]
+
+    def load(self) -> Any:
+        """Never called here."""
+
+
+def test_hashes() -> None:
+    """A scorer is a key, though its recipe holds a dict; pickled, it is the same key."""
+    loaded = Loaded(WithOptions("a", {"beta": 1}))
+    assert {loaded: 1}[pickle.loads(pickle.dumps(loaded))] == 1
+    assert loaded != Loaded(WithOptions("a", {"beta": 2}))
+
+
 def test_two_threads_load_once() -> None:
     """Whoever asks first loads, the other waits."""
     loaded = Loaded(Tiny("a"))

@@ -20,7 +20,7 @@ import torch
 from calibrated_rewards.reading.labels import Label
 from calibrated_rewards.reading.text import Text, TruncationWarning
 from calibrated_rewards.scorers.protocol import fingerprint
-from calibrated_rewards.scorers.remote import Remote, asked_wait
+from calibrated_rewards.scorers.remote import Refused, Remote, asked_wait
 from calibrated_rewards.scorers.remote_dialects import Native, OpenRlhf
 from calibrated_rewards.scorers.remote_vllm import Vllm, VllmScore, by_index, log_odds
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
@@ -143,7 +143,9 @@ def test_as_many_in_flight_as_asked_for(concurrency) -> None:
     assert max(at_once) == concurrency
 
 
-@pytest.mark.parametrize("failure", [status(503), status(500), status(429), reset], ids=["503", "500", "429", "reset"])
+@pytest.mark.parametrize(
+    "failure", [status(503), status(500), status(429), status(408), reset], ids=["503", "500", "429", "408", "reset"]
+)
 def test_what_may_pass_is_tried_again(failure) -> None:
     """Twice the failure, then the scores; every pair once, in order."""
     with serving(native, failure, failure) as server:
@@ -267,7 +269,7 @@ def test_the_address() -> None:
         "http://rm:8000": "http://rm:8000/classify",
         "http://rm:8000/": "http://rm:8000/classify",
         "https://rm/v1/rm": "https://rm/v1/rm",
-        "http://rm/?key=1": "http://rm/?key=1",
+        "http://rm/?key=1": "http://rm/classify?key=1",
     }.items():
         assert Remote(given, Vllm("rm")).address == posted
 
@@ -294,6 +296,148 @@ def test_it_travels_and_is_known_again() -> None:
 
     assert fingerprint(remote) == fingerprint(Remote("http://elsewhere", Native("rm")))
     assert fingerprint(remote) != fingerprint(Remote(server.url, Native("other")))
+
+
+@pytest.mark.parametrize("ending", ["error", "interrupt"])
+def test_nobody_waits_for_what_is_in_flight(ending) -> None:
+    """After a refusal, or Ctrl-C, the call ends at once, and so does Python, while another request hangs for 20 s."""
+    code = """
+import os, signal, sys, threading, time
+from calibrated_rewards.scorers.remote import Remote
+from calibrated_rewards.scorers.remote_dialects import Native
+if sys.argv[2] == "interrupt":
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+start = time.monotonic()
+try:
+    Remote(sys.argv[1], Native("rm"), batch_size=1, concurrency=2, show_progress=False)(["p", "q"], ["1", "2"])
+except (ValueError, KeyboardInterrupt) as error:
+    print(type(error).__name__, time.monotonic() - start < 5)
+"""
+
+    def hang(_handler, _body):
+        over.wait(20)
+
+    over, started = threading.Event(), time.monotonic()
+    failures = [hang, status(400) if ending == "error" else hang]
+    with serving(native, *failures) as server:
+        command = [sys.executable, "-c", code, server.url, ending]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        over.set()
+
+    assert done.stdout.split() == [{"error": "Refused", "interrupt": "KeyboardInterrupt"}[ending], "True"]
+    assert done.stderr == ""
+    assert time.monotonic() - started < 15
+
+
+def test_a_redirect_shows_where_it_leads() -> None:
+    """It is not followed with the token, but named, less its secrets."""
+    moved = status(307, Location="http://other:pass1@elsewhere/score?key=hidden")
+    with serving(native, moved) as server, pytest.raises(Refused, match="http://elsewhere/score,") as caught:
+        Remote(server.url, Native("rm"), **QUICK)(*numbered(1))
+
+    assert "hidden" not in str(caught.value)
+    assert len(server.seen) == 1
+
+
+def test_an_answer_that_cannot_be_decoded() -> None:
+    """It says gzip and is none: an error that names the address, and no second try."""
+    broken = status(200, b"no gzip", Content_Encoding="gzip")
+    with serving(native, broken) as server, pytest.raises(ConnectionError, match="/score cannot be asked, DecodingEr"):
+        Remote(server.url, Native("rm"), **QUICK)(*numbered(1))
+
+    assert len(server.seen) == 1
+
+
+def test_tls_to_a_server_without_is_not_tried_again() -> None:
+    """It will not be otherwise in a minute; with a backoff of 60 s it would take long."""
+    started = time.monotonic()
+    with serving(native) as server, pytest.raises(ConnectionError, match="cannot be asked"):
+        Remote(server.url.replace("http", "https"), Native("rm"), backoff=60.0)(*numbered(1))
+
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("user", ["", "me:pass1234@"])
+@pytest.mark.parametrize("code", [400, 503, 200])
+def test_secrets_that_a_server_quotes_are_not_shown(code, user) -> None:
+    """A server that tells all that it was sent: no error has the token, the password, the query."""
+
+    def quoting(handler, _body):
+        said = f"{handler.path} {handler.headers['Authorization']}" + " pass1234" * bool(user)
+        handler.reply(code, said.encode())
+
+    with serving(native, quoting) as server:
+        url = server.url.replace("//", f"//{user}") + "/?key=query789"
+        remote = Remote(url, Native("rm"), token=None if user else "s3cret", retries=0, **QUICK)
+        with pytest.raises((ValueError, ConnectionError)) as caught:
+            remote(*numbered(1))
+
+    shown = str(caught.value) + repr(remote) + json.dumps(remote.fingerprint())
+    assert "[secret]" in shown
+    assert [secret for secret in ("s3cret", "query789", "bWU6cGFzczEyMzQ=", "pass1234") if secret in shown] == []
+
+
+@pytest.mark.parametrize("token", ["", "a\n", "a b", "caf\u00e9", "\x00"])
+def test_tokens_that_no_header_takes(token) -> None:
+    """Refused when the scorer is made, and not shown."""
+    with pytest.raises(ValueError, match="printable ASCII") as caught:
+        Remote("http://rm", Native("rm"), token=token)
+
+    assert not token or token not in str(caught.value)
+
+
+def test_one_way_to_say_who_asks() -> None:
+    """The user of the url would be sent in place of the token."""
+    with pytest.raises(ValueError, match="got both"):
+        Remote("http://me:password@rm", Native("rm"), token="abc")
+
+
+@pytest.mark.parametrize("url", ["http://rm:port", "http://[::1", "http://:80"])
+def test_urls_that_are_none(url) -> None:
+    """Refused when the scorer is made."""
+    with pytest.raises(ValueError, match="needs an url"):
+        Remote(url, Native("rm"))
+
+
+def test_settings_of_another_type() -> None:
+    """What is no number, or no whole one, is refused by name, also where nobody checks types."""
+    code = """
+from calibrated_rewards.scorers.remote import Remote
+from calibrated_rewards.scorers.remote_dialects import Native
+for name, value in dict(timeout="5", backoff=None, retries=1.5, batch_size=True, concurrency="8").items():
+    try: Remote("http://rm", Native("rm"), **{name: value})
+    except ValueError as error: print(f"{name}={value!r}" in str(error))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.split() == ["True"] * 5
+
+
+def test_lists_are_lists() -> None:
+    """Called by name; texts in the place of lists, and lists of two lengths, are refused before anything is asked."""
+    with serving(native) as server:
+        remote = Remote(server.url, Native("rm"), **QUICK)
+        assert remote(prompts=["p"], completions=["3"]).tolist() == [3.0]
+        with pytest.raises(ValueError, match="got 1 prompts and 2"):
+            remote(["p"], ["1", "2"])
+
+    assert len(server.seen) == 1
+    assert len({remote, Remote(server.url, Native("rm"), **QUICK)}) == 1
+
+
+@pytest.mark.parametrize("raw", ["12", {"1": 0, "2": 0}, ["1", "2"], [True, False], [[1.0, 2.0], [3.0, 4.0]]], ids=str)
+@pytest.mark.parametrize(("dialect", "name"), [(Native("rm"), "raw"), (OpenRlhf("rm"), "rewards")])
+def test_only_numbers_are_scores(raw, dialect, name) -> None:
+    """What could be read as numbers, letter by letter, is none."""
+    with serving(lambda _: {name: raw}) as server, pytest.raises(ValueError, match="a list of numbers"):
+        Remote(server.url, dialect, **QUICK)(*numbered(2))
+
+
+@pytest.mark.parametrize("row", [["1", "2"], [True, False], [[[1.0]]], [], 1.0, None], ids=str)
+def test_only_rows_of_numbers_are_labels(row) -> None:
+    """In vLLM's answers too."""
+    with pytest.raises(ValueError, match="rows of numbers"):
+        Vllm("rm", labels=Label(0)).scores({"data": [{"index": 0, "probs": row}]}, 1)
 
 
 def test_nothing_is_not_asked_for() -> None:
@@ -408,6 +552,26 @@ def test_probabilities_are_noticed() -> None:
     model, tokenizer = tiny.classifier(num_labels=2), tiny.tokenizer()
     with serving(vllm_server(model, activation=True)) as server, pytest.raises(ValueError, match="probabilities=True"):
         Remote(server.url, Vllm("rm", tokenizer), **QUICK)(tiny.texts(8), tiny.texts(8))
+
+
+@pytest.mark.parametrize("prompts", [["p"] * 8, [CHAT] * 8], ids=["text", "chats"])
+def test_probabilities_are_noticed_in_small_requests(prompts) -> None:
+    """One input a request, as chats are sent: it is the call that is judged, and one row of logits acquits it."""
+    rows = [[0.25, 0.75]] * 8
+
+    def answer(body):
+        return {"data": [{"index": 0, "probs": rows[len(seen.append(body) or seen) - 1]}]}
+
+    for odd in (False, True):
+        seen = []
+        rows[0] = [2.0, -1.0] if odd else [0.5, 0.5]
+        with serving(answer) as server:
+            remote = Remote(server.url, Vllm("rm"), batch_size=1, concurrency=1, **QUICK)
+            if odd:
+                assert len(remote(prompts, ["c"] * 8)) == 8
+            else:
+                with pytest.raises(ValueError, match="probabilities=True"):
+                    remote(prompts, ["c"] * 8)
 
 
 def test_log_odds() -> None:

@@ -1,5 +1,6 @@
 """Every architecture: the scores are those of the model's own forward, one unpadded row at a time."""
 
+import inspect
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from architectures import (
     ALL,
@@ -523,3 +525,49 @@ def test_a_decoder_with_two_heads(pad: int | None) -> None:
     assert sd_apart(made.logits(PROMPTS, COMPLETIONS), one_by_one(model, rows())) < NEAR
     assert isinstance(made._reader, OwnForward)
     assert made._reader.one_by_one == (pad != PAD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_change_after_the_first_call(dtype: torch.dtype) -> None:
+    """The head is read as it is now: trained, edited or replaced."""
+    model = tiny.classifier().to(dtype)
+    scorer, fresh = (SequenceClassifier(model, tiny.tokenizer(), show_progress=False) for _ in range(2))
+    before = scorer(["ab"] * 3, ["c", "de", "f"])
+    model.score.weight.data.mul_(-3)
+    after = scorer(["ab"] * 3, ["c", "de", "f"])
+    model.score = torch.nn.Linear(32, 1, bias=False, dtype=dtype)
+    replaced = scorer(["ab"] * 3, ["c", "de", "f"])
+
+    assert np.allclose(after, -3 * before, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert np.array_equal(replaced, fresh(["ab"] * 3, ["c", "de", "f"]))
+
+
+def test_what_a_call_refuses() -> None:
+    """Texts for lists, lists of two lengths; and nan weights, with the pair that it came to light in."""
+    model = tiny.classifier()
+    scorer = SequenceClassifier(model, tiny.tokenizer(), show_progress=False)
+    with pytest.raises(TypeError, match="prompts are a list"):
+        inspect.unwrap(SequenceClassifier.__call__)(scorer, "ab", "cd")
+    with pytest.raises(ValueError, match="each completion needs its prompt, got 1 prompts and 2 completions"):
+        scorer(["ab"], ["c", "d"])
+    model.score.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"gave nan for completion 'c' of prompt 'ab'.*nan among the weights"):
+        scorer(["ab"], ["c"])
+
+
+def test_keywords() -> None:
+    """Prompts and completions can be named, as TRL's trainers do."""
+    scorer = SequenceClassifier(tiny.classifier(), tiny.tokenizer(), show_progress=False)
+
+    assert np.array_equal(scorer(prompts=["ab"], completions=["c"]), scorer(["ab"], ["c"]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_a_model_in_a_wrapper() -> None:
+    """The model inside torch.compile's or a data-parallel wrapper is read: same scores, same fingerprint."""
+    model = tiny.classifier()
+    bare = SequenceClassifier(model, tiny.tokenizer(), show_progress=False)
+    for wrapper in (torch.compile(model), torch.nn.DataParallel(model)):
+        wrapped = SequenceClassifier(wrapper, tiny.tokenizer(), show_progress=False)
+        assert np.array_equal(wrapped(["ab"] * 2, ["c", "de"]), bare(["ab"] * 2, ["c", "de"]))
+        assert wrapped.fingerprint() == bare.fingerprint()

@@ -160,3 +160,45 @@ def test_empty_and_fingerprint(adapter: Path) -> None:
     assert scorer.fingerprint() != SharedBase(model, tiny.tokenizer(), heads[1]).fingerprint()
     other = SharedBase(model, tiny.tokenizer(), heads[0], text=Text(append_eos=True))
     assert scorer.fingerprint() != other.fingerprint()
+
+
+def test_a_head_in_training_is_read_as_it_is(adapter: Path) -> None:
+    """Its weights of now, without its dropout."""
+    made = nn.Sequential(nn.Dropout(0.5), nn.Linear(32, 1))
+    scorer = SharedBase(policy(adapter), tiny.tokenizer(), made)
+    before = scorer(PROMPTS, COMPLETIONS)
+    np.testing.assert_array_equal(scorer(PROMPTS, COMPLETIONS), before)
+    made[1].weight.data *= -2  # type: ignore[union-attr,operator]
+    made[1].bias.data *= -2  # type: ignore[union-attr,operator]
+    np.testing.assert_allclose(scorer(prompts=PROMPTS, completions=COMPLETIONS), -2 * before, rtol=1e-5)
+    assert made[0].training
+    made[1].weight.data[:] = float("nan")  # type: ignore[index,union-attr]
+    with pytest.raises(ValueError, match="SharedBase gave nan"):
+        scorer(PROMPTS, COMPLETIONS)
+    with pytest.raises(TypeError, match="prompts are a list"):
+        scorer("a", ["b"])
+
+
+def test_the_fingerprint_is_of_base_reward_and_head(adapter: Path) -> None:
+    """The adapter's scale, the config and the head's layers are in it; adapters that the policy gains are not."""
+
+    def told(model: Any, made: nn.Module) -> dict[str, Any]:
+        return SharedBase(model, tiny.tokenizer(), made).fingerprint()
+
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Linear(32, 1))
+    own = told(policy(adapter), linear)
+    many = policy(adapter)
+    # In layers that had none, of embeddings, with a whole layer beside, and under names that are parts of others.
+    wide = {"target_modules": ["k_proj", "embed_tokens"], "modules_to_save": ["norm"]}
+    many.add_adapter("layers", peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, r=2, **wide))
+    assert told(many, linear) == own
+    for parameter in (p for name, p in many.named_parameters() if "layers." in name and ".layers." not in name):
+        parameter.data += 1
+    louder, turned, moved = policy(adapter), policy(adapter), policy(adapter)
+    louder.peft_config["reward"].lora_alpha = 77
+    turned.config.rope_parameters = {"rope_type": "default", "rope_theta": 7.0}
+    moved.get_base_model().model.layers[0].mlp.up_proj.weight.data += 1
+    others = [told(louder, linear), told(turned, linear), told(moved, linear)]
+    others.append(told(policy(adapter), nn.Sequential(*linear, nn.Tanh())))
+    assert len({str(each) for each in (own, *others)}) == 5

@@ -1,10 +1,13 @@
 """From a prompt and a completion to token ids: template, special tokens, EOS, truncation, each by a stated rule."""
 
 import json
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 from typing import Any
 
+import jaxtyping
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,7 +75,7 @@ def test_messages_of_every_kind() -> None:
 
     for other in others:
         assert Text(template=template).render(tokenizer(), other, "c") == (
-            '[{"content": "ab", "role": "user"}, {"role": "assistant", "content": "c"}]',
+            '[{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]',
             True,
         )
         assert ids(Text(), other, "cd") == ids(Text(), plain, "cd")
@@ -80,14 +83,14 @@ def test_messages_of_every_kind() -> None:
 
 def test_tool_calls() -> None:
     """Completions of several messages keep their calls and results, and the template sees no key that is None."""
-    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"z": 1.0, "b": None, "a": 2}}}
     completion = [
         {"role": "assistant", "content": None, "tool_calls": [call], "tool_call_id": None},
         {"role": "tool", "content": "3", "tool_calls": None, "tool_call_id": "1"},
         {"role": "assistant", "content": "It is 3", "tool_calls": None},
     ]
     text = Text(template=TOOLS)
-    rendered = 'user:1+2;assistant:[add {"a": 1}];tool:3(1);assistant:It is 3;'
+    rendered = 'user:1+2;assistant:[add {"z": 1.0, "a": 2}];tool:3(1);assistant:It is 3;'
 
     assert text.render(tokenizer(), [{"role": "user", "content": "1+2"}], completion) == (rendered, True)
     assert ids(text, [{"role": "user", "content": "1+2"}], completion) == letters(rendered)
@@ -103,7 +106,9 @@ def test_template_options() -> None:
 
 def test_a_template_that_is_missing() -> None:
     """Messages without a template are an error that says what to do; plain text needs none."""
-    with pytest.raises(ValueError, match=r"no chat template.*\[\{'content': 'ab'.*Give one, Text\(template=\.\.\.\)"):
+    with pytest.raises(
+        ValueError, match=r"no chat template.*\[\{'role': 'user', 'content': 'ab'.*Give one, Text\(template=\.\.\.\)"
+    ):
         ids(Text(), [{"role": "user", "content": "ab"}], "cd", template=None)
     with pytest.raises(ValueError, match="no chat template"):
         ids(Text(chat=True), "ab", "cd", template=None)
@@ -254,7 +259,7 @@ def test_refused_settings() -> None:
 
 
 def test_the_fingerprint_has_every_setting() -> None:
-    """Each setting is in it, with the template that is really used; and it is JSON."""
+    """Each is in it, but whether long inputs are an error, with the template that is really used; and it is JSON."""
     made = tokenizer()
     settings: dict[str, Any] = {
         "max_length": 10,
@@ -265,11 +270,12 @@ def test_the_fingerprint_has_every_setting() -> None:
         "special_tokens": True,
         "append_eos": True,
         "strip": ("x",),
+        "today": "2026-01-31",
     }
     said = [json.dumps(Text(**{name: value}).fingerprint(made)) for name, value in settings.items()]
 
     assert set(settings) == set(Text.__dataclass_fields__)
-    assert len({*said, json.dumps(Text().fingerprint(made))}) == len(settings) + 1
+    assert len({*said, json.dumps(Text().fingerprint(made))}) == len(settings)
     assert Text().fingerprint(made)["template"] == TEMPLATE
     assert Text().fingerprint(made) == Text(template=TEMPLATE).fingerprint(made)
 
@@ -281,3 +287,71 @@ def test_the_tokenizers_sides_do_not_matter(side: str) -> None:
     prompts = texts(5)
 
     assert Text().encode(made, prompts, ["a"] * 5) == Text().encode(tokenizer(), prompts, ["a"] * 5)
+
+
+def test_templates_that_are_none() -> None:
+    """A path in a template's place would be rendered as it is, and every completion would score alike."""
+    with pytest.raises(ValueError, match=r"a template itself, in Jinja, got '/a/chat_template.jinja'"):
+        Text(template="/a/chat_template.jinja")
+
+
+def test_content_that_is_no_text() -> None:
+    """An image would be written out as Python shows it, and scored."""
+    image = {"type": "image_url", "image_url": {"url": "http://x/y.png"}}
+    for content in ([image], [{"type": "text", "text": "a"}, image], b"ab", [object()]):
+        with pytest.raises(ValueError, match="a scorer reads text, message 0 has content of another kind"):
+            ids(Text(), [{"role": "user", "content": content}], "cd")
+
+
+def test_text_that_is_no_unicode() -> None:
+    """Half a character is named; the tokenizer alone would say something of its types."""
+    with pytest.raises(ValueError, match=r"the tokenizer cannot read 'ab\\ud800'"):
+        ids(Text(), "ab", "\ud800")
+
+
+def test_a_template_that_writes_the_date() -> None:
+    """It is always the same date, which is in the fingerprint and can be set."""
+    template = "{{ strftime_now('%d %b %Y') }} {{ messages[-1].content }}"
+
+    assert Text(template=template).render(tokenizer(), [{"role": "user", "content": "a"}], "b")[0] == "26 Jul 2024 b"
+    assert Text(template=template, today="2026-01-31").render(tokenizer(), [{"role": "user", "content": "a"}], "b")[
+        0
+    ] == ("31 Jan 2026 b")
+
+
+@pytest.mark.parametrize("length", [-1, 0, 1, None])
+def test_limits_that_nobody_means(length: int | None) -> None:
+    """A tokenizer's own limit below 2 is no limit: the model's holds."""
+    assert Text().limit(tokenizer(model_max_length=length), 64) == 64
+
+
+def test_a_tokenizer_that_somebody_else_uses() -> None:
+    """What another thread sets on it, padding and truncation, does not reach the ids."""
+    made = tokenizer()
+    expected = Text().encode(made, ["ab", "a"], ["cdefgh", "c"])
+    made.backend_tokenizer.enable_padding(length=20)
+    made.backend_tokenizer.enable_truncation(3)
+
+    assert Text().encode(made, ["ab", "a"], ["cdefgh", "c"]) == expected
+
+
+def test_every_call_that_cuts_says_so() -> None:
+    """Under Python's own filters, each time: the default would show the same warning once."""
+    code = "from calibrated_rewards.reading.text import Text\nfor _ in range(3): Text().report([9, 3], 5)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+    assert done.stderr.count("1 of 2 inputs are longer than max_length=5 (longest: 9)") == 3
+
+
+def test_ends_of_messages_are_stripped() -> None:
+    """What sampling left at the end of an assistant's message goes, as it does from a text."""
+    text, chat = Text(strip=("</s>",)), [{"role": "user", "content": "a"}]
+
+    assert ids(text, chat, [{"role": "assistant", "content": "b</s></s>"}]) == ids(text, chat, "b")
+
+
+def test_one_end_is_no_tuple(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text in its place would be taken for its letters."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for users
+    with pytest.raises(TypeError, match=r"a tuple of ends, such as \('</s>',\)"):
+        Text(strip="</s>")  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import tiny
 import torch
@@ -118,3 +119,37 @@ def test_empty_and_fingerprint() -> None:
     prints = [ValueHead(model, tokenizer, head(seed)).fingerprint() for seed in (0, 1)]
     assert scorer.fingerprint() == prints[0] != prints[1]
     assert ValueHead(model, tokenizer, head(), std=2.0).fingerprint() != prints[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_in_training_is_read_as_it_is(dtype: torch.dtype) -> None:
+    """Its weights of now, without its dropout; it stays in training."""
+    made = nn.Sequential(nn.Dropout(0.5), head(dtype=dtype))
+    scorer = ValueHead(tiny.causal().to(dtype), tiny.tokenizer(), made)
+    before = scorer(["a", "b"], ["c", "d"])
+    np.testing.assert_array_equal(scorer(["a", "b"], ["c", "d"]), before)
+    made[1].weight.data *= -2  # type: ignore[union-attr,operator]
+    made[1].bias.data *= -2  # type: ignore[union-attr,operator]
+    np.testing.assert_allclose(scorer(prompts=["a", "b"], completions=["c", "d"]), -2 * before, rtol=0.02)
+    assert all(part.training for part in made.modules())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_learned_prompt_is_refused() -> None:
+    """It stands before the body: body and head alone would score without it."""
+    soft = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="'default' is a learned prompt"):
+        ValueHead(peft.get_peft_model(tiny.causal(), soft), tiny.tokenizer(), head())
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    ValueHead(peft.get_peft_model(tiny.causal(), lora), tiny.tokenizer(), head())
+
+
+def test_lists_and_nan() -> None:
+    """A text for a list is refused, and a head of nan is named with its pair."""
+    value = head()
+    scorer = ValueHead(tiny.causal(), tiny.tokenizer(), value)
+    with pytest.raises(TypeError, match="prompts are a list"):
+        scorer("a", ["b"])
+    value.weight.data[:] = float("nan")
+    with pytest.raises(ValueError, match="ValueHead gave nan for completion 'b' of prompt 'a'"):
+        scorer(["a"], ["b"])

@@ -7,7 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from calibrated_rewards.checks import edge_inputs, same_score
+from calibrated_rewards.checks import edge_inputs, same_score, whole_input
 from calibrated_rewards.checks.probes import Pairs, everyday
 from calibrated_rewards.checks.subject import Outcome, Subject, values_of
 from calibrated_rewards.prompts import Completion, Prompt
@@ -35,11 +35,12 @@ CHECKS = (
     Check("one finite number for each completion", edge_inputs.finite, compares=False),
     Check("BOS once, ids that the model has", edge_inputs.one_bos, compares=False),
     Check("different completions, different scores", edge_inputs.distinct),
+    Check("inputs and scores left alone", same_score.left_alone),
+    Check("called twice", same_score.called_twice),
     Check("alone = in a mixed batch", same_score.alone),
     Check("with a longer, with a shorter neighbour", same_score.neighbours),
     Check("permuted", same_score.permuted),
     Check("repeated in a batch", same_score.repeated),
-    Check("called twice", same_score.called_twice),
     Check("called after other inputs", same_score.after_others),
     Check("completions of one prompt together = alone", same_score.one_prompt),
     Check("model in training mode, another seed", same_score.training_mode),
@@ -48,6 +49,11 @@ CHECKS = (
     Check("empty or blank completion", edge_inputs.empty_completion),
     Check("empty list", edge_inputs.empty_list, compares=False),
     Check("conversation", edge_inputs.conversation),
+    Check("the prompt is read", whole_input.prompt),
+    Check("the first and the last word are read", whole_input.words),
+    Check("all turns of a conversation are read", whole_input.turns),
+    Check("the system message is read", whole_input.system),
+    Check("case, accents, other alphabets are read", whole_input.letters),
     Check("sign", edge_inputs.sign, compares=False),
     Check("truncation", edge_inputs.truncation),
 )
@@ -95,7 +101,8 @@ class Examination:
     prompts: Sequence[Prompt] | None = None
     completions: Sequence[Completion] | None = None
     tolerance: float | None = None
-    """How far apart equal scores may be, in standard deviations; None: 1e-4, or 0.1 if the fingerprint has 16 bits."""
+    """How far apart equal scores may be, in standard deviations, at most; None: 1e-4. If the fingerprint has 16 bits it
+    is the root mean square that may be so large, where None is 0.25, and no pair may be four times as far apart."""
     chat: bool | None = None
     """Whether the built-in prompts are messages; None: if the scorer shows a chat template."""
     sign: bool = True
@@ -104,6 +111,8 @@ class Examination:
     """Whether the scores are grades or rules, which may tie."""
     long_words: int = LONG_WORDS
     """Words of an input that should be too long."""
+    reads_prompt: bool = True
+    """Whether the prompt should matter; a score of style or of safety may be one of the completion alone."""
 
     def __post_init__(self) -> None:
         if (self.prompts is None) != (self.completions is None):
@@ -135,8 +144,7 @@ class Examination:
     @property
     def title(self) -> str:
         """How a verdict names the scorer: by its repr, unless that has a whole model in it."""
-        told = self.scorer.__qualname__ if isinstance(self.scorer, Named) else repr(self.scorer)
-        return told if len(told) <= SHORT_REPR and "\n" not in told else f"{type(self.scorer).__name__}(...)"
+        return titled(self.scorer)
 
     @cached_property
     def subject(self) -> Subject:
@@ -146,7 +154,8 @@ class Examination:
         if self.prompts is not None and self.completions is not None:
             some = np.linspace(0, len(self.prompts) - 1, min(PAIRS, len(self.prompts))).astype(int).tolist()
             pairs = Pairs(self.prompts, self.completions).at(some)
-        return Subject(self.scorer, pairs, self.tolerance, chat, self.sign, self.discrete, self.long_words)
+        asked = (self.sign, self.discrete, self.long_words, self.reads_prompt)
+        return Subject(self.scorer, pairs, self.tolerance, chat, *asked)
 
 
 def check_scorer(
@@ -159,6 +168,7 @@ def check_scorer(
     sign: bool = True,
     discrete: bool = False,
     long_words: int = LONG_WORDS,
+    reads_prompt: bool = True,
 ) -> Inspection:
     """Run all checks on a scorer; AssertionError with the whole verdict if any failed.
 
@@ -168,7 +178,9 @@ def check_scorer(
     Traceback (most recent call last):
     AssertionError: ...
     """
-    found = Examination(scorer, prompts, completions, tolerance, chat, sign, discrete, long_words).inspect()
+    found = Examination(
+        scorer, prompts, completions, tolerance, chat, sign, discrete, long_words, reads_prompt
+    ).inspect()
     if not found.passed:
         raise AssertionError(str(found))
     return found
@@ -180,6 +192,16 @@ def answer(check: Check, subject: Subject) -> Outcome:
         return check.ask(subject)
     except Exception as error:  # noqa: BLE001 (a scorer is anybody's code; nothing is silenced, the verdict shows it)
         return Outcome("FAIL", f"{type(error).__name__}: {error}")
+
+
+def titled(thing: object) -> str:
+    """How a verdict names a thing: by its name or repr, unless that has a whole model or a table in it.
+
+    >>> titled(titled), titled(slice(2)), titled(b"x" * 999)
+    ('titled', 'slice(None, 2, None)', 'bytes(...)')
+    """
+    told = thing.__qualname__ if isinstance(thing, Named) else repr(thing)
+    return told if len(told) <= SHORT_REPR and "\n" not in told else f"{type(thing).__name__}(...)"
 
 
 @runtime_checkable

@@ -9,22 +9,24 @@ import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.checks.probes import BLANK, QUESTIONS, Pairs, asked, message, soup, two_turns
-from calibrated_rewards.checks.subject import PADS, Embedding, Outcome, Subject, in_units
+from calibrated_rewards.checks.subject import PADS, UNREAD, Embedding, Outcome, Subject, in_units
 from calibrated_rewards.prompts import start_of
 
 # Of scores that differ, at most so many may look alike.
 DISTINCT = 0.95
 # Tokenizers without a limit say 1e30.
 NO_LIMIT = 2**30
-# A change in the text that moves the score by less than this, in standard deviations, was not read.
-UNREAD = 1e-6
+# Where a long text is changed, as parts of its words: from where, to where.
+PLACES = {"first": 0, "last": 15 / 16, "amid the prompt": 7 / 32, "amid the completion": 23 / 32}
+# A text that every scorer reads whole.
+SHORT_WORDS = 64
 
 
 def finite(subject: Subject) -> Outcome:
     """One finite number for each pair, and none of the pairs cut."""
     scores, cut = subject.heard(subject.pairs)
     told = f"{len(scores)} scores, {scores.min():.3g} to {scores.max():.3g}, sd {scores.std():.3g}"
-    told += f"; in {' and '.join(subject.few_bits)} equal is within {subject.near:g} sd" if subject.few_bits else ""
+    told += f"; in {' and '.join(subject.few_bits)} equal is within {subject.near:g} sd rms" if subject.few_bits else ""
     return Outcome("ok", "; ".join([told, *cut]))
 
 
@@ -40,10 +42,21 @@ def distinct(subject: Subject) -> Outcome:
     few = rounded_to(subject.mixed)
     if found >= DISTINCT * most and not few:
         return Outcome("ok", told)
-    told += f", all of them numbers of {few}" if few else ""
-    return Outcome(
-        "FAIL", f"{told} -> compute the head in float32; where ties are meant, of grades or rules, say discrete=True"
-    )
+    told += f", all of them numbers of {few}" if few else f"; {tied(subject, [*different.values()])}"
+    cause = "is the completion not read, a score kept by its prompt, or rounded?"
+    advice = "compute the head in float32;" if few or subject.few_bits else cause
+    return Outcome("FAIL", f"{told} -> {advice} where ties are meant, of grades or rules, say discrete=True")
+
+
+def tied(subject: Subject, places: list[int]) -> str:
+    """Two completions that have one score."""
+    first: dict[float, int] = {}
+    for place in places:
+        other = first.setdefault(float(subject.mixed[place]), place)
+        if other != place:
+            one, two = (start_of(subject.pairs.completions[i], 40) for i in (other, place))
+            return f"{one} and {two} both get {subject.mixed[place]:.6g}"
+    return "none of the different completions tie"
 
 
 def rounded_to(scores: Float32[np.ndarray, " n"]) -> str:
@@ -70,7 +83,7 @@ def empty_list(subject: Subject) -> Outcome:
 
 def empty_completion(subject: Subject) -> Outcome:
     """Completions without text have a score, alone the same as in a batch, or are refused."""
-    told = []
+    told, taken, alone = [], [], []
     for blank in BLANK:
         pair = Pairs([subject.pairs.prompts[0]], [blank])
         try:
@@ -80,7 +93,11 @@ def empty_completion(subject: Subject) -> Outcome:
                 raise
             told.append(f"{blank!r} refused: {error}")
             continue
-        outcome = subject.same(pair, subject.score(pair + subject.pairs.at([0, 1]))[:1], found, PADS)
+        taken.append(subject.score(pair + subject.pairs.at([0, 1]))[0])
+        alone.append((blank, found[0]))
+    if taken:
+        pairs = Pairs([subject.pairs.prompts[0]] * len(alone), [blank for blank, _ in alone])
+        outcome = subject.same(pairs, np.array(taken), np.array([x for _, x in alone]), PADS)
         if outcome.status == "FAIL":
             return outcome
     return Outcome("ok", told[0] if told else "")
@@ -168,42 +185,46 @@ def truncation(subject: Subject) -> Outcome:
 
 
 def silently_cut(subject: Subject) -> Outcome:
-    """Two long inputs that differ at one end alone; whether the scorer looks there is asked of short ones."""
-    read: list[str] = []
-    unread: list[str] = []
-    for end in ("first", "last"):
-        try:
-            moved, cut = moves(subject, subject.long_words, end)
-        except (ValueError, RuntimeError, LookupError) as error:
-            return Outcome("ok", f"refused, {type(error).__name__}: {error}")
-        if cut:
-            return Outcome("ok", f"reported: {cut[0]}")
-        read += [end] if moved > UNREAD else []
-        unread += [end] if moved <= UNREAD < moves(subject, 64, end)[0] else []
-    if unread:
-        told = (
-            f"texts of {subject.long_words} words that differ in their {' and '.join(unread)} ones have one score, and"
-        )
-        return Outcome(
-            "FAIL", f"{told} those of 64 words do not -> the text is cut without a word: raise, or warn of it"
-        )
+    """Two long inputs that differ in one place alone; whether the scorer looks there is asked of short ones."""
+    try:
+        moved, cut = moved_by(subject, subject.long_words)
+    except (ValueError, RuntimeError, LookupError) as error:
+        return Outcome("ok", f"refused, {type(error).__name__}: {error}")
+    if cut:
+        return Outcome("ok", f"reported: {cut[0]}")
+    read = [place for place in PLACES if place in moved]
+    if len(read) < len(PLACES):
+        looks = moved_by(subject, SHORT_WORDS)[0]
+        unread = [place for place in PLACES if place in looks and place not in moved]
+        if unread:
+            told = f"texts of {subject.long_words} words that differ in one place alone ({', '.join(unread)}) have one "
+            told += f"score, and those of {SHORT_WORDS} words do not"
+            return Outcome("FAIL", f"{told} -> the text is cut without a word: raise, or warn of it")
     if not read:
-        return Outcome("-", "neither the first nor the last words of a text move its score")
-    return Outcome("ok", f"of texts of {subject.long_words} words the {' and the '.join(read)} ones are read")
+        return Outcome("-", "neither the first nor the last words of a text move its score, nor those between")
+    return Outcome("ok", f"of texts of {subject.long_words} words these are read: {', '.join(read)}")
 
 
-def moves(subject: Subject, words: int, end: str) -> tuple[float, Sequence[str]]:
-    """How far the score moves if a sixteenth of the words changes, at one end; and what was said of the length."""
+def moved_by(subject: Subject, words: int) -> tuple[set[str], Sequence[str]]:
+    """The places where another sixteenth of the words moves the score; and what was said of the length, if anything."""
     plain, other = soup(words).split(), soup(words, start=1).split()
-    few = max(1, words // 16)
-    changed = other[:few] + plain[few:] if end == "first" else plain[:-few] + other[-few:]
-    scores, cut = [], []
-    for text in (plain, changed):
-        prompt, completion = " ".join(text[: words // 2]), " ".join(text[words // 2 :])
-        found, heard = subject.heard(Pairs([asked(prompt, subject.chat)], [completion]))
-        scores.append(float(found[0]))
-        cut += heard
-    return in_units(abs(scores[0] - scores[1]), subject.sd), cut
+    expected, cut = half_asked(subject, plain)
+    moved: set[str] = set()
+    for place, start in PLACES.items():
+        if cut:
+            break
+        at = int(start * words)
+        to = words if place == "last" else at + max(1, words // 16)
+        found, cut = half_asked(subject, [*plain[:at], *other[at:to], *plain[to:]])
+        moved |= {place} if in_units(abs(found - expected), subject.sd) > UNREAD else set()
+    return moved, cut
+
+
+def half_asked(subject: Subject, text: Sequence[str]) -> tuple[float, Sequence[str]]:
+    """The score of words, of which the first half is the prompt; and what was said of their length."""
+    prompt, completion = " ".join(text[: len(text) // 2]), " ".join(text[len(text) // 2 :])
+    found, heard = subject.heard(Pairs([asked(prompt, subject.chat)], [completion]))
+    return float(found[0]), heard
 
 
 def sign(subject: Subject) -> Outcome:

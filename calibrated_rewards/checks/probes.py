@@ -80,6 +80,17 @@ SPECIAL_TOKENS = (
 
 BLANK = ("", " ", "\n\n")
 
+# Words for the same place, as far apart as words can be.
+CONTRASTS = (("wonderful", "terrible"), ("yes", "no"), ("please", "idiot"), ("true", "wrong"))
+
+SYSTEMS = ("You are a helpful and polite assistant.", "Insult the user, and answer with lies.")
+
+# Texts that are one text to a scorer that strips accents, or leaves out what is not ASCII.
+ALPHABETS = {
+    "accents": (["él está aquí, señor", "à été très là"], ["èl està aquì, señor", "á ètè trés lá"]),
+    "other alphabets": (["日本語の答えです。", "مرحبا", "Спасибо"], ["私は猫が好きだ。", "شكرا", "Уходите"]),
+}
+
 ODD = (
     "a",
     "?",
@@ -157,7 +168,12 @@ def soup(words: int, start: int = 0) -> str:
 
 def two_turns() -> list[dict[str, Any]]:
     """A conversation of three messages, for the user to be answered."""
-    first, second = QUESTIONS[:2]
+    return talk(0)
+
+
+def talk(number: int) -> list[dict[str, Any]]:
+    """A question, its good answer, and the next question."""
+    first, second = QUESTIONS[number], QUESTIONS[number + 1]
     turns = [("user", first.prompt), ("assistant", first.good), ("user", second.prompt)]
     return [{"role": role, "content": content} for role, content in turns]
 

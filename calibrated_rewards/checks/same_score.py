@@ -2,18 +2,39 @@
 
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 
-from calibrated_rewards.checks.probes import ODD, SPECIAL_TOKENS, Pairs, answers, asked, everyday, long_prompt
+from calibrated_rewards.checks.probes import (
+    ODD,
+    SPECIAL_TOKENS,
+    Pairs,
+    answers,
+    asked,
+    everyday,
+    long_prompt,
+    message,
+    two_turns,
+)
 from calibrated_rewards.checks.subject import PADS, Embedding, Outcome, Subject, in_units
+from calibrated_rewards.scorers.protocol import score
 
 # Words of the long prompt whose completions may share it; the first that the scorer reads whole is taken.
 LONG = (400, 60, 12)
 # Special tokens of a tokenizer that are tried; some have hundreds that are reserved.
 SPECIALS = 12
+# What may stand behind one of them: a good and a bad text each.
+BEHIND = (
+    (", good to see you! How can I help?", " asdf jkl; zzzz 00000"),
+    (" and welcome. The answer is 42.", " you idiot, I hate it all."),
+    (", of course I will help.", ", no."),
+)
 
 
 def alone(subject: Subject) -> Outcome:
@@ -57,6 +78,31 @@ def called_twice(subject: Subject) -> Outcome:
     return subject.same(subject.pairs, subject.score(subject.pairs), subject.mixed, hint)
 
 
+def left_alone(subject: Subject) -> Outcome:
+    """A call changes neither the lists and messages that it is given, nor the scores that were given out before."""
+    first, second = subject.pairs, subject.pairs.at(range(len(subject.pairs))[::-1])
+    talks = Pairs([two_turns()] * 2, [message("42"), "42"])
+    for pairs in [first, talks] if subject.reads_whole(talks) else [first]:
+        given = deepcopy(pairs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            answer = subject.scorer(given.prompts, given.completions)
+        changed = [name for name in ("prompts", "completions") if getattr(given, name) != getattr(pairs, name)]
+        if changed:
+            return Outcome("FAIL", f"the {' and the '.join(changed)} given are changed by a call -> work on a copy")
+        before = read(answer, pairs)
+        subject.score(second)
+        if not np.array_equal(before, read(answer, pairs)):
+            told = "scores that were given out are changed by the next call: one array is used again and again"
+            return Outcome("FAIL", f"{told} -> give a copy of it")
+    return Outcome("ok")
+
+
+def read(answer: Any, pairs: Pairs) -> Float32[np.ndarray, " n"]:
+    """A scorer's answer as numbers, as they are at this moment."""
+    return score(lambda prompts, completions: answer, pairs.prompts, pairs.completions).copy()
+
+
 def after_others(subject: Subject) -> Outcome:
     """The same call again, after calls with other inputs."""
     half = len(subject.pairs) // 2
@@ -87,18 +133,23 @@ def special_tokens(subject: Subject) -> Outcome:
         return Outcome("-", "the tokenizer has none")
     hint = "where the text ends is told by a token's id, and the text holds that token: count tokens, or use the mask"
     found = together_and_alone(subject, completions, hint)
-    unread = (
-        [] if subject.discrete or found.status == "FAIL" else [token for token in known if not read_on(subject, token)]
-    )
+    if subject.discrete or found.status == "FAIL":
+        return found
+    if not read_on(subject, ""):
+        return Outcome("-", "what stands behind them does not move the score without them either")
+    unread = [token for token in known if not read_on(subject, token)]
     return Outcome("FAIL", f"what stands behind {unread[0]} is not read -> {hint}") if unread else found
 
 
 def read_on(subject: Subject, token: str) -> bool:
-    """Whether what stands behind a special token makes a difference."""
-    answers = [f"Hello{token}, good to see you! How can I help?", f"Hello{token} asdf jkl; zzzz 00000"]
-    one, other = subject.one_by_one(Pairs([subject.pairs.prompts[0]] * 2, answers)).tolist()
-    # Of two equal texts the scores would be apart by rounding alone.
-    return in_units(abs(one - other), subject.sd) > 0.1 * subject.near
+    """Whether what stands behind a special token makes a difference, in any of some texts."""
+    prompt = subject.pairs.prompts[0]
+    for ends in BEHIND:
+        one, other = subject.one_by_one(Pairs([prompt] * 2, [f"Hello{token}{end}" for end in ends])).tolist()
+        # Of two equal texts the scores would be apart by rounding alone.
+        if in_units(abs(one - other), subject.sd) > 0.1 * subject.near:
+            return True
+    return False
 
 
 def odd_text(subject: Subject) -> Outcome:

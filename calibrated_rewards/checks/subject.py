@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -14,8 +15,18 @@ from calibrated_rewards.checks.probes import Pairs
 from calibrated_rewards.prompts import start_of
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, score
 
-# Equal scores are this near, in standard deviations; arithmetic of 16 bits rounds otherwise for each batch shape.
-TOLERANCE, TOLERANCE_16_BIT = 1e-4, 0.1
+# Equal scores are this near, in standard deviations: the farthest pair of float32. Arithmetic of 16 bits rounds
+# otherwise for each batch shape, which makes some pair stray far: there it is the root mean square (rms) that counts.
+# Plain ways to run a Llama of 135M parameters in bfloat16, padded or not, were 0.09 to 0.17 sd rms apart.
+TOLERANCE, TOLERANCE_16_BIT = 1e-4, 0.25
+# In 16 bits no pair may stray farther than so many tolerances; so of fewer pairs than its square the rms, which a
+# single one decides, is taken as if there were that many.
+STRAY = 4
+# So far may the farthest pair of a sound 16-bit model be, if its fingerprint does not say what it is.
+FARTHEST_16_BIT = 0.5
+IN_FLOAT32 = "; 16 bits: run it in float32 (--dtype float32) to tell rounding from a fault"
+# A change in the text that moves the score by less than this, in standard deviations, was not read.
+UNREAD = 1e-6
 # How scorers, transformers and servers say that they do not read the whole of an input.
 TOO_LONG = re.compile(r"truncat|too long|max_length|maximum (sequence|context|model)|longer than", re.IGNORECASE)
 # What is wrong where a neighbour in the batch changes a score.
@@ -87,24 +98,31 @@ class Subject:
     sign: bool
     discrete: bool
     long_words: int
+    reads_prompt: bool = True
 
     def score(self, pairs: Pairs) -> Float32[np.ndarray, " n"]:
         """The checked scores of pairs, in one call; warnings are for the checks that ask for them."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return score(self.scorer, pairs.prompts, pairs.completions)
+            return self.scored(pairs)
+
+    def scored(self, pairs: Pairs) -> Float32[np.ndarray, " n"]:
+        """The same, warnings and all; of copies, so that a scorer that changes its inputs spoils no other check."""
+        given = deepcopy(pairs)
+        return score(self.scorer, given.prompts, given.completions).copy()
 
     def heard(self, pairs: Pairs) -> tuple[Float32[np.ndarray, " n"], list[str]]:
         """The same, and the warnings that say that an input was too long."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            scores = score(self.scorer, pairs.prompts, pairs.completions)
+            scores = self.scored(pairs)
         return scores, [str(x.message) for x in caught if TOO_LONG.search(f"{x.category.__name__} {x.message}")]
 
     def refuses(self, pairs: Pairs) -> bool:
         """Whether the scorer itself raises, for its own reasons; a nan that it gives is no refusal."""
+        given = deepcopy(pairs)
         try:
-            self.scorer(pairs.prompts, pairs.completions)
+            self.scorer(given.prompts, given.completions)
         except (ValueError, TypeError, AttributeError, RuntimeError, LookupError):
             return True
         return False
@@ -113,12 +131,22 @@ class Subject:
         """Whether the scorer neither refuses them nor says that it leaves something out."""
         try:
             return not self.heard(pairs)[1]
-        except (ValueError, RuntimeError, LookupError):
+        except (ValueError, TypeError, AttributeError, RuntimeError, LookupError):
             return False
 
     def one_by_one(self, pairs: Pairs) -> Float32[np.ndarray, " n"]:
         """Their scores, each in a call of its own."""
         return np.array([self.score(pairs.at([i]))[0] for i in range(len(pairs))], np.float32)
+
+    def tells_apart(self, ones: Pairs, others: Pairs) -> bool:
+        """Whether any pair scores otherwise than its other version; each is scored alone, until one does."""
+        gaps = (abs(float(self.score(ones.at([i]))[0] - self.score(others.at([i]))[0])) for i in range(len(ones)))
+        return any(in_units(gap, self.sd) > UNREAD for gap in gaps)
+
+    @property
+    def continuous(self) -> bool:
+        """Whether any change of a text may be asked to show in its score: of no grade, and no constant."""
+        return not self.discrete and self.sd > 0
 
     @cached_property
     def mixed(self) -> Float32[np.ndarray, " n"]:
@@ -176,17 +204,27 @@ class Subject:
         """Whether two ways to the scores of pairs agree; the worst of them is shown."""
         apart = np.abs(np.asarray(found, np.float64) - expected)
         worst = int(apart.argmax())
-        gap = in_units(float(apart[worst]), self.sd)
+        gap = in_units(rms_or_stray(apart) if self.few_bits else float(apart[worst]), self.sd)
+        unit = "sd rms" if self.few_bits else "sd"
         if gap <= self.near:
-            return Outcome("ok", f"{gap:.0e} sd" if gap else "")
-        advice = (
-            "" if self.few_bits or gap > TOLERANCE_16_BIT else f"; of a 16-bit model, say tolerance={TOLERANCE_16_BIT}"
-        )
+            return Outcome("ok", f"{gap:.0e} {unit}" if gap else "")
+        perhaps = f"; of a 16-bit model, say tolerance={FARTHEST_16_BIT}" if gap <= FARTHEST_16_BIT else ""
+        advice = IN_FLOAT32 if self.few_bits else perhaps
         return Outcome(
             "FAIL",
-            f"{gap:.1e} sd apart, at most {self.near:.0e} is equal: {start_of(pairs.completions[worst], 40)} "
+            f"{gap:.1e} {unit} apart, at most {self.near:.0e} is equal: {start_of(pairs.completions[worst], 40)} "
             f"{expected[worst]:.6g} becomes {found[worst]:.6g} -> {hint}{advice}",
         )
+
+
+def rms_or_stray(apart: np.ndarray) -> float:
+    """The root mean square of differences; or a quarter of the largest one, if that is more.
+
+    >>> rms_or_stray(np.full(64, 0.1)), rms_or_stray(np.eye(64)[0]), rms_or_stray(np.array([1.0]))
+    (0.1, 0.25, 0.25)
+    """
+    rms = np.sqrt(np.square(apart).sum() / max(len(apart), STRAY**2))
+    return float(max(rms, apart.max() / STRAY))
 
 
 def in_units(difference: float, sd: float) -> float:

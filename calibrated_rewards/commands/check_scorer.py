@@ -4,10 +4,14 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibrated_rewards.commands import reward_model
+from calibrated_rewards.commands import reward_model, server
+from calibrated_rewards.prompts import start_of
+from calibrated_rewards.scorers.plain import plain
 
 if TYPE_CHECKING:
     from calibrated_rewards.checks.conformance import Examination
@@ -31,28 +35,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prompts", type=Path, metavar="FILE.jsonl", help="pairs of yours in place of the built-in ones"
     )
-    group.add_argument("--tolerance", type=float, metavar="SD", help="how near is equal: 1e-4 sd, or 0.1 in 16 bits")
+    group.add_argument("--tolerance", type=float, metavar="SD", help="how near is equal: 1e-4 sd; in 16 bits 0.25, rms")
     group.add_argument("--no-sign", action="store_true", help="do not ask that good answers score above bad ones")
+    group.add_argument("--no-prompt", action="store_true", help="the scorer is meant to read the completion alone")
     group.add_argument("--discrete", action="store_true", help="scores are grades or rules, and may tie")
     group.add_argument(
         "--chat", action=argparse.BooleanOptionalAction, help="ask with messages; if there is a template"
     )
-    group.add_argument("--long-words", type=int, metavar="N", help="words of an input that should be too long: 6000")
+    group.add_argument(
+        "--long-words", type=positive, metavar="N", help="words of an input that should be too long: 6000"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Load the model, ask it everything, and say so line by line."""
+    from calibrated_rewards.checks.conformance import CHECKS
+
     examination = asked(options)
+    subject = examination.subject
+    server.reach(subject.scorer, subject.pairs.prompts[0], subject.pairs.completions[0])
     say(examination.title)
-    for line in told(examination.subject.fingerprint):
+    for line in told(subject.fingerprint):
         say(f"  {line}")
-    statuses = []
-    for finding in examination:
+    statuses, findings = [], iter(examination)
+    for check in CHECKS:
+        with doing(check.name):
+            finding = next(findings)
         say(str(finding))
         statuses.append(finding.status)
     failed = statuses.count("FAIL")
     if statuses[0] == "ok":
-        say(speed(examination.subject))
+        say(speed(subject))
+    if failed and subject.few_bits:
+        say(f"  this was {', '.join(subject.few_bits)}: rerun with --dtype float32 to tell rounding from a fault")
     say(f"{statuses.count('ok')} ok, {failed} failed, {statuses.count('-')} not asked")
     return int(failed > 0)
 
@@ -70,6 +85,7 @@ def asked(options: argparse.Namespace) -> "Examination":
         chat=options.chat,
         sign=not options.no_sign,
         discrete=options.discrete,
+        reads_prompt=not options.no_prompt,
         long_words=options.long_words or LONG_WORDS,
     )
 
@@ -78,6 +94,28 @@ def say(line: str) -> None:
     """A line of output, at once: checks of a large model take their time."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
+
+
+@contextmanager
+def doing(name: str) -> Iterator[None]:
+    """What is being checked, where somebody watches; gone when it is done."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    sys.stderr.write(f"  ...   {name}\r")
+    sys.stderr.flush()
+    try:
+        yield
+    finally:
+        sys.stderr.write("\x1b[2K\r")
+        sys.stderr.flush()
+
+
+def positive(said: str) -> int:
+    """A whole number >= 1."""
+    if not said.isdecimal() or int(said) < 1:
+        raise argparse.ArgumentTypeError(f"a number of words is a whole number >= 1, got {said!r}")
+    return int(said)
 
 
 def told(fingerprint: dict[str, Any]) -> list[str]:
@@ -115,22 +153,43 @@ def speed(subject: "Subject") -> str:
 def read_pairs(file: Path) -> tuple[list[Any], list[Any]]:
     """Prompts and completions of a JSON Lines file."""
     prompts, completions = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        row = parsed(line, f"line {number} of {file}") if line.strip() else {}
-        several = row.get("completions", [row["completion"]] if "completion" in row else [])
-        if row and ("prompt" not in row or not several):
-            raise ValueError(f'line {number} of {file} needs a "prompt" and a "completion", got {sorted(row)}')
-        prompts += [row["prompt"] for _ in several]
-        completions += several
+    # Not splitlines: JSON has U+2028 and others inside of its texts.
+    for number, line in enumerate(reward_model.read_text(file, "--prompts").split("\n"), 1):
+        if line.strip():
+            prompt, several = pairs_in(line, f"line {number} of {file}")
+            prompts += [prompt for _ in several]
+            completions += several
+    if len(prompts) < 2:
+        raise ValueError(f"--prompts {file} needs two or more completions, got {len(prompts)}")
     return prompts, completions
+
+
+def pairs_in(line: str, where: str) -> tuple[Any, list[Any]]:
+    """The prompt of a line, and its completions."""
+    row = parsed(line, where)
+    several = row.get("completions", [row["completion"]] if "completion" in row else [])
+    if "prompt" not in row or ("completion" in row) == ("completions" in row):
+        raise ValueError(f'{where} needs a "prompt" and a "completion" or "completions", got {sorted(row)}')
+    if not isinstance(several, list) or not several:
+        raise ValueError(f'{where} needs a list of "completions", one or more, got {start_of(several)}')
+    for name, said in (("prompt", row["prompt"]), *(("completion", one) for one in several)):
+        if not isinstance(said, str | list):
+            raise ValueError(f"{where} needs a {name} that is a text or a list of messages, got {start_of(said)}")
+        try:
+            plain(said)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where} has no {name}: {error}") from error
+    if row["prompt"] == []:
+        raise ValueError(f"{where} needs a prompt of one or more messages, got an empty list")
+    return row["prompt"], several
 
 
 def parsed(line: str, where: str) -> dict[str, Any]:
     """A line that is a JSON object."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is no JSON: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f'{where} needs an object with "prompt" and "completion", got {type(row).__name__}')
+        raise ValueError(f'{where} needs an object with "prompt" and "completion", got {start_of(row)}')
     return row

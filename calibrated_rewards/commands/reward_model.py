@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat-template", type=Path, metavar="FILE", help="a Jinja template in place of the tokenizer's"
     )
     group.add_argument("--batch-tokens", type=int, metavar="TOKENS", help="tokens in a batch, padding included")
-    group.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: as it was saved")
+    group.add_argument("--dtype", default="auto", help="float32, bfloat16 (bf16), float16 (fp16); auto: as saved")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps; a GPU if there is one")
     group.add_argument("--revision", help="a branch, tag or commit of the Hub")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
@@ -46,10 +46,11 @@ LABEL_HELP = (
 
 def load(options: argparse.Namespace) -> "Scorer":
     """The scorer that the options name."""
+    if server.is_url(options.reward_model):
+        return server.load(options, text(options.max_length, options.chat_template))
+    server.check_local(options)
     from calibrated_rewards.scorers.loading import load_scorer
 
-    if options.reward_model.startswith(("http://", "https://")):
-        return server.load(options, text(options.max_length, options.chat_template))
     return load_scorer(options.reward_model, **settings(options))
 
 
@@ -89,7 +90,17 @@ def text(max_length: int | None, template: Path | None) -> "Text | None":
 
     if max_length is None and template is None:
         return None
-    return Text(max_length=max_length, template=template.read_text(encoding="utf-8") if template else None)
+    return Text(max_length=max_length, template=read_text(template, "--chat-template") if template else None)
+
+
+def read_text(file: Path, option: str) -> str:
+    """A file that an option names, in UTF-8, with or without a byte order mark."""
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise type(error)(f"{option} {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} {file} is no text in UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def labels(how: str) -> Labels:

@@ -24,8 +24,16 @@ def lock_of(model: Any) -> threading.RLock:
         return _locks.setdefault(body_of(model), threading.RLock())
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside torch.compile's or a data-parallel wrapper."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model
+
+
 def body_of(model: Any) -> nn.Module:
     """The transformer without its head; under PEFT, with the adapter in it."""
+    model = unwrapped(model)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     body: Any = getattr(inner, inner.base_model_prefix, inner)
     # Llama 4 keeps its body under another name than the one it gives.
@@ -35,6 +43,7 @@ def body_of(model: Any) -> nn.Module:
 
 def heads_of(model: Any) -> dict[str, nn.Module]:
     """The parts beside the body that have weights, by name: score, classifier, pooler, ..."""
+    model = unwrapped(model)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     body = body_of(model)
     beside = [(name, part) for name, part in inner.named_children() if part is not body]
@@ -93,9 +102,14 @@ def rope_turn(model: Any) -> int | None:
 
 
 def in_float32(part: nn.Module) -> nn.Module:
-    """A head that computes in float32, apart from the model's: 16 bits turn close scores into ties."""
+    """A head that computes in float32 and without dropout: itself if it does, or a copy, made of the weights of now.
+
+    16 bits turn close scores into ties. Quantised heads stay as they are.
+    """
     weights = list(part.parameters())
-    if all(p.dtype == torch.float32 for p in weights) or not all(p.is_floating_point() for p in weights):
+    if not all(p.is_floating_point() for p in weights):
+        return part
+    if all(p.dtype == torch.float32 for p in weights) and not any(module.training for module in part.modules()):
         return part
     return copy.deepcopy(part).float().requires_grad_(False).eval()
 

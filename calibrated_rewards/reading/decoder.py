@@ -16,7 +16,15 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from calibrated_rewards.prompts import Prompt, prompt_key
 from calibrated_rewards.reading.batches import Budget, progress
-from calibrated_rewards.reading.body import check_vocabulary, device_of, dtype_of, for_scoring, right_padded, rope_turn
+from calibrated_rewards.reading.body import (
+    check_vocabulary,
+    device_of,
+    dtype_of,
+    for_scoring,
+    in_float32,
+    right_padded,
+    rope_turn,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +59,8 @@ class Plain:
     module: nn.Module
 
     def __call__(self, hidden: Tensor, following: Tensor, /) -> Tensor:
-        """The module's output."""
-        return self.module(hidden)  # type: ignore[no-any-return]
+        """The module's output, in float32, with the weights that it has now."""
+        return in_float32(self.module)(hidden)  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -185,7 +193,7 @@ class Decoder:
         # Completions that are all the same have no spread: a tenth of the states' own size takes its place.
         spread = max(float(plain.std(0, correction=0).norm()), 0.1 * float(plain.norm(dim=1).mean()))
         apart = float((plain - sharing).norm(dim=1).mean()) / spread
-        if apart > AGREEMENT.get(dtype_of(self.model), AGREEMENT_16_BIT):
+        if not apart <= AGREEMENT.get(dtype_of(self.model), AGREEMENT_16_BIT):  # nan agrees with nothing
             logger.warning("%s gives states %.1e sd apart behind a shared prefix: not sharing", self.name, apart)
             return False
         return True

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibrated_rewards.reading.body import dtype_of
+from calibrated_rewards.reading.adapters import active_adapters, settings_digest, weights_with
+from calibrated_rewards.reading.body import dtype_of, unwrapped
 
 # Values of each weight that the fingerprint reads: enough to tell any two checkpoints apart, in no time.
 SAMPLED = 1024
@@ -22,28 +23,42 @@ NOT_OF_THE_SCORES = {
     "transformers_version",
     "use_cache",
 }
+# Any weight as whole numbers, by its bytes.
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def model_fingerprint(model: Any, tokenizer: Any) -> dict[str, Any]:
     """What a model and its tokenizer are: its class, its precision, and digests of what they hold."""
+    model = unwrapped(model)
     return {
         "model": type(model).__name__,
-        "weights": weights_digest(model.state_dict()),
+        "weights": weights_digest(weights_of(model)),
+        "adapters": {name: settings_digest(model.peft_config[name].to_dict()) for name in active_adapters(model)},
         "config": config_digest(model.config),
         "dtype": str(dtype_of(model)).removeprefix("torch."),
         "tokenizer": tokenizer_digest(tokenizer),
     }
 
 
+def weights_of(model: Any) -> dict[str, Tensor]:
+    """The weights that scores are made of: without those of PEFT adapters that are not active."""
+    found: dict[str, Tensor] = model.state_dict()
+    return weights_with(model, set(active_adapters(model))) if hasattr(model, "peft_config") else found
+
+
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """A digest of names, shapes, and evenly spread values of all weights; the same wherever they lie."""
+    """A digest of names, shapes, evenly spread values and the sum of all bits: the same on every device.
+
+    The sum is of whole numbers, so that no order of adding changes it, and takes one pass over the memory.
+    """
     digest = blake2b(digest_size=16)
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         if weight.device.type != "meta" and weight.numel():
-            flat = weight.detach().flatten()
+            flat = weight.detach().contiguous().flatten().view(BITS[weight.element_size()])
             values = flat[:: max(1, flat.numel() // SAMPLED)].cpu()
-            digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(values.contiguous().numpy().tobytes())
+            digest.update(str(int(flat.sum(dtype=torch.int64))).encode())
     return digest.hexdigest()
 
 
@@ -60,4 +75,5 @@ def tokenizer_digest(tokenizer: Any) -> str:
     parts = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
     what = {**parts, "padding": None, "truncation": None} if isinstance(parts, dict) else parts
     special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    return blake2b(f"{what} {special}".encode(), digest_size=16).hexdigest()
+    splits = bool(getattr(tokenizer, "split_special_tokens", False))
+    return blake2b(f"{what} {special}{' split' * splits}".encode(), digest_size=16).hexdigest()

@@ -1,7 +1,7 @@
 """From a model's numbers for an input to one score: frozen callables, `(n, L) -> (n)`, in float32."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -25,10 +25,12 @@ class Label:
     """
 
     index: int = 0
+    of: int | None = field(default=None, repr=False, compare=False)
+    """How many labels the model is said to have, where that is to be checked."""
 
     def __call__(self, logits: Float32[np.ndarray, "n L"], /) -> Float32[np.ndarray, " n"]:
         """logits[:, index]."""
-        return logits[:, _within(self, self.index, logits)]
+        return logits[:, _within(self, self.index, logits, self.of)]
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,12 @@ class Difference:
 
     good: int = 1
     bad: int = 0
+    of: int | None = field(default=None, repr=False, compare=False)
+    """How many labels the model is said to have, where that is to be checked."""
 
     def __call__(self, logits: Float32[np.ndarray, "n L"], /) -> Float32[np.ndarray, " n"]:
         """logits[:, good] - logits[:, bad]."""
-        good, bad = _within(self, self.good, logits), _within(self, self.bad, logits)
+        good, bad = (_within(self, index, logits, self.of) for index in (self.good, self.bad))
         difference: np.ndarray = logits[:, good] - logits[:, bad]
         return difference
 
@@ -100,7 +104,12 @@ class Weighted:
         return _dot(self, logits.astype(np.float64), self.weights)
 
 
-def _within(labels: Labels, index: int, logits: Float32[np.ndarray, "n L"]) -> int:
+def _within(labels: Labels, index: int, logits: Float32[np.ndarray, "n L"], of: int | None) -> int:
+    if of is not None and of != logits.shape[1]:
+        raise ValueError(
+            f"the model's config names {of} labels, its head gives {logits.shape[1]}: say how they make one score, "
+            "with labels= Label(i), Difference(good, bad), Expected(values) or Weighted(weights)"
+        )
     if not -logits.shape[1] <= index < logits.shape[1]:
         raise IndexError(f"{labels} needs a label that the model has, it has {logits.shape[1]}")
     return index

@@ -22,7 +22,8 @@ NEAR_16_BIT = 0.05
 class Logits:
     """A head: the logits of the next token as the model's own forward makes them, of all tokens or of some."""
 
-    layer: nn.Module
+    model: Any
+    """A causal LM; its output layer is looked up and read anew at each call, for it may be in training."""
     tokens: tuple[int, ...] | None = None
     """Which of the layer's outputs; None: all."""
     scale: float = 1.0
@@ -32,9 +33,16 @@ class Logits:
 
     def __call__(self, hidden: Tensor, following: Tensor, /) -> Tensor:
         """The logits, whatever follows."""
-        logits = self.layer(hidden.to(next(self.layer.parameters()).device)) * self.scale
-        if self.tokens is not None:
-            logits = logits[:, self.tokens]
+        return self.of(self.layer, hidden)
+
+    @property
+    def layer(self) -> nn.Module:
+        """The output layer as it is now, in float32, for these tokens."""
+        return _layer(output_layer(self.model), self.tokens)
+
+    def of(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """The logits that this layer gives."""
+        logits = layer(hidden.to(next(layer.parameters()).device)) * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
@@ -51,27 +59,34 @@ class LogProbability:
         """log_softmax(logits)[following], (n, 1)."""
         some = max(1, self.cells // self.size)
         starts = range(0, len(hidden), some)
-        return torch.cat([self._part(hidden[i : i + some], following[i : i + some]) for i in starts])
+        layer = self.logits.layer
+        return torch.cat([self._part(layer, hidden[i : i + some], following[i : i + some]) for i in starts])
 
-    def _part(self, hidden: Tensor, following: Tensor) -> Tensor:
-        logits = self.logits(hidden, following)
+    def _part(self, layer: nn.Module, hidden: Tensor, following: Tensor) -> Tensor:
+        logits = self.logits.of(layer, hidden)
         chosen = logits.gather(1, following.to(logits.device)[:, None])
         return chosen - logits.logsumexp(1, keepdim=True)
 
 
 def logits_of(model: Any, lock: Any, tokens: Sequence[int] | None = None) -> Logits:
     """The head that a language model ends in; its scale is measured, for models name it in many ways."""
+    chosen = None if tokens is None else tuple(tokens)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    read, own = both(model, Logits(model, chosen), lock, tokens)
+    # Behind a learned prompt the model's own forward gives more, which check_head refuses.
+    head = Logits(model, chosen, _scale(read, own, cap) if read.shape == own.shape else 1.0, cap)
+    check_head(model, head, lock, tokens)
+    return head
+
+
+def output_layer(model: Any) -> nn.Module:
+    """The layer from hidden states to the vocabulary."""
     layer = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_output_embeddings()
     if layer is None or body_of(model) is model:
         raise TypeError(
             f"a language model has a body and an output layer, {type(model).__name__} lacks one: got no causal LM"
         )
-    chosen, left = _rows(layer, tokens)
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    scale = _scale(*both(model, Logits(chosen, left), lock, tokens), cap)
-    head = Logits(chosen, left, scale, cap)
-    check_head(model, head, lock, tokens)
-    return head
+    return layer  # type: ignore[no-any-return]
 
 
 def check_head(model: Any, head: Head, lock: Any, columns: Sequence[int] | None = None) -> None:
@@ -94,21 +109,35 @@ def both(model: Any, head: Head, lock: Any, columns: Sequence[int] | None = None
     read = decoder([Row(ids, list(range(len(ids))))], [0])[0]
     with for_scoring(model, lock):
         own = model(input_ids=torch.tensor([ids], device=device_of(model)))[0][0].float().cpu()
+    if own.isnan().any():
+        raise ValueError(f"{type(model).__name__} gives nan for a few tokens: look for nan among its weights")
     return read, own if columns is None else own[:, list(columns)]
 
 
-def _rows(layer: nn.Module, tokens: Sequence[int] | None) -> tuple[nn.Module, tuple[int, ...] | None]:
-    """A float32 layer for these tokens, and which of its outputs they are; a plain layer's rows are copied alone."""
+class Columns(nn.Module):
+    """Some of a layer's outputs."""
+
+    def __init__(self, at: list[int]) -> None:
+        super().__init__()
+        self.at = at
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """The columns."""
+        return logits[:, self.at]
+
+
+def _layer(layer: nn.Module, tokens: Sequence[int] | None) -> nn.Module:
+    """The layer in float32; of a plain one, these tokens' rows alone are copied."""
     if tokens is None:
-        return in_float32(layer), None
-    if type(layer) is not nn.Linear or not layer.weight.is_floating_point():
-        return in_float32(layer), tuple(tokens)
+        return in_float32(layer)
     at = list(tokens)
+    if type(layer) is not nn.Linear or not layer.weight.is_floating_point():
+        return nn.Sequential(in_float32(layer), Columns(at))
     few = nn.Linear(layer.in_features, len(at), layer.bias is not None, device="meta")
     few.weight = nn.Parameter(layer.weight.detach()[at].float(), requires_grad=False)
     if layer.bias is not None:
         few.bias = nn.Parameter(layer.bias.detach()[at].float(), requires_grad=False)
-    return few, None
+    return few
 
 
 def _scale(read: Tensor, own: Tensor, cap: float | None) -> float:

@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from calibrated_rewards.reading.body import (
     heads_of,
     in_float32,
     right_padded,
+    rope_turn,
 )
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class OwnForward:
         check_vocabulary(list(rows), self.model)
         self._check_ends(rows)
         found: list[Tensor | None] = [None] * len(rows)
-        kinds = [row.count(self.separate) for row in rows] if self.separate is not None else None
+        kinds = list(map(self._kind, rows))
         budget = Budget(1) if self.one_by_one else self.budget
         with for_scoring(self.model, self.lock), self._heads(), progress(len(rows), self.show_progress) as bar:
             costs = list(map(len, rows))
@@ -73,6 +73,11 @@ class OwnForward:
                         found[i] = numbers
                 bar.update(len(batch))
         return torch.stack([numbers for numbers in found if numbers is not None])
+
+    def _kind(self, row: list[int]) -> int:
+        """Rows of one batch are of one kind: as many ends, and on one side of where rotary angles change."""
+        turn, ends = rope_turn(self.model), 0 if self.separate is None else row.count(self.separate)
+        return 2 * ends + (turn is not None and len(row) > turn)
 
     def _pieces(
         self, batch: list[int], rows: Sequence[list[int]], types: Sequence[list[int]] | None
@@ -93,7 +98,7 @@ class OwnForward:
         together = torch.stack(self.budget.run(lambda at: self._forward(at, rows, types), chosen, costs))
         alone = torch.cat([torch.stack(self._forward([i], rows, types)) for i in chosen])
         apart = float((together - alone).abs().max() / alone.abs().max().clamp(min=1e-30))
-        if apart > AGREEMENT.get(dtype_of(self.model), AGREEMENT_16_BIT):
+        if not apart <= AGREEMENT.get(dtype_of(self.model), AGREEMENT_16_BIT):  # nan agrees with nothing
             name = type(self.model).__name__
             logger.warning("%s gives numbers %.1e apart in a padded batch: not padding", name, apart)
             return False
@@ -117,14 +122,11 @@ class OwnForward:
     def _heads(self) -> Iterator[None]:
         """While it runs, the heads' answers are those of their float32 copies; then they are the model's own again."""
         with ExitStack() as after:
-            for name, head in heads_of(self.model).items():
-                if any(p.dtype == torch.float32 for p in self._copies[name].parameters()):
-                    after.enter_context(precise(head, self._copies[name]))
+            for head in heads_of(self.model).values():
+                copy = in_float32(head)
+                if any(p.dtype == torch.float32 for p in copy.parameters()):
+                    after.enter_context(precise(head, copy))
             yield
-
-    @cached_property
-    def _copies(self) -> dict[str, nn.Module]:
-        return {name: in_float32(head) for name, head in heads_of(self.model).items()}
 
 
 @contextmanager
@@ -158,6 +160,8 @@ def taken(outputs: Any, output: str | int | None) -> Tensor:
     """One of a model's outputs, by key, index, or as it is."""
     if output is None:
         return outputs  # type: ignore[no-any-return]
+    if isinstance(outputs, Tensor) and not isinstance(output, str):
+        raise ValueError(f"the model's output is a tensor itself, which is output=None, got output={output!r}")
     if isinstance(output, str) and not (isinstance(outputs, Mapping) and output in outputs):
         known = ", ".join(outputs) if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
         raise ValueError(

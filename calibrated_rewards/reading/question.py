@@ -44,8 +44,9 @@ class Question:
         asked = [self.written(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         text = replace(self.text, chat=self._templated)
         rows = text.tokens(self.tokenizer, [text.opening(self.tokenizer, question) for question in asked])
-        # A tokenizer that ends plain text with EOS would have the judge answer after its end.
-        rows = [row[:-1] if len(row) > 1 and row[-1] == self.tokenizer.eos_token_id else row for row in rows]
+        if not self._templated:
+            # A tokenizer that ends plain text with EOS would have the judge answer after its end.
+            rows = [row[:-1] if len(row) > 1 and row[-1] == self.tokenizer.eos_token_id else row for row in rows]
         text.report([len(row) for row in rows], limit)
         return [kept(row, limit, self.tokenizer) for row in rows]
 

@@ -1,12 +1,14 @@
 """A prompt and its completion to the token ids that the reward model reads: template, special tokens, truncation."""
 
-import json
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
-from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
+from calibrated_rewards.prompts import Completion, Prompt, start_of
+from calibrated_rewards.reading.messages import answer, dated, plain_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,6 +19,11 @@ NO_LIMIT = 2**30
 
 class TruncationWarning(UserWarning):
     """Some inputs were longer than the reward model reads; says how many, and what was kept."""
+
+
+# Each call that cuts says so; Python would show the same warning once. Filters that are set elsewhere come first.
+warnings.filterwarnings("always", category=TruncationWarning, append=True)
+_copies: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -47,20 +54,28 @@ class Text:
     """End each input with EOS, unless it ends so already."""
     strip: tuple[str, ...] = ()
     """Taken off the end of completions first, such as an "<|im_end|>" that sampling left there."""
+    today: str = "2024-07-26"
+    """The date, for templates that write today's: with the true one, scores would change overnight."""
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"Text needs max_length >= 2, got max_length={self.max_length}")
         if self.on_long not in ("warn", "raise"):
             raise ValueError(f"Text needs on_long to be 'warn' or 'raise', got on_long={self.on_long!r}")
+        if isinstance(self.strip, str):
+            raise TypeError(f"Text needs strip to be a tuple of ends, such as ({self.strip!r},), got {self.strip!r}")
+        if self.template is not None and "{{" not in self.template:
+            raise ValueError(f"Text needs template to be a template itself, in Jinja, got {start_of(self.template)}")
 
     def fingerprint(self, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
         """The settings, and the template that they lead to."""
-        return {**asdict(self), "template": self.template or tokenizer.chat_template}
+        settings = {**asdict(self), "strip": list(self.strip), "template": self.template or tokenizer.chat_template}
+        return {name: value for name, value in settings.items() if name != "on_long"}
 
     def limit(self, tokenizer: "PreTrainedTokenizerBase", positions: int | None) -> int:
         """Most tokens of an input: `max_length`, or what the model (its positions) and its tokenizer can read."""
-        known = [n for n in (tokenizer.model_max_length, positions) if n and n < NO_LIMIT]
+        # Some tokenizers say -1, 0 or 1, which nobody means.
+        known = [int(n) for n in (tokenizer.model_max_length, positions) if n is not None and 2 <= n < NO_LIMIT]
         if self.max_length is None:
             return min(known, default=NO_LIMIT)
         if positions and self.max_length > positions:
@@ -77,15 +92,15 @@ class Text:
                     "Text(chat=True) makes the prompt a user's message"
                 )
             return prompt + completion, False
-        return self._rendered(tokenizer, self.messages(prompt) + _answer(completion)), True
+        return self._rendered(tokenizer, self.messages(prompt) + answer(completion)), True
 
     def messages(self, prompt: Prompt) -> list[dict[str, Any]]:
-        """A prompt as plain messages: None-valued keys (which Arrow adds) are gone, text parts are joined."""
+        """A prompt as messages; a text, as a user's."""
         if isinstance(prompt, str):
             return [{"role": "user", "content": prompt}]
         if self.chat is False:
             raise TypeError(f"Text(chat=False) takes prompts that are text, got {start_of(prompt)}")
-        return list(json.loads(canonical_chat(prompt)))
+        return plain_messages(prompt)
 
     def opening(self, tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> tuple[str, bool]:
         """A prompt alone, ready for its completion, and whether a template wrote it."""
@@ -99,9 +114,7 @@ class Text:
         for rendered in (False, True):
             at = [i for i, (_, by_template) in enumerate(texts) if by_template == rendered]
             add = not rendered if self.special_tokens is None else self.special_tokens
-            found = (
-                tokenizer([texts[i][0] for i in at], add_special_tokens=add, verbose=False)["input_ids"] if at else []
-            )
+            found = _ids(tokenizer, [texts[i][0] for i in at], add) if at else []
             for i, row in zip(at, found, strict=True):
                 ids[i] = self._mended(row, tokenizer, texts[i][0])
         return ids
@@ -129,12 +142,16 @@ class Text:
             warnings.warn(f"{message}: their first tokens were left out", TruncationWarning, stacklevel=4)
 
     def stripped(self, completion: Completion) -> Completion:
-        """A completion that is text, less the ends in `strip`; messages as they are."""
+        """A completion less the ends in `strip`; of messages, the last one's text."""
         if not isinstance(completion, str):
-            return completion
+            return self._last_stripped(completion) if self.strip and len(completion) else completion
         while any(end and completion.endswith(end) for end in self.strip):
             completion = completion.removesuffix(next(end for end in self.strip if end and completion.endswith(end)))
         return completion
+
+    def _last_stripped(self, completion: Completion) -> Completion:
+        said = answer(completion)
+        return [*said[:-1], {**said[-1], "content": self.stripped(said[-1]["content"])}]
 
     def _rendered(self, tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], **options: Any) -> str:
         template = self.template or tokenizer.chat_template
@@ -145,7 +162,9 @@ class Text:
             )
         from jinja2 import TemplateError
 
-        options = {**self.template_options, **options, "chat_template": self.template}
+        # A tokenizer may have several, by name; then it picks.
+        own = dated(template, self.today) if isinstance(template, str) else None
+        options = {**self.template_options, **options, "chat_template": own}
         try:
             return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except (TemplateError, TypeError) as error:
@@ -177,7 +196,16 @@ def kept(row: list[int], limit: int, tokenizer: "PreTrainedTokenizerBase") -> li
     return row[:1] + row[len(row) - limit + 1 :] if opens else row[len(row) - limit :]
 
 
-def _answer(completion: Completion) -> list[dict[str, Any]]:
-    if isinstance(completion, str):
-        return [{"role": "assistant", "content": completion}]
-    return list(json.loads(canonical_chat(completion))) if len(completion) else []
+def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    """By a copy of the tokenizer: the original may at this moment pad or cut for somebody else, in another thread."""
+    own = _copies.get(tokenizer)
+    if own is None:
+        own = _copies.setdefault(tokenizer, copy.deepcopy(tokenizer))
+    try:
+        options = {"padding": False, "truncation": False, "verbose": False}
+        ids: list[list[int]] = own(texts, add_special_tokens=add_special_tokens, **options)["input_ids"]
+    except (TypeError, UnicodeEncodeError) as error:
+        # Half a character, which JSON can hold and UTF-8 cannot.
+        bad = next((text for text in texts if any("\ud800" <= c <= "\udfff" for c in text)), texts[0])
+        raise ValueError(f"the tokenizer cannot read {start_of(bad)}: {error}") from error
+    return ids

@@ -21,7 +21,7 @@ class Cost:
 
     scorer: Scorer
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """Minus the cost of each pair."""
         return -score(self.scorer, prompts, completions)
 

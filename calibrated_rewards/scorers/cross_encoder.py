@@ -10,12 +10,13 @@ from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import default_budget, lock_of, positions_of
+from calibrated_rewards.reading.body import default_budget, lock_of, positions_of, vocabulary
 from calibrated_rewards.reading.fingerprint import model_fingerprint
 from calibrated_rewards.reading.labels import Labels
 from calibrated_rewards.reading.labels_of import labels_of
-from calibrated_rewards.reading.own_forward import OwnForward
+from calibrated_rewards.reading.own_forward import OwnForward, Padding
 from calibrated_rewards.reading.text import Text
+from calibrated_rewards.scorers.protocol import finite, name_of, paired
 from calibrated_rewards.scorers.recipe import in_memory
 
 if TYPE_CHECKING:
@@ -56,14 +57,16 @@ class CrossEncoder:
         if self.text != plain:
             raise ValueError(f"CrossEncoder takes max_length, on_long and strip of a Text, got {self.text}")
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """The score of each pair."""
-        if not len(prompts):
+        prompts, completions = paired(prompts, completions)
+        if not prompts:
             return np.empty(0, np.float32)
-        return self._labels(self.logits(prompts, completions))
+        return finite(self._labels(self.logits(prompts, completions)), prompts, completions, name_of(self))
 
     def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, "n L"]:
         """The numbers of all labels."""
+        prompts, completions = paired(prompts, completions)
         with self._lock:
             pairs = self._pairs(prompts, completions)
         self.text.report([len(pair.ids) for pair in pairs], self._limit)
@@ -96,16 +99,26 @@ class CrossEncoder:
         return self.labels if self.labels is not None else labels_of(self.model.config.id2label)  # type: ignore[arg-type]
 
     @cached_property
+    def _budget(self) -> Budget:
+        return Budget(self.batch_tokens or default_budget(self.model))
+
+    @cached_property
+    def _padding(self) -> Padding:
+        return Padding()
+
+    @property
     def _reader(self) -> OwnForward:
         # RoBERTa counts positions by what is not its own padding id, so that is the one to pad with.
-        pad = next((i for i in (self.model.config.pad_token_id, self.tokenizer.pad_token_id) if i is not None), 0)
-        budget = Budget(self.batch_tokens or default_budget(self.model))
-        return OwnForward(self.model, pad, budget, show_progress=self.show_progress, lock=self._lock)
+        ids = self.model.config.pad_token_id, self.tokenizer.pad_token_id
+        pad = next((i for i in ids if i is not None and 0 <= i < vocabulary(self.model)), 0)
+        options = {"padding": self._padding, "show_progress": self.show_progress, "lock": self._lock}
+        return OwnForward(self.model, pad, self._budget, **options)
 
     def _pairs(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Pair]:
         """The tokens of the pairs, whole."""
         responses = [self.text.render(self.tokenizer, "", flat(completion))[0] for completion in completions]
-        found = self.tokenizer([flat(prompt) for prompt in prompts], responses)
+        asked = [flat(prompt) for prompt in prompts]
+        found = self.tokenizer(asked, responses, padding=False, truncation=False, verbose=False)
         ids: list[list[int]] = found["input_ids"]
         types: list[list[int]] = found.get("token_type_ids", [[]] * len(ids))
         texts = [found.sequence_ids(i) for i in range(len(ids))]

@@ -1,14 +1,14 @@
 """Several scorers as one: their mean, the worst of them, or the mean less what they disagree by."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Float64
 
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.scorers.protocol import Scorer, fingerprint, score
+from calibrated_rewards.scorers.protocol import Fingerprinted, Scorer, checked, fingerprint, name_of, paired, score
 
 
 @runtime_checkable
@@ -81,22 +81,24 @@ class Ensemble:
 
     scorers: Sequence[Scorer]
     how: Combination = field(default_factory=Mean)
-    shifts: Sequence[float] | None = None
+    shifts: Sequence[float] | np.ndarray | None = None
     """One for each scorer; None for 0."""
-    scales: Sequence[float] | None = None
+    scales: Sequence[float] | np.ndarray | None = None
     """One for each scorer, all above 0; None for 1."""
 
     def __post_init__(self) -> None:
-        count = len(self.scorers)
+        scorers = tuple(self.scorers)
+        count = len(scorers)
         if not count:
             raise ValueError("Ensemble needs at least one scorer, got none")
-        shifts, scales = self.shifts or [0.0] * count, self.scales or [1.0] * count
+        shifts = [0.0] * count if self.shifts is None else list(self.shifts)
+        scales = [1.0] * count if self.scales is None else list(self.scales)
         for name, values in {"shifts": shifts, "scales": scales}.items():
             if len(values) != count or not np.isfinite(values).all():
                 raise ValueError(f"Ensemble needs one finite number for each of {count} scorers, got {name}={values}")
         if min(scales) <= 0:
             raise ValueError(f"Ensemble needs scales > 0, got scales={scales} (for minus a scorer there is Cost)")
-        object.__setattr__(self, "scorers", tuple(self.scorers))
+        object.__setattr__(self, "scorers", scorers)
         object.__setattr__(self, "shifts", tuple(map(float, shifts)))
         object.__setattr__(self, "scales", tuple(map(float, scales)))
 
@@ -109,25 +111,40 @@ class Ensemble:
         how: Combination | None = None,
     ) -> "Ensemble":
         """An ensemble in which each scorer has mean 0 and standard deviation 1 over these completions."""
-        found = [score(scorer, prompts, completions).astype(np.float64) for scorer in scorers]
-        for scorer, scores in zip(scorers, found, strict=True):
+        asked, answered = paired(prompts, completions)
+        members = tuple(scorers)
+        found = [score(scorer, asked, answered).astype(np.float64) for scorer in members]
+        for scorer, scores in zip(members, found, strict=True):
             if len(scores) < 2 or not scores.std() > 0:
-                raise ValueError(f"a scale needs two different scores, {scorer} gave {len(scores)} without a spread")
+                raise ValueError(
+                    f"a scale needs two different scores, {name_of(scorer)} gave {len(scores)} without a spread"
+                )
         shifts, scales = [float(s.mean()) for s in found], [float(s.std()) for s in found]
-        return cls(scorers, how or Mean(), shifts, scales)
+        return cls(members, Mean() if how is None else how, shifts, scales)
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """The combined score of each pair."""
-        members = np.stack([score(scorer, prompts, completions).astype(np.float64) for scorer in self.scorers])
+        asked, answered = paired(prompts, completions)
+        if not asked:
+            return np.empty(0, np.float32)
+        members = np.stack([score(scorer, asked, answered).astype(np.float64) for scorer in self.scorers])
         shifts, scales = np.asarray(self.shifts)[:, None], np.asarray(self.scales)[:, None]
-        return self.how((members - shifts) / scales).astype(np.float32)
+        return checked(self.how((members - shifts) / scales), asked, answered, f"the ensemble's {name_of(self.how)}")
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""
         return {
             "kind": "ensemble",
             "of": [fingerprint(scorer) for scorer in self.scorers],
-            "how": repr(self.how),
-            "shifts": list(self.shifts or ()),
-            "scales": list(self.scales or ()),
+            "how": _identity(self.how),
+            "shifts": np.asarray(self.shifts).tolist(),
+            "scales": np.asarray(self.scales).tolist(),
         }
+
+
+def _identity(how: Combination) -> Any:
+    """What a combination is, the same in every process: no address in memory."""
+    if isinstance(how, Fingerprinted):
+        return how.fingerprint()
+    told = repr(how) if is_dataclass(how) else name_of(how)
+    return name_of(how) if " at 0x" in told else told

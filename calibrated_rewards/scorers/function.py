@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt, start_of
+from calibrated_rewards.scorers.protocol import checked, paired
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,11 @@ class Function:
         if not self.name:
             object.__setattr__(self, "name", _place(self.function))
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """The score of each pair."""
-        scores = [self._score(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        return np.asarray(scores, np.float32)
+        asked, answered = paired(prompts, completions)
+        scores = [self._score(prompt, completion) for prompt, completion in zip(asked, answered, strict=True)]
+        return checked(scores, asked, answered, self.name)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on, as far as is known: the name and the version that were given."""

@@ -17,6 +17,7 @@ from calibrated_rewards.reading.decoder import Decoder, Row, Sharing, group_of
 from calibrated_rewards.reading.fingerprint import model_fingerprint
 from calibrated_rewards.reading.next_token import LogProbability, logits_of
 from calibrated_rewards.reading.text import Text
+from calibrated_rewards.scorers.protocol import finite, name_of, paired
 from calibrated_rewards.scorers.recipe import in_memory
 
 
@@ -57,22 +58,24 @@ class ImplicitReward:
                 "that is for PEFT models, whose adapter is switched off; or say reference_free=True"
             )
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """beta times the sum, or the mean, of each pair's log-ratios; 0 for a completion without tokens."""
+        prompts, completions = paired(prompts, completions)
         tokens = self.log_ratios(prompts, completions)
         scores = [self.beta * (x.sum() if self.reduce == "sum" else x.sum() / max(1, len(x))) for x in tokens]
-        return np.array(scores, np.float32)
+        return finite(np.array(scores, np.float32), prompts, completions, name_of(self))
 
     def log_ratios(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[np.ndarray]:
         """log pi - log pi_ref of each token of each completion, without beta; log pi where it is reference-free."""
+        prompts, completions = paired(prompts, completions)
         with self._lock:  # fast tokenizers do not bear two threads
             rows = self._rows(prompts, completions)
         groups = [group_of(prompt) for prompt in prompts]
-        found = self._log_probabilities(self._policy, rows, groups)
+        found = self._log_probabilities(self._policy.decoder(self.show_progress), rows, groups)
         if self.reference_free:
             return found
         with self._as_reference():
-            other = self._log_probabilities(self._reference, rows, groups)
+            other = self._log_probabilities(self._reference.decoder(self.show_progress), rows, groups)
         return [own - reference for own, reference in zip(found, other, strict=True)]
 
     def fingerprint(self) -> dict[str, Any]:
@@ -135,20 +138,30 @@ class ImplicitReward:
         return self.text.limit(self.tokenizer, min(known, default=None))
 
     @cached_property
-    def _policy(self) -> Decoder:
-        return self._decoder(self.model)
+    def _policy(self) -> "Writer":
+        return self._writer(self.model)
 
     @cached_property
-    def _reference(self) -> Decoder:
-        return self._decoder(self.model if self.reference is None else self.reference)
+    def _reference(self) -> "Writer":
+        return self._writer(self.model if self.reference is None else self.reference)
 
-    def _decoder(self, model: Any) -> Decoder:
-        return Decoder(
-            model,
-            body_of(model),
-            LogProbability(logits_of(model, self._lock), vocabulary(model)),
-            Budget(self.batch_tokens or default_budget(model)),
-            Sharing(self.share_prefixes),
-            show_progress=self.show_progress,
-            lock=self._lock,
-        )
+    def _writer(self, model: Any) -> "Writer":
+        head = LogProbability(logits_of(model, self._lock), vocabulary(model))
+        budget = Budget(self.batch_tokens or default_budget(model))
+        return Writer(model, head, budget, Sharing(self.share_prefixes), self._lock)
+
+
+@dataclass(frozen=True, eq=False)
+class Writer:
+    """A causal LM and what is found out about it once."""
+
+    model: Any
+    head: LogProbability
+    budget: Budget
+    sharing: Sharing
+    lock: Any
+
+    def decoder(self, show_progress: bool) -> Decoder:
+        """It reads the model as it is now."""
+        options = {"show_progress": show_progress, "lock": self.lock}
+        return Decoder(self.model, body_of(self.model), self.head, self.budget, self.sharing, **options)

@@ -8,7 +8,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from calibrated_rewards.scorers.checkpoint import Checkpoint
 
 Kind: TypeAlias = Literal[
-    "sequence-classifier", "cross-encoder", "multi-attribute", "value-head", "process", "judge", "implicit"
+    "sequence-classifier",
+    "cross-encoder",
+    "multi-attribute",
+    "value-head",
+    "process",
+    "judge",
+    "expected-rating",
+    "rated-judge",
+    "implicit",
 ]
 
 NO_HEAD = """\
@@ -17,6 +25,15 @@ NO_HEAD = """\
   - a policy trained with DPO: calibrated_rewards.scorers.implicit.ImplicitReward, or kind="implicit", reference=...
   - a process reward model: calibrated_rewards.scorers.process.ProcessReward, or kind="process", mark=...
   - the base of a reward adapter: give the adapter's folder instead"""
+
+NO_HEAD_ENCODER = """\
+{name} ({what}) has no head that gives a score: loaded as a classifier it would get a random one. If it is
+  - an embedding model: train a classification head first, AutoModelForSequenceClassification
+  - the base of a reward adapter: give the adapter's folder instead"""
+
+WRITES_NOTHING = """\
+kind={kind!r} reads the words that a model writes, and {name} ({what}) was trained to give scores: its weights for
+words are gone or no longer used. Leave kind= out"""
 
 CUSTOM_CODE = """\
 {name} is a {what}, which transformers does not know and which brings its own code: read it, then allow it with
@@ -41,7 +58,19 @@ def kind_of(checkpoint: Checkpoint, base: Checkpoint, trust_remote_code: bool = 
         return "sequence-classifier" if classifies(base) else "multi-attribute"
     if checkpoint.value_heads:
         return "value-head"
-    raise ValueError(NO_HEAD.format(name=checkpoint.name, what=what))
+    message = NO_HEAD_ENCODER if is_encoder(base) else NO_HEAD
+    raise ValueError(message.format(name=checkpoint.name, what=what))
+
+
+def check_writes(checkpoint: Checkpoint, base: Checkpoint, kind: str) -> None:
+    """Refuse a reward model as a language model: with tied embeddings it would load, and write at random."""
+    what = architecture(base)
+    classifies = what.endswith(("ForSequenceClassification", "ForTokenClassification"))
+    scores = classifies or (not is_known(what) and bool(base.value_heads))
+    if checkpoint.adapter.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") or (
+        scores and not any("lm_head" in name for name in base.weights)
+    ):
+        raise ValueError(WRITES_NOTHING.format(kind=kind, name=checkpoint.name, what=what))
 
 
 def architecture(checkpoint: Checkpoint) -> str:

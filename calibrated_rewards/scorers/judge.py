@@ -15,9 +15,10 @@ from calibrated_rewards.reading.body import body_of, default_budget, lock_of, po
 from calibrated_rewards.reading.decoder import Decoder, Row, Sharing, group_of
 from calibrated_rewards.reading.fingerprint import model_fingerprint
 from calibrated_rewards.reading.labels import Difference, Expected
-from calibrated_rewards.reading.next_token import logits_of
+from calibrated_rewards.reading.next_token import Logits, logits_of
 from calibrated_rewards.reading.question import Question, one_token
 from calibrated_rewards.reading.text import Text
+from calibrated_rewards.scorers.protocol import finite, name_of, paired
 from calibrated_rewards.scorers.recipe import in_memory
 
 GOOD_OR_BAD = """[Prompt]
@@ -61,9 +62,11 @@ class Judge:
             raise ValueError(f"Judge needs two answers, got good={self.good!r} and bad={self.bad!r}")
         _ = self._answers
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """logit(good) - logit(bad) of each pair."""
-        return Difference(good=0, bad=1)(self._answers.logits(prompts, completions))
+        prompts, completions = paired(prompts, completions)
+        scores = Difference(good=0, bad=1)(self._answers.logits(prompts, completions))
+        return finite(scores, prompts, completions, name_of(self))
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""
@@ -103,9 +106,11 @@ class ExpectedRating:
             raise ValueError(f"ExpectedRating needs low < high, got low={self.low} and high={self.high}")
         _ = self._answers
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """The expected rating of each pair."""
-        return Expected(tuple(self._ratings))(self._answers.logits(prompts, completions))
+        prompts, completions = paired(prompts, completions)
+        scores = Expected(tuple(self._ratings))(self._answers.logits(prompts, completions))
+        return finite(scores, prompts, completions, name_of(self))
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""
@@ -168,13 +173,25 @@ class Answers:
         return [one_token(self.question.tokenizer, answer, "an answer") for answer in self.answers]
 
     @cached_property
+    def _head(self) -> Logits:
+        return logits_of(self.model, self._lock, self._tokens)
+
+    @cached_property
+    def _budget(self) -> Budget:
+        return Budget(self.batch_tokens or default_budget(self.model))
+
+    @cached_property
+    def _sharing(self) -> Sharing:
+        return Sharing(self.share_prefixes)
+
+    @property
     def _reader(self) -> Decoder:
         return Decoder(
             self.model,
             body_of(self.model),
-            logits_of(self.model, self._lock, self._tokens),
-            Budget(self.batch_tokens or default_budget(self.model)),
-            Sharing(self.share_prefixes),
+            self._head,
+            self._budget,
+            self._sharing,
             show_progress=self.show_progress,
             lock=self._lock,
         )

@@ -15,8 +15,9 @@ from calibrated_rewards.reading.batches import Budget
 from calibrated_rewards.reading.body import body_of, default_budget, lock_of, positions_of, vocabulary
 from calibrated_rewards.reading.fingerprint import model_fingerprint
 from calibrated_rewards.reading.labels import Label, Labels
-from calibrated_rewards.reading.own_forward import OwnForward
+from calibrated_rewards.reading.own_forward import OwnForward, Padding
 from calibrated_rewards.reading.text import Text
+from calibrated_rewards.scorers.protocol import finite, name_of, paired
 from calibrated_rewards.scorers.recipe import in_memory
 
 if TYPE_CHECKING:
@@ -42,9 +43,10 @@ class MultiAttribute:
     """Tokens in a batch, padding included; halved by itself where memory does not suffice."""
     show_progress: bool = True
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """The score of each pair."""
-        if not len(prompts):
+        prompts, completions = paired(prompts, completions)
+        if not prompts:
             return np.empty(0, np.float32)
         numbers = self.logits(prompts, completions)
         if self.labels is None and numbers.shape[1] != 1:
@@ -52,10 +54,11 @@ class MultiAttribute:
                 f"output {self.output!r} has {numbers.shape[1]} numbers for each input: say how they make one score, "
                 "with labels= Label(i) or Weighted(weights) of calibrated_rewards.reading.labels"
             )
-        return (self.labels or Label(0))(numbers)
+        return finite((self.labels or Label(0))(numbers), prompts, completions, name_of(self))
 
     def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, "n L"]:
         """The numbers of the output, all of them."""
+        prompts, completions = paired(prompts, completions)
         with self._lock:
             ids = self.text.encode(self.tokenizer, prompts, completions, self._limit)
         return self._reader(ids).numpy()
@@ -81,36 +84,54 @@ class MultiAttribute:
     def _limit(self) -> int:
         return self.text.limit(self.tokenizer, positions_of(self.model))
 
-    @cached_property
+    @property
     def _reader(self) -> OwnForward:
         """With heads in float32 if the model's code bears that, or else in the model's own precision."""
-        precise = self._reads(self.model)
-        if self.model.dtype == torch.float32:
-            return self._checked(precise)
+        return self._reads(self.model if self._bears_float32 else Whole(self.model))
+
+    @cached_property
+    def _bears_float32(self) -> bool:
+        from accelerate.utils.memory import should_reduce_batch_size
+
         try:
-            return self._checked(precise)
-        except RuntimeError:  # its code goes on to compute with 16 bits
-            return self._checked(self._reads(Whole(self.model)))
+            self._check(self._reads(self.model))
+            return True
+        except RuntimeError as error:
+            if self.model.dtype == torch.float32 or should_reduce_batch_size(error):
+                raise
+        # Its code goes on to compute with 16 bits.
+        self._check(self._reads(Whole(self.model)))
+        return False
 
     def _reads(self, model: nn.Module) -> OwnForward:
-        config = self.model.config.get_text_config()
+        pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        # One such as -1 can be in no input: rows that end in it cannot be made.
+        usable = pad if pad is not None and 0 <= pad < vocabulary(self.model) else None
         return OwnForward(
             model,
-            pad_id=config.pad_token_id if config.pad_token_id is not None else 0,
-            budget=Budget(self.batch_tokens or default_budget(self.model)),
+            pad_id=usable or 0,
+            budget=self._budget,
             output=self.output,
-            one_by_one=config.pad_token_id is None,
+            one_by_one=usable is None,
+            padding=self._padding,
             show_progress=self.show_progress,
             lock=self._lock,
         )
 
-    def _checked(self, reader: OwnForward) -> OwnForward:
+    @cached_property
+    def _budget(self) -> Budget:
+        return Budget(self.batch_tokens or default_budget(self.model))
+
+    @cached_property
+    def _padding(self) -> Padding:
+        return Padding()
+
+    def _check(self, reader: OwnForward) -> None:
         few = min(32, vocabulary(self.model))
         short, long = ([i % few for i in range(3, n)] for n in (8, 12))
         widths = reader([short]).shape[1], reader([long]).shape[1]
         if widths[0] != widths[1]:
             raise ValueError(f"output {self.output!r} has a number for each token, not for each input; say output=...")
-        return reader
 
 
 class Whole(nn.Module):
@@ -120,7 +141,7 @@ class Whole(nn.Module):
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.config = inner, inner.config
 
     def get_input_embeddings(self) -> nn.Module:
         """The embeddings of the model."""

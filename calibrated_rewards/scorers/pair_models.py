@@ -15,10 +15,10 @@ from calibrated_rewards.reading.batches import Budget
 from calibrated_rewards.reading.body import body_of, default_budget, lock_of, positions_of
 from calibrated_rewards.reading.decoder import Decoder, Row, Sharing
 from calibrated_rewards.reading.fingerprint import model_fingerprint
-from calibrated_rewards.reading.next_token import logits_of
+from calibrated_rewards.reading.next_token import Logits, logits_of
 from calibrated_rewards.reading.question import conversation, filled, one_token
 from calibrated_rewards.reading.text import Text, kept
-from calibrated_rewards.scorers.protocol import Scorer, fingerprint, score
+from calibrated_rewards.scorers.protocol import Scorer, fingerprint, finite, name_of, paired, score
 from calibrated_rewards.scorers.recipe import in_memory
 
 if TYPE_CHECKING:
@@ -61,9 +61,10 @@ class PairClassifier:
         check_places(self.template)
 
     def __call__(
-        self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion], /
+        self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion]
     ) -> Float64[np.ndarray, " n"]:
         """sigmoid(score)."""
+        (prompts, firsts), (_, seconds) = paired(prompts, firsts), paired(prompts, seconds)
         cut = max(self.template.index(place) for place in PLACES)
         told = [places(*parts) for parts in zip(prompts, firsts, seconds, strict=True)]
         openings = [filled(self.template[:cut], values) for values in told]
@@ -108,10 +109,11 @@ class PairJudge:
         _ = self._tokens
 
     def __call__(
-        self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion], /
+        self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion]
     ) -> Float64[np.ndarray, " n"]:
         """sigmoid(logit(A) - logit(B))."""
-        if not len(prompts):
+        (prompts, firsts), (_, seconds) = paired(prompts, firsts), paired(prompts, seconds)
+        if not prompts:
             return np.empty(0)
         firsts, seconds = ([self.text.stripped(c) for c in completions] for completions in (firsts, seconds))
         told = [places(*parts) for parts in zip(prompts, firsts, seconds, strict=True)]
@@ -119,7 +121,9 @@ class PairJudge:
         # Comparisons of one completion with many share all that stands before the second.
         groups = [(values["prompt"], values["first"]) for values in told]
         logits = torch.cat(self._reader(rows, groups)).double().numpy()
-        return np.asarray(expit(logits[:, 0] - logits[:, 1]))
+        odds = logits[:, 0] - logits[:, 1]
+        finite(odds.astype(np.float32), prompts, firsts, name_of(self))
+        return np.asarray(expit(odds))
 
     def fingerprint(self) -> dict[str, Any]:
         """What the answers depend on."""
@@ -169,13 +173,25 @@ class PairJudge:
         return [one_token(self.tokenizer, answer, "an answer") for answer in self.answers]
 
     @cached_property
+    def _head(self) -> Logits:
+        return logits_of(self.model, self._lock, self._tokens)
+
+    @cached_property
+    def _budget(self) -> Budget:
+        return Budget(self.batch_tokens or default_budget(self.model))
+
+    @cached_property
+    def _sharing(self) -> Sharing:
+        return Sharing(self.share_prefixes)
+
+    @property
     def _reader(self) -> Decoder:
         return Decoder(
             self.model,
             body_of(self.model),
-            logits_of(self.model, self._lock, self._tokens),
-            Budget(self.batch_tokens or default_budget(self.model)),
-            Sharing(self.share_prefixes),
+            self._head,
+            self._budget,
+            self._sharing,
             show_progress=self.show_progress,
             lock=self._lock,
         )

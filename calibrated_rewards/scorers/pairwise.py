@@ -13,7 +13,7 @@ from jaxtyping import Float32, Float64
 
 from calibrated_rewards.prompts import KEY_BYTES, Completion, Prompt, as_key, start_of
 from calibrated_rewards.scorers.plain import plain
-from calibrated_rewards.scorers.protocol import fingerprint
+from calibrated_rewards.scorers.protocol import fingerprint, name_of, paired, without_tensors
 from calibrated_rewards.table import UnknownPromptError
 
 # How far rounding may carry a probability out of [0, 1].
@@ -34,11 +34,12 @@ def win_chances(
     preference: Preference, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion]
 ) -> Float64[np.ndarray, " n"]:
     """What a preference model answers, checked: one probability for each pair."""
-    if not len(prompts) == len(firsts) == len(seconds):
-        raise ValueError(
-            f"a comparison has a prompt and two completions, got {len(prompts)}, {len(firsts)} and {len(seconds)}"
-        )
-    answer = np.asarray(preference(prompts, firsts, seconds) if len(prompts) else [], dtype=np.float64)
+    prompts, firsts, seconds = _compared(prompts, firsts, seconds)
+    given = preference(prompts, firsts, seconds) if len(prompts) else []
+    try:
+        answer = np.asarray(without_tensors(given), dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name_of(preference)} gave no list of probabilities: {start_of(given)}") from error
     if answer.shape != (len(prompts),):
         raise ValueError(f"a preference gives one number a pair, got shape {answer.shape} for {len(prompts)} pairs")
     bad = np.flatnonzero(~((answer >= -ROUNDING) & (answer <= 1 + ROUNDING)))
@@ -65,9 +66,10 @@ class BothOrders:
     preference: Preference
 
     def __call__(
-        self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion], /
+        self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion]
     ) -> Float64[np.ndarray, " n"]:
         """For each prompt the probability that its first completion is better than its second."""
+        prompts, firsts, seconds = _compared(prompts, firsts, seconds)
         both = win_chances(self.preference, [*prompts, *prompts], [*firsts, *seconds], [*seconds, *firsts])
         ahead, behind = both[: len(prompts)], both[len(prompts) :]
         return np.asarray((ahead + (1 - behind)) / 2)
@@ -88,24 +90,29 @@ class References:
 
     by_key: Mapping[bytes, Sequence[Completion]]
 
+    def __repr__(self) -> str:
+        return f"References({len(self.by_key)} prompts)"
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.by_key))
+
     @classmethod
     def of(cls, rows: Iterable[tuple[Prompt, Sequence[Completion]]]) -> "References":
         """From (prompt, completions) pairs, a prompt only once."""
         found: dict[bytes, Sequence[Completion]] = {}
         for prompt, completions in rows:
             key = as_key(prompt)
-            if isinstance(completions, str) or not len(completions):
-                raise ValueError(f"{start_of(prompt)} needs a list of references, got {start_of(completions)}")
             if key in found:
                 raise ValueError(f"a prompt has one list of references, got two for {start_of(prompt)}")
-            found[key] = tuple(completions)
+            found[key] = listed(completions, prompt)
         return cls(found)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "References":
         """From the file that `save` wrote."""
-        with open(path, encoding="utf-8") as file:
-            return cls.of(_read(line, f"{os.fspath(path)} line {at}") for at, line in enumerate(file, 1))
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            lines = ((line, f"{os.fspath(path)} line {at}") for at, line in enumerate(file, 1))
+            return cls.of(_read(line, place) for line, place in lines if line.strip())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """To one JSONL file, a prompt a line by ascending key: equal references are equal bytes."""
@@ -134,7 +141,7 @@ class References:
         ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MeanWin:
     """A scorer: the mean probability to beat the references of the prompt, a number in [0, 1].
 
@@ -153,15 +160,16 @@ class MeanWin:
     references: Callable[[Prompt], Sequence[Completion]]
     """The references of a prompt: `References`, or a function of yours."""
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """The score of each pair."""
-        rivals = [self._rivals(prompt, own) for prompt, own in zip(prompts, completions, strict=True)]
+        asked, answered = paired(prompts, completions)
+        rivals = [self._rivals(prompt, own) for prompt, own in zip(asked, answered, strict=True)]
         counts = np.array([len(others) for others in rivals], dtype=np.int64)
         at = np.repeat(np.arange(len(rivals)), counts)
         chances = win_chances(
             self.preference,
-            [prompts[i] for i in at.tolist()],
-            [completions[i] for i in at.tolist()],
+            [asked[i] for i in at.tolist()],
+            [answered[i] for i in at.tolist()],
             [other for others in rivals for other in others],
         )
         wins = np.bincount(at, weights=chances, minlength=len(rivals))
@@ -176,10 +184,41 @@ class MeanWin:
         }
 
     def _rivals(self, prompt: Prompt, completion: Completion) -> list[Completion]:
-        others = list(self.references(prompt))
+        others = list(listed(self.references(prompt), prompt))
         own = plain(completion)
         same = next((i for i, other in enumerate(others) if plain(other) == own), None)
         return others if same is None else others[:same] + others[same + 1 :]
+
+
+def _compared(
+    prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion]
+) -> tuple[list[Prompt], list[Completion], list[Completion]]:
+    """Three lists of one length."""
+    if not len(prompts) == len(firsts) == len(seconds):
+        raise ValueError(
+            f"a comparison has a prompt and two completions, got {len(prompts)}, {len(firsts)} and {len(seconds)}"
+        )
+    return *paired(prompts, firsts), paired(prompts, seconds)[1]
+
+
+def listed(completions: Any, prompt: Prompt | bytes) -> tuple[Completion, ...]:
+    """The references of a prompt, if that is what they are: one or more texts, or lists of messages.
+
+    >>> listed("Hello!", "Hi")
+    Traceback (most recent call last):
+    ValueError: references are a list of completions, one or more, got 'Hello!' for 'Hi'
+    """
+    given = completions if isinstance(completions, Sequence | np.ndarray) else ()
+    if isinstance(completions, str | bytes) or not len(given):
+        raise ValueError(
+            f"references are a list of completions, one or more, got {start_of(completions)} for {start_of(prompt)}"
+        )
+    for completion in given:
+        if isinstance(completion, bytes | Mapping) or not isinstance(completion, Sequence | np.ndarray):
+            raise ValueError(
+                f"a reference is a text or a list of messages, got {start_of(completion)} for {start_of(prompt)}"
+            )
+    return tuple(given)
 
 
 def _read(line: str, place: str) -> tuple[bytes, Sequence[Completion]]:

@@ -1,7 +1,10 @@
 """A model and its tokenizer from a checkpoint, complete: no weight is left to chance, no id without an embedding."""
 
+import logging
 import os
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +15,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from calibrated_rewards.reading.body import vocabulary
 from calibrated_rewards.scorers.checkpoint import Checkpoint, checkpoint
 
+SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+
 
 @dataclass(frozen=True)
 class Placement:
     """Where a model goes, in which precision, and what it may bring along."""
 
     dtype: Any = "auto"
-    """A torch dtype or its name; "auto" is the checkpoint's own."""
+    """A torch dtype or its name; "auto" is the checkpoint's own; bf16, fp16 and fp32 will do."""
     device: Any = None
     """None: the GPU of this process, if there is one."""
     device_map: Any = None
@@ -27,6 +32,9 @@ class Placement:
     trust_remote_code: bool = False
     model_options: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else `from_pretrained` takes: attn_implementation, token, ..."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", _precision(self.dtype))
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments for `from_pretrained`."""
@@ -43,6 +51,8 @@ class Source:
     checkpoint: Checkpoint
     base: Checkpoint
     placement: Placement = field(default_factory=Placement)
+    reads_with: Checkpoint | None = None
+    """Where the tokenizer is, if it is with neither."""
 
     def model(self, auto: Any, *, head: bool = True) -> Any:
         """The model through one of transformers' Auto classes, with its adapter; not trained here, so frozen."""
@@ -50,17 +60,20 @@ class Source:
         stored = self.checkpoint.weights if self.checkpoint.adapter else {}
         if stored and head and auto is AutoModelForSequenceClassification and self.checkpoint.labels is not None:
             options["num_labels"] = self.checkpoint.labels
-        model = complete(auto, self.base, stored, **options)
         if stored:
+            with _quietly():
+                model = complete(auto, self.base, stored, **options)
             model = adapted(model, self.checkpoint)
+        else:
+            model = complete(auto, self.base, **options)
         return model.eval().requires_grad_(False)
 
     def tokenizer(self, model: nn.Module) -> Any:
         """The tokenizer that is saved beside the adapter, or else beside the model."""
         own = (self.checkpoint.folder / "tokenizer_config.json").exists()
-        at = self.checkpoint if own else self.base
+        at = self.reads_with or (self.checkpoint if own else self.base)
         code = self.placement.trust_remote_code
-        advice = f"save the one that {at.name} was trained with beside it, tokenizer.save_pretrained(folder)"
+        advice = "save it beside the model, tokenizer.save_pretrained(folder), or say where it is, tokenizer="
         try:
             tokenizer = AutoTokenizer.from_pretrained(at.name, revision=at.revision, trust_remote_code=code)
         except (OSError, ValueError) as error:
@@ -76,17 +89,20 @@ class Source:
         return tokenizer
 
 
-def source(name: str, revision: str | None, base: str | None, placement: Placement) -> Source:
+def source(
+    name: str, revision: str | None, base: str | None, placement: Placement, tokenizer: str | None = None
+) -> Source:
     """The checkpoint of that name; for an adapter with the base that it names, or with the one given."""
     found = checkpoint(name, revision)
+    words = None if tokenizer is None else checkpoint(tokenizer)
     if found.adapter:
         under = base or found.adapter["base_model_name_or_path"]
-        return Source(found, checkpoint(under, None if base else found.adapter.get("revision")), placement)
+        return Source(found, checkpoint(under, None if base else found.adapter.get("revision")), placement, words)
     if base is not None:
         raise ValueError(f"base= is for adapters, and {name} has no adapter_config.json; got base={base!r}")
     if not found.config:
         raise FileNotFoundError(f"{name} has neither config.json nor adapter_config.json: it is not a checkpoint")
-    return Source(found, found, placement)
+    return Source(found, found, placement, words)
 
 
 def complete(auto: Any, base: Checkpoint, stored: Collection[str] = (), **options: Any) -> Any:
@@ -111,6 +127,51 @@ def adapted(model: Any, adapter: Checkpoint) -> Any:
         raise ImportError(f"{adapter.name} is an adapter, which needs peft: pip install peft") from error
     revision: dict[str, Any] = {} if adapter.revision is None else {"revision": adapter.revision}
     return PeftModel.from_pretrained(model, adapter.name, **revision)
+
+
+def check_same_tokens(tokenizer: Any, reference: Source, model: nn.Module) -> None:
+    """Refuse a reference that reads other tokens: its log-probabilities would be those of another text."""
+    if not any((at.folder / "tokenizer_config.json").exists() for at in (reference.checkpoint, reference.base)):
+        return
+    own, theirs = tokenizer.get_vocab(), reference.tokenizer(model).get_vocab()
+    lacking = {token for token in own if token not in theirs}
+    other = {token for token, i in own.items() if theirs.get(token, i) != i} | (
+        lacking - {*tokenizer.get_added_vocab()}
+    )
+    if other:
+        raise ValueError(
+            f"the reference {reference.checkpoint.name} reads other tokens than the model: {len(other)} of {len(own)} "
+            f"are not the same, such as {min(other)!r}. The reference is the model that it was tuned from"
+        )
+    if lacking:
+        shown = ", ".join(sorted(lacking)[:4])
+        warnings.warn(
+            f"the reference {reference.checkpoint.name} does not know tokens that were added to the model's: {shown}",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' table of weights that are missing: `complete` checks it, and an adapter brings them."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _precision(dtype: Any) -> Any:
+    """A dtype, of which names are checked; what is no name is for `from_pretrained`."""
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    name = SHORT.get(dtype, dtype.removeprefix("torch."))
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype is auto, float32, bfloat16 or float16, got dtype={dtype!r}")
+    return name
 
 
 def own_device() -> torch.device:

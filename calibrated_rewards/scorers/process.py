@@ -12,13 +12,14 @@ from torch import Tensor
 
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
 from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import body_of, default_budget, heads_of, in_float32, lock_of, positions_of
+from calibrated_rewards.reading.body import body_of, default_budget, heads_of, lock_of, positions_of
 from calibrated_rewards.reading.completion_tokens import cut, starts
 from calibrated_rewards.reading.decoder import Decoder, Head, Plain, Row, Sharing, group_of
 from calibrated_rewards.reading.fingerprint import model_fingerprint
 from calibrated_rewards.reading.next_token import check_head, logits_of
 from calibrated_rewards.reading.question import filled, one_token
 from calibrated_rewards.reading.text import Text
+from calibrated_rewards.scorers.protocol import finite, name_of, paired
 from calibrated_rewards.scorers.recipe import in_memory
 
 
@@ -58,16 +59,21 @@ class ProcessReward:
             raise ValueError(f"ProcessReward needs {{step}} and {{mark}} in its layout, got layout={self.layout!r}")
         _ = self._mark, self._answers
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """One number for all steps of each pair."""
-        return np.array([reduced(odds, self.reduce) for odds in self.steps(prompts, completions)], np.float32)
+        prompts, completions = paired(prompts, completions)
+        scores = [reduced(odds, self.reduce) for odds in self.steps(prompts, completions)]
+        return finite(np.array(scores, np.float32), prompts, completions, name_of(self))
 
     def steps(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Float32[np.ndarray, " s"]]:
         """The log-odds of each step of each pair; 1 / (1 + exp(-x)) is the probability that it is good."""
+        prompts, completions = paired(prompts, completions)
         with self._lock:  # fast tokenizers do not bear two threads
             rows = self._rows(prompts, completions)
         label = self.label if self.answers is None else 0
-        return [log_odds(numbers, label) for numbers in self._reader(rows, [group_of(prompt) for prompt in prompts])]
+        logits = self._reader(rows, [group_of(prompt) for prompt in prompts])
+        finite(np.array([float(x.sum()) for x in logits], np.float32), prompts, completions, name_of(self))
+        return [log_odds(numbers, label) for numbers in logits]
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""
@@ -94,9 +100,20 @@ class ProcessReward:
         rows = []
         for row, start, (completion, steps) in zip(whole, opened, marked, strict=True):
             at = self._marks(row, start, steps, completion)
-            ids, out = cut(row, self._limit, self.tokenizer)
-            rows.append(Row(ids, [i - out for i in at if i - out > 0]))
+            rows.append(self._cut(row, at, completion))
         return rows
+
+    def _cut(self, row: list[int], at: list[int], completion: Completion) -> Row:
+        """What the model reads of an input, with the marks that are left in it."""
+        ids, out = cut(row, self._limit, self.tokenizer)
+        # Where the input is cut behind its BOS, that stands at 0, and not what stood at `out`.
+        left = [i - out for i in at if i >= out and ids[i - out] == self._mark]
+        if not left:
+            raise ValueError(
+                f"a completion has the mark of a step among the last max_length={self._limit} tokens of its input, got "
+                f"none of {len(at)} in {start_of(completion)}: allow a longer max_length"
+            )
+        return Row(ids, left)
 
     def _marked(self, completion: Completion) -> tuple[Completion, int]:
         """A completion with a mark behind each step, and how many steps it has; of messages, the assistant's."""
@@ -152,28 +169,46 @@ class ProcessReward:
     def _limit(self) -> int:
         return self.text.limit(self.tokenizer, positions_of(self.model))
 
-    @cached_property
+    @property
     def _head(self) -> Head:
-        if self._answers is not None:
-            return logits_of(self.model, self._lock, self._answers)
+        """The head as it is now; it was compared with the model's own forward when first read."""
+        return self._known if self._answers is not None else self._known and self._plain
+
+    @property
+    def _plain(self) -> Plain:
         heads = heads_of(self.model)
         if len(heads) != 1 or self.model.get_output_embeddings() is not None:
             raise TypeError(
                 f"a process reward model has one head over labels, {type(self.model).__name__} has {list(heads)}; of a "
                 'causal LM say the answers it gives to a step, answers=("+", "-")'
             )
-        head = Plain(in_float32(*heads.values()))
+        return Plain(*heads.values())
+
+    @cached_property
+    def _known(self) -> Head:
+        """A causal LM's head; of another model, its first one, which gives what its own forward gives."""
+        if self._answers is not None:
+            return logits_of(self.model, self._lock, self._answers)
+        head = self._plain
         check_head(self.model, head, self._lock)
         return head
 
     @cached_property
+    def _budget(self) -> Budget:
+        return Budget(self.batch_tokens or default_budget(self.model))
+
+    @cached_property
+    def _sharing(self) -> Sharing:
+        return Sharing(self.share_prefixes)
+
+    @property
     def _reader(self) -> Decoder:
         return Decoder(
             self.model,
             body_of(self.model),
             self._head,
-            Budget(self.batch_tokens or default_budget(self.model)),
-            Sharing(self.share_prefixes),
+            self._budget,
+            self._sharing,
             show_progress=self.show_progress,
             lock=self._lock,
         )

@@ -1,12 +1,14 @@
 """What a scorer is, and the one place where its answer is checked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt, start_of
+
+_OTHER = {"prompts": "completion", "completions": "prompt"}
 
 
 @runtime_checkable
@@ -25,24 +27,52 @@ class Fingerprinted(Protocol):
         """What its scores depend on, as JSON: weights, tokenizer, template, precision, truncation."""
 
 
-def score(scorer: Scorer, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
+def score(scorer: Scorer, prompts: Iterable[Prompt], completions: Iterable[Completion]) -> Float32[np.ndarray, " n"]:
     """The scores that any scorer gives, checked: one for each pair, none of them nan or infinite."""
-    if len(prompts) != len(completions):
-        raise ValueError(
-            f"each completion needs its prompt, got {len(prompts)} prompts and {len(completions)} completions"
-        )
-    answer = scorer(prompts, completions) if len(prompts) else []
-    scores = _as_array(answer, scorer)
-    if scores.shape != (len(prompts),):
-        raise ValueError(
-            f"a scorer gives one number a completion, {_name(scorer)} gave shape {scores.shape} for {len(prompts)}"
-        )
+    asked, answered = paired(prompts, completions)
+    return checked(scorer(asked, answered) if asked else [], asked, answered, name_of(scorer))
+
+
+def checked(
+    answer: Any, prompts: Sequence[Prompt], completions: Sequence[Completion], who: str
+) -> Float32[np.ndarray, " n"]:
+    """An answer as scores of its own memory: one finite number for each pair; errors call the answerer `who`."""
+    given = _as_array(answer, who)
+    if given.shape != (len(prompts),):
+        raise ValueError(f"a scorer gives one number a completion, {who} gave shape {given.shape} for {len(prompts)}")
+    # A copy: the scorer may go on to use its array.
+    return finite(given.copy(), prompts, completions, who)
+
+
+def paired(prompts: Iterable[Prompt], completions: Iterable[Completion]) -> tuple[list[Prompt], list[Completion]]:
+    """Prompts and completions as lists of one length; a text in the place of a list is refused, not read by letters.
+
+    >>> paired("Hi", "Hello")
+    Traceback (most recent call last):
+    TypeError: prompts are a list, one for each completion, got the text 'Hi'
+    """
+    for name, given in (("prompts", prompts), ("completions", completions)):
+        if isinstance(given, str):
+            raise TypeError(f"{name} are a list, one for each {_OTHER[name]}, got the text {start_of(given)}")
+    asked, answered = list(prompts), list(completions)
+    if len(asked) != len(answered):
+        raise ValueError(f"each completion needs its prompt, got {len(asked)} prompts and {len(answered)} completions")
+    for i, completion in enumerate(answered):
+        if completion is None or isinstance(completion, bytes | int | float):
+            raise TypeError(f"a completion is a text or a list of messages, completion {i} is {start_of(completion)}")
+    return asked, answered
+
+
+def finite(
+    scores: Float32[np.ndarray, " n"], prompts: Sequence[Prompt], completions: Sequence[Completion], who: str
+) -> Float32[np.ndarray, " n"]:
+    """The scores, if each is a number; else an error that names the first pair whose score is not."""
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         i = int(bad[0])
         raise ValueError(
-            f"a score is a finite number, {_name(scorer)} gave {scores[i]} for completion {start_of(completions[i])} "
-            f"of prompt {start_of(prompts[i])} (and {len(bad) - 1} others of {len(scores)})"
+            f"a score is a finite number, {who} gave {scores[i]} for completion {start_of(completions[i])} of prompt "
+            f"{start_of(prompts[i])} (and {len(bad) - 1} others of {len(scores)}): look for nan among the weights"
         )
     return scores
 
@@ -51,24 +81,18 @@ def fingerprint(scorer: Scorer) -> dict[str, Any]:
     """What a scorer says of itself; for one that says nothing, where its code is."""
     if isinstance(scorer, Fingerprinted):
         return scorer.fingerprint()
-    return {"kind": "callable", "name": _name(scorer)}
+    return {"kind": "callable", "name": name_of(scorer)}
 
 
-def _as_array(answer: Any, scorer: Scorer) -> Float32[np.ndarray, "..."]:
-    try:
-        return np.asarray(_without_tensors(answer), dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{_name(scorer)} gave no list of numbers: {start_of(answer)}") from error
-
-
-def _without_tensors(answer: Any) -> Any:
+def without_tensors(answer: Any) -> Any:
     """Torch's tensors as arrays, without importing torch: numpy knows no gradient, no bfloat16, no other device."""
     if type(answer).__module__.partition(".")[0] == "torch":
         return answer.detach().to("cpu").float().numpy()
-    return [_without_tensors(each) for each in answer] if isinstance(answer, list | tuple) else answer
+    return [without_tensors(each) for each in answer] if isinstance(answer, list | tuple) else answer
 
 
-def _name(scorer: Scorer) -> str:
+def name_of(scorer: object) -> str:
+    """What errors call a scorer: the function's or the class's name."""
     named = scorer if isinstance(scorer, type | FunctionLike) else type(scorer)
     return f"{named.__module__}.{named.__qualname__}"
 
@@ -79,3 +103,14 @@ class FunctionLike(Protocol):
 
     __module__: str
     __qualname__: str
+
+
+def _as_array(answer: Any, who: str) -> Float32[np.ndarray, "..."]:
+    try:
+        numbers = np.asarray(without_tensors(answer))
+        if numbers.dtype.kind not in "biufO":
+            raise TypeError(f"numbers of type {numbers.dtype}")
+        with np.errstate(over="ignore"):  # too large for float32 is infinite, which is refused with its pair
+            return numbers.astype(np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{who} gave no list of numbers: {start_of(answer)}") from error

@@ -1,7 +1,8 @@
 """A language model as a judge that is heard: it writes a rating, and the rating is read from what it wrote."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NoReturn
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reading.batches import Budget, progress
@@ -21,11 +22,13 @@ from calibrated_rewards.reading.body import (
     for_scoring,
     lock_of,
     positions_of,
+    unwrapped,
 )
 from calibrated_rewards.reading.fingerprint import model_fingerprint
 from calibrated_rewards.reading.question import Question
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.judge import HOW_GOOD
+from calibrated_rewards.scorers.protocol import finite, name_of, paired
 from calibrated_rewards.scorers.recipe import in_memory
 
 NUMBER = r"(?<![\w.])(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*\d+(?:\.\d+)?)?"
@@ -63,19 +66,27 @@ class RatedJudge:
             raise ValueError(f"RatedJudge needs a pattern with one group or none, got {groups} in {self.pattern!r}")
         _ = self._question
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """The rating of each pair."""
-        return np.array([self.rating(answer) for answer in self.answers(prompts, completions)], np.float32)
+        prompts, completions = paired(prompts, completions)
+        ratings = [self.rating(answer) for answer in self.answers(prompts, completions)]
+        return finite(np.array(ratings, np.float32), prompts, completions, name_of(self))
 
     def answers(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[str]:
         """What the judge writes about each pair."""
+        prompts, completions = paired(prompts, completions)
         with self._lock:  # fast tokenizers do not bear two threads
             rows = self._question.tokens(prompts, completions, self._limit)
         check_vocabulary(rows, self.model)
         found = [""] * len(rows)
-        with for_scoring(self.model, self._lock), progress(len(rows), self.show_progress) as bar:
-            for batch in self._budget.batches([len(row) + self.max_new_tokens for row in rows]):
-                written = self._budget.run(lambda chosen: self._written([rows[i] for i in chosen]), batch)
+        costs = [len(row) + self.max_new_tokens for row in rows]
+        with (
+            for_scoring(self.model, self._lock),
+            generating(self.model, self._settings),
+            progress(len(rows), self.show_progress) as bar,
+        ):
+            for batch in self._budget.batches(costs):
+                written = self._budget.run(lambda at: self._written([rows[i] for i in at]), batch, costs)
                 for i, ids in zip(batch, written, strict=True):
                     found[i] = self.tokenizer.decode(ids, skip_special_tokens=True)
                 bar.update(len(batch))
@@ -99,31 +110,40 @@ class RatedJudge:
         told = {"pattern": self.pattern, "max_new_tokens": self.max_new_tokens, "unparsed": self.unparsed}
         question = self._question.fingerprint(self._limit)
         model = model_fingerprint(self.model, self.tokenizer)
-        return {"kind": "rated judge", **model, **question, "low": self.low, "high": self.high, **told}
+        scale = {"low": self.low, "high": self.high, "ends": self._ends}
+        return {"kind": "rated judge", **model, **question, **scale, **told}
 
     def __reduce__(self) -> NoReturn:
         in_memory(self)
 
     def _written(self, rows: list[list[int]]) -> list[Tensor]:
         """The tokens that the model writes after each row, up to the end it sets itself."""
-        ids, mask = left_padded(rows, self._settings.pad_token_id, device_of(self.model))
-        written = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=self._settings)
-        ends = torch.tensor(self._settings.eos_token_id or [])
+        ids, mask = left_padded(rows, self._pad, device_of(self.model))
+        watch = LogitsProcessorList([NoNan(self.model)])
+        written = self.model.generate(input_ids=ids, attention_mask=mask, logits_processor=watch)
+        ends = torch.tensor(self.model.generation_config.eos_token_id or [])
         return [until(row, ends) for row in written[:, ids.shape[1] :].cpu()]
 
-    @cached_property
-    def _settings(self) -> GenerationConfig:
-        """Greedy, whatever the checkpoint samples with."""
+    @property
+    def _ends(self) -> list[int] | None:
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
-        pad = self.tokenizer.pad_token_id
+        return [ends] if isinstance(ends, int) else ends
+
+    @property
+    def _pad(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
+    @property
+    def _settings(self) -> GenerationConfig:
+        """Greedy, whatever the checkpoint samples with."""
         return GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,
-            eos_token_id=[ends] if isinstance(ends, int) else ends,
-            pad_token_id=0 if pad is None else pad,
+            eos_token_id=self._ends,
+            pad_token_id=self._pad,
         )
 
     @cached_property
@@ -148,6 +168,38 @@ class RatedJudge:
                 f"{limit + self.max_new_tokens} tokens that the model reads"
             )
         return limit
+
+
+@contextmanager
+def generating(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """These settings are the model's own while it runs: what a call leaves open would be taken from the checkpoint's.
+
+    That may forbid repetitions or suppress tokens. PEFT's wrapper hands on the settings of the model in it.
+    """
+    outer = unwrapped(model)
+    inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
+    owners = [owner for owner in {outer, inner} if "generation_config" in vars(owner)]
+    before = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = settings
+        yield
+    finally:
+        for owner, own in zip(owners, before, strict=True):
+            owner.generation_config = own
+
+
+class NoNan(LogitsProcessor):
+    """Stops a model that computes nan: the largest of such logits is any token, and what it writes is noise."""
+
+    def __init__(self, model: object) -> None:
+        self.name = type(model).__name__
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The logits as they are."""
+        if scores.isnan().any():
+            raise ValueError(f"{self.name} gives nan for its next token: look for nan among its weights")
+        return scores
 
 
 def left_padded(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.scorers.protocol import Scorer, fingerprint
+from calibrated_rewards.scorers.protocol import Scorer, fingerprint, finite, name_of, paired
 
 # One at a time: two threads that ask first would otherwise load the weights twice.
 LOADING = threading.RLock()
@@ -34,9 +34,10 @@ class Loaded:
 
     recipe: Recipe
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
-        """The score of each pair."""
-        return self.scorer(prompts, completions)  # type: ignore[no-any-return]
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
+        """The score of each pair, each a finite number."""
+        asked, answered = paired(prompts, completions)
+        return finite(self.scorer(asked, answered), asked, answered, name_of(self.scorer))
 
     @property
     def scorer(self) -> Scorer:
@@ -55,6 +56,10 @@ class Loaded:
         labels, limit = says.get("labels"), says.get("text", {}).get("max_length")
         details = [f"{labels}"] * (labels is not None) + [f"max_length={limit}"] * (limit is not None)
         return f"Loaded({', '.join([repr(self.recipe.name), type(self.scorer).__name__, *details])})"
+
+    def __hash__(self) -> int:
+        """By name: a recipe may hold options that have no hash."""
+        return hash(self.recipe.name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"recipe": self.recipe}

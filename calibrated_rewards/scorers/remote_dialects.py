@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.plain import plain
-from calibrated_rewards.scorers.remote_text import check_plain, text_fingerprint
+from calibrated_rewards.scorers.remote_text import check_plain, numbers, text_fingerprint
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,11 @@ class OpenRlhf:
 
     def scores(self, answer: Any, count: int) -> Sequence[float]:
         """The rewards, each a number or a list of one."""
-        return [float(x) for x in np.asarray(answer["rewards"], np.float64).ravel()]
+        return numbers(answer["rewards"])
+
+    def doubt(self, answer: Any) -> str:
+        """None."""
+        return ""
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on, but for what the server is."""
@@ -83,7 +85,11 @@ class Native:
 
     def scores(self, answer: Any, count: int) -> Sequence[float]:
         """The raw scores."""
-        return [float(x) for x in answer["raw"]]
+        return numbers(answer["raw"])
+
+    def doubt(self, answer: Any) -> str:
+        """None."""
+        return ""
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on, but for what the server is."""

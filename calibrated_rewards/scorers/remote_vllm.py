@@ -13,10 +13,7 @@ from calibrated_rewards.reading.labels import Labels
 from calibrated_rewards.reading.labels_of import labels_of
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.plain import plain
-from calibrated_rewards.scorers.remote_text import check_plain, text_fingerprint
-
-# Rows of an answer that must all look like probabilities before they are taken for that.
-ENOUGH = 4
+from calibrated_rewards.scorers.remote_text import check_plain, numbers, text_fingerprint
 
 
 @dataclass(frozen=True)
@@ -69,16 +66,17 @@ class Vllm:
 
     def scores(self, answer: Any, count: int) -> Sequence[float]:
         """From each row's probs (/classify) or data (/pooling)."""
-        rows = [row["probs"] if "probs" in row else row["data"] for row in by_index(answer["data"], count)]
-        numbers = [np.atleast_2d(np.asarray(row, np.float64)) for row in rows]
-        if self.probabilities:
-            numbers = [log_odds(row) for row in numbers]
-        elif len(numbers) >= ENOUGH and all(map(_sums_to_one, numbers)):
-            raise ValueError(
-                "these are probabilities, logits were asked for: a server that does not know use_activation needs "
-                "Vllm(probabilities=True)"
-            )
-        return [self._score(row.astype(np.float32)) for row in numbers]
+        rows = _rows(answer, count)
+        return [self._score((log_odds(row) if self.probabilities else row).astype(np.float32)) for row in rows]
+
+    def doubt(self, answer: Any) -> str:
+        """Several labels that always sum to one are no logits."""
+        if self.probabilities or not all(map(_sums_to_one, _rows(answer, len(answer["data"])))):
+            return ""
+        return (
+            "these are probabilities, logits were asked for: a server that does not know use_activation needs "
+            "Vllm(probabilities=True)"
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on, but for what the server is."""
@@ -126,12 +124,25 @@ class VllmScore:
 
     def scores(self, answer: Any, count: int) -> Sequence[float]:
         """The scores as they come, or their log-odds."""
-        scores = np.array([[row["score"]] for row in by_index(answer["data"], count)], np.float64)
+        scores = np.array([numbers([row["score"]]) for row in by_index(answer["data"], count)], np.float64)
         return [float(x) for x in (log_odds(scores) if self.probabilities else scores)[:, 0]]
+
+    def doubt(self, answer: Any) -> str:
+        """None: one number has no such sign."""
+        return ""
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on, but for what the server is."""
         return {"dialect": "vllm score", **asdict(self), "options": dict(self.options)}
+
+
+def _rows(answer: Any, count: int) -> list[Float64[np.ndarray, "n L"]]:
+    """The numbers of each input: one row of them, or one for each token or step."""
+    found = [np.asarray(row["probs"] if "probs" in row else row["data"]) for row in by_index(answer["data"], count)]
+    for row in found:
+        if row.dtype.kind not in "iuf" or not 1 <= row.ndim <= 2 or not row.size:
+            raise ValueError(f"an input has one or more rows of numbers, got {start_of(row.tolist())}")
+    return [np.atleast_2d(row.astype(np.float64)) for row in found]
 
 
 def by_index(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:

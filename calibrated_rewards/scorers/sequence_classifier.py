@@ -16,17 +16,18 @@ from calibrated_rewards.reading.body import (
     body_of,
     default_budget,
     heads_of,
-    in_float32,
     lock_of,
     positions_of,
+    unwrapped,
     vocabulary,
 )
 from calibrated_rewards.reading.decoder import Decoder, Plain, Row, Sharing, group_of
 from calibrated_rewards.reading.fingerprint import model_fingerprint
 from calibrated_rewards.reading.labels import Labels
 from calibrated_rewards.reading.labels_of import labels_of
-from calibrated_rewards.reading.own_forward import OwnForward
+from calibrated_rewards.reading.own_forward import OwnForward, Padding
 from calibrated_rewards.reading.text import Text
+from calibrated_rewards.scorers.protocol import finite, name_of, paired
 from calibrated_rewards.scorers.recipe import in_memory
 
 if TYPE_CHECKING:
@@ -60,20 +61,22 @@ class SequenceClassifier:
         if self.pool not in ("model", "last"):
             raise ValueError(f"SequenceClassifier needs pool to be 'model' or 'last', got pool={self.pool!r}")
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """The score of each pair."""
-        if not len(prompts):
+        prompts, completions = paired(prompts, completions)
+        if not prompts:
             return np.empty(0, np.float32)
-        return self._labels(self.logits(prompts, completions))
+        return finite(self._labels(self.logits(prompts, completions)), prompts, completions, name_of(self))
 
     def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, "n L"]:
         """The numbers of all labels."""
         with self._lock:  # fast tokenizers do not bear two threads
             ids = self.text.encode(self.tokenizer, prompts, completions, self._limit)
-        if isinstance(self._reader, OwnForward):
-            return self._reader(ids).numpy()
+        reader = self._reader
+        if isinstance(reader, OwnForward):
+            return reader(ids).numpy()
         rows = [Row(row, [self._pooled(row)]) for row in ids]
-        return torch.cat(self._reader(rows, [group_of(prompt) for prompt in prompts])).numpy()
+        return torch.cat(reader(rows, [group_of(prompt) for prompt in prompts])).numpy()
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""
@@ -92,60 +95,74 @@ class SequenceClassifier:
     def _lock(self) -> Any:
         return lock_of(self.model)
 
-    @cached_property
+    @property
     def _pad(self) -> int | None:
         """The model's padding id; None if it has none, or one (such as -1) that no input can hold."""
-        pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
-        return pad if pad is not None and 0 <= pad < vocabulary(self.model) else None
+        pad = getattr(self._model.config.get_text_config(), "pad_token_id", None)
+        return pad if pad is not None and 0 <= pad < vocabulary(self._model) else None
 
     @cached_property
     def _limit(self) -> int:
-        return self.text.limit(self.tokenizer, positions_of(self.model))
+        return self.text.limit(self.tokenizer, positions_of(self._model))
 
     @cached_property
     def _labels(self) -> Labels:
-        return self.labels if self.labels is not None else labels_of(self.model.config.id2label)
+        return self.labels if self.labels is not None else labels_of(self._model.config.id2label)
 
-    @cached_property
+    @property
     def _reader(self) -> Decoder | OwnForward:
-        budget = Budget(self.batch_tokens or default_budget(self.model))
-        decoder, own = self._decoder(budget), self._own_forward(budget)
-        if decoder is not None and self._reads_as_forward(decoder, own):
+        """Made anew for each call, of the parts that the model has now; what was found out about it is kept."""
+        decoder = self._decoder
+        if decoder is not None and self._decodes:
             return decoder
         if self.pool == "last":
             raise ValueError(f"pool='last' needs a decoder with one head, got {type(self.model).__name__}")
-        return own
+        return self._own_forward
 
-    def _own_forward(self, budget: Budget) -> OwnForward:
-        config = self.model.config
+    @cached_property
+    def _decodes(self) -> bool:
+        decoder = self._decoder
+        if decoder is None or self._reads_as_forward(decoder, self._own_forward):
+            return decoder is not None
+        logger.info("%s is read through its own forward: no shared prefixes", type(self.model).__name__)
+        return False
+
+    @cached_property
+    def _kept(self) -> tuple[Budget, Sharing, Padding]:
+        return Budget(self.batch_tokens or default_budget(self._model)), Sharing(self.share_prefixes), Padding()
+
+    @property
+    def _model(self) -> Any:
+        return unwrapped(self.model)
+
+    @property
+    def _own_forward(self) -> OwnForward:
+        config = self._model.config
+        budget, _, padding = self._kept
         return OwnForward(
-            self.model,
+            self._model,
             pad_id=self._pad or 0,
             budget=budget,
             separate=config.get_text_config().eos_token_id if config.is_encoder_decoder else None,
             one_by_one=self._pad is None,
+            padding=padding,
             show_progress=self.show_progress,
             lock=self._lock,
         )
 
-    def _decoder(self, budget: Budget) -> Decoder | None:
+    @property
+    def _decoder(self) -> Decoder | None:
         """A decoder with one head on its last hidden states; None for all else."""
-        heads = list(heads_of(self.model).values())
-        if len(heads) != 1 or self.model.config.is_encoder_decoder or body_of(self.model) is self.model:
+        model, heads = self._model, list(heads_of(self._model).values())
+        if len(heads) != 1 or model.config.is_encoder_decoder or body_of(model) is model:
             return None
-        return Decoder(
-            self.model,
-            body_of(self.model),
-            Plain(in_float32(heads[0])),
-            budget,
-            Sharing(self.share_prefixes),
-            show_progress=self.show_progress,
-            lock=self._lock,
-        )
+        budget, sharing, _ = self._kept
+        options = {"show_progress": self.show_progress, "lock": self._lock}
+        return Decoder(model, body_of(model), Plain(heads[0]), budget, sharing, **options)
 
     def _reads_as_forward(self, decoder: Decoder, forward: OwnForward) -> bool:
         """Whether body, position and head give what the model's own forward gives; if not, that is what is run."""
-        few = min(32, vocabulary(self.model))
+        few = min(32, vocabulary(self._model))
         last = 2 % few if self._pad is None else self._pad
         probes = [[i % few for i in range(3, 12)], [5 % few, 7 % few, 6 % few, last]]
         for ids in probes:
@@ -154,8 +171,9 @@ class SequenceClassifier:
                 read = decoder([Row(ids, [self._pool_of_model(ids)])], [0])[0]
             except (AttributeError, TypeError, IndexError, RuntimeError, ValueError):
                 return False
-            near = 1e-5 if self.model.dtype == torch.float32 else 0.05
-            if own.shape != read.shape or float((own - read).abs().max()) > near * max(1.0, float(own.abs().max())):
+            near = 1e-5 if self._model.dtype == torch.float32 else 0.05
+            agree = own.shape == read.shape and not own.isnan().all()
+            if not agree or not float((own - read).abs().max()) <= near * max(1.0, float(own.abs().max())):
                 return False
         return True
 

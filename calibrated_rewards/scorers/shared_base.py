@@ -12,12 +12,14 @@ from jaxtyping import Float32
 from torch import nn
 
 from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.reading.adapters import adapter_layers, settings_digest, weights_with
 from calibrated_rewards.reading.batches import Budget
 from calibrated_rewards.reading.body import body_of, default_budget, dtype_of, lock_of, positions_of
 from calibrated_rewards.reading.decoder import Decoder, Plain, Row, Sharing, group_of
-from calibrated_rewards.reading.fingerprint import tokenizer_digest, weights_digest
+from calibrated_rewards.reading.fingerprint import config_digest, tokenizer_digest, weights_digest
 from calibrated_rewards.reading.labels import Difference, Label, Labels
 from calibrated_rewards.reading.text import Text
+from calibrated_rewards.scorers.protocol import finite, name_of, paired
 from calibrated_rewards.scorers.recipe import in_memory
 from calibrated_rewards.scorers.value_head import beside
 
@@ -62,18 +64,20 @@ class SharedBase:
                 f"SharedBase needs an adapter in the layers (LoRA, ...), {self.adapter!r} is a learned prompt"
             )
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """The score of each pair."""
-        if not len(prompts):
+        prompts, completions = paired(prompts, completions)
+        if not prompts:
             return np.empty(0, np.float32)
         numbers = self.logits(prompts, completions)
         if self.labels is None and numbers.shape[1] > 2:
             raise ValueError(f"the head has {numbers.shape[1]} labels: say how they make one score, with labels=")
         default = Label(0) if numbers.shape[1] == 1 else Difference(good=1, bad=0)
-        return (self.labels or default)(numbers)
+        return finite((self.labels or default)(numbers), prompts, completions, name_of(self))
 
     def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, "n L"]:
         """The numbers of all labels."""
+        prompts, completions = paired(prompts, completions)
         with self._lock:
             ids = self.text.encode(self.tokenizer, prompts, completions, self._limit)
             rows = [Row(row, [len(row) - 1]) for row in ids]
@@ -82,13 +86,13 @@ class SharedBase:
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on; not what the policy's other adapters learn."""
-        others = tuple(f".{name}." for name in self.policy.peft_config if name != self.adapter)
-        weights = {k: v for k, v in self.policy.state_dict().items() if not any(name in k for name in others)}
         return {
             "kind": "shared base",
             "model": type(self.policy.get_base_model()).__name__,
-            "weights": weights_digest(weights),
-            "head": weights_digest(self.head.state_dict()),
+            "weights": weights_digest(weights_with(self.policy, {self.adapter})),
+            "adapter": settings_digest(self.policy.peft_config[self.adapter].to_dict()),
+            "config": config_digest(self.policy.config),
+            "head": {"weights": weights_digest(self.head.state_dict()), "layers": repr(self.head)},
             "dtype": str(dtype_of(self.policy)).removeprefix("torch."),
             "tokenizer": tokenizer_digest(self.tokenizer),
             "labels": repr(self.labels),
@@ -130,7 +134,7 @@ class SharedBase:
 @contextmanager
 def active(model: nn.Module, adapter: str) -> Iterator[None]:
     """One adapter alone is active while it runs, and enabled even within `disable_adapter()`; then all is as before."""
-    layers = _adapter_layers(model)
+    layers = list(adapter_layers(model).values())
     merged = sorted({name for layer in layers for name in getattr(layer, "merged_adapters", ())})
     if merged:
         raise ValueError(
@@ -146,10 +150,3 @@ def active(model: nn.Module, adapter: str) -> Iterator[None]:
     finally:
         for layer, names, disabled in before:
             layer._active_adapter, layer._disable_adapters = names, disabled
-
-
-def _adapter_layers(model: nn.Module) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]

@@ -14,11 +14,12 @@ from torch import nn
 
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import body_of, default_budget, in_float32, lock_of, positions_of
+from calibrated_rewards.reading.body import body_of, default_budget, lock_of, positions_of
 from calibrated_rewards.reading.decoder import Decoder, Plain, Row, Sharing, group_of
 from calibrated_rewards.reading.fingerprint import model_fingerprint, weights_digest
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.checkpoint import Checkpoint
+from calibrated_rewards.scorers.protocol import finite, name_of, paired
 from calibrated_rewards.scorers.recipe import in_memory
 
 if TYPE_CHECKING:
@@ -51,16 +52,19 @@ class ValueHead:
     def __post_init__(self) -> None:
         if not self.std > 0:
             raise ValueError(f"ValueHead needs std > 0, got std={self.std}")
+        no_learned_prompt(self.model)
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """The score of each pair."""
-        if not len(prompts):
+        prompts, completions = paired(prompts, completions)
+        if not prompts:
             return np.empty(0, np.float32)
         with self._lock:
             ids = self.text.encode(self.tokenizer, prompts, completions, self._limit)
         rows = [Row(row, [len(row) - 1]) for row in ids]
         values = torch.cat(self._decoder(rows, [group_of(prompt) for prompt in prompts]))
-        return ((only(values) - self.mean) / self.std).numpy()
+        scores = ((only(values) - self.mean) / self.std).numpy()
+        return finite(scores, prompts, completions, name_of(self))
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""
@@ -84,14 +88,22 @@ class ValueHead:
         return self.text.limit(self.tokenizer, positions_of(self.model))
 
     @cached_property
+    def _budget(self) -> Budget:
+        return Budget(self.batch_tokens or default_budget(self.model))
+
+    @cached_property
+    def _sharing(self) -> Sharing:
+        return Sharing(self.share_prefixes)
+
+    @property
     def _decoder(self) -> Decoder:
         body = body_of(self.model)
         return Decoder(
             self.model,
             body,
             Plain(beside(body, self.head)),
-            Budget(self.batch_tokens or default_budget(self.model)),
-            Sharing(self.share_prefixes),
+            self._budget,
+            self._sharing,
             show_progress=self.show_progress,
             lock=self._lock,
         )
@@ -105,10 +117,16 @@ def only(values: torch.Tensor) -> torch.Tensor:
 
 
 def beside(body: nn.Module, head: nn.Module) -> nn.Module:
-    """The head in float32, on the device of the body's last layer, whose states it reads."""
+    """The head, or a copy of it, on the device of the body's last layer, whose states it reads."""
     last = [p.device for p in body.parameters() if p.device.type != "meta"][-1]
-    apart = in_float32(head)
-    return apart if next(apart.parameters()).device == last else copy.deepcopy(apart).to(last)
+    return head if next(head.parameters()).device == last else copy.deepcopy(head).to(last)
+
+
+def no_learned_prompt(model: Any) -> None:
+    """Refuse a PEFT model whose active adapter is a learned prompt, which stands before the body, not in it."""
+    for name in model.active_adapters if hasattr(model, "get_base_model") else ():
+        if model.peft_config[name].is_prompt_learning:
+            raise ValueError(f"ValueHead needs an adapter in the layers (LoRA, ...), {name!r} is a learned prompt")
 
 
 def head_from(checkpoint: Checkpoint, name: str | None = None) -> nn.Module:
