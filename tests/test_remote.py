@@ -557,21 +557,20 @@ def test_probabilities_are_noticed() -> None:
 @pytest.mark.parametrize("prompts", [["p"] * 8, [CHAT] * 8], ids=["text", "chats"])
 def test_probabilities_are_noticed_in_small_requests(prompts) -> None:
     """One input a request, as chats are sent: it is the call that is judged, and one row of logits acquits it."""
-    rows = [[0.25, 0.75]] * 8
+    completions = [f"c{i}" for i in range(8)]
+    logits = {"c0": [2.0, -1.0]}  # by what is asked, not by how often: a busy machine makes second tries
 
     def answer(body):
-        return {"data": [{"index": 0, "probs": rows[len(seen.append(body) or seen) - 1]}]}
+        return {"data": [{"index": 0, "probs": next((p for c, p in odd.items() if c in str(body)), [0.25, 0.75])}]}
 
-    for odd in (False, True):
-        seen = []
-        rows[0] = [2.0, -1.0] if odd else [0.5, 0.5]
+    for odd in ({}, logits):
         with serving(answer) as server:
             remote = Remote(server.url, Vllm("rm"), batch_size=1, concurrency=1, **QUICK)
             if odd:
-                assert len(remote(prompts, ["c"] * 8)) == 8
+                assert len(remote(prompts, completions)) == 8
             else:
                 with pytest.raises(ValueError, match="probabilities=True"):
-                    remote(prompts, ["c"] * 8)
+                    remote(prompts, completions)
 
 
 def test_log_odds() -> None:
