@@ -106,7 +106,7 @@ def test_any_transform_gives_a_vector_that_affine_maps_pass_through(transform, K
     assert (np.diff(vector) >= 0).all()
     assert values(shifted, K, estimator) == pytest.approx(3 * vector - 2, rel=1e-9)
     hidden = np.abs(values(Opaque(shifted), K, estimator) - (3 * vector - 2)).max()
-    assert estimator == "unbiased" or hidden <= 1e-9 * (1 + np.abs(vector).max())
+    assert estimator == "unbiased" or hidden <= 3e-8 * (1 + np.abs(vector).max())
 
 
 @pytest.mark.parametrize("K", [1, 4, 100])
