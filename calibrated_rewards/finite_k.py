@@ -28,7 +28,7 @@ import numpy.typing as npt
 from jaxtyping import Float
 from scipy.special import digamma, gammaln, log_expit, logit, logsumexp, xlog1py, xlogy
 
-from calibrated_rewards.quadrature import MOST_PANELS, ORDER, TO_COEFFICIENTS, WINDOW, Grid
+from calibrated_rewards.quadrature import MOST_PANELS, ORDER, WINDOW, Grid
 from calibrated_rewards.transforms import Affine, Chain, Exponential, Identity, Log, Power, Transform, knots
 
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -223,11 +223,12 @@ def inside(transform: Transform, grid: Grid) -> Array:
 def panels(transform: Transform, K: int = 1, edges: npt.ArrayLike = ()) -> Grid:
     """Panels that resolve Phi, to 1e-12 of its largest value on each, and the likelihood of C given any index of K."""
     turns = np.linspace(0, np.pi / 2, ceil(sqrt(K)) + 1)[1:-1]  # 3.1 standard deviations of arcsin sqrt(C) each
-    grid = Grid(np.unique(np.concatenate([WINDOW, edges, logit(knots(transform)), 2 * np.log(np.tan(turns))])))
+    kinks = np.asarray(logit(knots(transform)), np.float64)
+    grid = Grid(np.unique(np.concatenate([WINDOW, edges, kinks, 2 * np.log(np.tan(turns))])))
     most = len(grid.widths) + MOST_PANELS
     while True:
-        rows = inside(transform, grid).reshape(-1, ORDER)
-        missed = np.abs(rows @ TO_COEFFICIENTS[-3:].T).max(axis=1) / np.maximum(np.abs(rows).max(axis=1), 1e-300)
+        phi = inside(transform, grid)
+        missed = grid.missed(phi, kinks) / np.maximum(np.abs(phi.reshape(-1, ORDER)).max(axis=1), 1e-300)
         # Far out in the logit a float u < 1 is noisy, and what is noise there is of no weight.
         inner = np.abs(grid.edges[1:] + grid.edges[:-1]) / 2 - grid.widths / 2
         coarse = (missed > 1e-12) & (missed * np.exp(-inner) > 1e-15) & (grid.widths > 1e-9 * np.maximum(1.0, inner))

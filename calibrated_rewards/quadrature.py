@@ -79,19 +79,23 @@ class Grid:
         return np.asarray((values.reshape(-1, ORDER) @ DIFFERENTIATE.T * (2 / self.widths)[:, None]).ravel())
 
     def unresolved(self, density: Array, tolerance: float, breaks: Array | None = None) -> npt.NDArray[np.bool_]:
-        """Which panels miss more than `tolerance` of a density in s.
+        """Which panels miss more than `tolerance` of a density in s."""
+        return np.asarray(self.missed(density, breaks) * self.widths > tolerance * (self.weights @ density))
+
+    def missed(self, values: Array, breaks: Array | None = None) -> Array:
+        """How much each panel's polynomial misses of a function of s, about.
 
         Judged by its last Legendre coefficients, and by whether neighbours agree at their common edge: a jump between
         an edge and the next node is seen by no coefficient. At `breaks`, logits where it jumps, they need not.
         """
-        coefficients = density.reshape(-1, ORDER) @ TO_COEFFICIENTS.T
+        coefficients = values.reshape(-1, ORDER) @ TO_COEFFICIENTS.T
         missed = np.abs(coefficients[:, -3:]).max(axis=1)
         gap = np.abs(coefficients[1:] @ SIGNS - coefficients[:-1].sum(axis=1)) / EDGE_NOISE
         if breaks is not None:
             gap[np.isin(self.edges[1:-1], breaks)] = 0.0
         missed[1:] = np.maximum(missed[1:], gap)
         missed[:-1] = np.maximum(missed[:-1], gap)
-        return np.asarray(missed * self.widths > tolerance * (self.weights @ density))
+        return np.asarray(missed)
 
     def split(self, panels: npt.NDArray[np.bool_]) -> "Grid":
         """Bisect the given panels."""

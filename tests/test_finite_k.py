@@ -9,7 +9,7 @@ from math import comb, factorial
 import mpmath
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.polynomial import legendre
 from scipy import stats
@@ -98,15 +98,16 @@ def test_every_vector_is_finite_and_rises(transform, estimator):
 
 @settings(max_examples=50, deadline=None)
 @given(transforms, st.integers(1, 20), st.sampled_from(ESTIMATORS))
+@example(Tabulated([0.0, 0.25, 0.5, 0.75, 1.0], [0.0, 1.0, 2.0, 4.0, 5.0]), 5, "randomised")
 def test_any_transform_gives_a_vector_that_affine_maps_pass_through(transform, K, estimator):
-    """Finite, rising, and linear: values(3 Phi - 2) = 3 values(Phi) - 2, whether or not the Affine is in sight."""
+    """Finite, rising, and linear, whether or not the Affine is in sight; the example has a kink behind a last node."""
     vector = values(transform, K, estimator)
     shifted = Chain(transform, Affine(3.0, -2.0))
     assert np.isfinite(vector).all()
     assert (np.diff(vector) >= 0).all()
     assert values(shifted, K, estimator) == pytest.approx(3 * vector - 2, rel=1e-9)
     hidden = np.abs(values(Opaque(shifted), K, estimator) - (3 * vector - 2)).max()
-    assert estimator == "unbiased" or hidden <= 3e-8 * (1 + np.abs(vector).max())
+    assert estimator == "unbiased" or hidden <= 1e-9 * (1 + np.abs(vector).max())
 
 
 @pytest.mark.parametrize("K", [1, 4, 100])
