@@ -14,6 +14,8 @@ from typing import Protocol, cast
 from calibrated_rewards import __version__
 
 COMMANDS = {
+    "calibrate": "draw rollouts of the reference policy for each prompt, score them, and make the table of references",
+    "inspect": "show what a table holds: fingerprints, K, ties, saturation, error band, spread, suspicious prompts",
     "check-scorer": "check that a reward model scores alike on every path, cuts nothing silently, prefers good answers",
 }
 
@@ -21,9 +23,15 @@ COMMANDS = {
 EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "accelerate", "peft", "jinja2", "safetensors", "tokenizers"), "hf"),
     "httpx": "http",
+    "pyarrow": "calibrate",
+    "datasets": "trl",
+    "ray": "ray",
+    "vllm": "vllm",
 }
 # How the library's words for its arguments are said here.
 WORDS = {
+    r"\bscores=(?=,)": "--scores COLUMN",
+    r"\bprompts=$": "--prompts",
     r"\bText\(template=\.\.\.\)": "--chat-template FILE",
     r"\bkind=(\"?)([\w-]+)\1": r"--kind \2",
     r"\bload_scorer needs kind=": "load_scorer needs --kind",

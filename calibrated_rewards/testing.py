@@ -31,6 +31,7 @@ from calibrated_rewards.checks.conformance import titled
 from calibrated_rewards.procedures import Procedure
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, prompt_key
 from calibrated_rewards.quadrature import Law, reference_law, resolve
+from calibrated_rewards.samplers.protocol import Rollout, Seeds
 from calibrated_rewards.transforms import PreciseTransform, Transform
 
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -194,6 +195,32 @@ class NumberScorer:
     def fingerprint(self) -> dict[str, Any]:
         """Its default."""
         return {"kind": "number", "default": self.default}
+
+
+@dataclass(frozen=True)
+class NumberSampler:
+    """A sampler without a model: each completion is a draw of a normal distribution, in words of a few digits.
+
+    Prompts have means of their own, `spread` apart; `NumberScorer` reads the number. Equal seeds, equal completions.
+
+    >>> NumberSampler()(["Hi"], [[1]])
+    [[Rollout(completion='-0.3758', tokens=1, finish='stop', logprob=None)]]
+    """
+
+    spread: float = 1.0
+
+    def __call__(self, prompts: Sequence[Prompt], seeds: Seeds, /) -> list[list[Rollout]]:
+        """One number for each seed."""
+        return [[self._rollout(prompt, seed) for seed in own] for prompt, own in zip(prompts, seeds, strict=True)]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """How far prompts are apart."""
+        return {"kind": "number", "spread": self.spread}
+
+    def _rollout(self, prompt: Prompt, seed: int) -> Rollout:
+        mean = self.spread * float(HashScorer()([prompt], [""])[0])
+        drawn = float(HashScorer(seed)([prompt], ["drawn"])[0])
+        return Rollout(f"{mean + drawn:.4f}", tokens=1, finish="stop")
 
 
 _NUMBER = re.compile(r"(?:(?<!\d)[-+])?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")

@@ -66,26 +66,12 @@ scorers.ensemble  -> prompts, scorers.protocol
 scorers.checkpoint ->
 scorers.inspection -> scorers.checkpoint
 scorers.pretrained -> reading.body, scorers.checkpoint
-scorers.sequence_classifier -> prompts, reading.*, scorers.protocol, scorers.recipe
-scorers.cross_encoder -> prompts, reading.*, scorers.protocol, scorers.recipe
-scorers.multi_attribute -> prompts, reading.*, scorers.protocol, scorers.recipe
-scorers.value_head -> prompts, reading.*, scorers.protocol, scorers.checkpoint, scorers.recipe
-scorers.shared_base -> prompts, reading.*, scorers.protocol, scorers.value_head, scorers.recipe
-scorers.process   -> prompts, reading.*, scorers.protocol, scorers.recipe
-scorers.implicit  -> prompts, reading.*, scorers.protocol, scorers.recipe
-scorers.judge     -> prompts, reading.*, scorers.protocol, scorers.recipe
-scorers.rated_judge -> prompts, reading.*, scorers.protocol, scorers.judge, scorers.recipe
 scorers.pairwise  -> prompts, table, scorers.plain, scorers.protocol
-scorers.pair_models -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.remote_address -> prompts
 scorers.remote_retry ->
-scorers.remote    -> prompts, reading.batches, scorers.protocol, scorers.remote_*
 scorers.remote_text -> prompts, reading.fingerprint, reading.text
 scorers.remote_vllm -> prompts, reading.*, scorers.plain, scorers.remote_text
 scorers.remote_dialects -> prompts, reading.text, scorers.plain, scorers.remote_text
-scorers.kinds     -> reading.*, scorers.*
-scorers.loading   -> reading.*, scorers.*
-scorers           -> scorers.protocol, scorers.loading
 checks            ->
 checks.probes     -> prompts
 checks.subject    -> prompts, scorers.protocol, checks.probes
@@ -93,13 +79,90 @@ checks.same_score -> scorers.protocol, checks.probes, checks.subject
 checks.whole_input -> checks.probes, checks.subject
 checks.edge_inputs -> prompts, checks.probes, checks.subject
 checks.conformance -> prompts, scorers.protocol, checks.*
-testing           -> prompts, procedures, quadrature, transforms, checks.conformance
 commands          ->
+cli               ->
+__main__          -> cli
+adaptive          -> bands, transforms
+amortised.curve   ->
+amortised.features -> prompts, scorers.protocol
+amortised.ridge   ->
+amortised.sample  -> table
+amortised.judgement  -> amortised.sample
+amortised.network -> amortised.curve, amortised.sample
+amortised.conditional -> amortised.*
+amortised.prediction -> prompts, table, amortised.*, scorers.protocol
+amortised.fit     -> prompts, table, amortised.*, scorers.protocol
+amortised         -> amortised.*
+commands.transform -> transforms
+distil            -> prompts, table, reading.messages
+health            ->
+health.row_statistics -> table
+health.sections   -> bands, table, health.row_statistics
+health.suspicious_rows -> table, health.row_statistics
+health.table      -> table, health.row_statistics, health.sections, health.suspicious_rows
+reading.access    -> reading.*
+scorers.sequence_classifier -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.cross_encoder -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.multi_attribute -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.value_head -> prompts, reading.*, scorers.checkpoint, scorers.protocol, scorers.recipe
+scorers.shared_base -> prompts, reading.*, scorers.protocol, scorers.recipe, scorers.value_head
+scorers.process   -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.implicit  -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.judge     -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.rated_judge -> prompts, reading.*, scorers.protocol, scorers.judge, scorers.recipe
+scorers.pair_models -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.kinds     -> reading.*, scorers.*
+scorers.loading   -> reading.*, scorers.*
+scorers           -> scorers.protocol, scorers.loading
+amortised.prompt_features -> prompts, reading.*, scorers.cross_encoder, scorers.protocol, scorers.recipe
+rollouts          ->
+rollouts.claims   ->
+rollouts.cluster  ->
+rollouts.progress ->
+rollouts.rows     -> prompts
+rollouts.sources  -> prompts, rollouts.rows
+samplers          ->
+samplers.cache    ->
+samplers.decoding ->
+samplers.drawing  -> samplers.decoding
+samplers.logprob  -> samplers.decoding
+samplers.protocol -> prompts, scorers.protocol
+testing           -> procedures, prompts, quadrature, transforms, checks.conformance, samplers.protocol
+rollouts.imported -> prompts, rollouts.rows, rollouts.sources, samplers.protocol
+rollouts.shard    -> prompts, samplers.protocol
+rollouts.shard_files -> prompts, reading.messages, rollouts.shard, samplers.protocol
+health.rollouts   -> prompts, health.sections, rollouts.shard_files
+commands.inspect  -> table, health.rollouts, health.table
+rollouts.directory -> rollouts.claims, rollouts.shard, rollouts.shard_files
+rollouts.planning -> prompts, rollouts.*, samplers.protocol
+rollouts.adoption -> prompts, rollouts.*
+rollouts.tabulation -> prompts, table, rollouts.directory, rollouts.shard, rollouts.shard_files
+rollouts.work     -> rollouts.shard, samplers.protocol, scorers.protocol
+on_the_spot       -> prompts, table, rollouts.shard, rollouts.work, samplers.protocol, scorers.protocol
+rollouts.forecast -> prompts, rollouts.*
+rollouts.run      -> adaptive, table, rollouts.*, scorers.protocol
+calibrate         -> adaptive, table, rollouts.*, samplers.protocol, scorers.protocol
+samplers.endings  -> samplers.decoding, samplers.protocol
+samplers.openai_answer -> prompts, samplers.decoding, samplers.protocol
+samplers.policy   -> prompts, reading.body, reading.fingerprint, reading.text, samplers.decoding, samplers.endings
+samplers.continuous -> prompts, reading.body, reading.text, samplers.*
+samplers.ray      ->
+samplers.rows     -> reading.body, samplers.cache
+samplers.agreement -> reading.body, samplers.rows
+samplers.vllm_engine -> scorers.recipe
+samplers.vllm     -> prompts, reading.batches, reading.fingerprint, reading.text, samplers.*, scorers.checkpoint, scorers.inspection, scorers.pretrained
+samplers.writing  -> samplers.drawing, samplers.endings, samplers.rows
+samplers.hf       -> prompts, reading.batches, reading.body, reading.text, samplers.*
+samplers.loading  -> prompts, reading.text, samplers.*, scorers.*
+scorers.remote_crew ->
+scorers.remote_post -> prompts, scorers.remote_address, scorers.remote_retry
+scorers.remote    -> prompts, reading.batches, scorers.*
 commands.server   -> reading.text, scorers.protocol, scorers.remote*
 commands.reward_model -> reading.*, scorers.loading, scorers.protocol, commands.server
 commands.check_scorer -> prompts, scorers.plain, checks.*, commands.*
-cli               ->
-__main__          -> cli
+samplers.openai   -> prompts, reading.batches, reading.text, samplers.*, scorers.*
+commands.policy   -> commands.reward_model, commands.server, reading.text, samplers.*, scorers.remote_address
+commands.calibrate -> adaptive, calibrate, scaling, table, transforms, commands.policy, commands.reward_model, commands.transform, rollouts.*, samplers.ray
 """
 
 # What a module may load when it is imported, next to the standard library. The rest waits inside a function.
@@ -107,12 +170,20 @@ LIGHT = {"numpy", "scipy.special", "jaxtyping"}
 HEAVY_ON_PURPOSE = {
     "table_torch": {"torch"},
     "scorers.remote": {"httpx"},
+    "scorers.remote_post": {"httpx"},
     "scorers.checkpoint": {"torch", "safetensors"},
+    "amortised.prompt_features": {"torch"},
+    "rollouts.shard_files": {"pyarrow"},
+    "rollouts.directory": {"pyarrow"},
+    "samplers.ray": {"ray"},
+    # The bar of what a calibration does first.
+    **dict.fromkeys(("rollouts.adoption", "rollouts.planning", "rollouts.progress", "health.rollouts"), {"tqdm"}),
 }
 # Files that run models load what runs them; whoever wants none of it does not import them.
 MODELS = {"torch", "transformers", "tqdm"}
 WITHOUT_MODELS = re.compile(
     r"scorers(\.(protocol|plain|recipe|function|cost|ensemble|pairwise|remote.*))?|reading\.(text|labels.*)"
+    r"|samplers(\.(protocol|decoding|logprob|openai_answer|endings|policy|ray|vllm_engine))?"
 )
 # scipy.special costs 0.17 s of the 0.3 s, and scipy.optimize would cost 0.13 s more.
 NEVER_LOADED = {"torch", "matplotlib", "transformers", "huggingface_hub", "tqdm", "scipy.optimize", "scipy.stats"}
@@ -193,7 +264,7 @@ def test_imports_run_one_way(module: str) -> None:
 def test_heavy_imports_wait(module: str) -> None:
     """No module loads more than numpy, scipy.special and jaxtyping before a function needs it."""
     found = strangers(source_of(module))
-    runs_models = module.startswith(("reading.", "scorers.")) and not WITHOUT_MODELS.fullmatch(module)
+    runs_models = module.startswith(("reading.", "samplers.", "scorers.")) and not WITHOUT_MODELS.fullmatch(module)
     allowed = HEAVY_ON_PURPOSE.get(module, set()) | (MODELS if runs_models else set())
 
     assert {name for name in found if name.split(".")[0] not in allowed} == set()

@@ -14,12 +14,17 @@ if TYPE_CHECKING:
     from calibrated_rewards.scorers.protocol import Scorer
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--reward-model, and all that says how it is loaded and read."""
+def add_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """--reward-model, and all that says how it is loaded and read; with `several`, NAME=PATH for each."""
     group = parser.add_argument_group("reward model")
-    group.add_argument(
-        "--reward-model", required=True, metavar="PATH|ID|URL", help="a folder, an id of the Hub, a server"
-    )
+    if several:
+        group.add_argument(
+            "--reward-model", action="append", default=[], metavar="[NAME=]PATH|ID|URL", help=SEVERAL_HELP
+        )
+    else:
+        group.add_argument(
+            "--reward-model", required=True, metavar="PATH|ID|URL", help="a folder, an id of the Hub, a server"
+        )
     group.add_argument("--kind", help="what it is, where looking at the checkpoint does not tell: judge, process, ...")
     group.add_argument("--option", action="append", default=[], type=named, metavar="NAME=VALUE", help=OPTION_HELP)
     group.add_argument("--label", type=labels, metavar="HOW", help=LABEL_HELP)
@@ -37,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_arguments(parser)
 
 
+SEVERAL_HELP = (
+    "a folder, an id of the Hub, a server; with a name, once for each of several, which share the options below "
+    "(others: run again, with another name)"
+)
 OPTION_HELP = "what else load_scorer takes, such as --option mark=<extra_0>; JSON, or text that is none"
 LABEL_HELP = (
     "how several labels make one score: 3 (that label's logit), 1-0 (logit 1 minus logit 0), expected:1,2,3,4,5 "
@@ -52,6 +61,17 @@ def load(options: argparse.Namespace) -> "Scorer":
     from calibrated_rewards.scorers.loading import load_scorer
 
     return load_scorer(options.reward_model, **settings(options))
+
+
+def load_several(options: argparse.Namespace) -> "Scorer | dict[str, Scorer]":
+    """The scorer that the options name, or a scorer for each name."""
+    named_ones = [_named_model(given) for given in options.reward_model]
+    names = [name for name, _ in named_ones]
+    if names == [None]:
+        return load(_only(options, named_ones[0][1]))
+    if None in names or len({*names}) < len(names):
+        raise ValueError(f"of several, each --reward-model needs a name of its own, NAME=PATH; got {names}")
+    return {str(name): load(_only(options, place)) for name, place in named_ones}
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -120,6 +140,21 @@ def labels(how: str) -> Labels:
     except ValueError:
         wanted = "3, 1-0, expected:1,2,3, weighted:1,-0.5 or ordinal"
         raise argparse.ArgumentTypeError(f"a label is {wanted}, got {how!r}") from None
+
+
+def _named_model(given: str) -> tuple[str | None, str]:
+    """A name and a place; a place alone may be a URL with a "=" in it.
+
+    >>> _named_model("safe=org/model"), _named_model("http://host/?a=b")
+    (('safe', 'org/model'), (None, 'http://host/?a=b'))
+    """
+    name, equals, place = given.partition("=")
+    named_one = bool(equals) and not any(letter in name for letter in "/:?\\")
+    return (name, place) if named_one else (None, given)
+
+
+def _only(options: argparse.Namespace, place: str) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(options), "reward_model": place})
 
 
 WITH_NUMBERS: dict[str, Callable[[Any], Labels]] = {"expected": Expected, "weighted": Weighted}

@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import default_budget, lock_of, positions_of, vocabulary
+from calibrated_rewards.reading.access import Access
+from calibrated_rewards.reading.body import vocabulary
 from calibrated_rewards.reading.fingerprint import model_fingerprint
 from calibrated_rewards.reading.labels import Labels
 from calibrated_rewards.reading.labels_of import labels_of
-from calibrated_rewards.reading.own_forward import OwnForward, Padding
+from calibrated_rewards.reading.own_forward import OwnForward
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
 from calibrated_rewards.scorers.recipe import in_memory
@@ -67,10 +67,10 @@ class CrossEncoder:
     def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, "n L"]:
         """The numbers of all labels."""
         prompts, completions = paired(prompts, completions)
-        with self._lock:
+        with self._access.lock:
             pairs = self._pairs(prompts, completions)
-        self.text.report([len(pair.ids) for pair in pairs], self._limit)
-        pairs = [shortened(pair, self._limit) for pair in pairs]
+        self.text.report([len(pair.ids) for pair in pairs], self._access.limit)
+        pairs = [shortened(pair, self._access.limit) for pair in pairs]
         types = [pair.types for pair in pairs] if all(pair.types for pair in pairs) else None
         return self._reader([pair.ids for pair in pairs], types).numpy()
 
@@ -80,39 +80,26 @@ class CrossEncoder:
             "kind": "cross-encoder",
             **model_fingerprint(self.model, self.tokenizer),
             "labels": repr(self._labels),
-            "text": {"max_length": self._limit, "strip": list(self.text.strip)},
+            "text": {"max_length": self._access.limit, "strip": list(self.text.strip)},
         }
 
     def __reduce__(self) -> NoReturn:
         in_memory(self)
-
-    @property
-    def _lock(self) -> Any:
-        return lock_of(self.model)
-
-    @cached_property
-    def _limit(self) -> int:
-        return self.text.limit(self.tokenizer, positions_of(self.model))
 
     @cached_property
     def _labels(self) -> Labels:
         return self.labels if self.labels is not None else labels_of(self.model.config.id2label)  # type: ignore[arg-type]
 
     @cached_property
-    def _budget(self) -> Budget:
-        return Budget(self.batch_tokens or default_budget(self.model))
-
-    @cached_property
-    def _padding(self) -> Padding:
-        return Padding()
+    def _access(self) -> Access:
+        return Access(self.model, self.tokenizer, self.text, self.batch_tokens, show_progress=self.show_progress)
 
     @property
     def _reader(self) -> OwnForward:
         # RoBERTa counts positions by what is not its own padding id, so that is the one to pad with.
         ids = self.model.config.pad_token_id, self.tokenizer.pad_token_id
         pad = next((i for i in ids if i is not None and 0 <= i < vocabulary(self.model)), 0)
-        options = {"padding": self._padding, "show_progress": self.show_progress, "lock": self._lock}
-        return OwnForward(self.model, pad, self._budget, **options)
+        return self._access.own_forward(pad)
 
     def _pairs(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Pair]:
         """The tokens of the pairs, whole."""

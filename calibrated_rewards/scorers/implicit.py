@@ -4,21 +4,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import body_of, default_budget, lock_of, positions_of, vocabulary
+from calibrated_rewards.reading.access import Access
+from calibrated_rewards.reading.body import lock_of, positions_of, vocabulary
 from calibrated_rewards.reading.completion_tokens import cut, starts
-from calibrated_rewards.reading.decoder import Decoder, Row, Sharing, group_of
+from calibrated_rewards.reading.decoder import Row, group_of
 from calibrated_rewards.reading.fingerprint import model_fingerprint
 from calibrated_rewards.reading.next_token import LogProbability, logits_of
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
 from calibrated_rewards.scorers.recipe import in_memory
+
+Writer: TypeAlias = tuple[Access, LogProbability]
+"""A causal LM, and its head, which is measured once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +74,11 @@ class ImplicitReward:
         with self._lock:  # fast tokenizers do not bear two threads
             rows = self._rows(prompts, completions)
         groups = [group_of(prompt) for prompt in prompts]
-        found = self._log_probabilities(self._policy.decoder(self.show_progress), rows, groups)
+        found = self._log_probabilities(self._policy, rows, groups)
         if self.reference_free:
             return found
         with self._as_reference():
-            other = self._log_probabilities(self._reference.decoder(self.show_progress), rows, groups)
+            other = self._log_probabilities(self._reference, rows, groups)
         return [own - reference for own, reference in zip(found, other, strict=True)]
 
     def fingerprint(self) -> dict[str, Any]:
@@ -104,8 +107,10 @@ class ImplicitReward:
             rows.append(Row(ids, list(range(max(1, start - out) - 1, len(ids) - 1))))
         return rows
 
-    def _log_probabilities(self, decoder: Decoder, rows: list[Row], groups: list[Any]) -> list[np.ndarray]:
+    def _log_probabilities(self, writer: Writer, rows: list[Row], groups: list[Any]) -> list[np.ndarray]:
         """Of each token, in float64, so that sums over many do not round."""
+        access, head = writer
+        decoder = access.decoder(head)
         read = [i for i, row in enumerate(rows) if row.read]
         found = [np.empty(0)] * len(rows)
         for i, numbers in zip(read, decoder([rows[i] for i in read], [groups[i] for i in read]), strict=True):
@@ -138,30 +143,14 @@ class ImplicitReward:
         return self.text.limit(self.tokenizer, min(known, default=None))
 
     @cached_property
-    def _policy(self) -> "Writer":
+    def _policy(self) -> Writer:
         return self._writer(self.model)
 
     @cached_property
-    def _reference(self) -> "Writer":
+    def _reference(self) -> Writer:
         return self._writer(self.model if self.reference is None else self.reference)
 
-    def _writer(self, model: Any) -> "Writer":
-        head = LogProbability(logits_of(model, self._lock), vocabulary(model))
-        budget = Budget(self.batch_tokens or default_budget(model))
-        return Writer(model, head, budget, Sharing(self.share_prefixes), self._lock)
-
-
-@dataclass(frozen=True, eq=False)
-class Writer:
-    """A causal LM and what is found out about it once."""
-
-    model: Any
-    head: LogProbability
-    budget: Budget
-    sharing: Sharing
-    lock: Any
-
-    def decoder(self, show_progress: bool) -> Decoder:
-        """It reads the model as it is now."""
-        options = {"show_progress": show_progress, "lock": self.lock}
-        return Decoder(self.model, body_of(self.model), self.head, self.budget, self.sharing, **options)
+    def _writer(self, model: Any) -> Writer:
+        options = (self.batch_tokens, self.share_prefixes, self.show_progress)
+        access = Access(model, self.tokenizer, self.text, *options)
+        return access, LogProbability(logits_of(model, access.lock), vocabulary(model))

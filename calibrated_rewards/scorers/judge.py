@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import body_of, default_budget, lock_of, positions_of
-from calibrated_rewards.reading.decoder import Decoder, Row, Sharing, group_of
+from calibrated_rewards.reading.access import Access
+from calibrated_rewards.reading.decoder import Row, group_of
 from calibrated_rewards.reading.fingerprint import model_fingerprint
 from calibrated_rewards.reading.labels import Difference, Expected
 from calibrated_rewards.reading.next_token import Logits, logits_of
@@ -80,7 +79,8 @@ class Judge:
         values = {"good": self.good.strip(), "bad": self.bad.strip()}
         question = Question(self.tokenizer, self.question, self.text, values)
         options = (self.batch_tokens, self.share_prefixes, self.show_progress)
-        return Answers(self.model, question, (self.good, self.bad), *options)
+        access = Access(self.model, self.tokenizer, self.text, *options)
+        return Answers(access, question, (self.good, self.bad))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,19 +128,17 @@ class ExpectedRating:
         values = {"low": str(self.low), "high": str(self.high)}
         question = Question(self.tokenizer, self.question, self.text, values)
         options = (self.batch_tokens, self.share_prefixes, self.show_progress)
-        return Answers(self.model, question, tuple(map(str, self._ratings)), *options)
+        access = Access(self.model, self.tokenizer, self.text, *options)
+        return Answers(access, question, tuple(map(str, self._ratings)))
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
     """The logits of some answers, each one token, right behind a question."""
 
-    model: Any
+    access: Access
     question: Question
     answers: tuple[str, ...]
-    batch_tokens: int | None
-    share_prefixes: bool
-    show_progress: bool
 
     def __post_init__(self) -> None:
         _ = self._tokens
@@ -149,49 +147,21 @@ class Answers:
         """One column for each answer."""
         if not len(prompts):
             return np.empty((0, len(self.answers)), np.float32)
-        with self._lock:  # fast tokenizers do not bear two threads
-            ids = self.question.tokens(prompts, completions, self._limit)
+        with self.access.lock:  # fast tokenizers do not bear two threads
+            ids = self.question.tokens(prompts, completions, self.access.limit)
         rows = [Row(row, [len(row) - 1]) for row in ids]
-        return torch.cat(self._reader(rows, [group_of(prompt) for prompt in prompts])).numpy()
+        return torch.cat(self.access.decoder(self._head)(rows, [group_of(prompt) for prompt in prompts])).numpy()
 
     def fingerprint(self) -> dict[str, Any]:
         """What the logits depend on."""
-        model = model_fingerprint(self.model, self.question.tokenizer)
+        model = model_fingerprint(self.access.model, self.access.tokenizer)
         answers = dict(zip(self.answers, self._tokens, strict=True))
-        return {**model, **self.question.fingerprint(self._limit), "answers": answers}
-
-    @property
-    def _lock(self) -> Any:
-        return lock_of(self.model)
-
-    @cached_property
-    def _limit(self) -> int:
-        return self.question.text.limit(self.question.tokenizer, positions_of(self.model))
+        return {**model, **self.question.fingerprint(self.access.limit), "answers": answers}
 
     @cached_property
     def _tokens(self) -> list[int]:
-        return [one_token(self.question.tokenizer, answer, "an answer") for answer in self.answers]
+        return [one_token(self.access.tokenizer, answer, "an answer") for answer in self.answers]
 
     @cached_property
     def _head(self) -> Logits:
-        return logits_of(self.model, self._lock, self._tokens)
-
-    @cached_property
-    def _budget(self) -> Budget:
-        return Budget(self.batch_tokens or default_budget(self.model))
-
-    @cached_property
-    def _sharing(self) -> Sharing:
-        return Sharing(self.share_prefixes)
-
-    @property
-    def _reader(self) -> Decoder:
-        return Decoder(
-            self.model,
-            body_of(self.model),
-            self._head,
-            self._budget,
-            self._sharing,
-            show_progress=self.show_progress,
-            lock=self._lock,
-        )
+        return logits_of(self.access.model, self.access.lock, self._tokens)

@@ -1,7 +1,7 @@
 """Models whose score is not `logits` but another of their outputs: attributes, end scores, or a bare tensor."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -11,11 +11,11 @@ from jaxtyping import Float32
 from torch import nn
 
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import body_of, default_budget, lock_of, positions_of, vocabulary
+from calibrated_rewards.reading.access import Access
+from calibrated_rewards.reading.body import body_of, vocabulary
 from calibrated_rewards.reading.fingerprint import model_fingerprint
 from calibrated_rewards.reading.labels import Label, Labels
-from calibrated_rewards.reading.own_forward import OwnForward, Padding
+from calibrated_rewards.reading.own_forward import OwnForward
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
 from calibrated_rewards.scorers.recipe import in_memory
@@ -59,8 +59,8 @@ class MultiAttribute:
     def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, "n L"]:
         """The numbers of the output, all of them."""
         prompts, completions = paired(prompts, completions)
-        with self._lock:
-            ids = self.text.encode(self.tokenizer, prompts, completions, self._limit)
+        with self._access.lock:
+            ids = self.text.encode(self.tokenizer, prompts, completions, self._access.limit)
         return self._reader(ids).numpy()
 
     def fingerprint(self) -> dict[str, Any]:
@@ -70,19 +70,15 @@ class MultiAttribute:
             **model_fingerprint(self.model, self.tokenizer),
             "output": self.output,
             "labels": repr(self.labels or Label(0)),
-            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._limit},
+            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._access.limit},
         }
 
     def __reduce__(self) -> NoReturn:
         in_memory(self)
 
-    @property
-    def _lock(self) -> Any:
-        return lock_of(self.model)
-
     @cached_property
-    def _limit(self) -> int:
-        return self.text.limit(self.tokenizer, positions_of(self.model))
+    def _access(self) -> Access:
+        return Access(self.model, self.tokenizer, self.text, self.batch_tokens, show_progress=self.show_progress)
 
     @property
     def _reader(self) -> OwnForward:
@@ -104,27 +100,7 @@ class MultiAttribute:
         return False
 
     def _reads(self, model: nn.Module) -> OwnForward:
-        pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
-        # One such as -1 can be in no input: rows that end in it cannot be made.
-        usable = pad if pad is not None and 0 <= pad < vocabulary(self.model) else None
-        return OwnForward(
-            model,
-            pad_id=usable or 0,
-            budget=self._budget,
-            output=self.output,
-            one_by_one=usable is None,
-            padding=self._padding,
-            show_progress=self.show_progress,
-            lock=self._lock,
-        )
-
-    @cached_property
-    def _budget(self) -> Budget:
-        return Budget(self.batch_tokens or default_budget(self.model))
-
-    @cached_property
-    def _padding(self) -> Padding:
-        return Padding()
+        return replace(self._access.own_forward(self._access.pad, output=self.output), model=model)
 
     def _check(self, reader: OwnForward) -> None:
         few = min(32, vocabulary(self.model))

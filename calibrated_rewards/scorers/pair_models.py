@@ -11,9 +11,8 @@ from jaxtyping import Float64
 from scipy.special import expit
 
 from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import body_of, default_budget, lock_of, positions_of
-from calibrated_rewards.reading.decoder import Decoder, Row, Sharing
+from calibrated_rewards.reading.access import Access
+from calibrated_rewards.reading.decoder import Row
 from calibrated_rewards.reading.fingerprint import model_fingerprint
 from calibrated_rewards.reading.next_token import Logits, logits_of
 from calibrated_rewards.reading.question import conversation, filled, one_token
@@ -120,33 +119,34 @@ class PairJudge:
         rows = [Row(row, [len(row) - 1]) for row in self._encoded(told)]
         # Comparisons of one completion with many share all that stands before the second.
         groups = [(values["prompt"], values["first"]) for values in told]
-        logits = torch.cat(self._reader(rows, groups)).double().numpy()
+        logits = torch.cat(self._access.decoder(self._head)(rows, groups)).double().numpy()
         odds = logits[:, 0] - logits[:, 1]
         finite(odds.astype(np.float32), prompts, firsts, name_of(self))
         return np.asarray(expit(odds))
 
     def fingerprint(self) -> dict[str, Any]:
         """What the answers depend on."""
+        settings = {**self.text.fingerprint(self.tokenizer), "max_length": self._access.limit}
         return {
             "kind": "pair judge",
             **model_fingerprint(self.model, self.tokenizer),
             "question": self.question,
             "answers": dict(zip(self.answers, self._tokens, strict=True)),
             "opening": self.opening,
-            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._limit, "chat": self._templated},
+            "text": {**settings, "chat": self._templated},
         }
 
     def __reduce__(self) -> NoReturn:
         in_memory(self)
 
     def _encoded(self, told: Sequence[dict[str, str]]) -> list[list[int]]:
-        with self._lock:  # fast tokenizers do not bear two threads
+        with self._access.lock:  # fast tokenizers do not bear two threads
             rows = self.text.tokens(self.tokenizer, [self._asked(filled(self.question, values)) for values in told])
         if not self._templated:
             # A tokenizer that ends plain text with EOS would have the judge answer after its end.
             rows = [row[:-1] if len(row) > 1 and row[-1] == self.tokenizer.eos_token_id else row for row in rows]
-        self.text.report([len(row) for row in rows], self._limit)
-        return [kept(row, self._limit, self.tokenizer) for row in rows]
+        self.text.report([len(row) for row in rows], self._access.limit)
+        return [kept(row, self._access.limit, self.tokenizer) for row in rows]
 
     def _asked(self, question: str) -> tuple[str, bool]:
         if not self._templated:
@@ -160,41 +160,17 @@ class PairJudge:
     def _templated(self) -> bool:
         return self.text.chat is not False and (self.text.template or self.tokenizer.chat_template) is not None
 
-    @property
-    def _lock(self) -> Any:
-        return lock_of(self.model)
-
-    @cached_property
-    def _limit(self) -> int:
-        return self.text.limit(self.tokenizer, positions_of(self.model))
-
     @cached_property
     def _tokens(self) -> list[int]:
         return [one_token(self.tokenizer, answer, "an answer") for answer in self.answers]
 
     @cached_property
     def _head(self) -> Logits:
-        return logits_of(self.model, self._lock, self._tokens)
+        return logits_of(self.model, self._access.lock, self._tokens)
 
     @cached_property
-    def _budget(self) -> Budget:
-        return Budget(self.batch_tokens or default_budget(self.model))
-
-    @cached_property
-    def _sharing(self) -> Sharing:
-        return Sharing(self.share_prefixes)
-
-    @property
-    def _reader(self) -> Decoder:
-        return Decoder(
-            self.model,
-            body_of(self.model),
-            self._head,
-            self._budget,
-            self._sharing,
-            show_progress=self.show_progress,
-            lock=self._lock,
-        )
+    def _access(self) -> Access:
+        return Access(self.model, self.tokenizer, self.text, self.batch_tokens, self.share_prefixes, self.show_progress)
 
 
 def check_places(template: str) -> None:

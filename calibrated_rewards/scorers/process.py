@@ -11,10 +11,10 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import body_of, default_budget, heads_of, lock_of, positions_of
+from calibrated_rewards.reading.access import Access
+from calibrated_rewards.reading.body import heads_of
 from calibrated_rewards.reading.completion_tokens import cut, starts
-from calibrated_rewards.reading.decoder import Decoder, Head, Plain, Row, Sharing, group_of
+from calibrated_rewards.reading.decoder import Head, Plain, Row, group_of
 from calibrated_rewards.reading.fingerprint import model_fingerprint
 from calibrated_rewards.reading.next_token import check_head, logits_of
 from calibrated_rewards.reading.question import filled, one_token
@@ -68,10 +68,10 @@ class ProcessReward:
     def steps(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Float32[np.ndarray, " s"]]:
         """The log-odds of each step of each pair; 1 / (1 + exp(-x)) is the probability that it is good."""
         prompts, completions = paired(prompts, completions)
-        with self._lock:  # fast tokenizers do not bear two threads
+        with self._access.lock:  # fast tokenizers do not bear two threads
             rows = self._rows(prompts, completions)
         label = self.label if self.answers is None else 0
-        logits = self._reader(rows, [group_of(prompt) for prompt in prompts])
+        logits = self._access.decoder(self._head)(rows, [group_of(prompt) for prompt in prompts])
         finite(np.array([float(x.sum()) for x in logits], np.float32), prompts, completions, name_of(self))
         return [log_odds(numbers, label) for numbers in logits]
 
@@ -86,7 +86,7 @@ class ProcessReward:
             "reduce": self.reduce,
             "separator": self.separator,
             "layout": self.layout,
-            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._limit},
+            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._access.limit},
         }
 
     def __reduce__(self) -> NoReturn:
@@ -95,7 +95,7 @@ class ProcessReward:
     def _rows(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Row]:
         marked = [self._marked(completion) for completion in completions]
         whole = self.text.encode(self.tokenizer, prompts, [completion for completion, _ in marked])
-        self.text.report([len(row) for row in whole], self._limit)
+        self.text.report([len(row) for row in whole], self._access.limit)
         opened = starts(self.text, self.tokenizer, prompts, whole)
         rows = []
         for row, start, (completion, steps) in zip(whole, opened, marked, strict=True):
@@ -105,13 +105,13 @@ class ProcessReward:
 
     def _cut(self, row: list[int], at: list[int], completion: Completion) -> Row:
         """What the model reads of an input, with the marks that are left in it."""
-        ids, out = cut(row, self._limit, self.tokenizer)
+        ids, out = cut(row, self._access.limit, self.tokenizer)
         # Where the input is cut behind its BOS, that stands at 0, and not what stood at `out`.
         left = [i - out for i in at if i >= out and ids[i - out] == self._mark]
         if not left:
             raise ValueError(
-                f"a completion has the mark of a step among the last max_length={self._limit} tokens of its input, got "
-                f"none of {len(at)} in {start_of(completion)}: allow a longer max_length"
+                f"a completion has the mark of a step among the last max_length={self._access.limit} tokens of its "
+                f"input, got none of {len(at)} in {start_of(completion)}: allow a longer max_length"
             )
         return Row(ids, left)
 
@@ -162,14 +162,6 @@ class ProcessReward:
         return self.answers and [one_token(self.tokenizer, answer, "an answer") for answer in self.answers]
 
     @property
-    def _lock(self) -> Any:
-        return lock_of(self.model)
-
-    @cached_property
-    def _limit(self) -> int:
-        return self.text.limit(self.tokenizer, positions_of(self.model))
-
-    @property
     def _head(self) -> Head:
         """The head as it is now; it was compared with the model's own forward when first read."""
         return self._known if self._answers is not None else self._known and self._plain
@@ -188,30 +180,14 @@ class ProcessReward:
     def _known(self) -> Head:
         """A causal LM's head; of another model, its first one, which gives what its own forward gives."""
         if self._answers is not None:
-            return logits_of(self.model, self._lock, self._answers)
+            return logits_of(self.model, self._access.lock, self._answers)
         head = self._plain
-        check_head(self.model, head, self._lock)
+        check_head(self.model, head, self._access.lock)
         return head
 
     @cached_property
-    def _budget(self) -> Budget:
-        return Budget(self.batch_tokens or default_budget(self.model))
-
-    @cached_property
-    def _sharing(self) -> Sharing:
-        return Sharing(self.share_prefixes)
-
-    @property
-    def _reader(self) -> Decoder:
-        return Decoder(
-            self.model,
-            body_of(self.model),
-            self._head,
-            self._budget,
-            self._sharing,
-            show_progress=self.show_progress,
-            lock=self._lock,
-        )
+    def _access(self) -> Access:
+        return Access(self.model, self.tokenizer, self.text, self.batch_tokens, self.share_prefixes, self.show_progress)
 
 
 def log_odds(logits: Tensor, label: int) -> Float32[np.ndarray, " s"]:

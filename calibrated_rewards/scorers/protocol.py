@@ -21,7 +21,7 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Fingerprinted(Protocol):
-    """A scorer that can say what it is: two that say the same give the same scores."""
+    """A scorer or sampler that can say what it is: two that say the same do the same."""
 
     def fingerprint(self) -> dict[str, Any]:
         """What its scores depend on, as JSON: weights, tokenizer, template, precision, truncation."""
@@ -77,8 +77,8 @@ def finite(
     return scores
 
 
-def fingerprint(scorer: Scorer) -> dict[str, Any]:
-    """What a scorer says of itself; for one that says nothing, where its code is."""
+def fingerprint(scorer: object) -> dict[str, Any]:
+    """What a scorer, or a sampler, says of itself; for one that says nothing, where its code is."""
     if isinstance(scorer, Fingerprinted):
         return scorer.fingerprint()
     return {"kind": "callable", "name": name_of(scorer)}

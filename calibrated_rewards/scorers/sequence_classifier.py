@@ -11,21 +11,13 @@ import torch
 from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import (
-    body_of,
-    default_budget,
-    heads_of,
-    lock_of,
-    positions_of,
-    unwrapped,
-    vocabulary,
-)
-from calibrated_rewards.reading.decoder import Decoder, Plain, Row, Sharing, group_of
+from calibrated_rewards.reading.access import Access
+from calibrated_rewards.reading.body import body_of, heads_of, unwrapped, vocabulary
+from calibrated_rewards.reading.decoder import Decoder, Plain, Row, group_of
 from calibrated_rewards.reading.fingerprint import model_fingerprint
 from calibrated_rewards.reading.labels import Labels
 from calibrated_rewards.reading.labels_of import labels_of
-from calibrated_rewards.reading.own_forward import OwnForward, Padding
+from calibrated_rewards.reading.own_forward import OwnForward
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
 from calibrated_rewards.scorers.recipe import in_memory
@@ -70,8 +62,8 @@ class SequenceClassifier:
 
     def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, "n L"]:
         """The numbers of all labels."""
-        with self._lock:  # fast tokenizers do not bear two threads
-            ids = self.text.encode(self.tokenizer, prompts, completions, self._limit)
+        with self._access.lock:  # fast tokenizers do not bear two threads
+            ids = self.text.encode(self.tokenizer, prompts, completions, self._access.limit)
         reader = self._reader
         if isinstance(reader, OwnForward):
             return reader(ids).numpy()
@@ -85,25 +77,11 @@ class SequenceClassifier:
             **model_fingerprint(self.model, self.tokenizer),
             "labels": repr(self._labels),
             "pool": self.pool,
-            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._limit},
+            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._access.limit},
         }
 
     def __reduce__(self) -> NoReturn:
         in_memory(self)
-
-    @property
-    def _lock(self) -> Any:
-        return lock_of(self.model)
-
-    @property
-    def _pad(self) -> int | None:
-        """The model's padding id; None if it has none, or one (such as -1) that no input can hold."""
-        pad = getattr(self._model.config.get_text_config(), "pad_token_id", None)
-        return pad if pad is not None and 0 <= pad < vocabulary(self._model) else None
-
-    @cached_property
-    def _limit(self) -> int:
-        return self.text.limit(self.tokenizer, positions_of(self._model))
 
     @cached_property
     def _labels(self) -> Labels:
@@ -128,8 +106,9 @@ class SequenceClassifier:
         return False
 
     @cached_property
-    def _kept(self) -> tuple[Budget, Sharing, Padding]:
-        return Budget(self.batch_tokens or default_budget(self._model)), Sharing(self.share_prefixes), Padding()
+    def _access(self) -> Access:
+        options = (self.batch_tokens, self.share_prefixes, self.show_progress)
+        return Access(self._model, self.tokenizer, self.text, *options)
 
     @property
     def _model(self) -> Any:
@@ -138,17 +117,8 @@ class SequenceClassifier:
     @property
     def _own_forward(self) -> OwnForward:
         config = self._model.config
-        budget, _, padding = self._kept
-        return OwnForward(
-            self._model,
-            pad_id=self._pad or 0,
-            budget=budget,
-            separate=config.get_text_config().eos_token_id if config.is_encoder_decoder else None,
-            one_by_one=self._pad is None,
-            padding=padding,
-            show_progress=self.show_progress,
-            lock=self._lock,
-        )
+        separate = config.get_text_config().eos_token_id if config.is_encoder_decoder else None
+        return self._access.own_forward(self._access.pad, separate=separate)
 
     @property
     def _decoder(self) -> Decoder | None:
@@ -156,14 +126,12 @@ class SequenceClassifier:
         model, heads = self._model, list(heads_of(self._model).values())
         if len(heads) != 1 or model.config.is_encoder_decoder or body_of(model) is model:
             return None
-        budget, sharing, _ = self._kept
-        options = {"show_progress": self.show_progress, "lock": self._lock}
-        return Decoder(model, body_of(model), Plain(heads[0]), budget, sharing, **options)
+        return self._access.decoder(Plain(heads[0]))
 
     def _reads_as_forward(self, decoder: Decoder, forward: OwnForward) -> bool:
         """Whether body, position and head give what the model's own forward gives; if not, that is what is run."""
         few = min(32, vocabulary(self._model))
-        last = 2 % few if self._pad is None else self._pad
+        last = 2 % few if self._access.pad is None else self._access.pad
         probes = [[i % few for i in range(3, 12)], [5 % few, 7 % few, 6 % few, last]]
         for ids in probes:
             try:
@@ -181,4 +149,4 @@ class SequenceClassifier:
         return len(ids) - 1 if self.pool == "last" else self._pool_of_model(ids)
 
     def _pool_of_model(self, ids: list[int]) -> int:
-        return next((i for i in range(len(ids) - 1, -1, -1) if ids[i] != self._pad), 0)
+        return next((i for i in range(len(ids) - 1, -1, -1) if ids[i] != self._access.pad), 0)

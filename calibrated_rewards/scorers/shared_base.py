@@ -12,10 +12,10 @@ from jaxtyping import Float32
 from torch import nn
 
 from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.reading.access import Access
 from calibrated_rewards.reading.adapters import adapter_layers, settings_digest, weights_with
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import body_of, default_budget, dtype_of, lock_of, positions_of
-from calibrated_rewards.reading.decoder import Decoder, Plain, Row, Sharing, group_of
+from calibrated_rewards.reading.body import body_of, dtype_of
+from calibrated_rewards.reading.decoder import Plain, Row, group_of
 from calibrated_rewards.reading.fingerprint import config_digest, tokenizer_digest, weights_digest
 from calibrated_rewards.reading.labels import Difference, Label, Labels
 from calibrated_rewards.reading.text import Text
@@ -78,11 +78,12 @@ class SharedBase:
     def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, "n L"]:
         """The numbers of all labels."""
         prompts, completions = paired(prompts, completions)
-        with self._lock:
-            ids = self.text.encode(self.tokenizer, prompts, completions, self._limit)
+        with self._access.lock:
+            ids = self.text.encode(self.tokenizer, prompts, completions, self._access.limit)
             rows = [Row(row, [len(row) - 1]) for row in ids]
             with active(self.policy, self.adapter):
-                return torch.cat(self._decoder(rows, [group_of(prompt) for prompt in prompts])).numpy()
+                decoder = self._access.decoder(Plain(beside(body_of(self.policy), self.head)))
+                return torch.cat(decoder(rows, [group_of(prompt) for prompt in prompts])).numpy()
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on; not what the policy's other adapters learn."""
@@ -96,39 +97,16 @@ class SharedBase:
             "dtype": str(dtype_of(self.policy)).removeprefix("torch."),
             "tokenizer": tokenizer_digest(self.tokenizer),
             "labels": repr(self.labels),
-            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._limit},
+            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._access.limit},
         }
 
     def __reduce__(self) -> NoReturn:
         in_memory(self)
 
-    @property
-    def _lock(self) -> Any:
-        return lock_of(self.policy)
-
     @cached_property
-    def _limit(self) -> int:
-        return self.text.limit(self.tokenizer, positions_of(self.policy))
-
-    @property
-    def _decoder(self) -> Decoder:
-        return Decoder(
-            self.policy,
-            body_of(self.policy),
-            Plain(beside(body_of(self.policy), self.head)),
-            self._budget,
-            self._sharing,
-            show_progress=self.show_progress,
-            lock=self._lock,
-        )
-
-    @cached_property
-    def _budget(self) -> Budget:
-        return Budget(self.batch_tokens or default_budget(self.policy))
-
-    @cached_property
-    def _sharing(self) -> Sharing:
-        return Sharing(self.share_prefixes)
+    def _access(self) -> Access:
+        options = (self.batch_tokens, self.share_prefixes, self.show_progress)
+        return Access(self.policy, self.tokenizer, self.text, *options)
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from jaxtyping import Float32
 from torch import nn
 
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import body_of, default_budget, lock_of, positions_of
-from calibrated_rewards.reading.decoder import Decoder, Plain, Row, Sharing, group_of
+from calibrated_rewards.reading.access import Access
+from calibrated_rewards.reading.body import body_of
+from calibrated_rewards.reading.decoder import Plain, Row, group_of
 from calibrated_rewards.reading.fingerprint import model_fingerprint, weights_digest
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.checkpoint import Checkpoint
@@ -59,10 +59,11 @@ class ValueHead:
         prompts, completions = paired(prompts, completions)
         if not prompts:
             return np.empty(0, np.float32)
-        with self._lock:
-            ids = self.text.encode(self.tokenizer, prompts, completions, self._limit)
+        with self._access.lock:
+            ids = self.text.encode(self.tokenizer, prompts, completions, self._access.limit)
         rows = [Row(row, [len(row) - 1]) for row in ids]
-        values = torch.cat(self._decoder(rows, [group_of(prompt) for prompt in prompts]))
+        decoder = self._access.decoder(Plain(beside(body_of(self.model), self.head)))
+        values = torch.cat(decoder(rows, [group_of(prompt) for prompt in prompts]))
         scores = ((only(values) - self.mean) / self.std).numpy()
         return finite(scores, prompts, completions, name_of(self))
 
@@ -73,40 +74,15 @@ class ValueHead:
             **model_fingerprint(self.model, self.tokenizer),
             "head": {"weights": weights_digest(self.head.state_dict()), "layers": repr(self.head)},
             "normalisation": [self.mean, self.std],
-            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._limit},
+            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._access.limit},
         }
 
     def __reduce__(self) -> NoReturn:
         in_memory(self)
 
-    @property
-    def _lock(self) -> Any:
-        return lock_of(self.model)
-
     @cached_property
-    def _limit(self) -> int:
-        return self.text.limit(self.tokenizer, positions_of(self.model))
-
-    @cached_property
-    def _budget(self) -> Budget:
-        return Budget(self.batch_tokens or default_budget(self.model))
-
-    @cached_property
-    def _sharing(self) -> Sharing:
-        return Sharing(self.share_prefixes)
-
-    @property
-    def _decoder(self) -> Decoder:
-        body = body_of(self.model)
-        return Decoder(
-            self.model,
-            body,
-            Plain(beside(body, self.head)),
-            self._budget,
-            self._sharing,
-            show_progress=self.show_progress,
-            lock=self._lock,
-        )
+    def _access(self) -> Access:
+        return Access(self.model, self.tokenizer, self.text, self.batch_tokens, self.share_prefixes, self.show_progress)
 
 
 def only(values: torch.Tensor) -> torch.Tensor:

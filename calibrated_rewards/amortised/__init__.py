@@ -1,0 +1,19 @@
+"""Unseen prompts by prediction: a prompt's reference quantiles from its features, learnt from a table's prompts.
+
+>>> import numpy as np
+>>> from calibrated_rewards.table import ReferenceTable
+>>> rng = np.random.default_rng(0)
+>>> prompts = ["a" * n for n in range(1, 61)]
+>>> table = ReferenceTable.build([(prompt, len(prompt) + rng.normal(size=32)) for prompt in prompts])
+>>> length = lambda prompts: np.array([[len(prompt)] for prompt in prompts], np.float32)
+>>> amortised = fit(table, prompts, length, network=False)
+>>> amortised.quantiles(["b" * 70], [0.1, 0.5, 0.9]).round()   # no further than the table's own prompts
+array([[59., 60., 61.]])
+>>> amortised.errors.chosen
+'+ location'
+"""
+
+from calibrated_rewards.amortised.features import Features as Features
+from calibrated_rewards.amortised.fit import fit as fit
+from calibrated_rewards.amortised.judgement import Errors as Errors
+from calibrated_rewards.amortised.prediction import Amortised as Amortised

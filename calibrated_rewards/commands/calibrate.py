@@ -1,0 +1,185 @@
+"""`calibrated-rewards calibrate`: prompts, a policy and a reward model to a table of references."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibrated_rewards.commands import policy, reward_model
+from calibrated_rewards.commands.transform import transform
+from calibrated_rewards.transforms import Identity
+
+if TYPE_CHECKING:
+    from calibrated_rewards.adaptive import Adaptive
+    from calibrated_rewards.table import ReferenceTable
+
+EPILOG = """examples:
+  calibrated-rewards calibrate --policy ./sft --reward-model ./rm --prompts prompts.jsonl --max-tokens 256 --out table/
+  calibrated-rewards calibrate ... --dry-run                      what would be done, what it would cost
+  calibrated-rewards calibrate ... -k 200                         the same again with a larger K: only what is missing
+  calibrated-rewards calibrate --reward-model new=./rm2 --out table/      another reward model for the same rollouts
+  calibrated-rewards calibrate --rollouts dump.parquet --scores reward --out table/       rollouts made elsewhere
+
+Killed or stopped, the same command goes on where it was. Several processes that are given the same command, on one
+machine or on many with a shared folder, share the work (accelerate launch, srun, a shell's &); --ray N does it on a
+cluster without one. Decoding settings should be the trainer's own. `calibrated-rewards inspect table/` shows what came
+of it. Exit code: 0 done, 2 wrong usage, or something that cannot be loaded or done."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything is kept; go on there")
+    group.add_argument("-k", type=int, default=100, metavar="K", help="rollouts a prompt (%(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of the rollouts (%(default)s)")
+    group.add_argument("--prompts-per-shard", type=int, default=32, metavar="N", help="the unit of work (%(default)s)")
+    group.add_argument(
+        "--adaptive", type=float, metavar="WIDTH", help="in place of -k: rounds, until the reward's band is ± WIDTH"
+    )
+    group.add_argument(
+        "--transform",
+        type=transform,
+        metavar="NAME",
+        help="of --adaptive, on [0, 1]: identity (default), log, exp:10",
+    )
+    group.add_argument("--rounds", type=rounds, metavar="K,K,...", help="of --adaptive (16,32,64,128)")
+    group.add_argument("--budget", type=int, metavar="ROLLOUTS", help="of --adaptive: the most of all prompts together")
+    group.add_argument("--ray", type=int, metavar="WORKERS", help="do the work on this many workers of a Ray cluster")
+    group.add_argument("--ray-gpus", type=float, default=0.0, metavar="N", help="GPUs of each of them")
+    group.add_argument("--dry-run", action="store_true", help="check everything, time a trial, write nothing")
+    group.add_argument("--quiet", action="store_true", help="no progress")
+    group = parser.add_argument_group("prompts")
+    group.add_argument(
+        "--prompts", metavar="FILE|FOLDER|ID", help="JSONL, Parquet, text, a saved dataset, one of the Hub"
+    )
+    group.add_argument("--column", help="the column of the prompts, where it is not what TRL would read")
+    group.add_argument("--id-column", help="a column of ids, by which trainers may ask; prompt_id if there is one")
+    group.add_argument("--split", help="of a dataset")
+    group.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
+    group.add_argument(
+        "--rollouts", metavar="FILE|FOLDER|ID", help="in place of --prompts and --policy: made elsewhere"
+    )
+    group.add_argument("--completions", metavar="COLUMN", help="of --rollouts: their column")
+    group.add_argument(
+        "--scores", action="append", default=[], metavar="[NAME=]COLUMN", help="of --rollouts: the column of the scores"
+    )
+    policy.add_arguments(parser, required=False)
+    reward_model.add_arguments(parser, several=True)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Calibrate, or say what that would be."""
+    if not options.quiet:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    tables = _imported(options) if options.rollouts else _calibrated(options)
+    if tables is None:
+        return 0
+    for table in tables.values() if isinstance(tables, dict) else [tables]:
+        sys.stdout.write(f"{told(table)}\n")
+    return 0
+
+
+def told(table: "ReferenceTable") -> str:
+    """What came of it, in a line."""
+    says = table.describe()
+    return (
+        f"{table.path}: {len(table):,} prompts, {says['references']:,} references, {says['tied_share']:.1%} tied, "
+        f"{says['prompts_without_resolution']:,} prompts without resolution"
+    )
+
+
+def _calibrated(options: argparse.Namespace) -> Any:
+    from calibrated_rewards.calibrate import calibrate
+    from calibrated_rewards.rollouts.sources import prompts_from
+
+    refuse(options, ("completions", "scores"), "they belong to --rollouts")
+    sampler = policy.load(options) if options.policy else None
+    source = {name: getattr(options, name) for name in ("column", "id_column", "split", "limit")}
+    if options.dry_run:
+        asked = None if options.prompts is None else prompts_from(options.prompts, **source)
+        _foretell(options, asked, sampler)
+        return None
+    scorers = reward_model.load_several(options)
+    settings = {"k": options.k, "seed": options.seed, "adaptive": adaptive(options), **_common(options)}
+    return calibrate(options.prompts, sampler, scorers, options.out, **settings, **source)
+
+
+def adaptive(options: argparse.Namespace) -> "Adaptive | None":
+    """The rounds that the options ask for."""
+    if options.adaptive is None:
+        refuse(options, ("transform", "rounds", "budget"), "they belong to --adaptive")
+        return None
+    from calibrated_rewards.adaptive import Adaptive
+    from calibrated_rewards.scaling import scaled
+
+    unit = scaled(options.transform or Identity(), "unit")
+    return Adaptive(unit, options.adaptive, options.rounds or (16, 32, 64, 128), budget=options.budget)
+
+
+def rounds(given: str) -> tuple[int, ...]:
+    """What --rounds says.
+
+    >>> rounds("16,32")
+    (16, 32)
+    """
+    try:
+        return tuple(map(int, given.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"rounds are whole numbers, such as 16,32,64, got {given!r}") from None
+
+
+def _foretell(options: argparse.Namespace, asked: Any, sampler: Any) -> None:
+    from calibrated_rewards.calibrate import REWARD
+    from calibrated_rewards.rollouts.directory import RunDirectory
+    from calibrated_rewards.rollouts.forecast import forecast
+    from calibrated_rewards.rollouts.work import Work
+
+    scorers = reward_model.load_several(options)
+    work = Work(sampler, scorers if isinstance(scorers, dict) else {REWARD: scorers}, options.seed)
+    told = forecast(RunDirectory(options.out), asked, work, options.k)
+    sys.stdout.write(f"{told}\nnothing was written to {options.out}\n")
+
+
+def _imported(options: argparse.Namespace) -> Any:
+    from calibrated_rewards.calibrate import import_rollouts
+
+    refuse(options, ("prompts", "policy", "limit"), "--rollouts has the prompts, and nothing is drawn")
+    scorers = reward_model.load_several(options) if options.reward_model else None
+    columns = {"prompt": options.column, "completions": options.completions}
+    source = {**columns, "id_column": options.id_column, "split": options.split}
+    return import_rollouts(
+        options.rollouts, options.out, scorers, scores=_columns(options.scores), **_common(options), **source
+    )
+
+
+def _columns(given: list[str]) -> str | dict[str, str] | None:
+    """The column of the scores, or a column for each name."""
+    if not given:
+        return None
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    pairs = [one.partition("=") for one in given]
+    if not all(equals for _, equals, _ in pairs):
+        raise ValueError(f"of several, each --scores needs a name, NAME=COLUMN; got {given}")
+    return {name: column for name, _, column in pairs}
+
+
+def _common(options: argparse.Namespace) -> dict[str, Any]:
+    cluster = None
+    if options.ray is not None:
+        from calibrated_rewards.samplers.ray import RayCluster
+
+        cluster = RayCluster(options.ray, num_gpus=options.ray_gpus)
+    return {
+        "prompts_per_shard": options.prompts_per_shard,
+        "cluster": cluster,
+        "show_progress": not options.quiet,
+    }
+
+
+def refuse(options: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    """An error for options that would have no effect."""
+    said = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
+    if said:
+        raise ValueError(f"{', '.join(said)}: {why}, leave {'it' if len(said) == 1 else 'them'} out")

@@ -1,0 +1,207 @@
+"""What a table's references can tell and how far its prompts are apart: numbers, and the lines that say them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil, log, sqrt
+from typing import TypeAlias
+
+import numpy as np
+
+from calibrated_rewards.bands import band
+from calibrated_rewards.health.row_statistics import RowStatistics
+from calibrated_rewards.table import ReferenceTable
+
+Lines: TypeAlias = Iterator[tuple[str, str]]
+
+DELTA, TARGET = 0.05, 0.05
+# The band for all responses at once takes some tenths of a second at this K, and much longer soon after.
+_MOST_BANDED = 1000
+# The mean of Kolmogorov's law: sup |F_K - F| is about this over sqrt(K).
+_KOLMOGOROV = 0.8687
+_POOLED_SCORES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many prompts there are, and references: in all, and the fewest, median and most of a prompt."""
+
+    prompts: int
+    references: int
+    fewest: int
+    median: float
+    most: int
+
+    def lines(self) -> Lines:
+        """What there is of each."""
+        each = f"{self.most:,} a prompt"
+        if self.fewest < self.most:
+            each = f"{self.fewest:,} to {self.most:,} a prompt, the median has {self.median:,.0f}"
+        yield "prompts", f"{self.prompts:,}"
+        yield "references", f"{self.references:,}; {each}"
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What keeps references from telling responses apart: shares of references, unless they are said to be of prompts.
+
+    `at_highest` are equal to the highest of their prompt (1/K of them at least), `at_ceiling` to the highest score of
+    all. A reward model that clips has many of both. `unresolved` prompts have equal references only: their every reward
+    is that of a quantile of 0, 1/2 or 1.
+    """
+
+    tied: float
+    at_highest: float
+    at_lowest: float
+    prompts_sharing_highest: float
+    prompts_sharing_lowest: float
+    ceiling: float
+    at_ceiling: float
+    floor: float
+    at_floor: float
+    unresolved: int
+    unresolved_share: float
+
+    def lines(self) -> Lines:
+        """Ties, saturation, and prompts without resolution."""
+        yield "ties", f"{percent(self.tied)} of references equal another of their prompt"
+        for end, at, sharing in (
+            ("highest", self.at_highest, self.prompts_sharing_highest),
+            ("lowest", self.at_lowest, self.prompts_sharing_lowest),
+        ):
+            shared = f"shared by several references in {percent(sharing)} of prompts"
+            yield f"{end} of a prompt", f"{shared}; {percent(at)} of references are there"
+        for end, score, at in (("highest", self.ceiling, self.at_ceiling), ("lowest", self.floor, self.at_floor)):
+            yield f"{end} of all", f"{score:.6g}, the score of {percent(at)} of references"
+        some = f"{self.unresolved:,} ({percent(self.unresolved_share)}): all their references are equal"
+        yield "unresolved prompts", some if self.unresolved else "none"
+
+
+def resolution(of: RowStatistics, tied: float) -> Resolution:
+    """By the rows' ends, each counted with its ties."""
+    total, alone = of.size.sum(), (of.distinct == 1) & (of.size > 1)
+    ceiling, floor = of.highest.max(), of.lowest.min()
+    return Resolution(
+        tied=tied,
+        at_highest=float(of.at_highest.sum() / total),
+        at_lowest=float(of.at_lowest.sum() / total),
+        prompts_sharing_highest=float((of.at_highest > 1).mean()),
+        prompts_sharing_lowest=float((of.at_lowest > 1).mean()),
+        ceiling=float(ceiling),
+        at_ceiling=float(of.at_highest[of.highest == ceiling].sum() / total),
+        floor=float(floor),
+        at_floor=float(of.at_lowest[of.lowest == floor].sum() / total),
+        unresolved=int(alone.sum()),
+        unresolved_share=float(alone.mean()),
+    )
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How well K references, the median number, know a quantile at 95 %, if none of them tie.
+
+    `rms` is the error's root mean square over the reference policy's responses. A response above all references has a
+    quantile of at least `above_all`; one in their middle is known to `middle` on either side. The same `_at_once` holds
+    for all responses together; it is None for K > 1000, for which it takes long. `needed` references have an rms of
+    0.05, `needed_at_once` an error of 0.05 for all responses together.
+    """
+
+    K: int
+    rms: float
+    above_all: float
+    middle: float
+    above_all_at_once: float | None
+    middle_at_once: float | None
+    needed: int
+    needed_at_once: int
+
+    def lines(self) -> Lines:
+        """The band at its ends and in the middle, and what would make it narrower."""
+        high = f" ({self.above_all_at_once:.3f} for all at once)" if self.above_all_at_once is not None else ""
+        wide = f" (± {self.middle_at_once:.3f} for all at once)" if self.middle_at_once is not None else ""
+        yield "a reward near the top", f"above all references is a quantile of {self.above_all:.3f} or more{high}"
+        yield "a reward in the middle", f"is known to ± {self.middle:.3f}{wide}"
+        yield "a reward on average", f"is off by {self.rms:.3f}, rms"
+        all_at_once = f"{self.needed_at_once:,} for ± {TARGET:g} of all rewards at once"
+        yield "references needed", f"{self.needed:,} for {TARGET:g} rms; {all_at_once}"
+
+
+def precision(K: int) -> Precision:
+    """What is known before any score is seen."""
+    lower, upper = band(K, DELTA, "pointwise")
+    at_once = band(K, DELTA) if K <= _MOST_BANDED else None
+    return Precision(
+        K=K,
+        rms=1 / sqrt(6 * K),
+        above_all=float(lower[-1]),
+        middle=float(upper[K] - lower[K]) / 2,
+        above_all_at_once=float(at_once[0][-1]) if at_once else None,
+        middle_at_once=float(at_once[1][K] - at_once[0][K]) / 2 if at_once else None,
+        needed=ceil(1 / (6 * TARGET**2)),
+        needed_at_once=ceil(log(2 / DELTA) / (2 * TARGET**2)),  # Lemma 6; for so many no band is better
+    )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How far prompts are apart, which is what raw scores are miscalibrated by when they are compared between prompts.
+
+    `between_share` is the part of the raw scores' variance that is between prompts. `distance` is the mean of
+    Kolmogorov's from a prompt's references to those of all prompts, `distance_by_chance` what K references of one law
+    have. `medians_in_top_tenth` are the prompts whose median response is among the best tenth of all responses by its
+    raw score; of scores that can be compared, none are, nor in the worst tenth.
+    """
+
+    within_sd: float
+    between_sd: float
+    between_share: float
+    distance: float
+    distance_by_chance: float
+    medians_in_top_tenth: float
+    medians_in_bottom_tenth: float
+
+    def lines(self) -> Lines:
+        """What a raw score would hide."""
+        sd = f"{self.between_sd:.4g} between the prompts' means, {self.within_sd:.4g} within a prompt"
+        yield "standard deviation", f"{sd}: {percent(self.between_share)} of the variance is between prompts"
+        chance = f"chance alone makes it {self.distance_by_chance:.3f}"
+        yield "a prompt from all", f"Kolmogorov distance {self.distance:.3f} on average; {chance}"
+        top, bottom = percent(self.medians_in_top_tenth), percent(self.medians_in_bottom_tenth)
+        yield (
+            "raw scores mislead",
+            f"{top} of prompts have their median in the top tenth of all, {bottom} in the bottom",
+        )
+
+
+def spread(table: ReferenceTable, of: RowStatistics, described: dict[str, float]) -> Spread:
+    """By the rows' moments and medians, and `table.describe()`."""
+    low, high = np.quantile(_pooled(table, int(of.size.sum())), [0.1, 0.9])
+    several = of.size > 1
+    within = float(of.variance[several].mean()) if several.any() else 0.0
+    # Means of K scores have a variance of their own, though prompts may be alike.
+    noise = float((of.variance[several] / of.size[several]).sum() / len(of.size))
+    apart = max(float(of.mean.var(ddof=1)) - noise, 0.0) if len(of.size) > 1 else 0.0
+    return Spread(
+        within_sd=described["within_prompt_sd"],
+        between_sd=described["between_prompts_sd"],
+        between_share=apart / (apart + within) if apart + within > 0 else 0.0,
+        distance=described["kolmogorov_distance"],
+        distance_by_chance=_KOLMOGOROV / sqrt(described["references_median"]),
+        medians_in_top_tenth=float((of.median > high).mean()),
+        medians_in_bottom_tenth=float((of.median < low).mean()),
+    )
+
+
+def percent(share: float) -> str:
+    """A share in words, never 0 % for what is there.
+
+    >>> [percent(x) for x in (0.0, 0.00004, 0.1234, 1.0)]
+    ['0 %', '< 0.1 %', '12.3 %', '100 %']
+    """
+    return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f}".removesuffix(".0") + " %"
+
+
+def _pooled(table: ReferenceTable, total: int) -> np.ndarray:
+    """All references; of more than a million, those of every n-th prompt: keys are hashes, so it is a fair sample."""
+    most = max(1, _POOLED_SCORES * len(table) // total)
+    rows = np.unique(np.linspace(0, len(table) - 1, min(most, len(table))).astype(np.int64))
+    return np.concatenate([scores.ravel() for _, scores in table.blocks(rows)])

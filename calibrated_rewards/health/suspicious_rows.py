@@ -1,0 +1,156 @@
+"""Rows of a table that do not look like its others: faults, prompts that teach nothing, samples of reward hacking.
+
+Each way to be suspicious is a function from the rows' statistics to those rows, worst first. What counts as far out is
+learnt from the table itself (`limit`), so that heavy tails alone are no fault: in a table without one, a row is listed
+about one time in ten where scores or prompts' means have Student's t with 3 degrees of freedom, and hardly ever where
+they are normal.
+"""
+
+from collections.abc import Callable, Iterator
+from math import log2
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from calibrated_rewards.health.row_statistics import RowStatistics
+from calibrated_rewards.table import ReferenceTable
+
+Array: TypeAlias = npt.NDArray[np.float64]
+Column: TypeAlias = npt.NDArray[np.float32]
+
+# Robust standard deviations of the prompts' medians, and spreads of a row, within which nothing is ever far out.
+FAR_MEDIAN, FAR_SCORE = 6.0, 8.0
+_FEWEST_ROWS = 100
+
+
+class Suspicion(NamedTuple):
+    """A row, and what is odd about it."""
+
+    row: int
+    reason: str
+    """One of a few: "all equal", "one score far above", ..."""
+    detail: str
+    """The numbers."""
+
+
+Finder: TypeAlias = Callable[[ReferenceTable, RowStatistics], Iterator[Suspicion]]
+
+
+def suspicions(table: ReferenceTable, statistics: RowStatistics) -> list[Suspicion]:
+    """Everything that is odd about any row, reason by reason; a row can be there more than once."""
+    return [found for finder in FINDERS for found in finder(table, statistics)]
+
+
+def limit(values: npt.ArrayLike, least: float) -> float:
+    """How large a value has to be, `least` or more, to be none of the others' kind.
+
+    The largest of P values of one law should exceed it one time in a hundred. The tail of the law is a generalised
+    Pareto one from the 90 % quantile on, by the quantiles at 95 % and 97.5 %, which know nothing of what is beyond.
+    From fewer than some thousands its shape is mostly taken to be 1/3, that of Student's t with 3 degrees of freedom
+    (the normal's is 0); from fewer than 100 nothing can be said, and it is 5 `least`.
+    """
+    P = np.size(values)
+    if P < _FEWEST_ROWS:
+        return 5 * least
+    low, middle, high = np.quantile(np.asarray(values, np.float64), [0.9, 0.95, 0.975]).tolist()
+    if not low < middle:
+        return least
+    seen, guessed = P / 40, 100
+    found = log2((high - middle) / (middle - low)) if middle < high else 0.0
+    shape = min(max((seen * found + guessed / 3) / (seen + guessed), 0.01), 1.0)
+    beyond = ((0.1 * P / 0.01) ** shape - 1) / (2**shape - 1)
+    return float(max(least, low + (middle - low) * beyond))
+
+
+def all_equal(table: ReferenceTable, of: RowStatistics) -> Iterator[Suspicion]:
+    """Prompts whose references all have one score, where ties are not the rule."""
+    del table
+    if of.discrete:
+        return
+    for row in sorted(np.flatnonzero((of.distinct == 1) & (of.size > 1)), key=lambda row: -of.size[row]):
+        yield Suspicion(int(row), "all equal", f"{of.size[row]} references of {of.median[row]:.6g}")
+
+
+def few_values(table: ReferenceTable, of: RowStatistics) -> Iterator[Suspicion]:
+    """Prompts with less than a value for 4 references, where ties are not the rule."""
+    del table
+    share = of.distinct / of.size
+    if of.discrete:
+        return
+    for row in sorted(np.flatnonzero((share < 0.25) & (of.distinct > 1)), key=lambda row: share[row]):
+        detail = f"{of.distinct[row]} of {of.size[row]}; the median prompt has {np.median(share):.0%}".replace(
+            "%", " %"
+        )
+        yield Suspicion(int(row), "few values", detail)
+
+
+def few_references(table: ReferenceTable, of: RowStatistics) -> Iterator[Suspicion]:
+    """Prompts with less than half of the median number of references."""
+    del table
+    usual = np.median(of.size)
+    for row in sorted(np.flatnonzero(of.size < usual / 2), key=lambda row: of.size[row]):
+        yield Suspicion(int(row), "few references", f"{of.size[row]}; the median prompt has {usual:.0f}")
+
+
+def far_median(table: ReferenceTable, of: RowStatistics) -> Iterator[Suspicion]:
+    """Prompts whose median score is far from the other prompts'."""
+    del table
+    median = of.median.astype(np.float64)
+    middle = np.median(median)
+    spread = 1.4826 * np.median(np.abs(median - middle))
+    far = np.abs(median - middle) / spread if spread > 0 else np.zeros_like(median)
+    for row in _beyond(far, FAR_MEDIAN):
+        detail = f"{median[row]:.6g}, {far[row]:.1f} robust sd from the others' {middle:.6g}"
+        yield Suspicion(row, "far median", detail)
+
+
+def far_above(table: ReferenceTable, of: RowStatistics) -> Iterator[Suspicion]:
+    """Prompts with a score far above the rest: a sample of reward hacking, or a numeric fault."""
+    del table
+    far = _in_spreads(of.highest, of.median, of)
+    for row in _beyond(far, FAR_SCORE):
+        yield Suspicion(row, "far above", f"{of.highest[row]:.6g}, the prompt's median is {of.median[row]:.6g}")
+
+
+def far_below(table: ReferenceTable, of: RowStatistics) -> Iterator[Suspicion]:
+    """Prompts with a score far below the rest."""
+    del table
+    far = _in_spreads(of.median, of.lowest, of)
+    for row in _beyond(far, FAR_SCORE):
+        yield Suspicion(row, "far below", f"{of.lowest[row]:.6g}, the prompt's median is {of.median[row]:.6g}")
+
+
+def same_scores(table: ReferenceTable, of: RowStatistics) -> Iterator[Suspicion]:
+    """Prompts whose scores are another prompt's, one by one: the same prompt under two keys, or a fault in a join.
+
+    Rows with fewer than 4 values, or ties in half of them, can be equal by chance and do not count.
+    """
+    order = np.argsort(of.digest, kind="stable")
+    order = order[((of.distinct >= 4) & (of.distinct > of.size / 2))[order]]
+    like_previous = np.append(False, of.digest[order[1:]] == of.digest[order[:-1]]) if len(order) else order
+    for place in np.flatnonzero(like_previous):
+        first, second = int(order[place - 1]), int(order[place])
+        if np.array_equal(table.scores(first), table.scores(second)):
+            yield Suspicion(second, "same scores", f"all {of.size[second]} are those of row {first}")
+
+
+FINDERS: tuple[Finder, ...] = (far_above, far_below, far_median, same_scores, all_equal, few_values, few_references)
+
+
+def _in_spreads(high: Column, low: Column, of: RowStatistics) -> Array:
+    """Their difference, in distances between the row's quartiles; or, where ties make those small, in usual ones.
+
+    That is a quarter of the median range of a row. Without either there is nothing to compare with, and it is 0.
+    """
+    lowest, lower, upper, highest, a, b = (
+        column.astype(np.float64) for column in (of.lowest, of.lower_quartile, of.upper_quartile, of.highest, low, high)
+    )
+    spread = np.maximum(upper - lower, np.median(highest - lowest) / 4)
+    return np.divide(b - a, spread, out=np.zeros_like(spread), where=spread > 0)
+
+
+def _beyond(far: Array, least: float) -> list[int]:
+    """The rows beyond the limit, the farthest first."""
+    rows = np.flatnonzero(far > limit(far, least))
+    return [int(row) for row in rows[np.argsort(-far[rows], kind="stable")]]

@@ -1,0 +1,128 @@
+"""Unseen prompts, calibrated when they come: the rollouts and scores that `calibrate` would have given them.
+
+>>> from calibrated_rewards.testing import NumberSampler, NumberScorer
+>>> spot = OnTheSpot(None, NumberSampler(), NumberScorer(), k=4, seed=0)
+>>> spot(["2+2=", "Hello"])
+ReferenceTable(2 prompts, 8 references, in memory)
+"""
+
+import json
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from calibrated_rewards.prompts import Prompt, prompt_key
+from calibrated_rewards.rollouts.shard import Planned, empty
+from calibrated_rewards.rollouts.work import Task, Work
+from calibrated_rewards.samplers.protocol import Particular, Sampler
+from calibrated_rewards.scorers.protocol import Scorer, fingerprint
+from calibrated_rewards.table import ReferenceTable, Row
+
+
+@dataclass(frozen=True, eq=False)
+class OnTheSpot:
+    """Called with prompts it gives a table of them: the rows of `known`, and for all others rows drawn here.
+
+    What is drawn is kept, and is the same whenever and wherever it is drawn, as far as the sampler promises that. Any
+    number of threads may ask at once: a prompt is drawn once, and only those who asked for it wait for it. In another
+    process, after pickling, nothing is drawn yet.
+    """
+
+    known: ReferenceTable | None
+    """The table of the prompts that are calibrated already. One of another reward model or sampler is refused."""
+    sampler: Sampler
+    scorer: Scorer
+    k: int | None = None
+    """Rollouts of a prompt; None for as many as the rows of `known` have, in the median."""
+    seed: int | None = None
+    """None for that of `known`."""
+    _drawn: dict[bytes, "Future[Row]"] = field(default_factory=dict, init=False, repr=False)
+    _lock: Any = field(default_factory=threading.Lock, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        meta = {} if self.known is None else self.known.meta
+        if self.known is not None and self.k is None:
+            object.__setattr__(self, "k", int(np.median(self.known.counts(np.arange(len(self.known))))))
+        if self.seed is None:
+            object.__setattr__(self, "seed", meta.get("seed"))
+        for name, value in (("k", self.k), ("seed", self.seed)):
+            if not isinstance(value, int) or isinstance(value, bool) or (name == "k" and value < 1):
+                least = " >= 1" if name == "k" else ""
+                raise ValueError(f"OnTheSpot needs a whole {name}{least}, or a table that has one, got {value!r}")
+        for name, own in (("scorer", self.scorer), ("sampler", self.sampler)):
+            said, here = meta.get(name), json.loads(json.dumps(fingerprint(own)))
+            if said is not None and said != here:
+                apart = sorted(key for key in {*said, *here} if said.get(key) != here.get(key))
+                raise ValueError(f"the table was made with another {name}: it differs in {', '.join(apart)}")
+
+    def __call__(self, prompts: Sequence[Prompt]) -> ReferenceTable:
+        """The table of these prompts, drawn first where need be."""
+        asked = {prompt_key(prompt): prompt for prompt in prompts}
+        return ReferenceTable.build(self._rows(asked), meta=self._meta())
+
+    def merged(self) -> ReferenceTable:
+        """The table of all prompts, those of `known` and those drawn since, to be saved."""
+        rows = [future.result() for future in list(self._drawn.values()) if future.done() and not future.exception()]
+        tables = [] if self.known is None else [self.known]
+        if rows:
+            tables.append(ReferenceTable.build(rows, meta=self._meta()))
+        if not tables:
+            raise ValueError("there is nothing to merge: no table was given, and no prompt was drawn")
+        return tables[0].merge(*tables[1:])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _drawn={}, _lock=threading.Lock())
+
+    def _rows(self, asked: dict[bytes, Prompt]) -> list[Row]:
+        found = self._known(asked)
+        with self._lock:
+            new = [key for key in asked if key not in found and key not in self._drawn]
+            mine: dict[bytes, Future[Row]] = {key: Future() for key in new}
+            self._drawn.update(mine)
+        waiting = {key: self._drawn[key] for key in asked if key not in found}
+        if mine:
+            self._draw({key: asked[key] for key in mine}, mine)
+        return [*found.values(), *(future.result() for future in waiting.values())]
+
+    def _known(self, asked: dict[bytes, Prompt]) -> dict[bytes, Row]:
+        if self.known is None or not asked:
+            return {}
+        rows = self.known.find(list(asked.values()))
+        places = zip(asked.items(), rows.tolist(), strict=True)
+        return {key: Row(prompt, self.known.scores(row)) for (key, prompt), row in places if row >= 0}
+
+    def _draw(self, asked: dict[bytes, Prompt], mine: dict[bytes, "Future[Row]"]) -> None:
+        """Fill in the answers that others may wait for, or the error; after an error, who asks next tries again."""
+        try:
+            rows = self._sampled(asked)
+        except BaseException as error:
+            with self._lock:
+                for key in mine:
+                    del self._drawn[key]
+            for future in mine.values():
+                future.set_exception(error)
+            raise
+        for key, row in rows.items():
+            mine[key].set_result(row)
+
+    def _sampled(self, asked: dict[bytes, Prompt]) -> dict[bytes, Row]:
+        """By the same work that `calibrate` does."""
+        if isinstance(self.sampler, Particular):
+            self.sampler.check(list(asked.values()))
+        planned = [Planned(key, prompt) for key, prompt in asked.items()]
+        work = Work(self.sampler, {"reward": self.scorer}, int(self.seed or 0))
+        done = work(Task("", empty(planned), [int(self.k or 0)] * len(planned))).shard.scores["reward"]
+        return {key: Row(prompt, scores) for (key, prompt), scores in zip(asked.items(), done, strict=True)}
+
+    def _meta(self) -> dict[str, Any]:
+        """The known table's, or what `calibrate` would say."""
+        if self.known is not None:
+            return self.known.meta
+        return {"scorer": fingerprint(self.scorer), "sampler": fingerprint(self.sampler), "seed": self.seed}

@@ -1,0 +1,203 @@
+"""The directory of a run: its settings, its prompts in shards, and the rollouts of each shard.
+
+```
+run.json                  what the rollouts depend on, and the fingerprint of each reward model
+prompts/00000.parquet     the prompts of a shard; written once
+rollouts/00000.parquet    their rollouts, a row each, with a column `score:NAME` for each reward model
+aliases/00000.parquet     ids that lead to prompts
+```
+
+The table stands beside them; of several reward models each in a folder of its own.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from calibrated_rewards.rollouts.claims import claim
+from calibrated_rewards.rollouts.shard import Planned, Shard, State
+from calibrated_rewards.rollouts.shard_files import (
+    read_keys,
+    read_prompts,
+    read_shard,
+    read_table,
+    replacing,
+    rows_in,
+    state_of,
+    write_prompts,
+    write_shard,
+)
+
+FORMAT, VERSION = "calibrated-rewards run", 1
+ALIAS = pa.schema([("alias", pa.binary(16)), ("key", pa.binary(16))])
+_OWN_FOLDERS = ("prompts", "rollouts", "aliases")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of a run. Every one of them is replaced in one step, so a kill at any moment leaves whole files."""
+
+    path: Path
+
+    def settings(self) -> dict[str, Any]:
+        """What is in run.json; nothing, before the first run."""
+        file = self.path / "run.json"
+        if not file.exists():
+            return {}
+        try:
+            found = json.loads(file.read_text())
+            format_, version = found.pop("format"), found.pop("version")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{file} must be the settings of a run, got something else ({error!r})") from None
+        if (format_, version) != (FORMAT, VERSION):
+            raise ValueError(f"{file} must be a {FORMAT!r} of version {VERSION}, got {format_!r} of version {version}")
+        return dict(found)
+
+    def agree(self, seed: int, sampler: Mapping[str, Any] | None, scorers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take these settings as the run's, or refuse: rollouts of two policies do not go into one table.
+
+        For who holds the directory. As long as it has no prompts, other settings replace those that are there.
+        """
+        found = self.settings() if self.names() else {}
+        told = {**({} if sampler is None else {"seed": seed, "sampler": sampler}), "scorers": scorers}
+        mine = json.loads(json.dumps(told))
+        apart = list(_differences(found, mine))
+        if apart:
+            raise ValueError(
+                f"{self.path} is of a run with other settings: {'; '.join(apart[:4])}. Say the settings of that "
+                "run, another directory, or, for another reward model, another name"
+            )
+        merged = {**found, **mine, "scorers": {**found.get("scorers", {}), **mine["scorers"]}}
+        if merged != self.settings():
+            self._write_settings(merged)
+
+    def locked(self) -> AbstractContextManager[bool]:
+        """Hold the whole directory; waits for whoever does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / ".lock").touch()
+        return claim(self.path / ".lock", wait=True)
+
+    def names(self) -> list[str]:
+        """The shards, in order."""
+        return sorted(file.stem for file in self.path.glob("prompts/[0-9]*.parquet"))
+
+    def free(self) -> int:
+        """The number of the next shard, after all that are there."""
+        return max((int(name) + 1 for name in self.names()), default=0)
+
+    def prompts(self, name: str) -> list[Planned]:
+        """The prompts of a shard."""
+        return read_prompts(self._prompts(name))
+
+    def size(self, name: str) -> int:
+        """How many prompts a shard has."""
+        return rows_in(self._prompts(name))
+
+    def plan(self, name: str, prompts: list[Planned]) -> None:
+        """Make a shard of these prompts."""
+        write_prompts(self._prompts(name), prompts)
+
+    def forget(self, name: str) -> None:
+        """Take back a shard on which nobody has worked."""
+        self._prompts(name).unlink(missing_ok=True)
+
+    def keys(self) -> Iterator[bytes]:
+        """The keys of all prompts."""
+        for name in self.names():
+            yield from self.keys_of(name)
+
+    def keys_of(self, name: str) -> list[bytes]:
+        """The keys of a shard's prompts."""
+        return read_keys(self._prompts(name))
+
+    def claim(self, name: str) -> AbstractContextManager[bool]:
+        """Hold a shard, if nobody else does."""
+        return claim(self._prompts(name))
+
+    def state(self, name: str) -> State | None:
+        """How far a shard is; None if nothing has been done."""
+        return state_of(self.rollouts(name))
+
+    def load(self, name: str) -> Shard:
+        """A shard with all there is of it."""
+        return read_shard(self.rollouts(name), self.prompts(name))
+
+    def save(self, name: str, shard: Shard) -> None:
+        """Keep the work on a shard."""
+        write_shard(self.rollouts(name), shard)
+
+    def tidy(self, name: str) -> None:
+        """Remove what a worker that was killed left of a shard; for the one who holds it."""
+        for stale in self.path.glob(f"rollouts/.{name}.parquet.*"):
+            stale.unlink(missing_ok=True)
+
+    def tidy_all(self) -> None:
+        """Remove all else that a process left which was killed as it wrote; for who holds the directory."""
+        for pattern in (".run.json.*", "..made_of.*", "*/..made_of.*", "prompts/.*.parquet.*", "aliases/.*.parquet.*"):
+            for stale in self.path.glob(pattern):
+                stale.unlink(missing_ok=True)
+
+    def rollouts(self, name: str) -> Path:
+        """The file of a shard's rollouts."""
+        return self.path / "rollouts" / f"{name}.parquet"
+
+    def aliases(self) -> dict[bytes, bytes]:
+        """The key that each id leads to."""
+        found: dict[bytes, bytes] = {}
+        for file in sorted(self.path.glob("aliases/*.parquet")):
+            columns = read_table(file)
+            found |= dict(zip(columns.column("alias").to_pylist(), columns.column("key").to_pylist(), strict=True))
+        return found
+
+    def add_aliases(self, aliases: Mapping[bytes, bytes]) -> None:
+        """Keep more ids."""
+        if aliases:
+            columns = [list(aliases), list(aliases.values())]
+            arrays = [pa.array(column, kind.type) for column, kind in zip(columns, ALIAS, strict=True)]
+            number = len([*self.path.glob("aliases/*.parquet")])
+            with replacing(self.path / "aliases" / f"{number:05d}.parquet") as file:
+                pq.write_table(pa.table(arrays, schema=ALIAS), file)
+
+    def table(self, name: str | None) -> Path:
+        """Where the table of a reward model is; of the only one, without a name, in the directory itself."""
+        return self.path if name is None else self.path / name
+
+    def _prompts(self, name: str) -> Path:
+        return self.path / "prompts" / f"{name}.parquet"
+
+    def _write_settings(self, settings: Mapping[str, Any]) -> None:
+        text = json.dumps({"format": FORMAT, "version": VERSION, **settings}, indent=2, sort_keys=True)
+        with replacing(self.path / "run.json") as file:
+            file.write(text.encode() + b"\n")
+
+
+def check_name(name: str) -> None:
+    """Refuse the name of a reward model that cannot be that of a folder, or is that of one of ours."""
+    if not _NAME.fullmatch(name) or name in _OWN_FOLDERS:
+        raise ValueError(
+            f"the name of a reward model has letters, digits, '.', '_' and '-', and is none of {_OWN_FOLDERS}; got "
+            f"{name!r}"
+        )
+
+
+def _differences(there: Any, here: Any, place: str = "") -> Iterator[str]:
+    """Where two settings that are in both differ, in words; what is in one alone is no difference at the top."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        inside = place.count(".") >= 1
+        for name in sorted({*there, *here} if inside or place == "sampler" else {*there} & {*here}):
+            yield from _differences(there.get(name), here.get(name), f"{place}.{name}" if place else name)
+    elif there != here:
+        yield f"{place} is {_short(there)} there and {_short(here)} here"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

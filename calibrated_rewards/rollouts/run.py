@@ -1,0 +1,185 @@
+"""A run in a directory: prompts into shards, shards filled by whoever is there, the table made of them."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from calibrated_rewards.adaptive import Adaptive
+from calibrated_rewards.rollouts.cluster import Cluster
+from calibrated_rewards.rollouts.directory import RunDirectory
+from calibrated_rewards.rollouts.planning import plan
+from calibrated_rewards.rollouts.progress import Progress
+from calibrated_rewards.rollouts.shard import Shard
+from calibrated_rewards.rollouts.sources import Asked
+from calibrated_rewards.rollouts.tabulation import scores_of, tabulated
+from calibrated_rewards.rollouts.work import Task, Work
+from calibrated_rewards.scorers.protocol import fingerprint
+from calibrated_rewards.table import ReferenceTable
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two looks at shards that others hold.
+PAUSE = 0.5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is done; none of it changes a rollout."""
+
+    k: int = 100
+    per_shard: int = 32
+    adaptive: Adaptive | None = None
+    cluster: Cluster | None = None
+    show_progress: bool = True
+
+
+def run(
+    path: Path, asked: Iterable[Asked] | None, work: Work, tables: Mapping[str, str | None], settings: Settings
+) -> dict[str, ReferenceTable]:
+    """Do what is left of a run, together with whoever else is at it, and give its tables."""
+    directory = RunDirectory(path)
+    names = prepare(directory, asked, work, settings.per_shard, settings.show_progress)
+    with Progress(sum(map(directory.size, names)), settings.show_progress) as progress:
+        filling = Filling(directory, names, work, settings.k, progress, settings.cluster)
+        if settings.adaptive is None:
+            filling.fill()
+        else:
+            filling.in_rounds(settings.adaptive)
+    return {column: tabulated(directory, column, name) for column, name in tables.items()}
+
+
+def prepare(
+    directory: RunDirectory, asked: Iterable[Asked] | None, work: Work, per_shard: int, show_progress: bool
+) -> list[str]:
+    """Settings and prompts into the directory, whose shards it gives; refuses, before sampling, what cannot be done."""
+    sampler = None if work.sampler is None else fingerprint(work.sampler)
+    scorers = {name: fingerprint(scorer) for name, scorer in work.scorers.items()}
+    with directory.locked():
+        directory.tidy_all()
+        if asked is None and not directory.names():
+            raise ValueError(f"{directory.path} has no prompts yet: give some, prompts=")
+        directory.agree(work.seed, sampler, scorers)
+        if asked is not None:
+            said = plan(directory, asked, work.sampler, per_shard, show_progress)
+            logger.info("%s: %d new prompts, %d known, %d repeated", directory.path, *said)
+        if not directory.names():
+            raise ValueError("calibration needs at least one prompt, got none")
+        return directory.names()
+
+
+@dataclass(frozen=True)
+class Filling:
+    """Brings shards of a directory to so many rollouts a prompt, with all scores."""
+
+    directory: RunDirectory
+    names: list[str]
+    """Its shards as it was planned; others may be adding more."""
+    work: Work
+    k: int
+    progress: Progress
+    cluster: Cluster | None = None
+    goals: dict[bytes, int] = field(default_factory=dict)
+    """Of prompts that are to have another number."""
+
+    def fill(self) -> None:
+        """In this process, or by a cluster."""
+        if self.cluster is None:
+            self.here()
+        else:
+            self.elsewhere(self.cluster)
+
+    def in_rounds(self, adaptive: Adaptive) -> None:
+        """As many rollouts as each prompt needs. Who comes late goes through the same rounds, and finds them done."""
+        (column,) = self.work.scorers
+        goals = {key: adaptive.rounds[0] for name in self.names for key in self.directory.keys_of(name)}
+        while True:
+            replace(self, goals=goals).fill()
+            # Of what others may have drawn meanwhile for the next round nothing is seen: all decide alike.
+            more = adaptive.next((key, scores[: goals[key]]) for key, scores in self._rows(column))
+            if not more:
+                return
+            goals |= more
+            self.progress.again(sum(goal > 0 for goal in more.values()))
+
+    def here(self) -> None:
+        """In this process; shards that another one holds are left to it, unless it dies."""
+        waiting = self.names
+        while waiting:
+            held = [name for name in waiting if not self._did(name)]
+            if held == waiting:
+                time.sleep(PAUSE)
+            waiting = held
+
+    def elsewhere(self, cluster: Cluster) -> None:
+        """By a cluster: what comes back is kept here, and each shard is held from when it is given out until then."""
+        waiting = self.names
+        while waiting:
+            held, claims = list[str](), dict[str, ExitStack]()
+            try:
+                for task in cluster(self.work, self._claimed(waiting, claims, held)):
+                    self._keep(task.name, self.directory.load(task.name), task.shard)
+                    self.progress.add(prompts=len(task.wanted))
+                    claims.pop(task.name).close()
+                if claims:
+                    raise RuntimeError(f"a cluster gives a result for each task, got none for shards {[*claims]}")
+            finally:
+                for own in claims.values():
+                    own.close()
+            if held == waiting:
+                time.sleep(PAUSE)
+            waiting = held
+
+    def _claimed(self, names: list[str], claims: dict[str, ExitStack], held: list[str]) -> Iterator[Task]:
+        for name in names:
+            with ExitStack() as claim:
+                if not claim.enter_context(self.directory.claim(name)):
+                    held.append(name)
+                elif (task := self._task(name)) is not None:
+                    self.directory.tidy(name)
+                    claims[name] = claim.pop_all()
+                    yield task
+
+    def _did(self, name: str) -> bool:
+        with self.directory.claim(name) as ours:
+            if not ours:
+                return False
+            task = self._task(name)
+            if task is not None:
+                self.directory.tidy(name)
+                before = task.shard
+                for shard in self.work.steps(task):
+                    self._keep(name, before, shard)
+                    before = shard
+                self.progress.add(prompts=len(task.wanted))
+            return True
+
+    def _task(self, name: str) -> Task | None:
+        """What there is to do on a shard; None if it is done."""
+        state, wanted = self.directory.state(name), self._wanted(name)
+        if self.work.sampler is None and state is not None:
+            wanted = state.drawn  # those that are there
+        if self.work.is_done(state, wanted):
+            self.progress.add(prompts=len(wanted))
+            return None
+        return Task(name, self.directory.load(name), wanted)
+
+    def _wanted(self, name: str) -> list[int]:
+        if not self.goals:
+            return [self.k] * self.directory.size(name)
+        return [self.goals.get(key, self.k) for key in self.directory.keys_of(name)]
+
+    def _rows(self, column: str) -> Iterator[tuple[bytes, Float32[np.ndarray, " _"]]]:
+        """Scores by the number of their rollout."""
+        for name in self.names:
+            yield from zip(self.directory.keys_of(name), scores_of(self.directory, name, column), strict=True)
+
+    def _keep(self, name: str, before: Shard, shard: Shard) -> None:
+        self.directory.save(name, shard)
+        new = [r for old, now in zip(before.rollouts, shard.rollouts, strict=True) for r in now[len(old) :]]
+        self.progress.add(completions=len(new), tokens=sum(rollout.tokens or 0 for rollout in new))

@@ -1,0 +1,71 @@
+"""How a completion ends: by a token of the model's, by a text that was asked for, or cut."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from calibrated_rewards.samplers.decoding import Decoding
+from calibrated_rewards.samplers.protocol import Rollout
+
+# Tokens beyond the bytes of a stop text that are looked at, for those that write nothing.
+SLACK = 8
+
+
+@dataclass
+class Draft:
+    """A completion that is being written."""
+
+    ids: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    end: Literal["token", "text"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Endings:
+    """What ends a completion."""
+
+    tokenizer: Any
+    ids: frozenset[int]
+    stop: tuple[str, ...] = ()
+
+    def mark(self, drafts: Sequence[Draft]) -> None:
+        """Say of each draft whether its last token ends it."""
+        for draft in drafts:
+            if draft.ids[-1] in self.ids:
+                draft.end = "token"
+        if self.stop:
+            self._mark_texts([draft for draft in drafts if draft.end is None])
+
+    def rollouts(self, drafts: Sequence[Draft]) -> list[Rollout]:
+        """The drafts as completions: without the token or the text that ended them."""
+        # Special tokens are left out anyway; a token that is not special may be set to end a completion too.
+        written = [draft.ids[:-1] if draft.end == "token" else draft.ids for draft in drafts]
+        rollouts = []
+        for draft, text in zip(drafts, self._texts(written), strict=True):
+            cut = self._cut(text)
+            finish: Literal["stop", "length"] = "length" if draft.end is None and cut == text else "stop"
+            rollouts.append(Rollout(cut, len(draft.ids), finish, draft.logprob))
+        return rollouts
+
+    def _mark_texts(self, drafts: Sequence[Draft]) -> None:
+        """A look at the last tokens is enough to rule a stop text out; whether it is there, the whole text says."""
+        last = max(len(text.encode()) for text in self.stop) + SLACK
+        tails = self._texts([draft.ids[-last:] for draft in drafts])
+        seen = [draft for draft, tail in zip(drafts, tails, strict=True) if self._cut(tail) != tail]
+        for draft, text in zip(seen, self._texts([draft.ids for draft in seen]), strict=True):
+            if self._cut(text) != text:
+                draft.end = "text"
+
+    def _texts(self, rows: list[list[int]]) -> list[str]:
+        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True)) if rows else []
+
+    def _cut(self, text: str) -> str:
+        found = [at for at in map(text.find, self.stop) if at >= 0]
+        return text[: min(found)] if found else text
+
+
+def end_ids(model: Any, tokenizer: Any, decoding: Decoding) -> frozenset[int]:
+    """The tokens at which a trainer would stop: the generation config's, the tokenizer's, and those asked for."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    told = own if isinstance(own, list | tuple) else [own]
+    return frozenset(int(i) for i in (*told, tokenizer.eos_token_id, *decoding.stop_token_ids) if i is not None)

@@ -1,0 +1,201 @@
+"""A vLLM engine: one that runs already, or how one is started, which pickles; and what each knows of its model."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from hashlib import blake2b
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import Any
+
+from calibrated_rewards.scorers.recipe import LOADING
+
+# What of a file of weights is read for its digest: this many pieces, evenly spread, of so many bytes.
+PIECES, PIECE = 1024, 4096
+PROCESSED = "processed_logprobs"
+
+
+@dataclass(frozen=True)
+class Running:
+    """A `vllm.LLM` that was made elsewhere."""
+
+    llm: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        """The engine's own."""
+        return self.llm.get_tokenizer()
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of a prompt and its completion."""
+        return int(self._model.max_model_len)
+
+    @property
+    def processed(self) -> bool:
+        """Whether the log-probabilities that it tells are those that it draws with."""
+        return getattr(self._model, "logprobs_mode", "raw_logprobs") == PROCESSED
+
+    @property
+    def lora(self) -> Any:
+        """No adapter is known of."""
+        return None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What is known of the weights: a folder's files, or a repository's commit; and their precision."""
+        commit = self._model.revision or getattr(self._model.hf_config, "_commit_hash", None)
+        quantised = {"quantization": self._model.quantization} if self._model.quantization else {}
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        return {**weights(self._model.model, commit), "dtype": dtype, **quantised, "vllm": installed()}
+
+    @property
+    def _model(self) -> Any:
+        return self.llm.llm_engine.model_config
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How an engine is started: the same in every process. It starts when something is first asked of `llm`.
+
+    What a run needs to know beforehand (tokenizer, limit, fingerprint) comes from the checkpoint's small files, so that
+    a process that only plans work, or has no GPU, starts no engine.
+    """
+
+    name: str
+    """A folder, or a repository of the Hub."""
+    revision: str | None = None
+    adapter: str | None = None
+    """The folder of a LoRA adapter on top of it."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What else `vllm.LLM` takes."""
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.revision))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("name", "revision", "adapter", "options")}
+
+    @property
+    def llm(self) -> Any:
+        """The engine; the same one from then on."""
+        with LOADING:
+            return self._llm
+
+    @property
+    def tokenizer(self) -> Any:
+        """The one that is saved beside the model, or that `tokenizer=` names."""
+        with LOADING:
+            return self._tokenizer
+
+    @cached_property
+    def limit(self) -> int | None:
+        """Most tokens of a prompt and its completion: max_model_len, or the positions of the model."""
+        asked = self.options.get("max_model_len")
+        if isinstance(asked, int) and asked > 0:
+            return asked
+        from transformers import AutoConfig
+
+        most = getattr(
+            AutoConfig.from_pretrained(self.name, **self._own).get_text_config(), "max_position_embeddings", 0
+        )
+        return int(most) if isinstance(most, int) and most > 0 else None
+
+    @property
+    def processed(self) -> bool:
+        """Whether the log-probabilities that it tells are those that it draws with."""
+        return bool(self._settings["logprobs_mode"] == PROCESSED)
+
+    @property
+    def lora(self) -> Any:
+        """What a request says of the adapter."""
+        if self.adapter is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest("policy", 1, self.adapter)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What is known of the weights: a folder's files, or a repository's commit; and what changes them."""
+        over = {} if self.adapter is None else {"adapter": weights(self.adapter, None)}
+        changing = ("quantization", "kv_cache_dtype", "hf_overrides", "rope_scaling")
+        given = {name: str(self.options[name]) for name in changing if name in self.options}
+        dtype = str(self._settings["dtype"]).removeprefix("torch.")
+        return {**self._weights, **over, "dtype": dtype, **given, "vllm": installed()}
+
+    @cached_property
+    def _weights(self) -> dict[str, Any]:
+        return weights(self.name, self.revision)
+
+    @cached_property
+    def _llm(self) -> Any:
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ImportError(f"VllmSampler needs vllm, which does not load ({error}): pip install vllm") from error
+        return LLM(model=self.name, **self._settings)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        name = self._settings.get("tokenizer")
+        code = bool(self._settings.get("trust_remote_code", False))
+        of_the_model = {} if name else self._own
+        return AutoTokenizer.from_pretrained(name or self.name, **{"trust_remote_code": code, **of_the_model})
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        """How the model's own files are asked for."""
+        code = bool(self.options.get("trust_remote_code", False))
+        return {"trust_remote_code": code} | ({} if self.revision is None else {"revision": self.revision})
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """The keyword arguments for `vllm.LLM`."""
+        usual = {"dtype": "auto", "runner": "generate", "enable_prefix_caching": True, "logprobs_mode": PROCESSED}
+        at = {} if self.revision is None else {"revision": self.revision, "tokenizer_revision": self.revision}
+        lora = {} if self.adapter is None else {"enable_lora": True}
+        return {**usual, **at, **lora, **self.options}
+
+
+def weights(name: str, revision: str | None) -> dict[str, Any]:
+    """What names the weights: digests of a folder's files, or a repository and its commit."""
+    if Path(name).is_dir():
+        return {"weights": files_digest(Path(name))}
+    return {"model": name, "revision": revision}
+
+
+def files_digest(folder: Path) -> str:
+    """A digest of the config and the weights in a folder; of a large file its size and evenly spread pieces.
+
+    An engine keeps its weights to itself, and may hold them quantised or spread over machines: these are the files
+    that it was started from. Training moves all of a model's weights, or an adapter's, so pieces tell two apart.
+    """
+    digest = blake2b(digest_size=16)
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt", ".gguf")]
+    for path in [folder / "config.json", folder / "adapter_config.json", *files]:
+        if path.exists():
+            digest.update(f"{path.name} {path.stat().st_size} ".encode())
+            for piece in _pieces(path):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+@cache
+def installed() -> str | None:
+    """The version of vLLM, which a CPU build has under another name; None where it is not installed.
+
+    >>> installed() is None or installed()[0].isdigit()
+    True
+    """
+    names = packages_distributions().get("vllm", [])
+    return version(names[0]) if names else None
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    size = path.stat().st_size
+    step = max(PIECE, size // PIECES)
+    with path.open("rb") as file:
+        for start in range(0, size, step):
+            file.seek(start)
+            yield file.read(PIECE)
