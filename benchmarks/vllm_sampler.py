@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -117,11 +117,9 @@ def agreement(model: Any, llm: Any, decoding: Decoding, k: int) -> dict[str, Any
     drawn = [(list(a.prompt_token_ids), list(a.outputs[0].token_ids)) for a in seen.answers]
     compared = list(zip(drawn, rollouts, strict=True))[:: max(1, len(drawn) // COMPARED)]
     gaps = [abs(forward(model, p, d, decoding) - r.logprob) / len(d) for (p, d), r in compared]
-    print("compared", decoding, max(gaps), flush=True)
     return {
         "rollouts": len(rollouts),
         "compared": len(gaps),
-        "tokens": sum(r.tokens for r in rollouts),
         "tokens_are_the_engines": [r.tokens for r in rollouts] == [len(d) for _, d in drawn],
         "finish": dict(Counter(r.finish for r in rollouts)),
         "cut_at_stop": not any(stop in r.completion for r in rollouts for stop in decoding.stop),
@@ -209,11 +207,9 @@ def served(args: argparse.Namespace) -> Iterator[str]:
         for _ in range(300):
             if server.poll() is not None:
                 raise RuntimeError(f"vllm serve ended with {server.returncode}")
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
-            except OSError:
-                time.sleep(1)
+            time.sleep(1)
         yield url
     finally:
         server.terminate()
@@ -259,7 +255,6 @@ def over_http(model: Any, tokenizer: Any, url: str, k: int) -> dict[str, Any]:
                 "compared": len(gaps),
                 "largest_logprob_gap_nats_a_token": max(gaps),
             }
-            print(api, name, max(gaps), flush=True)
     return found
 
 
@@ -272,7 +267,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=128, help="most that the engine runs at once")
     parser.add_argument("--threads", type=int, default=2, help="of transformers")
-    parser.add_argument("--no-serve", action="store_true")
     args = parser.parse_args()
     args.model = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -291,16 +285,13 @@ def main() -> None:
     sides = {"vllm_sampler": lambda: tokens(loaded, args.k), "hf_sampler": lambda: tokens(hf, args.k)}
     sides["vllm_n_at_once"] = lambda: n_at_once(llm, args.k)
     results["tokens_a_second_float32"] = in_turns(args.rounds, sides)
-    print(results, flush=True)
-    if not args.no_serve:
-        llm.llm_engine.engine_core.shutdown()
-        with served(args) as url:
-            results["served"] = over_http(model, tokenizer, url, min(args.k, 16))
-            plain = OpenAISampler(url, "policy", DECODINGS["plain"], tokenizer=tokenizer, logprobs="processed")
-            each = replace(plain, most_at_once=1, concurrency=64)
-            sides = {"n_at_once": lambda: tokens(plain, args.k), "each_its_own_seed": lambda: tokens(each, args.k)}
-            results["served_tokens_a_second"] = in_turns(args.rounds, sides)
-        print(results["served"], results["served_tokens_a_second"])
+    llm.llm_engine.engine_core.shutdown()
+    with served(args) as url:
+        results["served"] = over_http(model, tokenizer, url, min(args.k, 16))
+        plain = OpenAISampler(url, "policy", DECODINGS["plain"], tokenizer=tokenizer, logprobs="processed")
+        each = replace(plain, most_at_once=1, concurrency=64)
+        sides = {"n_at_once": lambda: tokens(plain, args.k), "each_its_own_seed": lambda: tokens(each, args.k)}
+        results["served_tokens_a_second"] = in_turns(args.rounds, sides)
     print(save("vllm_sampler", results))
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, overload
 
+import numpy as np
+
 from calibrated_rewards.adaptive import Adaptive
 from calibrated_rewards.rollouts.adoption import adopt
 from calibrated_rewards.rollouts.cluster import Cluster
@@ -69,7 +71,12 @@ def calibrate(
     A prompt's rollouts depend on `seed`, its key and the sampler; not on the other prompts, on who draws them or when.
     """
     named = _named(scorers)
+    k, seed = _whole(k), _whole(seed)
     _check(named, k, prompts_per_shard)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"calibrate needs a whole seed, got seed={seed!r:.60}")
+    if isinstance(sampler, type):
+        raise TypeError(f"a sampler is an object, got the class {sampler.__name__}: call it first")
     if not named:
         raise ValueError("calibrate needs a reward model, got none")
     if adaptive is not None and len(named) != 1:
@@ -77,6 +84,8 @@ def calibrate(
     asked = None if prompts is None else prompts_from(prompts, **source)
     work, columns = Work(sampler, named, seed), _tables(scorers)
     settings = Settings(k, prompts_per_shard, adaptive, cluster, show_progress)
+    if out == "":
+        raise ValueError("a run is kept in a directory, got out=''")
     if out is not None:
         return _answered(run(Path(out), asked, work, columns, settings), columns)
     if asked is None:
@@ -115,11 +124,21 @@ def import_rollouts(
     directory, work = RunDirectory(Path(out)), Work(None, named, 0)
     known = {name: {"kind": "imported", "column": column} for name, column in given.items()}
     with directory.locked():
+        before = directory.settings()
         directory.agree(0, None, known)
-        adopt(directory, found, [*given], prompts_per_shard, show_progress)
+        try:
+            adopt(directory, found, [*given], prompts_per_shard, show_progress)
+        except BaseException:
+            directory.write_settings(before)
+            raise
     columns = {**_tables(scores or {}), **_tables(scorers or {})}
     settings = Settings(1, prompts_per_shard, None, cluster, show_progress)
     return _answered(run(Path(out), None, work, columns, settings), columns)
+
+
+def _whole(number: Any) -> Any:
+    """numpy's integers as Python's."""
+    return int(number) if isinstance(number, np.integer) else number
 
 
 def _named(things: Any) -> dict[str, Any]:
@@ -141,5 +160,5 @@ def _check(scorers: Mapping[str, Any], k: int, per_shard: int) -> None:
             raise ValueError(f"calibrate needs a whole {what} >= 1, got {what}={number!r}")
     for name, scorer in scorers.items():
         check_name(name)
-        if not callable(scorer):
+        if not callable(scorer) or isinstance(scorer, type):
             raise TypeError(f"a reward model is called with prompts and completions, got {name}={scorer!r:.60}")

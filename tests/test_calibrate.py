@@ -1,9 +1,11 @@
 """calibrate(): the table is that of the rollouts, however they were asked for, and however often it was stopped."""
 
 import contextlib
+import inspect
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -407,3 +409,146 @@ def test_adaptive_rounds_need_one_reward_model():
     """Whose scores say what is enough."""
     with pytest.raises(ValueError, match="adaptive K needs one reward model"):
         calibrate(["a"], NumberSampler(), {"a": graded, "b": graded}, adaptive=Adaptive(Identity(), 0.1))
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    """A table that is no run's, shards whose settings are gone, a file: refused; other files: not minded."""
+    ReferenceTable.build([("zzz", [1.0, 2.0])], path=tmp_path / "table")
+    with pytest.raises(ValueError, match=r"no run\.json"):
+        calibrate(PROMPTS, NumberSampler(), NumberScorer(), tmp_path / "table", k=2)
+    assert len(ReferenceTable.load(tmp_path / "table")) == 1
+    calibrate(PROMPTS, NumberSampler(), NumberScorer(), tmp_path / "run", k=2)
+    (tmp_path / "run" / "prompts" / "00000 (1).parquet").write_text("a copy")
+    calibrate(PROMPTS, NumberSampler(), NumberScorer(), tmp_path / "run", k=2)
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"no run\.json"):
+        calibrate(PROMPTS, NumberSampler(9.0), NumberScorer(), tmp_path / "run", k=4)
+    with pytest.raises(NotADirectoryError):
+        calibrate(PROMPTS, NumberSampler(), NumberScorer(), tmp_path / "run" / "table.json", k=2)
+
+
+@pytest.mark.parametrize("harm", ["another", "cut", "gone", "stamp"])
+def test_a_table_that_was_harmed_is_made_again(tmp_path, harm):
+    """Replaced by another, cut short, deleted, or with a mark that nobody can read."""
+    calibrate(PROMPTS, NumberSampler(), NumberScorer(), tmp_path, k=3)
+    before = table_bytes(tmp_path)
+    if harm == "another":
+        ReferenceTable.build([("zzz", [1.0])], path=tmp_path)
+    elif harm == "cut":
+        (tmp_path / "table.safetensors").write_bytes(before[0][:-8])
+    elif harm == "gone":
+        (tmp_path / "table.json").unlink()
+    else:
+        (tmp_path / ".made_of").write_bytes(b"\xff\xfe")
+    calibrate(PROMPTS, NumberSampler(), NumberScorer(), tmp_path, k=3)
+    assert table_bytes(tmp_path) == before
+
+
+def test_what_others_do_to_their_arguments_stays_with_them(tmp_path):
+    """A sampler that appends to messages and sorts seeds, a scorer that edits completions: nothing of it is kept."""
+
+    def rude(prompts, seeds):
+        drawn = NumberSampler()(prompts, seeds)
+        for prompt, own in zip(prompts, seeds, strict=True):
+            prompt.append({"role": "assistant", "content": "mine"})
+            own.clear()
+        return [[[{"role": "assistant", "content": one.completion}] for one in own] for own in drawn]
+
+    def editing(prompts, completions):
+        for prompt, completion in zip(prompts, completions, strict=True):
+            prompt.clear()
+            completion.clear()
+        return [0.0] * len(prompts)
+
+    calibrate([CHAT], rude, {"a": editing, "b": NumberScorer()}, tmp_path, k=3)
+    (shard,) = [RunDirectory(tmp_path).load(name) for name in RunDirectory(tmp_path).names()]
+    assert [planned.prompt for planned in shard.prompts] == [CHAT]
+    assert [*shard.seeds[0]] == seeds_of(0, prompt_key(CHAT), 0, 3)
+    assert all(rollout.completion[0]["content"] for rollout in shard.rollouts[0])
+    np.testing.assert_array_equal(np.sort(shard.scores["b"][0]), by_hand(CHAT, 3))
+
+
+def test_a_budget_is_a_budget():
+    """One that is too small for the first round is refused before anything is drawn."""
+    sampler = Counting()
+    with pytest.raises(ValueError, match="budget for 4 rollouts of each prompt"):
+        calibrate(PROMPTS, sampler, graded, adaptive=Adaptive(Identity(), 1e-4, (4, 8), budget=5))
+    assert not sampler.asked
+
+
+def test_new_prompts_need_a_sampler(tmp_path):
+    """Without one they are refused, and the directory is as it was; unfinished ones have no part in the table."""
+    calibrate(PROMPTS[:1], NumberSampler(), NumberScorer(), tmp_path, k=2)
+    with pytest.raises(ValueError, match="there is no sampler"):
+        calibrate(PROMPTS[1:2], None, NumberScorer(), tmp_path, k=2)
+    assert len(calibrate(None, None, {"other": HashScorer()}, tmp_path)["other"]) == 1
+
+    def stopped(prompts, seeds):
+        raise KeyboardInterrupt(prompts, seeds)
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(PROMPTS[:3], stopped, {"r": NumberScorer()}, tmp_path / "b", k=2)
+    rows = [row for row in rows_of(2) if row["prompt"] == PROMPTS[5]]
+    assert len(import_rollouts(rows, tmp_path / "b", scores={"mine": "reward"})["mine"]) == 1
+
+
+def test_half_a_character_becomes_the_sign_for_it(tmp_path):
+    """Which a server's JSON may bring, and no file in UTF-8 can keep."""
+
+    def half(prompts, seeds):
+        return [["a\ud83d" for _ in own] for own in seeds if prompts]
+
+    calibrate(["Hi"], half, NumberScorer(), tmp_path, k=2)
+    assert RunDirectory(tmp_path).load("00000").rollouts[0][0].completion == "a\ufffd"
+
+
+def test_interrupted_planning_is_taken_back(tmp_path):
+    """Ctrl-C while prompts are read: none of them stays; nor of an import that is refused."""
+
+    def interrupted():
+        yield from PROMPTS
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(interrupted(), NumberSampler(), NumberScorer(), tmp_path, k=2, prompts_per_shard=3)
+    assert RunDirectory(tmp_path).names() == []
+    rows = [{"prompt": f"{i}", "completions": ["1"], "r": [1.0]} for i in range(5)] + [{"prompt": "x", "r": [1.0]}]
+    with pytest.raises((ValueError, KeyError)):
+        import_rollouts(rows, tmp_path, scores="r", prompts_per_shard=2)
+    assert RunDirectory(tmp_path).names() == []
+    assert not [*tmp_path.glob("rollouts/*")]
+
+
+def test_scores_for_rollouts_that_are_there_are_not_imported(tmp_path):
+    """They might be of other rollouts: a column that the directory lacks is for new prompts alone."""
+    rows = rows_of(2, ("a", "b"))
+    import_rollouts(rows, tmp_path, scores={"a": "a"})
+    with pytest.raises(ValueError, match="without scores of 'b'"):
+        import_rollouts(rows, tmp_path, scores={"b": "b"})
+    assert "b" not in RunDirectory(tmp_path).settings()["scorers"]
+
+
+def test_two_partials_are_two_reward_models(tmp_path):
+    """What a function was given is part of what it is."""
+
+    def constant(value, prompts, completions):
+        return [value for _ in zip(prompts, completions, strict=True)]
+
+    calibrate(PROMPTS[:1], NumberSampler(), partial(constant, 1.0), tmp_path, k=2)
+    with pytest.raises(ValueError, match="other settings"):
+        calibrate(PROMPTS[:1], NumberSampler(), partial(constant, 5.0), tmp_path, k=4)
+
+
+@pytest.mark.parametrize("wrong", [True, 1.0, "abc", None])
+def test_a_seed_is_a_whole_number(wrong):
+    """1.0 and True would be other seeds than 1, and be called the same."""
+    with pytest.raises(TypeError, match="whole seed"):
+        inspect.unwrap(calibrate)(PROMPTS, NumberSampler(), NumberScorer(), k=2, seed=wrong)
+    assert len(calibrate(PROMPTS[:1], NumberSampler(), NumberScorer(), k=int(np.int64(2)), seed=int(np.int64(3)))) == 1
+
+
+@pytest.mark.parametrize("name", ["run.json", "Prompts", "table.json", "a" * 101, "a/b"])
+def test_names_that_are_no_folders_are_refused(name):
+    """Before the work, not after it."""
+    with pytest.raises(ValueError, match="the name of a reward model"):
+        calibrate(PROMPTS, NumberSampler(), {name: NumberScorer()}, k=2)

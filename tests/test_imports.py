@@ -150,7 +150,7 @@ samplers.ray      ->
 samplers.rows     -> reading.body, samplers.cache
 samplers.agreement -> reading.body, samplers.rows
 samplers.vllm_engine -> scorers.recipe
-samplers.vllm     -> prompts, reading.batches, reading.fingerprint, reading.text, samplers.*, scorers.checkpoint, scorers.inspection, scorers.pretrained
+samplers.vllm     -> prompts, reading.*, samplers.*, scorers.*
 samplers.writing  -> samplers.drawing, samplers.endings, samplers.rows
 samplers.hf       -> prompts, reading.batches, reading.body, reading.text, samplers.*
 samplers.loading  -> prompts, reading.text, samplers.*, scorers.*
@@ -162,22 +162,24 @@ commands.reward_model -> reading.*, scorers.loading, scorers.protocol, commands.
 commands.check_scorer -> prompts, scorers.plain, checks.*, commands.*
 samplers.openai   -> prompts, reading.batches, reading.text, samplers.*, scorers.*
 commands.policy   -> commands.reward_model, commands.server, reading.text, samplers.*, scorers.remote_address
-commands.calibrate -> adaptive, calibrate, scaling, table, transforms, commands.policy, commands.reward_model, commands.transform, rollouts.*, samplers.ray
+commands.calibrate -> adaptive, calibrate, scaling, table, transforms, commands.*, rollouts.*, samplers.ray
 """
 
 # What a module may load when it is imported, next to the standard library. The rest waits inside a function.
 LIGHT = {"numpy", "scipy.special", "jaxtyping"}
 HEAVY_ON_PURPOSE = {
     "table_torch": {"torch"},
-    "scorers.remote": {"httpx"},
     "scorers.remote_post": {"httpx"},
     "scorers.checkpoint": {"torch", "safetensors"},
     "amortised.prompt_features": {"torch"},
     "rollouts.shard_files": {"pyarrow"},
     "rollouts.directory": {"pyarrow"},
     "samplers.ray": {"ray"},
-    # The bar of what a calibration does first.
-    **dict.fromkeys(("rollouts.adoption", "rollouts.planning", "rollouts.progress", "health.rollouts"), {"tqdm"}),
+    # Their bar.
+    "rollouts.adoption": {"tqdm"},
+    "rollouts.planning": {"tqdm"},
+    "rollouts.progress": {"tqdm"},
+    "health.rollouts": {"tqdm"},
 }
 # Files that run models load what runs them; whoever wants none of it does not import them.
 MODELS = {"torch", "transformers", "tqdm"}

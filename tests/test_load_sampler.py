@@ -40,6 +40,7 @@ def test_a_checkpoint_writes_what_the_model_would(tmp_path: Path) -> None:
 
     assert "_sampler" not in vars(loaded)
     assert loaded(PROMPTS, SEEDS) == again(PROMPTS, SEEDS) == plain(PROMPTS, SEEDS)
+    assert pickle.dumps(loaded) == data  # now that it has loaded, too
     assert len(data) < 1500
     assert (again, hash(again)) == (loaded, hash(loaded))
     assert loaded.sampler is loaded.sampler

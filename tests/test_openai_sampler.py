@@ -502,21 +502,28 @@ def test_what_it_is():
 
 def test_an_error_stops_the_others():
     """The first trouble is raised at once; who works gives up, and what they share is closed after the last of them."""
-    stop, closed, begun = threading.Event(), threading.Event(), []
+    stop, closed, said = threading.Event(), threading.Event(), []
 
     def work(job):
-        begun.append(job)
+        said.append("begun")
         if job == 0:
             raise KeyError("trouble")
         stop.wait(10)
+        time.sleep(0.05)
+        said.append("ended")
 
-    crew = Crew(work, range(100), 2, stop, closed.set)
+    def close():
+        said.append("closed")
+        closed.set()
+
     start = time.monotonic()
     with pytest.raises(KeyError, match="trouble"):
-        list(crew.results())
+        list(Crew(work, range(100), 2, stop, close).results())
     assert closed.wait(5)
+    time.sleep(0.1)
+    assert said[-1] == "closed"
+    assert said.count("begun") == said.count("ended") + 1 <= 3
     assert time.monotonic() - start < 5
-    assert len(begun) <= 3
 
 
 def test_the_bar_shows_completions(monkeypatch):

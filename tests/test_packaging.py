@@ -188,7 +188,7 @@ def declared(*extras: str) -> set[str]:
 
 
 def test_what_is_imported_is_required() -> None:
-    """The base install is enough outside of the folders that run models (who has a tensor has torch; distil is for TRL)."""
+    """The base install is enough outside of the folders (who has a tensor has torch; distil is for TRL)."""
     benchmarks = {path.stem: path.read_text() for path in (ROOT / "benchmarks").rglob("*.py")}
 
     base = {module: source for module, source in SOURCES.items() if "." not in module}

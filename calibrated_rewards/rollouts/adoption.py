@@ -1,5 +1,6 @@
 """Rollouts made elsewhere become shards of a directory like those that were drawn here."""
 
+import logging
 from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
@@ -8,8 +9,11 @@ from calibrated_rewards.prompts import prompt_key, start_of
 from calibrated_rewards.rollouts.directory import RunDirectory
 from calibrated_rewards.rollouts.imported import Imported
 from calibrated_rewards.rollouts.planning import Ids, checked
-from calibrated_rewards.rollouts.shard import empty
+from calibrated_rewards.rollouts.shard import State, empty
 from calibrated_rewards.rollouts.sources import Asked
+
+logger = logging.getLogger(__name__)
+NOTHING = State([], {})
 
 
 def adopt(
@@ -21,25 +25,49 @@ def adopt(
 ) -> int:
     """Keep the rollouts of prompts that the directory does not have yet, with their scores of `columns`; how many.
 
-    For who holds the directory.
+    For who holds the directory. All of them, or none if one is refused.
     """
+    before = directory.names()
+    try:
+        return _adopted(directory, found, columns, per_shard, show_progress)
+    except BaseException:  # Ctrl-C too
+        for name in {*directory.names()} - {*before}:
+            directory.forget(name)
+        raise
+
+
+def _adopted(
+    directory: RunDirectory, found: Iterable[Imported], columns: Sequence[str], per_shard: int, show_progress: bool
+) -> int:
     old, ids = {*directory.keys()}, Ids(directory.aliases())
-    number, waiting, new = directory.free(), list[Imported](), 0
+    names, waiting, new, known = directory.free_names(), list[Imported](), 0, 0
+    # What is there already has these scores, or will never have them.
+    lacking = [
+        c for name in directory.names()[:1] for c in columns if c not in (directory.state(name) or NOTHING).scored
+    ]
     for item in tqdm(found, desc="rollouts", unit=" prompts", delay=3, disable=None if show_progress else True):
         key = prompt_key(item.prompt)
         ids.add(Asked(item.prompt, item.id), key)
         for column in columns:
             if column not in item.scores:
                 raise ValueError(f"each rollout needs its score of {column!r}, got none for {start_of(item.prompt)}")
+        if key in old and lacking:
+            raise ValueError(
+                f"the directory has rollouts of {start_of(item.prompt)} without scores of {lacking[0]!r}: score them "
+                "by a reward model, or import into another directory"
+            )
+        known += key in old
         if key in old:
             continue
         new += 1
         waiting.append(item)
         if len(waiting) == per_shard:
-            _keep(directory, f"{number:05d}", waiting, columns)
-            number, waiting = number + 1, []
+            _keep(directory, next(names), waiting, columns)
+            waiting = []
     if waiting:
-        _keep(directory, f"{number:05d}", waiting, columns)
+        _keep(directory, next(names), waiting, columns)
+    if known:
+        logger.warning("%s has rollouts of %d prompts already, and keeps those", directory.path, known)
     directory.add_aliases(ids.new)
     return new
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ from calibrated_rewards.rollouts.shard_files import (
 
 FORMAT, VERSION = "calibrated-rewards run", 1
 ALIAS = pa.schema([("alias", pa.binary(16)), ("key", pa.binary(16))])
-_OWN_FOLDERS = ("prompts", "rollouts", "aliases")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_OURS = ("prompts", "rollouts", "aliases", "run.json", "table.json", "table.safetensors")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class RunDirectory:
 
         For who holds the directory. As long as it has no prompts, other settings replace those that are there.
         """
+        if not (self.path / "run.json").exists() and (self.names() or (self.path / "table.json").exists()):
+            raise ValueError(
+                f"{self.path} has prompts or a table, and no run.json that says of what: give another directory"
+            )
         found = self.settings() if self.names() else {}
         told = {**({} if sampler is None else {"seed": seed, "sampler": sampler}), "scorers": scorers}
         mine = json.loads(json.dumps(told))
@@ -77,21 +82,25 @@ class RunDirectory:
             )
         merged = {**found, **mine, "scorers": {**found.get("scorers", {}), **mine["scorers"]}}
         if merged != self.settings():
-            self._write_settings(merged)
+            self.write_settings(merged)
 
     def locked(self) -> AbstractContextManager[bool]:
         """Hold the whole directory; waits for whoever does."""
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"a run is kept in a directory, got the file {self.path}")
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / ".lock").touch()
         return claim(self.path / ".lock", wait=True)
 
     def names(self) -> list[str]:
         """The shards, in order."""
-        return sorted(file.stem for file in self.path.glob("prompts/[0-9]*.parquet"))
+        # Other files, such as "00000 (1).parquet", are somebody's who copies or synchronises.
+        return sorted(file.stem for file in self.path.glob("prompts/*.parquet") if file.stem.isdecimal())
 
-    def free(self) -> int:
-        """The number of the next shard, after all that are there."""
-        return max((int(name) + 1 for name in self.names()), default=0)
+    def free_names(self) -> Iterator[str]:
+        """The names of the next shards. Rollouts without prompts, which somebody lost, are left alone."""
+        first = max((int(name) + 1 for name in self.names()), default=0)
+        return (name for n in count(first) if not self.rollouts(name := f"{n:05d}").exists())
 
     def prompts(self, name: str) -> list[Planned]:
         """The prompts of a shard."""
@@ -108,6 +117,7 @@ class RunDirectory:
     def forget(self, name: str) -> None:
         """Take back a shard on which nobody has worked."""
         self._prompts(name).unlink(missing_ok=True)
+        self.rollouts(name).unlink(missing_ok=True)
 
     def keys(self) -> Iterator[bytes]:
         """The keys of all prompts."""
@@ -173,18 +183,19 @@ class RunDirectory:
     def _prompts(self, name: str) -> Path:
         return self.path / "prompts" / f"{name}.parquet"
 
-    def _write_settings(self, settings: Mapping[str, Any]) -> None:
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Replace run.json."""
         text = json.dumps({"format": FORMAT, "version": VERSION, **settings}, indent=2, sort_keys=True)
         with replacing(self.path / "run.json") as file:
             file.write(text.encode() + b"\n")
 
 
-def check_name(name: str) -> None:
+def check_name(name: Any) -> None:
     """Refuse the name of a reward model that cannot be that of a folder, or is that of one of ours."""
-    if not _NAME.fullmatch(name) or name in _OWN_FOLDERS:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in _OURS:
         raise ValueError(
-            f"the name of a reward model has letters, digits, '.', '_' and '-', and is none of {_OWN_FOLDERS}; got "
-            f"{name!r}"
+            "the name of a reward model has letters, digits, '.', '_' and '-', a hundred at most, and is none of "
+            f"{_OURS}; got {name!r:.120}"
         )
 
 

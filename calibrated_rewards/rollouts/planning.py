@@ -1,7 +1,6 @@
 """From prompts as they come to shards: each prompt once, checked before anything is sampled."""
 
 from collections.abc import Iterable
-from itertools import count
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -34,7 +33,7 @@ def plan(
     before = directory.names()
     try:
         return _planned(directory, asked, sampler, per_shard, show_progress)
-    except Exception:
+    except BaseException:  # Ctrl-C too
         for name in {*directory.names()} - {*before}:
             directory.forget(name)
         raise
@@ -78,8 +77,7 @@ def _planned(
     directory: RunDirectory, asked: Iterable[Asked], sampler: Sampler | None, per_shard: int, show_progress: bool
 ) -> Planning:
     old, seen, ids = {*directory.keys()}, set[bytes](), Ids(directory.aliases())
-    # Rollouts whose prompts somebody lost, or never finished importing, are nobody's: they are left alone.
-    names = (name for n in count(directory.free()) if not directory.rollouts(name := f"{n:05d}").exists())
+    names = directory.free_names()
     new, known, repeated = 0, 0, 0
     waiting: list[Prompt] = []
     for item in tqdm(asked, desc="prompts", unit=" prompts", delay=3, disable=None if show_progress else True):
@@ -92,6 +90,10 @@ def _planned(
         known += key in old
         if key in old:
             continue
+        if sampler is None:
+            raise ValueError(
+                f"there is no sampler to draw rollouts of the new prompt {start_of(item.prompt)}: give one"
+            )
         new += 1
         waiting.append(item.prompt)
         if len(waiting) == per_shard:

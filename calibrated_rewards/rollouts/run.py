@@ -1,11 +1,13 @@
 """A run in a directory: prompts into shards, shards filled by whoever is there, the table made of them."""
 
+import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -58,8 +60,8 @@ def prepare(
     directory: RunDirectory, asked: Iterable[Asked] | None, work: Work, per_shard: int, show_progress: bool
 ) -> list[str]:
     """Settings and prompts into the directory, whose shards it gives; refuses, before sampling, what cannot be done."""
-    sampler = None if work.sampler is None else fingerprint(work.sampler)
-    scorers = {name: fingerprint(scorer) for name, scorer in work.scorers.items()}
+    sampler = None if work.sampler is None else _said("the sampler", work.sampler)
+    scorers = {name: _said(f"reward model {name!r}", scorer) for name, scorer in work.scorers.items()}
     with directory.locked():
         directory.tidy_all()
         if asked is None and not directory.names():
@@ -71,6 +73,17 @@ def prepare(
         if not directory.names():
             raise ValueError("calibration needs at least one prompt, got none")
         return directory.names()
+
+
+def _said(what: str, of: object) -> dict[str, Any]:
+    """A fingerprint that the table can keep."""
+    says = fingerprint(of)
+    try:
+        return dict(json.loads(json.dumps(says, allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"a fingerprint is a mapping of what JSON can say, {what} gives {says!r:.80}: {error}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,7 @@ class Filling:
     def in_rounds(self, adaptive: Adaptive) -> None:
         """As many rollouts as each prompt needs. Who comes late goes through the same rounds, and finds them done."""
         (column,) = self.work.scorers
-        goals = {key: adaptive.rounds[0] for name in self.names for key in self.directory.keys_of(name)}
+        goals = adaptive.next((key, []) for name in self.names for key in self.directory.keys_of(name))
         while True:
             replace(self, goals=goals).fill()
             # Of what others may have drawn meanwhile for the next round nothing is seen: all decide alike.
@@ -162,7 +175,10 @@ class Filling:
     def _task(self, name: str) -> Task | None:
         """What there is to do on a shard; None if it is done."""
         state, wanted = self.directory.state(name), self._wanted(name)
-        if self.work.sampler is None and state is not None:
+        if self.work.sampler is None:
+            if state is None:
+                logger.warning("%d prompts have no rollouts yet, and no part in the table", len(wanted))
+                return None
             wanted = state.drawn  # those that are there
         if self.work.is_done(state, wanted):
             self.progress.add(prompts=len(wanted))

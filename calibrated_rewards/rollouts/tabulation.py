@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from hashlib import blake2b
 from heapq import nsmallest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ def tabulated(directory: RunDirectory, column: str, name: str | None) -> Referen
     """
     at = directory.table(name)
     with directory.locked():
-        if (stamp := _stamp(directory, column)) != _made_of(directory, name):
+        if (stamp := _stamp(directory, column)) != _made_of(at):
             settings = directory.settings()
             meta = {
                 "scorer": settings["scorers"][column],
@@ -35,7 +36,7 @@ def tabulated(directory: RunDirectory, column: str, name: str | None) -> Referen
             }
             ReferenceTable.build(_rows(directory, column), path=at, meta=meta)
             with replacing(at / ".made_of") as file:
-                file.write(stamp.encode())
+                file.write(f"{stamp} {_digest(at)}".encode())
     return ReferenceTable.load(at)
 
 
@@ -93,8 +94,15 @@ def _stamp(directory: RunDirectory, column: str) -> str:
     return digest.hexdigest()
 
 
-def _made_of(directory: RunDirectory, name: str | None) -> str | None:
-    at = directory.table(name)
-    if not all((at / file).exists() for file in ("table.safetensors", "table.json", ".made_of")):
+def _made_of(at: Path) -> str | None:
+    """What the table was made of; None if there is none, one that does not open, or another one by now."""
+    try:
+        ReferenceTable.load(at)
+        stamp, _, digest = (at / ".made_of").read_bytes().decode("ascii", "replace").partition(" ")
+    except (OSError, ValueError):
         return None
-    return (at / ".made_of").read_text()
+    return stamp if digest == _digest(at) else None
+
+
+def _digest(at: Path) -> str:
+    return str(json.loads((at / "table.json").read_bytes())["header_digest"])

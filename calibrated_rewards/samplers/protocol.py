@@ -1,7 +1,9 @@
 """What a sampler is, what it gives, and the one place where its answer is checked."""
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from hashlib import blake2b
+from math import isfinite
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from calibrated_rewards.prompts import Completion, Prompt, start_of
@@ -65,7 +67,8 @@ def sample(sampler: Sampler, prompts: Iterable[Prompt], seeds: Seeds) -> list[li
     asked = list(prompts)
     if len(asked) != len(seeds):
         raise ValueError(f"each prompt needs its seeds, got {len(asked)} prompts and seeds for {len(seeds)}")
-    given = sampler(asked, seeds) if asked else []
+    # Copies: what a sampler does to its arguments is its own affair.
+    given = sampler(deepcopy(asked), [[*own] for own in seeds]) if asked else []
     who = name_of(sampler)
     if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != len(asked):
         raise ValueError(
@@ -82,10 +85,22 @@ def _rollouts(given: Any, prompt: Prompt, wanted: int, who: str) -> list[Rollout
 
 def _rollout(given: Any, prompt: Prompt, who: str) -> Rollout:
     rollout = given if isinstance(given, Rollout) else Rollout(given)
-    if not isinstance(rollout.completion, str | list | tuple):
-        kind = type(rollout.completion).__name__
+    said, tokens, finish, logprob = rollout
+    if not isinstance(said, str | list | tuple):
+        kind = type(said).__name__
         raise TypeError(f"a completion is a text or a list of messages, {who} gave {kind} for {start_of(prompt)}")
-    return rollout
+    rules = {
+        "tokens is a count": tokens is None or 0 <= tokens < 2**31,
+        'finish is "stop", "length" or None': finish in ("stop", "length", None),
+        "logprob is a finite number": logprob is None or isfinite(logprob),
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise ValueError(f"of a rollout, {rule}; {who} gave {rollout!r:.120} for {start_of(prompt)}")
+    # Half a character, which JSON can bring and UTF-8 cannot keep, is what a tokenizer writes for bytes that are none.
+    whole = said.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(said, str) else said
+    own = None if tokens is None else int(tokens), None if logprob is None else float(logprob)
+    return Rollout(whole, own[0], finish, own[1])
 
 
 def _number(digest: Any, number: int) -> int:

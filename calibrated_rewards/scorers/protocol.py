@@ -1,6 +1,8 @@
 """What a scorer is, and the one place where its answer is checked."""
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -30,7 +32,9 @@ class Fingerprinted(Protocol):
 def score(scorer: Scorer, prompts: Iterable[Prompt], completions: Iterable[Completion]) -> Float32[np.ndarray, " n"]:
     """The scores that any scorer gives, checked: one for each pair, none of them nan or infinite."""
     asked, answered = paired(prompts, completions)
-    return checked(scorer(asked, answered) if asked else [], asked, answered, name_of(scorer))
+    # Copies: what a scorer does to its arguments is its own affair.
+    given = scorer(deepcopy(asked), deepcopy(answered)) if asked else []
+    return checked(given, asked, answered, name_of(scorer))
 
 
 def checked(
@@ -81,6 +85,9 @@ def fingerprint(scorer: object) -> dict[str, Any]:
     """What a scorer, or a sampler, says of itself; for one that says nothing, where its code is."""
     if isinstance(scorer, Fingerprinted):
         return scorer.fingerprint()
+    if isinstance(scorer, partial):
+        said = {"arguments": repr(scorer.args), "keywords": repr(scorer.keywords)}
+        return {**fingerprint(scorer.func), **said}
     return {"kind": "callable", "name": name_of(scorer)}
 
 
