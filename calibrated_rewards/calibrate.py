@@ -50,7 +50,7 @@ def calibrate(
     scorers: Any,
     out: str | os.PathLike[str] | None = None,
     *,
-    k: int = 100,
+    k: int | None = None,
     seed: int = 0,
     prompts_per_shard: int = 32,
     adaptive: Adaptive | None = None,
@@ -63,7 +63,8 @@ def calibrate(
     `prompts` is whatever `prompts_from` reads, and takes its options (`column=`, `id_column=`, `split=`, `limit=`):
     a dataset, a file, a list. Prompts that come twice count once.
 
-    With `out` all is kept there: the same call goes on where it was stopped; a larger `k`, more prompts or another
+    `k` is 100, or what the directory has. With `out` all is kept there: the same call goes on where it was stopped; a
+    larger `k`, more prompts or another
     reward model under another name add what is missing; processes that make the same call share the work.
     `prompts=None` are those of the directory, and `sampler=None` scores the rollouts that are there. With `adaptive`
     each prompt has as many rollouts as it needs, not k. With `cluster` the work is done elsewhere, and kept here.
@@ -72,7 +73,9 @@ def calibrate(
     """
     named = _named(scorers)
     k, seed = _whole(k), _whole(seed)
-    _check(named, k, prompts_per_shard)
+    _check(named, 1 if k is None else k, prompts_per_shard)
+    if k is not None and adaptive is not None:
+        raise ValueError(f"with adaptive=, its rounds say how many rollouts there are; got k={k} too")
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"calibrate needs a whole seed, got seed={seed!r:.60}")
     if isinstance(sampler, type):

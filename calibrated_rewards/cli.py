@@ -42,7 +42,7 @@ WORDS = {
     r"(?<![\w(])(reference|mark|output)=(\"?)([\w.<>]+)\2": r"--option \1=\3",
 }
 
-PASSED, FAILED, UNUSABLE = 0, 1, 2
+PASSED, FAILED, UNUSABLE, STOPPED = 0, 1, 2, 130
 
 
 class Command(Protocol):
@@ -73,6 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(rest)
     try:
         return command.run(options)
+    except KeyboardInterrupt:
+        if options.debug:
+            raise
+        sys.stderr.write(f"\n{parser.prog}: stopped\n")
+        return STOPPED
     except Exception as error:  # whatever went wrong is shown, without a traceback
         if options.debug:
             raise

@@ -552,3 +552,26 @@ def test_names_that_are_no_folders_are_refused(name):
     """Before the work, not after it."""
     with pytest.raises(ValueError, match="the name of a reward model"):
         calibrate(PROMPTS, NumberSampler(), {name: NumberScorer()}, k=2)
+
+
+def test_two_functions_of_one_name_are_two(tmp_path):
+    """By their code; the same code is the same function."""
+
+    def run(add):
+        scorer = (
+            (lambda p, c: [1.0 for _ in zip(p, c, strict=True)]) if add else (lambda p, c: [float(len(p))] * len(c))
+        )
+        return calibrate(PROMPTS[:1], NumberSampler(), scorer, tmp_path, k=2)
+
+    run(True)
+    run(True)
+    with pytest.raises(ValueError, match=r"scorers\.reward\.code"):
+        run(False)
+
+
+def test_tables_that_lack_rollouts_are_named(tmp_path, caplog):
+    """K was raised with one of two reward models: the other's table is behind."""
+    calibrate(PROMPTS, NumberSampler(), {"a": NumberScorer(), "b": HashScorer()}, tmp_path, k=2)
+    assert not caplog.records
+    calibrate(PROMPTS, NumberSampler(), {"a": NumberScorer()}, tmp_path, k=3)
+    assert "the table of 'b' lacks some of these rollouts" in caplog.text

@@ -83,7 +83,9 @@ def test_rollouts_made_elsewhere(tmp_path, capsys):
 def test_adaptive_rounds_by_option(models, tmp_path):
     """--adaptive with its rounds; a band that nothing can reach ends with the last of them."""
     words = ["--adaptive", "0.01", "--rounds", "2,3", "--transform", "exp:5", "--quiet"]
-    assert main(asked(models, tmp_path / "t", *words)) == 0
+    call = [word for word in asked(models, tmp_path / "t", *words) if word not in ("-k", "4")]
+    assert main([*call, "--dry-run"]) == 0
+    assert main(call) == 0
     assert ReferenceTable.load(tmp_path / "t").describe()["references"] == 9
 
 
@@ -96,6 +98,8 @@ def test_adaptive_rounds_by_option(models, tmp_path):
         (["--budget", "9"], "--budget: they belong to --adaptive, leave it out"),
         (["--scores", "r"], "--scores: they belong to --rollouts"),
         (["-k", "0"], "k >= 1"),
+        (["--adaptive", "0.1"], "-k: with --adaptive"),
+        (["--rollouts", "x.jsonl", "--dry-run"], "--dry-run: --rollouts has the prompts"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
@@ -118,6 +122,32 @@ def test_other_settings_are_refused_in_words(models, tmp_path, capsys):
     assert main(asked(models, tmp_path / "t", "--temperature", "0.5")) == 2
     assert "sampler.decoding.temperature is 1.0 there and 0.5 here" in capsys.readouterr().err
     assert (tmp_path / "t" / "table.safetensors").read_bytes() == before
+
+
+def test_a_dry_run_refuses_what_the_run_would(models, tmp_path, capsys):
+    """Settings of another run."""
+    assert main(asked(models, tmp_path / "t", "--quiet")) == 0
+    assert main(asked(models, tmp_path / "t", "--temperature", "0.5", "--dry-run")) == 2
+    assert "temperature is 1.0 there and 0.5 here" in capsys.readouterr().err
+
+
+def test_a_directory_keeps_its_k(models, tmp_path):
+    """The same command without -k draws nothing."""
+    assert main(asked(models, tmp_path / "t", "--quiet")) == 0
+    call = [word for word in asked(models, tmp_path / "t", "--quiet") if word not in ("-k", "4")]
+    assert main(call) == 0
+    assert ReferenceTable.load(tmp_path / "t").describe()["references"] == 12
+
+
+def test_ctrl_c_is_no_crash(models, tmp_path, capsys, monkeypatch):
+    """One line, and the exit code of a program that was stopped."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("calibrated_rewards.rollouts.run.Filling.here", stopped)
+    assert main(asked(models, tmp_path / "t", "--quiet")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "calibrated-rewards calibrate: stopped"
 
 
 def test_help_teaches(capsys):

@@ -117,3 +117,22 @@ def test_processors_are_those_of_generate(decoding: Decoding) -> None:
     for a, b in zip(bent, found.scores, strict=True):
         assert torch.equal(a, b)
     assert any(not torch.equal(a, b) for a, b in zip(bent, found.logits, strict=True)) == (len(ours) > 0)
+
+
+@pytest.mark.parametrize("wrong", [[float("nan"), 0.0], [float("inf"), 0.0], [-float("inf")] * 2])
+def test_scores_that_are_no_probabilities_are_refused(wrong: list[float]) -> None:
+    """Nothing is drawn beside nan, nor where no token may be."""
+    chances = torch.from_numpy(uniforms([1, 2], 0, 1)[:, 0])
+
+    with pytest.raises(FloatingPointError, match=r"in 1 of 2 rows of torch.float32 scores: .*try --policy-dtype"):
+        draw(torch.tensor([[0.0, 1.0], wrong]), chances)
+
+
+def test_the_lowest_temperature_keeps_scores_finite() -> None:
+    """The likeliest token is drawn, with all of the probability; what is lower is refused."""
+    bent = processors(Decoding(4, temperature=1e-4))(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[3e4, -3e4]]))
+    found = draw(bent, torch.from_numpy(uniforms([1], 0, 1)[:, 0]))
+
+    assert (found.tokens.tolist(), found.logprobs.tolist()) == ([0], [0.0])
+    with pytest.raises(ValueError, match="temperature > 0, of 1e-4 or more"):
+        Decoding(4, temperature=1e-40)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny import EOS, tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -33,7 +34,14 @@ def finished(draft: Draft, stop: tuple[str, ...] = ()) -> Any:
 
 @pytest.mark.parametrize(
     ("own", "asked", "expected"),
-    [(None, (), {EOS}), (7, (), {EOS, 7}), ([7, 9], (11,), {EOS, 7, 9, 11}), ([], (EOS,), {EOS})],
+    [
+        (None, (), {EOS}),
+        (7, (), {EOS, 7}),
+        ([7, 9], (11,), {EOS, 7, 9, 11}),
+        ([], (EOS,), {EOS}),
+        (torch.tensor(7), (), {EOS, 7}),
+        (torch.tensor([7, 9]), (), {EOS, 7, 9}),
+    ],
 )
 def test_end_ids_are_all_of_them(own: Any, asked: tuple[int, ...], expected: set[int]) -> None:
     """The generation config's, one or many, the tokenizer's, and those asked for."""
@@ -45,6 +53,21 @@ def test_end_ids_are_all_of_them(own: Any, asked: tuple[int, ...], expected: set
 def test_a_model_without_a_generation_config() -> None:
     """It may have none, and the tokenizer no end."""
     assert end_ids(SimpleNamespace(), tokenizer(eos_token=None), Decoding(5)) == frozenset()
+
+
+def test_a_stop_text_that_is_a_token_of_its_own_ends_by_its_id() -> None:
+    """Special ones are not in the text; a text that only begins with one is no token."""
+    own = tokenizer()
+    own.add_special_tokens({"extra_special_tokens": ["<|im_end|>"]})
+    own.add_tokens(["<call>"])
+    stop = ("<|im_end|>", "<call>", "</s>", "<call>x", "x")
+    call, end = own.encode("<call><|im_end|>", add_special_tokens=False)
+    found = Endings(own, end_ids(SimpleNamespace(), own, Decoding(9, stop=stop)), stop)
+    draft = Draft([*ids("ab"), end])
+    found.mark([draft])
+
+    assert found.ids == {EOS, call, end}
+    assert found.rollouts([draft])[0][:3] == ("ab", 3, "stop")
 
 
 def test_an_end_token_ends_and_is_counted_but_not_written() -> None:

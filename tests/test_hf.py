@@ -266,6 +266,49 @@ def test_a_model_that_padding_disturbs_is_not_padded(caplog: pytest.LogCaptureFi
     assert said(caplog) == ["not padding"]
 
 
+class Broken:
+    """A forward of a model that gives nan: always, or where a batch is padded, or without a cache."""
+
+    def __init__(self, forward: Any, where: str) -> None:
+        self.forward, self.where = forward, where
+
+    def __call__(self, attention_mask: torch.Tensor | None = None, **options: Any) -> Any:
+        """The answer, or nan in its place."""
+        answer = self.forward(attention_mask=attention_mask, **options)
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        if {"always": True, "padded": padded, "plain": options.get("use_cache") is False}[self.where]:
+            answer.logits = answer.logits * torch.nan
+        return answer
+
+
+@pytest.mark.parametrize("where", ["always", "plain"])
+def test_a_model_that_gives_nan_is_refused(where: str) -> None:
+    """By that name, with its dtype and a prompt; it is not the cache's fault."""
+    model = writer("Llama")
+    model.forward = Broken(model.forward, where)
+
+    with pytest.raises(FloatingPointError, match=r"nan .*LlamaForCausalLM in torch.float32: .*--policy-dtype.*'w3 w7"):
+        sampler(model)(PROMPTS, SEEDS)
+
+
+def test_a_model_that_gives_nan_where_it_is_padded_is_not_padded(caplog: pytest.LogCaptureFixture) -> None:
+    """What it gives alone is whole."""
+    model = writer("Llama")
+    plain = sampler(model)(PROMPTS, SEEDS)
+    model.forward = Broken(model.forward, "padded")
+    with caplog.at_level(logging.WARNING):
+        rollouts = sampler(model, prompts_at_once=4)(PROMPTS, SEEDS)
+
+    assert texts(rollouts) == texts(plain)
+    assert said(caplog) == ["not padding"]
+
+
+def test_each_prompt_needs_its_seeds() -> None:
+    """Else those that have none would be left out, unsaid."""
+    with pytest.raises(ValueError, match="got 3 prompts and seeds for 1"):
+        sampler(writer("Llama"))(PROMPTS[:3], SEEDS[:1])
+
+
 def test_where_memory_does_not_suffice_batches_are_halved() -> None:
     """The completions are the same, and the next batches are small from the start."""
     model, sizes, seeds = writer("Llama"), list[int](), list(range(40))

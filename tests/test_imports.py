@@ -139,7 +139,7 @@ rollouts.adoption -> prompts, rollouts.*
 rollouts.tabulation -> prompts, table, rollouts.directory, rollouts.shard, rollouts.shard_files
 rollouts.work     -> rollouts.shard, samplers.protocol, scorers.protocol
 on_the_spot       -> prompts, table, rollouts.shard, rollouts.work, samplers.protocol, scorers.protocol
-rollouts.forecast -> prompts, rollouts.*
+rollouts.forecast -> prompts, rollouts.*, scorers.protocol
 rollouts.run      -> adaptive, table, rollouts.*, scorers.protocol
 calibrate         -> adaptive, table, rollouts.*, samplers.protocol, scorers.protocol
 samplers.endings  -> samplers.decoding, samplers.protocol
@@ -148,7 +148,7 @@ samplers.policy   -> prompts, reading.body, reading.fingerprint, reading.text, s
 samplers.continuous -> prompts, reading.body, reading.text, samplers.*
 samplers.ray      ->
 samplers.rows     -> reading.body, samplers.cache
-samplers.agreement -> reading.body, samplers.rows
+samplers.agreement -> reading.body, samplers.drawing, samplers.rows
 samplers.vllm_engine -> scorers.recipe
 samplers.vllm     -> prompts, reading.*, samplers.*, scorers.*
 samplers.writing  -> samplers.drawing, samplers.endings, samplers.rows

@@ -75,3 +75,13 @@ def test_a_pace_is_known_when_something_is_done(clock):
         assert told.left() == "unknown"
         told.add(prompts=1)
         assert told.left() == "00:20"
+
+
+def test_what_others_did_says_nothing_of_the_pace(clock, monkeypatch):
+    """Shards that are found done move the bar, not the time that is left."""
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with Progress(40) as told:
+        clock.now += 10
+        told.found(20)
+        told.add(prompts=10)
+        assert (told.done, told._bar.n, told._bar.initial, told.left()) == (30, 30, 20, "00:10")

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -126,15 +127,18 @@ def test_lists_of_two_lengths() -> None:
 
 
 def test_fingerprints() -> None:
-    """A scorer's own; for one that has none, its name."""
+    """A scorer's own; for one that has none, its name and its code."""
     made = SequenceClassifier(classifier(), tokenizer(), show_progress=False)
 
     assert isinstance(made, Fingerprinted)
     assert fingerprint(made) == made.fingerprint()
-    assert fingerprint(lengths) == {"kind": "callable", "name": f"{__name__}.lengths"}
+    said = fingerprint(lengths)
+    assert (said["kind"], said["name"]) == ("callable", f"{__name__}.lengths")
+    assert said["code"] == fingerprint(FunctionType(lengths.__code__, {}))["code"] != fingerprint(score)["code"]
     assert fingerprint(Answers(1)) == {"kind": "callable", "name": f"{__name__}.Answers"}
     assert fingerprint(made.logits) == {
         "kind": "callable",
         "name": "calibrated_rewards.scorers.sequence_classifier.SequenceClassifier.logits",
     }
-    assert fingerprint(functools.partial(lengths))["name"] == "functools.partial"
+    assert fingerprint(functools.partial(lengths, x=1))["name"] == said["name"]
+    assert fingerprint(functools.partial(lengths, x=1)) != fingerprint(functools.partial(lengths, x=2))

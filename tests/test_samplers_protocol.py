@@ -1,6 +1,9 @@
 """What a sampler is asked: a seed for each rollout, which depends on seed, prompt and number alone."""
 
+import json
+
 import jaxtyping
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,6 +74,17 @@ def test_what_samplers_can_do_is_seen():
         {"min_p": 1.0},
         {"repetition_penalty": 0.0},
         {"stop": ("",)},
+        {"max_tokens": True},
+        {"max_tokens": float("inf")},
+        {"max_tokens": float("nan")},
+        {"max_tokens": "4"},
+        {"temperature": 1e-5},
+        {"top_k": True},
+        {"top_k": float("inf")},
+        {"stop_token_ids": (-1,)},
+        {"stop_token_ids": (2.5,)},
+        {"stop_token_ids": (True,)},
+        {"stop_token_ids": ("</s>",)},
     ],
 )
 def test_decoding_settings_have_rules(wrong, monkeypatch):
@@ -87,3 +101,10 @@ def test_decoding_is_json_and_compares_by_value(monkeypatch):
     assert Decoding(4, stop=["a"]).fingerprint()["stop"] == ["a"]
     with pytest.raises(TypeError, match="a tuple of texts"):
         Decoding(4, stop="a")
+
+
+def test_whole_numbers_are_ints_whatever_their_type(monkeypatch):
+    """So that an engine takes them, and settings that are the same have one fingerprint."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    given = Decoding(4.0, top_k=np.float32(5), stop_token_ids=[np.int64(7), 8.0])
+    assert json.dumps(given.fingerprint()) == json.dumps(Decoding(4, top_k=5, stop_token_ids=(7, 8)).fingerprint())

@@ -24,14 +24,14 @@ EPILOG = """examples:
 Killed or stopped, the same command goes on where it was. Several processes that are given the same command, on one
 machine or on many with a shared folder, share the work (accelerate launch, srun, a shell's &); --ray N does it on a
 cluster without one. Decoding settings should be the trainer's own. `calibrated-rewards inspect table/` shows what came
-of it. Exit code: 0 done, 2 wrong usage, or something that cannot be loaded or done."""
+of it. Exit code: 0 done, 2 wrong usage, or something that cannot be loaded or done, 130 stopped by Ctrl-C."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     group = parser.add_argument_group("calibration")
     group.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything is kept; go on there")
-    group.add_argument("-k", type=int, default=100, metavar="K", help="rollouts a prompt (%(default)s)")
+    group.add_argument("-k", type=int, metavar="K", help="rollouts a prompt; as many as --out has, or 100")
     group.add_argument("--seed", type=int, default=0, help="of the rollouts (%(default)s)")
     group.add_argument("--prompts-per-shard", type=int, default=32, metavar="N", help="the unit of work (%(default)s)")
     group.add_argument(
@@ -110,6 +110,8 @@ def adaptive(options: argparse.Namespace) -> "Adaptive | None":
     if options.adaptive is None:
         refuse(options, ("transform", "rounds", "budget"), "they belong to --adaptive")
         return None
+    if options.k is not None:
+        raise ValueError("-k: with --adaptive, --rounds say how many rollouts there are, leave it out")
     from calibrated_rewards.adaptive import Adaptive
     from calibrated_rewards.scaling import scaled
 
@@ -137,14 +139,16 @@ def _foretell(options: argparse.Namespace, asked: Any, sampler: Any) -> None:
 
     scorers = reward_model.load_several(options)
     work = Work(sampler, scorers if isinstance(scorers, dict) else {REWARD: scorers}, options.seed)
-    told = forecast(RunDirectory(options.out), asked, work, options.k)
-    sys.stdout.write(f"{told}\nnothing was written to {options.out}\n")
+    rounds = adaptive(options)
+    told = forecast(RunDirectory(options.out), asked, work, rounds.rounds[-1] if rounds else options.k)
+    most = f"at most; with --adaptive, {rounds.rounds[0]} rollouts a prompt or more\n" if rounds else ""
+    sys.stdout.write(f"{told}\n{most}nothing was written to {options.out}\n")
 
 
 def _imported(options: argparse.Namespace) -> Any:
     from calibrated_rewards.calibrate import import_rollouts
 
-    refuse(options, ("prompts", "policy", "limit"), "--rollouts has the prompts, and nothing is drawn")
+    refuse(options, ("prompts", "policy", "limit", "k", "dry_run"), "--rollouts has the prompts, and nothing is drawn")
     scorers = reward_model.load_several(options) if options.reward_model else None
     columns = {"prompt": options.column, "completions": options.completions}
     source = {**columns, "id_column": options.id_column, "split": options.split}
@@ -180,6 +184,6 @@ def _common(options: argparse.Namespace) -> dict[str, Any]:
 
 def refuse(options: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
     """An error for options that would have no effect."""
-    said = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
+    said = [f"{'-' * min(len(name), 2)}{name.replace('_', '-')}" for name in names if getattr(options, name)]
     if said:
         raise ValueError(f"{', '.join(said)}: {why}, leave {'it' if len(said) == 1 else 'them'} out")

@@ -63,9 +63,17 @@ class RunDirectory:
         return dict(found)
 
     def agree(self, seed: int, sampler: Mapping[str, Any] | None, scorers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take these settings as the run's, or refuse: rollouts of two policies do not go into one table.
+        """Take these settings as the run's, or refuse; for who holds the directory."""
+        merged = self.agreed(seed, sampler, scorers)
+        if merged != self.settings():
+            self.write_settings(merged)
 
-        For who holds the directory. As long as it has no prompts, other settings replace those that are there.
+    def agreed(
+        self, seed: int, sampler: Mapping[str, Any] | None, scorers: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """The run's settings with these, or an error: rollouts of two policies do not go into one table.
+
+        As long as there are no prompts, other settings replace those that are there.
         """
         if not (self.path / "run.json").exists() and (self.names() or (self.path / "table.json").exists()):
             raise ValueError(
@@ -78,11 +86,9 @@ class RunDirectory:
         if apart:
             raise ValueError(
                 f"{self.path} is of a run with other settings: {'; '.join(apart[:4])}. Say the settings of that "
-                "run, another directory, or, for another reward model, another name"
+                "run, another directory, or, for another reward model, another name (NAME=PATH)"
             )
-        merged = {**found, **mine, "scorers": {**found.get("scorers", {}), **mine["scorers"]}}
-        if merged != self.settings():
-            self.write_settings(merged)
+        return {**found, **mine, "scorers": {**found.get("scorers", {}), **mine["scorers"]}}
 
     def locked(self) -> AbstractContextManager[bool]:
         """Hold the whole directory; waits for whoever does."""
@@ -135,6 +141,10 @@ class RunDirectory:
     def state(self, name: str) -> State | None:
         """How far a shard is; None if nothing has been done."""
         return state_of(self.rollouts(name))
+
+    def most_drawn(self) -> int:
+        """The most rollouts that a prompt has."""
+        return max((n for name in self.names() if (state := self.state(name)) for n in state.drawn), default=0)
 
     def load(self, name: str) -> Shard:
         """A shard with all there is of it."""

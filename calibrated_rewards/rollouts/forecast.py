@@ -14,6 +14,7 @@ from calibrated_rewards.rollouts.shard import Planned, Shard, empty
 from calibrated_rewards.rollouts.shard_files import write_shard
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.rollouts.work import Task, Work
+from calibrated_rewards.scorers.protocol import fingerprint
 
 # Rollouts of the first call, which is slower than all that follow, and does not count.
 WARM_UP = 4
@@ -71,9 +72,12 @@ class Forecast:
 
 
 def forecast(
-    directory: RunDirectory, asked: Iterable[Asked] | None, work: Work, k: int, trial: bool = True
+    directory: RunDirectory, asked: Iterable[Asked] | None, work: Work, k: int | None = None, trial: bool = True
 ) -> Forecast:
     """What `run` would do, after the same checks; with a trial of one prompt's rollouts."""
+    k = k or directory.most_drawn() or 100
+    said = None if work.sampler is None else fingerprint(work.sampler)
+    directory.agreed(work.seed, said, {name: fingerprint(scorer) for name, scorer in work.scorers.items()})
     found = _counted(directory, asked, work)
     draws, scores = k * found.new, dict.fromkeys(work.scorers, k * found.new)
     for name in directory.names():

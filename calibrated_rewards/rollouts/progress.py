@@ -50,6 +50,15 @@ class Progress:
         elif self.shown and time.monotonic() - self._spoke > EVERY:
             self._speak()
 
+    def found(self, prompts: int) -> None:
+        """These were done already, and say nothing of the pace."""
+        self.done += prompts
+        self._before += prompts
+        if self._bar is not None:
+            self._bar.initial += prompts
+            self._bar.n += prompts
+            self._bar.refresh()
+
     def again(self, prompts: int) -> None:
         """Another round: these prompts are not done after all."""
         self.done = self.prompts - prompts

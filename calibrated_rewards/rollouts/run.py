@@ -34,7 +34,8 @@ PAUSE = 0.5
 class Settings:
     """How a run is done; none of it changes a rollout."""
 
-    k: int = 100
+    k: int | None = None
+    """None: as many as the directory has, or 100."""
     per_shard: int = 32
     adaptive: Adaptive | None = None
     cluster: Cluster | None = None
@@ -47,13 +48,33 @@ def run(
     """Do what is left of a run, together with whoever else is at it, and give its tables."""
     directory = RunDirectory(path)
     names = prepare(directory, asked, work, settings.per_shard, settings.show_progress)
+    k = settings.k or directory.most_drawn() or 100
+    if settings.adaptive is None:
+        _announce(directory, names, work, k)
     with Progress(sum(map(directory.size, names)), settings.show_progress) as progress:
-        filling = Filling(directory, names, work, settings.k, progress, settings.cluster)
+        filling = Filling(directory, names, work, k, progress, settings.cluster)
         if settings.adaptive is None:
             filling.fill()
         else:
             filling.in_rounds(settings.adaptive)
-    return {column: tabulated(directory, column, name) for column, name in tables.items()}
+    made = {column: tabulated(directory, column, name) for column, name in tables.items()}
+    for column in {*directory.settings()["scorers"]} - {*tables}:
+        if any(state.scored.get(column) != state.drawn for name in names if (state := directory.state(name))):
+            logger.warning("the table of %r lacks some of these rollouts: run again with that reward model", column)
+    return made
+
+
+def _announce(directory: RunDirectory, names: list[str], work: Work, k: int) -> None:
+    """What is left to do."""
+    wanted = drawn = scored = 0
+    for name in names:
+        state, size = directory.state(name), directory.size(name)
+        have = [0] * size if state is None else state.drawn
+        wanted += sum(have if work.sampler is None else (max(k, n) for n in have))
+        drawn += sum(have)
+        scored += 0 if state is None else sum(sum(state.scored.get(column, [])) for column in work.scorers)
+    to_score = wanted * len(work.scorers) - scored
+    logger.info("%s: %d rollouts to draw, %d scores to give", directory.path, wanted - drawn, to_score)
 
 
 def prepare(
@@ -181,7 +202,7 @@ class Filling:
                 return None
             wanted = state.drawn  # those that are there
         if self.work.is_done(state, wanted):
-            self.progress.add(prompts=len(wanted))
+            self.progress.found(len(wanted))
             return None
         return Task(name, self.directory.load(name), wanted)
 

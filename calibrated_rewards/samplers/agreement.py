@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from calibrated_rewards.reading.body import device_of, dtype_of
+from calibrated_rewards.samplers.drawing import ADVICE
 from calibrated_rewards.samplers.rows import Reader, contiguous_input
 
 logger = logging.getLogger(__name__)
@@ -43,9 +45,10 @@ class Route:
         # All of the prompts, for it is their padding that may disturb.
         gap = apart(reader, prompts, [of[i] for i in chosen], [completions[i][:CHECKED_TOKENS] for i in chosen])
         self.checked.add(way)
-        return self._judged(gap, reader, padded)
+        return self.judged(gap, reader, padded)
 
-    def _judged(self, gap: float, reader: Reader, padded: bool) -> bool:
+    def judged(self, gap: float, reader: Reader, padded: bool) -> bool:
+        """Whether a gap may be; if not, what may be its cause is not done again, and an error if nothing is left."""
         if gap <= _allowed(reader.model):  # nan agrees with nothing
             return True
         name = type(reader.model).__name__
@@ -55,6 +58,10 @@ class Route:
         elif self.shares:
             logger.warning("%s gives log-probabilities %.1e apart behind a shared prompt: not sharing", name, gap)
             self.shares = False
+        elif isnan(gap):
+            raise FloatingPointError(
+                f"the policy gives nan or no probabilities, {name} in {dtype_of(reader.model)}: {ADVICE}"
+            )
         else:
             raise ValueError(
                 f"a model gives the same log-probabilities with its cache and without, {name} gives them {gap:.1e} "

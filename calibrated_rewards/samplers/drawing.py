@@ -22,6 +22,8 @@ from calibrated_rewards.samplers.decoding import Decoding
 HALVINGS = 32
 # Philox makes four numbers at a time.
 COUNTS = HALVINGS // 4
+# What helps a policy that gives nan.
+ADVICE = "look for nan among the weights, or try --policy-dtype float32 / bfloat16"
 
 
 class Drawn(NamedTuple):
@@ -69,11 +71,22 @@ def draw(scores: Tensor, chances: Tensor) -> Drawn:
     # Apple's GPUs have no float64.
     scores = (scores.cpu() if scores.device.type == "mps" else scores).float()
     folds = _folded(scores.softmax(-1))
+    _check(folds[-1], scores.dtype)
     at = torch.zeros(len(scores), 1, dtype=torch.long, device=scores.device)
     for chance, weights in zip(chances.to(scores.device).unbind(1), reversed(folds[:-1]), strict=False):
         at = _half(weights, at, chance[:, None])
     logprobs = folds[0].gather(1, at).double().log() - folds[-1].double().log()
     return Drawn(at[:, 0], logprobs[:, 0])
+
+
+def _check(totals: Tensor, dtype: torch.dtype) -> None:
+    """FloatingPointError for a row whose probabilities have no sum: something would be drawn from it all the same."""
+    wrong = ~((totals > 0) & totals.isfinite())
+    if wrong.any():
+        raise FloatingPointError(
+            f"the policy gives nan or no probabilities, in {int(wrong.sum())} of {len(totals)} rows of {dtype} scores: "
+            f"{ADVICE}"
+        )
 
 
 def _folded(weights: Tensor) -> list[Tensor]:

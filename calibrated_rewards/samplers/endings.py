@@ -66,6 +66,17 @@ class Endings:
 
 def end_ids(model: Any, tokenizer: Any, decoding: Decoding) -> frozenset[int]:
     """The tokens at which a trainer would stop: the generation config's, the tokenizer's, and those asked for."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = own.tolist() if hasattr(own, "tolist") else own  # a tensor, of one or of many
     told = own if isinstance(own, list | tuple) else [own]
-    return frozenset(int(i) for i in (*told, tokenizer.eos_token_id, *decoding.stop_token_ids) if i is not None)
+    asked = (*decoding.stop_token_ids, *_stop_tokens(tokenizer, decoding.stop))
+    return frozenset(int(i) for i in (*told, tokenizer.eos_token_id, *asked) if i is not None)
+
+
+def _stop_tokens(tokenizer: Any, stop: Sequence[str]) -> list[int]:
+    """The stop texts that are tokens of their own: special ones are left out of the text, where none would be found."""
+    if not stop:
+        return []
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    own = {**tokenizer.get_added_vocab(), **special}
+    return [own[text] for text in stop if text in own]

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import nan
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from tqdm import tqdm
 
-from calibrated_rewards.prompts import Prompt
+from calibrated_rewards.prompts import Prompt, start_of
 from calibrated_rewards.reading.batches import PATIENCE, Budget
 from calibrated_rewards.reading.body import (
     default_budget,
@@ -76,6 +77,8 @@ class HfSampler:
 
     def __call__(self, prompts: Sequence[Prompt], seeds: Seeds) -> list[list[Rollout]]:
         """For each prompt a rollout for each of its seeds."""
+        if len(prompts) != len(seeds):
+            raise ValueError(f"each prompt needs its seeds, got {len(prompts)} prompts and seeds for {len(seeds)}")
         rows = self._policy.check(prompts)
         tasks = [Task(prompt, seed) for prompt, own in enumerate(seeds) for seed in own]
         drafts: list[Draft | None] = [None] * len(tasks)
@@ -84,7 +87,12 @@ class HfSampler:
             _progress(len(tasks), self.show_progress) as bar,
         ):
             for batch in self._batches(rows, tasks):
-                for i, draft in zip(batch, self._written(rows, [tasks[i] for i in batch]), strict=True):
+                try:
+                    written = self._written(rows, [tasks[i] for i in batch])
+                except FloatingPointError as error:
+                    first = start_of(prompts[tasks[batch[0]].prompt])
+                    raise FloatingPointError(f"{error}; the first prompt of the batch is {first}") from error
+                for i, draft in zip(batch, written, strict=True):
                     drafts[i] = draft
                 bar.update(len(batch))
         rollouts = iter(self._policy.endings.rollouts([draft for draft in drafts if draft is not None]))
@@ -134,7 +142,12 @@ class HfSampler:
         prompts, of = _apart(tasks)
         read = [rows[prompt] for prompt in prompts]
         everyone = list(range(len(tasks)))
-        drafts = self._budget.run(lambda at: self._write(rows, [tasks[i] for i in at]), everyone, costs)
+        try:
+            drafts = self._budget.run(lambda at: self._write(rows, [tasks[i] for i in at]), everyone, costs)
+        except FloatingPointError:
+            # Padding or sharing may be why: an error once there is neither.
+            self._route.judged(nan, self._reader, len(set(costs)) > 1)
+            return self._written(rows, tasks)
         if self._route.agrees(self._reader, read, of, [draft.ids for draft in drafts]):
             return drafts
         return self._written(rows, tasks)

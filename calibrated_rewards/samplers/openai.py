@@ -30,6 +30,15 @@ PATHS: dict[str, str] = {"completions": "/completions", "chat": "/chat/completio
 READ = ("chat", "template", "template_options", "special_tokens", "today")
 # Servers that take what a request does not say from the model's generation config, as /v1/models names them.
 WITH_DEFAULTS = ("vllm", "sglang")
+# What says these fields of a request, which `extra` may leave out but not say otherwise.
+SETTINGS = {
+    "model": "model",
+    "prompt": "the prompts of a call",
+    "messages": "the prompts of a call",
+    "n": "most_at_once and the seeds of a call",
+    "seed": "the seeds of a call",
+    **{name: f"Decoding({name}=...)" for name in ("max_tokens", "temperature", "top_p", "stop", "stop_token_ids")},
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,12 @@ class OpenAISampler:
                 "OpenAISampler needs api='completions' or 'chat' and logprobs=None, 'raw' or 'processed', "
                 f"got api={self.api!r}, logprobs={self.logprobs!r}"
             )
+        for name, says in SETTINGS.items():
+            if self.extra.get(name) is not None:
+                raise ValueError(
+                    f"extra is for fields that nothing else says, got {name}={self.extra[name]!r}: "
+                    f"what says it is {says}"
+                )
         if (self.api == "chat" or self.tokenizer is None) and self.text != Text(chat=self.text.chat):
             raise ValueError(
                 f"the server makes the tokens, with its own template, got {self.text}: that needs a tokenizer= and "

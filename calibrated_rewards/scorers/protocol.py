@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from functools import partial
+from hashlib import blake2b
+from types import CodeType, FunctionType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -82,13 +84,14 @@ def finite(
 
 
 def fingerprint(scorer: object) -> dict[str, Any]:
-    """What a scorer, or a sampler, says of itself; for one that says nothing, where its code is."""
+    """What a scorer, or a sampler, says of itself; for one that says nothing, its name and what its code is."""
     if isinstance(scorer, Fingerprinted):
         return scorer.fingerprint()
     if isinstance(scorer, partial):
         said = {"arguments": repr(scorer.args), "keywords": repr(scorer.keywords)}
         return {**fingerprint(scorer.func), **said}
-    return {"kind": "callable", "name": name_of(scorer)}
+    code = {"code": _digest(scorer.__code__)} if isinstance(scorer, FunctionType) else {}
+    return {"kind": "callable", "name": name_of(scorer), **code}
 
 
 def without_tensors(answer: Any) -> Any:
@@ -110,6 +113,14 @@ class FunctionLike(Protocol):
 
     __module__: str
     __qualname__: str
+
+
+def _digest(code: CodeType) -> str:
+    """Of a function's own code: not of what it calls, nor of what it closes over."""
+    digest = blake2b(code.co_code, digest_size=8)
+    for constant in (*code.co_consts, code.co_names):
+        digest.update((_digest(constant) if isinstance(constant, CodeType) else repr(constant)).encode())
+    return digest.hexdigest()
 
 
 def _as_array(answer: Any, who: str) -> Float32[np.ndarray, "..."]:
