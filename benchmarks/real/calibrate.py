@@ -53,26 +53,21 @@ def run(cache: Path, asked: list[str], out: Path, k: int) -> tuple[dict[str, Ref
     return tables, watch.parts("files and tables")
 
 
-def drawn(out: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of all rollouts, and how each came to its end."""
-    if not (out / "rollouts").exists():
-        return np.empty(0, np.int64), np.empty(0, object)
+def rates(out: Path, seconds: dict[str, float], from_nothing: bool) -> dict[str, Any]:
+    """How completions came to their end; for a run that this process has made, how fast, by processor time."""
     columns = pq.read_table(out / "rollouts", columns=["tokens", "finish"])
-    return columns["tokens"].to_numpy(), columns["finish"].to_numpy(zero_copy_only=False)
-
-
-def rates(completions: int, tokens: int, seconds: dict[str, float]) -> dict[str, Any]:
-    """How fast this process was, by processor time; of a run that was there already, nothing."""
-    return (
-        {
-            "completions": completions,
-            "completions_per_processor_second": completions / seconds["all"],
-            "tokens_per_processor_second": tokens / seconds["all"],
-            "tokens_per_processor_second_of_drawing": tokens / seconds["drawing"],
-        }
-        if completions
-        else {}
-    )
+    tokens, finish = columns["tokens"].to_numpy(), columns["finish"].to_numpy(zero_copy_only=False)
+    counts = {
+        "completions": len(tokens),
+        "tokens": int(tokens.sum()),
+        "cut_at_the_limit": float((finish == "length").mean()),
+    }
+    speeds = {
+        "completions_per_processor_second": len(tokens) / seconds["all"],
+        "tokens_per_processor_second": counts["tokens"] / seconds["all"],
+        "tokens_per_processor_second_of_drawing": counts["tokens"] / max(seconds.get("drawing", 0.0), 1e-9),
+    }
+    return {**counts, **(speeds if from_nothing else {})}
 
 
 def fresh_scores(cache: Path, asked: list[str], count: int) -> np.ndarray:
@@ -173,19 +168,15 @@ def main() -> None:
     asked = prompts(args.cache, args.prompts)
     with tempfile.TemporaryDirectory() as scratch:
         out = args.out or Path(scratch) / "table"
-        already, _ = drawn(out)
+        from_nothing = not out.exists()
         tables, seconds = run(args.cache, asked, out, args.k)
-        tokens, finish = drawn(out)
         results: dict[str, Any] = {
             "prompts": len(asked),
             "k": args.k,
             "decoding": DECODING.fingerprint(),
             "threads": torch.get_num_threads(),
-            "rollouts": len(tokens),
-            "tokens": int(tokens.sum()),
-            "cut_at_the_limit": float((finish == "length").mean()),
             "processor_seconds": seconds,
-            "this_process": rates(len(tokens) - len(already), int(tokens.sum() - already.sum()), seconds),
+            **rates(out, seconds, from_nothing),
             "tables": {name: table.describe() for name, table in tables.items()},
             "reward_and_judge": agreement(out),
         }

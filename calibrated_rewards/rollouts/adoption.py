@@ -1,7 +1,7 @@
 """Rollouts made elsewhere become shards of a directory like those that were drawn here."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -62,19 +62,21 @@ def _adopted(
         new += 1
         waiting.append(item)
         if len(waiting) == per_shard:
-            _keep(directory, next(names), waiting, columns)
+            _keep(directory, names, waiting, columns)
             waiting = []
     if waiting:
-        _keep(directory, next(names), waiting, columns)
+        _keep(directory, names, waiting, columns)
     if known:
         logger.warning("%s has rollouts of %d prompts already, and keeps those", directory.path, known)
     directory.add_aliases(ids.new)
     return new
 
 
-def _keep(directory: RunDirectory, name: str, found: list[Imported], columns: Sequence[str]) -> None:
+def _keep(directory: RunDirectory, names: Iterator[str], found: list[Imported], columns: Sequence[str]) -> None:
     """Rollouts first: a shard exists from the moment that its prompts do."""
     shard = empty(checked([item.prompt for item in found], None))
+    keys = [planned.key for planned in shard.prompts]
+    name = next(name for name in names if directory.is_free(name, keys))
     # Nobody knows their seeds: what is drawn later gets those of numbers that these do not have.
     shard = shard.drawn([item.rollouts for item in found], [[None] * len(item.rollouts) for item in found])
     for column in columns:

@@ -12,7 +12,7 @@ The table stands beside them; of several reward models each in a folder of its o
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
@@ -104,9 +104,16 @@ class RunDirectory:
         return sorted(file.stem for file in self.path.glob("prompts/*.parquet") if file.stem.isdecimal())
 
     def free_names(self) -> Iterator[str]:
-        """The names of the next shards. Rollouts without prompts, which somebody lost, are left alone."""
+        """The names of the next shards, without end."""
         first = max((int(name) + 1 for name in self.names()), default=0)
-        return (name for n in count(first) if not self.rollouts(name := f"{n:05d}").exists())
+        return (f"{n:05d}" for n in count(first))
+
+    def is_free(self, name: str, keys: Sequence[bytes]) -> bool:
+        """Whether there are no rollouts that somebody lost the prompts of; those of an import of these are our own."""
+        file = self.rollouts(name)
+        if not file.exists():
+            return True
+        return [*dict.fromkeys(read_table(file, ["key"]).column("key").to_pylist())] == [*keys]
 
     def prompts(self, name: str) -> list[Planned]:
         """The prompts of a shard."""

@@ -1,6 +1,7 @@
 """From prompts as they come to shards: each prompt once, checked before anything is sampled."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -77,7 +78,7 @@ def _planned(
     directory: RunDirectory, asked: Iterable[Asked], sampler: Sampler | None, per_shard: int, show_progress: bool
 ) -> Planning:
     old, seen, ids = {*directory.keys()}, set[bytes](), Ids(directory.aliases())
-    names = directory.free_names()
+    names, free = directory.free_names(), partial(directory.is_free, keys=())
     new, known, repeated = 0, 0, 0
     waiting: list[Prompt] = []
     for item in tqdm(asked, desc="prompts", unit=" prompts", delay=3, disable=None if show_progress else True):
@@ -97,9 +98,9 @@ def _planned(
         new += 1
         waiting.append(item.prompt)
         if len(waiting) == per_shard:
-            directory.plan(next(names), checked(waiting, sampler))
+            directory.plan(next(filter(free, names)), checked(waiting, sampler))
             waiting = []
     if waiting:
-        directory.plan(next(names), checked(waiting, sampler))
+        directory.plan(next(filter(free, names)), checked(waiting, sampler))
     directory.add_aliases(ids.new)
     return Planning(new, known, repeated)
