@@ -120,6 +120,7 @@ def agreement(model: Any, llm: Any, decoding: Decoding, k: int) -> dict[str, Any
     return {
         "rollouts": len(rollouts),
         "compared": len(gaps),
+        "tokens": sum(r.tokens for r in rollouts),
         "tokens_are_the_engines": [r.tokens for r in rollouts] == [len(d) for _, d in drawn],
         "finish": dict(Counter(r.finish for r in rollouts)),
         "cut_at_stop": not any(stop in r.completion for r in rollouts for stop in decoding.stop),
