@@ -43,7 +43,8 @@ def plan(
 def planned(prompt: Prompt, sampler: Sampler | None) -> Planned:
     """A prompt with its key, and the text that the policy reads where that is another."""
     rendered = sampler.rendered(prompt) if isinstance(sampler, Rendering) else None
-    return Planned(prompt_key(prompt), prompt, None if rendered == prompt else rendered)
+    # Empty where only a server knows.
+    return Planned(prompt_key(prompt), prompt, None if rendered == prompt else rendered or None)
 
 
 def checked(prompts: list[Prompt], sampler: Sampler | None) -> list[Planned]:
