@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-BENCHMARKS := $(filter-out benchmarks/environment.py,$(sort $(wildcard benchmarks/*.py benchmarks/paper/*.py)))
+# Not here: vllm_sampler.py needs vLLM and a model, real/ fetches a model and ratings.
+BENCHMARKS := $(filter-out benchmarks/environment.py benchmarks/vllm_sampler.py,$(sort $(wildcard benchmarks/*.py benchmarks/paper/*.py)))
 
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test check wheel bench clean
