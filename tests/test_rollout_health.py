@@ -82,6 +82,7 @@ def test_score_and_length(tmp_path, seed):
 
     assert found.score_length == {"rm": pytest.approx(np.mean(r)), "twice": pytest.approx(np.mean(r))}
     assert found.unscored == {"rm": 5, "twice": 5}
+    assert found.varied["rm"] == len(r)
     assert f"length and rm|{np.mean(r):+.2f} correlation" in "\n".join(map("|".join, found.lines()))
 
 

@@ -34,8 +34,9 @@ class RolloutHealth:
 
     Shares are of rollouts: `cut` at the most tokens, of those whose end is known; `empty` of text; `repeated`, word for
     word, from an earlier one of their prompt. `score_length` is, by reward model, the mean over prompts of the
-    correlation within a prompt of score and length, in tokens where they are known, else in characters; `unscored`
-    counts the rollouts that wait for a score. `odd_prompts` counts prompts with many of a kind, `odd` are the worst.
+    correlation within a prompt of score and length, in tokens where they are known, else in characters; `varied`
+    how many prompts have one, with more lengths and scores than one; `unscored` counts the rollouts that wait for a
+    score. `odd_prompts` counts prompts with many of a kind, `odd` are the worst.
     """
 
     where: str
@@ -46,6 +47,7 @@ class RolloutHealth:
     repeated: float
     tokens_mean: float | None
     score_length: dict[str, float | None]
+    varied: dict[str, int]
     unscored: dict[str, int]
     odd_prompts: dict[str, int]
     odd: tuple[OddPrompt, ...]
@@ -65,7 +67,8 @@ class RolloutHealth:
         yield "repeated", f"{percent(self.repeated)} are an earlier one of their prompt, word for word"
         yield "tokens", "not known" if self.tokens_mean is None else f"{self.tokens_mean:,.1f} on average"
         for name, r in self.score_length.items():
-            what = "not known" if r is None else f"{r:+.2f} correlation within a prompt, on average"
+            over = f"on average of {self.varied[name]:,}" if self.varied[name] < self.prompts else "on average"
+            what = "not known" if r is None else f"{r:+.2f} correlation within a prompt, {over}"
             waiting = f"; {self.unscored[name]:,} rollouts have no score" if self.unscored[name] else ""
             yield f"length and {name}", f"{what}{waiting}"
         for reason, count in self.odd_prompts.items():
@@ -168,6 +171,7 @@ class _Tally:
             repeated=of["repeated"] / rollouts,
             tokens_mean=of["tokens"] / of["counted"] if of["counted"] else None,
             score_length={name: total / n if n else None for name, (total, n) in self.correlations.items()},
+            varied={name: n for name, (_, n) in self.correlations.items()},
             unscored=dict(self.unscored),
             odd_prompts=dict(self.odd_prompts),
             odd=tuple(each for found in self.odd.values() for each in found),
