@@ -8,7 +8,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint c
 BENCHMARKS := $(filter-out benchmarks/environment.py benchmarks/vllm_sampler.py,$(sort $(wildcard benchmarks/*.py benchmarks/paper/*.py)))
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check wheel bench clean
+.PHONY: help setup demo test check wheel bench frameworks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,13 @@ wheel: $(READY)  ## sdist, wheel from the sdist, its contents, and the test suit
 
 bench: $(READY)  ## every benchmark and figure of the docs; minutes each, results in benchmarks/results
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+# Environments of their own, in .venv-frameworks*: the trainers pin other versions than we do.
+frameworks: export OMP_NUM_THREADS = 1
+frameworks: export HF_HUB_OFFLINE = 1
+frameworks:  ## the trainers' own loading code with our adapters; gigabytes and minutes, results in benchmarks/results
+	sh benchmarks/frameworks/setup.sh
+	.venv-frameworks/bin/python benchmarks/frameworks/run.py
 
 clean:  ## remove builds and caches; the environment stays
 	rm -rf dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

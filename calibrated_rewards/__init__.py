@@ -20,6 +20,7 @@ from calibrated_rewards.procedures import Standard as Standard
 from calibrated_rewards.procedures import WorstOf as WorstOf
 from calibrated_rewards.prompts import id_key as id_key
 from calibrated_rewards.prompts import prompt_key as prompt_key
+from calibrated_rewards.reward import CalibratedReward as CalibratedReward
 from calibrated_rewards.scaling import scaled as scaled
 from calibrated_rewards.score_procedures import RewindAndRepeat as RewindAndRepeat
 from calibrated_rewards.score_procedures import SoftBestOf as SoftBestOf

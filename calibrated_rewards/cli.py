@@ -15,6 +15,10 @@ from calibrated_rewards import __version__
 
 COMMANDS = {
     "calibrate": "draw rollouts of the reference policy for each prompt, score them, and make the table of references",
+    "reward": "make the directory that trainers load: table, reward model and transform, verified",
+    "serve": "answer a calibrated reward over HTTP, in the dialects of OpenRLHF, LightRFT, slime and LLaMA-Factory",
+    "cp": "copy an adapter for a trainer to where it can be changed",
+    "path": "say where an adapter for a trainer lies",
     "inspect": "show what a table holds: fingerprints, K, ties, saturation, error band, spread, suspicious prompts",
     "check-scorer": "check that a reward model scores alike on every path, cuts nothing silently, prefers good answers",
 }
@@ -26,6 +30,7 @@ EXTRAS = {
     "pyarrow": "calibrate",
     "datasets": "trl",
     "ray": "ray",
+    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
     "vllm": "vllm",
 }
 # How the library's words for its arguments are said here.
@@ -39,6 +44,7 @@ WORDS = {
     r"\btokenizer=(\.\.\.)?": "--tokenizer",
     r"\bVllm\(probabilities=True\)": "from Python, Vllm(probabilities=True)",
     r"\btrust_remote_code=True": "--trust-remote-code",
+    r"\binsecure=True": "--insecure",
     r"(?<![\w(])(reference|mark|output)=(\"?)([\w.<>]+)\2": r"--option \1=\3",
 }
 

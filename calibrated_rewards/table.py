@@ -21,7 +21,10 @@ from calibrated_rewards.table_search import Content
 from calibrated_rewards.table_writer import write_table
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from calibrated_rewards.table_torch import DeviceTable
 
 __all__ = ["ReferenceTable", "Row", "UnknownPromptError"]
 
@@ -189,6 +192,19 @@ class ReferenceTable:
     def counts(self, rows: Any) -> Any:
         """K of each row."""
         return _route(rows).counts(self._content, rows)
+
+    def keys(self, rows: Any) -> list[bytes]:
+        """The key of each row: `prompt_key` of its prompt, or `id_key` where that is all the table knows."""
+        rows = table_search.checked_rows(rows, len(self))
+        high, low = self._content.column("keys_high")[rows], self._content.column("keys_low")[rows]
+        data = np.stack([high, low], axis=1).astype(">u8").tobytes()
+        return [data[at : at + 16] for at in range(0, len(data), 16)]
+
+    def on(self, device: torch.device) -> DeviceTable:
+        """The scores on a torch device, copied there once, for a search that waits for nothing."""
+        from calibrated_rewards import table_torch
+
+        return table_torch.on_device(self._content, device)
 
     def scores(self, row: int) -> Float32[np.ndarray, " K"]:
         """The sorted references of one row, as a view that cannot be written to."""

@@ -49,10 +49,13 @@ class DeviceTable:
 
     def ranks(self, rows: Any, scores: Tensor) -> tuple[Int64[Tensor, "*B"], Int64[Tensor, "*B"]]:
         """How many references of its row each score is above, and how many it equals."""
-        rows, flat = self._queries(rows, scores.float(), torch.isfinite, table_search.finite)
-        below = self._count(rows, flat, torch.lt)
-        equal = self._count(rows, flat, torch.le) - below
+        below, equal = self.search(*self._queries(rows, scores.float(), torch.isfinite, table_search.finite))
         return below.reshape(scores.shape), equal.reshape(scores.shape)
+
+    def search(self, rows: Tensor, scores: Tensor) -> tuple[Int64[Tensor, " B"], Int64[Tensor, " B"]]:
+        """`ranks` of one score a row, all of them here and in order: nothing is checked, nothing waited for."""
+        below = self._count(rows, scores, torch.lt)
+        return below, self._count(rows, scores, torch.le) - below
 
     def cdf(self, rows: Any, scores: Tensor) -> Float64[Tensor, "*B"]:
         """Eq. 12."""

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from jaxtyping import Float32
 from scipy.special import expit, logit, ndtri
 
+from calibrated_rewards.checks.adapters import check_adapter as check_adapter  # noqa: PLC0414 (public here)
 from calibrated_rewards.checks.conformance import check_scorer as check_scorer  # noqa: PLC0414 (public here)
 from calibrated_rewards.checks.conformance import titled
 from calibrated_rewards.procedures import Procedure

@@ -93,7 +93,7 @@ amortised.conditional -> amortised.*
 amortised.prediction -> prompts, table, amortised.*, scorers.protocol
 amortised.fit     -> prompts, table, amortised.*, scorers.protocol
 amortised         -> amortised.*
-commands.transform -> transforms
+commands.transform -> choice, procedures, transforms
 distil            -> prompts, table, reading.messages
 health            ->
 health.row_statistics -> table
@@ -127,7 +127,6 @@ samplers.decoding ->
 samplers.drawing  -> samplers.decoding
 samplers.logprob  -> samplers.decoding
 samplers.protocol -> prompts, scorers.protocol
-testing           -> procedures, prompts, quadrature, transforms, checks.conformance, samplers.protocol
 rollouts.imported -> prompts, rollouts.rows, rollouts.sources, samplers.protocol
 rollouts.shard    -> prompts, samplers.protocol
 rollouts.shard_files -> prompts, reading.messages, rollouts.shard, samplers.protocol
@@ -163,6 +162,60 @@ commands.check_scorer -> prompts, scorers.plain, checks.*, commands.*
 samplers.openai   -> prompts, reading.batches, reading.text, samplers.*, scorers.*
 commands.policy   -> commands.reward_model, commands.server, reading.text, samplers.*, scorers.remote_address
 commands.calibrate -> adaptive, calibrate, scaling, table, transforms, commands.*, rollouts.*, samplers.ray
+checks.adapters   -> prompts, checks.conformance, scorers.protocol
+testing           -> procedures, prompts, quadrature, transforms, checks.adapters, checks.conformance, samplers.protocol
+commands.path     ->
+commands.cp       -> commands.path
+faithful          ->
+faithful.rules    ->
+faithful.areal_settings -> faithful.rules
+faithful.lightrft_settings -> faithful.rules
+faithful.nemo_settings -> faithful.rules
+faithful.openrlhf_settings -> faithful.rules
+faithful.sampled  -> faithful.rules
+faithful.skyrl_settings -> faithful.rules
+faithful.slime_settings -> faithful.rules
+faithful.swift_settings -> faithful.rules
+faithful.trl_settings -> faithful.rules
+faithful.verl_settings -> faithful.rules
+recipes           ->
+rewarding         ->
+rewarding.coalescing ->
+rewarding.locating -> prompts, table
+rewarding.lookup  -> calibrations, finite_k, table, transforms
+rewarding.device  -> rewarding.lookup
+rewarding.naming  -> transforms, scorers.protocol, scorers.recipe
+rewarding.originals -> prompts, table, reading.messages, rollouts.directory, rollouts.shard_files
+rewarding.scores  ->
+rewarding.handed_over -> prompts, rewarding.scores
+rewarding.spelling -> transforms
+rewarding.directory -> table, rewarding.originals, rewarding.spelling
+rewarding.valuing -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.lookup
+rewarding.raw_scores -> prompts, rewarding.device, rewarding.valuing
+rewarding.verification -> prompts, table, scorers.protocol
+rewarding.watch   -> rewarding.scores
+reward            -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.*, scorers.protocol
+combined          -> prompts, reward, transforms, rewarding.device, scorers.protocol
+commands.reward   -> reward, table, transforms, commands.reward_model, commands.transform
+configured        -> reward
+faithful.rewarded -> calibrations, finite_k, reward, scaling, faithful.rules
+faithful.check    -> reward, faithful.*
+recipes.loop      -> prompts, reward, reading.body, reading.text, rollouts.sources, samplers.*
+recipes.grpo_plain -> reward, recipes.loop, rollouts.sources, samplers.policy
+recipes.ppo       -> reward, recipes.loop, rollouts.sources, samplers.policy
+serving           ->
+serving.limits    ->
+serving.body      -> serving.limits
+serving.fields    -> prompts, serving.limits
+serving.dialects  -> prompts, rewarding.scores, serving.fields, serving.limits
+serving.metrics   -> rewarding.scores
+serving.desk      -> table, rewarding.coalescing, rewarding.scores, serving.dialects, serving.limits, serving.metrics
+serving.gate      -> serving.metrics
+serving.listening -> serving.gate, serving.limits
+serving.schema    ->
+server            -> serving.*
+commands.serve    -> reward, server, serving.listening
+serving.replicas  -> server, serving.gate, serving.limits, serving.listening
 """
 
 # What a module may load when it is imported, next to the standard library. The rest waits inside a function.
@@ -180,6 +233,15 @@ HEAVY_ON_PURPOSE = {
     "rollouts.planning": {"tqdm"},
     "rollouts.progress": {"tqdm"},
     "health.rollouts": {"tqdm"},
+    # What serves.
+    "server": {"fastapi", "starlette"},
+    "serving.listening": {"uvicorn"},
+    "serving.metrics": {"prometheus_client"},
+    # What trains.
+    "rewarding.device": {"torch"},
+    "recipes.loop": {"torch"},
+    "recipes.grpo_plain": {"torch", "tqdm"},
+    "recipes.ppo": {"torch", "tqdm"},
 }
 # Files that run models load what runs them; whoever wants none of it does not import them.
 MODELS = {"torch", "transformers", "tqdm"}

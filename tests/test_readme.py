@@ -83,7 +83,8 @@ def test_named_tests_exist(document: Path) -> None:
 @each_document
 def test_named_functions_exist(document: Path) -> None:
     """Every `module.name` of a module of the package is in it."""
-    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    # `reward` is an object of every document, and a setting of verl's.
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"reward"}
     for module, name in re.findall(r"`(\w+)\.([A-Za-z]\w*)", document.read_text()):
         if module in modules and f".{name}" not in FILE_ENDINGS:
             assert name in vars(import_module(f"calibrated_rewards.{module}")), f"{module}.{name}"

@@ -1,24 +1,34 @@
 """A transform by the name that it has on the command line."""
 
 import argparse
+from collections.abc import Callable
 
+from calibrated_rewards.choice import optimum
+from calibrated_rewards.procedures import BestOf, WorstOf
 from calibrated_rewards.transforms import Exponential, Identity, Log, Transform
 
 _NAMED: dict[str, Transform] = {"identity": Identity(), "log": Log()}
+_PROCEDURES: dict[str, Callable[[int], BestOf | WorstOf]] = {"best-of": BestOf, "worst-of": WorstOf}
 
 
 def transform(name: str) -> Transform:
-    """The transform of a name.
+    """The transform of a name; best-of:N:KL is the exact optimum for the best of N at that KL.
 
     >>> transform("identity"), transform("exp:10"), transform("exp:-5")
     (Identity(), Exponential(t=10.0), Exponential(t=-5.0))
+    >>> transform("best-of:4:1.0")
+    Chain(Optimal(procedure=BestOf(n=4), beta=0.083...), Affine(scale=2.5..., shift=1.0))
     """
-    kind, _, number = name.partition(":")
+    kind, *numbers = name.split(":")
     try:
-        if kind == "exp" and number:
-            return Exponential(float(number))
+        if kind in _PROCEDURES:
+            n, kl = numbers
+            return optimum(_PROCEDURES[kind](int(n)), kl=float(kl)).transform
+        if kind == "exp":
+            (t,) = numbers
+            return Exponential(float(t))
         return _NAMED[name]
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(
-            f"a transform is identity, log, or exp:T with a number T, got {name!r}"
+            f"a transform is identity, log, exp:T, best-of:N:KL or worst-of:N:KL, with numbers, got {name!r}"
         ) from None

@@ -50,7 +50,7 @@ def checked(
     return finite(given.copy(), prompts, completions, who)
 
 
-def paired(prompts: Iterable[Prompt], completions: Iterable[Completion]) -> tuple[list[Prompt], list[Completion]]:
+def paired(prompts: Iterable[Any], completions: Iterable[Completion]) -> tuple[list[Any], list[Completion]]:
     """Prompts and completions as lists of one length; a text in the place of a list is refused, not read by letters.
 
     >>> paired("Hi", "Hello")

@@ -1,0 +1,46 @@
+"""SkyRL: an environment of one turn.
+
+    export CALIBRATED_REWARD=/abs/reward
+    # in the entry point, inside the Ray task, before the generator is made:
+    from skyrl_gym.envs import register
+    register(id="calibrated", entry_point="calibrated_rewards.adapters.skyrl_env:CalibratedEnv")
+    # command line: environment.env_class=calibrated
+
+Prompt's key: the messages; or the dataset column that the reward names as `id_column`.
+Faithful to E[R] - beta KL: `trainer.algorithm.advantage_estimator=rloo trainer.algorithm.use_kl_in_reward=true
+trainer.algorithm.use_kl_loss=false trainer.algorithm.kl_estimator_type=k1 trainer.algorithm.kl_loss_coef=BETA`, and
+`generator.zero_reward_on_non_stop=false`.
+"""
+
+from typing import Any
+
+from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
+
+from calibrated_rewards.configured import configured
+from calibrated_rewards.rewarding.handed_over import details, identifier, loud, number
+
+
+class CalibratedEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym ships no types
+    """Rewards the first answer and is done."""
+
+    def __init__(self, env_config: Any = None, extras: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.row = extras or {}
+        self.metrics: dict[str, float] = {}
+
+    def init(self, prompt: list[dict[str, str]]) -> tuple[list[dict[str, str]], dict[str, Any]]:
+        """Keep the prompt, which SkyRL goes on to append to."""
+        self.prompt = list(prompt)
+        return prompt, {}
+
+    def step(self, action: str) -> BaseTextEnvStepOutput:
+        """Score the answer; called from threads, which share batches."""
+        with loud("SkyRL"):
+            reward = configured()
+            score = reward.score_one(self.prompt, action, identifier(self.row, reward.id_column))
+            self.metrics = details(score)
+            return BaseTextEnvStepOutput(observations=[], reward=number(score), done=True, metadata=self.metrics)
+
+    def get_metrics(self) -> dict[str, float]:
+        """What SkyRL averages and logs."""
+        return self.metrics

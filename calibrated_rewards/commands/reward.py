@@ -1,0 +1,67 @@
+"""`calibrated-rewards reward`: a table, its reward model and a transform, as the directory that trainers load."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from calibrated_rewards.commands import reward_model
+from calibrated_rewards.commands.transform import transform
+from calibrated_rewards.transforms import Identity
+
+EPILOG = """examples:
+  calibrated-rewards reward table/ --reward-model ./rm --transform exp:10 --out reward/
+  calibrated-rewards reward table/ --reward-model ./rm --transform best-of:4:1.0 --out reward/
+  calibrated-rewards reward table/ --reward-model http://rm:8000 --server vllm --served-model rm --out reward/
+  CALIBRATED_REWARD=reward/ trl rloo --reward_funcs calibrated_rewards.adapters.trl_reward.reward ...
+
+The reward model is verified first: it scores the table's probes again, and has to give what it gave when the table was
+made. The directory holds settings, table and prompts; of the reward model it holds where it is. Exit code: 0 written,
+2 wrong usage, or a reward model that is not the table's."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.add_argument("table", help="the directory of a table or of a run, or a name on the Hugging Face Hub")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the directory that is written")
+    group = parser.add_argument_group("reward")
+    group.add_argument(
+        "--transform",
+        type=transform,
+        default=Identity(),
+        metavar="NAME",
+        help="identity, log, exp:T, best-of:N:KL, ...",
+    )
+    group.add_argument("--estimator", default="empirical", help="empirical, posterior, unbiased or randomised")
+    group.add_argument("--scale", default="unit", help="unit, standard or raw")
+    group.add_argument("--on-missing", default="raise", help="of a prompt without references: raise, neutral or skip")
+    group.add_argument("--id-column", metavar="NAME", help="the trainer's column of the ids that the table knows")
+    group.add_argument(
+        "--ending", action="append", default=[], metavar="TEXT", help="taken off the end of completions: <|im_end|>"
+    )
+    group.add_argument("--name", help="what a trainer's log calls it")
+    group.add_argument("--tolerance", type=float, metavar="SD", help="of the probes, in standard deviations")
+    group.add_argument("--no-verify", action="store_true", help="do not score the table's probes first")
+    reward_model.add_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Verify, write, and say what was written."""
+    from calibrated_rewards.reward import CalibratedReward
+    from calibrated_rewards.table import ReferenceTable
+
+    reward = CalibratedReward(
+        reward_model.load(options),
+        ReferenceTable.from_pretrained(options.table),
+        options.transform,
+        estimator=options.estimator,
+        scale=options.scale,
+        on_missing=options.on_missing,
+        id_column=options.id_column,
+        name=options.name,
+        endings=tuple(options.ending),
+    )
+    if not options.no_verify:
+        sys.stdout.write(f"verified: {reward.verify(options.tolerance)}\n")
+    reward.save_pretrained(options.out)
+    sys.stdout.write(f"{options.out}: {reward.__name__}, {len(reward.table)} prompts, {reward.transform!r}\n")
+    return 0

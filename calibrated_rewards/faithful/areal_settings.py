@@ -1,0 +1,92 @@
+"""AReaL's settings, read in 2.0.0 (cbff54d64): KL in the reward, exact once its clip is open and it has a reference."""
+
+from calibrated_rewards.faithful.rules import Framework, Given, Is, Off, Positive, Rule, Strength
+
+AREAL = Framework(
+    name="areal",
+    version="2.0.0",
+    rules=(
+        Rule(
+            "ref",
+            Given(),
+            "a `ref:` engine, with the reference policy's path",
+            "without one the KL is against zeros, which is a bonus for entropy",
+        ),
+        Rule("actor.kl_ctl", Positive(), "actor.kl_ctl=BETA", "without a KL the optimum is an argmax"),
+        Rule(
+            "actor.kl_estimator",
+            Is("k1"),
+            "actor.kl_estimator=k1",
+            "in the reward, only log pi - log pi_ref has the gradient of the KL",
+        ),
+        Rule(
+            "actor.reward_norm.std_level",
+            Off(),
+            "actor.reward_norm.std_level=null",
+            "rewards over a standard deviation have a beta that changes with prompt or batch",
+        ),
+        Rule(
+            "actor.reward_scaling",
+            Is(1.0),
+            "actor.reward_scaling=1.0",
+            "a factor of the reward divides beta, silently",
+            "warning",
+        ),
+        Rule(
+            "actor.adv_norm.std_level",
+            Off(),
+            "actor.adv_norm=null",
+            "dividing by the batch's standard deviation changes the step size with each batch",
+            "warning",
+        ),
+        Rule(
+            "actor.mask_no_eos_with_zero",
+            Off(),
+            "actor.mask_no_eos_with_zero=false",
+            "completions that are cut were calibrated like all others, and would now teach nothing",
+        ),
+        Rule(
+            "actor.overlong_reward_penalty",
+            Off(),
+            "actor.overlong_reward_penalty=false",
+            "a penalty on length is taken off after calibration",
+        ),
+        Rule("actor.discount", Is(1.0), "actor.discount=1.0", "discounts the reward"),
+        Rule("actor.use_sapo_loss", Off(), "actor.use_sapo_loss=false", "weighs tokens by their ratio", "warning"),
+        Rule(
+            "actor.ppo_n_minibatches",
+            Is(1),
+            "actor.ppo_n_minibatches=1",
+            "later minibatches are off-policy, and clipped",
+            "warning",
+        ),
+        Rule("gconfig.greedy", Off(), "gconfig.greedy=false", "a group of equal completions teaches nothing"),
+    ),
+    defaults={
+        "ref": None,
+        "actor.kl_ctl": 0.1,
+        "actor.kl_estimator": "k1",
+        "actor.reward_norm.std_level": None,
+        "actor.reward_scaling": 1.0,
+        "actor.reward_clip": 20.0,
+        "actor.adv_norm.std_level": None,
+        "actor.mask_no_eos_with_zero": False,
+        "actor.overlong_reward_penalty": False,
+        "actor.discount": 1.0,
+        "actor.use_sapo_loss": False,
+        "actor.ppo_n_minibatches": 4,
+        "gconfig.greedy": False,
+        "gconfig.max_new_tokens": 16384,
+        "gconfig.temperature": 1.0,
+        "gconfig.top_p": 1.0,
+        "gconfig.top_k": 10**8,
+    },
+    strengths=(Strength("actor.kl_ctl", only=(("actor.kl_ctl", Positive()), ("ref", Given()))),),
+    sampling={
+        "max_tokens": "gconfig.max_new_tokens",
+        "temperature": "gconfig.temperature",
+        "top_p": "gconfig.top_p",
+        "top_k": "gconfig.top_k",
+    },
+    clips=("actor.reward_clip",),
+)

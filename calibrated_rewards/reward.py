@@ -1,0 +1,299 @@
+"""CalibratedReward: a reward model, the table of its reference scores, and a transform, as one reward for any trainer.
+
+>>> from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
+>>> from calibrated_rewards.testing import NumberScorer
+>>> table = ReferenceTable.build([("2+2=", [1.0, 2.0, 3.0, 5.0])])
+>>> reward = CalibratedReward(NumberScorer(), table)
+>>> reward(["2+2=", "2+2="], ["It is 4", "It is 5"])
+[0.75, 0.875]
+>>> CalibratedReward(NumberScorer(), table, Exponential(5.0))(["2+2="], ["4"])
+[0.281...]
+>>> reward.from_scores(["2+2="], np.array([[0.0, 2.5, 9.0]]))
+array([[0. , 0.5, 1. ]])
+"""
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int64
+
+from calibrated_rewards.calibrations import Calibration, EmpiricalCDF
+from calibrated_rewards.finite_k import Estimator
+from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.rewarding.coalescing import Coalescer
+from calibrated_rewards.rewarding.locating import Located, Reading, keys_of, located
+from calibrated_rewards.rewarding.naming import named
+from calibrated_rewards.rewarding.originals import Originals, of_run
+from calibrated_rewards.rewarding.raw_scores import RawScores, are_rows, are_tensor
+from calibrated_rewards.rewarding.scores import Score, Scores
+from calibrated_rewards.rewarding.valuing import OnMissing, Valuing
+from calibrated_rewards.rewarding.verification import Verification, verified
+from calibrated_rewards.rewarding.watch import Alarm, measures
+from calibrated_rewards.scaling import Scale, scaled
+from calibrated_rewards.scorers.protocol import Scorer, paired, score
+from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.transforms import Identity, Transform
+
+Directory = str | os.PathLike[str]
+_MISSING = ("raise", "neutral", "skip")
+
+
+@dataclass(frozen=True, eq=False)
+class CalibratedReward:
+    """Called with prompts and completions it gives their rewards, as TRL's trainers ask for them.
+
+    With its defaults the reward is exactly the quantile (below + equal / 2) / K of Eq. 12. Every way of asking gives
+    the same numbers: one by one, in batches, from raw scores, on another thread, in another process. It pickles as how
+    it is loaded, without weights. Nothing that it returns is ever nan or infinite.
+    """
+
+    scorer: Scorer | None
+    """The reward model; None where raw scores come from elsewhere, and only `from_scores` is called."""
+    table: ReferenceTable
+    transform: Transform = Identity()  # noqa: RUF009 (frozen)
+    estimator: Estimator = "empirical"
+    """What a rank among K tells of the quantile (`finite_k`)."""
+    scale: Scale = "unit"
+    """The unit of the reward, and so of beta (`scaling`)."""
+    calibration: Calibration = EmpiricalCDF()  # noqa: RUF009 (frozen)
+    """The paper's, or one of its peers' (`calibrations`)."""
+    on_missing: OnMissing = "raise"
+    """A prompt without references raises; or is worth the mean under the reference ("neutral"); or None, for trainers
+    that leave such rows out ("skip"); or is calibrated now, by a function such as `OnTheSpot` (docs/unseen.md)."""
+    id_column: str | None = None
+    """The dataset column with the id by which the table knows a prompt."""
+    name: str | None = None
+    """What a trainer's log calls it; None for one made of transform and scorer."""
+    batch_size: int | None = None
+    """Pairs that the scorer is given at once, where it does not make batches itself."""
+    originals: Originals | None = None
+    """The prompts as they were calibrated, if they arrive rendered; a table in its run's directory needs none."""
+    endings: tuple[str, ...] = ()
+    """Special tokens that a trainer leaves at the end of completions, such as "<|im_end|>": taken off."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.table, ReferenceTable):
+            raise TypeError(f"CalibratedReward needs a ReferenceTable, got {type(self.table).__name__}")
+        if self.scorer is not None and not callable(self.scorer):
+            raise TypeError(f"a scorer is called with prompts and completions, got {self.scorer!r:.80}")
+        if not callable(self.on_missing) and self.on_missing not in _MISSING:
+            raise ValueError(f"on_missing is one of {_MISSING} or a function, got {self.on_missing!r:.80}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"CalibratedReward needs batch_size >= 1, got batch_size={self.batch_size}")
+        if isinstance(self.endings, str):
+            raise TypeError(f"endings are a tuple of texts, got the text {self.endings!r}")
+        object.__setattr__(self, "endings", tuple(self.endings))
+        if self._valuing.by_rank:
+            _ = self._valuing.lookup.vectors  # a transform that cannot be valued is an error now
+
+    @property
+    def __name__(self) -> str:
+        return self.name or named(self.transform, self.scorer)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Completion],
+        completion_ids: Any = None,
+        *,
+        log_metric: Callable[[str, float], Any] | None = None,
+        log_extra: Callable[[str, list[Any]], Any] | None = None,
+        trainer_state: Any = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """The reward of each completion; a trainer's other columns may come along, and its functions for logging."""
+        trained = trainer_state is not None and trainer_state.global_step > 0
+        scores = self._score(prompts, completions, self._ids(columns), trained=trained)
+        if log_metric is not None:
+            for what, value in measures(scores).items():
+                log_metric(f"{self.__name__}/{what}", value)
+        if log_extra is not None:
+            log_extra(f"{self.__name__}/u", scores.u.tolist())
+        return scores.reward
+
+    def score(
+        self, prompts: Sequence[Any], completions: Sequence[Completion], ids: Sequence[Any] | None = None
+    ) -> Scores:
+        """Reward, raw score and quantile of each completion; a prompt of which only the id is at hand is None."""
+        return self._score(prompts, completions, ids)
+
+    def score_one(self, prompt: Any, completion: Completion, id: Any = None) -> Score:  # noqa: A002
+        """The same for one; threads that ask at the same time share a batch."""
+        score: Score = self._coalescer.submit((prompt, completion, id)).result()
+        return score
+
+    async def ascore(
+        self, prompts: Sequence[Any], completions: Sequence[Completion], ids: Sequence[Any] | None = None
+    ) -> Scores:
+        """`score` for asyncio: tasks that ask at the same time share batches, and the event loop goes on."""
+        asked, answered = paired(prompts, completions)
+        named = [None] * len(asked) if ids is None else list(ids)
+        waiting = self._coalescer.submit_all(list(zip(asked, answered, named, strict=True)))
+        return Scores.of(await asyncio.gather(*map(asyncio.wrap_future, waiting)))
+
+    async def ascore_one(self, prompt: Any, completion: Completion, id: Any = None) -> Score:  # noqa: A002
+        """`score_one` for asyncio."""
+        future: Future[Score] = self._coalescer.submit((prompt, completion, id))
+        return await asyncio.wrap_future(future)
+
+    def score_texts(self, texts: Sequence[str]) -> Scores:
+        """`score` for texts in which the completion follows its prompt, split after the longest known prompt."""
+        _, splits = self.table.rows_by_prefix(list(texts))
+        cut = [(text[:split], text[split:]) for text, split in zip(texts, splits.tolist(), strict=True)]
+        return self.score([prompt for prompt, _ in cut], [completion for _, completion in cut])
+
+    def raw(self, prompts: Sequence[Any], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
+        """What the reward model says, without gradients."""
+        if self.scorer is None:
+            raise ValueError("this reward has no scorer: give it one, or raw scores to from_scores")
+        asked, answered = paired(prompts, completions)
+        answered = [self._ended(completion) for completion in answered]
+        step = self.batch_size or max(1, len(asked))
+        with _inference():
+            starts = range(0, len(asked), step)
+            parts = [score(self.scorer, asked[at : at + step], answered[at : at + step]) for at in starts]
+        return np.concatenate([np.empty(0, np.float32), *parts])
+
+    def calibrated(
+        self, prompts: Sequence[Any], completions: Sequence[Completion], ids: Sequence[Any] | None = None
+    ) -> Float64[np.ndarray, " n"]:
+        """The quantile of each completion (Eq. 12), whatever the transform."""
+        return self.score(prompts, completions, ids).u
+
+    def rows(self, prompts: Sequence[Any], ids: Sequence[Any] | None = None) -> Int64[np.ndarray, " G"]:
+        """Where the prompts are in the table: looked up once, `from_scores` takes rows in their place ever after."""
+        return self._checked(self.table.find(keys_of(prompts), ids), prompts, ids)
+
+    def from_scores(self, prompts: Any, raw: Any, ids: Sequence[Any] | None = None) -> Any:
+        """The rewards of raw scores that a loop has already: (P,) for P prompts, or (P, G) for G completions of each.
+
+        An array gives an array of float64. A tensor gives a tensor on its device, float32 unless the scores are
+        float64; on CUDA nothing waits for the device, so a score that is not finite raises at one of the next calls.
+        """
+        given = are_rows(prompts)
+        rows = prompts if given else self.rows(prompts, ids)
+        scores = raw if are_tensor(raw) else np.asarray(raw)
+        return self._raw_scores(rows, scores, None if given else prompts)
+
+    def verify(self, tolerance: float | None = None) -> Verification:
+        """Score the table's probes again: ValueError if this is not the reward model that the table was made with."""
+        if self.scorer is None:
+            raise ValueError("this reward has no scorer to verify")
+        return verified(self.scorer, self.table, tolerance)
+
+    def save_pretrained(self, save_directory: Directory) -> None:
+        """Write scorer (how it is loaded), table, transform and settings to a directory."""
+        from calibrated_rewards.rewarding import directory
+
+        directory.write(self, save_directory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: Directory,
+        *,
+        scorer: Scorer | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
+        **changes: Any,
+    ) -> "CalibratedReward":
+        """What `save_pretrained` wrote, or `push_to_hub` uploaded; `changes` replace settings (transform=, name=, ...).
+
+        A scorer that runs code of its own, a function or a checkpoint that brings some, is loaded if the directory is
+        local and `trust_remote_code` is said of checkpoints, from the Hub only if it is said of both.
+        """
+        from calibrated_rewards.rewarding import directory
+
+        read: CalibratedReward = directory.read(cls, name, scorer, revision, token, trust_remote_code, changes)
+        return read
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
+        """Upload what `save_pretrained` writes, for the URL of the commit; the reward model has a repository itself."""
+        from calibrated_rewards.rewarding import directory
+
+        return directory.push(self, repo_id, private, token)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def _score(
+        self, prompts: Sequence[Any], completions: Sequence[Completion], ids: Any = None, *, trained: bool = False
+    ) -> Scores:
+        asked, answered = paired(prompts, completions)
+        place = self._located(asked, ids)
+        raw = self.raw(place.prompts, answered)
+        found = self._valuing(place.rows, raw, place.prompts.__getitem__)
+        rows = place.rows[place.rows >= 0]
+        self._alarm.hear(rows, found.u[place.rows >= 0], self.table.counts(rows), trained=trained)
+        rewards: list[float | None] = found.value.tolist()
+        if self.on_missing == "skip":
+            rewards = [reward if known else None for reward, known in zip(rewards, found.known.tolist(), strict=True)]
+        return Scores(rewards, raw, found.u, found.known)
+
+    def _located(self, prompts: list[Any], ids: Sequence[Any] | None) -> Located:
+        place = located(self.table, prompts, ids, self._reading)
+        self._checked(place.rows, prompts, ids)
+        return place
+
+    def _checked(self, rows: Int64[np.ndarray, " G"], prompts: Any, ids: Any) -> Int64[np.ndarray, " G"]:
+        if self.on_missing == "raise" and len(rows) and rows.min() < 0:
+            self.table.rows(prompts, ids)  # which raises, and says what is missing
+        return rows
+
+    def _ids(self, columns: dict[str, Any]) -> Sequence[Any] | None:
+        if self.id_column is None:
+            return None
+        if self.id_column not in columns:
+            raise ValueError(
+                f"this reward finds prompts by the column {self.id_column!r}, the trainer passed {sorted(columns)}: "
+                "in TRL, remove_unused_columns=False"
+            )
+        found: Sequence[Any] = columns[self.id_column]
+        return found
+
+    def _ended(self, completion: Completion) -> Completion:
+        if not self.endings or not isinstance(completion, str):
+            return completion
+        while ending := next((each for each in self.endings if each and completion.endswith(each)), None):
+            completion = completion.removesuffix(ending)
+        return completion
+
+    def _together(self, items: list[tuple[Any, Completion, Any]]) -> list[Score]:
+        prompts, completions, ids = (list(each) for each in zip(*items, strict=True))
+        return [*self._score(prompts, completions, ids)]
+
+    @cached_property
+    def _reading(self) -> Reading | None:
+        return self.originals or of_run(self.table)
+
+    @cached_property
+    def _valuing(self) -> Valuing:
+        transform = scaled(self.transform, self.scale)
+        return Valuing(self.table, transform, self.estimator, self.calibration, self.on_missing)
+
+    @cached_property
+    def _raw_scores(self) -> RawScores:
+        return RawScores(self._valuing)
+
+    @cached_property
+    def _coalescer(self) -> Coalescer:
+        return Coalescer(self._together)
+
+    @cached_property
+    def _alarm(self) -> Alarm:
+        return Alarm(self.__name__)
+
+
+def _inference() -> AbstractContextManager[Any]:
+    """Without gradients, where torch is at work: trainers call with gradients on."""
+    torch = sys.modules.get("torch")
+    return torch.inference_mode() if torch is not None else nullcontext()

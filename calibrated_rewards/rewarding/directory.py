@@ -1,0 +1,136 @@
+"""A calibrated reward as a directory: reward.json with the settings, the table, the prompts as they were calibrated."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from calibrated_rewards.rewarding.originals import Originals, of_run
+from calibrated_rewards.rewarding.spelling import read as read_setting
+from calibrated_rewards.rewarding.spelling import spelled
+from calibrated_rewards.table import ReferenceTable
+
+FORMAT, VERSION = "calibrated reward", 1
+SETTINGS, TABLE, PROMPTS = "reward.json", "table", "prompts.jsonl"
+# What has a file of its own.
+FILES = {"table", "originals"}
+
+
+def write(reward: Any, to: str | os.PathLike[str]) -> None:
+    """All of it; the settings come last, so that a directory with settings is complete."""
+    settings = {each.name: _setting(reward, each.name) for each in fields(reward) if each.name not in FILES}
+    at = Path(to)
+    at.mkdir(parents=True, exist_ok=True)
+    (at / SETTINGS).unlink(missing_ok=True)
+    reward.table.save(at / TABLE)
+    _write_prompts(reward, at / PROMPTS)
+    text = json.dumps({"format": FORMAT, "version": VERSION, **settings}, indent=2)
+    new = at / f".{SETTINGS}.{os.getpid()}"
+    new.write_text(text + "\n")
+    new.replace(at / SETTINGS)
+
+
+def read(
+    cls: Any,
+    name: str | os.PathLike[str],
+    scorer: Any,
+    revision: str | None,
+    token: str | bool | None,
+    trust: bool,
+    changes: Mapping[str, Any],
+) -> Any:
+    """A reward, `cls`, of what was written; from the Hub, if `name` is no directory."""
+    local = os.path.isdir(name)
+    at = Path(name) if local else Path(_download(str(name), revision, token))
+    said = _settings(at)
+    # A directory on this machine is as good as a module on it; a checkpoint's own code is somebody else's.
+    trust = trust or (local and not _brings_code(said))
+    stored = {
+        field: value for field, value in said.items() if field not in changes and (field != "scorer" or not scorer)
+    }
+    settings = {field: read_setting(value, trust=trust) for field, value in stored.items()}
+    known = {each.name for each in fields(cls)}
+    if unknown := {*settings, *changes} - known:
+        raise ValueError(f"a calibrated reward has no setting {', '.join(sorted(unknown))}; it has {sorted(known)}")
+    prompts = Originals(str((at / PROMPTS).absolute())) if (at / PROMPTS).exists() else None
+    table = ReferenceTable.load(at / TABLE)
+    return cls(**{"scorer": scorer, "table": table, "originals": prompts, **settings, **changes})
+
+
+def push(reward: Any, repo_id: str, private: bool | None, token: str | bool | None) -> str:
+    """Upload what `write` writes, to a new repository if there is none."""
+    from huggingface_hub import HfApi
+
+    setting = _setting(reward, "scorer")
+    for place in _places(setting):
+        if os.path.isabs(place):
+            raise ValueError(
+                f"the reward model is a folder of this machine, {place}: push it, and give the reward "
+                "load_scorer(its repository); or scorer=None, for from_pretrained(..., scorer=)"
+            )
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as directory:
+        write(reward, directory)
+        repo = api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo.repo_id, repo_type="model", folder_path=directory, commit_message="Upload calibrated reward"
+        )
+    return str(commit.commit_url)
+
+
+def _setting(reward: Any, name: str) -> Any:
+    value = getattr(reward, name)
+    if name == "on_missing" and callable(value):
+        raise ValueError("on_missing is a function, which is not saved: save with another, and give it when loading")
+    return spelled(value)
+
+
+def _settings(at: Path) -> dict[str, Any]:
+    try:
+        said = json.loads((at / SETTINGS).read_text())
+    except FileNotFoundError:
+        is_table = (at / "table.json").exists()
+        hint = ": it is a table, which CalibratedReward(scorer, ReferenceTable.load(...)) takes" if is_table else ""
+        raise FileNotFoundError(f"{at} has no {SETTINGS}, so it is no calibrated reward{hint}") from None
+    if not isinstance(said, dict) or said.pop("format", None) != FORMAT or said.pop("version", None) != VERSION:
+        raise ValueError(f"{at / SETTINGS} is no calibrated reward of version {VERSION}")
+    return said
+
+
+def _write_prompts(reward: Any, to: Path) -> None:
+    if reward.originals is not None:
+        if not (to.exists() and os.path.samefile(reward.originals.path, to)):
+            shutil.copyfile(reward.originals.path, to)
+        return
+    run = of_run(reward.table)
+    if run is not None:
+        Originals.write(to, reward.table, (prompt for _, prompt in run.prompts()))
+    else:
+        to.unlink(missing_ok=True)
+
+
+def _brings_code(said: Any) -> bool:
+    if isinstance(said, list):
+        return any(map(_brings_code, said))
+    return isinstance(said, dict) and (bool(said.get("trust_remote_code")) or any(map(_brings_code, said.values())))
+
+
+def _places(said: Any) -> list[str]:
+    """Where checkpoints are, in a spelled scorer."""
+    if isinstance(said, list):
+        return [place for each in said for place in _places(each)]
+    if not isinstance(said, dict):
+        return []
+    own = [str(said["name"])] if str(said.get("is", "")).endswith(".FromCheckpoint") else []
+    return own + [place for each in said.values() for place in _places(each)]
+
+
+def _download(repo_id: str, revision: str | None, token: str | bool | None) -> str:
+    from huggingface_hub import snapshot_download
+
+    wanted = [SETTINGS, PROMPTS, f"{TABLE}/*"]
+    return snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted)

@@ -1,0 +1,30 @@
+"""What a trainer's log calls a reward: by its transform and its reward model, unless it is given a name."""
+
+import os
+import re
+from hashlib import blake2b
+
+from calibrated_rewards.scorers.protocol import Scorer, fingerprint
+from calibrated_rewards.scorers.recipe import Loaded
+from calibrated_rewards.transforms import Transform
+
+LONGEST, KEPT = 60, 40
+
+
+def named(transform: Transform, scorer: Scorer | None) -> str:
+    """A name that is as good as an identifier: of many words the first ones, and a digest of all.
+
+    >>> from calibrated_rewards.testing import NumberScorer
+    >>> from calibrated_rewards.transforms import Exponential
+    >>> named(Exponential(-10.0), NumberScorer())
+    'calibrated_Exponential_t_minus_10_0_number'
+    """
+    words = f"calibrated {transform!r} {_scorer_name(scorer)}"
+    name = re.sub(r"\W+", "_", re.sub(r"-(?=\d)", "minus ", words)).strip("_")
+    return name if len(name) <= LONGEST else f"{name[:KEPT]}_{blake2b(words.encode(), digest_size=4).hexdigest()}"
+
+
+def _scorer_name(scorer: Scorer | None) -> str:
+    if isinstance(scorer, Loaded):
+        return os.path.basename(os.path.normpath(scorer.recipe.name))
+    return str(fingerprint(scorer).get("kind", "")) if scorer is not None else ""

@@ -1,0 +1,120 @@
+"""Settings as JSON, and back: the library's frozen dataclasses by name and fields, functions by where they are.
+
+>>> from calibrated_rewards.transforms import Affine, Chain, Exponential
+>>> spelled(Chain(Exponential(5.0), Affine(2.0)))["parts"][0]
+{'is': 'calibrated_rewards.transforms.Exponential', 't': 5.0}
+>>> read(spelled(Chain(Exponential(5.0), Affine(2.0))))
+Chain(Exponential(t=5.0), Affine(scale=2.0, shift=0.0))
+
+What is read makes nothing but the library's own dataclasses: a file from elsewhere runs no code. A function, and a
+checkpoint that brings code, are read by those who say `trust=True`.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from math import isfinite
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+
+from calibrated_rewards.transforms import Chain
+
+OURS = "calibrated_rewards."
+# Never written, for whoever reads the file would read them; whoever opens it has one of their own.
+SECRET = {"token", "api_key", "password"}
+TOKEN = "CALIBRATED_REWARDS_TOKEN"
+_CREDENTIALS = re.compile(r"\?|//[^/]*@")
+
+
+def spelled(thing: Any) -> Any:
+    """JSON for a setting; TypeError for one that has none."""
+    if isinstance(thing, FunctionType):
+        return {"function": f"{thing.__module__}:{_importable(thing)}"}
+    if is_dataclass(thing) and not isinstance(thing, type) and type(thing).__module__.startswith(OURS):
+        name = f"{type(thing).__module__}.{type(thing).__qualname__}"
+        return {"is": name, **{field: spelled(value) for field, value in _fields(thing)}}
+    if isinstance(thing, Mapping):
+        if "is" in thing or "function" in thing or not all(isinstance(name, str) for name in thing):
+            raise TypeError(f'a mapping that is saved has names other than "is" and "function", got {thing!r:.80}')
+        return {name: spelled(value) for name, value in thing.items() if name not in SECRET}
+    if isinstance(thing, tuple | list):
+        return [spelled(value) for value in thing]
+    if type(thing).__module__.partition(".")[0] == "torch" and str(thing).startswith("torch."):
+        return str(thing).removeprefix("torch.")  # a dtype or a layout, which transformers takes by name too
+    return _plain(thing)
+
+
+def read(said: Any, *, trust: bool = False) -> Any:
+    """What `spelled` was given; what was a list comes back as a tuple."""
+    if isinstance(said, list):
+        return tuple(read(value, trust=trust) for value in said)
+    if not isinstance(said, dict):
+        return said
+    if "function" in said:
+        return _function(str(said["function"]), trust)
+    values = {name: read(value, trust=trust) for name, value in said.items() if name != "is"}
+    if "is" not in said:
+        return values
+    made = _class(str(said["is"]))
+    if values.get("trust_remote_code") and not trust:
+        raise ValueError(f"{made.__qualname__} runs code that comes with a checkpoint: say trust_remote_code=True")
+    if "token" in {field.name for field in fields(made)}:
+        values["token"] = os.environ.get(TOKEN) or None
+    return Chain(*values["parts"]) if made is Chain else made(**values)
+
+
+def _fields(thing: Any) -> Iterator[tuple[str, Any]]:
+    for field in fields(thing):
+        value = getattr(thing, field.name)
+        if field.name == "url" and _CREDENTIALS.search(str(value)):
+            raise ValueError(f"a url that is saved holds no password and no query; the token is read from {TOKEN}")
+        if (field.init or not field.name.startswith("_")) and field.name not in SECRET:
+            yield field.name, value
+
+
+def _plain(thing: Any) -> Any:
+    if isinstance(thing, np.ndarray | np.generic):
+        return _plain(thing.tolist())
+    if thing is None or isinstance(thing, bool | int | str) or (isinstance(thing, float) and isfinite(thing)):
+        return thing
+    raise TypeError(
+        f"a calibrated reward is saved as JSON, which cannot say {thing!r:.80}: use the library's transforms and "
+        "load_scorer(name_or_path), or a function of a module"
+    )
+
+
+def _importable(function: FunctionType) -> str:
+    if "<" in function.__qualname__ or function.__module__ == "__main__":
+        raise TypeError(
+            f"a function is saved by where it can be imported from, {function.__module__}.{function.__qualname__} "
+            "cannot: define it in a module"
+        )
+    return function.__qualname__
+
+
+def _function(place: str, trust: bool) -> Any:
+    if not trust:
+        raise ValueError(f"the function {place} would be imported and called: say trust_remote_code=True, or scorer=")
+    module, _, path = place.partition(":")
+    found: Any = import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _class(name: str) -> Any:
+    """A dataclass of ours, and nothing else that a name may lead to."""
+    module, _, path = name.rpartition(".")
+    if not module.startswith(OURS) or not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"a saved setting is one of the library's dataclasses, got {name!r:.80}")
+    try:
+        found = getattr(import_module(module), path)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"this version of the library has no {name}") from error
+    if not (isinstance(found, type) and is_dataclass(found) and found.__module__ == module):
+        raise ValueError(f"a saved setting is one of the library's dataclasses, got {name!r:.80}")
+    return found

@@ -1,0 +1,100 @@
+"""From raw scores to rewards, where every score has its row; and what an unknown prompt is worth."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64, Shaped
+
+from calibrated_rewards.calibrations import Calibration, EmpiricalCDF
+from calibrated_rewards.finite_k import Estimator
+from calibrated_rewards.prompts import Prompt
+from calibrated_rewards.rewarding.lookup import Lookup
+from calibrated_rewards.scaling import moments
+from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.transforms import Identity, Transform
+
+OnMissing: TypeAlias = Literal["raise", "neutral", "skip"] | Callable[[Sequence[Prompt]], ReferenceTable]
+
+
+class Valued(NamedTuple):
+    """Rewards, quantiles, and of which prompts there were references."""
+
+    value: Float64[np.ndarray, "*P"]
+    u: Float64[np.ndarray, "*P"]
+    known: Bool[np.ndarray, " P"]
+
+
+@dataclass(frozen=True, eq=False)
+class Valuing:
+    """Calibration and transform, for the table's own rows and for those of tables that come later."""
+
+    table: ReferenceTable
+    transform: Transform
+    """At the scale that is wanted."""
+    estimator: Estimator
+    calibration: Calibration
+    on_missing: OnMissing
+
+    def __post_init__(self) -> None:
+        if isinstance(self.calibration, EmpiricalCDF):
+            return
+        if self.estimator != "empirical":
+            raise ValueError(f'{self.calibration!r} needs estimator="empirical": the others are of ranks')
+        if self.on_missing == "neutral":
+            raise ValueError(f'on_missing="neutral" needs EmpiricalCDF, whose mean is known, got {self.calibration!r}')
+
+    @property
+    def by_rank(self) -> bool:
+        """Whether a lookup vector says it all."""
+        return isinstance(self.calibration, EmpiricalCDF)
+
+    @cached_property
+    def lookup(self) -> Lookup:
+        """That of the table's own rows."""
+        return self._lookup(self.table)
+
+    @cached_property
+    def neutral(self) -> float:
+        """The mean of the transform under the reference policy."""
+        return moments(self.transform)[0] if self.by_rank else 0.0
+
+    def __call__(
+        self, rows: Int64[np.ndarray, " P"], raw: Shaped[np.ndarray, "P ..."], prompts: Callable[[int], Prompt]
+    ) -> Valued:
+        """The rewards of scores for these rows; `prompts(i)` says which prompt the unknown row i is of."""
+        known = rows >= 0
+        if known.all():
+            return Valued(*self._of(self.lookup, rows, raw), known)
+        value, u = np.full(raw.shape, self.neutral), np.full(raw.shape, 0.5)
+        value[known], u[known] = self._of(self.lookup, rows[known], raw[known])
+        if callable(self.on_missing):
+            asked = [prompts(int(at)) for at in np.flatnonzero(~known)]
+            drawn = self.on_missing(asked)
+            value[~known], u[~known] = self._of(self._lookup(drawn), drawn.rows(asked), raw[~known])
+            known = np.ones_like(known)
+        return Valued(value, u, known)
+
+    def _of(self, lookup: Lookup, rows: Any, raw: Any) -> tuple[Any, Any]:
+        index = lookup.index(rows, raw)
+        u = lookup.u(rows, index)
+        if self.by_rank:
+            return lookup.values(rows, index), u
+        each = raw[0].size if len(raw) else 1
+        placed = self.calibration(lookup.table, np.repeat(rows, each), raw.ravel())
+        if not isinstance(self.transform, Identity) and not ((placed >= 0) & (placed <= 1)).all():
+            raise ValueError(
+                f"{self.transform!r} is for quantiles, {self.calibration!r} gives other numbers: Identity()"
+            )
+        return self._finite(np.asarray(self.transform(placed))).reshape(raw.shape), u
+
+    def _finite(self, values: Float64[np.ndarray, " _"]) -> Float64[np.ndarray, " _"]:
+        if not np.isfinite(values).all():
+            raise ValueError(f"a reward is finite, {self.transform!r} of {self.calibration!r} is not")
+        return values
+
+    def _lookup(self, table: ReferenceTable) -> Lookup:
+        tolerance = self.calibration.tolerance if isinstance(self.calibration, EmpiricalCDF) else 0.0
+        return Lookup(table, self.transform, self.estimator, tolerance)

@@ -1,0 +1,1 @@
+"""A calibrated reward behind HTTP: dialects, limits, metrics, replicas."""

@@ -1,0 +1,63 @@
+"""Rewards on a device without waiting for it: the route that CUDA takes, run on the CPU."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from calibrated_rewards import Exponential, Log, ReferenceTable, scaled
+from calibrated_rewards.rewarding.device import OnDevice
+from calibrated_rewards.rewarding.lookup import Lookup
+
+CPU = torch.device("cpu")
+
+
+def lookup(transform: Any) -> Lookup:
+    """Rows of many lengths, with ties."""
+    rng = np.random.default_rng(0)
+    table = ReferenceTable.build([(str(i), rng.normal(size=1 + 3 * i).round(1)) for i in range(9)])
+    return Lookup(table, scaled(transform, "unit"))
+
+
+@pytest.mark.parametrize("transform", [Log(), Exponential(10.0)], ids=repr)
+@pytest.mark.parametrize("shape", [(40,), (8, 5), (0,)], ids=str)
+def test_the_device_s_route_is_the_table_s(transform: Any, shape: tuple[int, ...]) -> None:
+    """The same rewards, for scores of one axis and of two."""
+    rng = np.random.default_rng(1)
+    known = lookup(transform)
+    rows = rng.integers(0, 9, shape[0])
+    raw = rng.normal(size=shape).round(1).astype(np.float32)
+    expected = known.values(rows, known.index(rows, raw))
+
+    found = OnDevice(known, CPU, 0.5).values(torch.from_numpy(rows), torch.from_numpy(raw))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+    assert found.dtype == torch.float32
+    exact = OnDevice(known, CPU, 0.5).values(torch.from_numpy(rows), torch.from_numpy(raw).double())
+    np.testing.assert_array_equal(exact.numpy(), expected)
+
+
+@dataclass
+class Event:
+    """An event that has happened, or not yet."""
+
+    answers: deque[bool] = field(default_factory=lambda: deque([False, True]))
+
+    def query(self) -> bool:
+        """Whether it has happened."""
+        return self.answers.popleft()
+
+
+def test_a_score_that_is_not_finite_is_heard_of_later() -> None:
+    """Not before the device has answered, and then once."""
+    on = OnDevice(lookup(Log()), CPU, 0.5)
+    on._asked.append((torch.tensor(True), Event()))
+    on.listen()
+    with pytest.raises(ValueError, match="an earlier call"):
+        on.listen()
+    on.listen()
+    on._asked.append((torch.tensor(False), Event(deque([True]))))
+    on.listen()
+    assert not on._asked

@@ -1,0 +1,500 @@
+"""CalibratedReward: the same reward on every path, and the numbers that the paper's equations give."""
+
+import asyncio
+import json
+import multiprocessing
+import operator
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from calibrated_rewards import (
+    BestOf,
+    CalibratedReward,
+    EmpiricalCDF,
+    Exponential,
+    Identity,
+    Log,
+    ReferenceTable,
+    UnknownPromptError,
+    finite_k,
+    id_key,
+    optimum,
+    scaled,
+)
+from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibrations import SmoothedCDF, ZScore
+from calibrated_rewards.on_the_spot import OnTheSpot
+from calibrated_rewards.rewarding.watch import measures
+from calibrated_rewards.scorers.loading import load_scorer
+from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+
+PROMPTS = [f"prompt {i}" for i in range(6)]
+TRANSFORMS = [Identity(), Log(), Exponential(10.0), Exponential(-10.0), optimum(BestOf(4), kl=1.0).transform]
+
+
+def references(ties: bool = True) -> dict[str, np.ndarray]:
+    """Of each prompt another number of references, half of them on a grid, so that there are ties."""
+    rng = np.random.default_rng(0)
+    scores = {prompt: rng.normal(size=3 + 4 * i) for i, prompt in enumerate(PROMPTS)}
+    return {prompt: own.round(1) if ties and i % 2 else own for i, (prompt, own) in enumerate(scores.items())}
+
+
+def reward_of(transform: Any = Identity(), **settings: Any) -> CalibratedReward:  # noqa: B008 (frozen)
+    return CalibratedReward(NumberScorer(), ReferenceTable.build(references().items()), transform, **settings)
+
+
+def asked(n: int = 60, seed: int = 1) -> tuple[list[str], list[str], np.ndarray]:
+    """Prompts, completions that are numbers, and the numbers."""
+    rng = np.random.default_rng(seed)
+    raw = rng.normal(size=n).round(1).astype(np.float32)
+    return [PROMPTS[i] for i in rng.integers(len(PROMPTS), size=n)], [f"{x:.1f}" for x in raw], raw
+
+
+def by_hand(prompts: Sequence[str], raw: np.ndarray) -> np.ndarray:
+    """Eq. 12 by scipy: percentileofscore's "mean" counts ties half."""
+    kept = {prompt: own.astype(np.float32) for prompt, own in references().items()}
+    pairs = zip(prompts, raw, strict=True)
+    return np.array([stats.percentileofscore(kept[p], x, kind="mean") / 100 for p, x in pairs])
+
+
+def test_the_default_reward_is_equation_12() -> None:
+    """(below + equal / 2) / K, as scipy's percentile with ties half, to the last bits of a float64."""
+    prompts, completions, raw = asked()
+
+    np.testing.assert_allclose(reward_of()(prompts, completions), by_hand(prompts, raw), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=repr)
+@pytest.mark.parametrize("estimator", ["empirical", "posterior", "unbiased", "randomised"])
+def test_a_reward_is_the_value_of_its_rank(transform: Any, estimator: Any) -> None:
+    """The vector of 2K + 1 values of finite_k, at twice the number below plus that of the equal, counted by hand."""
+    prompts, completions, raw = asked()
+    reward = reward_of(transform, estimator=estimator)
+    kept = {prompt: own.astype(np.float32) for prompt, own in references().items()}
+
+    expected = []
+    for prompt, x in zip(prompts, raw, strict=True):
+        own = kept[prompt]
+        vector = finite_k.values(scaled(transform, "unit"), len(own), estimator)
+        expected.append(vector[2 * (own < x).sum() + (own == x).sum()])
+
+    np.testing.assert_allclose(reward(prompts, completions), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=repr)
+def test_every_way_of_asking_gives_the_same(transform: Any) -> None:
+    """Called, scored, one by one, asynchronously, from scores, of texts in one: one list of numbers."""
+    prompts, completions, raw = asked()
+    reward = reward_of(transform)
+    expected = reward(prompts, completions)
+
+    async def alone() -> list[Any]:
+        pairs = zip(prompts, completions, strict=True)
+        return list(await asyncio.gather(*(reward.ascore_one(*pair) for pair in pairs)))
+
+    assert reward.score(prompts, completions).reward == expected
+    assert [reward.score_one(p, c).reward for p, c in zip(prompts, completions, strict=True)] == expected
+    assert [score.reward for score in asyncio.run(alone())] == expected
+    assert asyncio.run(reward.ascore(prompts, completions)).reward == expected
+    assert reward.from_scores(prompts, raw).tolist() == expected
+    assert reward.from_scores(reward.rows(prompts), raw).tolist() == expected
+    glued = [f"{p} {c}" for p, c in zip(prompts, completions, strict=True)]
+    assert reward.score_texts(glued).reward == expected
+
+
+def test_scores_carry_what_was_found() -> None:
+    """Raw scores, quantiles and rewards of the same pairs; one of them is a Score."""
+    prompts, completions, raw = asked()
+    scores = reward_of(Log()).score(prompts, completions)
+
+    np.testing.assert_array_equal(scores.raw, raw)
+    np.testing.assert_allclose(scores.u, by_hand(prompts, raw), atol=1e-15)
+    np.testing.assert_array_equal(reward_of(Log()).calibrated(prompts, completions), scores.u)
+    assert scores.known.all()
+    assert (scores[3].reward, scores[3].raw, scores[3].u) == (scores.reward[3], float(raw[3]), float(scores.u[3]))
+    assert len(scores) == len([*scores]) == 60
+
+
+@given(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=12), st.lists(st.floats(-6, 6, width=32), min_size=2))
+def test_rewards_rise_with_raw_scores_and_are_finite(own: list[float], raw: list[float]) -> None:
+    """For whatever references: finite, and in the order of the scores."""
+    table = ReferenceTable.build([("p", own)])
+    for transform in TRANSFORMS[:4]:
+        values = CalibratedReward(None, table, transform).from_scores(["p"], np.sort([raw]))
+        assert np.isfinite(values).all()
+        assert (np.diff(values[0]) >= 0).all()
+
+
+def test_tensors_give_tensors() -> None:
+    """float32 and bfloat16 give float32, float64 float64; (P, G) keeps its shape; gradients stay out."""
+    prompts, _, raw = asked()
+    reward = reward_of(Exponential(10.0))
+    expected = reward.from_scores(prompts, raw)
+
+    for dtype, given_back in ((torch.float32, torch.float32), (torch.float64, torch.float64)):
+        found = reward.from_scores(prompts, torch.tensor(raw, dtype=dtype, requires_grad=True))
+        assert found.dtype == given_back
+        assert not found.requires_grad
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+    table = torch.tensor(raw[:60]).reshape(6, 10)
+    rows = torch.from_numpy(reward.rows(PROMPTS))
+    found = reward.from_scores(rows, table)
+    np.testing.assert_allclose(found.numpy(), reward.from_scores(PROMPTS, table.numpy()), rtol=1e-6)
+    assert found.shape == (6, 10)
+    halves = torch.tensor([0.5, 1.5], dtype=torch.bfloat16)
+    np.testing.assert_allclose(
+        reward.from_scores(PROMPTS[:2], halves).numpy(), reward.from_scores(PROMPTS[:2], np.array([0.5, 1.5])), 1e-6
+    )
+
+
+def test_scores_without_a_prompt_are_refused() -> None:
+    """A shape that does not begin with the number of prompts, and scores that are no numbers."""
+    reward = reward_of()
+    with pytest.raises(ValueError, match=r"got shape \(3,\) for 2 prompts"):
+        reward.from_scores(PROMPTS[:2], np.zeros(3))
+    with pytest.raises(ValueError, match="got shape"):
+        reward.from_scores(PROMPTS[:1], 3.0)
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="finite"):
+            reward.from_scores(PROMPTS[:2], np.array([0.0, bad]))
+        with pytest.raises(ValueError, match="finite"):
+            reward.from_scores(PROMPTS[:2], torch.tensor([0.0, bad]))
+
+
+def test_unknown_prompts_are_loud_unless_something_else_is_said() -> None:
+    """By default an error that names the prompt; "neutral" is the mean under the reference; "skip" is None."""
+    prompts, completions = ["prompt 1", "stranger"], ["0.3", "0.3"]
+    with pytest.raises(UnknownPromptError, match="stranger"):
+        reward_of()(prompts, completions)
+    with pytest.raises(UnknownPromptError, match="stranger"):
+        reward_of().from_scores(prompts, np.zeros(2))
+
+    neutral = reward_of(Exponential(5.0), on_missing="neutral")
+    u = (np.arange(100_000) + 0.5) / 100_000
+    mean = float(np.mean(scaled(Exponential(5.0), "unit")(u)))
+    assert neutral(prompts, completions)[1] == pytest.approx(mean, rel=1e-6)
+    assert neutral.from_scores(prompts, np.zeros(2))[1] == pytest.approx(mean, rel=1e-6)
+    assert neutral.score(prompts, completions).known.tolist() == [True, False]
+
+    skipping = reward_of(on_missing="skip")
+    found = skipping(prompts, completions)
+    assert found[1] is None
+    assert found[0] == reward_of()(prompts[:1], completions[:1])[0]
+    with pytest.raises(ValueError, match="no number"):
+        skipping.from_scores(prompts, np.zeros(2))
+
+
+def test_a_prompt_is_calibrated_when_it_comes() -> None:
+    """With OnTheSpot a stranger gets what calibrate() would have given it."""
+    everyone = calibrate([*PROMPTS, "stranger"], NumberSampler(), NumberScorer(), k=8)
+    known = calibrate(PROMPTS, NumberSampler(), NumberScorer(), k=8)
+    spot = OnTheSpot(known, NumberSampler(), NumberScorer())
+    reward = CalibratedReward(NumberScorer(), known, Log(), on_missing=spot)
+    prompts, completions = ["stranger", "prompt 1", "stranger"], ["0.1", "0.2", "-0.4"]
+
+    assert reward(prompts, completions) == CalibratedReward(NumberScorer(), everyone, Log())(prompts, completions)
+    assert reward.from_scores(prompts, np.array([0.1, 0.2, -0.4])).tolist() == reward(prompts, completions)
+    with pytest.raises(ValueError, match="prompts, not rows"):
+        reward.from_scores(np.array([-1, 0]), np.zeros(2))
+
+
+def test_prompts_are_found_by_id() -> None:
+    """Where the trainer passes the id column; a missing column is an error that says what came."""
+    table = ReferenceTable.build([(p, own, [id_key(i)]) for i, (p, own) in enumerate(references().items())])
+    by_id = ReferenceTable.build([(id_key(i), own) for i, own in enumerate(references().values())])
+    expected = reward_of()(PROMPTS, ["0.3"] * 6)
+
+    assert CalibratedReward(NumberScorer(), table, id_column="uid")(PROMPTS, ["0.3"] * 6, uid=[*range(6)]) == expected
+    only = CalibratedReward(NumberScorer(), by_id, id_column="uid")
+    assert only(["in other words"] * 6, ["0.3"] * 6, uid=[*range(6)]) == expected
+    with pytest.raises(ValueError, match=r"'uid', the trainer passed \['other'\]"):
+        only(PROMPTS, ["0.3"] * 6, other=[1] * 6)
+
+
+CHAT = [{"role": "user", "content": "Hi"}]
+
+
+def reads(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+    """Scores a prompt by its form, to see what a reward model is given."""
+    return [float(not isinstance(prompt, str)) for prompt, _ in zip(prompts, completions, strict=True)]
+
+
+def test_the_reward_model_reads_what_was_calibrated(tmp_path: Path) -> None:
+    """A rendered prompt is scored as the messages that it was made of, and is an error where they are not known."""
+    table = ReferenceTable.build([(CHAT, [0.0, 0.5, 1.0], ["<user>Hi</user>", id_key("a")])])
+    lost = CalibratedReward(reads, table)
+    with pytest.raises(ValueError, match="another name of a prompt"):
+        lost(["<user>Hi</user>"], ["Hello"])
+    with pytest.raises(ValueError, match="another name of a prompt"):
+        lost.score(["Hi there"], ["Hello"], ids=["a"])
+    assert lost([CHAT], ["Hello"]) == lost.score([CHAT], ["Hello"], ids=["a"]).reward == [5 / 6]
+
+    from calibrated_rewards.rewarding.originals import Originals
+
+    found = CalibratedReward(reads, table, originals=Originals.write(tmp_path / "prompts.jsonl", table, [CHAT]))
+    assert found(["<user>Hi</user>"], ["Hello"]) == [5 / 6]
+    assert found.score(["Hi there"], ["Hello"], ids=["a"]).reward == [5 / 6]
+    assert found.score([None], ["Hello"], ids=["a"]).reward == [5 / 6]
+    with pytest.raises(UnknownPromptError, match="came as the id 'b' and nothing else"):
+        found.score([None, CHAT], ["Hello", "Hello"], ids=["b", "a"])
+    with pytest.raises(ValueError, match="another name of a prompt"):
+        CalibratedReward(reads, ReferenceTable.build([(id_key("a"), [0.0])])).score([None], ["Hello"], ids=["a"])
+    assert found.score_texts(["<user>Hi</user>Hello"]).reward == [5 / 6]
+
+
+def test_a_run_knows_its_own_prompts(tmp_path: Path) -> None:
+    """A table in its calibration run's directory needs no originals; what is saved has them in a file."""
+    policy, words = tiny.causal(), tiny.tokenizer()
+    from calibrated_rewards.samplers.decoding import Decoding
+    from calibrated_rewards.samplers.hf import HfSampler
+
+    sampler = HfSampler(policy, words, Decoding(max_tokens=4))
+    table = calibrate([CHAT, "plain"], sampler, reads, k=3, out=tmp_path / "run")
+    rendered = words.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    reward = CalibratedReward(reads, table)
+
+    assert reward.score([rendered, "plain"], ["x", "x"]).raw.tolist() == [1.0, 0.0]
+    reward.save_pretrained(tmp_path / "reward")
+    again = CalibratedReward.from_pretrained(tmp_path / "reward", scorer=reads)
+    assert again.originals is not None
+    assert again.score([rendered, "plain"], ["x", "x"]).raw.tolist() == [1.0, 0.0]
+
+
+def test_endings_are_taken_off() -> None:
+    """Special tokens that a trainer leaves behind, one after the other, from the end and nowhere else."""
+    length = CalibratedReward(lambda ps, cs: [len(c) for c in cs], ReferenceTable.build([("p", [1.0])]))
+    cut = CalibratedReward(length.scorer, length.table, endings=("<|end|>", "<pad>"))
+
+    completions = ["abc", "abc<|end|>", "abc<|end|><pad><pad>", "<|end|>abc"]
+    assert cut.raw(["p"] * 4, completions).tolist() == [3, 3, 3, 10]
+    assert length.raw(["p"] * 4, completions).tolist() == [3, 10, 20, 10]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 60, 100])
+def test_micro_batches_change_nothing(batch_size: int) -> None:
+    """The scorer is never given more than it should be, and the rewards are the same."""
+    prompts, completions, _ = asked()
+    given_at_once: list[int] = []
+
+    def counted(ps: Sequence[Any], cs: Sequence[Any]) -> Any:
+        given_at_once.append(len(ps))
+        return NumberScorer()(ps, cs)
+
+    reward = CalibratedReward(counted, reward_of().table, batch_size=batch_size)
+    assert reward(prompts, completions) == reward_of()(prompts, completions)
+    assert max(given_at_once) == min(batch_size, 60)
+
+
+def test_a_reward_model_runs_without_gradients() -> None:
+    """Trainers call rewards with gradients on."""
+    seen: list[bool] = []
+
+    def looks(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        seen.append(torch.is_grad_enabled())
+        return [float(len(c)) for _, c in zip(prompts, completions, strict=True)]
+
+    assert torch.is_grad_enabled()
+    CalibratedReward(looks, ReferenceTable.build([("p", [0.0])]))(["p"], ["x"])
+    assert seen == [False]
+
+
+def test_what_is_logged() -> None:
+    """The measures by the reward's name, as often as TRL asks; quantiles of the completions beside them."""
+    prompts, completions, raw = asked()
+    metrics: dict[str, float] = {}
+    extra: dict[str, list[Any]] = {}
+    reward = reward_of(Log(), name="calm")
+    reward(prompts, completions, log_metric=metrics.__setitem__, log_extra=extra.__setitem__)
+    u = by_hand(prompts, raw)
+
+    assert metrics["calm/u"] == pytest.approx(u.mean())
+    assert metrics["calm/saturated"] == pytest.approx((u > 1 - 1e-9).mean())
+    assert metrics["calm/raw"] == pytest.approx(raw.mean(dtype=np.float64))
+    assert metrics["calm/log_u"] == pytest.approx(np.log(np.maximum(u, 1e-3)).mean())
+    assert metrics["calm/misses"] == 0
+    assert extra["calm/u"] == pytest.approx(u)
+    nobody = measures(reward_of(on_missing="neutral").score(["stranger"], ["1"]))
+    assert {*nobody} == {name.removeprefix("calm/") for name in metrics}
+    assert nobody["misses"] == 1
+
+
+def test_names_are_of_their_own() -> None:
+    """A trainer's log goes by __name__: another transform, another name; one that is given is kept."""
+    names = {reward_of(transform).__name__ for transform in TRANSFORMS}
+    assert len(names) == len(TRANSFORMS)
+    assert all(name.isidentifier() for name in names)
+    assert reward_of(name="calm").__name__ == "calm"
+
+
+def test_the_measures_of_a_batch_of_none() -> None:
+    """An empty batch gives no rewards and no error."""
+    logged: dict[str, float] = {}
+    assert reward_of()([], [], log_metric=logged.__setitem__) == []
+    assert reward_of().from_scores([], np.empty(0)).shape == (0,)
+    assert logged
+
+
+def test_other_calibrations_take_the_place_of_the_paper_s() -> None:
+    """PAR's and z-scores go through the transform as they are; what makes no sense with them is refused."""
+    prompts, completions, raw = asked()
+    table = reward_of().table
+    for calibration in (ZScore(), SmoothedCDF(), EmpiricalCDF(tolerance=0.2)):
+        expected = calibration(table, table.rows(prompts), raw)
+        reward = reward_of(calibration=calibration)
+        np.testing.assert_allclose(reward(prompts, completions), expected)
+        square = raw.reshape(6, 10)
+        each = [calibration(table, table.rows([p] * 10), own) for p, own in zip(PROMPTS, square, strict=True)]
+        np.testing.assert_allclose(reward.from_scores(PROMPTS, square), each)
+        np.testing.assert_allclose(reward.from_scores(PROMPTS, torch.tensor(square)), each, rtol=1e-6)
+    np.testing.assert_allclose(
+        reward_of(Exponential(5.0), calibration=SmoothedCDF())(prompts, completions),
+        scaled(Exponential(5.0), "unit")(SmoothedCDF()(table, table.rows(prompts), raw)),
+    )
+    with pytest.raises(ValueError, match="is for quantiles"):
+        reward_of(Exponential(5.0), calibration=ZScore())(prompts, completions)
+    with pytest.raises(ValueError, match="estimator"):
+        reward_of(calibration=ZScore(), estimator="posterior")
+    with pytest.raises(ValueError, match="neutral"):
+        reward_of(calibration=ZScore(), on_missing="neutral")
+
+
+def test_settings_that_make_no_sense_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, with the rule and the value."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which would be quicker with wrong types
+    table = reward_of().table
+    wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"on_missing": "silently"}, ValueError, "on_missing is one of"),
+        ({"batch_size": 0}, ValueError, "batch_size >= 1"),
+        ({"endings": "</s>"}, TypeError, "tuple of texts"),
+        ({"scale": "loud"}, ValueError, "scale must be"),
+        ({"estimator": "best"}, ValueError, "estimator in"),
+        ({"transform": lambda u: 0 * np.asarray(u)}, ValueError, "must rise"),
+    ]
+    for settings, error, said in wrong:
+        with pytest.raises(error, match=said):
+            CalibratedReward(NumberScorer(), table, **settings)
+    with pytest.raises(ValueError, match="no scorer"):
+        CalibratedReward(None, table)(["prompt 1"], ["1"])
+
+
+def saved(tmp_path: Path) -> str:
+    """A tiny reward model on disk."""
+    return tiny.saved(tiny.classifier(), tmp_path / "rm", tiny.tokenizer())
+
+
+def model_reward(tmp_path: Path, **settings: Any) -> CalibratedReward:
+    scorer = load_scorer(saved(tmp_path))
+    table = calibrate(PROMPTS, NumberSampler(), scorer, k=8, out=tmp_path / "table")
+    return CalibratedReward(scorer, table, Exponential(5.0), **settings)
+
+
+def test_spawned_workers_give_the_same_rewards(tmp_path: Path) -> None:
+    """The reward pickles without weights, in a few kilobytes, and loads them where it arrives."""
+    reward = model_reward(tmp_path)
+    pairs = ["prompt 0", "prompt 1"], ["Hello", "Go away"]
+    data = pickle.dumps(reward)
+
+    assert len(data) < 10_000
+    # A function that a spawned process can import, unlike those of a test.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(operator.call, reward, *pairs).result(timeout=120) == reward(*pairs)
+    assert pickle.loads(data)(*pairs) == reward(*pairs)
+
+
+def test_thirty_two_threads_give_the_same_rewards(tmp_path: Path) -> None:
+    """All at once, one sample each and in lists, of a real model."""
+    reward = model_reward(tmp_path)
+    completions = tiny.texts(32)
+    prompts = [PROMPTS[i % 6] for i in range(32)]
+    expected = reward.score(prompts, completions)
+    barrier = threading.Barrier(32)
+
+    def one(at: int) -> tuple[float | None, list[Any]]:
+        barrier.wait()
+        alone = reward.score_one(prompts[at], completions[at]).reward
+        return alone, reward(prompts[at : at + 3], completions[at : at + 3])
+
+    with ThreadPoolExecutor(32) as pool:
+        found = [*pool.map(one, range(32))]
+
+    assert [alone for alone, _ in found] == expected.reward
+    assert [several for _, several in found] == [expected.reward[at : at + 3] for at in range(32)]
+
+
+def test_two_ranks_of_torchrun_give_the_same_rewards(tmp_path: Path) -> None:
+    """Each rank loads the saved reward and scores its half of the batch."""
+    reward = model_reward(tmp_path)
+    reward.save_pretrained(tmp_path / "reward")
+    completions = tiny.texts(8)
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "from calibrated_rewards import CalibratedReward\n"
+        "where, out, asked = sys.argv[1:]\n"
+        "rank = int(os.environ['RANK'])\n"
+        "prompts, completions = json.loads(asked)\n"
+        "mine = slice(rank, None, 2)\n"
+        "found = CalibratedReward.from_pretrained(where)(prompts[mine], completions[mine])\n"
+        "open(f'{out}/{rank}.json', 'w').write(json.dumps(found))\n"
+    )
+    prompts = [PROMPTS[i % 6] for i in range(8)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", str(script)]
+    given_to = [str(tmp_path / "reward"), str(tmp_path), json.dumps([prompts, completions])]
+    subprocess.run([*launch, *given_to], check=True, capture_output=True, timeout=300)
+    halves = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+    assert [halves[i % 2][i // 2] for i in range(8)] == reward(prompts, completions)
+
+
+def test_a_saved_reward_comes_back(tmp_path: Path) -> None:
+    """Scorer, table, transform and settings; changes can be made on the way."""
+    settings: dict[str, Any] = {"estimator": "posterior", "name": "calm", "endings": ("</s>",), "id_column": "uid"}
+    reward = model_reward(tmp_path, **settings, on_missing="neutral", scale="standard")
+    reward.save_pretrained(tmp_path / "reward")
+    again = CalibratedReward.from_pretrained(tmp_path / "reward")
+    completions = tiny.texts(6)
+
+    for name, value in settings.items():
+        assert getattr(again, name) == value
+    assert (again.transform, again.scale, again.on_missing) == (reward.transform, "standard", "neutral")
+    uid: dict[str, Any] = {"uid": [None] * 6}
+    assert again(PROMPTS, completions, **uid) == reward(PROMPTS, completions, **uid)
+    changed = CalibratedReward.from_pretrained(tmp_path / "reward", transform=Log(), scorer=HashScorer())
+    assert (changed.transform, changed.scorer) == (Log(), HashScorer())
+    again.save_pretrained(tmp_path / "reward")  # over itself
+    assert CalibratedReward.from_pretrained(tmp_path / "reward").name == "calm"
+
+
+def test_what_is_no_reward_is_said_to_be_none(tmp_path: Path) -> None:
+    """A table's directory, an empty one, a setting that does not exist."""
+    calibrate(PROMPTS, NumberSampler(), NumberScorer(), k=2, out=tmp_path / "table")
+    with pytest.raises(FileNotFoundError, match=r"it is a table"):
+        CalibratedReward.from_pretrained(tmp_path / "table")
+    with pytest.raises(FileNotFoundError, match=r"no reward\.json"):
+        CalibratedReward.from_pretrained(tmp_path)
+    reward_of().save_pretrained(tmp_path / "reward")
+    with pytest.raises(ValueError, match="no setting volume"):
+        CalibratedReward.from_pretrained(tmp_path / "reward", volume=11)
+    with pytest.raises(ValueError, match="function, which is not saved"):
+        reward_of(on_missing=lambda prompts: reward_of().table).save_pretrained(tmp_path / "other")
+
+
+def test_a_reward_on_the_hub_needs_a_reward_model_on_the_hub(tmp_path: Path) -> None:
+    """A folder of this machine is nobody else's."""
+    with pytest.raises(ValueError, match="folder of this machine"):
+        model_reward(tmp_path).push_to_hub("someone/reward")

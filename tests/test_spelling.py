@@ -1,0 +1,102 @@
+"""Settings as JSON and back; and that a file from elsewhere runs no code."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calibrated_rewards import BestOf, Exponential, Log, Tabulated, optimum, scaled
+from calibrated_rewards.combined import WeightedMean
+from calibrated_rewards.reading.labels import Expected
+from calibrated_rewards.reading.text import Text
+from calibrated_rewards.rewarding.spelling import read, spelled
+from calibrated_rewards.scorers.cost import Cost
+from calibrated_rewards.scorers.ensemble import Ensemble, Min
+from calibrated_rewards.scorers.loading import FromCheckpoint
+from calibrated_rewards.scorers.pretrained import Placement
+from calibrated_rewards.scorers.recipe import Loaded
+from calibrated_rewards.scorers.remote import Remote
+from calibrated_rewards.scorers.remote_dialects import Native
+from calibrated_rewards.testing import HashScorer, NumberScorer
+
+OPTIONS = {"labels": Expected((1.0, 2.0)), "text": Text(max_length=5, strip=("</s>",))}
+SETTINGS = [
+    None,
+    [1, 2.5, "a", True],
+    Exponential(5.0),
+    scaled(Log(), "standard"),
+    optimum(BestOf(4), kl=1.0).transform,
+    Tabulated([0.0, 0.5, 1.0], [0.0, 0.1, 1.0]),
+    WeightedMean((1.0, 2.0)),
+    Ensemble([NumberScorer(), HashScorer(3)], Min(), scales=[1.0, 2.0]),
+    Cost(NumberScorer()),
+    Remote("http://host:80", Native("m"), batch_size=3),
+    Loaded(FromCheckpoint("/x/y", kind="judge", placement=Placement(dtype="bfloat16"), options=OPTIONS)),
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda each: type(each).__name__)
+def test_what_is_written_is_read(setting: Any) -> None:
+    """By way of JSON text; lists come back as tuples."""
+    again = read(json.loads(json.dumps(spelled(setting))))
+    assert again == (tuple(setting) if isinstance(setting, list) else setting)
+
+
+def test_dtypes_go_by_name() -> None:
+    """As transformers takes them too."""
+    assert spelled(Placement(dtype=torch.bfloat16))["dtype"] == "bfloat16"
+
+
+def test_secrets_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token is left out, and whoever reads the file brings their own; a url with a password is refused."""
+    said = spelled(Remote("http://host:80", Native("m"), token="hush"))
+    assert "hush" not in json.dumps(said)
+    monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN", "mine")
+    assert read(said).token == "mine"
+    assert "hush" not in json.dumps(spelled({"model_options": {"token": "hush", "a": 1}}))
+    for url in ("http://me:hush@host", "http://host/?token=hush"):
+        with pytest.raises(ValueError, match="no password and no query"):
+            spelled(Remote(url, Native("m")))
+
+
+def test_what_has_no_name_is_not_written() -> None:
+    """Lambdas, objects, functions of a main module, numbers that JSON does not have."""
+    for thing in (lambda prompts, completions: [], object(), float("nan"), Path("x"), {1: 2}, {"is": "x"}):
+        with pytest.raises(TypeError):
+            spelled(thing)
+
+
+def test_a_function_is_imported_only_by_those_who_trust() -> None:
+    """Nothing of a file is run on its own word."""
+    said = spelled(json.dumps)
+    assert said == {"function": "json:dumps"}
+    assert read(said, trust=True) is json.dumps
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        read(said)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        read(spelled(FromCheckpoint("x", placement=Placement(trust_remote_code=True))))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "subprocess.Popen",
+        "calibrated_rewards.table.ReferenceTable",
+        "calibrated_rewards.rewarding.spelling.import_module",
+        "calibrated_rewards.rewarding.spelling.Any",
+        "calibrated_rewards.transforms.np",
+        "calibrated_rewards.scaling.Exponential",
+        "calibrated_rewards.nowhere.Thing",
+        "calibrated_rewards.transforms.Nothing",
+        "calibrated_rewards.transforms.__import__",
+        "calibrated_rewards",
+        "",
+    ],
+)
+def test_only_our_dataclasses_are_made(name: str) -> None:
+    """A name that leads elsewhere is refused, whatever it leads to."""
+    with pytest.raises(ValueError, match=r"one of the library's dataclasses|has no"):
+        read({"is": name, "t": 1})
