@@ -9,7 +9,8 @@ policy itself, K = 1000 a prompt by largest remainders: nothing is left to the l
 
 The target is enumerated in plain numpy, apart from the package: mid-ranks by counting, transforms by their formula,
 beta by bisection so that its KL, averaged over the prompts, is 1. The trained policy is enumerated too: no sampling
-stands between the last step's parameters and the total variation that is printed.
+stands between the last step's parameters and the total variation that is printed. Of GRPO the point is enumerated at
+which its own gradient vanishes, which is another one where completions have more than one token.
 """
 
 from __future__ import annotations
@@ -117,6 +118,23 @@ class Problem:
         weights = self.reference * np.exp((values - values.max(axis=1, keepdims=True)) / beta)
         return weights / weights.sum(axis=1, keepdims=True)
 
+    def grpo_point(self, name: str, beta: float) -> np.ndarray:
+        """Where GRPO's own gradient vanishes, for completions of one or two tokens.
+
+        Its KL is a term of each token's loss, so a token has no credit for the KL of those after it. The last token is
+        tilted as it should be; the first one by the mean reward that it leads to, not by that less the beta KL which
+        it also leads to.
+        """
+        values = FORMULAS[name](self.quantiles())
+        inner, mean = self.tilted(values, beta), np.empty_like(values)
+        for first in {own[0] for own in self.tokens}:
+            same = np.array([own[0] == first for own in self.tokens])
+            inner[:, same] /= inner[:, same].sum(axis=1, keepdims=True)
+            mean[:, same] = (inner * values)[:, same].sum(axis=1, keepdims=True)
+            inner[:, same] *= self.reference[:, same].sum(axis=1, keepdims=True)
+        weights = inner * np.exp((mean - mean.max(axis=1, keepdims=True)) / beta)
+        return weights / weights.sum(axis=1, keepdims=True)
+
     def kl(self, law: np.ndarray) -> float:
         """KL to the reference, averaged over the prompts."""
         logs = np.log(np.maximum(law, 1e-300)) - np.log(self.reference)
@@ -209,6 +227,11 @@ def measure(task: Problem, name: str, label: str) -> dict[str, Any]:
         start = perf_counter()
         got = trained(task, run.trainer, settings, reward)
     distances = np.abs(got - target).sum(axis=1) / 2
+    own = task.grpo_point(name, beta)
+    grpo = {
+        "grpo_point_tv": float((np.abs(own - target).sum(axis=1) / 2).mean()),
+        "tv_to_grpo_point": float((np.abs(own - got).sum(axis=1) / 2).mean()),
+    }
     return {
         "transform": name,
         "trainer": label,
@@ -220,6 +243,7 @@ def measure(task: Problem, name: str, label: str) -> dict[str, Any]:
         "tv_worst": float(distances.max()),
         "tv_before": float((np.abs(task.reference - target).sum(axis=1) / 2).mean()),
         "kl": task.kl(got),
+        **(grpo if label == "GRPO, recommended" else {}),
         "seconds": round(perf_counter() - start, 1),
     }
 
@@ -256,7 +280,7 @@ ORDER = (
     *((1, name, label) for name in TRANSFORMS for label in ("RLOO", "GRPO, recommended")),
     *((2, name, "RLOO") for name in TRANSFORMS),
     *((1, "log", label) for label in RUNS if "defaults" in label),
-    (2, "log", "GRPO, recommended"),
+    *((2, name, "GRPO, recommended") for name in TRANSFORMS),
     (2, "log", "GRPO, its defaults and beta"),
 )
 
@@ -265,7 +289,10 @@ def main() -> None:
     """All runs, printed and written one by one."""
     torch.set_num_threads(1)
     results = []
-    print(f"{'tokens':>6} {'transform':<10} {'trainer':<28} {'beta':>7} {'KL':>6} {'TV mean':>8} {'worst':>8} {'s':>6}")
+    print(
+        f"{'tokens':>6} {'transform':<10} {'trainer':<28} {'beta':>7} {'KL':>6} {'TV mean':>8} {'worst':>8} {'s':>6} "
+        f"{'GRPO point':>10} {'TV to it':>8}"
+    )
     for tokens, name, label in ORDER:
         with tempfile.TemporaryDirectory() as folder:
             row = measure(problem(tokens, folder), name, label)
@@ -273,7 +300,8 @@ def main() -> None:
         numbers = (
             f"{row['beta']:7.4f} {row['kl']:6.3f} {row['tv_mean']:8.5f} {row['tv_worst']:8.5f} {row['seconds']:6.1f}"
         )
-        print(f"{tokens:6} {name:<10} {label:<28} {numbers}", flush=True)
+        own = f" {row['grpo_point_tv']:10.5f} {row['tv_to_grpo_point']:8.5f}" if "grpo_point_tv" in row else ""
+        print(f"{tokens:6} {name:<10} {label:<28} {numbers}{own}", flush=True)
         save("convergence", results)
 
 

@@ -27,7 +27,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from calibrated_rewards.calibrations import Calibration, EmpiricalCDF
 from calibrated_rewards.finite_k import Estimator
-from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.prompts import Completion
 from calibrated_rewards.rewarding.coalescing import Coalescer
 from calibrated_rewards.rewarding.locating import Located, Reading, keys_of, located
 from calibrated_rewards.rewarding.naming import named
@@ -232,8 +232,8 @@ class CalibratedReward:
         place = self._located(asked, ids)
         raw = self.raw(place.prompts, answered)
         found = self._valuing(place.rows, raw, place.prompts.__getitem__)
-        rows = place.rows[place.rows >= 0]
-        self._alarm.hear(rows, found.u[place.rows >= 0], self.table.counts(rows), trained=trained)
+        known = place.rows >= 0
+        self._alarm.hear(place.rows[known], found.u[known], trained=trained)
         rewards: list[float | None] = found.value.tolist()
         if self.on_missing == "skip":
             rewards = [reward if known else None for reward, known in zip(rewards, found.known.tolist(), strict=True)]
@@ -290,7 +290,7 @@ class CalibratedReward:
 
     @cached_property
     def _alarm(self) -> Alarm:
-        return Alarm(self.__name__)
+        return Alarm(self.__name__, self.table)
 
 
 def _inference() -> AbstractContextManager[Any]:

@@ -9,16 +9,22 @@ import logging
 import threading
 from dataclasses import dataclass, field
 from math import sqrt
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from calibrated_rewards.rewarding.scores import Scores
+from calibrated_rewards.table import ReferenceTable
 
+Rows: TypeAlias = Int64[np.ndarray, " n"]
+Quantiles: TypeAlias = Float64[np.ndarray, " n"]
 logger = logging.getLogger("calibrated_rewards")
 
 # Responses that the alarm waits for, and of fewer that a first step may have, how many it takes them from.
 ENOUGH, FEWEST = 256, 32
+# References that it takes to say how log u varies.
+FEWEST_REFERENCES = 8
 # Standard errors at which it sounds: one sound calibration in a million.
 FAR = 5.0
 
@@ -48,59 +54,73 @@ class Alarm:
     """Listens to the first responses of a training run, and warns once if their quantiles are not uniform."""
 
     name: str
-    _u: list[Float64[np.ndarray, " _"]] = field(default_factory=list, init=False)
-    _rows: list[Int64[np.ndarray, " _"]] = field(default_factory=list, init=False)
+    table: ReferenceTable
+    _heard: list[tuple[Rows, Quantiles]] = field(default_factory=list, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     done: bool = field(default=False, init=False)
 
-    def hear(
-        self,
-        rows: Int64[np.ndarray, " n"],
-        u: Float64[np.ndarray, " n"],
-        counts: Int64[np.ndarray, " n"],
-        *,
-        trained: bool = False,
-    ) -> None:
+    def hear(self, rows: Rows, u: Quantiles, *, trained: bool = False) -> None:
         """Some more responses of known prompts; `trained` says that the policy has taken steps, which ends it."""
         if self.done:
             return
         with self._lock:
             if not trained:
-                self._u.append(u)
-                self._rows.append(np.stack([rows, counts]))
-            heard = sum(map(len, self._u))
-            if heard < ENOUGH and not trained:
+                self._heard.append((rows, u))
+            heard = sum(len(part) for part, _ in self._heard)
+            if self.done or (heard < ENOUGH and not trained):
                 return
-            self.done = True
+            self.done, parts = True, self._heard
+            self._heard = []
         if heard >= FEWEST:
-            self._judge(np.concatenate(self._u), np.concatenate(self._rows, axis=1))
+            self._judge(np.concatenate([part for part, _ in parts]), np.concatenate([part for _, part in parts]))
 
-    def _judge(self, u: Float64[np.ndarray, " n"], rows: Int64[np.ndarray, "2 n"]) -> None:
-        away = drift(u, rows[0], rows[1])
-        if abs(away) > FAR:
+    def _judge(self, rows: Rows, u: Quantiles) -> None:
+        away = drift(rows, u, self.table.counts(rows))
+        spread = log_drift(rows, u, self.table)
+        if max(abs(away), abs(spread)) > FAR:
             logger.warning(
-                "%s: the first %d responses have a mean quantile of %.3f, %.1f standard errors from the 1/2 of "
-                "the reference policy. Unless the policy has been trained already, its responses are not drawn as the "
-                "table's were: look at checkpoint, temperature, top_p, length limit, chat template, and verify() the "
-                "reward model",
+                "%s: the first %d responses have a mean quantile of %.3f, %.1f standard errors from the 1/2 of the "
+                "reference policy, and a mean logarithm of it %.1f from what that has. Unless the policy has been "
+                "trained already, its responses are not drawn as the table's were: look at checkpoint, temperature, "
+                "top_p, length limit, chat template, and verify() the reward model",
                 self.name,
                 len(u),
                 u.mean(),
                 abs(away),
+                abs(spread),
             )
 
 
-def drift(u: Float64[np.ndarray, " n"], rows: Int64[np.ndarray, " n"], counts: Int64[np.ndarray, " n"]) -> float:
+def drift(rows: Rows, u: Quantiles, counts: Int64[np.ndarray, " n"]) -> float:
     """How many standard errors the mean quantile is from 1/2, if the policy is the reference.
 
     For G responses and K references of a prompt, all of one continuous law, the variance of the mean quantile is
     (G + K + 1) / (12 G K) (Mann and Whitney, 1947); ties make it smaller.
 
-    >>> round(drift(np.array([1.0, 1.0, 0.5]), np.array([0, 0, 1]), np.array([2, 2, 4])), 3)
+    >>> round(drift(np.array([0, 0, 1]), np.array([1.0, 1.0, 0.5]), np.array([2, 2, 4])), 3)
     1.359
     """
-    prompts, where, responses = np.unique(rows, return_index=True, return_counts=True)
+    _, where, responses = np.unique(rows, return_index=True, return_counts=True)
     references = counts[where]
     variance = (responses + references + 1) / (12 * responses * references)
     weight = responses / len(rows)
-    return float((u.mean() - 0.5) / sqrt(float((weight**2 * variance).sum()))) if len(prompts) else 0.0
+    return float((u.mean() - 0.5) / sqrt(float((weight**2 * variance).sum())))
+
+
+def log_drift(rows: Rows, u: Quantiles, table: ReferenceTable) -> float:
+    """The same for the mean of log u, which is -1 for uniform u, and otherwise where references tie.
+
+    What it should be, and how it varies, is taken from the references themselves; prompts with few are left out.
+    """
+    gap, variance = 0.0, 0.0
+    for row in np.unique(rows).tolist():
+        own = table.scores(row)
+        if len(own) < FEWEST_REFERENCES:
+            continue
+        floor = 0.5 / len(own)
+        expected = np.log(np.maximum(table.cdf(np.full(len(own), row), own), floor))
+        found = np.log(np.maximum(u[rows == row], floor))
+        weight = len(found) / len(rows)
+        gap += weight * (found.mean() - expected.mean())
+        variance += weight**2 * float(expected.var()) * (1 / len(found) + 1 / len(own))
+    return gap / sqrt(variance) if variance else 0.0
