@@ -7,6 +7,7 @@ import operator
 import pickle
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hub import COMMIT, serving
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -492,6 +494,52 @@ def test_what_is_no_reward_is_said_to_be_none(tmp_path: Path) -> None:
         CalibratedReward.from_pretrained(tmp_path / "reward", volume=11)
     with pytest.raises(ValueError, match="function, which is not saved"):
         reward_of(on_missing=lambda prompts: reward_of().table).save_pretrained(tmp_path / "other")
+
+
+def through_the_hub(code: str, home: Path) -> tuple[Any, list[str]]:
+    """What is stored on a hub of its own after a process has talked to it, and what that said."""
+    setup = """
+        import json
+        from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
+        from calibrated_rewards.testing import NumberScorer
+        table = ReferenceTable.build([("p", [1.0, 2.0, 3.0])])
+    """
+    with serving("someone/reward", "", home) as (hub, environment):
+        command = [sys.executable, "-c", textwrap.dedent(setup) + textwrap.dedent(code)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+    return hub, done.stdout.splitlines()
+
+
+def test_push_and_pull_through_the_real_client(tmp_path: Path) -> None:
+    """What was pushed to the Hub comes back from it."""
+    code = """
+        reward = CalibratedReward(NumberScorer(), table, Exponential(3.0), name="calm")
+        print(reward.push_to_hub("someone/reward", private=True, token="secret"))
+        again = CalibratedReward.from_pretrained("someone/reward", revision="main", token="secret")
+        assert (again.name, again(["p"], ["2.5"])) == ("calm", reward(["p"], ["2.5"]))
+    """
+    hub, (url,) = through_the_hub(code, tmp_path)
+
+    assert url.endswith(f"/someone/reward/commit/{COMMIT}")
+    assert sorted(hub.stored) == ["README.md", "reward.json", "table/table.json", "table/table.safetensors"]
+    assert json.loads(hub.requests[0][2])["type"] == "model"
+
+
+def test_what_others_pushed_runs_no_code(tmp_path: Path) -> None:
+    """A function is imported for those who say that they trust the repository."""
+    code = """
+        CalibratedReward(json.dumps, table).push_to_hub("someone/reward", token="secret")
+        try:
+            CalibratedReward.from_pretrained("someone/reward", token="secret")
+        except ValueError as error:
+            print(error)
+        print(CalibratedReward.from_pretrained("someone/reward", trust_remote_code=True).scorer.__name__)
+    """
+    _, (refused, trusted) = through_the_hub(code, tmp_path)
+
+    assert "json:dumps would be imported" in refused
+    assert trusted == "dumps"
 
 
 def test_a_reward_on_the_hub_needs_a_reward_model_on_the_hub(tmp_path: Path) -> None:
