@@ -32,11 +32,32 @@ def test_the_device_s_route_is_the_table_s(transform: Any, shape: tuple[int, ...
     raw = rng.normal(size=shape).round(1).astype(np.float32)
     expected = known.values(rows, known.index(rows, raw))
 
-    found = OnDevice(known, CPU, 0.5).values(torch.from_numpy(rows), torch.from_numpy(raw))
+    found, bad = OnDevice(known, CPU, 0.5).values(torch.from_numpy(rows), torch.from_numpy(raw))
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
     assert found.dtype == torch.float32
-    exact = OnDevice(known, CPU, 0.5).values(torch.from_numpy(rows), torch.from_numpy(raw).double())
+    assert not bad
+    exact, _ = OnDevice(known, CPU, 0.5).values(torch.from_numpy(rows), torch.from_numpy(raw).double())
     np.testing.assert_array_equal(exact.numpy(), expected)
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+def test_what_is_unsound_is_neutral_and_is_told(unknown: bool) -> None:
+    """Scores that are not finite, and rows that there are not, unless unknown prompts are allowed; the rest stands."""
+    on = OnDevice(lookup(Log()), CPU, -0.5, unknown)
+    rows, raw = torch.tensor([3, 4]), torch.tensor([[0.1, 0.2], [0.3, 0.4]])
+    sound, _ = on.values(rows, raw)
+    for at in (0, 1):
+        for value in (float("nan"), float("inf")):
+            spoilt = raw.clone()
+            spoilt[at, 1] = value
+            found, bad = on.values(rows, spoilt)
+            assert bad
+            expected = sound.clone()
+            expected[at, 1] = -0.5
+            assert torch.equal(found, expected)
+    found, bad = on.values(torch.tensor([3, -1]), raw)
+    assert bool(bad) is not unknown
+    assert torch.equal(found, torch.stack([sound[0], torch.full((2,), -0.5)]))
 
 
 @dataclass

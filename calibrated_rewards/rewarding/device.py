@@ -20,7 +20,9 @@ class OnDevice:
     lookup: Lookup
     device: torch.device
     neutral: float
-    """In place of a score that is not finite, until the error is heard of."""
+    """What an unknown prompt is worth; and, until the error is heard of, a score that is not finite."""
+    unknown: bool = False
+    """Whether a row may be -1."""
     _vectors: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _asked: list[tuple[Tensor, Any]] = field(default_factory=list, init=False, repr=False)
 
@@ -32,25 +34,34 @@ class OnDevice:
     def __call__(self, rows: Any, raw: Tensor) -> Tensor:
         """The rewards; ValueError if a score of an earlier call was not finite."""
         self.listen()
-        finite = torch.isfinite(raw)
-        self._ask(~finite.all())
-        return self.values(self._sent(rows), torch.where(finite, raw, 0.0)).where(finite, self.neutral)
+        values, bad = self.values(self._sent(rows), raw)
+        self._ask(bad)
+        return values
 
-    def values(self, rows: Tensor, raw: Tensor) -> Tensor:
-        """The rewards of finite scores; rows on the device, one for each score or for each line of them."""
-        scores = raw.detach().float()
+    def values(self, rows: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """The rewards, and whether there are scores that are not finite or rows that there are not.
+
+        Rows are on the device, one for each score or for each line of them.
+        """
+        finite, known = torch.isfinite(raw), rows >= 0
+        sound = finite & known.reshape(-1, *[1] * (raw.ndim - 1))
+        bad = ~finite.all() if self.unknown else ~sound.all()
+        values = self._looked_up(rows.clamp(min=0), torch.where(finite, raw, 0.0).detach().float())
+        return like(values.where(sound, self.neutral), raw), bad
+
+    def _looked_up(self, rows: Tensor, scores: Tensor) -> Tensor:
         each = scores[0].numel() if scores.ndim > 1 and len(rows) else 1
         of = rows.repeat_interleave(each)
         below, equal = self.lookup.table.on(self.device).search(of, scores.reshape(-1))
         at = self._vectors["begins"][of] + 2 * below + equal
-        return like(self._vectors["values"][at].reshape(raw.shape), raw)
+        return self._vectors["values"][at].reshape(scores.shape)
 
     def listen(self) -> None:
         """Raise if the device has found, in the meantime, a score that is not finite."""
         while self._asked and self._asked[0][1].query():
             bad, _ = self._asked.pop(0)
             if bad.item():
-                raise ValueError("raw scores are finite, a tensor of an earlier call to from_scores had others")
+                raise ValueError("in an earlier call to from_scores a score was not finite, or a prompt's row was -1")
 
     def _sent(self, rows: Any) -> Tensor:
         if isinstance(rows, Tensor) and rows.device == self.device:

@@ -41,7 +41,8 @@ class RawScores:
 
         if raw.device.type == "cuda" and self.valuing.by_rank and not self.valuing.lookup.tolerance:
             if raw.device not in self._devices:
-                self._devices[raw.device] = OnDevice(self.valuing.lookup, raw.device, self.valuing.neutral)
+                unknown = self.valuing.on_missing == "neutral"
+                self._devices[raw.device] = OnDevice(self.valuing.lookup, raw.device, self.valuing.neutral, unknown)
             if are_tensor(rows) or not len(rows) or rows.min() >= 0:
                 return self._devices[raw.device](rows, raw)
         scores = raw.detach() if raw.dtype.itemsize >= 4 else raw.detach().float()  # numpy knows no bfloat16
