@@ -57,9 +57,8 @@ bench: $(READY)  ## every benchmark and figure of the docs; minutes each, result
 # Environments of their own, in .venv-frameworks*: the trainers pin other versions than we do.
 frameworks: export OMP_NUM_THREADS = 1
 frameworks: export HF_HUB_OFFLINE = 1
-frameworks:  ## the trainers' own loading code with our adapters; gigabytes and minutes, results in benchmarks/results
-	sh benchmarks/frameworks/setup.sh
-	.venv-frameworks/bin/python benchmarks/frameworks/run.py
+frameworks: $(READY)  ## the trainers' own loading code with our adapters: gigabytes, minutes; results in benchmarks/results
+	@PYTHON=$(PYTHON) sh benchmarks/frameworks/setup.sh; made=$$?; $(BIN)/python benchmarks/frameworks/run.py && exit $$made
 
 clean:  ## remove builds and caches; the environment stays
 	rm -rf dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -25,6 +25,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float64
 
+from calibrated_rewards.calibrations import EmpiricalCDF
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.scorers.protocol import fingerprint
@@ -49,6 +50,8 @@ class WeightedMean:
     """One for each component, in their order; None for equal ones."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.weights, Mapping):
+            raise TypeError("WeightedMean has its weights in the components' order, a tuple, got a mapping")
         if self.weights is not None:
             object.__setattr__(self, "weights", tuple(map(float, self.weights)))
             if not (np.isfinite(self.weights).all() and min(self.weights) >= 0 and sum(self.weights) > 0):
@@ -109,6 +112,8 @@ class CombinedReward:
     name: str = "combined"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rewards, Mapping):
+            raise TypeError(f"a combined reward has its components by name, a dict, got {type(self.rewards).__name__}")
         if unknown := {*self.constraints} - {*self.rewards}:
             raise ValueError(f"a constraint is on one of {sorted(self.rewards)}, got {sorted(unknown)}")
         if not {*self.rewards} - {*self.constraints}:
@@ -116,10 +121,14 @@ class CombinedReward:
         if not all(0 <= least <= 1 for least in self.constraints.values()):
             raise ValueError(f"a constraint is a quantile in [0, 1], got {dict(self.constraints)}")
         for name, reward in self.rewards.items():
-            if not isinstance(reward.transform, Identity):
+            if not isinstance(reward.transform, Identity) or reward.scale == "standard":
                 raise ValueError(
-                    f"quantiles are combined, the component {name!r} has the transform {reward.transform!r}: give it "
-                    "Identity(), calibrate the combination, and transform that"
+                    f"quantiles are combined, the component {name!r} has the transform {reward.transform!r} and the "
+                    f"scale {reward.scale!r}: give it Identity(), calibrate the combination, and transform that"
+                )
+            if not isinstance(reward.calibration, EmpiricalCDF):
+                raise ValueError(
+                    f"quantiles are combined, the component {name!r} gives {reward.calibration!r}'s values"
                 )
             if reward.on_missing == "skip":
                 raise ValueError(f'the component {name!r} skips unknown prompts: on_missing="raise" or "neutral"')
@@ -133,6 +142,7 @@ class CombinedReward:
         self, prompts: Sequence[Prompt], completions: Sequence[Completion], completion_ids: Any = None, **columns: Any
     ) -> list[float]:
         """The reward of each completion; columns, ids among them, and functions for logging go to the components."""
+        prompts, completions = list(prompts), list(completions)
         log_metric = columns.get("log_metric")
         u = {
             name: np.asarray(reward(prompts, completions, completion_ids, **columns), np.float64)
@@ -150,6 +160,7 @@ class CombinedReward:
         """The rewards of each component's raw scores, by its name: arrays, or tensors, of shape (P,) or (P, G)."""
         if {*raw} != {*self.rewards}:
             raise ValueError(f"raw scores come by the names {sorted(self.rewards)}, got {sorted(raw)}")
+        prompts = list(prompts)
         first = next(iter(raw.values()))
         shape = tuple(np.shape(first))
         u = {name: _flat(reward.from_scores(prompts, raw[name], ids)) for name, reward in self.rewards.items()}

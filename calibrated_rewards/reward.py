@@ -15,7 +15,7 @@ array([[0. , 0.5, 1. ]])
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -28,22 +28,24 @@ from jaxtyping import Float32, Float64, Int64
 from calibrated_rewards.calibrations import Calibration, EmpiricalCDF
 from calibrated_rewards.finite_k import Estimator
 from calibrated_rewards.prompts import Completion
+from calibrated_rewards.rewarding.checked import check
 from calibrated_rewards.rewarding.coalescing import Coalescer
-from calibrated_rewards.rewarding.locating import Located, Reading, keys_of, located
+from calibrated_rewards.rewarding.endings import EndingsWatch, without
+from calibrated_rewards.rewarding.locating import Located, Reading, ids_in, keys_of, located, rows_of, split_texts
 from calibrated_rewards.rewarding.naming import named
 from calibrated_rewards.rewarding.originals import Originals, of_run
 from calibrated_rewards.rewarding.raw_scores import RawScores, are_rows, are_tensor
 from calibrated_rewards.rewarding.scores import Score, Scores
+from calibrated_rewards.rewarding.strangers import hint
 from calibrated_rewards.rewarding.valuing import OnMissing, Valuing
 from calibrated_rewards.rewarding.verification import Verification, verified
-from calibrated_rewards.rewarding.watch import Alarm, measures
+from calibrated_rewards.rewarding.watch import Alarm, first_ones, measures
 from calibrated_rewards.scaling import Scale, scaled
 from calibrated_rewards.scorers.protocol import Scorer, paired, score
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table import ReferenceTable, UnknownPromptError
 from calibrated_rewards.transforms import Identity, Transform
 
 Directory = str | os.PathLike[str]
-_MISSING = ("raise", "neutral", "skip")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +61,8 @@ class CalibratedReward:
     """The reward model; None where raw scores come from elsewhere, and only `from_scores` is called."""
     table: ReferenceTable
     transform: Transform = Identity()  # noqa: RUF009 (frozen)
+    beta: float | None = None
+    """The strength of the KL that the transform was chosen for, at this scale; `check_settings` compares with it."""
     estimator: Estimator = "empirical"
     """What a rank among K tells of the quantile (`finite_k`)."""
     scale: Scale = "unit"
@@ -78,18 +82,11 @@ class CalibratedReward:
     """The prompts as they were calibrated, if they arrive rendered; a table in its run's directory needs none."""
     endings: tuple[str, ...] = ()
     """Special tokens that a trainer leaves at the end of completions, such as "<|im_end|>": taken off."""
+    alarm: bool = True
+    """Warn, once, if the first responses of a training run are not distributed as the table's references are."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.table, ReferenceTable):
-            raise TypeError(f"CalibratedReward needs a ReferenceTable, got {type(self.table).__name__}")
-        if self.scorer is not None and not callable(self.scorer):
-            raise TypeError(f"a scorer is called with prompts and completions, got {self.scorer!r:.80}")
-        if not callable(self.on_missing) and self.on_missing not in _MISSING:
-            raise ValueError(f"on_missing is one of {_MISSING} or a function, got {self.on_missing!r:.80}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"CalibratedReward needs batch_size >= 1, got batch_size={self.batch_size}")
-        if isinstance(self.endings, str):
-            raise TypeError(f"endings are a tuple of texts, got the text {self.endings!r}")
+        check(self)
         object.__setattr__(self, "endings", tuple(self.endings))
         if self._valuing.by_rank:
             _ = self._valuing.lookup.vectors  # a transform that cannot be valued is an error now
@@ -111,7 +108,8 @@ class CalibratedReward:
     ) -> list[float | None]:
         """The reward of each completion; a trainer's other columns may come along, and its functions for logging."""
         trained = trainer_state is not None and trainer_state.global_step > 0
-        scores = self._score(prompts, completions, self._ids(columns), trained=trained)
+        ids = ids_in(columns, self.id_column)
+        scores = self._score(prompts, completions, ids, listen=not trained)
         if log_metric is not None:
             for what, value in measures(scores).items():
                 log_metric(f"{self.__name__}/{what}", value)
@@ -135,6 +133,8 @@ class CalibratedReward:
     ) -> Scores:
         """`score` for asyncio: tasks that ask at the same time share batches, and the event loop goes on."""
         asked, answered = paired(prompts, completions)
+        if len(asked) > self._coalescer.max_batch:
+            return await asyncio.to_thread(self._score, asked, answered, ids, listen=True)
         named = [None] * len(asked) if ids is None else list(ids)
         waiting = self._coalescer.submit_all(list(zip(asked, answered, named, strict=True)))
         return Scores.of(await asyncio.gather(*map(asyncio.wrap_future, waiting)))
@@ -145,9 +145,13 @@ class CalibratedReward:
         return await asyncio.wrap_future(future)
 
     def score_texts(self, texts: Sequence[str]) -> Scores:
-        """`score` for texts in which the completion follows its prompt, split after the longest known prompt."""
-        _, splits = self.table.rows_by_prefix(list(texts))
-        cut = [(text[:split], text[split:]) for text, split in zip(texts, splits.tolist(), strict=True)]
+        """`score` for texts in which the completion follows its prompt, split after the longest known prompt.
+
+        What begins with none is an unknown prompt as a whole.
+        """
+        if isinstance(texts, str):
+            raise TypeError(f"texts are a list of texts, got the text {texts!r:.60}")
+        cut = split_texts(self.table, list(texts), self.on_missing == "raise")
         return self.score([prompt for prompt, _ in cut], [completion for _, completion in cut])
 
     def raw(self, prompts: Sequence[Any], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
@@ -155,7 +159,8 @@ class CalibratedReward:
         if self.scorer is None:
             raise ValueError("this reward has no scorer: give it one, or raw scores to from_scores")
         asked, answered = paired(prompts, completions)
-        answered = [self._ended(completion) for completion in answered]
+        answered = [without(self.endings, completion) for completion in answered]
+        self._endings_watch.look(self.__name__, answered)
         step = self.batch_size or max(1, len(asked))
         with _inference():
             starts = range(0, len(asked), step)
@@ -168,9 +173,10 @@ class CalibratedReward:
         """The quantile of each completion (Eq. 12), whatever the transform."""
         return self.score(prompts, completions, ids).u
 
-    def rows(self, prompts: Sequence[Any], ids: Sequence[Any] | None = None) -> Int64[np.ndarray, " G"]:
+    def rows(self, prompts: Iterable[Any], ids: Sequence[Any] | None = None) -> Int64[np.ndarray, " G"]:
         """Where the prompts are in the table: looked up once, `from_scores` takes rows in their place ever after."""
-        return self._checked(self.table.find(keys_of(prompts), ids), prompts, ids)
+        prompts = list(prompts)
+        return self._checked(rows_of(self.table, keys_of(prompts), ids), prompts, ids)
 
     def from_scores(self, prompts: Any, raw: Any, ids: Sequence[Any] | None = None) -> Any:
         """The rewards of raw scores that a loop has already: (P,) for P prompts, or (P, G) for G completions of each.
@@ -179,15 +185,17 @@ class CalibratedReward:
         float64; on CUDA nothing waits for the device, so a score that is not finite raises at one of the next calls.
         """
         given = are_rows(prompts)
+        if given and ids is not None:
+            raise TypeError("from_scores takes prompts with their ids, or rows; got rows and ids")
         rows = prompts if given else self.rows(prompts, ids)
-        scores = raw if are_tensor(raw) else np.asarray(raw)
+        scores = raw if are_tensor(raw) else np.asanyarray(raw)
         return self._raw_scores(rows, scores, None if given else prompts)
 
     def verify(self, tolerance: float | None = None) -> Verification:
         """Score the table's probes again: ValueError if this is not the reward model that the table was made with."""
         if self.scorer is None:
             raise ValueError("this reward has no scorer to verify")
-        return verified(self.scorer, self.table, tolerance)
+        return verified(self.scorer, self.table, tolerance, self.batch_size)
 
     def save_pretrained(self, save_directory: Directory) -> None:
         """Write scorer (how it is loaded), table, transform and settings to a directory."""
@@ -226,14 +234,14 @@ class CalibratedReward:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def _score(
-        self, prompts: Sequence[Any], completions: Sequence[Completion], ids: Any = None, *, trained: bool = False
+        self, prompts: Sequence[Any], completions: Sequence[Completion], ids: Any = None, *, listen: bool | None = None
     ) -> Scores:
         asked, answered = paired(prompts, completions)
         place = self._located(asked, ids)
         raw = self.raw(place.prompts, answered)
         found = self._valuing(place.rows, raw, place.prompts.__getitem__)
-        known = place.rows >= 0
-        self._alarm.hear(place.rows[known], found.u[known], trained=trained)
+        if listen is not None and self.alarm:
+            self._alarm.hear(*first_ones(place.rows, found.u, answered), trained=not listen)
         rewards: list[float | None] = found.value.tolist()
         if self.on_missing == "skip":
             rewards = [reward if known else None for reward, known in zip(rewards, found.known.tolist(), strict=True)]
@@ -246,30 +254,15 @@ class CalibratedReward:
 
     def _checked(self, rows: Int64[np.ndarray, " G"], prompts: Any, ids: Any) -> Int64[np.ndarray, " G"]:
         if self.on_missing == "raise" and len(rows) and rows.min() < 0:
-            self.table.rows(prompts, ids)  # which raises, and says what is missing
+            try:
+                self.table.rows([f"the id {i}" if p is None else p for i, p in enumerate(prompts)], ids)
+            except UnknownPromptError as error:
+                raise UnknownPromptError(f"{error}: {hint(self.table, prompts[int(rows.argmin())])}") from None
         return rows
-
-    def _ids(self, columns: dict[str, Any]) -> Sequence[Any] | None:
-        if self.id_column is None:
-            return None
-        if self.id_column not in columns:
-            raise ValueError(
-                f"this reward finds prompts by the column {self.id_column!r}, the trainer passed {sorted(columns)}: "
-                "in TRL, remove_unused_columns=False"
-            )
-        found: Sequence[Any] = columns[self.id_column]
-        return found
-
-    def _ended(self, completion: Completion) -> Completion:
-        if not self.endings or not isinstance(completion, str):
-            return completion
-        while ending := next((each for each in self.endings if each and completion.endswith(each)), None):
-            completion = completion.removesuffix(ending)
-        return completion
 
     def _together(self, items: list[tuple[Any, Completion, Any]]) -> list[Score]:
         prompts, completions, ids = (list(each) for each in zip(*items, strict=True))
-        return [*self._score(prompts, completions, ids)]
+        return [*self._score(prompts, completions, ids, listen=True)]
 
     @cached_property
     def _reading(self) -> Reading | None:
@@ -287,6 +280,10 @@ class CalibratedReward:
     @cached_property
     def _coalescer(self) -> Coalescer:
         return Coalescer(self._together)
+
+    @cached_property
+    def _endings_watch(self) -> EndingsWatch:
+        return EndingsWatch()
 
     @cached_property
     def _alarm(self) -> Alarm:

@@ -73,7 +73,7 @@ def _add_scoring(app: FastAPI, desk: Desk, bodies: Bodies) -> None:
             payload = parsed(body, desk.limits)
             dialect = dialect_of(payload)
             request.scope["dialect"] = dialect.name
-            scores = await desk.scores(dialect.asks(payload, desk.limits))
+            scores = await desk.scores(dialect.asks(payload, desk.limits, desk.reward.id_column))
             return _json(200, dialect.answer(payload, scores))
 
     desk.metrics.queue.set_function(lambda: desk.coalescer.waiting)

@@ -1,7 +1,9 @@
 """Single calls become batches: all answered, each with its own, and what fails fails alone."""
 
+import os
 import threading
 import time
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -61,6 +63,54 @@ def test_an_item_that_fails_fails_alone() -> None:
                 future.result(10)
         else:
             assert future.result(10) == item * item
+
+
+def test_a_server_that_is_away_is_asked_once() -> None:
+    """It is not for an item that it does not answer."""
+    calls: list[int] = []
+
+    def away(items: list[int]) -> list[int]:
+        calls.append(len(items))
+        raise ConnectionError("nobody is there")
+
+    futures = Coalescer(away).submit_all(list(range(64)))
+    for future in futures:
+        with pytest.raises(ConnectionError):
+            future.result(10)
+    assert calls == [64]
+
+
+def test_work_that_asks_for_itself_is_an_error() -> None:
+    """It would wait for the batch that it is itself working on."""
+    loop: list[Coalescer] = []
+    loop.append(Coalescer(lambda items: [loop[0].submit(item).result() for item in items]))
+    with pytest.raises(RuntimeError, match="would wait for itself"):
+        loop[0].submit(1).result(10)
+
+
+def test_a_forked_process_has_a_queue_of_its_own() -> None:
+    """Its parent's thread is not there, whatever that was in the midst of."""
+    begun = threading.Event()
+
+    def slow(items: list[int]) -> list[int]:
+        begun.set()
+        time.sleep(0.2)
+        return squares(items)
+
+    coalescer = Coalescer(slow, max_wait=0.0)
+    mine = coalescer.submit_all([1, 2])
+    begun.wait(10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads is what is tested
+        child = os.fork()
+    if child == 0:
+        found = 1
+        try:
+            found = 0 if coalescer.submit(3).result(20) == 9 else 2
+        finally:
+            os._exit(found)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert [future.result(10) for future in mine] == [1, 4]
 
 
 def test_a_full_queue_says_so_and_takes_all_or_nothing() -> None:

@@ -12,6 +12,7 @@ from scipy import stats
 
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
 from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibrations import ZScore
 from calibrated_rewards.combined import And, CombinedReward, Lowest, Or, WeightedMean
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
 
@@ -130,6 +131,8 @@ def test_what_cannot_be_combined_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"rewards": components(transform=Exponential(1.0))}, "has the transform"),
         ({"rewards": components(on_missing="skip")}, "skips unknown prompts"),
+        ({"rewards": components(scale="standard")}, "scale 'standard'"),
+        ({"rewards": components(calibration=ZScore())}, "gives ZScore"),
         ({"rewards": rewards, "constraints": {"loud": 0.5}}, "a constraint is on one of"),
         ({"rewards": rewards, "constraints": {"safe": 1.5}}, "quantile in"),
         ({"rewards": rewards, "constraints": dict.fromkeys(rewards, 0.5)}, "no constraint, got none"),
@@ -138,6 +141,10 @@ def test_what_cannot_be_combined_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     for settings, said in wrong:
         with pytest.raises(ValueError, match=said):
             CombinedReward(**settings)
+    with pytest.raises(TypeError, match="by name"):
+        CombinedReward([*rewards.values()])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got a mapping"):
+        WeightedMean({"good": 1.0})  # type: ignore[arg-type]
     for weights in ((-1.0, 2.0), (0.0, 0.0), (float("nan"), 1.0)):
         with pytest.raises(ValueError, match="finite weights"):
             WeightedMean(weights)

@@ -13,10 +13,10 @@ from trl import GRPOConfig, RLOOConfig
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibrations import ZScore
-from calibrated_rewards.faithful.check import FRAMEWORKS, check_settings
+from calibrated_rewards.faithful import check_settings, grpo_settings, rloo_settings
+from calibrated_rewards.faithful.check import FRAMEWORKS
 from calibrated_rewards.faithful.rewarded import span_of
 from calibrated_rewards.faithful.rules import Framework, Is, Rule, SameAs, Settings, Strength, broken
-from calibrated_rewards.faithful.trl_settings import grpo_settings, rloo_settings
 from calibrated_rewards.testing import NumberScorer
 from calibrated_rewards.transforms import Exponential, Log
 
@@ -322,6 +322,97 @@ def test_names_that_nobody_has():
         rloo_settings(0.0)
     with pytest.raises(ValueError, match="num_generations=1"):
         grpo_settings(0.1, 1)
+
+
+@pytest.mark.parametrize("given", ["--beta 0.1", ["--beta", "0.1"], ("--beta",), {"beta"}, b"", None])
+def test_arguments_that_nobody_parsed(given):
+    """Words have no settings by name: all would be taken to be at their defaults."""
+    with pytest.raises(TypeError, match=f"got {type(given).__name__}: parse it first"):
+        check_settings(given, framework="openrlhf")
+
+
+@pytest.mark.parametrize("kind", [dict, lambda flat: Namespace(**flat), lambda flat: SimpleNamespace(**flat)])
+def test_a_name_that_is_nearly_a_settings(kind):
+    """It is a warning that names what was meant, and the value is not read; with the right name set, it is another."""
+    wrong = {**rloo_settings(0.05), "temperatur": 0.7, "betaa": 0.1, "num_generations_eval": 2, "seed": 0}
+    del wrong["temperature"], wrong["beta"]
+    told = check_settings(kind(wrong), framework="trl-rloo").problems
+    assert [(finding.setting, finding.severity, finding.write) for finding in told] == [
+        ("temperatur=0.7", "warning", "temperature=0.7"),
+        ("betaa=0.1", "warning", "beta=0.1"),
+    ]
+    assert "unknown setting 'temperatur' (temperature?)" in told[0].why
+    assert check_settings(kind({**wrong, "temperature": 1.0, "beta": 0.05}), framework="trl-rloo").problems == ()
+
+
+@pytest.mark.parametrize("shape", [dict, nested, lambda flat: namespaces(nested(flat)), lambda f: Container(nested(f))])
+def test_a_slip_in_a_path(shape):
+    """Each part of a dotted name is compared by itself: a long path does not make two names alike."""
+    flat = {"algorithm.kl_ctrl.kl_coeff": 0.05, "algorithm.kl_ctrl.horizon": 5, "algoritm.gamma": 0.9}
+    told = check_settings(shape(flat), framework="verl").problems
+    assert {finding.write for finding in told if "unknown" in finding.why} == {
+        "algorithm.kl_ctrl.kl_coef=0.05",
+        "algorithm.gamma=0.9",
+    }
+
+
+@pytest.mark.parametrize(("config", "name"), [(RLOOConfig, "trl-rloo"), (GRPOConfig, "trl-grpo")])
+def test_no_setting_of_trls_own_is_taken_for_a_slip(config, name):
+    """Of TRL's hundreds of settings none that no rule names is nearly one that a rule names."""
+    own = {field.name: None for field in dataclasses.fields(config)}
+    framework = next(each for each in FRAMEWORKS if each.name == name)
+    others = {setting: None for setting in own if setting not in framework.defaults}
+    assert len(others) > 50
+    assert not any("unknown" in finding.why for finding in check_settings(others, framework=name).findings)
+
+
+def test_the_rewards_beta_is_wanted():
+    """A reward that was made for a beta is compared with it, unless another is asked for."""
+    reward, settings = made(Log(), beta=0.1), rloo_settings(0.05, max_completion_length=64)
+    (told,) = check_settings(settings, reward, "trl-rloo").problems
+    assert (told.severity, told.write) == ("error", "beta=0.1")
+    assert check_settings(settings, reward, "trl-rloo", beta=0.05).problems == ()
+    assert check_settings(settings, made(Log()), "trl-rloo").problems == ()
+
+
+@pytest.mark.parametrize(
+    ("config", "chosen", "name"), [(RLOOConfig, rloo_settings, "trl-rloo"), (GRPOConfig, grpo_settings, "trl-grpo")]
+)
+def test_settings_of_a_reward(config, chosen, name, tmp_path):
+    """With a reward TRL draws as calibration did, for the reward's beta, and the check has nothing to say."""
+    reward = made(Log(), decoding={"max_tokens": 12, "temperature": 0.7}, beta=0.3)
+    settings = chosen(reward=reward)
+    assert (settings["max_completion_length"], settings["temperature"]) == (12, 0.7)
+    report = check_settings(config(output_dir=str(tmp_path), **PLAIN, **settings), reward)
+    assert report.problems == ()
+    assert report.beta == pytest.approx(0.3)
+    assert check_settings(chosen(0.2, reward=reward), framework=name).beta == pytest.approx(0.2)
+    assert chosen(reward=reward, temperature=1.0)["temperature"] == 1.0
+    untold = CalibratedReward(NumberScorer(), ReferenceTable.build([("2+2=", [1.0])]))
+    assert chosen(0.3, reward=untold) == chosen(0.3)
+    with pytest.raises(ValueError, match="got a reward without a beta"):
+        chosen(reward=untold)
+    with pytest.raises(ValueError, match="got neither"):
+        chosen()
+
+
+def test_what_was_drawn_reaches_every_setting():
+    """Whatever bends the table's distribution is in the settings, and the check says that it should not."""
+    bent = {"top_p": 0.9, "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.2}
+    reward = made(Log(), decoding=bent)
+    settings = rloo_settings(0.05, reward=reward)
+    assert {name: settings[name] for name in bent} == bent
+    assert found(check_settings(settings, reward, "trl-rloo")) == {*bent}
+
+
+def test_errors_come_first():
+    """Errors, then warnings, then notes; and lengths are compared as lengths."""
+    settings = rloo_settings(0.05, num_iterations=2, disable_dropout=False, max_completion_length=512)
+    reward = made(Log(), decoding={"max_tokens": 12})
+    told = check_settings(settings, reward, "trl-rloo")
+    assert [finding.severity for finding in told.findings] == ["error", "warning", "note"]
+    with pytest.raises(ValueError, match=r"KL:\nerror: .*the calibration cut at 12 tokens, the trainer at 512\. Write"):
+        told.raise_if_wrong()
 
 
 def test_a_framework_is_told_by_its_class(tmp_path):

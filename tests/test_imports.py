@@ -166,7 +166,6 @@ checks.adapters   -> prompts, checks.conformance, scorers.protocol
 testing           -> procedures, prompts, quadrature, transforms, checks.adapters, checks.conformance, samplers.protocol
 commands.path     ->
 commands.cp       -> commands.path
-faithful          ->
 faithful.rules    ->
 faithful.areal_settings -> faithful.rules
 faithful.lightrft_settings -> faithful.rules
@@ -176,7 +175,6 @@ faithful.sampled  -> faithful.rules
 faithful.skyrl_settings -> faithful.rules
 faithful.slime_settings -> faithful.rules
 faithful.swift_settings -> faithful.rules
-faithful.trl_settings -> faithful.rules
 faithful.verl_settings -> faithful.rules
 recipes           ->
 rewarding         ->
@@ -184,38 +182,47 @@ rewarding.coalescing ->
 rewarding.locating -> prompts, table
 rewarding.lookup  -> calibrations, finite_k, table, transforms
 rewarding.device  -> rewarding.lookup
-rewarding.naming  -> transforms, scorers.protocol, scorers.recipe
+rewarding.naming  -> optimal, transforms, scorers.protocol, scorers.recipe
 rewarding.originals -> prompts, table, reading.messages, rollouts.directory, rollouts.shard_files
 rewarding.scores  ->
 rewarding.handed_over -> prompts, rewarding.scores
 rewarding.spelling -> transforms
 rewarding.directory -> table, rewarding.originals, rewarding.spelling
-rewarding.valuing -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.lookup
+rewarding.valuing -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.locating, rewarding.lookup
 rewarding.raw_scores -> prompts, rewarding.device, rewarding.valuing
 rewarding.verification -> prompts, table, scorers.protocol
-rewarding.watch   -> rewarding.scores
-reward            -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.*, scorers.protocol
-combined          -> prompts, reward, transforms, rewarding.device, scorers.protocol
-commands.reward   -> reward, table, transforms, commands.reward_model, commands.transform
-configured        -> reward
-faithful.rewarded -> calibrations, finite_k, reward, scaling, faithful.rules
-faithful.check    -> reward, faithful.*
-recipes.loop      -> prompts, reward, reading.body, reading.text, rollouts.sources, samplers.*
-recipes.grpo_plain -> reward, recipes.loop, rollouts.sources, samplers.policy
-recipes.ppo       -> reward, recipes.loop, rollouts.sources, samplers.policy
+rewarding.watch   -> prompts, table, rewarding.scores
+recipes.loop      -> prompts, reading.body, rollouts.sources, samplers.endings, samplers.policy
 serving           ->
 serving.limits    ->
 serving.body      -> serving.limits
 serving.fields    -> prompts, serving.limits
-serving.dialects  -> prompts, rewarding.scores, serving.fields, serving.limits
+serving.dialects  -> prompts, rewarding.handed_over, rewarding.scores, serving.fields, serving.limits
 serving.metrics   -> rewarding.scores
 serving.desk      -> table, rewarding.coalescing, rewarding.scores, serving.dialects, serving.limits, serving.metrics
 serving.gate      -> serving.metrics
 serving.listening -> serving.gate, serving.limits
 serving.schema    ->
 server            -> serving.*
-commands.serve    -> reward, server, serving.listening
 serving.replicas  -> server, serving.gate, serving.limits, serving.listening
+faithful.spelled  -> faithful.rules
+faithful.trl_rules -> faithful.rules
+rewarding.checked -> table
+rewarding.endings -> prompts
+rewarding.strangers -> prompts, table, reading.messages
+reward            -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.*, scorers.protocol
+faithful.trl_settings -> reward, faithful.sampled, faithful.trl_rules
+combined          -> calibrations, prompts, reward, transforms, rewarding.device, scorers.protocol
+commands.reward   -> choice, reward, table, transforms, commands.reward_model, commands.transform
+configured        -> reward
+faithful.rewarded -> calibrations, finite_k, reward, scaling, faithful.rules
+faithful.check    -> reward, faithful.*
+faithful          -> faithful.check, faithful.trl_settings
+commands.serve    -> reward, server, serving.listening
+recipes.opening   -> prompts, reward, reading.fingerprint, reading.text, rollouts.sources, samplers.decoding, samplers.policy
+recipes.command   -> table, recipes.opening
+recipes.grpo_plain -> reward, recipes.command, recipes.loop, rollouts.sources, samplers.policy
+recipes.ppo       -> reward, recipes.command, recipes.loop, rollouts.sources, samplers.policy
 """
 
 # What a module may load when it is imported, next to the standard library. The rest waits inside a function.

@@ -137,6 +137,10 @@ TESTED_WITH = {
     "serving.schema": "server",
     "checks.adapters": "check_adapter",
     "reading.adapters": "body",
+    "faithful.spelled": "faithful",
+    "faithful.trl_rules": "faithful",
+    "rewarding.checked": "reward",
+    "rewarding.strangers": "reward",
 }
 # A helper lives in the file that uses it; used by two, it is a noun that has no file yet.
 NO_NOUNS = {"base", "common", "config", "constants", "errors", "helpers", "misc", "registry", "types", "utils"}

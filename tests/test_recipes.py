@@ -1,7 +1,9 @@
 """The plain loops: each piece against another route, and both loops against the optimum of an enumerable model."""
 
+import argparse
 import inspect
 import json
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.prompts import id_key
 from calibrated_rewards.reading.text import Text
-from calibrated_rewards.recipes import grpo_plain, loop, ppo
+from calibrated_rewards.recipes import command, grpo_plain, loop, opening, ppo
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.scorers import load_scorer
-from calibrated_rewards.testing import HashScorer
+from calibrated_rewards.testing import HashScorer, NumberScorer
+from calibrated_rewards.transforms import Log
 
 CHAT = [{"role": "user", "content": "Hi"}]
 PROMPTS = ["a", "how are you", CHAT]
@@ -146,9 +150,9 @@ def test_logprobs_are_those_of_a_plain_forward(family: str, temperature: float) 
     lengths = episodes.mask.sum(1).tolist()
     assert max(lengths) == 6
     assert family == "gpt2" or min(lengths) < 6
-    for i, (row, opening) in enumerate(zip(episodes.mask, policy.ids(prompts), strict=True)):
+    for i, (row, begins) in enumerate(zip(episodes.mask, policy.ids(prompts), strict=True)):
         own = episodes.ids[i, -len(row) :][row]
-        logits = policy.model(torch.tensor([[*opening, *own.tolist()]])).logits[0, len(opening) - 1 : -1]
+        logits = policy.model(torch.tensor([[*begins, *own.tolist()]])).logits[0, len(begins) - 1 : -1]
         expected = (logits / temperature).log_softmax(-1).gather(1, own[:, None])[:, 0]
         np.testing.assert_allclose(found[i][row], expected.detach(), atol=1e-5)
         assert not found[i][~row].any()
@@ -267,16 +271,14 @@ def run(tmp_path_factory: Any) -> Path:
     draw = load_sampler(root / "policy", Decoding(5, temperature=0.9), dtype="float32")
     scorer = load_scorer(root / "rm", dtype="float32")
     table = calibrate(root / "prompts.jsonl", draw, scorer, k=4, out=root / "run")
-    CalibratedReward(scorer, table, id_column="prompt_id").save_pretrained(root / "reward")
+    CalibratedReward(scorer, table, id_column="prompt_id", beta=0.3).save_pretrained(root / "reward")
     return Path(root)
 
 
 @pytest.mark.parametrize("recipe", [ppo, grpo_plain])
-def test_the_command_trains_and_saves(recipe: Any, run: Path, tmp_path: Path) -> None:
+def test_the_command_trains_and_saves(recipe: Any, run: Path, tmp_path: Path, capsys: Any) -> None:
     """Two steps from files to files: a model that loads and is another one, and a line of log for each step."""
-    size = ["--completions", "2", "--prompts-a-step", "2", "--steps", "2", "--lr", "0.001", "--epochs", "2"]
-    named = {"--policy": run / "policy", "--reward": run / "reward", "--prompts": run / "prompts.jsonl"}
-    recipe.main([*(str(x) for pair in named.items() for x in pair), "--out", str(tmp_path / "out"), *size])
+    assert recipe.main(asked(run, tmp_path / "out", "--steps", "2", "--lr", "0.001", "--epochs", "2")) == 0
 
     before, after = (tiny.LlamaForCausalLM.from_pretrained(p) for p in (run / "policy", tmp_path / "out/model"))
     assert (before.lm_head.weight - after.lm_head.weight).abs().max() > 1e-4
@@ -285,7 +287,104 @@ def test_the_command_trains_and_saves(recipe: Any, run: Path, tmp_path: Path) ->
     assert [row["lr"] for row in rows] == pytest.approx([1e-3, 5e-4])
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-4)
     assert all(0 <= row["reward"] <= 1 and 0 < row["tokens"] <= 5 for row in rows)
-    assert all(row["objective"] == pytest.approx(row["reward"] - 0.1 * row["kl"], abs=1e-5) for row in rows)
+    assert all(row["objective"] == pytest.approx(row["reward"] - 0.3 * row["kl"], abs=1e-5) for row in rows)
+    assert all(row["u"] == pytest.approx(row["reward"]) for row in rows)  # the transform is none
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"steps 0 to 0: reward {rows[0]['reward']:.4g}, u {rows[0]['u']:.4g}, KL ")
+    assert said[-2:] == [f"model: {tmp_path / 'out/model'}", f"log: {tmp_path / 'out/log.jsonl'}"]
+
+
+def asked(run: Path, out: Path, *options: str, **changes: Path) -> list[str]:
+    """A command of one step."""
+    named = {"policy": run / "policy", "reward": run / "reward", "prompts": run / "prompts.jsonl", "out": out}
+    words = [word for name, path in (named | changes).items() for word in (f"--{name}", str(path))]
+    return [*words, "--completions", "2", "--prompts-a-step", "2", "--steps", "1", *options]
+
+
+def test_a_beta_that_is_said_is_not_the_rewards() -> None:
+    """The reward's beta is the default, no more."""
+    options = argparse.Namespace(**{each.name: None for each in fields(ppo.Settings)})
+    assert command.settings_of(options, ppo.Settings).beta == ppo.Settings().beta
+    assert command.settings_of(options, ppo.Settings, 0.3).beta == 0.3
+    options.beta = 0.2
+    assert command.settings_of(options, ppo.Settings, 0.3).beta == 0.2
+
+
+def refused(capsys: Any, words: list[str], why: str) -> None:
+    """The command ends with 2 and one line; with --debug, the error comes out itself."""
+    assert grpo_plain.main(words) == 2
+    said = capsys.readouterr().err  # with bars of the Hub's above it
+    assert re.search(f"error: .*{why}", said.splitlines()[-1]), said
+    assert "Traceback" not in said
+    with pytest.raises((ValueError, OSError, KeyError), match=why):
+        grpo_plain.main([*words, "--debug"])
+    capsys.readouterr()
+
+
+def test_another_policy_is_refused(run: Path, tmp_path: Path, capsys: Any) -> None:
+    """Other weights, another tokenizer or template than those that drew the references; --any-policy goes on."""
+    others = {
+        "weights": (tiny.causal(seed=1), tiny.tokenizer()),
+        "tokenizer": (tiny.causal(), tiny.tokenizer(bos=False)),
+        "template": (tiny.causal(), tiny.tokenizer(template=tiny.TEMPLATE.replace("|end|", "|assistant|"))),
+    }
+    for what, (model, tokenizer) in others.items():
+        at = Path(tiny.saved(model, tmp_path / what, tokenizer))
+        refused(capsys, asked(run, tmp_path / "out", policy=at), f"the policy's .*{what}.*--any-policy")
+    assert grpo_plain.main(asked(run, tmp_path / "out", "--any-policy", policy=tmp_path / "weights")) == 0
+
+
+def test_weights_are_compared_in_the_precision_that_drew(tmp_path: Path, capsys: Any) -> None:
+    """A table that bfloat16 drew is of the policy that is now loaded in float32, and not of another one."""
+    at = tiny.saved(tiny.causal().bfloat16(), tmp_path / "policy", tiny.tokenizer())
+    told = load_sampler(at, Decoding(5)).fingerprint()
+    assert told["dtype"] == "bfloat16"
+    whole = Policy(tiny.LlamaForCausalLM.from_pretrained(at, dtype="float32"), tiny.tokenizer(), Decoding(5), Text())
+    opening.check_policy(whole, {"sampler": told})
+    with pytest.raises(ValueError, match="weights are others"):
+        opening.check_policy(replace(whole, model=tiny.causal(seed=1)), {"sampler": told})
+    assert "not checked" not in capsys.readouterr().err
+    opening.check_policy(whole, {})
+    assert "not checked" in capsys.readouterr().err
+
+
+def test_what_cannot_be_right_is_refused(run: Path, tmp_path: Path, capsys: Any) -> None:
+    """Other decoding, files that are not there, unknown prompts, and a log of another run."""
+    out = tmp_path / "out"
+    refused(capsys, asked(run, out, "--temperature", "0.5"), "temperature=0.9, got temperature=0.5")
+    refused(capsys, asked(run, out, prompts=tmp_path / "none.jsonl"), "no file or folder")
+    refused(capsys, asked(run, out, policy=tmp_path / "none"), "none")
+    refused(capsys, asked(run, out, "--completions", "1"), "completions=1")
+    (tmp_path / "strange.jsonl").write_text(json.dumps({"prompt": "?", "prompt_id": 99}))
+    refused(capsys, asked(run, out, prompts=tmp_path / "strange.jsonl"), "'[?]'")
+    assert not out.exists()
+    out.mkdir()
+    (out / "log.jsonl").write_text("{}\n")
+    refused(capsys, asked(run, out), "of another run: .*--force")
+    assert grpo_plain.main(asked(run, out, "--force")) == 0
+
+
+def test_an_id_that_leads_to_another_prompt_is_refused() -> None:
+    """A chat whose id is that of a text, a text with the id of another one; an id alone leads to no other prompt."""
+    table = ReferenceTable.build([("Hi", [0.0, 1.0], [id_key(1)]), (CHAT, [0.0], [id_key(2)]), (id_key(3), [0.0])])
+    reward = CalibratedReward(HashScorer(), table, id_column="id")
+    opening.check_prompts(reward, [Asked("Hi", 1), Asked(CHAT, 2), Asked("any", 3), Asked("Hi"), Asked(CHAT)])
+    for wrong in (Asked([*CHAT, *CHAT], 1), Asked("Ho", 2), Asked("Ho", 1)):
+        with pytest.raises(ValueError, match=rf"\(id {wrong.id}\) as another prompt, or in another form"):
+            opening.check_prompts(reward, [Asked("Hi", 1), wrong])
+    for mixed in (Asked(CHAT, 1), Asked("Hi", 2)):
+        with pytest.raises(KeyError, match="of two prompts of the table"):
+            opening.check_prompts(reward, [Asked("Hi", 1), mixed])
+
+
+def test_quantiles_are_of_what_is_known() -> None:
+    """The mean quantile of a step, against a count by hand, leaves out a prompt that is worth the neutral value."""
+    table = ReferenceTable.build([("a", [0.0, 1.0, 2.0, 3.0])])
+    reward = CalibratedReward(NumberScorer(), table, Log(), on_missing="neutral")
+    ones = torch.ones(4, 1, dtype=torch.long)
+    episodes = loop.Episodes(["1.5", "9", "-9", "-9"], ones, ones, ones.bool())
+    *_, u = grpo_plain.scored(reward, [Asked("a"), Asked("?")], episodes, 2)
+    assert u == (0.5 + 1) / 2
 
 
 @pytest.mark.parametrize("recipe", [ppo, grpo_plain])
@@ -299,18 +398,28 @@ def test_help_teaches(recipe: Any, capsys: Any) -> None:
     for each in fields(recipe.Settings):
         assert f"--{each.name.replace('_', '-')}" in shown
         assert " ".join(each.metadata["help"].split()) in shown
+    choices = "{no,centre,scale}" if recipe is ppo else "{leave-one-out,group-mean}"
+    assert choices in shown
+    assert "--lr FLOAT" in shown
+    assert "--steps N" in shown
 
 
 def test_decoding_is_the_tables() -> None:
     """Length and temperature come from the table unless they are said; what bends the distribution is refused."""
     meta = {"sampler": {"decoding": Decoding(7, temperature=0.5).fingerprint()}}
 
-    assert loop.decoding_of(meta, None, None) == Decoding(7, temperature=0.5)
-    assert loop.decoding_of(meta, 9, 1.0) == Decoding(9)
+    assert opening.decoding_of(meta, None, None) == Decoding(7, temperature=0.5)
+    assert opening.decoding_of(meta, 7, 0.5) == Decoding(7, temperature=0.5)
+    for other in ((9, None), (None, 1.0)):
+        with pytest.raises(ValueError, match=r"drawn with (max_tokens=7|temperature=0.5), got .*--any-policy"):
+            opening.decoding_of(meta, *other)
+    assert opening.decoding_of(meta, 9, 1.0, any_policy=True) == Decoding(9)
+    ended = {"sampler": {"decoding": Decoding(7, stop_token_ids=(5,)).fingerprint()}}
+    assert opening.decoding_of(ended, None, None).stop_token_ids == (5,)
     with pytest.raises(ValueError, match=r"drawn with \{'top_p': 0.9\}"):
-        loop.decoding_of({"sampler": {"decoding": Decoding(7, top_p=0.9).fingerprint()}}, None, None)
+        opening.decoding_of({"sampler": {"decoding": Decoding(7, top_p=0.9).fingerprint()}}, None, None)
     with pytest.raises(ValueError, match="--max-tokens"):
-        loop.decoding_of({}, None, None)
+        opening.decoding_of({}, None, None)
 
 
 def test_ppo_refuses_a_reward_that_is_none() -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import datasets
 import jaxtyping
 import numpy as np
 import pytest
@@ -167,10 +168,18 @@ def test_tensors_give_tensors() -> None:
 def test_scores_without_a_prompt_are_refused() -> None:
     """A shape that does not begin with the number of prompts, and scores that are no numbers."""
     reward = reward_of()
-    with pytest.raises(ValueError, match=r"got shape \(3,\) for 2 prompts"):
+    with pytest.raises(ValueError, match=r"got \(3,\) for P = 2 prompts"):
         reward.from_scores(PROMPTS[:2], np.zeros(3))
-    with pytest.raises(ValueError, match="got shape"):
+    with pytest.raises(ValueError, match=r"reshape\(3, 4\)"):
+        reward.from_scores(PROMPTS[:3], torch.zeros(12))
+    with pytest.raises(ValueError, match=r"got \(\) for"):
         reward.from_scores(PROMPTS[:1], 3.0)
+    with pytest.raises(TypeError, match="without a mask"):
+        reward.from_scores(PROMPTS[:1], np.ma.array([1.0], mask=[True]))
+    with pytest.raises(TypeError, match="got rows and ids"):
+        reward.from_scores(np.array([0]), [1.0], ids=["a"])
+    with pytest.raises(ValueError, match="finite, got nan"):
+        reward_of(on_missing="neutral").from_scores(["stranger"], np.array([np.nan]))
     for bad in (np.nan, np.inf):
         with pytest.raises(ValueError, match="finite"):
             reward.from_scores(PROMPTS[:2], np.array([0.0, bad]))
@@ -231,6 +240,11 @@ def test_prompts_are_found_by_id() -> None:
 CHAT = [{"role": "user", "content": "Hi"}]
 
 
+def letters(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+    """Scores a chat by its first letter."""
+    return [float(ord(prompt[0]["content"][0])) for prompt, _ in zip(prompts, completions, strict=True)]
+
+
 def reads(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
     """Scores a prompt by its form, to see what a reward model is given."""
     return [float(not isinstance(prompt, str)) for prompt, _ in zip(prompts, completions, strict=True)]
@@ -240,9 +254,9 @@ def test_the_reward_model_reads_what_was_calibrated(tmp_path: Path) -> None:
     """A rendered prompt is scored as the messages that it was made of, and is an error where they are not known."""
     table = ReferenceTable.build([(CHAT, [0.0, 0.5, 1.0], ["<user>Hi</user>", id_key("a")])])
     lost = CalibratedReward(reads, table)
-    with pytest.raises(ValueError, match="another name of a prompt"):
+    with pytest.raises(UnknownPromptError, match="another name of a prompt"):
         lost(["<user>Hi</user>"], ["Hello"])
-    with pytest.raises(ValueError, match="another name of a prompt"):
+    with pytest.raises(UnknownPromptError, match="another name of a prompt"):
         lost.score(["Hi there"], ["Hello"], ids=["a"])
     assert lost([CHAT], ["Hello"]) == lost.score([CHAT], ["Hello"], ids=["a"]).reward == [5 / 6]
 
@@ -254,9 +268,110 @@ def test_the_reward_model_reads_what_was_calibrated(tmp_path: Path) -> None:
     assert found.score([None], ["Hello"], ids=["a"]).reward == [5 / 6]
     with pytest.raises(UnknownPromptError, match="came as the id 'b' and nothing else"):
         found.score([None, CHAT], ["Hello", "Hello"], ids=["b", "a"])
-    with pytest.raises(ValueError, match="another name of a prompt"):
+    with pytest.raises(UnknownPromptError, match="another name of a prompt"):
         CalibratedReward(reads, ReferenceTable.build([(id_key("a"), [0.0])])).score([None], ["Hello"], ids=["a"])
     assert found.score_texts(["<user>Hi</user>Hello"]).reward == [5 / 6]
+
+
+def test_prompts_of_another_table_are_not_read(tmp_path: Path) -> None:
+    """The file goes by rows: with a table of other rows it is an error, never somebody else's prompt."""
+    from calibrated_rewards.rewarding.originals import Originals
+
+    chats = [[{"role": "user", "content": text}] for text in "abcd"]
+    rows = [(chat, [0.0, 1.0], [f"<user>{text}"]) for chat, text in zip(chats, "abcd", strict=True)]
+    originals = Originals.write(tmp_path / "prompts.jsonl", ReferenceTable.build(rows), chats)
+    refused = 0
+    for few in (rows[:2], rows[1:], rows[2:], rows[::2], [*rows, (CHAT, [0.0], ["<user>Hi"])]):
+        reward = CalibratedReward(letters, ReferenceTable.build(few), originals=originals)
+        try:
+            read = reward.score([row[2][0] for row in few], ["x"] * len(few)).raw
+        except ValueError as error:
+            assert "another table" in str(error)  # noqa: PT017 (where rows happen to agree there is none)
+            refused += 1
+        else:
+            assert read.tolist() == [ord(row[0][0]["content"]) for row in few]
+    assert refused >= 3
+
+
+def test_an_id_of_another_prompt_is_seen() -> None:
+    """A column of ids in another order than the prompts would spoil a whole run."""
+    table = ReferenceTable.build([(p, own, [id_key(i)]) for i, (p, own) in enumerate(references().items())])
+    reward = CalibratedReward(NumberScorer(), table)
+    with pytest.raises(UnknownPromptError, match=r"two prompts of the table, for 2 of 6: the first is number 1"):
+        reward.score(PROMPTS, ["0.3"] * 6, ids=[0, 2, 1, 3, 4, 5])
+    with pytest.raises(UnknownPromptError, match="two prompts of the table"):
+        reward.from_scores(PROMPTS, np.zeros(6), ids=[5, 1, 2, 3, 4, 5])
+    assert reward.score(PROMPTS, ["0.3"] * 6, ids=[0, None, 2, "new", 4, 5]).known.all()
+
+
+def test_a_chat_is_not_taken_for_the_text_of_its_id() -> None:
+    """The policy reads a chat otherwise than the text that was calibrated."""
+    table = ReferenceTable.build([("Hi", [0.0, 1.0], [id_key("a")])])
+    reward = CalibratedReward(reads, table, originals=None)
+    with pytest.raises(UnknownPromptError, match="another name"):
+        reward.score([CHAT], ["Hello"], ids=["a"])
+
+
+def test_strangers_get_a_hint() -> None:
+    """In which other form the table knows them."""
+    table = ReferenceTable.build([("Hi", [0.0, 1.0]), (CHAT[:1] + CHAT, [0.0, 1.0])])
+    reward = CalibratedReward(NumberScorer(), table)
+    for prompt, said in (
+        (CHAT, "as a plain prompt"),
+        (" Hi\n", "white space"),
+        ("<s>Hi", "without '<s>'"),
+        ("Ho", "calibrate"),
+    ):
+        with pytest.raises(UnknownPromptError, match=said):
+            reward([prompt], ["1"])
+        with pytest.raises(UnknownPromptError, match=said):
+            reward.rows(iter([prompt]))
+
+
+def test_prompts_in_any_sequence() -> None:
+    """A column that makes each prompt anew when it is asked for, an array of objects, an iterator."""
+    chats = [[{"role": "user", "content": f"question {i}"}] for i in range(40)]
+    table = ReferenceTable.build([(chat, [float(i), i + 1.0]) for i, chat in enumerate(chats)])
+    reward = CalibratedReward(None, table)
+    expected = table.rows(chats)
+    column = datasets.Dataset.from_dict({"prompt": chats})["prompt"]
+    objects = np.empty(40, object)
+    objects[:] = chats
+
+    for prompts in (column, objects, iter(chats), tuple(chats)):
+        np.testing.assert_array_equal(reward.rows(prompts), expected)
+    raw = np.arange(40) + 0.5
+    assert reward.from_scores(column, raw).tolist() == [0.5] * 40
+
+
+def test_texts_without_a_known_prompt_are_unknown_prompts() -> None:
+    """score_texts does what on_missing says; a text in the place of a list is refused."""
+    texts = ["prompt 1 0.3", "stranger 0.3"]
+    with pytest.raises(UnknownPromptError):
+        reward_of().score_texts(texts)
+    assert reward_of(on_missing="neutral").score_texts(texts).known.tolist() == [True, False]
+    assert reward_of(on_missing="skip").score_texts(texts).reward[1] is None
+    with pytest.raises(TypeError, match="list of texts"):
+        reward_of().score_texts("prompt 1 0.3")
+
+
+def test_more_pairs_than_may_wait_are_scored_all_the_same() -> None:
+    """A large batch is a batch, and waits in no queue."""
+    found = asyncio.run(reward_of().ascore(["prompt 1"] * 10_000, ["0.3"] * 10_000))
+    assert found.reward == reward_of()(["prompt 1"], ["0.3"]) * 10_000
+
+
+def test_what_looks_like_a_special_token_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A trainer that leaves them changes what the reward model reads."""
+    reward = reward_of()
+    for _ in range(3):
+        reward(["prompt 1"], ["0.3</s>"])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{reward.__name__}: a completion ends with '</s>', which looks like a special token that the trainer left "
+        "there, and the reward model will read it. If so, say endings=('</s>',)"
+    ]
+    reward_of(endings=("</s>",))(["prompt 1"], ["0.3</s>"])
+    assert len(caplog.records) == 1
 
 
 def test_a_run_knows_its_own_prompts(tmp_path: Path) -> None:
@@ -381,8 +496,13 @@ def test_settings_that_make_no_sense_are_refused_at_once(monkeypatch: pytest.Mon
     table = reward_of().table
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"on_missing": "silently"}, ValueError, "on_missing is one of"),
-        ({"batch_size": 0}, ValueError, "batch_size >= 1"),
+        ({"batch_size": 0}, ValueError, "whole batch_size >= 1"),
         ({"endings": "</s>"}, TypeError, "tuple of texts"),
+        ({"endings": (5,)}, TypeError, "tuple of texts"),
+        ({"name": {"a": 1}}, TypeError, "a text or None"),
+        ({"batch_size": 2.5}, ValueError, "whole batch_size"),
+        ({"beta": -1.0}, ValueError, "finite beta"),
+        ({"transform": "exp:10"}, TypeError, "as Exponential"),
         ({"scale": "loud"}, ValueError, "scale must be"),
         ({"estimator": "best"}, ValueError, "estimator in"),
         ({"transform": lambda u: 0 * np.asarray(u)}, ValueError, "must rise"),
@@ -485,8 +605,11 @@ def test_a_saved_reward_comes_back(tmp_path: Path) -> None:
 def test_what_is_no_reward_is_said_to_be_none(tmp_path: Path) -> None:
     """A table's directory, an empty one, a setting that does not exist."""
     calibrate(PROMPTS, NumberSampler(), NumberScorer(), k=2, out=tmp_path / "table")
-    with pytest.raises(FileNotFoundError, match=r"it is a table"):
+    with pytest.raises(FileNotFoundError, match=r"it is a table.*calibrated-rewards reward"):
         CalibratedReward.from_pretrained(tmp_path / "table")
+    for nowhere in ("./rewrad/", "rewrad", str(tmp_path / "rewrad"), "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="no directory"):
+            CalibratedReward.from_pretrained(nowhere)
     with pytest.raises(FileNotFoundError, match=r"no reward\.json"):
         CalibratedReward.from_pretrained(tmp_path)
     reward_of().save_pretrained(tmp_path / "reward")
@@ -540,6 +663,36 @@ def test_what_others_pushed_runs_no_code(tmp_path: Path) -> None:
 
     assert "json:dumps would be imported" in refused
     assert trusted == "dumps"
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that is cut off between its files is an error, not a mixture."""
+    reward_of(name="first").save_pretrained(tmp_path / "reward")
+    other = CalibratedReward(NumberScorer(), ReferenceTable.build([("p", [1.0])]), name="second")
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ReferenceTable, "save", full)
+        with pytest.raises(OSError, match="no space"):
+            other.save_pretrained(tmp_path / "reward")
+    assert CalibratedReward.from_pretrained(tmp_path / "reward").name == "first"
+    with monkeypatch.context() as patched:
+        patched.setattr("calibrated_rewards.rewarding.directory._write_prompts", full)
+        with pytest.raises(OSError, match="no space"):
+            other.save_pretrained(tmp_path / "reward")
+    with pytest.raises(ValueError, match="not of one save"):
+        CalibratedReward.from_pretrained(tmp_path / "reward")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', "\0", "[" * 100_000])
+def test_settings_that_cannot_be_read_name_the_file(tmp_path: Path, text: str) -> None:
+    """Whatever is wrong with it."""
+    reward_of().save_pretrained(tmp_path / "reward")
+    (tmp_path / "reward" / "reward.json").write_text(text)
+    with pytest.raises(ValueError, match=r"reward\.json"):
+        CalibratedReward.from_pretrained(tmp_path / "reward")
 
 
 def test_a_reward_on_the_hub_needs_a_reward_model_on_the_hub(tmp_path: Path) -> None:

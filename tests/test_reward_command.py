@@ -37,6 +37,12 @@ def test_it_writes_what_trainers_load(
 
     assert "verified: 6 probes" in told
     assert "calm, 3 prompts" in told
+    best = optimum(BestOf(4), kl=1.0)
+    assert f"train with beta={best.beta:.4g}: KL 1 nats, win rate {best.win_rate:.3f}" in told
+    assert reward.beta == best.beta
+    assert main(["reward", table, "--reward-model", model, "--out", str(out)]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main(["reward", table, "--reward-model", model, "--out", str(out), "--force"]) == 0
     assert reward.transform == optimum(BestOf(4), kl=1.0).transform
     assert (reward.estimator, reward.endings, reward.name) == ("posterior", ("</s>",), "calm")
     assert sorted(json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()) == sorted(PROMPTS)

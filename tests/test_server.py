@@ -142,14 +142,41 @@ def test_nothing_asked_is_answered() -> None:
     assert ask({"prompts": [], "completions": []}).json() == {"reward": [], "raw": [], "u": [], "hit": []}
 
 
-def test_labels_are_ids() -> None:
-    """A label finds the row whatever the prompt looks like; one that is no id leaves the prompt to be looked up."""
+@pytest.mark.parametrize("label", [7, "7", {"uid": 7, "answer": 3}])
+def test_labels_are_ids_to_a_reward_that_has_an_id_column(label) -> None:
+    """They find the row whatever the prompt looks like; to another reward a label is an answer that may be any text."""
+    table = ReferenceTable.build([(id_key(7), [1.0, 2.0, 3.0, 5.0])])
+    named, unnamed = (
+        create_app(CalibratedReward(NumberScorer(), table, id_column=c), verify=False) for c in ("uid", None)
+    )
+    glued = {"query": ["<user>2+2=4"], "prompts": ["<user>2+2="], "labels": [label]}
+    one = {"prompt": "<user>2+2=", "response": "4", "label": label}
+    assert ask(glued, "/", named).json()["rewards"] == [0.75]
+    assert ask(one, "/", named).json() == 0.75
+    assert ask(glued, "/", unnamed).status_code == ask(one, "/", unnamed).status_code == 404
+
+
+def test_labels_that_are_no_ids() -> None:
+    """They leave the prompt to be looked up."""
+    app = create_app(a_reward(id_column="uid"), verify=False)
+    for label in ("", None, 0.5, True, [7], {"answer": 7}, {"uid": [7]}):
+        assert ask({"prompt": "2+2=", "response": "4", "label": label}, "/", app).json() == 0.75, label
+
+
+def test_ids_are_ids_to_any_reward() -> None:
+    """The native dialect's field can mean nothing else."""
     table = ReferenceTable.build([(id_key(7), [1.0, 2.0, 3.0, 5.0])])
     app = create_app(CalibratedReward(NumberScorer(), table), verify=False)
-    for label in (7, "7", {"uid": 7}):
-        answer = ask({"query": ["<user>2+2=4"], "prompts": ["<user>2+2="], "labels": [label]}, "/", app)
-        assert answer.json()["rewards"] == [0.75], label
-    assert ask({"query": ["<user>2+2=4"], "prompts": ["<user>2+2="], "labels": [0.5]}, "/", app).status_code == 404
+    for own in (7, "7"):
+        assert ask({"prompts": ["?"], "completions": ["4"], "ids": [own]}, "/", app).json()["reward"] == [0.75]
+
+
+@pytest.mark.parametrize("field", ["query", "queries"])
+def test_padding_around_a_glued_text(field) -> None:
+    """What comes before the prompt is left out, what `endings` names is taken off the end."""
+    reward = a_reward(HashScorer(), endings=("<pad>",))
+    answer = ask({field: ["<pad><pad>2+2=4<pad>"], "prompts": ["2+2="]}, "/", create_app(reward, verify=False)).json()
+    assert answer["rewards"] == reward.score(["2+2="], ["4"]).reward
 
 
 @pytest.mark.parametrize(

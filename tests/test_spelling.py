@@ -40,7 +40,7 @@ SETTINGS = [
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda each: type(each).__name__)
 def test_what_is_written_is_read(setting: Any) -> None:
     """By way of JSON text; lists come back as tuples."""
-    again = read(json.loads(json.dumps(spelled(setting))))
+    again = read(json.loads(json.dumps(spelled(setting))), trust=True)
     assert again == (tuple(setting) if isinstance(setting, list) else setting)
 
 
@@ -54,7 +54,7 @@ def test_secrets_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     said = spelled(Remote("http://host:80", Native("m"), token="hush"))
     assert "hush" not in json.dumps(said)
     monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN", "mine")
-    assert read(said).token == "mine"
+    assert read(said, trust=True).token == "mine"
     assert "hush" not in json.dumps(spelled({"model_options": {"token": "hush", "a": 1}}))
     for url in ("http://me:hush@host", "http://host/?token=hush"):
         with pytest.raises(ValueError, match="no password and no query"):
@@ -79,6 +79,20 @@ def test_a_function_is_imported_only_by_those_who_trust() -> None:
         read(spelled(FromCheckpoint("x", placement=Placement(trust_remote_code=True))))
 
 
+def test_a_file_from_elsewhere_asks_no_server_and_loads_no_kernels() -> None:
+    """A url would be sent prompts and a token; options of from_pretrained can bring code by other ways."""
+    for risky in (
+        Remote("http://host:80", Native("m")),
+        Ensemble([Remote("http://host:80", Native("m"))]),
+        FromCheckpoint("x", placement=Placement(model_options={"attn_implementation": "someone/kernels"})),
+    ):
+        assert read(spelled(risky), trust=True) == risky
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            read(spelled(risky))
+    with pytest.raises(ValueError, match="no argument of its own"):
+        Placement(model_options={"trust_remote_code": True})
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -87,6 +101,8 @@ def test_a_function_is_imported_only_by_those_who_trust() -> None:
         "calibrated_rewards.table.ReferenceTable",
         "calibrated_rewards.rewarding.spelling.import_module",
         "calibrated_rewards.rewarding.spelling.Any",
+        "calibrated_rewards.adapters.trl_reward.reward",
+        "calibrated_rewards.on_the_spot.OnTheSpot",
         "calibrated_rewards.transforms.np",
         "calibrated_rewards.scaling.Exponential",
         "calibrated_rewards.nowhere.Thing",

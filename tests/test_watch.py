@@ -86,6 +86,18 @@ def test_a_first_step_is_enough_and_later_ones_do_not_count(caplog: pytest.LogCa
     assert len(caplog.records) == 1
 
 
+def test_evaluation_is_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
+    """score() is for looking; the alarm can be left out; and copies of one completion are one."""
+    table = ReferenceTable.build([(str(i), np.linspace(-1, 1, 50)) for i in range(300)])
+    prompts, completions = [str(i) for i in range(300)], ["0.9"] * 300
+    CalibratedReward(NumberScorer(), table).score(prompts, completions)
+    CalibratedReward(NumberScorer(), table, alarm=False)(prompts, completions)
+    CalibratedReward(NumberScorer(), table)(prompts[:9] * 40, ["0.9"] * 360)
+    assert not caplog.records
+    CalibratedReward(NumberScorer(), table)(prompts, completions)
+    assert len(caplog.records) == 1
+
+
 def test_a_trainer_s_state_tells_when_the_first_step_is_over(caplog: pytest.LogCaptureFixture) -> None:
     """TRL passes trainer_state: at step 0 the policy is the reference; afterwards it has been trained."""
     table = ReferenceTable.build([(str(i), np.linspace(-1, 1, 50)) for i in range(40)])

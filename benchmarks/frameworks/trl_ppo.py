@@ -1,4 +1,4 @@
-"""TRL 1.12's PPO trainer with the adapter's module in the place of a reward model: two updates, and every reward."""
+"""TRL 1.12's PPO trainer with the adapter's module in the place of a reward model: four updates, and every reward."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def asked_directly(asked: Any, module: Any, tokenizer: Any) -> float:
 
 
 def trained(asked: Any, tokenizer: Any, module: Any) -> Any:
-    """Two updates; the scores that the trainer logged."""
+    """Four updates; the scores that the trainer logged."""
     chats = [asked.chats[n] for n in range(0, len(asked), 4)]
     ids = [tokenizer(render(chat), add_special_tokens=False)["input_ids"] for chat in chats]
     data = Dataset.from_dict({"input_ids": ids})

@@ -4,9 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from calibrated_rewards.choice import Choice
 from calibrated_rewards.commands import reward_model
-from calibrated_rewards.commands.transform import transform
-from calibrated_rewards.transforms import Identity
+from calibrated_rewards.commands.transform import chosen, transform
+from calibrated_rewards.transforms import Identity, Transform
 
 EPILOG = """examples:
   calibrated-rewards reward table/ --reward-model ./rm --transform exp:10 --out reward/
@@ -23,13 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("table", help="the directory of a table or of a run, or a name on the Hugging Face Hub")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the directory that is written")
+    parser.add_argument("--force", action="store_true", help="write over a reward that is there")
     group = parser.add_argument_group("reward")
     group.add_argument(
         "--transform",
-        type=transform,
-        default=Identity(),
+        type=described,
+        default=(Identity(), None),
         metavar="NAME",
-        help="identity, log, exp:T, best-of:N:KL, ...",
+        help="identity (none), log, exp:T; best-of:N:KL, worst-of:N:KL: the optimum for N draws at a KL in nats",
     )
     group.add_argument("--estimator", default="empirical", help="empirical, posterior, unbiased or randomised")
     group.add_argument("--scale", default="unit", help="unit, standard or raw")
@@ -44,15 +46,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     reward_model.add_arguments(parser)
 
 
+def described(name: str) -> tuple[Transform, Choice | None]:
+    """A transform by its name, and what was chosen where the name is a question."""
+    return transform(name), chosen(name) if "-of:" in name else None
+
+
 def run(options: argparse.Namespace) -> int:
     """Verify, write, and say what was written."""
     from calibrated_rewards.reward import CalibratedReward
     from calibrated_rewards.table import ReferenceTable
 
+    if (options.out / "reward.json").exists() and not options.force:
+        raise FileExistsError(f"{options.out} is a calibrated reward already: --force writes over it")
+    function, choice = options.transform
     reward = CalibratedReward(
         reward_model.load(options),
         ReferenceTable.from_pretrained(options.table),
-        options.transform,
+        function,
+        beta=choice.beta if choice and options.scale != "standard" else None,
         estimator=options.estimator,
         scale=options.scale,
         on_missing=options.on_missing,
@@ -64,4 +75,7 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.write(f"verified: {reward.verify(options.tolerance)}\n")
     reward.save_pretrained(options.out)
     sys.stdout.write(f"{options.out}: {reward.__name__}, {len(reward.table)} prompts, {reward.transform!r}\n")
+    if choice and reward.beta:
+        told = f"KL {choice.kl:.3g} nats, win rate {choice.win_rate:.3f} after the draws"
+        sys.stdout.write(f"train with beta={reward.beta:.4g}: {told}\n")
     return 0

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from calibrated_rewards.choice import optimum
+from calibrated_rewards.choice import Choice, optimum
 from calibrated_rewards.procedures import BestOf, WorstOf
 from calibrated_rewards.transforms import Exponential, Identity, Log, Transform
 
@@ -22,13 +22,19 @@ def transform(name: str) -> Transform:
     kind, *numbers = name.split(":")
     try:
         if kind in _PROCEDURES:
-            n, kl = numbers
-            return optimum(_PROCEDURES[kind](int(n)), kl=float(kl)).transform
+            return chosen(name).transform
         if kind == "exp":
             (t,) = numbers
             return Exponential(float(t))
         return _NAMED[name]
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(
-            f"a transform is identity, log, exp:T, best-of:N:KL or worst-of:N:KL, with numbers, got {name!r}"
+            "a transform is identity, log, exp:T, best-of:N:KL or worst-of:N:KL, with numbers, KL in nats, such as "
+            f"best-of:4:1.0; got {name!r}"
         ) from None
+
+
+def chosen(name: str) -> Choice:
+    """Of best-of:N:KL and worst-of:N:KL: the transform with the beta that it is to be trained with."""
+    kind, n, kl = name.split(":")
+    return optimum(_PROCEDURES[kind](int(n)), kl=float(kl))

@@ -20,8 +20,9 @@ from calibrated_rewards.faithful.rules import Finding, Framework, Settings, brok
 from calibrated_rewards.faithful.sampled import bent, other_than_calibrated
 from calibrated_rewards.faithful.skyrl_settings import SKYRL
 from calibrated_rewards.faithful.slime_settings import SLIME
+from calibrated_rewards.faithful.spelled import misspelled, unreadable
 from calibrated_rewards.faithful.swift_settings import SWIFT
-from calibrated_rewards.faithful.trl_settings import ASYNC_GRPO, GRPO, ONLINE_DPO, RLOO
+from calibrated_rewards.faithful.trl_rules import ASYNC_GRPO, GRPO, ONLINE_DPO, RLOO
 from calibrated_rewards.faithful.verl_settings import VERL
 from calibrated_rewards.reward import CalibratedReward
 
@@ -37,11 +38,12 @@ _CLASSES = (
     ("skyrl", "SkyRLTrainConfig", SKYRL),
     ("areal", "PPOConfig", AREAL),
 )
+_GRAVEST_FIRST = ("error", "warning", "note")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found; printed, it has a line for each finding."""
+    """What a check found, errors first; printed, it has a line for each finding."""
 
     framework: str
     findings: tuple[Finding, ...]
@@ -72,10 +74,14 @@ def check_settings(
     """Check a trainer's settings: a configuration object, parsed arguments, or mappings, nested or with dotted names.
 
     With the reward, also that completions are drawn as its references were and that no clip cuts it; with the beta
-    that is wanted, that the settings amount to it. What is not set is taken to be at the framework's default.
+    that is wanted, which is the reward's if none is given, that the settings amount to it. What is not set is taken to
+    be at the framework's default.
     """
+    unreadable(settings)
     read = Settings(settings, _framework(settings, framework))
-    findings = [*broken(read), *_strength(read, beta), *bent(read), *_with(reward, read)]
+    wanted = reward.beta if beta is None and reward is not None else beta
+    findings = [*broken(read), *_strength(read, wanted), *bent(read), *_with(reward, read), *misspelled(read)]
+    findings.sort(key=lambda finding: _GRAVEST_FIRST.index(finding.severity))
     where = strength(read)
     return Report(read.framework.name, tuple(findings), None if where is None else where.beta(read))
 

@@ -40,7 +40,7 @@ class Settings:
     framework: "Framework"
 
     def __contains__(self, name: str) -> bool:
-        return _read(self.source, name)[0] or name in self.framework.defaults
+        return is_set(self.source, name) or name in self.framework.defaults
 
     def __getitem__(self, name: str) -> Any:
         found, value = _read(self.source, name)
@@ -49,6 +49,11 @@ class Settings:
     def shown(self, name: str) -> str:
         """The setting as a finding names it."""
         return f"{name}={self[name]!r}" if name in self else name
+
+
+def is_set(source: Any, name: str) -> bool:
+    """Whether the source has the setting, and no default stands for it."""
+    return _read(source, name)[0]
 
 
 def _read(source: Any, name: str) -> tuple[bool, Any]:

@@ -32,6 +32,8 @@ def other_than_calibrated(settings: Settings, meta: Mapping[str, Any]) -> Iterat
             continue
         why = f"the references were drawn with {name}={decoding[name]!r}, so that quantiles are of another policy"
         unknown = settings[setting] is None and name == "max_tokens"
+        if name == "max_tokens" and not unknown:
+            why = f"the calibration cut at {decoding[name]} tokens, the trainer at {settings[setting]}"
         yield Finding(settings.shown(setting), why, f"{setting}={decoding[name]!r}", "warning" if unknown else "error")
 
 

@@ -14,7 +14,6 @@ comes after them. From the paper (InfAlign-CTRL, algorithm 1), which uses PPO, i
 function. It runs in one process; weights are float32.
 """
 
-import argparse
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from jaxtyping import Float32
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrated_rewards.recipes import loop
+from calibrated_rewards.recipes import command, loop
 from calibrated_rewards.recipes.loop import Episodes, setting
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.rollouts.sources import Asked
@@ -44,7 +43,7 @@ class Settings:
     lr: float = setting(1e-6, "learning rate at the start; it falls to 0")
     epochs: int = setting(1, "updates with the same completions; more than 1 reuses them, with clipping")
     clip: float = setting(0.2, "how far the probability of a completion may go in a step of several epochs")
-    baseline: str = setting("leave-one-out", "leave-one-out, or group-mean, which is (G-1)/G of it")
+    baseline: str = setting("leave-one-out", "group-mean is (G-1)/G of the other", "leave-one-out", "group-mean")
     max_grad_norm: float = setting(1.0, "longer gradients are cut to this length")
     rows: int = setting(8, "completions that go through the model at once; memory, not the result")
     seed: int = setting(0, "of the prompts' order and the completions")
@@ -91,7 +90,7 @@ def update(
     old, ref = (loop.logprobs_of(m, episodes, temperature, settings.rows) for m in (policy.model, reference))
     kl = (old - ref).sum(1)
     began = time.perf_counter()
-    raw, value = scored(reward, asked, episodes, settings.completions)
+    raw, value, u = scored(reward, asked, episodes, settings.completions)
     scoring = time.perf_counter() - began
     value = value.to(kl.device)
     penalised = value - settings.beta * kl.view_as(value)
@@ -105,17 +104,20 @@ def update(
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), settings.max_grad_norm)
         optimizer.step()
     means = {"reward": value, "raw": raw, "kl": kl, "objective": penalised, "tokens": episodes.mask.sum(1).float()}
-    return {**{name: float(each.mean()) for name, each in means.items()}, "seconds_scoring": scoring}
+    return {**{name: float(each.mean()) for name, each in means.items()}, "u": u, "seconds_scoring": scoring}
 
 
 def scored(
     reward: CalibratedReward, asked: Sequence[Asked], episodes: Episodes, completions: int
-) -> tuple[Float32[Tensor, "P G"], Float32[Tensor, "P G"]]:
-    """The raw scores, and what the calibrated reward makes of them."""
-    prompts = [each.prompt for each in asked]
+) -> tuple[Float32[Tensor, "P G"], Float32[Tensor, "P G"], float]:
+    """The raw scores, what the calibrated reward makes of them, and the mean quantile, of what the table knows."""
+    prompts, ids = [each.prompt for each in asked], [each.id for each in asked]
     raw = reward.raw([prompt for prompt in prompts for _ in range(completions)], episodes.texts)
     table = torch.from_numpy(raw).view(len(asked), completions)
-    return table, reward.from_scores(prompts, table, [each.id for each in asked]).float()
+    rows = reward.rows(prompts, ids)
+    known = rows >= 0
+    u = reward.table.cdf(rows[known], table.numpy()[known])
+    return table, reward.from_scores(prompts, table, ids).float(), float(u.mean()) if known.any() else 0.5
 
 
 def advantages(rewards: Float32[Tensor, "P G"], baseline: str = "leave-one-out") -> Float32[Tensor, "P G"]:
@@ -137,12 +139,10 @@ def losses(
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    loop.add_arguments(parser, Settings)
-    loop.run(parser.parse_args(arguments), Settings, train)
+    return command.main(str(__doc__), Settings, train, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,15 +1,12 @@
-"""What the plain loops share: prompts in turn, completions and their log-probabilities, options, the log.
+"""What the plain loops share: prompts in turn, completions and their log-probabilities, the learning rate.
 
 Completions are drawn with `model.generate` from the whole distribution at the temperature, as the references of the
 table were: a KL to the reference policy is then what the objective says it is.
 """
 
-import argparse
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float32, Int64
@@ -17,16 +14,9 @@ from torch import Tensor
 
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.reading.body import device_of
-from calibrated_rewards.reading.text import Text
-from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.rollouts.sources import Asked, prompts_from
-from calibrated_rewards.samplers.decoding import Decoding
+from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.endings import Draft
 from calibrated_rewards.samplers.policy import Policy
-
-S = TypeVar("S")
-# What draws from another distribution than softmax(logits / temperature), where the KL would mean something else.
-PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "stop": []}
 
 
 @dataclass(frozen=True)
@@ -128,83 +118,6 @@ def set_rate(optimizer: torch.optim.Optimizer, start: float, step: int, steps: i
     return rate
 
 
-def setting(default: Any, told: str) -> Any:
-    """A field of a recipe's settings, and what --help says of it."""
-    return field(default=default, metadata={"help": told})
-
-
-def add_arguments(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
-    """The options of a recipe: what it is made of, and a line for each of its settings."""
-    parser.add_argument("--policy", required=True, metavar="PATH|ID", help="the policy that the table is of")
-    parser.add_argument("--reward", required=True, metavar="DIR|ID", help="a CalibratedReward that was saved")
-    parser.add_argument("--prompts", required=True, metavar="FILE|FOLDER|ID", help="JSONL or what else calibrate reads")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for model/ and log.jsonl")
-    parser.add_argument("--column", help="the column of the prompts, where it is not what TRL would read")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="of a completion; the table's, if nothing is said")
-    parser.add_argument("--temperature", type=float, metavar="T", help="the table's, if nothing is said")
-    parser.add_argument("--dtype", default="float32", help="(%(default)s) in bfloat16 small steps are rounded away")
-    parser.add_argument("--device", help="a GPU if there is one")
-    for each in fields(settings):
-        if each.default is MISSING:
-            raise TypeError(f"settings of a recipe have defaults, got {each.name} without one")
-        name, told = f"--{each.name.replace('_', '-')}", f"{each.metadata['help']} (%(default)s)"
-        parser.add_argument(name, type=type(each.default), default=each.default, help=told, **_choice(each.metadata))
-
-
-def _choice(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    return {"choices": metadata["choices"]} if "choices" in metadata else {"metavar": "X"}
-
-
-def settings_of(options: argparse.Namespace, settings: type[S]) -> S:
-    """The settings that were given."""
-    names = [each.name for each in fields(settings)]  # type: ignore[arg-type]
-    return settings(**{name: getattr(options, name) for name in names})
-
-
-def decoding_of(meta: Mapping[str, Any], max_tokens: int | None, temperature: float | None) -> Decoding:
-    """How the references of a table were drawn, with what was said here instead; ValueError if it cannot be done so.
-
-    >>> decoding_of({"sampler": {"decoding": {"max_tokens": 64, "temperature": 0.8, "top_p": 1.0}}}, None, None)
-    Decoding(max_tokens=64, temperature=0.8, top_p=1.0, ...)
-    """
-    drawn = dict((meta.get("sampler") or {}).get("decoding") or {})
-    bent = {name: drawn[name] for name, off in PLAIN.items() if name in drawn and drawn[name] != off}
-    if bent:
-        raise ValueError(
-            f"the plain loops draw from the whole distribution, the table's references were drawn with {bent}: "
-            "calibrate again without, or KL and quantiles are of another policy than the one that is trained"
-        )
-    length = max_tokens or drawn.get("max_tokens")
-    if length is None:
-        raise ValueError("the table does not say how its references were drawn: say --max-tokens")
-    return Decoding(length, drawn.get("temperature", 1.0) if temperature is None else temperature)
-
-
-def opened(options: argparse.Namespace) -> tuple[Policy, CalibratedReward, list[Asked]]:
-    """What a recipe is made of: the policy, the reward, which is verified first, and the prompts."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    reward = CalibratedReward.from_pretrained(options.reward)
-    reward.verify()
-    decoding = decoding_of(reward.table.meta, options.max_tokens, options.temperature)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = AutoModelForCausalLM.from_pretrained(options.policy, dtype=options.dtype)
-    policy = Policy(model.to(device), AutoTokenizer.from_pretrained(options.policy), decoding, Text())
-    asked = list(prompts_from(options.prompts, column=options.column, id_column=reward.id_column))
-    policy.check([each.prompt for each in asked])
-    return policy, reward, asked
-
-
-def run(options: argparse.Namespace, settings: type[S], train: Callable[..., None]) -> None:
-    """Open, train, save: the model that came out, its tokenizer, and a line of log for each step."""
-    policy, reward, asked = opened(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "log.jsonl").open("w") as file:
-
-        def log(row: Mapping[str, float]) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-
-        train(policy, reward, asked, settings_of(options, settings), log)
-    policy.model.save_pretrained(options.out / "model")
-    policy.tokenizer.save_pretrained(options.out / "model")
+def setting(default: Any, told: str, *choices: str) -> Any:
+    """A field of a recipe's settings, what --help says of it, and what it may be, if that can be listed."""
+    return field(default=default, metadata={"help": told, "choices": choices or None})

@@ -13,7 +13,6 @@ since the KL is whitened with them. The value head is linear, reads the policy's
 it. It runs in one process; weights are float32.
 """
 
-import argparse
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from calibrated_rewards.recipes import loop
+from calibrated_rewards.recipes import command, loop
 from calibrated_rewards.recipes.loop import Episodes, setting
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.rollouts.sources import Asked
@@ -46,7 +45,7 @@ class Settings:
     minibatches: int = setting(1, "updates in a pass")
     clip: float = setting(0.2, "how far a token's probability may go from the one that it was drawn with")
     lam: float = setting(1.0, "lambda of GAE; below 1 there is less noise, and the value's errors stay")
-    whiten: str = setting("no", "no, centre, or scale: what is done to the advantages of a round")
+    whiten: str = setting("no", "what is done to the advantages of a round", "no", "centre", "scale")
     max_grad_norm: float = setting(1.0, "longer gradients are cut to this length")
     rows: int = setting(8, "completions that go through the model at once; memory, not the result")
     seed: int = setting(0, "of the prompts' order and the completions")
@@ -135,6 +134,7 @@ def update(learner: Learner, reward: CalibratedReward, asked: Sequence[Asked], s
     objective = score.mean() - settings.beta * kl
     means = {"reward": score.mean(), "kl": kl, "objective": objective, "tokens": episodes.mask.sum(1).float().mean()}
     told = {name: float(mean) for name, mean in means.items()}
+    told["u"] = metrics[f"{reward.__name__}/u"]
     return {**metrics, **told, "value_loss": value_loss, "seconds_scoring": scoring}
 
 
@@ -226,12 +226,10 @@ def losses(
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    loop.add_arguments(parser, Settings)
-    loop.run(parser.parse_args(arguments), Settings, train)
+    return command.main(str(__doc__), Settings, train, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

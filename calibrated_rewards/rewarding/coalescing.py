@@ -6,6 +6,7 @@
 [1, 2, 3]
 """
 
+import os
 import threading
 import time
 from collections import deque
@@ -13,6 +14,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
+
+_alive: "WeakSet[Coalescer]" = WeakSet()
 
 
 class Full(RuntimeError):
@@ -44,6 +48,7 @@ class Coalescer:
                 "Coalescer needs max_batch, max_queue >= 1 and a finite max_wait >= 0, "
                 f"got {self.max_batch}, {self.max_queue} and {self.max_wait}"
             )
+        _alive.add(self)
 
     def submit(self, item: Any) -> "Future[Any]":
         """The result of an item, in time."""
@@ -51,6 +56,8 @@ class Coalescer:
 
     def submit_all(self, items: Sequence[Any]) -> "list[Future[Any]]":
         """The results of several items, all or none of which are taken."""
+        if threading.current_thread() in self._working:
+            raise RuntimeError("the work on a batch asks for a batch, and would wait for itself: call the scorer in it")
         futures: list[Future[Any]] = [Future() for _ in items]
         with self._changed:
             if len(self._waiting) + len(items) > self.max_queue:
@@ -88,18 +95,41 @@ class Coalescer:
             return batch
 
     def _do(self, batch: list[tuple[Any, "Future[Any]"]]) -> None:
-        if not batch:
+        error = self._tried(batch) if batch else None
+        if error is not None:
+            self._divide(batch, error)
+
+    def _divide(self, batch: list[tuple[Any, "Future[Any]"]], error: BaseException) -> None:
+        """Find the items that a batch failed for; a server that is away, or an exit, is not for an item."""
+        if len(batch) == 1 or isinstance(error, OSError) or not isinstance(error, Exception):
+            for _, future in batch:
+                future.set_exception(error)
             return
+        middle = len(batch) // 2
+        for half in (batch[:middle], batch[middle:]):
+            self._do(half)
+
+    def _tried(self, batch: list[tuple[Any, "Future[Any]"]]) -> BaseException | None:
+        """Work on a batch: its results are given out, or the error comes back."""
         try:
             results = self.work([item for item, _ in batch])
             if len(results) != len(batch):
                 raise ValueError(f"a batch of {len(batch)} items gave {len(results)} results")
         except BaseException as error:  # noqa: BLE001 (it is raised where the answer is waited for)
-            if len(batch) == 1:
-                batch[0][1].set_exception(error)
-                return
-            for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-                self._do(half)
-            return
+            return error
         for (_, future), result in zip(batch, results, strict=True):
             future.set_result(result)
+        return None
+
+    def _forget(self) -> None:
+        """In a forked process: its parent's thread is not here, and its parent's callers are not ours."""
+        for field_, empty in (("_waiting", deque()), ("_working", []), ("_changed", threading.Condition())):
+            object.__setattr__(self, field_, empty)
+
+
+def _after_fork() -> None:
+    for coalescer in _alive:
+        coalescer._forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)

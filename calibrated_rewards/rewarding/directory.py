@@ -16,19 +16,22 @@ from calibrated_rewards.table import ReferenceTable
 
 FORMAT, VERSION = "calibrated reward", 1
 SETTINGS, TABLE, PROMPTS = "reward.json", "table", "prompts.jsonl"
+TABLE_HINT = (
+    ": it is a table. CalibratedReward(scorer, ReferenceTable.load(...)) takes it, and "
+    "`calibrated-rewards reward {at} --reward-model ... --out reward/` makes a reward of it"
+)
 # What has a file of its own.
 FILES = {"table", "originals"}
 
 
 def write(reward: Any, to: str | os.PathLike[str]) -> None:
-    """All of it; the settings come last, so that a directory with settings is complete."""
+    """Each file in one step, the settings last: they say which table they belong to."""
     settings = {each.name: _setting(reward, each.name) for each in fields(reward) if each.name not in FILES}
     at = Path(to)
     at.mkdir(parents=True, exist_ok=True)
-    (at / SETTINGS).unlink(missing_ok=True)
     reward.table.save(at / TABLE)
     _write_prompts(reward, at / PROMPTS)
-    text = json.dumps({"format": FORMAT, "version": VERSION, **settings}, indent=2)
+    text = json.dumps({"format": FORMAT, "version": VERSION, "table": _digest(at), **settings}, indent=2)
     new = at / f".{SETTINGS}.{os.getpid()}"
     new.write_text(text + "\n")
     new.replace(at / SETTINGS)
@@ -46,7 +49,16 @@ def read(
     """A reward, `cls`, of what was written; from the Hub, if `name` is no directory."""
     local = os.path.isdir(name)
     at = Path(name) if local else Path(_download(str(name), revision, token))
+    try:
+        return _read(cls, at, local, scorer, trust, changes)
+    except (TypeError, KeyError, UnicodeDecodeError, RecursionError, AttributeError) as error:
+        raise ValueError(f"{at / SETTINGS} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read(cls: Any, at: Path, local: bool, scorer: Any, trust: bool, changes: Mapping[str, Any]) -> Any:
     said = _settings(at)
+    if said.pop("table", None) != _digest(at) and "table" not in changes:
+        raise ValueError(f"{at / SETTINGS} and {at / TABLE} are not of one save, which was not finished: save it again")
     # A directory on this machine is as good as a module on it; a checkpoint's own code is somebody else's.
     trust = trust or (local and not _brings_code(said))
     stored = {
@@ -56,8 +68,9 @@ def read(
     known = {each.name for each in fields(cls)}
     if unknown := {*settings, *changes} - known:
         raise ValueError(f"a calibrated reward has no setting {', '.join(sorted(unknown))}; it has {sorted(known)}")
-    prompts = Originals(str((at / PROMPTS).absolute())) if (at / PROMPTS).exists() else None
-    table = ReferenceTable.load(at / TABLE)
+    own_prompts = (at / PROMPTS).exists() and "table" not in changes
+    prompts = Originals(str(at / PROMPTS)) if own_prompts else None
+    table = changes["table"] if "table" in changes else ReferenceTable.load(at / TABLE)
     return cls(**{"scorer": scorer, "table": table, "originals": prompts, **settings, **changes})
 
 
@@ -82,6 +95,12 @@ def push(reward: Any, repo_id: str, private: bool | None, token: str | bool | No
     return str(commit.commit_url)
 
 
+def _digest(at: Path) -> str | None:
+    """Which table it is."""
+    summary = at / TABLE / "table.json"
+    return str(json.loads(summary.read_bytes())["header_digest"]) if summary.exists() else None
+
+
 def _setting(reward: Any, name: str) -> Any:
     value = getattr(reward, name)
     if name == "on_missing" and callable(value):
@@ -94,8 +113,10 @@ def _settings(at: Path) -> dict[str, Any]:
         said = json.loads((at / SETTINGS).read_text())
     except FileNotFoundError:
         is_table = (at / "table.json").exists()
-        hint = ": it is a table, which CalibratedReward(scorer, ReferenceTable.load(...)) takes" if is_table else ""
+        hint = TABLE_HINT.format(at=at) if is_table else ""
         raise FileNotFoundError(f"{at} has no {SETTINGS}, so it is no calibrated reward{hint}") from None
+    except ValueError as error:
+        raise ValueError(f"{at / SETTINGS} is no JSON: {error}") from None
     if not isinstance(said, dict) or said.pop("format", None) != FORMAT or said.pop("version", None) != VERSION:
         raise ValueError(f"{at / SETTINGS} is no calibrated reward of version {VERSION}")
     return said
@@ -116,7 +137,11 @@ def _write_prompts(reward: Any, to: Path) -> None:
 def _brings_code(said: Any) -> bool:
     if isinstance(said, list):
         return any(map(_brings_code, said))
-    return isinstance(said, dict) and (bool(said.get("trust_remote_code")) or any(map(_brings_code, said.values())))
+    if not isinstance(said, dict):
+        return False
+    options = said.get("model_options")
+    own = bool(said.get("trust_remote_code")) or (isinstance(options, dict) and bool(options.get("trust_remote_code")))
+    return own or any(map(_brings_code, said.values()))
 
 
 def _places(said: Any) -> list[str]:
@@ -132,5 +157,12 @@ def _places(said: Any) -> list[str]:
 def _download(repo_id: str, revision: str | None, token: str | bool | None) -> str:
     from huggingface_hub import snapshot_download
 
+    if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")) or repo_id.endswith("/"):
+        raise FileNotFoundError(f"no directory {repo_id!r} here; a name on the Hub is like my-name/my-reward")
     wanted = [SETTINGS, PROMPTS, f"{TABLE}/*"]
-    return snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted)
+    try:
+        return snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no directory {repo_id!r} here, and it does not come from the Hub either: {error}"
+        ) from error

@@ -1,6 +1,6 @@
 """Prompts as they arrive, whatever their form: their rows in the table, and what the reward model should read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,12 +27,13 @@ class Located(NamedTuple):
 def located(
     table: ReferenceTable, prompts: Sequence[Prompt | None], ids: Sequence[Any] | None, originals: Reading | None
 ) -> Located:
-    """Find prompts by their ids, or by themselves; ValueError if one has to be read otherwise, and nobody knows how.
+    """Find prompts by their ids, or by themselves; an error if one has to be read otherwise, and nobody knows how.
 
     A prompt that is None is one that its id alone stands for.
     """
+    prompts = list(prompts)
     keys = keys_of(prompts)
-    rows = table.find(keys, ids)
+    rows = rows_of(table, keys, ids)
     known = np.flatnonzero(rows >= 0)
     own = table.keys(rows[known])
     named: list[Any] = [None] * len(prompts) if ids is None else list(ids)
@@ -45,6 +46,17 @@ def located(
     read = dict(enumerate(prompts))
     if len(other):
         read |= zip(other.tolist(), _originals(prompts[other[0]], rows[other], originals), strict=True)
+        # A file of prompts that is of another table would have the reward model read somebody else's.
+        own_rows = table.find([as_key(read[at] or "") for at in other.tolist()])
+        for at, row in zip(other.tolist(), own_rows.tolist(), strict=True):
+            by_id_only = row < 0 and named[at] is not None and table.keys(rows[[at]])[0] == id_key(named[at])
+            if row != rows[at] and not by_id_only:
+                raise ValueError(f"the originals are of another table: row {rows[at]} is {start_of(read[at])} in them")
+            if isinstance(read[at], str) and not isinstance(prompts[at], str | None):
+                raise UnknownPromptError(
+                    f"the table was calibrated on a text, and a chat came with its id {named[at]!r}: the policy reads "
+                    f"the two otherwise, so completions are others. Calibrate the chats; got {start_of(prompts[at])}"
+                )
     lost = [at for at, prompt in read.items() if prompt is None]
     if lost:
         at = lost[0]
@@ -52,8 +64,51 @@ def located(
     return Located(rows, [prompt for prompt in read.values() if prompt is not None])
 
 
-def keys_of(prompts: Sequence[Prompt | None]) -> list[bytes]:
+def split_texts(table: ReferenceTable, texts: Sequence[str], known: bool) -> list[tuple[str, str]]:
+    """Each text as its prompt and what follows it; unless all have to be `known`, others are prompts as a whole."""
+    cut = []
+    for text in texts:
+        try:
+            split = int(table.rows_by_prefix([text])[1][0])
+        except UnknownPromptError:
+            if known:
+                raise
+            split = len(text)
+        cut.append((text[:split], text[split:]))
+    return cut
+
+
+def ids_in(columns: Mapping[str, Any], id_column: str | None) -> Sequence[Any] | None:
+    """The ids among a trainer's columns; None for a reward that finds prompts by themselves."""
+    if id_column is None:
+        return None
+    if id_column not in columns:
+        raise ValueError(
+            f"this reward finds prompts by the column {id_column!r}, the trainer passed {sorted(columns)}: "
+            "in TRL, remove_unused_columns=False"
+        )
+    found: Sequence[Any] = columns[id_column]
+    return found
+
+
+def rows_of(table: ReferenceTable, keys: Sequence[bytes], ids: Sequence[Any] | None) -> Int64[np.ndarray, " G"]:
+    """The row of each key, or of its id where that is known; an error where both are, and are not the same."""
+    rows = table.find(list(keys), ids)
+    if ids is None:
+        return rows
+    by_key = table.find(list(keys))
+    apart = np.flatnonzero((by_key >= 0) & (by_key != rows))
+    if len(apart):
+        raise UnknownPromptError(
+            f"the prompt and its id are of two prompts of the table, for {len(apart)} of {len(rows)}: the first is "
+            f"number {apart[0]}, with the id {list(ids)[apart[0]]!r}. Is the column of ids in the order of the prompts?"
+        )
+    return rows
+
+
+def keys_of(prompts: Iterable[Prompt | None]) -> list[bytes]:
     """The key of each prompt; of those that come many times over, worked out once."""
+    prompts = list(prompts)  # held, so that no two of them have the same id() one after the other
     texts: dict[Any, bytes] = {id(None): _NO_PROMPT}
     keys = []
     for prompt in prompts:
@@ -67,7 +122,7 @@ def keys_of(prompts: Sequence[Prompt | None]) -> list[bytes]:
 def _originals(first: Prompt | None, rows: Int64[np.ndarray, " G"], originals: Reading | None) -> list[Prompt]:
     found = originals(rows) if originals is not None else [None]
     if any(original is None for original in found):
-        raise ValueError(
+        raise UnknownPromptError(
             f"the table knows {start_of(first)} as another name of a prompt (its rendered template, an id), and the "
             "reward model has to read the prompt itself: give originals=, or a table in its calibration run's directory"
         )

@@ -4,9 +4,10 @@ import os
 import re
 from hashlib import blake2b
 
+from calibrated_rewards.optimal import Optimal
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint
 from calibrated_rewards.scorers.recipe import Loaded
-from calibrated_rewards.transforms import Transform
+from calibrated_rewards.transforms import Affine, Chain, Transform
 
 LONGEST, KEPT = 60, 40
 
@@ -14,14 +15,27 @@ LONGEST, KEPT = 60, 40
 def named(transform: Transform, scorer: Scorer | None) -> str:
     """A name that is as good as an identifier: of many words the first ones, and a digest of all.
 
+    >>> from calibrated_rewards.procedures import BestOf
     >>> from calibrated_rewards.testing import NumberScorer
     >>> from calibrated_rewards.transforms import Exponential
     >>> named(Exponential(-10.0), NumberScorer())
     'calibrated_Exponential_t_minus_10_0_number'
+    >>> named(Optimal(BestOf(4), beta=0.1), NumberScorer())
+    'calibrated_optimal_BestOf_n_4_number'
     """
-    words = f"calibrated {transform!r} {_scorer_name(scorer)}"
+    words = f"calibrated {_said(transform)} {_scorer_name(scorer)}"
     name = re.sub(r"\W+", "_", re.sub(r"-(?=\d)", "minus ", words)).strip("_")
     return name if len(name) <= LONGEST else f"{name[:KEPT]}_{blake2b(words.encode(), digest_size=4).hexdigest()}"
+
+
+def _said(transform: Transform) -> str:
+    """Its repr; of the optimal transform, the question; without a change of scale."""
+    match transform:
+        case Chain(parts=(*head, Affine())) if head:
+            return " ".join(map(_said, head))
+        case Optimal(procedure=procedure):
+            return f"optimal {procedure!r}"
+    return repr(transform)
 
 
 def _scorer_name(scorer: Scorer | None) -> str:

@@ -35,6 +35,9 @@ class Originals:
 
     path: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", os.path.abspath(self.path))
+
     @classmethod
     def write(cls, path: str | os.PathLike[str], table: ReferenceTable, prompts: Iterable[Prompt]) -> "Originals":
         """Of those prompts that the table knows; the first of several that are one row."""

@@ -31,8 +31,14 @@ class RawScores:
 
     def __call__(self, rows: Any, raw: Any, prompts: Sequence[Prompt] | None) -> Any:
         """The rewards; `prompts` where the rows of unknown ones are -1 and a function has to draw for them."""
+        if isinstance(raw, np.ma.MaskedArray):
+            raise TypeError("raw scores are an array without a mask: fill or leave out what is masked")
         if np.ndim(raw) == 0 or raw.shape[:1] != np.shape(rows):
-            raise ValueError(f"raw scores come by prompt, got shape {np.shape(raw)} for {len(rows)} prompts")
+            G, left = divmod(int(np.size(raw) if not are_tensor(raw) else raw.numel()), max(1, len(rows)))
+            how = f": reshape({len(rows)}, {G})?" if G > 1 and not left and np.ndim(raw) == 1 else ""
+            raise ValueError(
+                f"raw scores are of shape (P,) or (P, G), got {tuple(np.shape(raw))} for P = {len(rows)} prompts{how}"
+            )
         if not are_tensor(raw):
             return self._values(_host(rows), raw, prompts)
         import torch

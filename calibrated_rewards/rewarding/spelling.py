@@ -6,8 +6,8 @@
 >>> read(spelled(Chain(Exponential(5.0), Affine(2.0))))
 Chain(Exponential(t=5.0), Affine(scale=2.0, shift=0.0))
 
-What is read makes nothing but the library's own dataclasses: a file from elsewhere runs no code. A function, and a
-checkpoint that brings code, are read by those who say `trust=True`.
+What is read makes nothing but the library's own dataclasses: a file from elsewhere runs no code, and asks no server. A
+function, a checkpoint that brings code, options for loading one, and a server are read by those who say `trust=True`.
 """
 
 import os
@@ -27,6 +27,13 @@ OURS = "calibrated_rewards."
 # Never written, for whoever reads the file would read them; whoever opens it has one of their own.
 SECRET = {"token", "api_key", "password"}
 TOKEN = "CALIBRATED_REWARDS_TOKEN"
+# Settings that run code that comes with a checkpoint, load kernels, or send prompts and a token elsewhere.
+RISKY = ("trust_remote_code", "model_options", "quantization_config", "url")
+# Where the dataclasses are that a reward is made of.
+OF_REWARDS = re.compile(
+    r"calibrated_rewards\.(transforms|optimal|procedures|score_procedures|calibrations|combined|testing"
+    r"|scorers\.\w+|reading\.\w+)"
+)
 _CREDENTIALS = re.compile(r"\?|//[^/]*@")
 
 
@@ -57,11 +64,14 @@ def read(said: Any, *, trust: bool = False) -> Any:
     if "function" in said:
         return _function(str(said["function"]), trust)
     values = {name: read(value, trust=trust) for name, value in said.items() if name != "is"}
+    risky = [name for name in RISKY if values.get(name)]
+    if risky and not trust:
+        raise ValueError(
+            f"{', '.join(risky)} may run others' code, or tell others your data: say trust_remote_code=True"
+        )
     if "is" not in said:
         return values
     made = _class(str(said["is"]))
-    if values.get("trust_remote_code") and not trust:
-        raise ValueError(f"{made.__qualname__} runs code that comes with a checkpoint: say trust_remote_code=True")
     if "token" in {field.name for field in fields(made)}:
         values["token"] = os.environ.get(TOKEN) or None
     return Chain(*values["parts"]) if made is Chain else made(**values)
@@ -109,7 +119,7 @@ def _function(place: str, trust: bool) -> Any:
 def _class(name: str) -> Any:
     """A dataclass of ours, and nothing else that a name may lead to."""
     module, _, path = name.rpartition(".")
-    if not module.startswith(OURS) or not all(part.isidentifier() for part in name.split(".")):
+    if not OF_REWARDS.fullmatch(module) or not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(f"a saved setting is one of the library's dataclasses, got {name!r:.80}")
     try:
         found = getattr(import_module(module), path)

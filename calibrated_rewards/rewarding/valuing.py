@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float64, Int64, Shaped
 from calibrated_rewards.calibrations import Calibration, EmpiricalCDF
 from calibrated_rewards.finite_k import Estimator
 from calibrated_rewards.prompts import Prompt
+from calibrated_rewards.rewarding.locating import keys_of
 from calibrated_rewards.rewarding.lookup import Lookup
 from calibrated_rewards.scaling import moments
 from calibrated_rewards.table import ReferenceTable
@@ -68,11 +69,13 @@ class Valuing:
         known = rows >= 0
         if known.all():
             return Valued(*self._of(self.lookup, rows, raw), known)
+        if not np.isfinite(raw).all():
+            raise ValueError(f"raw scores are finite, got {raw[~np.isfinite(raw)].ravel()[0]}")
         value, u = np.full(raw.shape, self.neutral), np.full(raw.shape, 0.5)
         value[known], u[known] = self._of(self.lookup, rows[known], raw[known])
         if callable(self.on_missing):
             asked = [prompts(int(at)) for at in np.flatnonzero(~known)]
-            drawn = self.on_missing(asked)
+            drawn = self.on_missing([*dict(zip(keys_of(asked), asked, strict=True)).values()])
             value[~known], u[~known] = self._of(self._lookup(drawn), drawn.rows(asked), raw[~known])
             known = np.ones_like(known)
         return Valued(value, u, known)

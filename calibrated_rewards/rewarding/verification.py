@@ -50,7 +50,9 @@ class Verification:
         )
 
 
-def verified(scorer: Scorer, table: ReferenceTable, tolerance: float | None = None) -> Verification:
+def verified(
+    scorer: Scorer, table: ReferenceTable, tolerance: float | None = None, batch_size: int | None = None
+) -> Verification:
     """Score the table's probes again; ValueError if any is farther from what it was than equal scores are.
 
     `tolerance` is in standard deviations of a prompt's references; None for 0.001, or 0.5 if both the table and the
@@ -69,7 +71,10 @@ def verified(scorer: Scorer, table: ReferenceTable, tolerance: float | None = No
         )
     near = tolerance if tolerance is not None else _near(made_with, is_now)
     prompts, completions = [probe["prompt"] for probe in probes], [probe["completion"] for probe in probes]
-    scores = score(scorer, prompts, completions)
+    step = batch_size or len(probes)
+    starts = range(0, len(probes), step)
+    parts = [score(scorer, prompts[at : at + step], completions[at : at + step]) for at in starts]
+    scores = np.concatenate(parts)
     apart = np.abs(scores - np.array([probe["score"] for probe in probes], np.float64)) / _unit(table)
     if (apart > near).any():
         at = int(apart.argmax())
@@ -93,10 +98,11 @@ def _few_bits(said: Any) -> bool:
 
 
 def _unit(table: ReferenceTable) -> float:
-    """The standard deviation of references, within their prompts; 1 if no prompt has two different ones."""
+    """The standard deviation of a prompt's references, the median over prompts that have one; or 1."""
     rows = np.unique(np.linspace(0, len(table) - 1, MEASURED).astype(np.int64))
-    spread = float(np.sqrt(np.mean([np.var(table.scores(row), dtype=np.float64) for row in rows.tolist()])))
-    return spread or 1.0
+    spreads = np.array([np.std(table.scores(row), dtype=np.float64) for row in rows.tolist()])
+    # The median, which no prompt with wild scores can move.
+    return float(np.median(spreads[spreads > 0])) if (spreads > 0).any() else 1.0
 
 
 def _why(differs: tuple[str, ...]) -> str:

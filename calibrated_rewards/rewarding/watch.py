@@ -7,6 +7,7 @@ checkpoint, temperature, template, length limit, or reward model.
 
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import TypeAlias
@@ -14,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from calibrated_rewards.prompts import Completion
 from calibrated_rewards.rewarding.scores import Scores
 from calibrated_rewards.table import ReferenceTable
 
@@ -89,6 +91,17 @@ class Alarm:
                 abs(away),
                 abs(spread),
             )
+
+
+def first_ones(
+    rows: Rows, u: Quantiles, completions: Sequence[Completion]
+) -> tuple[Int64[np.ndarray, " m"], Float64[np.ndarray, " m"]]:
+    """Rows and quantiles of known prompts, of the same completion of the same prompt the first one only."""
+    places = {
+        (row, repr(c)): at for at, (row, c) in reversed([*enumerate(zip(rows.tolist(), completions, strict=True))])
+    }
+    first = np.array(sorted(at for (row, _), at in places.items() if row >= 0), np.int64)
+    return rows[first], u[first]
 
 
 def drift(rows: Rows, u: Quantiles, counts: Int64[np.ndarray, " n"]) -> float:

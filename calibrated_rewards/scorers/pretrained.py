@@ -35,6 +35,8 @@ class Placement:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _precision(self.dtype))
+        if said := {"dtype", "device_map", "trust_remote_code"} & {*self.model_options}:
+            raise ValueError(f"model_options is for what has no argument of its own, got {', '.join(sorted(said))}")
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments for `from_pretrained`."""

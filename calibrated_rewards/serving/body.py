@@ -74,7 +74,7 @@ def parsed(body: bytes, limits: Limits) -> dict[str, Any]:
     calibrated_rewards.serving.limits.Refused: the body is no JSON: NaN is no number of JSON
     """
     try:
-        payload = json.loads(body.decode("utf-8"), parse_constant=_no_number)
+        payload = json.loads(body.decode("utf-8"), parse_constant=_no_number, object_pairs_hook=_once_each)
     except RecursionError:
         raise _too_deep(limits) from None
     except ValueError as error:
@@ -102,6 +102,14 @@ def check_depth(payload: Any, limits: Limits) -> None:
 
 def _too_deep(limits: Limits) -> Refused:
     return Refused(422, f"the body nests at most {limits.depth} lists and objects, got more")
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of two members of one name one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Refused(400, "the body has an object with two members of one name")
+    return found
 
 
 def _no_number(name: str) -> NoReturn:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from uuid import uuid4
 
 from calibrated_rewards.prompts import start_of
+from calibrated_rewards.rewarding import handed_over
 from calibrated_rewards.rewarding.scores import Score
 from calibrated_rewards.serving import fields
 from calibrated_rewards.serving.limits import Limits, Refused
@@ -36,8 +37,8 @@ class Dialect(Protocol):
     def field(self) -> str:
         """The field that only this dialect has."""
 
-    def asks(self, payload: dict[str, Any], limits: Limits) -> list[Ask]:
-        """The completions of a request; `Refused` if it is malformed."""
+    def asks(self, payload: dict[str, Any], limits: Limits, id_column: str | None) -> list[Ask]:
+        """The completions of a request to a reward with this `id_column`; `Refused` if it is malformed."""
 
     def answer(self, payload: dict[str, Any], scores: Sequence[Score]) -> Any:
         """What it reads, as JSON."""
@@ -50,12 +51,12 @@ class Native:
     name: str = "native"
     field: str = "completions"
 
-    def asks(self, payload: dict[str, Any], limits: Limits) -> list[Ask]:
-        """Pairs, and ids if there are any."""
+    def asks(self, payload: dict[str, Any], limits: Limits, id_column: str | None) -> list[Ask]:
+        """Pairs, and ids if there are any, which are ids whatever the reward's `id_column`."""
         completions = fields.chats(payload, "completions", limits)
         prompts = fields.chats(payload, "prompts", limits)
         fields.as_many(prompts, "prompts", "completions", len(completions))
-        ids = fields.identifiers(payload, "ids", "completions", len(completions))
+        ids = map(fields.identifier, fields.each_of(payload, "ids", "completions", len(completions)))
         return [Ask(*each) for each in zip(prompts, completions, ids, strict=True)]
 
     def answer(self, payload: dict[str, Any], scores: Sequence[Score]) -> dict[str, Any]:
@@ -70,9 +71,9 @@ class OpenRlhf:
     name: str = "openrlhf"
     field: str = "query"
 
-    def asks(self, payload: dict[str, Any], limits: Limits) -> list[Ask]:
-        """Texts that start with their prompts; where there are no prompts, the longest known one."""
-        return glued(payload, "query", limits)
+    def asks(self, payload: dict[str, Any], limits: Limits, id_column: str | None) -> list[Ask]:
+        """Texts that have their prompts in them; where there are no prompts, they start with the longest known one."""
+        return glued(payload, "query", limits, id_column)
 
     def answer(self, payload: dict[str, Any], scores: Sequence[Score]) -> dict[str, Any]:
         """Rewards, scores, and lists for its log."""
@@ -87,9 +88,9 @@ class LightRft:
     name: str = "lightrft"
     field: str = "queries"
 
-    def asks(self, payload: dict[str, Any], limits: Limits) -> list[Ask]:
-        """Texts that start with their prompts."""
-        return glued(payload, "queries", limits)
+    def asks(self, payload: dict[str, Any], limits: Limits, id_column: str | None) -> list[Ask]:
+        """Texts that have their prompts in them, after padding."""
+        return glued(payload, "queries", limits, id_column)
 
     def answer(self, payload: dict[str, Any], scores: Sequence[Score]) -> dict[str, Any]:
         """Rewards."""
@@ -103,11 +104,11 @@ class Slime:
     name: str = "slime"
     field: str = "response"
 
-    def asks(self, payload: dict[str, Any], limits: Limits) -> list[Ask]:
+    def asks(self, payload: dict[str, Any], limits: Limits, id_column: str | None) -> list[Ask]:
         """One pair."""
         prompt = fields.chat(payload.get("prompt"), "prompt", limits)
         response = fields.text(payload.get("response"), "response", limits)
-        return [Ask(prompt, response, fields.identifier(payload.get("label")))]
+        return [Ask(prompt, response, identifier(payload.get("label"), id_column))]
 
     def answer(self, payload: dict[str, Any], scores: Sequence[Score]) -> float:
         """A bare number."""
@@ -121,7 +122,7 @@ class LlamaFactory:
     name: str = "llamafactory"
     field: str = "messages"
 
-    def asks(self, payload: dict[str, Any], limits: Limits) -> list[Ask]:
+    def asks(self, payload: dict[str, Any], limits: Limits, id_column: str | None) -> list[Ask]:
         """Texts without a prompt."""
         return [Ask(None, each) for each in fields.texts(payload, "messages", limits)]
 
@@ -167,16 +168,31 @@ def numbers(scores: Sequence[Score]) -> list[float]:
     return given
 
 
-def glued(payload: dict[str, Any], name: str, limits: Limits) -> list[Ask]:
-    """Texts that start with their prompts, and labels that may hold ids."""
+def glued(payload: dict[str, Any], name: str, limits: Limits, id_column: str | None) -> list[Ask]:
+    """Texts that have their prompts in them, and labels that may hold ids."""
     queries = fields.texts(payload, name, limits)
-    ids = fields.identifiers(payload, "labels", name, len(queries))
+    labels = fields.each_of(payload, "labels", name, len(queries))
     if payload.get("prompts") is None:
         return [Ask(None, query) for query in queries]
     prompts = fields.texts(payload, "prompts", limits)
     fields.as_many(prompts, "prompts", name, len(queries))
-    for at, (query, prompt) in enumerate(zip(queries, prompts, strict=True)):
-        if not query.startswith(prompt):
-            raise Refused(422, f"{name}[{at}] starts with its prompt {start_of(prompt)}, got {start_of(query)}")
-    whole = zip(queries, prompts, ids, strict=True)
-    return [Ask(prompt, query[len(prompt) :], identifier) for query, prompt, identifier in whole]
+    ids = [identifier(label, id_column) for label in labels]
+    completions = [completion_of(*each, f"{name}[{at}]") for at, each in enumerate(zip(queries, prompts, strict=True))]
+    return [Ask(*each) for each in zip(prompts, completions, ids, strict=True)]
+
+
+def completion_of(query: str, prompt: str, name: str) -> str:
+    """What follows the prompt, as the adapters read it."""
+    try:
+        return handed_over.completion_of(query, prompt)
+    except ValueError as error:
+        raise Refused(422, f"{name}: {error}") from None
+
+
+def identifier(label: Any, id_column: str | None) -> str | int | None:
+    """The id that a label holds, as the adapters read it; none where it is no text and no whole number.
+
+    >>> [identifier(label, "uid") for label in ("p7", {"uid": 7, "answer": 3}, {"answer": 3}, 0.5)], identifier(7, None)
+    (['p7', 7, None, None], None)
+    """
+    return fields.identifier(handed_over.identifier(label, id_column))

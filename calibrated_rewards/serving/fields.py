@@ -74,24 +74,23 @@ def as_many(given: Sequence[Any], name: str, as_: str, count: int) -> None:
         raise Refused(422, f"{name} has an item for each of {as_}, got {len(given)} for {count}")
 
 
-def identifiers(payload: dict[str, Any], name: str, as_: str, count: int) -> list[Any]:
-    """The ids that a list of labels holds; none where it is not there."""
+def each_of(payload: dict[str, Any], name: str, as_: str, count: int) -> list[Any]:
+    """A list of anything, as long as another one; of nothing where it is not there."""
     if payload.get(name) is None:
         return [None] * count
     given = payload[name]
     if not isinstance(given, list):
         raise Refused(422, f"{name} is a list, got {_shown(given)}")
     as_many(given, name, as_, count)
-    return [identifier(each) for each in given]
+    return given
 
 
-def identifier(label: Any) -> str | int | None:
-    """The id that a label holds: a text, a whole number, or {"uid": one of those}; None for all else.
+def identifier(given: Any) -> str | int | None:
+    """An id: a text or a whole number; None for all else.
 
-    >>> [identifier(label) for label in ("p7", 7, {"uid": "p7", "answer": 3}, "", None, 0.5, True, [7])]
-    ['p7', 7, 'p7', None, None, None, None, None]
+    >>> [identifier(given) for given in ("p7", 7, "", None, 0.5, True, [7])]
+    ['p7', 7, None, None, None, None, None]
     """
-    given = label.get("uid") if isinstance(label, dict) else label
     if isinstance(given, str):
         try:
             given.encode()

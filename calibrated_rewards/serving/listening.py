@@ -53,6 +53,8 @@ class Closing(uvicorn.Server):
 
 def listen(app: Any, host: str, port: int, limits: Limits) -> None:
     """Serve an application until SIGTERM or SIGINT."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"a port is a number from 0 to 65535, got port={port}")
     config = uvicorn.Config(
         app,
         host=host,

@@ -11,7 +11,8 @@ MESSAGE = {
 }
 CHAT = {"anyOf": [{"type": "string"}, {"type": "array", "items": MESSAGE, "minItems": 1}]}
 CHATS = {"type": "array", "items": CHAT}
-LABEL = {"description": "The prompt's id, if it is a string, an integer or {uid: ...}; anything else is none."}
+ID = {"description": "The prompt's id, if it is a string or an integer; anything else is none."}
+LABEL = {"description": "If the reward has an id_column: the prompt's id, or an object with that column."}
 
 
 def _object(title: str, required: list[str], **properties: Any) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def _object(title: str, required: list[str], **properties: Any) -> dict[str, Any
 
 BODIES = {
     "native": _object(
-        "native", ["prompts", "completions"], prompts=CHATS, completions=CHATS, ids={"type": "array", "items": LABEL}
+        "native", ["prompts", "completions"], prompts=CHATS, completions=CHATS, ids={"type": "array", "items": ID}
     ),
     "openrlhf": _object("OpenRLHF", ["query"], query=TEXTS, prompts=TEXTS, labels={"type": "array", "items": LABEL}),
     "lightrft": _object("LightRFT", ["queries"], queries=TEXTS, prompts=TEXTS),
