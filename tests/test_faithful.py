@@ -348,7 +348,7 @@ def test_a_name_that_is_nearly_a_settings(kind):
 @pytest.mark.parametrize("shape", [dict, nested, lambda flat: namespaces(nested(flat)), lambda f: Container(nested(f))])
 def test_a_slip_in_a_path(shape):
     """Each part of a dotted name is compared by itself: a long path does not make two names alike."""
-    flat = {"algorithm.kl_ctrl.kl_coeff": 0.05, "algorithm.kl_ctrl.horizon": 5, "algoritm.gamma": 0.9}
+    flat = {"algorithm.kl_ctrl.kl_coeff": 0.05, "actor_rollout_ref.rollout.k": 5, "algoritm.gamma": 0.9}
     told = check_settings(shape(flat), framework="verl").problems
     assert {finding.write for finding in told if "unknown" in finding.why} == {
         "algorithm.kl_ctrl.kl_coef=0.05",

@@ -219,7 +219,7 @@ faithful.rewarded -> calibrations, finite_k, reward, scaling, faithful.rules
 faithful.check    -> reward, faithful.*
 faithful          -> faithful.check, faithful.trl_settings
 commands.serve    -> reward, server, serving.listening
-recipes.opening   -> prompts, reward, reading.fingerprint, reading.text, rollouts.sources, samplers.decoding, samplers.policy
+recipes.opening   -> prompts, reward, reading.*, rollouts.sources, samplers.decoding, samplers.policy
 recipes.command   -> table, recipes.opening
 recipes.grpo_plain -> reward, recipes.command, recipes.loop, rollouts.sources, samplers.policy
 recipes.ppo       -> reward, recipes.command, recipes.loop, rollouts.sources, samplers.policy
@@ -247,6 +247,7 @@ HEAVY_ON_PURPOSE = {
     # What trains.
     "rewarding.device": {"torch"},
     "recipes.loop": {"torch"},
+    "recipes.opening": {"torch"},
     "recipes.grpo_plain": {"torch", "tqdm"},
     "recipes.ppo": {"torch", "tqdm"},
 }

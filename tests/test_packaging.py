@@ -141,6 +141,8 @@ TESTED_WITH = {
     "faithful.trl_rules": "faithful",
     "rewarding.checked": "reward",
     "rewarding.strangers": "reward",
+    "recipes.command": "recipes",
+    "recipes.opening": "recipes",
 }
 # A helper lives in the file that uses it; used by two, it is a noun that has no file yet.
 NO_NOUNS = {"base", "common", "config", "constants", "errors", "helpers", "misc", "registry", "types", "utils"}

@@ -68,7 +68,7 @@ def decoding_of(
     if length is None:
         raise ValueError("the table does not say how its references were drawn: say --max-tokens")
     at = drawn.get("temperature", 1.0) if temperature is None else temperature
-    return Decoding(length, at)
+    return Decoding(length, at, stop_token_ids=tuple(drawn.get("stop_token_ids", ())))
 
 
 def check_prompts(reward: CalibratedReward, asked: Sequence[Asked]) -> None:
