@@ -75,7 +75,7 @@ def settings_of(options: argparse.Namespace, settings: type[Any], beta: float | 
 
 
 @dataclass(frozen=True)
-class Log:
+class LogFile:
     """A line of JSON for each step, written at once."""
 
     file: TextIOBase
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace, settings: type[Any], train: Callable[..., N
     policy, reward, asked = opening.opened(options)
     options.out.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
-        train(policy, reward, asked, settings_of(options, settings, reward.beta), Log(file))
+        train(policy, reward, asked, settings_of(options, settings, reward.beta), LogFile(file))
     policy.model.save_pretrained(model)
     policy.tokenizer.save_pretrained(model)
     came = outcome([json.loads(line) for line in log.read_text().splitlines()])
