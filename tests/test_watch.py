@@ -34,13 +34,13 @@ def test_logarithms_vary_as_they_should() -> None:
     rng = np.random.default_rng(0)
     for decimals in (6, 0):  # no ties, or four values that nearly all scores have
         found = []
-        for _ in range(1000):
+        for _ in range(400):
             own = {str(i): rng.normal(size=k).round(decimals) for i, k in enumerate((100, 60, 200))}
             table = ReferenceTable.build(own.items())
             rows = np.repeat(table.rows([*own]), (20, 5, 40))
             found.append(log_drift(rows, table.cdf(rows, rng.normal(size=65).round(decimals)), table))
-        assert np.mean(found) == pytest.approx(0, abs=0.25)
-        assert np.std(found) == pytest.approx(1, abs=0.25)
+        assert np.mean(found) == pytest.approx(0, abs=0.3)
+        assert np.std(found) == pytest.approx(1, abs=0.3)
 
 
 TABLE = ReferenceTable.build([(str(i), np.linspace(-1, 1, 100)) for i in range(20)])
