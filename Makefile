@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Not here: vllm_sampler.py needs vLLM and a model, real/ fetches a model and ratings.
 BENCHMARKS := $(filter-out benchmarks/environment.py benchmarks/vllm_sampler.py,$(sort $(wildcard benchmarks/*.py benchmarks/paper/*.py)))
@@ -29,7 +30,7 @@ demo: $(READY)  ## the paper's comparison of transforms: its table and figure
 # One thread: the arrays are small, and the two cores of a small machine are better used by two runs.
 test wheel: export OMP_NUM_THREADS = 1
 test: $(READY)  ## the test suite, doctests included
-	$(BIN)/pytest
+	$(BIN)/pytest $(IN_PARALLEL)
 
 check: $(READY)  ## lint, formatting, types
 	$(BIN)/ruff check .
@@ -49,7 +50,7 @@ wheel: $(READY)  ## sdist, wheel from the sdist, its contents, and the test suit
 	rm -r "$$outside/calibrated_rewards" "$$outside"/*.egg-info; \
 	cd "$$outside"; \
 	venv/bin/python -c 'import calibrated_rewards as it; print(it.__file__); assert "site-packages" in it.__file__'; \
-	venv/bin/pytest tests --pyargs calibrated_rewards
+	venv/bin/pytest $(IN_PARALLEL) --ignore-glob '*/calibrated_rewards/adapters' tests --pyargs calibrated_rewards
 
 bench: $(READY)  ## every benchmark and figure of the docs; minutes each, results in benchmarks/results
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
