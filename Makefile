@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# Not here: vllm_sampler.py needs vLLM and a model, real/ fetches a model and ratings.
-BENCHMARKS := $(filter-out benchmarks/environment.py benchmarks/vllm_sampler.py,$(sort $(wildcard benchmarks/*.py benchmarks/paper/*.py)))
+# Not here: vllm_sampler.py needs vLLM and a model, report_page.py Chromium, real/ fetches a model and ratings.
+APART := benchmarks/environment.py benchmarks/vllm_sampler.py benchmarks/report_page.py
+BENCHMARKS := $(filter-out $(APART),$(sort $(wildcard benchmarks/*.py benchmarks/paper/*.py)))
 
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test check wheel bench frameworks clean
@@ -24,8 +25,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python $(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-demo: $(READY)  ## the paper's comparison of transforms: its table and figure
-	$(BIN)/python benchmarks/paper/transforms.py --out demo
+demo: $(READY)  ## a real language model calibrated, trained and evaluated, and a page that says so; in demo/
+	$(BIN)/calibrated-rewards demo
 
 # One thread: the arrays are small, and the two cores of a small machine are better used by two runs.
 test wheel: export OMP_NUM_THREADS = 1

@@ -14,9 +14,13 @@ from typing import Protocol, cast
 from calibrated_rewards import __version__
 
 COMMANDS = {
+    "demo": "the whole machine on a real language model: calibrate, foresee, train, evaluate, report",
     "calibrate": "draw rollouts of the reference policy for each prompt, score them, and make the table of references",
+    "frontier": "say what training for each reward would come to, by reweighting the rollouts of a calibration",
     "reward": "make the directory that trainers load: table, reward model and transform, verified",
     "serve": "answer a calibrated reward over HTTP, in the dialects of OpenRLHF, LightRFT, slime and LLaMA-Factory",
+    "evaluate": "draw from policies and their reference, judge, and compare: win rates and KL, with their errors",
+    "report": "one page of HTML that says what was calibrated, whether it is good, what was trained, what came out",
     "cp": "copy an adapter for a trainer to where it can be changed",
     "path": "say where an adapter for a trainer lies",
     "inspect": "show what a table holds: fingerprints, K, ties, saturation, error band, spread, suspicious prompts",
@@ -25,10 +29,11 @@ COMMANDS = {
 
 # What brings a library that is missing.
 EXTRAS = {
-    **dict.fromkeys(("torch", "transformers", "accelerate", "peft", "jinja2", "safetensors", "tokenizers"), "hf"),
+    **dict.fromkeys(("torch", "transformers", "accelerate", "peft", "jinja2", "safetensors"), "hf"),
     "httpx": "http",
     "pyarrow": "calibrate",
-    "datasets": "trl",
+    **dict.fromkeys(("datasets", "trl"), "trl"),
+    "matplotlib": "plots",
     "ray": "ray",
     **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
     "vllm": "vllm",

@@ -165,3 +165,32 @@ def difference(a: Estimate, b: Estimate) -> Estimate:
     negated = tuple(Influence(influence.samples, -influence.without) for influence in b.influences)
     known = a.influences and b.influences
     return Estimate(a.per_prompt - b.per_prompt, a.influences + negated if known else ())
+
+
+@dataclass(frozen=True)
+class Stated:
+    """An estimate as reports state and files keep it: the mean over prompts, and how far off it may be.
+
+    >>> Stated.of(Estimate(np.array([0.5, 0.75, 1.0, 0.25, 0.5])))
+    Stated(value=0.6, low=0.4, high=0.8, standard_error=0.127..., prompts=5)
+    >>> print(Stated.of(Estimate(np.array([0.5]))))
+    0.500
+    """
+
+    value: float
+    low: float | None
+    """The interval for the mean over all prompts like these, clustered by prompt; None from a single prompt."""
+    high: float | None
+    standard_error: float | None
+    prompts: int
+
+    @classmethod
+    def of(cls, estimate: Estimate, level: float = 0.95) -> "Stated":
+        """By the bootstrap over prompts."""
+        prompts = len(estimate.per_prompt)
+        if prompts < 2:
+            return cls(estimate.value, None, None, None, prompts)
+        return cls(estimate.value, *estimate.interval(level), estimate.standard_error, prompts)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f}" + ("" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]")

@@ -219,11 +219,55 @@ faithful.rewarded -> calibrations, finite_k, reward, scaling, faithful.rules
 faithful.check    -> reward, faithful.*
 faithful          -> faithful.check, faithful.trl_settings
 commands.serve    -> reward, server, serving.listening
-recipes.opening   -> prompts, reward, reading.*, rollouts.sources, samplers.decoding, samplers.policy
-recipes.command   -> table, recipes.opening
-recipes.grpo_plain -> reward, recipes.command, recipes.loop, rollouts.sources, samplers.policy
-recipes.ppo       -> reward, recipes.command, recipes.loop, rollouts.sources, samplers.policy
-"""
+arms              -> calibrations, choice, procedures, table, transforms
+bootstrap         -> estimates
+demo              ->
+demo.assets       ->
+demo.miniature    ->
+demo.reward_models -> demo.assets, reading.body, reading.text, rollouts.shard_files
+demo.scale        ->
+demo.parts        -> demo.*
+divergence        -> prompts, reading.batches, reading.body, samplers.*, scorers.protocol
+outcomes          -> estimates, rollouts.shard_files
+prospects         -> estimates, rollouts.shard_files
+recipes.model     ->
+recipes.raw       -> prompts, reward, table, rewarding.locating, rewarding.watch
+recipes.opening   -> prompts, reward, transforms, commands.transform, reading.*, recipes.*, rollouts.sources, samplers.*
+recipes.run_folder -> prompts, reward, recipes.*, rollouts.*, samplers.decoding
+recipes.timing    -> reward, recipes.raw, scorers.protocol
+recipes.together  ->
+recipes.command   -> table, recipes.opening, recipes.together
+recipes.grpo_plain -> reward, recipes.*, rollouts.sources, samplers.policy
+recipes.ppo       -> reward, recipes.*, rollouts.sources, samplers.policy
+recipes.trl_run   -> reward, faithful.check, recipes.*, rollouts.sources, samplers.decoding
+recipes.train_grpo -> faithful.trl_settings, recipes.command, recipes.trl_run, rollouts.sources, samplers.decoding
+recipes.train_rloo -> faithful.trl_settings, recipes.command, recipes.trl_run, rollouts.sources, samplers.decoding
+reporting         ->
+reporting.experiment -> outcomes, procedures, prospects, table, transforms, rewarding.spelling
+responses         -> prompts, rollouts.directory, rollouts.shard_files, samplers.protocol, scorers.protocol
+evaluate          -> calibrate, divergence, estimates, evaluation, outcomes, procedures, prompts, responses, rollouts.sources, samplers.protocol, scorers.protocol
+commands.evaluate -> evaluate, procedures, reward, commands.*, samplers.*, scorers.protocol
+reporting.fresh   -> estimates, evaluate, table, rollouts.shard_files
+rollouts.judged   -> estimates, rollouts.shard_files
+weighted_pools    -> estimates, procedures
+reweighted        -> arms, bootstrap, calibrations, estimates, procedures, prospects, table, weighted_pools
+demo.pipeline     -> arms, calibrate, choice, estimates, evaluate, procedures, prospects, reward, reweighted, table, demo.*, recipes.*, rollouts.sources, samplers.*, scorers.loading
+wording           -> estimates, optimal, transforms
+plots             -> estimates, finite_k, outcomes, procedures, prospects, scaling, table, theory, transforms, wording
+commands.frontier -> arms, estimates, plots, procedures, prospects, reweighted, table, commands.transform, rollouts.judged
+reporting.markup  -> plots
+reporting.calibrated -> plots, transforms, wording, health.*, reporting.*
+reporting.examples -> evaluate, procedures, reporting.experiment, reporting.markup, rollouts.shard_files
+reporting.made    -> reporting.experiment, reporting.markup
+reporting.outcome -> estimates, outcomes, plots, theory, transforms, wording, reporting.experiment, reporting.markup
+reporting.page    -> reporting.markup
+reporting.promised -> plots, prospects, wording, reporting.experiment, reporting.markup
+reporting.trained -> plots, wording, health.sections, reporting.experiment, reporting.markup
+report            -> reporting.*, rollouts.shard_files
+commands.report   -> report
+demo.show         -> evaluate, procedures, prospects, report, table, demo.*, recipes.command, rollouts.*
+commands.demo     -> demo.parts, demo.scale, demo.show
+"""  # noqa: E501 (what evaluates, and what shows everything, uses much)
 
 # What a module may load when it is imported, next to the standard library. The rest waits inside a function.
 LIGHT = {"numpy", "scipy.special", "jaxtyping"}
@@ -235,7 +279,19 @@ HEAVY_ON_PURPOSE = {
     "rollouts.shard_files": {"pyarrow"},
     "rollouts.directory": {"pyarrow"},
     "samplers.ray": {"ray"},
+    "demo.miniature": {"torch", "transformers", "tokenizers"},
+    "demo.reward_models": {"torch", "transformers", "tqdm"},
+    "divergence": {"torch"},
+    "plots": {"matplotlib"},
+    "reporting.markup": {"matplotlib"},
+    "recipes.model": {"torch"},
+    "recipes.together": {"torch"},
+    "recipes.train_grpo": {"trl"},
+    "recipes.train_rloo": {"trl"},
+    "recipes.trl_run": {"torch", "transformers", "datasets", "tqdm"},
+    "responses": {"pyarrow", "tqdm"},
     # Their bar.
+    "reweighted": {"tqdm"},
     "rollouts.adoption": {"tqdm"},
     "rollouts.planning": {"tqdm"},
     "rollouts.progress": {"tqdm"},

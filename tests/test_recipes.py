@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import enumerable
+import jaxtyping
 import numpy as np
 import pytest
 import tiny
@@ -21,7 +22,9 @@ from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.reading.text import Text
-from calibrated_rewards.recipes import command, grpo_plain, loop, opening, ppo
+from calibrated_rewards.recipes import command, grpo_plain, loop, opening, ppo, train_grpo, train_rloo
+from calibrated_rewards.recipes.model import reference_of, trainable
+from calibrated_rewards.recipes.together import Together, learned
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.loading import load_sampler
@@ -30,6 +33,8 @@ from calibrated_rewards.scorers import load_scorer
 from calibrated_rewards.testing import HashScorer, NumberScorer
 from calibrated_rewards.transforms import Log
 
+LOOPS = [ppo, grpo_plain]
+RECIPES = [*LOOPS, train_rloo, train_grpo]
 CHAT = [{"role": "user", "content": "Hi"}]
 PROMPTS = ["a", "how are you", CHAT]
 numbers = st.floats(-3, 3, width=32)
@@ -275,10 +280,11 @@ def run(tmp_path_factory: Any) -> Path:
     return Path(root)
 
 
-@pytest.mark.parametrize("recipe", [ppo, grpo_plain])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_command_trains_and_saves(recipe: Any, run: Path, tmp_path: Path, capsys: Any) -> None:
     """Two steps from files to files: a model that loads and is another one, and a line of log for each step."""
-    assert recipe.main(asked(run, tmp_path / "out", "--steps", "2", "--lr", "0.001", "--epochs", "2")) == 0
+    twice = ["--epochs", "2"] if recipe in LOOPS else []
+    assert recipe.main(asked(run, tmp_path / "out", "--steps", "2", "--lr", "0.001", *twice)) == 0
 
     before, after = (tiny.LlamaForCausalLM.from_pretrained(p) for p in (run / "policy", tmp_path / "out/model"))
     assert (before.lm_head.weight - after.lm_head.weight).abs().max() > 1e-4
@@ -292,6 +298,83 @@ def test_the_command_trains_and_saves(recipe: Any, run: Path, tmp_path: Path, ca
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith(f"steps 0 to 0: reward {rows[0]['reward']:.4g}, u {rows[0]['u']:.4g}, KL ")
     assert said[-2:] == [f"model: {tmp_path / 'out/model'}", f"log: {tmp_path / 'out/log.jsonl'}"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_raw_scores_train_an_adapter(recipe: Any, run: Path, tmp_path: Path) -> None:
+    """Its rewards are the raw scores, its quantiles are logged all the same, and its base is the policy as it was."""
+    words = ["--raw", "--beta", "2", "--lora-rank", "2", "--steps", "2", "--lr", "0.1"]
+    assert recipe.main(asked(run, tmp_path / "out", *words)) == 0
+
+    rows = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert all(row["reward"] == pytest.approx(row["raw"]) for row in rows)
+    assert all(0 <= row["u"] <= 1 for row in rows)
+    assert all(row["objective"] == pytest.approx(row["reward"] - 2 * row["kl"], abs=1e-5) for row in rows)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert abs(rows[1]["kl"]) > 1e-4
+    adapted = tiny.LlamaForCausalLM.from_pretrained(tmp_path / "out/model")
+    base = {n: p for n, p in adapted.named_parameters() if "lora" not in n}
+    before = dict(tiny.LlamaForCausalLM.from_pretrained(run / "policy").named_parameters())
+    assert all(torch.equal(p, before[n.replace(".base_layer", "")]) for n, p in base.items())
+    assert len(base) == len(before)
+    assert min(p.abs().max() for n, p in adapted.named_parameters() if "lora_B" in n) > 0
+
+
+@pytest.mark.parametrize("recipe", [grpo_plain, train_rloo])
+def test_another_transform_is_trained_on(recipe: Any, run: Path, tmp_path: Path) -> None:
+    """Log, whose rewards are never positive, in place of none, at the beta that is said."""
+    assert recipe.main(asked(run, tmp_path / "out", "--transform", "log", "--beta", "0.7", "--steps", "2")) == 0
+    for row in map(json.loads, (tmp_path / "out/log.jsonl").read_text().splitlines()):
+        assert row["objective"] == pytest.approx(row["reward"] - 0.7 * row["kl"], abs=1e-6)
+        assert row["reward"] <= np.log(row["u"]) + 1e-6 < 1e-6 or row["u"] == 1  # Jensen
+    log = {"transform": opening.Named.of("log"), "beta": 0.7}
+    given = opening.calibrated(argparse.Namespace(reward=run / "reward", raw=False, **log))
+    assert (given.transform, given.beta, given.id_column) == (Log(), 0.7, "prompt_id")
+
+
+def test_a_transform_for_a_kl_brings_its_beta(run: Path, monkeypatch: Any) -> None:
+    """With it the optimum has that KL, on a fine grid of quantiles, whatever the saved reward's beta was."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # types take nearly all of the time here
+    told = {"transform": opening.Named.of("worst-of:2:0.5"), "beta": None}
+    given = opening.calibrated(argparse.Namespace(reward=run / "reward", raw=False, **told))
+    tilt = np.exp(np.asarray(given.transform((np.arange(20000) + 0.5) / 20000)) / given.beta)
+    weights = tilt / tilt.mean()
+    assert (weights * np.log(weights)).mean() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_below_its_adapter_a_model_is_the_reference() -> None:
+    """Whatever the adapters are; a copy of a model that is trained as a whole stays as well."""
+    ids = torch.arange(8)[None]
+    for rank in (0, 2):
+        start = tiny.causal()(ids).logits.detach()
+        model = trainable(tiny.causal(), rank)
+        reference = reference_of(model)
+        with torch.no_grad():
+            for weight in learned(model):
+                weight.add_(0.1)
+        assert (model(input_ids=ids).logits - start).abs().max() > 0.01
+        assert torch.equal(reference(input_ids=ids).logits, start)
+        assert sum(p.numel() for p in learned(model)) < sum(p.numel() for p in tiny.causal().parameters()) or not rank
+
+
+def test_ctrl_c_is_no_traceback(run: Path, tmp_path: Path, capsys: Any) -> None:
+    """One line, and the exit status that shells know."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    words = asked(run, tmp_path / "out")
+    assert command.main("Trains.", grpo_plain.Settings, grpo_plain.train, words, interrupted) == 130
+    assert f"stopped; what there is is in {tmp_path / 'out'}" in capsys.readouterr().err
+
+
+def test_prompts_are_shared_out_evenly() -> None:
+    """Each belongs to one process; a number that cannot be shared out is refused."""
+    asked = list(range(6))
+    assert sorted(each for rank in range(3) for each in Together(rank, 3).own(asked)) == asked
+    Together(0, 3).check(6)
+    with pytest.raises(ValueError, match="multiple of 3, got 7"):
+        Together(0, 3).check(7)
 
 
 def asked(run: Path, out: Path, *options: str, **changes: Path) -> list[str]:
@@ -355,6 +438,11 @@ def test_what_cannot_be_right_is_refused(run: Path, tmp_path: Path, capsys: Any)
     refused(capsys, asked(run, out, prompts=tmp_path / "none.jsonl"), "no file or folder")
     refused(capsys, asked(run, out, policy=tmp_path / "none"), "none")
     refused(capsys, asked(run, out, "--completions", "1"), "completions=1")
+    refused(capsys, asked(run, out, "--raw"), "say --beta")
+    refused(capsys, asked(run, out, "--raw", "--transform", "log"), "without a transform")
+    refused(capsys, asked(run, out, "--transform", "log"), "--transform log was chosen for no beta")
+    with pytest.raises(SystemExit):
+        grpo_plain.main(asked(run, out, "--transform", "exp:"))
     (tmp_path / "strange.jsonl").write_text(json.dumps({"prompt": "?", "prompt_id": 99}))
     refused(capsys, asked(run, out, prompts=tmp_path / "strange.jsonl"), "'[?]'")
     assert not out.exists()
@@ -387,7 +475,7 @@ def test_quantiles_are_of_what_is_known() -> None:
     assert u == (0.5 + 1) / 2
 
 
-@pytest.mark.parametrize("recipe", [ppo, grpo_plain])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_help_teaches(recipe: Any, capsys: Any) -> None:
     """It opens with what the file does, and says of each setting what it is for."""
     with pytest.raises(SystemExit):
@@ -398,8 +486,8 @@ def test_help_teaches(recipe: Any, capsys: Any) -> None:
     for each in fields(recipe.Settings):
         assert f"--{each.name.replace('_', '-')}" in shown
         assert " ".join(each.metadata["help"].split()) in shown
-    choices = "{no,centre,scale}" if recipe is ppo else "{leave-one-out,group-mean}"
-    assert choices in shown
+    choices = {ppo: "{no,centre,scale}", grpo_plain: "{leave-one-out,group-mean}"}
+    assert choices.get(recipe, "--transform NAME") in shown
     assert "--lr FLOAT" in shown
     assert "--steps N" in shown
 

@@ -19,11 +19,13 @@ import matplotlib as mpl
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from assets import CACHE
 from policy import DECODING, sampler
-from reward_models import judge, load, prompts, reward_model
+from reward_models import load
 from scipy import stats
 from watch import Watch, Watched
+
+from calibrated_rewards.demo.assets import CACHE
+from calibrated_rewards.demo.reward_models import judge, prompts, reward_model
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from assets import language_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from calibrated_rewards.demo.assets import language_model
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.hf import HfSampler
 

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from assets import CACHE, language_model
 from datasets import Dataset
 from policy import DECODING, policy, sampler
-from reward_models import load, prompts, reward_model
+from reward_models import load
 from transformers import AutoTokenizer, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 from watch import Watch, Watched
+
+from calibrated_rewards.demo.assets import CACHE, language_model
+from calibrated_rewards.demo.reward_models import prompts, reward_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import save

@@ -11,13 +11,16 @@ It differs from GRPO as published in two things, and each of them changes what i
 rewards are not divided by the group's standard deviation, which makes of beta another one for each prompt; and the KL
 is in the reward, not a term of the loss, where beta would be off by G/(G-1) and tokens would have no credit for what
 comes after them. From the paper (InfAlign-CTRL, algorithm 1), which uses PPO, it differs in that it needs no value
-function. It runs in one process; weights are float32.
+function.
+
+All weights are trained, or LoRA adapters (--lora-rank 16 --lr 1e-4), below which the reference is. On several GPUs:
+`accelerate launch --num_processes 4 -m calibrated_rewards.recipes.grpo_plain ...`; each process draws for its own
+prompts. --raw trains on the raw scores, for comparison.
 """
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +30,9 @@ from tqdm import tqdm
 
 from calibrated_rewards.recipes import command, loop
 from calibrated_rewards.recipes.loop import Episodes, setting
+from calibrated_rewards.recipes.model import reference_of, trainable
+from calibrated_rewards.recipes.raw import RawReward
+from calibrated_rewards.recipes.together import Together, learned
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.policy import Policy
@@ -38,9 +44,11 @@ class Settings:
 
     beta: float = setting(0.1, "the strength of the KL: small is far from the reference")
     steps: int = setting(200, "updates of the policy, of new completions each")
-    prompts_a_step: int = setting(8, "prompts of a step")
+    prompts_a_step: int = setting(8, "prompts of a step, of all processes together")
     completions: int = setting(8, "completions of a prompt, G: 2 or more")
-    lr: float = setting(1e-6, "learning rate at the start; it falls to 0")
+    lr: float = setting(1e-6, "learning rate at the start; it falls to 0. LoRA wants more, such as 1e-4")
+    lora_rank: int = setting(0, "rank of LoRA adapters on all linear layers; 0 trains all weights")
+    lora_layers: int = setting(0, "the last so many layers that get adapters, to compute less; 0: all")
     epochs: int = setting(1, "updates with the same completions; more than 1 reuses them, with clipping")
     clip: float = setting(0.2, "how far the probability of a completion may go in a step of several epochs")
     baseline: str = setting("leave-one-out", "group-mean is (G-1)/G of the other", "leave-one-out", "group-mean")
@@ -57,29 +65,34 @@ class Settings:
 
 def train(
     policy: Policy,
-    reward: CalibratedReward,
+    reward: CalibratedReward | RawReward,
     prompts: Sequence[Asked],
     settings: Settings,
     log: Callable[[Mapping[str, float]], None] = lambda row: None,
-) -> None:
-    """Train the policy's model, in place."""
+) -> Any:
+    """Train the policy's model, in place; what it is now: itself, or with LoRA what has it and the adapters."""
+    together = Together.here()
+    together.check(settings.prompts_a_step)
     torch.manual_seed(settings.seed)
     # No dropout, also in updates: the policy that is trained is then the one that wrote.
-    model = policy.model.eval()
-    reference = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
+    policy = replace(policy, model=trainable(policy.model, settings.lora_rank, settings.lora_layers).eval())
+    reference = reference_of(policy.model)
+    optimizer = torch.optim.AdamW(learned(policy.model), lr=settings.lr, weight_decay=0.0)
     turns = loop.turns(prompts, settings.prompts_a_step, settings.seed)
+    together.seed(settings.seed)
     for step in tqdm(range(settings.steps), desc="grpo", unit=" steps", delay=3, disable=None):
         began = time.perf_counter()
         rate = loop.set_rate(optimizer, settings.lr, step, settings.steps)
-        told = update(policy, reference, reward, optimizer, next(turns), settings)
-        log({"step": step, "lr": rate, **told, "seconds": time.perf_counter() - began})
+        told = together.means(update(policy, reference, reward, optimizer, together.own(next(turns)), settings))
+        if together.first:
+            log({"step": step, "lr": rate, **told, "seconds": time.perf_counter() - began})
+    return policy.model
 
 
 def update(
     policy: Policy,
     reference: Any,
-    reward: CalibratedReward,
+    reward: CalibratedReward | RawReward,
     optimizer: torch.optim.Optimizer,
     asked: Sequence[Asked],
     settings: Settings,
@@ -97,18 +110,30 @@ def update(
     advantage = advantages(penalised, settings.baseline).flatten()
     for _ in range(settings.epochs):
         optimizer.zero_grad()
-        for at in loop.parts(len(episodes), settings.rows):
-            new, _hidden = loop.read(policy.model, episodes.at(at), temperature)
-            loss = losses(new, old[at], advantage[at], settings.clip).sum() / len(episodes)
-            torch.autograd.backward(loss)
+        accumulate(policy, episodes, old, advantage, settings)
+        Together.here().average(optimizer)
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), settings.max_grad_norm)
         optimizer.step()
     means = {"reward": value, "raw": raw, "kl": kl, "objective": penalised, "tokens": episodes.mask.sum(1).float()}
     return {**{name: float(each.mean()) for name, each in means.items()}, "u": u, "seconds_scoring": scoring}
 
 
+def accumulate(
+    policy: Policy,
+    episodes: Episodes,
+    old: Float32[Tensor, "n L"],
+    advantage: Float32[Tensor, " n"],
+    settings: Settings,
+) -> None:
+    """Add up the gradient of the mean loss, so many completions at once."""
+    for at in loop.parts(len(episodes), settings.rows):
+        new, _hidden = loop.read(policy.model, episodes.at(at), policy.decoding.temperature)
+        loss = losses(new, old[at], advantage[at], settings.clip).sum() / len(episodes)
+        torch.autograd.backward(loss)
+
+
 def scored(
-    reward: CalibratedReward, asked: Sequence[Asked], episodes: Episodes, completions: int
+    reward: CalibratedReward | RawReward, asked: Sequence[Asked], episodes: Episodes, completions: int
 ) -> tuple[Float32[Tensor, "P G"], Float32[Tensor, "P G"], float]:
     """The raw scores, what the calibrated reward makes of them, and the mean quantile, of what the table knows."""
     prompts, ids = [each.prompt for each in asked], [each.id for each in asked]

@@ -8,39 +8,77 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from calibrated_rewards.commands.transform import chosen, transform
 from calibrated_rewards.prompts import as_key, id_key, start_of
 from calibrated_rewards.reading.fingerprint import tokenizer_digest, weights_digest, weights_of
 from calibrated_rewards.reading.text import Text
+from calibrated_rewards.recipes.model import place_of
+from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.rollouts.sources import Asked, prompts_from
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.transforms import Transform
 
 # What draws from another distribution than softmax(logits / temperature), where the KL would mean something else.
 PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "stop": []}
 
 
-def opened(options: argparse.Namespace) -> tuple[Policy, CalibratedReward, list[Asked]]:
+@dataclass(frozen=True)
+class Named:
+    """A transform of the command line, and the beta that it was chosen for, if its name says a KL."""
+
+    name: str
+    transform: Transform
+    beta: float | None
+
+    @classmethod
+    def of(cls, name: str) -> "Named":
+        """Of best-of:N:KL and worst-of:N:KL, which are solved for, both at once."""
+        try:
+            choice = chosen(name)
+        except (KeyError, ValueError):
+            return cls(name, transform(name), None)  # or says what names there are
+        return cls(name, choice.transform, choice.beta)
+
+
+def opened(options: argparse.Namespace) -> tuple[Policy, CalibratedReward | RawReward, list[Asked]]:
     """The policy, the reward, which is verified, and the prompts; ValueError if they do not belong together."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    reward = CalibratedReward.from_pretrained(options.reward)
+    reward = calibrated(options)
     asked = list(prompts_from(options.prompts, column=options.column, id_column=reward.id_column))
     check_prompts(reward, asked)
     meta = reward.table.meta
     decoding = decoding_of(meta, options.max_tokens, options.temperature, options.any_policy)
-    model: Any = AutoModelForCausalLM.from_pretrained(options.policy, dtype=options.dtype)
-    policy = Policy(model, AutoTokenizer.from_pretrained(options.policy), decoding, Text())
+    at = place_of(options.policy)
+    model: Any = AutoModelForCausalLM.from_pretrained(at, dtype=options.dtype)
+    policy = Policy(model, AutoTokenizer.from_pretrained(at), decoding, Text())
     if not options.any_policy:
         check_policy(policy, meta)
     policy.check([each.prompt for each in asked])
     reward.verify()
-    model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return policy, reward, asked
+    return policy, RawReward(reward) if options.raw else reward, asked
+
+
+def calibrated(options: argparse.Namespace) -> CalibratedReward:
+    """The reward that was saved, with another transform if one is named; its beta goes with its transform."""
+    named: Named | None = options.transform
+    if options.raw and named is not None:
+        raise ValueError("--raw is without a transform, got --transform as well")
+    if options.raw and options.beta is None:
+        raise ValueError("a beta is in the unit of the reward, and raw scores have their own: say --beta")
+    if named is None:
+        return CalibratedReward.from_pretrained(options.reward)
+    beta = options.beta if named.beta is None else named.beta
+    if beta is None:
+        raise ValueError(f"--transform {named.name} was chosen for no beta: say --beta")
+    return CalibratedReward.from_pretrained(options.reward, transform=named.transform, beta=beta, scale="unit")
 
 
 def decoding_of(

@@ -10,13 +10,16 @@ It differs from PPO as usually set (benchmarks/plain_loops.py changes one thing 
 the errors of a value function that lags behind stay in the advantages; tokens are summed, not averaged, so that long
 completions count as the objective says; advantages are not whitened, though that only changes the size of the steps,
 since the KL is whitened with them. The value head is linear, reads the policy's last hidden state and does not train
-it. It runs in one process; weights are float32.
+it.
+
+All weights are trained, or LoRA adapters (--lora-rank 16 --lr 1e-4), below which the reference is. On several GPUs:
+`accelerate launch --num_processes 4 -m calibrated_rewards.recipes.ppo ...`; each process draws for its own prompts.
+--raw trains on the raw scores, for comparison.
 """
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +29,9 @@ from tqdm import tqdm
 
 from calibrated_rewards.recipes import command, loop
 from calibrated_rewards.recipes.loop import Episodes, setting
+from calibrated_rewards.recipes.model import reference_of, trainable
+from calibrated_rewards.recipes.raw import RawReward
+from calibrated_rewards.recipes.together import Together, learned
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.policy import Policy
@@ -37,9 +43,11 @@ class Settings:
 
     beta: float = setting(0.1, "the strength of the KL: small is far from the reference")
     steps: int = setting(200, "rounds of new completions")
-    completions: int = setting(64, "completions of a round")
+    completions: int = setting(64, "completions of a round, of all processes together")
     prompts_a_step: int = setting(32, "their distinct prompts; completions is a multiple of it")
-    lr: float = setting(1e-6, "learning rate of the policy at the start; it falls to 0")
+    lr: float = setting(1e-6, "learning rate of the policy at the start; it falls to 0. LoRA wants more, such as 1e-4")
+    lora_rank: int = setting(0, "rank of LoRA adapters on all linear layers; 0 trains all weights")
+    lora_layers: int = setting(0, "the last so many layers that get adapters, to compute less; 0: all")
     value_lr: float = setting(1e-3, "learning rate of the value head at the start; it falls to 0")
     epochs: int = setting(2, "passes over the completions of a round")
     minibatches: int = setting(1, "updates in a pass")
@@ -73,16 +81,16 @@ class Learner:
     def of(cls, policy: Policy, settings: Settings) -> "Learner":
         """A learner at its start: the reference is the policy, and the value is 0 everywhere."""
         # No dropout, also in updates: the policy that is trained is then the one that wrote.
-        model = policy.model.eval()
+        model = trainable(policy.model, settings.lora_rank, settings.lora_layers).eval()
         head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         groups: list[dict[str, Any]] = [
-            {"params": list(model.parameters())},
+            {"params": learned(model)},
             {"params": list(head.parameters()), "times": settings.value_lr / settings.lr},
         ]
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.0)
-        return cls(policy, copy.deepcopy(model).requires_grad_(False), head, optimizer)
+        return cls(replace(policy, model=model), reference_of(model), head, optimizer)
 
     def read(self, part: Episodes) -> tuple[Float32[Tensor, "n L"], Float32[Tensor, "n L"]]:
         """The log-probability of each token, and the value of what stands before it; both 0 in the padding."""
@@ -99,25 +107,34 @@ class Learner:
 
 def train(
     policy: Policy,
-    reward: CalibratedReward,
+    reward: CalibratedReward | RawReward,
     prompts: Sequence[Asked],
     settings: Settings,
     log: Callable[[Mapping[str, float]], None] = lambda row: None,
-) -> None:
-    """Train the policy's model, in place."""
+) -> Any:
+    """Train the policy's model, in place; what it is now: itself, or with LoRA what has it and the adapters."""
+    together = Together.here()
+    together.check(settings.prompts_a_step)
+    if together.size > 1 and settings.whiten != "no":
+        raise ValueError(f"whitening is over all completions of a round, and of one process, got {settings.whiten!r}")
     torch.manual_seed(settings.seed)
     learner = Learner.of(policy, settings)
     turns = loop.turns(prompts, settings.prompts_a_step, settings.seed)
+    together.seed(settings.seed)
     for step in tqdm(range(settings.steps), desc="ppo", unit=" steps", delay=3, disable=None):
         began = time.perf_counter()
         rate = loop.set_rate(learner.optimizer, settings.lr, step, settings.steps)
-        told = update(learner, reward, next(turns), settings)
-        log({"step": step, "lr": rate, **told, "seconds": time.perf_counter() - began})
+        told = together.means(update(learner, reward, together.own(next(turns)), settings))
+        if together.first:
+            log({"step": step, "lr": rate, **told, "seconds": time.perf_counter() - began})
+    return learner.policy.model
 
 
-def update(learner: Learner, reward: CalibratedReward, asked: Sequence[Asked], settings: Settings) -> dict[str, float]:
+def update(
+    learner: Learner, reward: CalibratedReward | RawReward, asked: Sequence[Asked], settings: Settings
+) -> dict[str, float]:
     """One round: write, score, share the reward out among the tokens, update; what there is to say of it."""
-    times = settings.completions // len(asked)
+    times = settings.completions // settings.prompts_a_step
     each = [one for one in asked for _ in range(times)]
     episodes = loop.write(learner.policy, [one.prompt for one in asked], times)
     old, values = learner.read_all(episodes, settings.rows)
@@ -134,12 +151,12 @@ def update(learner: Learner, reward: CalibratedReward, asked: Sequence[Asked], s
     objective = score.mean() - settings.beta * kl
     means = {"reward": score.mean(), "kl": kl, "objective": objective, "tokens": episodes.mask.sum(1).float().mean()}
     told = {name: float(mean) for name, mean in means.items()}
-    told["u"] = metrics[f"{reward.__name__}/u"]
+    told |= {name: metrics.pop(f"{reward.__name__}/{name}") for name in ("u", "raw")}
     return {**metrics, **told, "value_loss": value_loss, "seconds_scoring": scoring}
 
 
 def scored(
-    reward: CalibratedReward, asked: Sequence[Asked], episodes: Episodes, metrics: dict[str, float]
+    reward: CalibratedReward | RawReward, asked: Sequence[Asked], episodes: Episodes, metrics: dict[str, float]
 ) -> Float32[Tensor, " n"]:
     """The calibrated and transformed reward of each completion, by the call that trainers make."""
     columns: dict[str, Any] = {reward.id_column: [one.id for one in asked]} if reward.id_column else {}
@@ -213,6 +230,7 @@ def fit(
                 policy_loss = losses(new, old[at], advantage[at], settings.clip).sum() / len(batch)
                 torch.autograd.backward(policy_loss + value_loss)
                 total += float(value_loss.detach())
+            Together.here().average(learner.optimizer)
             nn.utils.clip_grad_norm_(learner.policy.model.parameters(), settings.max_grad_norm)
             learner.optimizer.step()
     return total

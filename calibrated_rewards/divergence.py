@@ -1,0 +1,189 @@
+"""How far a policy is from the reference: the KL of its completions, read again by both models.
+
+The KL of two laws of completions is the mean, over the policy's own completions, of a sum over their tokens. Here each
+term is the KL of the two next-token distributions, of *all* tokens that might have come: it has the same mean as the
+difference of two log-probabilities, varies less, and is never negative.
+"""
+
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from calibrated_rewards.prompts import Prompt, start_of
+from calibrated_rewards.reading.batches import Budget
+from calibrated_rewards.reading.body import default_budget, device_of, for_scoring, lock_of, right_padded, unwrapped
+from calibrated_rewards.samplers.continuous import ContinuousSampler
+from calibrated_rewards.samplers.decoding import Decoding
+from calibrated_rewards.samplers.hf import HfSampler
+from calibrated_rewards.samplers.loading import LoadedSampler
+from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.samplers.protocol import Rollout, Sampler
+from calibrated_rewards.samplers.rows import contiguous_input
+from calibrated_rewards.scorers.protocol import fingerprint
+
+logger = logging.getLogger(__name__)
+
+# Numbers that may be held in float32 at once, of each model: tokens times vocabulary.
+CELLS_ON_CPU, CELLS_ON_GPU = 2**26, 2**29
+READABLE = (HfSampler, ContinuousSampler, LoadedSampler)
+
+
+class Distance(NamedTuple):
+    """How far the two models are apart along a completion."""
+
+    kl: float
+    """In nats, the sum over its tokens, the one that ended it included."""
+    as_drawn: bool
+    """Whether its text makes as many tokens as were drawn; if not, the sum is over those that it makes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Divergence:
+    """KL(policy || reference) of each completion, for samplers that hold transformers models: of the same tokens.
+
+    Each model reads prompts as its own sampler does, at its own temperature. Rollouts are kept as text, so tokens are
+    made of it again. The last token drawn is not read, since nothing follows it; one more than the text makes was
+    drawn where the completion ended by itself.
+    """
+
+    policy: Sampler
+    reference: Sampler
+    cells: int | None = None
+    """Logits that are held at once in float32; None: 2^26 on a CPU, 2^29 on a GPU."""
+
+    def __post_init__(self) -> None:
+        for what, sampler in (("policy", self.policy), ("reference", self.reference)):
+            if not isinstance(sampler, READABLE):
+                kind = type(sampler).__name__
+                raise TypeError(f"Divergence needs samplers with a transformers model, the {what} is a {kind}")
+            if not _bends_nothing(decoding := _decoding(sampler)):
+                raise ValueError(f"Divergence needs decoding with nothing but a temperature, {what} has {decoding!r}")
+        if self.cells is not None and self.cells < 1:
+            raise ValueError(f"Divergence needs cells >= 1, got cells={self.cells}")
+
+    def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]) -> list[list[Distance]]:
+        """For each prompt a distance for each of its rollouts."""
+        ours, theirs = _policy(self.policy), _policy(self.reference)
+        if len(prompts) != len(rollouts):
+            raise ValueError(f"each prompt needs its rollouts, got {len(prompts)} prompts, rollouts of {len(rollouts)}")
+        with (
+            for_scoring(unwrapped(ours.model), lock_of(ours.model)),
+            for_scoring(unwrapped(theirs.model), lock_of(theirs.model)),
+        ):
+            return [self._of(ours, theirs, p, own) for p, own in zip(prompts, rollouts, strict=True)]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Which two models these are."""
+        sides = {"policy": self.policy, "reference": self.reference}
+        return {"kind": "divergence", **{name: fingerprint(sampler) for name, sampler in sides.items()}}
+
+    def _of(self, ours: Policy, theirs: Policy, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Distance]:
+        paths = [_read_again(ours, prompt, rollout) for rollout in rollouts]
+        if any(_ids(theirs, str(r.completion)) != _ids(ours, str(r.completion)) for r in rollouts):
+            raise ValueError(
+                "a KL needs models of the same tokens, policy and reference make other tokens of a completion of "
+                f"{start_of(prompt)}"
+            )
+        openings = [each.ids([prompt])[0] for each in (ours, theirs)]
+        costs = [max(map(len, openings)) + len(fed) + 1 for fed, _ in paths]
+        budget = Budget(self._most_tokens(ours.model))
+        found: dict[int, float] = {}
+        for batch in budget.batches(costs):
+            sums = budget.run(lambda at: self._sums(ours, theirs, openings, [paths[i][0] for i in at]), batch, costs)
+            found |= dict(zip(batch, sums, strict=True))
+        return [Distance(found[i], as_drawn) for i, (_, as_drawn) in enumerate(paths)]
+
+    def _sums(self, ours: Policy, theirs: Policy, openings: list[list[int]], fed: list[list[int]]) -> list[float]:
+        """The terms of some completions of a prompt, summed; in float32 a part of their tokens at a time."""
+        p, q = (_logits(each.model, opening, fed) for each, opening in zip((ours, theirs), openings, strict=True))
+        if p.shape != q.shape:
+            raise ValueError(f"a KL needs models of the same tokens, got {p.shape[-1]} and {q.shape[-1]} of them")
+        n, steps, size = p.shape
+        width = max(1, self._cells(ours.model) // (n * size))
+        read = torch.arange(steps) < torch.tensor([len(ids) + 1 for ids in fed])[:, None]
+        total = torch.zeros(n, dtype=torch.float64)
+        for first in range(0, steps, width):
+            part = slice(first, first + width)
+            terms = _terms(p[:, part], q[:, part], ours.decoding.temperature, theirs.decoding.temperature)
+            total += (terms.cpu().double() * read[:, part]).sum(1)
+        return [float(kl) for kl in total]
+
+    def _cells(self, model: Any) -> int:
+        return self.cells or (CELLS_ON_CPU if device_of(model).type == "cpu" else CELLS_ON_GPU)
+
+    def _most_tokens(self, model: Any) -> int:
+        """Of a batch."""
+        size = int(unwrapped(model).get_output_embeddings().weight.shape[0])
+        return max(1, min(default_budget(model), self._cells(model) // size))
+
+
+def between(policy: Sampler, reference: Sampler) -> Divergence | None:
+    """The divergence of two samplers, or None, which the log explains, where there is none to be had."""
+    try:
+        return Divergence(policy, reference)
+    except (TypeError, ValueError) as error:
+        logger.warning("no KL: %s", error)
+        return None
+
+
+def _policy(sampler: Any) -> Policy:
+    """The model, as the sampler uses it."""
+    own = sampler.sampler if isinstance(sampler, LoadedSampler) else sampler
+    return Policy(own.model, own.tokenizer, own.decoding, own.text)
+
+
+def _decoding(sampler: Any) -> Decoding:
+    found: Decoding = (sampler.recipe if isinstance(sampler, LoadedSampler) else sampler).decoding
+    return found
+
+
+def _bends_nothing(decoding: Decoding) -> bool:
+    """With top_p, top_k or min_p the reference gives some completions no probability, and a KL is infinite."""
+    return replace(decoding, max_tokens=1, temperature=1.0, stop=(), stop_token_ids=()) == Decoding(1)
+
+
+def _read_again(policy: Policy, prompt: Prompt, rollout: Rollout) -> tuple[list[int], bool]:
+    """The tokens of a completion but for the last that was drawn, and whether they are as many as were drawn."""
+    if not isinstance(rollout.completion, str):
+        raise TypeError(f"a KL needs completions that are text, got messages for {start_of(prompt)}")
+    most, ids = policy.decoding.max_tokens, _ids(policy, rollout.completion)
+    cut = rollout.finish == "length" or (rollout.finish is None and len(ids) >= most)
+    fed = ids[: -1 if cut else None][: most - 1]
+    if rollout.tokens == len(fed) + 1:
+        return fed, True
+    # What ended it may have been a text, which was drawn and is not kept.
+    for stop in policy.decoding.stop if rollout.finish == "stop" else ():
+        ids = _ids(policy, rollout.completion + stop)
+        if len(ids) == rollout.tokens:
+            return ids[:-1], True
+    return fed, False
+
+
+def _ids(policy: Policy, text: str) -> list[int]:
+    with lock_of(policy.model):  # fast tokenizers do not bear two threads
+        return list(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _logits(model: Any, opening: list[int], fed: list[list[int]]) -> Tensor:
+    """The logits of each token of the completions, in the model's precision: [n, L, V]."""
+    model = unwrapped(model)
+    rows, steps = [opening + ids for ids in fed], max(map(len, fed)) + 1
+    ids, mask = right_padded(rows, opening[0], device_of(model))
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    keeps = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    options = {"logits_to_keep": steps} if keeps else {}
+    with contiguous_input(model):
+        logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
+    return logits[:, -steps:]
+
+
+def _terms(p: Tensor, q: Tensor, ours: float, theirs: float) -> Tensor:
+    """KL of each pair of next-token distributions: [n, L]."""
+    a, b = (p.float() / ours).log_softmax(-1), (q.to(p.device).float() / theirs).log_softmax(-1)
+    # Of tokens that the policy never draws; what rounding takes below 0 is 0.
+    return torch.where(a > -torch.inf, a.exp() * (a - b), 0.0).sum(-1).clamp(min=0.0)

@@ -1,0 +1,157 @@
+"""What an evaluation found, as a person reads it and as a file keeps it: estimates, each with its interval.
+
+>>> half = Stated(0.5, 0.4, 0.6, 0.05, 100)
+>>> print(Difference("a", "b", "judge", "Standard()", half), Difference("a", "b", "judge", "Standard()", half).tells)
+a less b, Standard() judged by judge: 0.500 [0.400, 0.600] True
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from calibrated_rewards.estimates import Stated
+
+UNKNOWN = "-"
+# Below, the bootstrap is too narrow.
+FEW = 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is measured of one policy, or of the reference."""
+
+    name: str
+    kl: Stated | None
+    """KL(policy || reference) of a completion, in nats; None of the reference, and where no log-probabilities are."""
+    tokens: Stated | None
+    """Of a completion; None where the sampler does not say."""
+    scores: Mapping[str, Stated]
+    """The mean score by each scorer."""
+    win_rates: Mapping[str, Mapping[str, Stated]]
+    """By scorer that judges, then by procedure, as its repr: how often the policy beats the reference."""
+    not_as_drawn: int = 0
+    """Completions whose text makes other tokens than were drawn: their KL is along the tokens of the text."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A win rate of one policy less that of another, on the same prompts: paired, so what prompts share cancels."""
+
+    a: str
+    b: str
+    judged_by: str
+    procedure: str
+    value: Stated
+
+    @property
+    def tells(self) -> bool:
+        """Whether the interval says which of the two is larger."""
+        low, high = self.value.low, self.value.high
+        return low is not None and high is not None and (low > 0 or high < 0)
+
+    def __str__(self) -> str:
+        return f"{self.a} less {self.b}, {self.procedure} judged by {self.judged_by}: {self.value}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found."""
+
+    reference: Outcome
+    policies: tuple[Outcome, ...]
+    differences: tuple[Difference, ...]
+    selected_by: str
+    """The scorer that best-of-N and worst-of-N select by; each scorer judges what was selected."""
+    prompts: int
+    completions: int
+    """Of each prompt, m."""
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        return dict(json.loads(json.dumps(asdict(self), allow_nan=False)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file, as JSON."""
+        from calibrated_rewards.rollouts.shard_files import replacing
+
+        with replacing(Path(path)) as file:
+            file.write(json.dumps(self.as_json(), indent=2).encode() + b"\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
+        """What `save` wrote."""
+        try:
+            says = json.loads(Path(path).read_text())
+            said = {**says, "reference": _outcome(says["reference"])}
+            said["policies"] = tuple(map(_outcome, says["policies"]))
+            said["differences"] = tuple(Difference(**{**d, "value": Stated(**d["value"])}) for d in says["differences"])
+            return cls(**said)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} must be an evaluation that was saved, got something else ({error!r})") from error
+
+
+def _lines(found: Evaluation) -> Iterator[str]:
+    """Tables with a row for each policy, then the differences, those that the data tell apart first."""
+    plural = "s" * (found.prompts != 1)
+    yield (
+        f"{found.prompts} prompt{plural}, {found.completions} completions of each; best and worst of N selected by "
+        f"{found.selected_by}; in brackets 95% intervals, by prompt"
+    )
+    everyone = (found.reference, *found.policies)
+    columns = {"KL, nats": [each.kl for each in everyone], "tokens": [each.tokens for each in everyone]}
+    columns |= {f"mean {scorer}": [each.scores[scorer] for each in everyone] for scorer in found.reference.scores}
+    yield from ("", *_table("", [each.name for each in everyone], columns))
+    for judge, rates in found.policies[0].win_rates.items():
+        columns = {how: [each.win_rates[judge][how] for each in found.policies] for how in rates}
+        yield from ("", f"wins over the reference, judged by {judge}")
+        yield from _table("", [each.name for each in found.policies], columns)
+    if found.differences:
+        yield from ("", *_compared(found.differences))
+    if found.prompts < FEW:
+        yield f"fewer than {FEW} prompts: the intervals are too narrow"
+    for each in found.policies:
+        if each.not_as_drawn:
+            share = f"{each.not_as_drawn} of {found.prompts * found.completions} completions"
+            yield f"{each.name}: {share} make other tokens than were drawn, and the KL is along those"
+
+
+def _compared(differences: Sequence[Difference]) -> Iterator[str]:
+    """In words, and no more than the intervals say."""
+    telling = [each for each in differences if each.tells]
+    yield f"of {len(differences)} differences of win rates, {len(telling)} have an interval without 0"
+    for each in telling:
+        first = each.value.value > 0
+        more, less = (each.a, each.b) if first else (each.b, each.a)
+        yield f"  {more} wins more than {less}: {each}"
+    if len(telling) < len(differences):
+        yield "  the others: these prompts do not tell which of the two wins more"
+        yield from (f"    {each}" for each in differences if not each.tells)
+    if telling and len(differences) > 1:
+        yield "  each interval is for itself: between equals, one of twenty leaves 0 out"
+
+
+def _table(corner: str, names: Sequence[str], columns: Mapping[str, Sequence[Stated | None]]) -> Iterator[str]:
+    cells = [[UNKNOWN if each is None else str(each) for each in column] for column in columns.values()]
+    heads = [corner, *columns]
+    widths = [max(map(len, [head, *column])) for head, column in zip(heads, [[*names], *cells], strict=True)]
+    for row in zip(*([head, *column] for head, column in zip(heads, [[*names], *cells], strict=True)), strict=True):
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _stated(says: Mapping[str, Any] | None) -> Stated | None:
+    return None if says is None else Stated(**says)
+
+
+def _outcome(says: Mapping[str, Any]) -> Outcome:
+    def each(of: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: Stated(**value) for name, value in of.items()}
+
+    read = {name: _stated(says[name]) for name in ("kl", "tokens")}
+    rates = {judge: each(of) for judge, of in says["win_rates"].items()}
+    return Outcome(**{**says, **read, "scores": each(says["scores"]), "win_rates": rates})

@@ -1,0 +1,128 @@
+"""The folder of a training run: what it was asked for, a line of log for each step, checkpoints, and at last the model.
+
+settings.json   what the run is; another run does not go on here
+log.jsonl       a JSON object for each step
+checkpoints/    while it goes on
+model/          when it is finished
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from calibrated_rewards.prompts import prompt_key
+from calibrated_rewards.recipes.model import place_of
+from calibrated_rewards.recipes.raw import RawReward
+from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.rollouts.shard_files import replacing
+from calibrated_rewards.rollouts.sources import Asked
+from calibrated_rewards.samplers.decoding import Decoding
+
+# The last file that transformers' Trainer writes of a checkpoint: one without it was cut short.
+LAST_WRITTEN = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps what it has."""
+
+    out: Path
+
+    @property
+    def model(self) -> Path:
+        """The trained model; there when the run is finished."""
+        return self.out / "model"
+
+    @property
+    def log(self) -> Path:
+        """A line for each step."""
+        return self.out / "log.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What a run goes on from."""
+        return self.out / "checkpoints"
+
+    def check(self, about: Mapping[str, Any]) -> None:
+        """ValueError if another run, or something else, is here."""
+        at = self.out / "settings.json"
+        if not at.exists():
+            if self.model.exists() or self.log.exists():
+                raise ValueError(f"{self.out} has a run without settings.json: choose another folder")
+            return
+        before = json.loads(at.read_text())
+        now = json.loads(json.dumps(about))
+        others = _differences(before, now)
+        if others:
+            raise ValueError(f"{self.out} has a run with other settings ({'; '.join(others)}): choose another folder")
+
+    def begin(self, about: Mapping[str, Any]) -> None:
+        """Write down what the run is."""
+        with replacing(self.out / "settings.json") as file:
+            file.write(json.dumps(about, indent=2).encode())
+
+    def last_checkpoint(self) -> str | None:
+        """The newest that is whole; None at the start."""
+        whole = [at.parent for at in self.checkpoints.glob(f"checkpoint-*/{LAST_WRITTEN}")]
+        return str(max(whole, key=lambda at: int(at.name.rpartition("-")[2]))) if whole else None
+
+    def write_log(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """The log of the steps so far, in place of what was there."""
+        with replacing(self.log) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def add_to_log(self, row: Mapping[str, Any]) -> None:
+        """A line more."""
+        with self.log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def finish(self, saved: Path) -> None:
+        """Put the saved model where it belongs; checkpoints are of no use any more."""
+        os.replace(saved, self.model)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def about(
+    recipe: str, policy: Any, reward: Any, prompts: Sequence[Asked], decoding: Decoding, settings: Any, dtype: str
+) -> dict[str, Any]:
+    """All that a run depends on but for the weights, as JSON."""
+    named = place_of(policy) if isinstance(policy, str | os.PathLike) else policy.config._name_or_path
+    keys = b"".join(prompt_key(each.prompt) for each in prompts)
+    return {
+        "recipe": recipe,
+        "policy": named,
+        "dtype": dtype,
+        "settings": asdict(settings),
+        "decoding": decoding.fingerprint(),
+        "prompts": {"number": len(prompts), "digest": _digest(keys)},
+        "reward": about_reward(reward),
+    }
+
+
+def about_reward(reward: Any) -> dict[str, Any]:
+    """Which reward it is: its name, and of a calibrated one transform and table."""
+    if isinstance(reward, RawReward):
+        return {**about_reward(reward.reward), "kind": "raw"}
+    if not isinstance(reward, CalibratedReward):
+        return {"kind": "function", "name": getattr(reward, "__name__", type(reward).__name__)}
+    shown = {name: repr(getattr(reward, name)) for name in ("transform", "estimator", "scale", "calibration")}
+    meta = json.dumps(reward.table.meta, sort_keys=True, default=str).encode()
+    table = {"prompts": len(reward.table), "digest": _digest(meta)}
+    return {"kind": "calibrated", "name": reward.__name__, "beta": reward.beta, **shown, "table": table}
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=8).hexdigest()
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """What differs, by name."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = sorted({*before, *now})
+        return [each for key in names for each in _differences(before.get(key), now.get(key), f"{name}.{key}")]
+    return [] if before == now else [f"{name.removeprefix('.')} was {before!r:.80}, is {now!r:.80}"]

@@ -1,0 +1,254 @@
+"""A training run with one of TRL's trainers: what train_rloo.py and train_grpo.py share.
+
+It goes on from its last checkpoint, and is then the run that it would have been: prompts are in the order that their
+seed gives, which is written out, and the states of optimizer and random numbers are in the checkpoint.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from calibrated_rewards.faithful.check import check_settings
+from calibrated_rewards.recipes import command, opening
+from calibrated_rewards.recipes.loop import setting, turns
+from calibrated_rewards.recipes.model import contiguous_head, lora, place_of, quiet
+from calibrated_rewards.recipes.run_folder import RunFolder, about
+from calibrated_rewards.recipes.timing import TimedDrawing, TimedReward
+from calibrated_rewards.recipes.together import Together
+from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.rollouts.sources import Asked
+from calibrated_rewards.samplers.decoding import Decoding
+
+# What is nothing about the objective: the weights are in the precision that they were loaded in.
+PLAIN: dict[str, Any] = {"bf16": False, "activation_checkpointing": False, "report_to": [], "weight_decay": 0.0}
+PLAIN |= {"disable_tqdm": True, "ddp_find_unused_parameters": False}
+SAVED: dict[str, Any] = {"save_strategy": "steps", "save_total_limit": 1, "logging_steps": 1, "shuffle_dataset": False}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be set; each is an option of the command."""
+
+    beta: float = setting(0.1, "the strength of the KL: small is far from the reference")
+    steps: int = setting(200, "updates of the policy, of new completions each")
+    prompts_a_step: int = setting(8, "prompts of a step, of all processes together")
+    completions: int = setting(8, "completions of a prompt, G: 2 or more")
+    lr: float = setting(1e-6, "learning rate at the start; it falls to 0. LoRA wants more, such as 1e-4")
+    lora_rank: int = setting(0, "rank of LoRA adapters on all linear layers; 0 trains all weights")
+    lora_layers: int = setting(0, "the last so many layers that get adapters, to compute less; 0: all")
+    max_grad_norm: float = setting(1.0, "longer gradients are cut to this length")
+    rows: int = setting(8, "completions that a process learns from at once; memory, not the result")
+    save_steps: int = setting(20, "steps from checkpoint to checkpoint, from which the run can go on")
+    seed: int = setting(0, "of the prompts' order, the completions and the adapters")
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "prompts_a_step": 1, "completions": 2, "rows": 1, "save_steps": 1}
+        least |= {"lora_rank": 0, "lora_layers": 0}
+        for name, at_least in least.items():
+            if getattr(self, name) < at_least:
+                raise ValueError(f"Settings needs {name} >= {at_least}, got {name}={getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A trainer, its configuration, and the settings with which it maximises E[reward] - beta KL."""
+
+    name: str
+    trainer: Any
+    config: Any
+    faithful: Callable[..., dict[str, Any]]
+
+
+@dataclass(eq=False)
+class StepLog(TrainerCallback):
+    """Writes a line for each step, under the names that the plain loops use, and shows how far the run is."""
+
+    folder: RunFolder
+    settings: Settings
+    show_progress: bool
+    began: float = 0.0
+    bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by the trainer, as all here. What came after the checkpoint happens again."""
+        if state.is_world_process_zero:
+            self.folder.write_log(row(each, self.settings.beta) for each in state.log_history if "kl" in each)
+            shown: Any = {"desc": "training", "unit": " steps", "disable": None if self.show_progress else True}
+            self.bar = tqdm(total=self.settings.steps, initial=state.global_step, delay=3, **shown)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The clock starts."""
+        self.began = perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The history is what a checkpoint holds of the log."""
+        if state.is_world_process_zero and "kl" in state.log_history[-1]:
+            state.log_history[-1]["seconds"] = perf_counter() - self.began
+            self.folder.add_to_log(row(state.log_history[-1], self.settings.beta))
+            self.bar.update()
+
+
+def row(logged: Mapping[str, Any], beta: float) -> dict[str, Any]:
+    """A line of the log. TRL's KL is a mean over tokens: times their number it is that of a completion."""
+    tokens, reward = logged["completions/mean_length"], logged["reward"]
+    kl = logged["kl"] * tokens
+    own = {name.rpartition("/")[2]: value for name, value in logged.items() if name.endswith(("/u", "/raw"))}
+    objective = None if reward is None else reward - beta * kl
+    timed = {name: value for name, value in logged.items() if name.startswith("seconds")}
+    told = {"step": logged["step"] - 1, "lr": logged["learning_rate"], "reward": reward, **own, "kl": kl}
+    return {**told, "objective": objective, "tokens": tokens, **timed}
+
+
+def train(
+    kind: Kind,
+    policy: Any,
+    reward: Any,
+    prompts: Sequence[Asked],
+    decoding: Decoding,
+    settings: Settings,
+    out: Path,
+    tokenizer: Any = None,
+    dtype: str = "float32",
+    show_progress: bool = True,
+) -> Path:
+    """Train in a folder, or go on there; where the model is."""
+    folder, told = RunFolder(Path(out)), about(kind.name, policy, reward, prompts, decoding, settings, dtype)
+    folder.check(told)
+    if folder.model.exists():
+        return folder.model
+    with quiet(), completions_alone():
+        args = arguments(kind, settings, decoding, folder)
+        trainer = made(kind, args, policy, reward, prompts, decoding, settings, tokenizer, dtype)
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(StepLog(folder, settings, show_progress))
+        if trainer.is_world_process_zero():
+            folder.begin(told)
+            report = check_settings(args, reward if isinstance(reward, CalibratedReward) else None, beta=settings.beta)
+            sys.stderr.write(f"{report}\n")
+        trainer.train(resume_from_checkpoint=folder.last_checkpoint())
+        saved = folder.out / ".model"
+        trainer.save_model(str(saved))
+        if trainer.is_world_process_zero():
+            folder.finish(saved)
+        trainer.accelerator.wait_for_everyone()
+    return folder.model
+
+
+def run(options: argparse.Namespace, settings: type[Any], train: Callable[..., Path]) -> None:
+    """What the commands do: open, train or go on, tell."""
+    command.settings_of(options, settings)  # what is wrong with them is said before anything is loaded
+    policy, reward, asked = opening.opened(options)
+    given = command.settings_of(options, settings, reward.beta)
+    own = {"tokenizer": policy.tokenizer, "dtype": options.dtype}
+    model = train(policy.model, reward, asked, policy.decoding, given, options.out, **own)
+    if Together.here().first:
+        command.tell(options.out / "log.jsonl", model)
+
+
+def arguments(kind: Kind, settings: Settings, decoding: Decoding, folder: RunFolder) -> Any:
+    """The trainer's configuration."""
+    if decoding.stop:
+        raise ValueError(f"TRL ends completions by tokens alone, got stop={decoding.stop}: say stop_token_ids")
+    rows = rows_at_once(settings)
+    drawn = {name: getattr(decoding, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
+    drawn |= {"max_completion_length": decoding.max_tokens, "min_p": decoding.min_p or None}
+    return kind.config(
+        output_dir=str(folder.checkpoints),
+        **kind.faithful(settings.beta, settings.completions, **drawn),
+        max_steps=settings.steps,
+        learning_rate=settings.lr,
+        lr_scheduler_type="linear",
+        max_grad_norm=settings.max_grad_norm,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=_of_a_process(settings) // rows,
+        save_steps=settings.save_steps,
+        seed=settings.seed,
+        use_cpu=not torch.cuda.is_available(),
+        **PLAIN,
+        **SAVED,
+    )
+
+
+def _of_a_process(settings: Settings) -> int:
+    """Completions of a step that a process draws; `accelerate launch` says how many processes there are."""
+    whole, processes = settings.prompts_a_step * settings.completions, int(os.environ.get("WORLD_SIZE", "1"))
+    if whole % processes:
+        raise ValueError(f"prompts_a_step * completions is a multiple of the processes, got {whole} for {processes}")
+    return whole // processes
+
+
+def rows_at_once(settings: Settings) -> int:
+    """As many of a process's completions as are allowed, in parts of one size: TRL has no others."""
+    own = _of_a_process(settings)
+    return max(n for n in range(1, own + 1) if own % n == 0 and n <= settings.rows)
+
+
+def made(
+    kind: Kind,
+    args: Any,
+    policy: Any,
+    reward: Any,
+    prompts: Sequence[Asked],
+    decoding: Decoding,
+    settings: Settings,
+    tokenizer: Any,
+    dtype: str,
+) -> Any:
+    """TRL's trainer, with all that it needs."""
+    at = place_of(policy) if isinstance(policy, str | os.PathLike) else None
+    model = AutoModelForCausalLM.from_pretrained(at, dtype=dtype) if at is not None else policy
+    if settings.lora_rank == 0 and not model.config._name_or_path:
+        raise ValueError("training all weights reads the reference from the policy's files: give a path or an id")
+    contiguous_head(model)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(at or model.config._name_or_path)
+    if decoding.stop_token_ids:
+        given = model.generation_config.eos_token_id
+        own = given if isinstance(given, list) else [each for each in (given,) if each is not None]
+        model.generation_config.eos_token_id = sorted({*own, *decoding.stop_token_ids})
+    trainer = kind.trainer(
+        model=model,
+        reward_funcs=TimedReward.of(reward),
+        args=args,
+        train_dataset=dataset(prompts, settings, getattr(reward, "id_column", None)),
+        processing_class=tokenizer,
+        peft_config=lora(model, settings.lora_rank, settings.lora_layers) if settings.lora_rank else None,
+    )
+    trainer._generate = TimedDrawing(trainer._generate, trainer._log_metric)
+    return trainer
+
+
+def dataset(prompts: Sequence[Asked], settings: Settings, id_column: str | None) -> Dataset:
+    """The prompts of all steps in their order, with the ids by which the reward knows them."""
+    if len({isinstance(each.prompt, str) for each in prompts}) != 1:
+        raise ValueError("TRL takes prompts that are all texts or all messages, got both, or none")
+    steps = islice(turns(prompts, settings.prompts_a_step, settings.seed), settings.steps)
+    asked = [each for step in steps for each in step]
+    ids = {} if id_column is None else {id_column: [each.id for each in asked]}
+    return Dataset.from_dict({"prompt": [each.prompt for each in asked], **ids})
+
+
+@contextmanager
+def completions_alone() -> Iterator[None]:
+    """On a CPU TRL works out log-probabilities of the prompts as well, most of a step, and leaves them out after."""
+    trl_utils: Any = import_module("trl.trainer.utils")
+    scores_all = trl_utils._use_triton
+    trl_utils._use_triton = lambda device: device.type == "cpu" or scores_all(device)
+    try:
+        yield
+    finally:
+        trl_utils._use_triton = scores_all

@@ -1,0 +1,39 @@
+"""One page that says what was calibrated, whether it is good, what was trained, and what came out.
+
+The page is a single file: its style and its figures are in it, and it runs nothing. It says what it finds in the
+directory of an experiment, and of what is not there, nothing. Every number comes from a file of the experiment.
+"""
+
+import os
+from pathlib import Path
+
+from calibrated_rewards.reporting.calibrated import calibrated
+from calibrated_rewards.reporting.examples import examples
+from calibrated_rewards.reporting.experiment import experiment
+from calibrated_rewards.reporting.made import made
+from calibrated_rewards.reporting.outcome import outcome
+from calibrated_rewards.reporting.page import page
+from calibrated_rewards.reporting.promised import promised
+from calibrated_rewards.reporting.trained import trained
+from calibrated_rewards.rollouts.shard_files import replacing
+
+PARTS = (calibrated, promised, trained, outcome, examples, made)
+
+
+def report(
+    directory: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, title: str | None = None
+) -> Path:
+    """Write the page of an experiment, `report.html` in its directory if nothing is said, and say where it is.
+
+    The directory is that of a demo, of a calibration or a single table, of training runs, or of an evaluation.
+    """
+    at = Path(directory)
+    if not at.is_dir():
+        raise FileNotFoundError(f"report needs the directory of an experiment, got {at}, which is none.")
+    found = experiment(at)
+    sections = [section for part in PARTS if (section := part(found)) is not None]
+    text = page(title or f"Calibrated rewards: {at.resolve().name}", sections)
+    to = at / "report.html" if out is None else Path(out)
+    with replacing(to) as file:
+        file.write(text.encode("utf-8", "xmlcharrefreplace"))
+    return to

@@ -1,0 +1,169 @@
+"""The frontier without training: the optimum for any reward is a reweighting of the reference's own rollouts.
+
+pi*(y) ~ pi_ref(y) e^{v(y)/beta}, so that K rollouts of a prompt with weights ~ e^{v/beta} stand for it, whatever v is:
+a transform of the quantile, the raw score, what a peer makes of it. All are brought to one KL and compared.
+
+>>> from calibrated_rewards.arms import ARMS
+>>> rng = np.random.default_rng(0)
+>>> found = reweighted(Samples(rng.normal(size=(50, 64))), {name: ARMS[name] for name in ("raw", "exp:10")}, kls=[0.5])
+>>> for point in found.points:
+...     print(point.arm, point.win_rates["reward"]["BestOf(n=4)"])
+raw 0.833 [0.826, 0.840]
+exp:10 0.869 [0.869, 0.869]
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Float
+from tqdm import tqdm
+
+from calibrated_rewards.arms import Arm, usual_arms
+from calibrated_rewards.bootstrap import stated
+from calibrated_rewards.calibrations import Calibration
+from calibrated_rewards.estimates import Samples, Stated
+from calibrated_rewards.procedures import BestOf, CalibratedProcedure, Procedure, Standard, WorstOf
+from calibrated_rewards.prospects import Point, Reweighted
+from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.weighted_pools import WeightedPools, won
+
+Array: TypeAlias = npt.NDArray[np.float64]
+KLS = (0.25, 0.5, 1.0, 2.0)
+PROCEDURES: tuple[CalibratedProcedure, ...] = (Standard(), BestOf(4), WorstOf(4))
+
+
+def reweighted(
+    references: Samples,
+    arms: Mapping[str, Arm] | None = None,
+    kls: Sequence[float] = KLS,
+    procedures: Sequence[Procedure] = PROCEDURES,
+    *,
+    selected_by: str = "reward",
+    judged_by: str = "judge",
+) -> Reweighted:
+    """Compare rewards at equal KL by their exact optima on the rollouts of a calibration.
+
+    `references.select` are the raw scores of the reward model that is trained for and that procedures select by,
+    `references.judge` those of another scorer for the same rollouts, or the same ones. Each arm, by default those of
+    `usual_arms`, has one beta for all prompts, at which its mean KL is as asked; gains are over the first arm.
+    """
+    setting = _Setting(references, _checked(references, kls, procedures), selected_by, judged_by)
+    chosen = usual_arms(procedures) if arms is None else dict(arms)
+    found, left_out = [], []
+    steps = [(name, kl) for name in chosen for kl in sorted(set(kls))]
+    for name, kl in tqdm(steps, desc="frontier", unit=" points", delay=3, disable=None):
+        try:
+            found.append(setting.tried(name, chosen[name], float(kl)))
+        except ValueError as error:
+            left_out.append(f"{name} at KL {kl:g}: {error}")
+    if not found:
+        raise ValueError(
+            f"reweighted needs a KL that an arm reaches, got none: {left_out[0] if left_out else 'no arms'}"
+        )
+    points = tuple(sorted(setting.points(found, next(iter(chosen))), key=lambda point: point.kl))
+    names = tuple(repr(procedure) for procedure in procedures)
+    return Reweighted(points, names, selected_by, len(references), int(references.sizes.min()), tuple(left_out))
+
+
+def _checked(
+    references: Samples, kls: Sequence[float], procedures: Sequence[Procedure]
+) -> tuple[CalibratedProcedure, ...]:
+    if references.sizes.min() < 2:
+        raise ValueError(f"reweighted needs 2 rollouts of each prompt or more, got {references}.")
+    if not kls or not all(np.isfinite(kl) and kl > 0 for kl in kls):
+        raise ValueError(f"reweighted needs finite kls > 0, got kls={kls!r}.")
+    ranked = tuple(procedure for procedure in procedures if isinstance(procedure, CalibratedProcedure))
+    if not ranked or len(ranked) < len(procedures):
+        raise ValueError(f"reweighted needs procedures that are functions of the rank, got {list(procedures)}.")
+    return ranked
+
+
+@dataclass(frozen=True, eq=False)
+class _Tried:
+    """An arm at a KL: a win rate for each prompt, judge and procedure."""
+
+    arm: str
+    kl: float
+    kl_spread: float
+    beta: float
+    ess: tuple[float, ...]
+    win_rates: Float[np.ndarray, "P columns"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Setting:
+    """What all arms share: the rollouts, and what the reference's own output under each procedure is worth."""
+
+    references: Samples
+    procedures: tuple[CalibratedProcedure, ...]
+    selected_by: str
+    judged_by: str
+    pools: WeightedPools = field(init=False)
+    table: ReferenceTable = field(init=False)
+    base: tuple[Array, ...] = field(init=False)
+    beaten: tuple[tuple[Array, ...], ...] = field(init=False)
+    values: dict[str, tuple[Calibration, Array]] = field(init=False, default_factory=dict)
+    """Of the calibration that each arm had last."""
+
+    def __post_init__(self) -> None:
+        # Scores are compared as tables compare them, in float32: what ties there ties here.
+        select = [row.astype(np.float32).astype(np.float64) for row in self.references.select]
+        same = self.references.judge is self.references.select
+        pools = WeightedPools(Samples(select, None if same else self.references.judge))
+        table = ReferenceTable.build((at.to_bytes(16, "big"), row) for at, row in enumerate(select))
+        base = tuple(pools.output(pools.uniform, procedure) for procedure in self.procedures)
+        judges = [pools.by_select] if same else [pools.by_select, pools.by_judge]
+        object.__setattr__(self, "pools", pools)
+        object.__setattr__(self, "table", table)
+        object.__setattr__(self, "base", base)
+        object.__setattr__(self, "beaten", tuple(tuple(judge.beaten(mass) for mass in base) for judge in judges))
+
+    def tried(self, name: str, arm: Arm, kl: float) -> _Tried:
+        """Weigh, let the procedures choose, and compare."""
+        self.pools.check_reach(kl)  # before an optimum is solved for
+        values = self._values(name, arm.at(kl))
+        beta = self.pools.beta_for_kl(values, kl)
+        weights, spent = self.pools.tilted(values, beta)
+        outputs = [self.pools.output(weights, procedure) for procedure in self.procedures]
+        columns = [
+            won(output, base, beaten, itself=judge is self.beaten[0])
+            for judge in self.beaten
+            for output, base, beaten in zip(outputs, self.base, judge, strict=True)
+        ]
+        rates = np.stack(columns, axis=1)
+        if not np.isfinite(rates).all():
+            raise ValueError("both sides come down to one rollout of a prompt.")
+        ess = tuple(_ess(weights, output, base) for output, base in zip(outputs, self.base, strict=True))
+        return _Tried(name, kl, float(spent.std()), beta, ess, rates)
+
+    def _values(self, name: str, calibration: Calibration) -> Array:
+        if name not in self.values or self.values[name][0] != calibration:
+            select = self.pools.samples.select
+            rows = np.repeat(np.arange(len(select)), [len(row) for row in select])
+            values = np.asarray(calibration(self.table, rows, np.concatenate(select)), np.float64)
+            if not np.isfinite(values).all():
+                raise ValueError(f"needs finite values, got {values[~np.isfinite(values)][0]}.")
+            self.values[name] = calibration, self.pools.filled(values, 0.0)
+        return self.values[name][1]
+
+    def points(self, found: Sequence[_Tried], first: str) -> Iterator[Point]:
+        """With intervals, all of them from the same resampled prompts."""
+        baseline = {each.kl: each.win_rates for each in found if each.arm == first}
+        gains = [each.win_rates - baseline[each.kl] for each in found if each.kl in baseline]
+        intervals = iter(stated(np.hstack([*(each.win_rates for each in found), *gains])))
+        rates = [self._named(intervals) for _ in found]
+        for each, own in zip(found, rates, strict=True):
+            ess = {repr(procedure): value for procedure, value in zip(self.procedures, each.ess, strict=True)}
+            gained = self._named(intervals) if each.kl in baseline else {}
+            yield Point(each.arm, each.kl, each.kl_spread, each.beta, min(each.ess), ess, own, gained)
+
+    def _named(self, intervals: Iterator[Stated]) -> dict[str, dict[str, Stated]]:
+        judges = [self.selected_by, self.judged_by][: len(self.beaten)]
+        return {judge: {repr(procedure): next(intervals) for procedure in self.procedures} for judge in judges}
+
+
+def _ess(*masses: Float[np.ndarray, "P K"]) -> float:
+    return float(1 / np.max([np.sum(mass**2, axis=1) for mass in masses], axis=0).mean())

@@ -1,0 +1,126 @@
+"""The demo in miniature: all of it, stopped in the middle and taken up again, and its reward models."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import BertConfig, BertModel
+
+from calibrated_rewards.cli import main
+from calibrated_rewards.demo import miniature, reward_models
+from calibrated_rewards.demo.assets import Rated, made
+from calibrated_rewards.demo.scale import QUICK
+from calibrated_rewards.demo.show import foreseen
+from calibrated_rewards.evaluate import Evaluation
+from calibrated_rewards.prospects import Reweighted
+from calibrated_rewards.reward import CalibratedReward
+
+COMMAND = [sys.executable, "-m", "calibrated_rewards", "demo", "--quick", "--out"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo from start to end."""
+    out = tmp_path_factory.mktemp("demo") / "whole"
+    done = subprocess.run([*COMMAND, str(out)], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    (out / "said.txt").write_text(done.stdout)
+    return out
+
+
+def test_all_parts_are_there_and_agree(whole: Path) -> None:
+    """What it leaves can be opened by the public names, and what it says is what they hold."""
+    said = (whole / "said.txt").read_text()
+    found = Evaluation.load(whole / "evaluation" / "evaluation.json")
+    assert [each.name for each in found.policies] == ["calibrated", "raw"]
+    assert str(found) in said
+    assert foreseen(Reweighted.load(whole / "frontier.json"), QUICK) in said
+    assert "nothing else" in said.splitlines()[2]  # that random models mean nothing is said first
+    reward = CalibratedReward.from_pretrained(whole / "reward")
+    assert reward.table.meta["sampler"]["decoding"]["max_tokens"] == 8
+    assert "<html" in (whole / "report.html").read_text()
+    for name in ("calibrated", "raw"):
+        assert len((whole / name / "log.jsonl").read_text().splitlines()) == 3
+        assert (whole / name / "model" / "adapter_model.safetensors").exists()
+
+
+def test_goes_on_after_ctrl_c_with_the_same_numbers(whole: Path, tmp_path: Path) -> None:
+    """Stopped while it trains, it finishes when called again, as if nothing had been."""
+    out = tmp_path / "stopped"
+    with subprocess.Popen([*COMMAND, str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if line.startswith("[4/"):
+                break
+        run.send_signal(signal.SIGINT)
+        run.stdout.read()
+        assert run.wait(60) == 130
+    assert not (out / "evaluation").exists()
+    assert main(["demo", "--quick", "--out", str(out)]) == 0
+    for name in ("evaluation/evaluation.json", "frontier.json"):
+        assert json.loads((out / name).read_text()) == json.loads((whole / name).read_text())
+
+
+def test_another_demo_in_the_same_folder_is_refused(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two sizes or seeds are not mixed."""
+    assert main(["demo", "--quick", "--seed", "1", "--out", str(whole)]) == 2
+    assert "seed" in capsys.readouterr().err
+    assert main(["demo", "--quick", "--seed", "-1", "--out", str(whole)]) == 2
+    assert "--seed needs a number >= 0, got -1" in capsys.readouterr().err
+
+
+def test_a_reward_model_in_the_middle_of_its_epoch_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after some batches, it has the weights of one that was not."""
+    monkeypatch.setattr(reward_models, "OFTEN", 1)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    base = BertModel(BertConfig(vocab_size=tiny.VOCABULARY, **shape))
+    at = Path(tiny.saved(base, tmp_path / "base", tiny.tokenizer(template=None)))
+    texts = [Rated("Movie: ", text, float(i % 9 - 4)) for i, text in enumerate(tiny.texts(200))]
+
+    def stop_at_fourth(learner: reward_models.Learner, done: int, path: Path) -> None:
+        save(learner, done, path)
+        if done == 4:
+            raise KeyboardInterrupt
+
+    save = reward_models.Learner.save
+    reward_models.train(at, texts, tmp_path / "once", tmp_path / "once.so-far")
+    monkeypatch.setattr(reward_models.Learner, "save", stop_at_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        reward_models.train(at, texts, tmp_path / "twice", tmp_path / "twice.so-far")
+    monkeypatch.setattr(reward_models.Learner, "save", save)
+    reward_models.train(at, texts, tmp_path / "twice", tmp_path / "twice.so-far")
+    same, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "twice"))
+    assert same == other
+    assert same != (at / "model.safetensors").read_bytes()
+
+
+def test_what_is_half_made_does_not_count(tmp_path: Path) -> None:
+    """A folder of the cache is there when it is whole, and is then not made again."""
+
+    def broken(folder: Path) -> None:
+        (folder / "half").touch()
+        raise OSError("no more room")
+
+    def right(folder: Path) -> None:
+        (folder / "whole").touch()
+
+    with pytest.raises(OSError, match="no more room"):
+        made(tmp_path, "thing", broken)
+    assert not (tmp_path / "thing").exists()
+    assert made(tmp_path, "thing", right) == made(tmp_path, "thing", broken) == tmp_path / "thing"
+    assert [each.name for each in (tmp_path / "thing").iterdir()] == ["whole"]
+    assert not [*tmp_path.glob("*.partial-*")]
+
+
+def test_prompts_are_different_and_the_models_disagree(tmp_path: Path) -> None:
+    """In miniature: prompts that a table would not take for one another, and a judge that is not the reward model."""
+    assert len({*miniature.prompts(50)}) == 50
+    miniature.reward_models(tmp_path)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("reward-model", "judge"))
+    assert one != two

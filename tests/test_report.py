@@ -1,0 +1,331 @@
+"""The page of a report: every number is its source's, every text is escaped, nothing is said of what is not there."""
+
+import argparse
+import json
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from fake_experiment import NASTY, SAID, Shifted, make
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibrated_rewards.commands import report as command
+from calibrated_rewards.estimates import Stated
+from calibrated_rewards.evaluate import evaluate
+from calibrated_rewards.outcomes import Difference, Evaluation, Outcome
+from calibrated_rewards.report import report
+from calibrated_rewards.reporting.experiment import experiment
+from calibrated_rewards.reporting.fresh import fresh
+from calibrated_rewards.reporting.markup import element, raised
+from calibrated_rewards.reporting.outcome import claims, outcome
+from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.testing import NumberSampler, NumberScorer
+
+TITLES = {
+    "table": "What was calibrated",
+    "frontier.json": "What was promised without training",
+    "calibrated": "What was trained",
+    "evaluation": "What came out",
+}
+VOID = {"meta", "use", "path"}
+FOUR = "BestOf(n=4)"
+SHIFTS, SHARES = (st.tuples(ends, ends).map(sorted) for ends in (st.floats(-0.5, 0.5), st.floats(0, 1)))
+
+
+class Page(HTMLParser):
+    """Text, elements and attributes of a page; its elements close in the order in which they opened."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.open, self.cells, self.within = [], [], [], [], [], {}
+        self.feed(text)
+        assert not self.open
+        self.text = " ".join("".join(self.texts).split())
+
+    def handle_starttag(self, tag, attributes):
+        """Note it."""
+        self.tags.append(tag)
+        self.attributes += [(tag, *each) for each in attributes]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        """One that closes itself."""
+        self.tags.append(tag)
+        self.attributes += [(tag, *each) for each in attributes]
+
+    def handle_endtag(self, tag):
+        """The last that was opened."""
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        """What the reader reads, and cells one by one."""
+        if "style" not in self.open:
+            self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A whole experiment."""
+    return make(tmp_path_factory.mktemp("experiments") / "demo")
+
+
+@pytest.fixture(scope="module")
+def page(demo):
+    """Its page."""
+    return Page(report(demo).read_text())
+
+
+def share(stated):
+    """A win rate in the file's words, spelled here once more."""
+    return f"{100 * stated['value']:.1f} % [{100 * stated['low']:.1f}, {100 * stated['high']:.1f}]"
+
+
+def gain(stated):
+    return f"{100 * stated['value']:+.1f} points [{100 * stated['low']:+.1f}, {100 * stated['high']:+.1f}]"
+
+
+def test_the_page_has_every_part(page):
+    """A heading for each, in the order in which things happened."""
+    places = [page.text.index(title) for title in TITLES.values()]
+    assert places == sorted(places)
+    assert page.tags.count("h1") == 1
+
+
+def test_every_number_of_the_evaluation_is_there(demo, page):
+    """Win rates, KL and differences as evaluation.json has them, read without the library."""
+    said = json.loads((demo / "evaluation" / "evaluation.json").read_text())
+    for policy in said["policies"]:
+        assert f"{policy['kl']['value']:.3f} [{policy['kl']['low']:.3f}, {policy['kl']['high']:.3f}]" in page.text
+        assert all(share(rate) in page.text for rates in policy["win_rates"].values() for rate in rates.values())
+        assert all(f"{score['value']:.3f} [{score['low']:.3f}" in page.text for score in policy["scores"].values())
+    assert len(said["differences"]) == 6
+    for each in said["differences"]:
+        clear = each["value"]["low"] > 0 or each["value"]["high"] < 0
+        winner = each["a"] if each["value"]["value"] > 0 else each["b"]
+        verdict = f"{winner} is ahead" if clear else "these data do not tell"
+        assert f"{gain(each['value'])}{verdict}" in page.text.replace("] ", "]")
+
+
+def test_every_number_of_the_frontier_is_there(demo, page):
+    """Win rates of each reward at each KL by each judge, and how far it is from the first."""
+    said = json.loads((demo / "frontier.json").read_text())
+    assert len(said["points"]) == 6
+    for point in said["points"]:
+        for judge, rates in point["win_rates"].items():
+            assert all(share(rate) in page.text for rate in rates.values())
+            assert gain(point["gains"][judge][FOUR]) in page.text
+
+
+def test_the_table_is_told_by_its_own_numbers(demo, page):
+    """K, prompts, the share of the variance between prompts and what K references tell, from the scores themselves."""
+    table = ReferenceTable.load(demo / "table" / "reward")
+    scores = np.array([row for _, row in table.items()], np.float64)
+    P, K = scores.shape
+    within = scores.var(axis=1, ddof=1).mean()
+    across = scores.mean(axis=1).var(ddof=1) - within / K
+    assert f"For each of {P} prompts, {K} completions" in page.text
+    assert f"{100 * across / (across + within):.1f} % of the variance" in page.text
+    assert f"off by {1 / np.sqrt(6 * K):.3f} (rms)" in page.text
+    assert f"{len(table.meta['probes'])} pairs are kept" in page.text
+
+
+def test_training_is_told_by_its_log(demo, page):
+    """Steps, first and last values and time, without the line that was broken off."""
+    rows = [json.loads(line) for line in (demo / "calibrated" / "log.jsonl").read_text().splitlines()[:-1]]
+    u = [row["u"] for row in rows]
+    for number in (np.mean(u[:3]), np.mean(u[-3:]), np.mean([row["kl"] for row in rows[-3:]])):
+        assert f"{number:.4g}" in page.text
+    assert "calibrated (calibrated, optimum for best of 4; 30 steps)" in page.text
+    assert "25 %" in page.text
+
+
+def test_fresh_completions_are_ranked_among_their_prompts_references(demo, page):
+    """The mean quantile, against one count a completion."""
+    table = ReferenceTable.load(demo / "table" / "reward")
+    found = fresh(table, demo / "evaluation", "reward")
+    rows = [
+        row for p in (demo / "evaluation/reference/rollouts").glob("*.parquet") for row in pq.read_table(p).to_pylist()
+    ]
+    u = []
+    for row in rows:
+        own = table.scores(int(table.rows([row["key"]])[0]))
+        u.append(((own < row["score:reward"]).sum() + (own == row["score:reward"]).sum() / 2) / len(own))
+    assert found.rollouts == len(rows)
+    assert found.mean.value == pytest.approx(np.mean(u))
+    assert found.square.value == pytest.approx(np.mean((np.array(u) - 0.5) ** 2))
+    assert f"mean u of {found.mean.value:.3f}" in page.text
+
+
+def test_fresh_completions_of_another_policy_are_not_as_they_should_be(demo):
+    """Completions that score higher than the references do say so."""
+    table = ReferenceTable.load(demo / "table" / "reward")
+    lower = ReferenceTable.build([(key, scores - 1.0) for key, scores in table.items()])
+    found = fresh(lower, demo / "evaluation", "reward")
+    assert not found.uniform
+    assert "not as it should be" in str(found)
+
+
+def test_examples_are_the_best_of_the_first_four(demo, page):
+    """For the first prompts the completion with the highest score, found again in the files."""
+    for name in ("calibrated", "raw", "reference"):
+        rows = pq.read_table(next((demo / "evaluation" / name / "rollouts").glob("*.parquet"))).to_pylist()
+        for key in list(dict.fromkeys(row["key"] for row in rows))[:3]:
+            own = [row for row in rows if row["key"] == key and row["number"] < 4]
+            best = max(own, key=lambda row: row["score:reward"])
+            assert f"{name} (judge {best['score:judge']:.3f}, reward {best['score:reward']:.3f})" in page.text or (
+                f"{name} (reward {best['score:reward']:.3f}, judge {best['score:judge']:.3f})" in page.text
+            )
+            assert best["completion"] in page.text
+
+
+def test_texts_are_escaped_and_the_page_runs_and_loads_nothing(demo, page):
+    """Markup of prompts, completions and names is text; no script, no handler, no address but that of SVG's names."""
+    assert SAID in page.text
+    assert not {"script", "img", "link", "iframe", "object", "form"} & set(page.tags)
+    assert not [each for each in page.attributes if each[1].startswith("on") or each[1] in ("src", "action")]
+    targets = [value for _, name, value in page.attributes if name in ("href", "xlink:href")]
+    assert targets
+    assert all(target.startswith("#") for target in targets)
+    text = (demo / "report.html").read_text()
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert set(re.findall(r"https?://[^\s\"'<]+", text)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+
+
+def test_a_prompt_is_shown_as_it_is(demo, tmp_path):
+    """The prompt that tries to be a script is read back letter by letter, whichever prompts come first."""
+    for file in (demo / "evaluation").glob("*/rollouts/*.parquet"):
+        to = tmp_path / file.relative_to(demo)
+        to.parent.mkdir(parents=True)
+        table = pq.read_table(file)
+        rows = [i for i, prompt in enumerate(table.column("prompt").to_pylist()) if prompt == NASTY]
+        pq.write_table(table.take(rows), to)
+    shutil.copy(demo / "evaluation" / "evaluation.json", tmp_path / "evaluation")
+    page = Page(report(tmp_path, title="<i>mine</i>").read_text())
+    assert NASTY in page.text
+    assert page.text.startswith("<i>mine</i>")
+    assert "script" not in page.tags
+
+
+def test_figures_are_drawn_once_and_refer_to_themselves(page):
+    """Each has paths and a caption for those who cannot see it; no two share a name, and every reference is kept."""
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = [value[1:] for _, name, value in page.attributes if name == "xlink:href"]
+    used += [found for *_, value in page.attributes for found in re.findall(r"url\(#(.*?)\)", value or "")]
+    assert used
+    assert set(used) <= set(ids)
+    assert page.tags.count("svg") == page.tags.count("figcaption") == 9
+    assert page.tags.count("path") > 100
+    assert len([1 for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label") and value]) == 9
+
+
+@pytest.mark.parametrize("part", TITLES)
+def test_a_part_alone_is_a_page_without_the_others(demo, tmp_path, part):
+    """Nothing is said of what is not there."""
+    source = demo / part
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / part)
+    page = Page(report(tmp_path).read_text())
+    assert [title for title in TITLES.values() if title in page.text] == [TITLES[part]]
+    assert "evaluat" in page.text or part != "evaluation"
+    if part != "evaluation":
+        assert "Fresh completions" not in page.text
+
+
+def test_an_evaluation_with_one_scorer_is_no_calibration(tmp_path):
+    """The tables that its runs keep in their own folders are none that anybody trains on."""
+    policies, scorers = {"mine": Shifted(0.5)}, {"reward": NumberScorer()}
+    evaluate(policies, NumberSampler(), ["a", "b"], scorers, tmp_path, m=4, show_progress=False)
+    page = Page(report(tmp_path).read_text())
+    assert [title for title in TITLES.values() if title in page.text] == [TITLES["evaluation"]]
+
+
+def test_a_bare_table_is_enough(tmp_path):
+    """A table of scores without rollouts or fingerprints, one prompt and one reference included."""
+    ReferenceTable.build([("Hi", [1.0])]).save(tmp_path / "bare")
+    page = Page(report(tmp_path / "bare", tmp_path / "page.html").read_text())
+    assert "For each of 1 prompts, 1 completions" in page.text
+    assert "Probes" not in page.text
+
+
+def test_two_reports_are_the_same_bytes(demo, tmp_path):
+    """Nothing in it depends on when it was made."""
+    assert report(demo / "table", tmp_path / "a").read_bytes() == report(demo / "table", tmp_path / "b").read_bytes()
+
+
+def test_nothing_to_report_is_an_error(tmp_path):
+    """A directory without any of it says what it needs, one that is none that it is none."""
+    with pytest.raises(ValueError, match=r"needs a table, a frontier\.json"):
+        report(tmp_path)
+    with pytest.raises(FileNotFoundError, match="which is none"):
+        report(tmp_path / "nowhere")
+
+
+def test_the_command_says_where_the_page_is(demo, tmp_path, capsys):
+    """With its title, where it was told to."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    out = tmp_path / "deep" / "page.html"
+    assert command.run(parser.parse_args([str(demo / "calibrated"), "--out", str(out), "--title", "Mine"])) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert Page(out.read_text()).text.startswith("Mine")
+
+
+def evaluation(rate, apart):
+    """Two policies of which the first has this win rate, and is so far from the second."""
+    rates = {"judge": {FOUR: rate}}
+    some = Stated(1.0, 0.9, 1.1, 0.05, 9)
+    policies = [Outcome(name, None, None, {"judge": some}, rates) for name in ("first", "second")]
+    reference = Outcome("reference", None, None, {"judge": some}, {})
+    return Evaluation(reference, tuple(policies), (Difference("first", "second", "judge", FOUR, apart),), "judge", 9, 8)
+
+
+@given(
+    st.tuples(st.floats(-0.5, 0.5), st.floats(-0.5, 0.5)).map(sorted),
+    st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
+)
+def test_no_claim_goes_beyond_its_interval(ends, rate_ends):
+    """Ahead, above and below are said where the interval leaves out 0 or a half, on its side, and nowhere else."""
+    (low, high), (least, most) = ends, rate_ends
+    given_ = evaluation(Stated((least + most) / 2, least, most, 0.1, 9), Stated((low + high) / 2, low, high, 0.1, 9))
+    versus, between = claims(given_)
+    assert ("above the reference" in versus, "below the reference" in versus) == (least > 0.5, most < 0.5)
+    assert ("first is ahead" in between, "second is ahead" in between) == (low > 0, high < 0)
+    assert ("do not tell" in between) == (low <= 0 <= high)
+    assert ("do not tell" in versus) == (least <= 0.5 <= most)
+
+
+def test_other_tokens_than_drawn_are_told(demo, page):
+    """How many completions have a KL along other tokens, of the policies that have any."""
+    assert "other tokens" not in page.text
+    rate = Stated(0.6, 0.5, 0.7, 0.1, 9)
+    told = evaluation(rate, rate)
+    some = replace(told, policies=(replace(told.policies[0], not_as_drawn=1234), told.policies[1]))
+    found = outcome(replace(experiment(demo / "calibrated"), evaluation=some))
+    assert "1,234 of first." in " ".join(block.text for block in found.blocks)
+
+
+def test_one_prompt_claims_nothing(demo):
+    """Without intervals no policy is ahead of anything."""
+    alone = Stated(0.9, None, None, None, 1)
+    found = outcome(replace(experiment(demo / "calibrated"), evaluation=evaluation(alone, alone)))
+    assert "without an interval" in found.told[0]
+    assert "ahead" not in " ".join(block.text for block in found.blocks)
+
+
+@given(st.text(), st.text())
+def test_any_text_is_text(inside, attribute):
+    """What goes in comes out of a parser, and nothing else does."""
+    page = Page(element("p", inside, raised(inside), title=attribute).text)
+    assert page.tags == ["p", *["sup"] * page.tags.count("sup")]
+    assert "".join(page.texts).startswith(inside)
+    assert len(page.attributes) == 1

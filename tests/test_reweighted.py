@@ -1,0 +1,372 @@
+"""The frontier without training: against theory, enumeration, simulation, and what no reward may depend on."""
+
+import itertools
+import json
+from argparse import ArgumentParser, ArgumentTypeError
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibrated_rewards.arms import ARMS, AnyKL, BestAtKL, Transformed, Uncalibrated
+from calibrated_rewards.bootstrap import stated
+from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.commands import frontier
+from calibrated_rewards.estimates import Estimate, Samples, Stated
+from calibrated_rewards.evaluation import predict
+from calibrated_rewards.procedures import BestOf, Calibrated, Standard, WorstOf
+from calibrated_rewards.reweighted import Reweighted, reweighted
+from calibrated_rewards.rollouts.judged import references_of
+from calibrated_rewards.score_procedures import SoftBestOf
+from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.theory import beta_for_kl, bin_masses, win_rate
+from calibrated_rewards.transforms import Exponential, Identity, Log, NormalQuantile
+from calibrated_rewards.weighted_pools import WeightedPools, won
+
+PROCEDURES = (Standard(), BestOf(4), WorstOf(4))
+
+
+def rates(found, arm, judge="reward"):
+    """The win rates of one arm at the only KL."""
+    (point,) = (point for point in found.points if point.arm == arm)
+    return {procedure: value.value for procedure, value in point.win_rates[judge].items()}
+
+
+def normals(prompts, rollouts, seed=0, correlation=0.6):
+    """Rollouts whose judge's scores are correlated with those they are selected by."""
+    rng = np.random.default_rng(seed)
+    x, noise = rng.normal(size=(2, prompts, rollouts))
+    return Samples(x, correlation * x + np.sqrt(1 - correlation**2) * noise)
+
+
+@pytest.mark.parametrize("kl", [0.25, 1.0])
+def test_transforms_are_as_good_as_theory_says(kl):
+    """By the selecting score, a continuous model's win rates at the same KL, within O(1/K)."""
+    arms = {name: ARMS[name] for name in ("identity", "log", "exp:5", "exp:-5")}
+    transforms = {"identity": Identity(), "log": Log(), "exp:5": Exponential(5.0), "exp:-5": Exponential(-5.0)}
+    errors = []
+    for rollouts in 200, 800:
+        found = reweighted(normals(2, rollouts), arms, [kl], PROCEDURES)
+        errors.append(
+            [
+                rates(found, name)[repr(each)] - win_rate(transform, beta_for_kl(transform, kl), each)
+                for name, transform in transforms.items()
+                for each in PROCEDURES
+            ]
+        )
+    coarse, fine = np.abs(errors)
+    assert fine.max() < 3e-4
+    assert fine.max() < coarse.max() / 3
+
+
+def test_the_optimum_and_the_raw_score_are_as_good_as_theory_says():
+    """The solved optimum at its KL; and a raw score of one normal law everywhere, whose quantile is NormalQuantile."""
+    best = BestAtKL(BestOf(4)).at(0.5)
+    found = reweighted(normals(100, 500), {"raw": AnyKL(Uncalibrated()), "best": AnyKL(best)}, [0.5])
+    for name, transform in {"raw": NormalQuantile(), "best": best.transform}.items():
+        for procedure in PROCEDURES:
+            truth = win_rate(transform, beta_for_kl(transform, 0.5), procedure)
+            assert rates(found, name)[repr(procedure)] == pytest.approx(truth, abs=4e-3)
+
+
+def test_prediction_from_bins_agrees_as_k_grows():
+    """`evaluation.predict` integrates the exact law over each bin; the judge's verdicts are weighed alike."""
+    gaps = []
+    for rollouts in 50, 400:
+        references = normals(20, rollouts)
+        found = reweighted(references, {"exp:5": ARMS["exp:5"]}, [0.5], [BestOf(4)])
+        transform = Exponential(5.0)
+        mass = bin_masses(transform, beta_for_kl(transform, 0.5), BestOf(4), rollouts)
+        predicted = predict(references, mass, bin_masses(transform, np.inf, BestOf(4), rollouts))
+        gaps.append(abs(rates(found, "exp:5", "judge")["BestOf(n=4)"] - predicted.win_rate.value))
+        assert found.points[0].ess_of["BestOf(n=4)"] == pytest.approx(predicted.ess, rel=0.1)
+    assert gaps[1] < min(1e-3, gaps[0] / 3)
+
+
+def brute(select, weights, procedure, draws):
+    """Output masses by all tuples of draws, ties to each of the drawn ones alike."""
+    out = np.zeros(len(select))
+    for chosen in itertools.product(range(len(select)), repeat=draws):
+        drawn = np.array(chosen)
+        wanted = select[drawn].max() if procedure == "best" else select[drawn].min()
+        winners = drawn[select[drawn] == wanted]
+        np.add.at(out, winners, np.prod(weights[drawn]) / len(winners))
+    return out
+
+
+@pytest.mark.parametrize("draws", [1, 2, 3, 4])
+@pytest.mark.parametrize("which", ["best", "worst"])
+def test_a_small_weighted_pool_by_enumeration(which, draws):
+    """Masses and both kinds of win rate of pools with ties, of unequal sizes, weights not a function of the score."""
+    rng = np.random.default_rng(draws)
+    select, judge = (
+        [np.array(row) for row in ([1.0, 0, 1, 2, 0], [3.0, 3, 1])],
+        [rng.integers(3, size=n) for n in (5, 3)],
+    )
+    pools = WeightedPools(Samples(select, judge))
+    weights = pools.filled(np.concatenate([rng.dirichlet(np.ones(5)), rng.dirichlet(np.ones(3))]), 0.0)
+    procedure = BestOf(draws) if which == "best" else WorstOf(draws)
+    ours, theirs = pools.output(weights, procedure), pools.output(pools.uniform, procedure)
+    by_judge = won(ours, theirs, pools.by_judge.beaten(theirs), itself=False)
+    by_select = won(ours, theirs, pools.by_select.beaten(theirs), itself=True)
+    for p, size in enumerate((5, 3)):
+        a = brute(select[p], weights[p, :size], which, draws)
+        b = brute(select[p], np.full(size, 1 / size), which, draws)
+        assert ours[p, :size] == pytest.approx(a, abs=1e-12)
+        assert theirs[p, :size] == pytest.approx(b, abs=1e-12)
+        pairs = [(i, j, a[i] * b[j]) for i in range(size) for j in range(size)]
+        verdict = [(np.sign(judge[p][i] - judge[p][j]) + 1) / 2 * mass for i, j, mass in pairs if i != j]
+        assert by_judge[p] == pytest.approx(sum(verdict) / sum(mass for i, j, mass in pairs if i != j), abs=1e-12)
+        itself = [(np.sign(select[p][i] - select[p][j]) + 1) / 2 * mass for i, j, mass in pairs]
+        assert by_select[p] == pytest.approx(sum(itself), abs=1e-12)
+
+
+def test_by_simulation():
+    """Draws of the weighted pool, the procedure run on them: what comes out, and how often it wins."""
+    rng = np.random.default_rng(0)
+    references = Samples([np.round(rng.normal(size=12), 1)], [rng.normal(size=12)])
+    pools = WeightedPools(references)
+    weights, _ = pools.tilted(pools.filled(references.select[0], 0.0), 0.7)
+    procedure, runs = BestOf(3), 100_000
+    outputs = []
+    for law in weights[0], pools.uniform[0]:
+        drawn = rng.choice(12, size=(runs, 3), p=law)
+        picked = procedure.choose(references.select[0][drawn], rng)
+        outputs.append(drawn[np.arange(runs), picked])
+    ours, theirs = pools.output(weights, procedure), pools.output(pools.uniform, procedure)
+    assert np.bincount(outputs[0], minlength=12) / runs == pytest.approx(ours[0], abs=0.006)
+    ours_judged, theirs_judged = (references.judge[0][each] for each in outputs)
+    apart = outputs[0] != outputs[1]
+    simulated = (ours_judged > theirs_judged)[apart].mean()
+    assert won(ours, theirs, pools.by_judge.beaten(theirs), itself=False)[0] == pytest.approx(simulated, abs=0.006)
+
+
+def test_a_procedure_known_by_its_density_alone():
+    """`Calibrated` with the g of the best of three gives what `BestOf(3)` does; one that reads scores is refused."""
+    g = Calibrated(np.square)
+    found = reweighted(normals(5, 40), {"identity": ARMS["identity"]}, [0.5], [BestOf(3), g])
+    assert rates(found, "identity")[repr(g)] == pytest.approx(rates(found, "identity")["BestOf(n=3)"], abs=1e-9)
+    with pytest.raises(ValueError, match=r"functions of the rank, got \[SoftBestOf"):
+        reweighted(normals(5, 40), procedures=[SoftBestOf(4, 1.0)])
+
+
+@given(st.lists(st.lists(st.integers(-20, 20), min_size=6, max_size=9), min_size=2, max_size=4))
+@settings(max_examples=12, deadline=None)
+def test_ranks_know_nothing_of_the_scale(rows):
+    """An increasing map of the raw scores changes nothing of a transform, whatever the ties."""
+    wide = [[*row, -30, 30] for row in rows]
+    arms = {name: ARMS[name] for name in ("identity", "exp:5")}
+    judge = [np.cos(np.arange(len(row)) * 2.3) for row in wide]
+    plain = reweighted(Samples(wide, judge), arms, [0.3], PROCEDURES)
+    mapped = reweighted(Samples([np.array(row) ** 3 for row in wide], judge), arms, [0.3], PROCEDURES)
+    assert plain == mapped
+
+
+def test_the_raw_score_knows_the_scale():
+    """Exponentiated scores make another optimum of the raw reward, and of everything that is not a rank."""
+    references, arms = (
+        normals(20, 60),
+        {name: ARMS[name] for name in ("raw", "z-score", "par", "median", "log-sigmoid")},
+    )
+    plain = reweighted(references, arms, [0.5])
+    mapped = reweighted(Samples([np.exp(row) for row in references.select], references.judge), arms, [0.5])
+    for name in arms:
+        assert abs(rates(plain, name)["Standard()"] - rates(mapped, name)["Standard()"]) > 1e-3
+
+
+def test_shifts_between_prompts():
+    """Each calibration takes a shift of a prompt away, and the raw score does too: its optimum is by prompt."""
+    references = normals(10, 50)
+    shifted = Samples([row + 64.0 * p for p, row in enumerate(references.select)], references.judge)
+    plain, moved = (reweighted(each, ARMS, [0.5], PROCEDURES) for each in (references, shifted))
+    for a, b in zip(plain.points, moved.points, strict=True):
+        assert b.beta == pytest.approx(a.beta, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_all_arms_spend_the_same_kl(name):
+    """The mean KL of the weights is the one asked for, by a sum of its own, with ragged rows; so is the ess."""
+    rng = np.random.default_rng(3)
+    select = [rng.normal(size=n) * (1 + n / 20) for n in (20, 31, 40)]
+    (point,) = reweighted(Samples(select), {name: ARMS[name]}, [0.6], [Standard()]).points
+    from calibrated_rewards.table import ReferenceTable
+
+    spent, squares = [], []
+    for row in select:
+        table = ReferenceTable.build([("p", row)])
+        v = ARMS[name].at(0.6)(table, table.rows(["p"] * len(row)), np.float32(row).astype(np.float64))
+        w = np.exp((v - v.max()) / point.beta)
+        w /= w.sum()
+        spent.append(np.log(len(row)) + np.sum(w * np.log(np.maximum(w, 1e-300))))
+        squares.append(np.sum(w**2))
+    assert point.kl == 0.6
+    assert np.mean(spent) == pytest.approx(0.6, rel=1e-6)
+    assert point.kl_spread == pytest.approx(np.std(spent), rel=1e-6, abs=1e-9)
+    assert point.ess == pytest.approx(1 / np.mean(squares), rel=1e-6)
+
+
+def test_intervals_are_those_of_each_estimate():
+    """The shared resampling gives the very bootstrap of `Stated.of`, gains are paired, and one prompt has none."""
+    rng = np.random.default_rng(0)
+    per_prompt = rng.normal(size=(30, 3))
+    for one, column in zip(stated(per_prompt), per_prompt.T, strict=True):
+        expected = Stated.of(Estimate(np.ascontiguousarray(column)))
+        assert [one.value, one.low, one.high] == pytest.approx([expected.value, expected.low, expected.high])
+        assert one.standard_error == pytest.approx(expected.standard_error)
+    assert stated(per_prompt[:1])[0].low is None
+
+
+def test_gains_are_paired():
+    """Over the first arm, prompt by prompt: zero without width of itself, and much narrower than the rates."""
+    raw, z, _ = reweighted(normals(200, 60), dict(list(ARMS.items())[:3]), [0.5]).points
+    assert (raw.gains["judge"]["Standard()"].low, raw.gains["judge"]["Standard()"].high) == (0.0, 0.0)
+    gain, rate = z.gains["judge"]["BestOf(n=4)"], z.win_rates["judge"]["BestOf(n=4)"]
+    assert gain.value == pytest.approx(rate.value - raw.win_rates["judge"]["BestOf(n=4)"].value)
+    assert gain.standard_error < rate.standard_error / 2
+
+
+def test_a_kl_out_of_reach_is_left_out_in_words():
+    """Ties or too few rollouts bound the KL; an arm that cannot go there is missing, and none at all is an error."""
+    references = Samples([[0.0, 1.0, 1.0, 1.0]] * 3, [[0.0, 1.0, 2.0, 3.0]] * 3)
+    half = AnyKL(Transformed(Identity()))
+    found = reweighted(references, {"identity": half}, [0.1, 1.0], [Standard()])
+    assert [point.kl for point in found.points] == [0.1]
+    assert found.left_out == ("identity at KL 1: these rollouts, K >= 4, reach a KL between 0 and 0.288, got kl=1.0.",)
+    assert "Left out: identity at KL 1" in str(found)
+    with pytest.raises(ValueError, match="needs a KL that an arm reaches, got none: identity at KL 1"):
+        reweighted(references, {"identity": half}, [1.0], [Standard()])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"kls": [0.0]}, "finite kls > 0"), ({"kls": []}, "finite kls > 0"), ({"procedures": []}, "needs procedures")],
+)
+def test_what_cannot_be_compared_is_refused(options, says):
+    """Budgets of nothing and no procedure at all."""
+    with pytest.raises(ValueError, match=says):
+        reweighted(normals(3, 8), **options)
+    with pytest.raises(ValueError, match="2 rollouts of each prompt"):
+        reweighted(Samples([[1.0], [1.0, 2.0]]))
+
+
+def test_kept_and_read_again(tmp_path):
+    """The same object after JSON; a file of something else is refused by name."""
+    found = reweighted(normals(6, 30), ARMS, [0.5, 30.0])
+    found.save(tmp_path / "new" / "frontier.json")
+    assert Reweighted.load(tmp_path / "new" / "frontier.json") == found
+    (tmp_path / "other.json").write_text(json.dumps({"points": [{"arm": "raw"}]}))
+    with pytest.raises(ValueError, match=r"other\.json needs to be a frontier"):
+        Reweighted.load(tmp_path / "other.json")
+
+
+def test_words_say_what_is_told_apart():
+    """Better, worse and neither against the first arm, and a mark on what rests on too little."""
+    same = {"raw": ARMS["raw"], "again": ARMS["raw"], "exp:10": ARMS["exp:10"], "log": ARMS["log"]}
+    text = str(reweighted(normals(100, 60), same, [0.5]))
+    judged = text[text.index("judged by reward") : text.index("judged by judge")]
+    best = next(line for line in judged.splitlines() if line.startswith("  BestOf(n=4) against raw"))
+    assert "not told apart: again" in best
+    assert best.index("better: exp:10 +") < best.index("worse: log -")
+    marked = next(line for line in judged.splitlines() if line.startswith("  exp:10"))
+    assert marked.count("~") == 1
+    assert "fewer than 5 effective rollouts" in text
+    assert "~" not in str(reweighted(normals(100, 60), {"log": ARMS["log"]}, [0.1]))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A calibration by two scorers."""
+    at = tmp_path_factory.mktemp("run")
+    scorers = {"reward": NumberScorer(), "judge": HashScorer()}
+    tables = calibrate([f"p{i}" for i in range(40)], NumberSampler(), scorers, k=24, out=at, show_progress=False)
+    return at, tables
+
+
+def asked(capsys, *words):
+    """What the command says."""
+    parser = ArgumentParser()
+    frontier.add_arguments(parser)
+    assert frontier.run(parser.parse_args([*map(str, words)])) == 0
+    return capsys.readouterr().out
+
+
+def test_rollouts_of_a_run_keep_their_pairs(run):
+    """Sorted, both scores are those of the tables; and each rollout has its own two, as the scorers give them."""
+    import pyarrow.parquet as pq
+
+    at, tables = run
+    references = references_of(at, "reward", "judge")
+    for name, rows in ("reward", references.select), ("judge", references.judge):
+        ours = sorted(tuple(np.sort(row)) for row in rows)
+        assert ours == sorted(tuple(scores.astype(float)) for _, scores in tables[name].items())
+    pairs = {pair for rows in zip(references.select, references.judge, strict=True) for pair in zip(*rows, strict=True)}
+    stored = [pq.read_table(path) for path in (at / "rollouts").glob("*.parquet")]
+    told = {(row["prompt"], row["completion"]) for table in stored for row in table.to_pylist()}
+    expected = {(float(NumberScorer()([p], [c])[0]), float(HashScorer()([p], [c])[0])) for p, c in told}
+    assert pairs == expected
+
+
+def test_the_command(run, capsys, tmp_path):
+    """A run is selected by its reward and judged by its judge; JSON, a file, and the arms that were asked for."""
+    at, _ = run
+    words = ("--kl", "0.3", "--arms", "raw", "exp:3", "log", "--best-of", "2", "--out", tmp_path / "f.json")
+    told = json.loads(asked(capsys, at, *words, "--json"))
+    assert [point["arm"] for point in told["points"]] == ["raw", "exp:3", "log"]
+    assert list(told["points"][0]["win_rates"]) == ["reward", "judge"]
+    assert told["procedures"] == ["Standard()", "BestOf(n=2)"]
+    found = reweighted(references_of(at, "reward", "judge"), {"raw": ARMS["raw"]}, [0.3], [Standard(), BestOf(2)])
+    kept = Reweighted.load(tmp_path / "f.json")
+    assert kept.points[0] == found.points[0]
+    swapped = json.loads(asked(capsys, at, "--select", "judge", "--json", "--kl", "0.3", "--arms", "raw"))
+    assert list(swapped["points"][0]["win_rates"]) == ["judge", "reward"]
+    assert swapped["procedures"] == ["Standard()", "BestOf(n=4)", "WorstOf(n=4)"]
+
+
+def test_the_command_on_a_bare_table(run, capsys, tmp_path):
+    """Judged by the scores themselves, the same as of the run; a judge needs rollouts, and a table a directory."""
+    at, _ = run
+    words = ("--kl", "0.3", "--arms", "identity", "--json")
+    bare, whole = (json.loads(asked(capsys, path, *words))["points"][0] for path in (at / "reward", at))
+    assert list(bare["win_rates"]) == ["reward"]
+    assert bare["win_rates"]["reward"]["Standard()"]["value"] == whole["win_rates"]["reward"]["Standard()"]["value"]
+    with pytest.raises(ValueError, match="bare table"):
+        asked(capsys, at / "reward", "--judge", "judge")
+    with pytest.raises(ValueError, match="got neither: not calibrated yet"):
+        asked(capsys, tmp_path)
+    with pytest.raises(ValueError, match="scores of reward, judge, got 'gold'"):
+        asked(capsys, at, "--judge", "gold")
+
+
+def test_arms_by_name():
+    """As transforms are called elsewhere; what is none is refused with the list."""
+    assert frontier.arm("worst-of:3") == ("worst-of:3", BestAtKL(WorstOf(3)))
+    with pytest.raises(ArgumentTypeError, match="an arm is raw, z-score"):
+        frontier.arm("best-of:zero")
+
+
+@dataclass(frozen=True)
+class Steeper:
+    """An arm that is another reward at each KL."""
+
+    def at(self, kl):
+        """As steep as it may go far."""
+        return Transformed(Exponential(8 * kl))
+
+
+def test_an_arm_may_depend_on_the_kl():
+    """Each KL has the win rate of its own reward."""
+    references = normals(3, 50)
+    both = reweighted(references, {"arm": Steeper()}, [0.25, 1.0]).points
+    for point in both:
+        alone = reweighted(references, {"arm": AnyKL(Steeper().at(point.kl))}, [point.kl]).points
+        assert alone == (point,)
+
+
+def test_scores_tie_as_they_do_in_tables():
+    """What float32 cannot tell apart ties, for the reward and for the procedure alike."""
+    near = [1.0, 1.0 + 1e-12, 2.0, 3.0]
+    found = reweighted(Samples([near], [[0.0, 1.0, 2.0, 3.0]]), {"raw": ARMS["raw"]}, [0.3])
+    tied = reweighted(Samples([[1.0, 1.0, 2.0, 3.0]], [[0.0, 1.0, 2.0, 3.0]]), {"raw": ARMS["raw"]}, [0.3])
+    assert found == tied

@@ -1,0 +1,87 @@
+"""What tests/test_train_rloo.py starts in two processes: a gradient, a plain loop and TRL's."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+import torch
+from torch import distributed
+
+from calibrated_rewards import CalibratedReward, ReferenceTable
+from calibrated_rewards.reading.text import Text
+from calibrated_rewards.recipes import command, grpo_plain, loop, ppo, train_rloo
+from calibrated_rewards.recipes.together import Together
+from calibrated_rewards.rollouts.sources import Asked
+from calibrated_rewards.samplers.decoding import Decoding
+from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.testing import HashScorer
+
+
+def same_gradient(together: Together) -> None:
+    """Two halves in two processes against all in one; completions that both draw from one seed."""
+    policy = Policy(tiny.causal(), tiny.tokenizer(), Decoding(4), Text())
+    torch.manual_seed(0)
+    whole = loop.write(policy, tiny.texts(4), 2)
+    old, advantage = loop.logprobs_of(policy.model, whole, 1.0, 8), torch.randn(8)
+    settings = grpo_plain.Settings(rows=3)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.1)
+    found = []
+    for rows in (together.own(range(8)), list(range(8))):
+        optimizer.zero_grad()
+        grpo_plain.accumulate(policy, whole.at(rows), old[rows], advantage[rows], settings)
+        if len(rows) < 8:
+            together.average(optimizer)
+        found.append(torch.cat([weight.grad.flatten() for weight in policy.model.parameters()]))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+    assert found[0].abs().max() > 1e-3
+    sys.stdout.write("the same gradient\n")
+
+
+def one_model(model: Any) -> None:
+    """Both processes have the same weights, which are not those of the start."""
+    weights = torch.cat([weight.detach().flatten() for weight in model.parameters()])
+    both = [torch.empty_like(weights) for _ in range(2)]
+    distributed.all_gather(both, weights)
+    assert torch.equal(*both)
+    assert (weights - torch.cat([weight.flatten() for weight in tiny.causal().parameters()])).abs().max() > 1e-4
+
+
+@dataclass(eq=False)
+class Counted:
+    """A reward that knows how many completions it was given, call by call."""
+
+    reward: CalibratedReward
+    sizes: list[int] = field(default_factory=list)
+    __name__: str = "counted"
+
+    def __call__(self, prompts: Any, completions: Any, **more: Any) -> Any:
+        """The rewards."""
+        self.sizes.append(len(completions))
+        return self.reward(prompts, completions, **more)
+
+
+def main(policy: str, out: Path) -> None:
+    """All three."""
+    together = Together.here()
+    same_gradient(together)
+    rng = np.random.default_rng(0)
+    prompts = tiny.texts(4)
+    reward = CalibratedReward(HashScorer(), ReferenceTable.build([(p, rng.normal(size=8)) for p in prompts]))
+    asked = [Asked(prompt) for prompt in prompts]
+    size = {"steps": 2, "prompts_a_step": 2, "completions": 2, "lr": 1e-2}
+    for recipe in (grpo_plain, ppo):
+        (out / recipe.__name__.rpartition(".")[2]).mkdir(exist_ok=True)
+        start = Policy(tiny.causal(), tiny.tokenizer(), Decoding(4), Text())
+        log = command.LogFile(out / recipe.__name__.rpartition(".")[2] / "log.jsonl")
+        one_model(recipe.train(start, reward, asked, recipe.Settings(**size), log))
+    assert together.means({"a": float(together.rank), "b": 3.0}) == {"a": 0.5, "b": 3.0}
+    settings, counted = train_rloo.Settings(**size, lora_rank=2), Counted(reward)
+    train_rloo.train(policy, counted, asked, Decoding(4), settings, out / "train_rloo", show_progress=False)
+    assert counted.sizes == [2, 2]  # half of each step's
+    distributed.destroy_process_group()
+
+
+main(sys.argv[1], Path(sys.argv[2]))
