@@ -7,7 +7,8 @@ IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Not here: vllm_sampler.py needs vLLM and a model, report_page.py Chromium, real/ fetches a model and ratings.
 APART := benchmarks/environment.py benchmarks/vllm_sampler.py benchmarks/report_page.py
-BENCHMARKS := $(filter-out $(APART),$(sort $(wildcard benchmarks/*.py benchmarks/paper/*.py)))
+TABULAR := $(addprefix benchmarks/tabular/,world.py trainers.py options.py plots.py)
+BENCHMARKS := $(filter-out $(APART),$(sort $(wildcard benchmarks/*.py benchmarks/paper/*.py))) $(TABULAR)
 
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test check wheel bench frameworks clean
