@@ -108,7 +108,7 @@ class Demo:
 
     def evaluate(self, models: Mapping[str, Path]) -> Evaluation:
         """Both policies and the reference on prompts that nobody has seen, judged by the judge."""
-        samplers = {name: load_sampler(at, self.decoding, dtype="bfloat16") for name, at in models.items()}
+        samplers = {name: load_sampler(at, self.decoding) for name, at in models.items()}
         return evaluate(
             samplers,
             load_sampler(self.parts.policy, self.decoding),

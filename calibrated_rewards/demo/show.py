@@ -97,7 +97,7 @@ def show(make: Callable[[Scale], Parts], scale: Scale, out: Path, seed: int) -> 
 
 TRAINED = {
     CALIBRATED: "the quantile among the rollouts, transformed for best-of-N",
-    RAW: "the raw score, for comparison, with a beta that gives the same KL",
+    RAW: "the raw score, for comparison, at the beta whose optimum has the same KL on the rollouts",
 }
 
 
