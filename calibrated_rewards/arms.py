@@ -26,6 +26,7 @@ from calibrated_rewards.calibrations import (
 )
 from calibrated_rewards.choice import optimum
 from calibrated_rewards.procedures import BestOf, CalibratedProcedure, Procedure, WorstOf
+from calibrated_rewards.scaling import scaled
 from calibrated_rewards.table import ReferenceTable
 from calibrated_rewards.transforms import Exponential, Identity, Log, Transform
 
@@ -80,6 +81,7 @@ class Uncalibrated:
         return np.asarray(scores, np.float64)
 
 
+# On the unit scale, as a CalibratedReward has it, so that their betas are its betas.
 ARMS: dict[str, Arm] = {
     "raw": AnyKL(Uncalibrated()),
     "z-score": AnyKL(ZScore()),
@@ -88,16 +90,21 @@ ARMS: dict[str, Arm] = {
     "log-sigmoid": AnyKL(LogSigmoidAtQuantile()),
     "identity": AnyKL(Transformed(Identity())),
     "log": AnyKL(Transformed(Log())),
-    "exp:5": AnyKL(Transformed(Exponential(5.0))),
-    "exp:10": AnyKL(Transformed(Exponential(10.0))),
-    "exp:-5": AnyKL(Transformed(Exponential(-5.0))),
-    "exp:-10": AnyKL(Transformed(Exponential(-10.0))),
+    "exp:5": AnyKL(Transformed(scaled(Exponential(5.0), "unit"))),
+    "exp:10": AnyKL(Transformed(scaled(Exponential(10.0), "unit"))),
+    "exp:-5": AnyKL(Transformed(scaled(Exponential(-5.0), "unit"))),
+    "exp:-10": AnyKL(Transformed(scaled(Exponential(-10.0), "unit"))),
 }
 
 
 def usual_arms(procedures: Iterable[Procedure]) -> dict[str, Arm]:
-    """The usual ones, raw first, then the optimum for each best-of-N and worst-of-N: by their command-line names."""
-    found = dict(ARMS)
+    """The usual ones, raw first, then the optimum for each best-of-N and worst-of-N: by their command-line names.
+
+    Exponentials that flee the bottom are for worst-of-N alone.
+    """
+    procedures = list(procedures)
+    fleeing = any(isinstance(each, WorstOf) for each in procedures)
+    found = {name: arm for name, arm in ARMS.items() if fleeing or not name.startswith("exp:-")}
     for procedure in procedures:
         match procedure:
             case BestOf(n=n):

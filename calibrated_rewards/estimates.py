@@ -6,11 +6,11 @@ Responses are noisy within a prompt, and prompts are a sample themselves; an `Es
 Estimate(0.750 ± 0.144 over 3 prompts)
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
-from math import nan, sqrt
-from typing import TypeAlias
+from math import isfinite, nan, sqrt
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ from jaxtyping import Float, Int
 from scipy.special import stdtrit
 
 Array: TypeAlias = npt.NDArray[np.float64]
+FEW = 20
+"""Prompts below which the bootstrap is too narrow."""
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
@@ -172,7 +174,7 @@ class Stated:
     """An estimate as reports state and files keep it: the mean over prompts, and how far off it may be.
 
     >>> Stated.of(Estimate(np.array([0.5, 0.75, 1.0, 0.25, 0.5])))
-    Stated(value=0.6, low=0.4, high=0.8, standard_error=0.127..., prompts=5)
+    Stated(value=0.6, low=0.24..., high=0.95..., standard_error=0.127..., prompts=5)
     >>> print(Stated.of(Estimate(np.array([0.5]))))
     0.500
     """
@@ -186,11 +188,31 @@ class Stated:
 
     @classmethod
     def of(cls, estimate: Estimate, level: float = 0.95) -> "Stated":
-        """By the bootstrap over prompts."""
+        """By the bootstrap over prompts; by Student's t where they are few."""
         prompts = len(estimate.per_prompt)
         if prompts < 2:
             return cls(estimate.value, None, None, None, prompts)
-        return cls(estimate.value, *estimate.interval(level), estimate.standard_error, prompts)
+        low, high = estimate.interval(level, "normal" if prompts < FEW else "bootstrap")
+        return cls(estimate.value, low, high, estimate.standard_error, prompts)
+
+    @classmethod
+    def read(cls, says: Mapping[str, Any]) -> "Stated":
+        """What JSON has of one; a ValueError unless it is numbers."""
+        for name, number in says.items():
+            known = isinstance(number, int | float) and not isinstance(number, bool) and isfinite(number)
+            if not known and (number is not None or name in ("value", "prompts")):
+                raise ValueError(f"an estimate has finite numbers, got {name}={number!r}")
+        return cls(**says)
+
+    def within(self, least: float, most: float) -> "Stated":
+        """The same with an interval that ends where the values do, as Student's does not know.
+
+        >>> print(Stated(0.9, 0.7, 1.1, 0.1, 5).within(0.0, 1.0))
+        0.900 [0.700, 1.000]
+        """
+        if self.low is None or self.high is None:
+            return self
+        return replace(self, low=max(self.low, least), high=min(self.high, most))
 
     def __str__(self) -> str:
         return f"{self.value:.3f}" + ("" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]")

@@ -71,7 +71,9 @@ def evaluate(
     The seed is another one than calibration's: a policy has been trained to beat the very references of its table, and
     is to be compared with new ones.
     """
-    _check([*policies], scorers, select, procedures, m)
+    m = int(m) if isinstance(m, np.integer) else m
+    _check(policies, scorers, select, procedures, m)
+    _check_folder(out)
     asked = [*prompts_from(prompts, **source)]
     if not asked:
         raise ValueError("evaluate needs prompts, got none")
@@ -89,22 +91,37 @@ def evaluate(
     return found
 
 
-def _check(
-    names: Sequence[str], scorers: Mapping[str, Scorer], select: str | None, procedures: Sequence[Procedure], m: int
-) -> None:
-    if not names or not isinstance(scorers, Mapping) or not scorers or not procedures:
+def _check(policies: Any, scorers: Any, select: str | None, procedures: Any, m: Any) -> None:
+    procedures = procedures if isinstance(procedures, Sequence) else ()
+    if not (isinstance(policies, Mapping) and isinstance(scorers, Mapping) and policies and scorers and procedures):
         raise ValueError("evaluate needs policies and scorers, each by its name, and procedures, got none of one")
-    for name in names:
-        if not _NAME.fullmatch(name) or name.lower() in (REFERENCE, "evaluation.json"):
-            raise ValueError(
-                "the name of a policy is that of its folder: letters, digits, '.', '_' and '-', a hundred at most, and "
-                f"not {REFERENCE!r}; got {name!r:.120}"
-            )
+    for name in policies:
+        _check_name(name)
     if select is not None and select not in scorers:
         raise ValueError(f"evaluate needs select= one of the scorers {[*scorers]}, got select={select!r}")
+    for each in procedures:
+        if not isinstance(each, Procedure):
+            raise TypeError(f"evaluate needs procedures as BestOf(4) is one, got {each!r:.60}")
+    if not isinstance(m, int) or isinstance(m, bool):
+        raise TypeError(f"evaluate needs a whole m, got m={m!r:.60}")
     most = max(procedures, key=lambda each: each.draws)
-    if not isinstance(m, int) or m < max(1, most.draws):
+    if m < max(1, most.draws):
         raise ValueError(f"evaluate needs m >= N completions of each prompt, {most!r} draws N={most.draws}, got m={m}")
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a policy is a str, for it is that of its folder; got {name!r:.120}")
+    if not _NAME.fullmatch(name) or name.lower() in (REFERENCE, "evaluation.json"):
+        raise ValueError(
+            "the name of a policy is that of its folder: letters, digits, '.', '_' and '-', a hundred at most, and "
+            f"not {REFERENCE!r}; got {name!r:.120}"
+        )
+
+
+def _check_folder(out: str | os.PathLike[str] | None) -> None:
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"evaluate needs a folder to keep all in, got out={str(out)!r}, a file")
 
 
 def _made(
@@ -169,7 +186,7 @@ class _Compared:
         }
         names = [name for name in self.of if name != REFERENCE]
         differences = (
-            Difference(a, b, judge, how, Stated.of(difference(one, wins[b, judge, how])))
+            Difference(a, b, judge, how, Stated.of(difference(one, wins[b, judge, how])).within(-1.0, 1.0))
             for a, b in combinations(names, 2)
             for (name, judge, how), one in wins.items()
             if name == a
@@ -193,11 +210,11 @@ class _Compared:
         rates: dict[str, dict[str, Stated]] = {}
         for (whose, judge, how), estimate in wins.items():
             if whose == name:
-                rates.setdefault(judge, {})[how] = Stated.of(estimate)
+                rates.setdefault(judge, {})[how] = Stated.of(estimate).within(0.0, 1.0)
         return Outcome(
             name,
-            None if kl is None else _mean(kl[0]),
-            None if np.isnan(own.tokens).any() else _mean(own.tokens),
+            None if kl is None else _mean(kl[0]).within(0.0, np.inf),
+            None if np.isnan(own.tokens).any() else _mean(own.tokens).within(0.0, np.inf),
             {judge: _mean(scores) for judge, scores in own.scores.items()},
             rates,
             0 if kl is None else kl[1],

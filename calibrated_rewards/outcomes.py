@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from calibrated_rewards.estimates import Stated
+from calibrated_rewards.estimates import FEW, Stated
 
 UNKNOWN = "-"
-# Below, the bootstrap is too narrow.
-FEW = 20
+WIDTH = 1e-9
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,10 @@ class Difference:
 
     @property
     def tells(self) -> bool:
-        """Whether the interval says which of the two is larger."""
+        """Whether the interval says which of the two is larger; one without width says nothing of prompts not seen."""
         low, high = self.value.low, self.value.high
-        return low is not None and high is not None and (low > 0 or high < 0)
+        # Of equal values a resampled mean is off by rounding.
+        return low is not None and high is not None and high - low > WIDTH and (low > 0 or high < 0)
 
     def __str__(self) -> str:
         return f"{self.a} less {self.b}, {self.procedure} judged by {self.judged_by}: {self.value}"
@@ -90,7 +90,9 @@ class Evaluation:
             says = json.loads(Path(path).read_text())
             said = {**says, "reference": _outcome(says["reference"])}
             said["policies"] = tuple(map(_outcome, says["policies"]))
-            said["differences"] = tuple(Difference(**{**d, "value": Stated(**d["value"])}) for d in says["differences"])
+            said["differences"] = tuple(
+                Difference(**{**d, "value": Stated.read(d["value"])}) for d in says["differences"]
+            )
             return cls(**said)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} must be an evaluation that was saved, got something else ({error!r})") from error
@@ -98,11 +100,13 @@ class Evaluation:
 
 def _lines(found: Evaluation) -> Iterator[str]:
     """Tables with a row for each policy, then the differences, those that the data tell apart first."""
-    plural = "s" * (found.prompts != 1)
-    yield (
-        f"{found.prompts} prompt{plural}, {found.completions} completions of each; best and worst of N selected by "
-        f"{found.selected_by}; in brackets 95% intervals, by prompt"
-    )
+    drawn = f"{_counted(found.prompts, 'prompt')}, {_counted(found.completions, 'completion')} of each"
+    brackets = "; in brackets 95% intervals, by prompt" * (found.prompts > 1)
+    yield f"{drawn}; best and worst of N selected by {found.selected_by}{brackets}"
+    if found.prompts == 1:
+        yield "1 prompt says nothing of others: there are no intervals, and nothing is told apart"
+    elif found.prompts < FEW:
+        yield f"fewer than {FEW} prompts: intervals are Student's t, and rough; {found.prompts} prompts show little"
     everyone = (found.reference, *found.policies)
     columns = {"KL, nats": [each.kl for each in everyone], "tokens": [each.tokens for each in everyone]}
     columns |= {f"mean {scorer}": [each.scores[scorer] for each in everyone] for scorer in found.reference.scores}
@@ -113,24 +117,30 @@ def _lines(found: Evaluation) -> Iterator[str]:
         yield from _table("", [each.name for each in found.policies], columns)
     if found.differences:
         yield from ("", *_compared(found.differences))
-    if found.prompts < FEW:
-        yield f"fewer than {FEW} prompts: the intervals are too narrow"
     for each in found.policies:
         if each.not_as_drawn:
-            share = f"{each.not_as_drawn} of {found.prompts * found.completions} completions"
-            yield f"{each.name}: {share} make other tokens than were drawn, and the KL is along those"
+            share = f"{each.not_as_drawn} of {_counted(found.prompts * found.completions, 'completion')}"
+            makes = "makes" if each.not_as_drawn == 1 else "make"
+            yield f"{each.name}: {share} {makes} other tokens than were drawn, and the KL is along those"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _compared(differences: Sequence[Difference]) -> Iterator[str]:
     """In words, and no more than the intervals say."""
     telling = [each for each in differences if each.tells]
-    yield f"of {len(differences)} differences of win rates, {len(telling)} have an interval without 0"
+    has = "has" if len(telling) == 1 else "have"
+    of = _counted(len(differences), "difference")
+    yield f"of {of} of win rates, {len(telling)} {has} an interval without 0"
     for each in telling:
         first = each.value.value > 0
         more, less = (each.a, each.b) if first else (each.b, each.a)
         yield f"  {more} wins more than {less}: {each}"
     if len(telling) < len(differences):
-        yield "  the others: these prompts do not tell which of the two wins more"
+        who = "the others: " if telling else ""
+        yield f"  {who}these prompts do not tell which of the two wins more"
         yield from (f"    {each}" for each in differences if not each.tells)
     if telling and len(differences) > 1:
         yield "  each interval is for itself: between equals, one of twenty leaves 0 out"
@@ -145,12 +155,12 @@ def _table(corner: str, names: Sequence[str], columns: Mapping[str, Sequence[Sta
 
 
 def _stated(says: Mapping[str, Any] | None) -> Stated | None:
-    return None if says is None else Stated(**says)
+    return None if says is None else Stated.read(says)
 
 
 def _outcome(says: Mapping[str, Any]) -> Outcome:
     def each(of: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: Stated(**value) for name, value in of.items()}
+        return {name: Stated.read(value) for name, value in of.items()}
 
     read = {name: _stated(says[name]) for name in ("kl", "tokens")}
     rates = {judge: each(of) for judge, of in says["win_rates"].items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from calibrated_rewards.reporting.calibrated import calibrated
 from calibrated_rewards.reporting.examples import examples
-from calibrated_rewards.reporting.experiment import experiment
+from calibrated_rewards.reporting.experiment import experiment, titled
 from calibrated_rewards.reporting.made import made
 from calibrated_rewards.reporting.outcome import outcome
 from calibrated_rewards.reporting.page import page
@@ -30,10 +30,19 @@ def report(
     at = Path(directory)
     if not at.is_dir():
         raise FileNotFoundError(f"report needs the directory of an experiment, got {at}, which is none.")
+    to = at / "report.html" if out is None else Path(out)
+    _check(to)
     found = experiment(at)
     sections = [section for part in PARTS if (section := part(found)) is not None]
-    text = page(title or f"Calibrated rewards: {at.resolve().name}", sections)
-    to = at / "report.html" if out is None else Path(out)
+    text = page(title or titled(found), sections)
     with replacing(to) as file:
         file.write(text.encode("utf-8", "xmlcharrefreplace"))
     return to
+
+
+def _check(to: Path) -> None:
+    if to.is_dir():
+        raise IsADirectoryError(f"report needs a file to write, got out={str(to)!r}, which is a folder.")
+    above = next(each for each in to.absolute().parents if each.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"report needs a file in a folder, got out={str(to)!r}, but {above} is no folder.")

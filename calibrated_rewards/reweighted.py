@@ -14,7 +14,7 @@ exp:10 0.869 [0.869, 0.869]
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +50,13 @@ def reweighted(
     `references.judge` those of another scorer for the same rollouts, or the same ones. Each arm, by default those of
     `usual_arms`, has one beta for all prompts, at which its mean KL is as asked; gains are over the first arm.
     """
-    setting = _Setting(references, _checked(references, kls, procedures), selected_by, judged_by)
+    asked = _checked(references, kls, procedures)
+    if selected_by == judged_by and references.judge is not references.select:
+        raise ValueError(
+            f"reweighted needs names apart for the scorers that select and judge, got selected_by={selected_by!r} and "
+            f"judged_by={judged_by!r} with two arrays of scores; one scorer that does both is Samples(select) alone."
+        )
+    setting = _Setting(references, asked, selected_by, judged_by)
     chosen = usual_arms(procedures) if arms is None else dict(arms)
     found, left_out = [], []
     steps = [(name, kl) for name in chosen for kl in sorted(set(kls))]
@@ -68,17 +74,23 @@ def reweighted(
     return Reweighted(points, names, selected_by, len(references), int(references.sizes.min()), tuple(left_out))
 
 
-def _checked(
-    references: Samples, kls: Sequence[float], procedures: Sequence[Procedure]
-) -> tuple[CalibratedProcedure, ...]:
+def _checked(references: Samples, kls: Any, procedures: Any) -> tuple[CalibratedProcedure, ...]:
     if references.sizes.min() < 2:
         raise ValueError(f"reweighted needs 2 rollouts of each prompt or more, got {references}.")
-    if not kls or not all(np.isfinite(kl) and kl > 0 for kl in kls):
-        raise ValueError(f"reweighted needs finite kls > 0, got kls={kls!r}.")
+    for row in references.select:
+        if abs(row).max() > np.finfo(np.float32).max:
+            raise ValueError(f"reweighted compares scores in float32 as tables do, got {row[abs(row).argmax()]:g}.")
+    if not isinstance(kls, Sequence | np.ndarray) or not all(map(_budget, kls)) or not len(kls):
+        raise ValueError(f"reweighted needs finite kls > 0, a list of numbers, got kls={kls!r:.60}.")
     ranked = tuple(procedure for procedure in procedures if isinstance(procedure, CalibratedProcedure))
     if not ranked or len(ranked) < len(procedures):
         raise ValueError(f"reweighted needs procedures that are functions of the rank, got {list(procedures)}.")
     return ranked
+
+
+def _budget(kl: Any) -> bool:
+    known = isinstance(kl, int | float | np.integer | np.floating) and not isinstance(kl, bool)
+    return known and bool(np.isfinite(kl) and kl > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,18 +163,24 @@ class _Setting:
 
     def points(self, found: Sequence[_Tried], first: str) -> Iterator[Point]:
         """With intervals, all of them from the same resampled prompts."""
-        baseline = {each.kl: each.win_rates for each in found if each.arm == first}
-        gains = [each.win_rates - baseline[each.kl] for each in found if each.kl in baseline]
+        baseline = {each.kl: each for each in found if each.arm == first}
+        gains = [each.win_rates - baseline[each.kl].win_rates for each in found if each.kl in baseline]
         intervals = iter(stated(np.hstack([*(each.win_rates for each in found), *gains])))
-        rates = [self._named(intervals) for _ in found]
+        rates = [self._named(intervals, 0.0) for _ in found]
         for each, own in zip(found, rates, strict=True):
-            ess = {repr(procedure): value for procedure, value in zip(self.procedures, each.ess, strict=True)}
-            gained = self._named(intervals) if each.kl in baseline else {}
-            yield Point(each.arm, each.kl, each.kl_spread, each.beta, min(each.ess), ess, own, gained)
+            ess, gained, least = self._by_name(each.ess), {}, {}
+            if each.kl in baseline:
+                gained = self._named(intervals, -1.0)
+                least = self._by_name(np.minimum(each.ess, baseline[each.kl].ess).tolist())
+            yield Point(each.arm, each.kl, each.kl_spread, each.beta, min(each.ess), ess, own, gained, least)
 
-    def _named(self, intervals: Iterator[Stated]) -> dict[str, dict[str, Stated]]:
+    def _by_name(self, values: Sequence[float]) -> dict[str, float]:
+        return {repr(procedure): value for procedure, value in zip(self.procedures, values, strict=True)}
+
+    def _named(self, intervals: Iterator[Stated], least: float) -> dict[str, dict[str, Stated]]:
         judges = [self.selected_by, self.judged_by][: len(self.beaten)]
-        return {judge: {repr(procedure): next(intervals) for procedure in self.procedures} for judge in judges}
+        names = [repr(procedure) for procedure in self.procedures]
+        return {judge: {name: next(intervals).within(least, 1.0) for name in names} for judge in judges}
 
 
 def _ess(*masses: Float[np.ndarray, "P K"]) -> float:

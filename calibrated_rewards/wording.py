@@ -2,7 +2,7 @@
 
 import re
 
-from calibrated_rewards.estimates import Stated
+from calibrated_rewards.estimates import FEW, Stated
 from calibrated_rewards.optimal import Optimal
 from calibrated_rewards.transforms import Chain, Exponential, Identity, Log, Transform
 
@@ -90,10 +90,57 @@ def points(gain: Stated) -> str:
     return f"{100 * gain.value:+.1f} points{ends}"
 
 
-def tells(gain: Stated) -> bool:
-    """Whether the interval leaves out 0; one without ends tells nothing.
+def tells(gain: Stated, about: float = 0.0) -> bool:
+    """Whether the interval leaves out 0, or another value; one without ends, or without width, tells nothing.
 
-    >>> [tells(Stated(0.2, low, high, 0.1, 9)) for low, high in ((0.1, 0.3), (0.0, 0.3), (None, None))]
-    [True, False, False]
+    >>> ends = (0.1, 0.3), (0.0, 0.3), (None, None), (0.2, 0.2)
+    >>> [tells(Stated(0.2, low, high, 0.1, 30)) for low, high in ends]
+    [True, False, False, False]
     """
-    return gain.low is not None and gain.high is not None and (gain.low > 0 or gain.high < 0)
+    if gain.low is None or gain.high is None or gain.low >= gain.high:
+        return False
+    return gain.low > about or gain.high < about
+
+
+def caution(prompts: int) -> tuple[str, ...]:
+    """What is to be known before any claim, where prompts are few.
+
+    >>> caution(7), caution(100)
+    (('7 prompts are few: below 20 even the intervals are rough, and what follows may be chance.',), ())
+    """
+    if prompts == 1:
+        return ("1 prompt says nothing of others: there are no intervals, and nothing is claimed.",)
+    rough = f"{prompts} prompts are few: below {FEW} even the intervals are rough, and what follows may be chance."
+    return (rough,) if prompts < FEW else ()
+
+
+def counted(number: int, what: str) -> str:
+    """So many of something.
+
+    >>> counted(1, "prompt"), counted(1234, "prompt")
+    ('1 prompt', '1,234 prompts')
+    """
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def measured(value: Stated) -> str:
+    """Any quantity with its interval, short however large or small it is.
+
+    >>> [measured(Stated(value, None, None, None, 1)) for value in (0.5, -1e38, 1.25e-7, 0.0)]
+    ['0.500', '-1e+38', '1.25e-07', '0.000']
+    >>> measured(Stated(0.5, 0.25, 0.75, 0.1, 9))
+    '0.500 [0.250, 0.750]'
+    """
+    known = [value.value] if value.low is None or value.high is None else [value.value, value.low, value.high]
+    first, *ends = [short(each, max(map(abs, known))) for each in known]
+    return f"{first} [{', '.join(ends)}]" if ends else first
+
+
+def short(value: float, beside: float | None = None) -> str:
+    """A number to three digits, in the notation that fits the largest of those it stands beside.
+
+    >>> short(12.3456), short(1e30), short(0.0, beside=1e30)
+    ('12.346', '1e+30', '0')
+    """
+    largest = abs(value) if beside is None else beside
+    return f"{value:.3f}" if largest == 0 or 0.01 <= largest < 1e5 else f"{value:.3g}"

@@ -1,7 +1,9 @@
 """`evaluate`, function and command: against every draw, against an enumerated truth, killed and gone on with."""
 
 import gc
+import inspect
 import json
+import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -15,17 +17,18 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from scipy.special import rel_entr
+from scipy.stats import t as student
 from transformers import AutoModelForCausalLM
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.cli import COMMANDS, main
 from calibrated_rewards.divergence import Divergence
-from calibrated_rewards.estimates import Stated
+from calibrated_rewards.estimates import Estimate, Stated
 from calibrated_rewards.evaluate import evaluate
 from calibrated_rewards.outcomes import Difference, Evaluation
 from calibrated_rewards.procedures import BestOf, Standard, WorstOf
@@ -294,15 +297,62 @@ def plain():
     return evaluate({"a": Shifted(1)}, Shifted(), ["x"], {"r": NumberScorer()}, m=4)
 
 
+@example(value=0.5, below=0.0, above=0.0)
 @given(value=st.floats(-1, 1), below=st.floats(0, 1), above=st.floats(0, 1))
 def test_a_difference_is_claimed_only_outside_its_interval(plain, value, below, above):
     """In words, the larger first; else that the prompts do not tell."""
     each = Difference("a", "b", "judge", "Standard()", Stated(value, value - below, value + above, 0.1, 30))
-    assert each.tells == (value - below > 0 or value + above < 0)
+    known = below + above > 1e-6
+    assume(known or below == above == 0)
+    assert each.tells == (known and (value - below > 0 or value + above < 0))
     said = str(replace(plain, differences=(each,)))
-    assert ("a wins more than b" in said) == (value - below > 0)
-    assert ("b wins more than a" in said) == (value + above < 0)
+    assert ("a wins more than b" in said) == (known and value - below > 0)
+    assert ("b wins more than a" in said) == (known and value + above < 0)
     assert ("do not tell" in said) == (not each.tells)
+
+
+def test_few_prompts_are_said_before_any_claim():
+    """Student's t, by scipy, within what a rate can be; from 20 prompts on the bootstrap and no such words."""
+    policies = {"up": Shifted(1), "down": Shifted(-3)}
+
+    def uneven(prompts: Any, rollouts: Any) -> Any:
+        return [[(9.0 * (p == PROMPTS[0]), True) for _ in own] for p, own in zip(prompts, rollouts, strict=True)]
+
+    found = evaluate(
+        policies, Shifted(), PROMPTS[:3], {"r": NumberScorer()},
+        m=4, procedures=[Standard()], divergence={"up": uneven},
+    )  # fmt: skip
+    kl = found.policies[0].kl
+    assert kl is not None
+    assert (kl.value, kl.low) == (3.0, 0.0)
+    said = str(found)
+    assert said.startswith("3 prompts, 4 completions of each")
+    assert said.index("fewer than 20 prompts: intervals are Student's t") < said.index("up wins more than down")
+    rate = found.policies[0].win_rates["r"]["Standard()"]
+    low, high = student.interval(0.95, 2, rate.value, rate.standard_error)
+    assert (rate.low, rate.high) == pytest.approx((max(low, 0), min(high, 1)))
+    assert high > 1
+    every = [*found.reference.scores.values(), *(each.tokens for each in found.policies)]
+    assert all(each.low <= each.value <= each.high for each in every)
+    more = evaluate(policies, Shifted(), [f"p{i}" for i in range(20)], {"r": NumberScorer()}, m=4)
+    assert "fewer than" not in str(more)
+    rates = Stated.of(Estimate(np.linspace(0, 1, 20)))
+    assert (rates.low, rates.high) == Estimate(np.linspace(0, 1, 20)).interval()
+
+
+def test_an_interval_without_width_claims_nothing():
+    """One completion of a few prompts that all say the same: they say it of themselves."""
+    far = {"up": Shifted(50), "down": Shifted(-50)}
+    for n in (3, 25):
+        prompts = [f"p{i}" for i in range(n)]
+        found = evaluate(far, Shifted(), prompts, {"r": NumberScorer()}, m=1, procedures=[Standard()])
+        assert found.differences[0].value.value == 1
+        assert not found.differences[0].tells
+        assert "wins more than" not in str(found)
+    assert f"{n} prompts, 1 completion of each" in str(found)
+    # A resampled mean of equal values is off by rounding.
+    rounded = Stated(0.1, 0.1, float(np.nextafter(0.1, 1)), 0.0, 25)
+    assert not Difference("a", "b", "judge", "Standard()", rounded).tells
 
 
 def test_a_single_prompt_has_no_intervals(tmp_path):
@@ -321,10 +371,15 @@ def test_a_single_prompt_has_no_intervals(tmp_path):
     assert Evaluation.load(tmp_path / "evaluation.json") == found
     assert "do not tell" in str(found)
     assert "wins more than" not in str(found)
-    assert "fewer than 20 prompts" in str(found)
-    (tmp_path / "evaluation.json").write_text('{"reference": {}}')
-    with pytest.raises(ValueError, match=r"evaluation.json must be an evaluation that was saved"):
-        Evaluation.load(tmp_path / "evaluation.json")
+    assert str(found).startswith("1 prompt, 4 completions of each; best and worst of N selected by r\n1 prompt says")
+    assert "of 1 difference of win rates, 0 have an interval" in str(found)
+    assert "the others" not in str(found)
+    whole = (tmp_path / "evaluation.json").read_text()
+    broken = (re.sub('"value": [^,]+', f'"value": {value}', whole, count=1) for value in ("NaN", "null", '"5"', "true"))
+    for text in ('{"reference": {}}', "", "[]", whole[:99], *broken):
+        (tmp_path / "evaluation.json").write_text(text)
+        with pytest.raises(ValueError, match=r"evaluation.json must be an evaluation that was saved"):
+            Evaluation.load(tmp_path / "evaluation.json")
 
 
 def test_refuses_what_cannot_be_evaluated(tmp_path):
@@ -342,8 +397,23 @@ def test_refuses_what_cannot_be_evaluated(tmp_path):
         evaluate({"p": policy}, policy, [], reward)
     with pytest.raises(ValueError, match="needs policies and scorers"):
         evaluate({}, policy, PROMPTS, reward)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"needs a folder to keep all in, got out='.*file', a file"):
+        evaluate({"p": policy}, policy, PROMPTS, reward, tmp_path / "file")
+    untyped: Any = inspect.unwrap(evaluate)
+    for m in (4.0, True, "4", None):
+        with pytest.raises(TypeError, match=f"evaluate needs a whole m, got m={m!r}"):
+            untyped({"p": policy}, policy, PROMPTS, reward, m=m)
+    with pytest.raises(TypeError, match=r"the name of a policy is a str, .* got 1"):
+        untyped({1: policy}, policy, PROMPTS, reward)
+    with pytest.raises(TypeError, match=r"procedures as BestOf\(4\) is one, got 'best-of:4'"):
+        untyped({"p": policy}, policy, PROMPTS, reward, procedures=["best-of:4"])
+    for wrong in ({"policies": [policy]}, {"procedures": BestOf(4)}, {"scorers": NumberScorer()}):
+        with pytest.raises(ValueError, match="needs policies and scorers, each by its name, and procedures"):
+            untyped(**{"policies": {"p": policy}, "reference": policy, "prompts": PROMPTS, "scorers": reward, **wrong})
     assert policy.drawn == []
-    assert evaluate({"p": policy}, policy, PROMPTS, reward, m=1, procedures=[Standard()]).completions == 1
+    one = untyped({"p": policy}, policy, PROMPTS, reward, m=np.int64(1), procedures=[Standard()])
+    assert (one.completions, type(one.completions)) == (1, int)
     calibrate(PROMPTS, policy, reward, tmp_path, k=3)
     asked = {prompt_key(prompt): prompt for prompt in [*PROMPTS, "new"]}
     with pytest.raises(ValueError, match=r"m=3 completions of each prompt, scored; .* has 0 for 'new'"):
@@ -472,3 +542,7 @@ def test_the_command_says_what_is_wrong(models, tmp_path, call):
         assert code == 2
         assert said in complaint
     assert not (tmp_path / "e").exists()
+    (tmp_path / "e").write_text("")
+    code, _, complaint = call(*reward, policies=["nowhere"])
+    assert code == 2
+    assert f"--out needs a folder, new or of an evaluation before, got the file {tmp_path / 'e'}" in complaint

@@ -93,7 +93,7 @@ amortised.conditional -> amortised.*
 amortised.prediction -> prompts, table, amortised.*, scorers.protocol
 amortised.fit     -> prompts, table, amortised.*, scorers.protocol
 amortised         -> amortised.*
-commands.transform -> choice, procedures, transforms
+commands.transform -> choice, procedures, scaling, theory, transforms
 distil            -> prompts, table, reading.messages
 health            ->
 health.row_statistics -> table
@@ -219,7 +219,7 @@ faithful.rewarded -> calibrations, finite_k, reward, scaling, faithful.rules
 faithful.check    -> reward, faithful.*
 faithful          -> faithful.check, faithful.trl_settings
 commands.serve    -> reward, server, serving.listening
-arms              -> calibrations, choice, procedures, table, transforms
+arms              -> calibrations, choice, procedures, scaling, table, transforms
 bootstrap         -> estimates
 demo              ->
 demo.assets       ->
@@ -236,31 +236,32 @@ recipes.opening   -> prompts, reward, transforms, commands.transform, reading.*,
 recipes.run_folder -> prompts, reward, recipes.*, rollouts.*, samplers.decoding
 recipes.timing    -> reward, recipes.raw, scorers.protocol
 recipes.together  ->
-recipes.command   -> table, recipes.opening, recipes.together
+recipes.command   -> calibrations, reward, scaling, table, theory, recipes.opening, recipes.run_folder, recipes.together
 recipes.grpo_plain -> reward, recipes.*, rollouts.sources, samplers.policy
 recipes.ppo       -> reward, recipes.*, rollouts.sources, samplers.policy
 recipes.trl_run   -> reward, faithful.check, recipes.*, rollouts.sources, samplers.decoding
 recipes.train_grpo -> faithful.trl_settings, recipes.command, recipes.trl_run, rollouts.sources, samplers.decoding
 recipes.train_rloo -> faithful.trl_settings, recipes.command, recipes.trl_run, rollouts.sources, samplers.decoding
 reporting         ->
-reporting.experiment -> outcomes, procedures, prospects, table, transforms, rewarding.spelling
 responses         -> prompts, rollouts.directory, rollouts.shard_files, samplers.protocol, scorers.protocol
 evaluate          -> calibrate, divergence, estimates, evaluation, outcomes, procedures, prompts, responses, rollouts.sources, samplers.protocol, scorers.protocol
 commands.evaluate -> evaluate, procedures, reward, commands.*, samplers.*, scorers.protocol
-reporting.fresh   -> estimates, evaluate, table, rollouts.shard_files
 rollouts.judged   -> estimates, rollouts.shard_files
 weighted_pools    -> estimates, procedures
 reweighted        -> arms, bootstrap, calibrations, estimates, procedures, prospects, table, weighted_pools
-demo.pipeline     -> arms, calibrate, choice, estimates, evaluate, procedures, prospects, reward, reweighted, table, demo.*, recipes.*, rollouts.sources, samplers.*, scorers.loading
+demo.pipeline     -> calibrate, choice, estimates, evaluate, procedures, prospects, reward, reweighted, table, demo.*, recipes.*, rollouts.sources, samplers.*, scorers.loading
 wording           -> estimates, optimal, transforms
+reporting.fresh   -> estimates, evaluate, table, wording, rollouts.shard_files
 plots             -> estimates, finite_k, outcomes, procedures, prospects, scaling, table, theory, transforms, wording
-commands.frontier -> arms, estimates, plots, procedures, prospects, reweighted, table, commands.transform, rollouts.judged
+commands.frontier -> arms, estimates, plots, procedures, prospects, reweighted, scaling, table, commands.transform, rollouts.judged
 reporting.markup  -> plots
+reporting.page    -> reporting.markup
+reporting.kept    ->
+reporting.experiment -> outcomes, procedures, prospects, table, transforms, reporting.kept, rewarding.spelling
 reporting.calibrated -> plots, transforms, wording, health.*, reporting.*
-reporting.examples -> evaluate, procedures, reporting.experiment, reporting.markup, rollouts.shard_files
+reporting.examples -> evaluate, procedures, wording, reporting.experiment, reporting.markup, rollouts.shard_files
 reporting.made    -> reporting.experiment, reporting.markup
 reporting.outcome -> estimates, outcomes, plots, theory, transforms, wording, reporting.experiment, reporting.markup
-reporting.page    -> reporting.markup
 reporting.promised -> plots, prospects, wording, reporting.experiment, reporting.markup
 reporting.trained -> plots, wording, health.sections, reporting.experiment, reporting.markup
 report            -> reporting.*, rollouts.shard_files

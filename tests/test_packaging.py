@@ -177,6 +177,7 @@ TESTED_WITH = {
     "rollouts.judged": "reweighted",
     "weighted_pools": "reweighted",
     "wording": "plots",
+    "reporting.kept": "report_files",
 }
 # A helper lives in the file that uses it; used by two, it is a noun that has no file yet.
 NO_NOUNS = {"base", "common", "config", "constants", "errors", "helpers", "misc", "registry", "types", "utils"}

@@ -3,8 +3,13 @@
 import argparse
 import inspect
 import json
+import math
+import os
 import re
-from dataclasses import fields, replace
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +25,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibrations import ZScore
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.recipes import command, grpo_plain, loop, opening, ppo, train_grpo, train_rloo
 from calibrated_rewards.recipes.model import reference_of, trainable
+from calibrated_rewards.recipes.raw import RawReward
+from calibrated_rewards.recipes.run_folder import RunFolder
 from calibrated_rewards.recipes.together import Together, learned
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.decoding import Decoding
@@ -31,7 +39,7 @@ from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.scorers import load_scorer
 from calibrated_rewards.testing import HashScorer, NumberScorer
-from calibrated_rewards.transforms import Log
+from calibrated_rewards.transforms import Log, NormalQuantile
 
 LOOPS = [ppo, grpo_plain]
 RECIPES = [*LOOPS, train_rloo, train_grpo]
@@ -296,7 +304,7 @@ def test_the_command_trains_and_saves(recipe: Any, run: Path, tmp_path: Path, ca
     assert all(row["objective"] == pytest.approx(row["reward"] - 0.3 * row["kl"], abs=1e-5) for row in rows)
     assert all(row["u"] == pytest.approx(row["reward"]) for row in rows)  # the transform is none
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(f"steps 0 to 0: reward {rows[0]['reward']:.4g}, u {rows[0]['u']:.4g}, KL ")
+    assert said[0].startswith(f"step 0: reward {rows[0]['reward']:.4g}, u {rows[0]['u']:.4g}, KL ")
     assert said[-2:] == [f"model: {tmp_path / 'out/model'}", f"log: {tmp_path / 'out/log.jsonl'}"]
 
 
@@ -342,6 +350,34 @@ def test_a_transform_for_a_kl_brings_its_beta(run: Path, monkeypatch: Any) -> No
     assert (weights * np.log(weights)).mean() == pytest.approx(0.5, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["exp:10:0.5", "identity:0.5", "log:0.5"])
+def test_any_transform_for_a_kl_brings_its_beta(name: str, monkeypatch: Any) -> None:
+    """On a fine grid of quantiles the tilt by the transform, on the unit scale, has that KL."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    named = opening.Named.of(name)
+    assert named.beta is not None
+    tilt = np.exp(np.asarray(named.transform((np.arange(200000) + 0.5) / 200000)) / named.beta)
+    weights = tilt / tilt.mean()
+    assert (weights * np.log(weights)).mean() == pytest.approx(0.5, rel=1e-3)
+    assert opening.Named.of(name.removesuffix(":0.5")).beta is None
+    for wrong in (f"{name}:1", name.replace("0.5", "x"), name.replace("0.5", "-1")):
+        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(repr(wrong))):
+            opening.Named.of(wrong)
+
+
+@pytest.mark.parametrize(("last", "told"), [(0.12, "more steps or a larger"), (0.13, ""), (0.9, ""), (1.1, "smaller")])
+def test_the_last_words_compare_with_the_optimum(last: float, told: str) -> None:
+    """The normal quantile's optimum has a KL of 1/(2 beta^2); of raw scores and z-scores nothing is said."""
+    reward = CalibratedReward(HashScorer(), plain_reward().table, NormalQuantile())
+    rows = [{"step": i, "kl": kl} for i, kl in enumerate((5.0, last))]
+    said = command.against_optimum(rows, reward, 1.0).splitlines()
+    assert said[0] == "at the optimum of this reward and beta=1 the KL is 0.5, by theory"
+    assert told in "".join(said[1:])
+    assert len(said) == 1 + bool(told)
+    assert command.against_optimum(rows, RawReward(reward), 1.0) == ""
+    assert command.against_optimum(rows, replace(reward, calibration=ZScore()), 1.0) == ""
+
+
 def test_below_its_adapter_a_model_is_the_reference() -> None:
     """Whatever the adapters are; a copy of a model that is trained as a whole stays as well."""
     ids = torch.arange(8)[None]
@@ -355,6 +391,76 @@ def test_below_its_adapter_a_model_is_the_reference() -> None:
         assert (model(input_ids=ids).logits - start).abs().max() > 0.01
         assert torch.equal(reference(input_ids=ids).logits, start)
         assert sum(p.numel() for p in learned(model)) < sum(p.numel() for p in tiny.causal().parameters()) or not rank
+
+
+def test_a_beta_besides_that_of_a_kl_is_told(run: Path, capsys: Any) -> None:
+    """Both numbers, where they differ, and nothing where they do not."""
+    named = opening.Named("best-of:4:1.0", Log(), 0.5)
+    for beta, told in ((5.0, True), (0.5, False), (None, False)):
+        options = argparse.Namespace(reward=run / "reward", raw=False, transform=named, beta=beta)
+        assert opening.calibrated(options).beta == 0.5
+        said = capsys.readouterr().err
+        assert ("best-of:4:1.0 is for beta=0.5, got --beta 5: " in said) == bool(said) == told
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """A trained model at whose saving somebody presses Ctrl-C."""
+
+    def save_pretrained(self, at: Path) -> None:
+        """Half of it."""
+        at.mkdir()
+        (at / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+
+def test_force_leaves_nothing_of_the_run_before(run: Path, tmp_path: Path) -> None:
+    """No adapter beside whole weights, no settings of TRL's; a model only whole, and of the run whose log is there."""
+    out = tmp_path / "out"
+    assert grpo_plain.main(asked(run, out, "--lora-rank", "2")) == 0
+    assert (out / "model/adapter_config.json").exists()
+    (out / "settings.json").write_text("{}")
+    assert grpo_plain.main(asked(run, out, "--lr", "0.01", "--force")) == 0
+    assert {each.name for each in out.iterdir()} == {"log.jsonl", "model", ".lock", "settings.json"}
+    told = json.loads((out / "settings.json").read_text())
+    assert (told["recipe"], told["settings"]["lr"], told["reward"]["beta"]) == ("grpo_plain", 0.01, 0.3)
+    assert not [*(out / "model").glob("adapter*")]
+    trained, start = (tiny.LlamaForCausalLM.from_pretrained(at) for at in (out / "model", run / "policy"))
+    assert (trained.lm_head.weight - start.lm_head.weight).abs().max() > 1e-4
+
+    def stopped(*_: Any) -> Stopping:
+        return Stopping()
+
+    assert command.main("Trains.", grpo_plain.Settings, stopped, asked(run, out, "--force")) == 130
+    assert not (out / "model").exists()
+    assert not (out / "log.jsonl").read_text()
+    assert grpo_plain.main(asked(run, out)) == 2
+    assert grpo_plain.main(asked(run, out, "--force")) == 0
+    assert (out / "model/model.safetensors").exists()
+
+
+def test_a_loop_leaves_alone_what_it_must(run: Path, tmp_path: Path, capsys: Any) -> None:
+    """A folder where another process trains, a model without a log, and the policy that it is to begin with."""
+    with RunFolder(tmp_path).held():
+        refused(capsys, asked(run, tmp_path, "--force"), f"{tmp_path} is for one run at a time, and another process")
+    kept = Path(tiny.saved(tiny.causal(), tmp_path / "model", tiny.tokenizer()))
+    refused(capsys, asked(run, tmp_path), f"{kept} is of another run")
+    refused(capsys, asked(run, tmp_path, "--force", policy=kept), f"--policy is {kept}")
+    assert (kept / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("error", "told"), [("KeyboardInterrupt", "stopped\n"), ("ValueError('why')", "why\n")])
+def test_ctrl_c_in_the_imports_is_no_traceback(error: str, told: str, tmp_path: Path) -> None:
+    """The first import of the recipe, in its place one that fails: other errors are shown as ever."""
+    (tmp_path / "trl").mkdir()
+    (tmp_path / "trl/__init__.py").write_text(f"raise {error}")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    words = [sys.executable, "-m", "calibrated_rewards.recipes.train_rloo", "--help"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)
+    stopped = error == "KeyboardInterrupt"
+    assert done.returncode == (-signal.SIGINT if stopped else 1)
+    assert (done.stderr == told) == stopped
+    assert done.stderr.endswith(told)
 
 
 def test_ctrl_c_is_no_traceback(run: Path, tmp_path: Path, capsys: Any) -> None:
@@ -414,6 +520,12 @@ def test_another_policy_is_refused(run: Path, tmp_path: Path, capsys: Any) -> No
     for what, (model, tokenizer) in others.items():
         at = Path(tiny.saved(model, tmp_path / what, tokenizer))
         refused(capsys, asked(run, tmp_path / "out", policy=at), f"the policy's .*{what}.*--any-policy")
+    adapted = trainable(tiny.LlamaForCausalLM.from_pretrained(run / "policy"), 2)
+    for weight in learned(adapted):
+        weight.data.add_(0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tiny.tokenizer().save_pretrained(tmp_path / "adapter")
+    refused(capsys, asked(run, tmp_path / "out", policy=tmp_path / "adapter"), "the policy's weights are others")
     assert grpo_plain.main(asked(run, tmp_path / "out", "--any-policy", policy=tmp_path / "weights")) == 0
 
 
@@ -520,6 +632,18 @@ def test_ppo_refuses_a_reward_that_is_none() -> None:
 @pytest.mark.parametrize(
     ("recipe", "wrong"),
     [
+        *[
+            (recipe, {"lr": rate})
+            for recipe in (ppo, grpo_plain, train_rloo)
+            for rate in (0.0, -1e-3, math.inf, math.nan)
+        ],
+        (ppo, {"value_lr": math.nan}),
+        (ppo, {"prompts_a_step": 0}),
+        (train_grpo, {"beta": math.inf}),
+        (train_rloo, {"beta": 0.0}),
+        (grpo_plain, {"beta": math.nan}),
+        (grpo_plain, {"max_grad_norm": math.nan}),
+        (grpo_plain, {"steps": 0}),
         (ppo, {"whiten": "yes"}),
         (ppo, {"completions": 5}),
         (grpo_plain, {"completions": 1}),

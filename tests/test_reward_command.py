@@ -67,7 +67,7 @@ def test_settings_are_checked(made: tuple[str, str], tmp_path: Path, capsys: pyt
     """A transform that has no name here, an estimator that there is not."""
     table, model = made
     asked = ["reward", table, "--reward-model", model, "--out", str(tmp_path / "reward")]
-    for wrong in ("best-of:4", "best-of:four:1", "loud", "exp", "exp:x", "log:1"):
+    for wrong in ("best-of:4", "best-of:four:1", "loud", "exp", "exp:x", "log:x"):
         with pytest.raises(SystemExit):
             main([*asked, "--transform", wrong])
         assert "best-of:N:KL" in capsys.readouterr().err

@@ -1,14 +1,19 @@
 """The frontier without training: against theory, enumeration, simulation, and what no reward may depend on."""
 
+import inspect
 import itertools
 import json
+import re
 from argparse import ArgumentParser, ArgumentTypeError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t as student
 
 from calibrated_rewards.arms import ARMS, AnyKL, BestAtKL, Transformed, Uncalibrated
 from calibrated_rewards.bootstrap import stated
@@ -17,6 +22,7 @@ from calibrated_rewards.commands import frontier
 from calibrated_rewards.estimates import Estimate, Samples, Stated
 from calibrated_rewards.evaluation import predict
 from calibrated_rewards.procedures import BestOf, Calibrated, Standard, WorstOf
+from calibrated_rewards.prospects import ERRORS, Point, margin, told
 from calibrated_rewards.reweighted import Reweighted, reweighted
 from calibrated_rewards.rollouts.judged import references_of
 from calibrated_rewards.score_procedures import SoftBestOf
@@ -249,6 +255,19 @@ def test_what_cannot_be_compared_is_refused(options, says):
         reweighted(normals(3, 8), **options)
     with pytest.raises(ValueError, match="2 rollouts of each prompt"):
         reweighted(Samples([[1.0], [1.0, 2.0]]))
+    with pytest.raises(ValueError, match=r"in float32 as tables do, got -1e\+39"):
+        reweighted(Samples([[1.0, -1e39, 2.0]]))
+    with pytest.raises(ValueError, match="selected_by='judge' and judged_by='judge' with two arrays"):
+        reweighted(normals(3, 8), selected_by="judge")
+    (point,) = reweighted(Samples([[1.0, 2.0, 4.0]]), {"raw": ARMS["raw"]}, [0.1], selected_by="judge").points
+    assert [*point.win_rates] == ["judge"]
+
+
+@pytest.mark.parametrize("kls", [0.5, ["a"], "0.5", [True], np.array([0.5, np.nan])])
+def test_kls_are_numbers(kls):
+    """A list of them, or an error that says so."""
+    with pytest.raises(ValueError, match="finite kls > 0, a list of numbers, got kls="):
+        inspect.unwrap(reweighted)(normals(3, 8), kls=kls)
 
 
 def test_kept_and_read_again(tmp_path):
@@ -257,22 +276,99 @@ def test_kept_and_read_again(tmp_path):
     found.save(tmp_path / "new" / "frontier.json")
     assert Reweighted.load(tmp_path / "new" / "frontier.json") == found
     (tmp_path / "other.json").write_text(json.dumps({"points": [{"arm": "raw"}]}))
-    with pytest.raises(ValueError, match=r"other\.json needs to be a frontier"):
-        Reweighted.load(tmp_path / "other.json")
+    whole = (tmp_path / "new" / "frontier.json").read_text()
+    broken = whole[: len(whole) // 2], "", "null", re.sub('"value": ([^,]+)', r'"value": "\1"', whole, count=1)
+    for text in ((tmp_path / "other.json").read_text(), *broken, whole.replace('"value": ', '"value": NaN, "x": ', 1)):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match=r"other\.json needs to be a frontier"):
+            Reweighted.load(tmp_path / "other.json")
+
+
+def test_the_errors_are_those_that_were_measured():
+    """By the committed results and by the table of docs/frontier.md, number for number."""
+    root = Path(__file__).parents[1]
+    measured = json.loads((root / "benchmarks" / "results" / "reweighted.json").read_text())["results"]
+    rows = zip(measured["errors"], measured["errors_of_gains"], strict=True)
+    expected = [(rate["to"], round(rate["largest"], 3), round(gain["largest"], 3)) for rate, gain in rows]
+    assert [(below, *others) for below, *others in ERRORS[:-1]] == expected[:-1]
+    assert ERRORS[-1] == (inf, *expected[-1][1:])
+    page = (root / "docs" / "frontier.md").read_text()
+    table = [
+        line for line in page.splitlines() if line.startswith(("| below", "| from", "| 1", "| 3", "| 5", "| 8", "| 2"))
+    ]
+    cells = [[float(cell) for cell in line.split("|")[2:6:2]] for line in table]
+    assert cells == [list(each[1:]) for each in ERRORS]
+    assert [margin(ess) for ess in (1.0, 1.5, 2.99, 5.0, 49.0, 1e12, inf)] == [
+        0.113,
+        0.062,
+        0.062,
+        0.025,
+        0.006,
+        0.002,
+        0.002,
+    ]
+
+
+@given(st.floats(-0.3, 0.3), st.floats(0, 0.1), st.floats(1, 100), st.floats(1, 100))
+def test_a_gain_is_told_only_beyond_its_margin(value, half, ess, of_gain):
+    """Its interval, widened by what gains were off at that ESS, leaves out 0; without an interval nothing is told."""
+    rate, gain = {"judge": {"p": Stated(0.6, 0.5, 0.7, 0.1, 30)}}, Stated(value, value - half, value + half, 0.1, 30)
+    point = Point("exp:5", 0.5, 0.0, 1.0, ess, {"p": ess}, rate, {"judge": {"p": gain}}, {"p": of_gain})
+    wide = half + margin(of_gain)
+    assert told(point, "judge", "p") == ("better" if value > wide else "worse" if value < -wide else None)
+    assert told(replace(point, gains={}), "judge", "p") is None
+    assert told(replace(point, gains={"judge": {"p": Stated(value, None, None, None, 1)}}), "judge", "p") is None
+
+
+def test_a_gain_rests_on_the_lesser_of_two():
+    """Of the arm's effective rollouts and the first arm's, by procedure."""
+    raw, log = reweighted(normals(100, 60), {name: ARMS[name] for name in ("raw", "log")}, [0.5]).points
+    assert log.ess_of["BestOf(n=4)"] > 8 > 5 > raw.ess_of["BestOf(n=4)"]
+    assert log.ess_of_gains == {name: min(raw.ess_of[name], log.ess_of[name]) for name in log.ess_of}
 
 
 def test_words_say_what_is_told_apart():
     """Better, worse and neither against the first arm, and a mark on what rests on too little."""
     same = {"raw": ARMS["raw"], "again": ARMS["raw"], "exp:10": ARMS["exp:10"], "log": ARMS["log"]}
-    text = str(reweighted(normals(100, 60), same, [0.5]))
-    judged = text[text.index("judged by reward") : text.index("judged by judge")]
-    best = next(line for line in judged.splitlines() if line.startswith("  BestOf(n=4) against raw"))
+
+    def judged(rollouts, start):
+        text = str(reweighted(normals(100, rollouts), same, [0.5]))
+        rows = text[text.index("judged by reward") : text.index("judged by judge")].splitlines()
+        return next(line for line in rows if line.startswith(start)), text
+
+    best, _ = judged(250, "  BestOf(n=4) against raw")
     assert "not told apart: again" in best
     assert best.index("better: exp:10 +") < best.index("worse: log -")
-    marked = next(line for line in judged.splitlines() if line.startswith("  exp:10"))
-    assert marked.count("~") == 1
-    assert "fewer than 5 effective rollouts" in text
+    # An interval without 0, of a gain that is smaller than what gains were off at so few.
+    best, text = judged(60, "  BestOf(n=4) against raw")
+    assert "better" not in best
+    assert best.count("~") == 1
+    assert "~; not told apart: again, exp:10" in best
+    assert judged(60, "  exp:10")[0].count("~") == 1
+    assert "up to 0.042 at an ESS of\n3 to 5, 0.072 at 1.5 to 3, 0.137 below" in text
     assert "~" not in str(reweighted(normals(100, 60), {"log": ARMS["log"]}, [0.1]))
+
+
+def test_few_prompts_are_said_first():
+    """Student's t within what a rate can be, and words before any claim; one prompt has no intervals at all."""
+    arms = {name: ARMS[name] for name in ("raw", "log")}
+    found = reweighted(normals(3, 60), arms, [0.5])
+    text = str(found)
+    assert text.index("Fewer than 20 prompts: intervals are Student's t") < text.index("against raw")
+    per_prompt = np.random.default_rng(1).normal(size=(5, 2))
+    for one, column in zip(stated(per_prompt), per_prompt.T, strict=True):
+        expected = student.interval(0.95, 4, column.mean(), column.std(ddof=1) / np.sqrt(5))
+        assert [one.low, one.high] == pytest.approx(expected)
+        assert Stated.of(Estimate(column)) == one
+    assert stated(np.array([[0.5], [1.0]]))[0].high > 1
+    noisy = reweighted(normals(2, 60, seed=5), arms, [0.5]).points
+    ends = [rate for point in noisy for by in point.win_rates.values() for rate in by.values()]
+    assert all(0 <= rate.low <= rate.value <= rate.high <= 1 for rate in ends)
+    assert {0.0, 1.0} & {end for rate in ends for end in (rate.low, rate.high)}
+    one = str(reweighted(normals(1, 60), arms, [0.5]))
+    assert one.startswith("1 prompt, ")
+    assert "nothing is told apart" in one
+    assert "interval" not in one.split("there are no intervals")[0]
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +431,9 @@ def test_the_command_on_a_bare_table(run, capsys, tmp_path):
         asked(capsys, at / "reward", "--judge", "judge")
     with pytest.raises(ValueError, match="got neither: not calibrated yet"):
         asked(capsys, tmp_path)
+    for name in "--out", "--plot":
+        with pytest.raises(ValueError, match=f"{name} needs a file, got the folder"):
+            asked(capsys, at / "reward", name, tmp_path)
     with pytest.raises(ValueError, match="scores of reward, judge, got 'gold'"):
         asked(capsys, at, "--judge", "gold")
 

@@ -68,6 +68,13 @@ def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
+def endless() -> Any:
+    """A tokenizer without an end token, and without one for padding."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = None
+    return tokenizer
+
+
 @dataclass(eq=False)
 class Dying:
     """A reward model that is interrupted at one of its calls."""
@@ -113,10 +120,12 @@ def test_a_run_that_was_interrupted_is_the_run_that_was_not(
     for name, value in weights(resumed).items():
         assert torch.equal(value, expected[name]), name
     assert untimed(logged(tmp_path / "parts")) == untimed(logged(tmp_path / "whole"))
-    assert {path.name for path in (tmp_path / "parts").iterdir()} == {"settings.json", "log.jsonl", "model"}
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == {"settings.json", "log.jsonl", "model", ".lock"}
     start = weights(policy)
     assert max((start[name] - value).abs().max() for name, value in expected.items() if name in start) > 1e-4 or rank
+    (tmp_path / "parts/checkpoints/checkpoint-5").mkdir(parents=True)  # ended between the model and the cleaning up
     assert run(Dying(1), tmp_path / "parts") == resumed  # finished: nothing is scored any more
+    assert not (tmp_path / "parts/checkpoints").exists()
 
 
 @dataclass(eq=False)
@@ -231,15 +240,51 @@ def test_another_run_does_not_go_on_here(policy: Path, tmp_path: Path) -> None:
         train_rloo.train(*given, tmp_path / "other")
 
 
-def test_a_checkpoint_that_was_cut_short_is_none(tmp_path: Path) -> None:
-    """The newest of those that have the file that is written last; by number, not by letters."""
+def test_a_checkpoint_that_was_cut_short_is_none(tmp_path: Path, capsys: Any) -> None:
+    """The newest of those that have the file that is written last, whole; by number, not by letters.
+
+    The others go when the run goes on, or the trainer would keep them as its newest.
+    """
     folder = RunFolder(tmp_path)
     assert folder.last_checkpoint() is None
-    for step in (9, 10, 11):
+    for step, state in {9: "{}", 10: "{}", 11: None, 12: "{", 13: "", 14: "[]"}.items():
         (tmp_path / f"checkpoints/checkpoint-{step}").mkdir(parents=True)
-        if step < 11:
-            (tmp_path / f"checkpoints/checkpoint-{step}/trainer_state.json").write_text("{}")
+        if state is not None:
+            (tmp_path / f"checkpoints/checkpoint-{step}/trainer_state.json").write_text(state)
     assert folder.last_checkpoint() == str(tmp_path / "checkpoints/checkpoint-10")
+    folder.begin({})
+    assert sorted(int(each.name[11:]) for each in folder.checkpoints.iterdir()) == [9, 10]
+    assert capsys.readouterr().err.count("was cut short") == 4
+
+
+def test_a_run_goes_on_from_before_a_torn_checkpoint(policy: Path, tmp_path: Path, capsys: Any) -> None:
+    """It says which one was cut short, begins anew if there is no other, and is the run that it would have been."""
+    settings = train_rloo.Settings(steps=3, save_steps=2, **SMALL)
+
+    def run(scorer: Dying, out: Path) -> Path:
+        return train_rloo.train(policy, calibrated(scorer), ASKED, DECODING, settings, out, show_progress=False)
+
+    whole = run(Dying(0), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(Dying(3), tmp_path / "parts")
+    state = tmp_path / "parts/checkpoints/checkpoint-2/trainer_state.json"
+    os.truncate(state, state.stat().st_size // 2)
+    capsys.readouterr()
+    resumed = run(Dying(0), tmp_path / "parts")
+    assert f"{state.parent} was cut short" in capsys.readouterr().err
+    assert untimed(logged(tmp_path / "parts")) == untimed(logged(tmp_path / "whole"))
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(resumed).items())
+
+
+def test_two_runs_do_not_train_in_one_folder(policy: Path, tmp_path: Path) -> None:
+    """The second one is told where and why, whoever is first; a run's own other processes go on without the lock."""
+    settings = train_rloo.Settings(steps=1, **SMALL)
+    with RunFolder(tmp_path).held(), RunFolder(tmp_path).held(first=False):
+        with pytest.raises(ValueError, match=f"{tmp_path} is for one run at a time, and another process"):
+            train_rloo.train(policy, calibrated(), ASKED, DECODING, settings, tmp_path, show_progress=False)
+        assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+    with RunFolder(tmp_path).held():
+        pass
 
 
 @pytest.mark.parametrize("recipe", [train_rloo, train_grpo])
@@ -266,6 +311,7 @@ def test_the_settings_are_faithful(recipe: Any, tmp_path: Path, monkeypatch: Any
         ({"prompts": [Asked("a"), Asked([{"role": "user", "content": "b"}])]}, "all texts or all messages"),
         ({"decoding": Decoding(5, stop=("x",))}, "tokens alone"),
         ({"policy": tiny.causal()}, "path or an id"),
+        ({"tokenizer": endless()}, "eos_token, got a tokenizer that has none"),
     ],
 )
 def test_what_trl_cannot_do_is_refused(wrong: dict[str, Any], why: str, policy: Path, tmp_path: Path) -> None:
@@ -275,6 +321,20 @@ def test_what_trl_cannot_do_is_refused(wrong: dict[str, Any], why: str, policy: 
     with pytest.raises(ValueError, match=why):
         train_rloo.train(reward=calibrated(), settings=settings, out=tmp_path, **given)
     assert not (tmp_path / "settings.json").exists()
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(0.0, [0, 1]), (30.0, [])])
+def test_a_line_now_and_then_where_there_is_no_terminal(
+    seconds: float, lines: list[int], policy: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Of each step that comes so long after the last line; its numbers are those of the log."""
+    monkeypatch.setattr(trl_run, "BETWEEN_LINES", seconds)
+    train_rloo.train(policy, calibrated(), ASKED, DECODING, train_rloo.Settings(steps=2, **SMALL), tmp_path)
+    rows, said = logged(tmp_path), capsys.readouterr().err.splitlines()
+    shown = [f"reward {rows[i]['reward']:.4g}, u {rows[i]['u']:.4g}, kl {rows[i]['kl']:.4g}" for i in lines]
+    assert [line for line in said if line.startswith("step ")] == [
+        f"step {i} of 2: {each}" for i, each in zip(lines, shown, strict=True)
+    ]
 
 
 def test_adapters_on_the_last_layers_alone() -> None:

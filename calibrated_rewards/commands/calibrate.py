@@ -26,6 +26,11 @@ machine or on many with a shared folder, share the work (accelerate launch, srun
 cluster without one. Decoding settings should be the trainer's own. `calibrated-rewards inspect table/` shows what came
 of it. Exit code: 0 done, 2 wrong usage, or something that cannot be loaded or done, 130 stopped by Ctrl-C."""
 
+NEXT = """next: calibrated-rewards inspect {out}     is it good
+      calibrated-rewards frontier {out}    what training for each reward would come to
+      calibrated-rewards reward --help     the reward that trainers load
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
@@ -77,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     for table in tables.values() if isinstance(tables, dict) else [tables]:
         sys.stdout.write(f"{told(table)}\n")
+    sys.stderr.write(NEXT.format(out=options.out))  # not on the stream that scripts read
     return 0
 
 

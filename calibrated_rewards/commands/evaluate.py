@@ -70,6 +70,8 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate, and say what was found."""
     if not options.quiet:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out needs a folder, new or of an evaluation before, got the file {options.out}")
     from calibrated_rewards.evaluate import evaluate
 
     reward = _reward(options)

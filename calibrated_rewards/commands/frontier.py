@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from calibrated_rewards.arms import ARMS, AnyKL, Arm, BestAtKL, Transformed, usual_arms
 from calibrated_rewards.commands.transform import transform
 from calibrated_rewards.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
+from calibrated_rewards.scaling import scaled
 
 if TYPE_CHECKING:
     from calibrated_rewards.estimates import Samples
@@ -50,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def arm(name: str) -> tuple[str, Arm]:
     """An arm by its name.
 
-    >>> arm("best-of:8"), arm("exp:3")[1].at(1.0)
-    (('best-of:8', BestAtKL(procedure=BestOf(n=8))), Transformed(transform=Exponential(t=3.0)))
+    >>> arm("best-of:8"), arm("log")[1].at(1.0)
+    (('best-of:8', BestAtKL(procedure=BestOf(n=8))), Transformed(transform=Log()))
     """
     if name in ARMS:
         return name, ARMS[name]
@@ -59,7 +60,7 @@ def arm(name: str) -> tuple[str, Arm]:
     try:
         if kind in OPTIMA and len(numbers) == 1:
             return name, BestAtKL(OPTIMA[kind](int(numbers[0])))
-        return name, AnyKL(Transformed(transform(name)))
+        return name, AnyKL(Transformed(scaled(transform(name), "unit")))
     except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(
             f"an arm is {', '.join(ARMS)}, exp:T, best-of:N or worst-of:N, got {name!r}"
@@ -75,6 +76,9 @@ def procedures(options: argparse.Namespace) -> list[CalibratedProcedure]:
 
 def run(options: argparse.Namespace) -> int:
     """Read, compare, and say, keep or draw it."""
+    for name, path in (("--out", options.out), ("--plot", options.plot)):
+        if path is not None and path.is_dir():
+            raise ValueError(f"{name} needs a file, got the folder {path}")
     from calibrated_rewards.reweighted import reweighted
 
     references, select, judge = read(options.table, options.select, options.judge)
@@ -126,6 +130,9 @@ def draw(found: "Reweighted", path: Path) -> None:
     axes = figure.subplots(len(judges), count, squeeze=False)
     for judge, row in zip(judges, axes, strict=True):
         for procedure, ax in zip(found.procedures, row, strict=True):
-            plots.reweighted(found, procedure, judge, ax=ax)
+            own = plots.reweighted(found, procedure, judge, ax=ax).get_legend()
+            if own is not None:
+                own.remove()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=described,
         default=(Identity(), None),
         metavar="NAME",
-        help="identity (none), log, exp:T; best-of:N:KL, worst-of:N:KL: the optimum for N draws at a KL in nats",
+        help="identity (none), log, exp:T, or with a KL in nats exp:T:KL; best-of:N:KL, worst-of:N:KL: the optimum",
     )
     group.add_argument("--estimator", default="empirical", help="empirical, posterior, unbiased or randomised")
     group.add_argument("--scale", default="unit", help="unit, standard or raw")
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def described(name: str) -> tuple[Transform, Choice | None]:
     """A transform by its name, and what was chosen where the name is a question."""
-    return transform(name), chosen(name) if "-of:" in name else None
+    return transform(name), chosen(name)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -76,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
     reward.save_pretrained(options.out)
     sys.stdout.write(f"{options.out}: {reward.__name__}, {len(reward.table)} prompts, {reward.transform!r}\n")
     if choice and reward.beta:
-        told = f"KL {choice.kl:.3g} nats, win rate {choice.win_rate:.3f} after the draws"
+        told = f"KL {choice.kl:.3g} nats, win rate {choice.win_rate:.3f} as it is to be served"
         sys.stdout.write(f"train with beta={reward.beta:.4g}: {told}\n")
+    sys.stderr.write(f"next: python -m calibrated_rewards.recipes.train_rloo --reward {options.out} --help\n")
     return 0

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from calibrated_rewards.arms import usual_arms
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.choice import Choice, optimum
 from calibrated_rewards.demo.parts import Parts
@@ -79,10 +78,7 @@ class Demo:
 
     def foresee(self, references: Samples) -> Reweighted:
         """What training for each reward would come to, by reweighting the rollouts; nothing is trained."""
-        rewards = {
-            name: arm for name, arm in usual_arms([BestOf(self.scale.n)]).items() if not name.startswith("exp:-")
-        }
-        found = reweighted(references, rewards, (self.scale.kl / 2, self.scale.kl), self.procedures)
+        found = reweighted(references, kls=(self.scale.kl / 2, self.scale.kl), procedures=self.procedures)
         found.save(self.out / "frontier.json")
         return found
 

@@ -35,5 +35,5 @@ class Scale:
     temperature: float = 0.8
 
 
-FULL = Scale(32, 32, 48, 12, 2_000, 24, 8, 4, 1e-3, 16, 10, 16)
+FULL = Scale(32, 24, 48, 12, 2_000, 24, 8, 4, 2e-3, 16, 15, 16)
 QUICK = Scale(6, 6, 16, 8, 0, 3, 2, 4, 1e-2, 2, 1, 8)

@@ -15,7 +15,7 @@ from calibrated_rewards.demo.pipeline import CALIBRATED, RAW, Demo, betas
 from calibrated_rewards.demo.scale import Scale
 from calibrated_rewards.evaluate import Evaluation
 from calibrated_rewards.procedures import BestOf
-from calibrated_rewards.prospects import Reweighted
+from calibrated_rewards.prospects import RELIABLE, Point, Reweighted, told
 from calibrated_rewards.recipes.command import outcome
 from calibrated_rewards.report import report
 from calibrated_rewards.rollouts.judged import references_of
@@ -113,18 +113,30 @@ def calibrated(table: ReferenceTable) -> str:
 
 
 def foreseen(found: Reweighted, scale: Scale) -> str:
-    """The best-of-N win rates that each reward comes to at the KL, by the judge."""
+    """The best-of-N win rates that each reward comes to, by the judge, and which are above the raw one's."""
     procedure = repr(BestOf(scale.n))
-    points = [point for point in found.points if point.kl == scale.kl]
-    rates = {point.arm: point.win_rates["judge"][procedure] for point in points}
-    width = max(map(len, rates))
-    least = min(point.ess_of[procedure] for point in points)
+    kls = sorted({point.kl for point in found.points})
+    arms = list(dict.fromkeys(point.arm for point in found.points))
+    at = {(point.arm, point.kl): point for point in found.points}
     lines = [
-        f"What training for each reward comes to at best, at KL {scale.kl:g}: best-of-{scale.n} win rate, by the judge",
-        *(f"  {arm:<{width}}  {rate}" for arm, rate in rates.items()),
-        f"In brackets intervals over prompts; behind the least certain number stand {least:.1f} effective rollouts.",
+        f"What training for each reward comes to at best: best-of-{scale.n} win rate over the reference, by the judge",
+        " " * 13 + "".join(f"  {f'at KL {kl:g}':<22}" for kl in kls),
     ]
+    for arm in arms:
+        cells = (_cell(at.get((arm, kl)), procedure) for kl in kls)
+        lines.append(f"  {arm:<11}" + "".join(f"  {cell:<22}" for cell in cells))
+    for kl in kls:
+        better = [arm for arm in arms if (arm, kl) in at and told(at[arm, kl], "judge", procedure) == "better"]
+        lines.append(
+            f"Above the raw score at KL {kl:g}, so far as these rollouts can tell: {', '.join(better) or 'none'}."
+        )
+    lines.append(f"~ rests on fewer than {RELIABLE} effective rollouts of a prompt, and may be off by .04 to .14.")
     return "\n".join(lines)
+
+
+def _cell(point: Point | None, procedure: str) -> str:
+    few = point is not None and point.ess_of[procedure] < RELIABLE
+    return "not reached" if point is None else f"{point.win_rates['judge'][procedure]}{'~' * few}"
 
 
 def trained(log: Path) -> str:

@@ -17,7 +17,8 @@ def active_adapters(model: Any) -> list[str]:
     if not hasattr(model, "peft_config"):
         return []
     off = any(getattr(layer, "disable_adapters", False) is True for layer in adapter_layers(model).values())
-    return [] if off else list(model.active_adapters)
+    names = model.active_adapters  # a property of PEFT's models, a method of those that transformers gave adapters
+    return [] if off else list(names() if callable(names) else names)
 
 
 def adapter_layers(model: Any) -> dict[str, Any]:

@@ -5,19 +5,30 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
+from inspect import getfile
 from pathlib import Path
 from typing import Any
 
+from calibrated_rewards.calibrations import EmpiricalCDF, SmoothedCDF
 from calibrated_rewards.recipes import opening
+from calibrated_rewards.recipes.run_folder import RunFolder, about
 from calibrated_rewards.recipes.together import Together
+from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.scaling import scaled
 from calibrated_rewards.table import UnknownPromptError
+from calibrated_rewards.theory import kl
 
 # What a user can do something about; the rest comes with its traceback.
 TOLD = (ValueError, TypeError, OSError, ImportError, UnknownPromptError)
+# Calibrations whose values are uniform under the reference, which the theory is about.
+BY_RANK = (EmpiricalCDF, SmoothedCDF)
 UNUSABLE, STOPPED = 2, 130
 # Steps at the beginning and at the end that the last words are means of.
 FEW = 10
-TRANSFORM = "in place of the reward's: identity, log, exp:T, best-of:N:KL or worst-of:N:KL, with the beta for that KL"
+TRANSFORM = (
+    "in place of the reward's: identity, log, exp:T; for a KL, with its beta: exp:T:KL, best-of:N:KL, worst-of:N:KL"
+)
+BETA = "the reward's, or {}; a --transform for a KL brings its own, which this one replaces"
 METAVARS = {int: "N", float: "FLOAT"}
 
 
@@ -32,7 +43,7 @@ def main(
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, settings)
     if run is None:
-        parser.add_argument("--force", action="store_true", help="write over what another run left in --out")
+        parser.add_argument("--force", action="store_true", help="remove what another run left in --out")
         parser.add_argument("--device", metavar="DEVICE", help="a GPU if there is one")
     options = parser.parse_args(arguments)
     try:
@@ -75,7 +86,7 @@ def _add(parser: argparse.ArgumentParser, each: Field[Any]) -> None:
         raise TypeError(f"settings of a recipe have defaults, got {each.name} without one")
     name, choices, kind = f"--{each.name.replace('_', '-')}", each.metadata["choices"], type(each.default)
     shown: dict[str, Any] = {"choices": choices} if choices else {"metavar": METAVARS.get(kind, "TEXT")}
-    default = f"the reward's, or {each.default}" if each.name == "beta" else each.default
+    default = BETA.format(each.default) if each.name == "beta" else each.default
     parser.add_argument(name, type=kind, help=f"{each.metadata['help']} ({default})", **shown)
 
 
@@ -101,44 +112,85 @@ class LogFile:
 
 def run_loop(options: argparse.Namespace, settings: type[Any], train: Callable[..., Any]) -> None:
     """Open, train, save: the model that came out, its tokenizer, and a line of log for each step."""
-    log, model, together = options.out / "log.jsonl", options.out / "model", Together.here()
-    if together.first and log.exists() and not options.force:
-        raise FileExistsError(f"{log} is of another run: choose another --out, or --force to write over it")
+    folder, together = RunFolder(options.out), Together.here()
+    if together.first:
+        check_free(folder, options)
     settings_of(options, settings)  # what is wrong with them is said before anything is loaded
     policy, reward, asked = opening.opened(options)
     policy.model.to(together.device(options.device))
-    if together.first:
-        options.out.mkdir(parents=True, exist_ok=True)
-        log.write_text("")
-    trained = train(policy, reward, asked, settings_of(options, settings, reward.beta), LogFile(log))
-    if together.first:
-        trained.save_pretrained(model)
-        policy.tokenizer.save_pretrained(model)
-        tell(log, model)
+    given = settings_of(options, settings, reward.beta)
+    recipe = Path(getfile(settings)).stem  # under `python -m` its module has another name
+    told = about(recipe, policy.model, reward, asked, policy.decoding, given, options.dtype)
+    with folder.held(together.first):
+        if together.first:
+            check_free(folder, options)  # a run may have ended there since
+            folder.empty()
+            folder.describe(told)
+            folder.log.touch()
+        trained = train(policy, reward, asked, given, LogFile(folder.log))
+        if together.first:
+            trained.save_pretrained(folder.unfinished_model)
+            policy.tokenizer.save_pretrained(folder.unfinished_model)
+            folder.finish()
+            tell(folder.log, folder.model, reward, given.beta)
     together.wait()
 
 
-def tell(log: Path, model: Path) -> None:
-    """What came of it, and where it is."""
-    came = outcome([json.loads(line) for line in log.read_text().splitlines()])
-    sys.stdout.write(f"{came}model: {model}\nlog: {log}\n")
+def check_free(folder: RunFolder, options: argparse.Namespace) -> None:
+    """FileExistsError if a run is there that may not be removed: without --force none, and never the policy itself."""
+    if folder.used is None:
+        return
+    if not options.force:
+        raise FileExistsError(f"{folder.used} is of another run: choose another --out, or --force to remove it")
+    if Path(options.policy).resolve().is_relative_to(folder.model.resolve()):
+        raise FileExistsError(f"--policy is {folder.model}, which --force would remove: choose another --out")
+
+
+def tell(log: Path, model: Path, reward: Any, beta: float) -> None:
+    """What came of it, what the optimum would be, and where it is."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    sys.stdout.write(f"{outcome(rows)}{against_optimum(rows, reward, beta)}model: {model}\nlog: {log}\n")
+
+
+def against_optimum(rows: Sequence[Mapping[str, float]], reward: Any, beta: float) -> str:
+    """The KL at the optimum of a calibrated reward, by theory, and what to do if the last steps are far from it."""
+    by_rank = isinstance(reward, CalibratedReward) and isinstance(reward.calibration, BY_RANK)
+    if not (by_rank and rows and beta > 0):
+        return ""
+    best, last = kl(scaled(reward.transform, reward.scale), beta), _mean(_ends(rows)[-1], "kl")
+    told = f"at the optimum of this reward and beta={beta:.4g} the KL is {best:.4g}, by theory\n"
+    if last < best / 4:
+        return f"{told}the last steps' KL is far below that: more steps or a larger --lr\n"
+    return f"{told}the last steps' KL is far above that: a smaller --lr\n" if last > 2 * best else told
 
 
 def outcome(rows: Sequence[Mapping[str, float]]) -> str:
-    """Mean reward, quantile, if there is one, and KL of the first steps and of the last.
+    """Mean reward, quantile, if there is one, KL and objective of the first steps and of the last.
 
-    >>> print(outcome([{"step": i, "reward": i, "u": 0.5, "kl": 0.1 * i} for i in range(4)]))
-    steps 0 to 1: reward 0.5, u 0.5, KL 0.05
-    steps 2 to 3: reward 2.5, u 0.5, KL 0.25
+    >>> rows = [{"step": i, "reward": i, "u": 0.5, "kl": 0.1 * i, "objective": 0.9 * i} for i in range(4)]
+    >>> print(outcome(rows), outcome(rows[:1]), sep="")
+    steps 0 to 1: reward 0.5, u 0.5, KL 0.05, objective 0.45
+    steps 2 to 3: reward 2.5, u 0.5, KL 0.25, objective 2.25
+    step 0: reward 0, u 0.5, KL 0, objective 0
     <BLANKLINE>
     """
+    return "".join(f"{_steps(end)}: {_means(end)}\n" for end in _ends(rows))
+
+
+def _ends(rows: Sequence[Mapping[str, float]]) -> list[Sequence[Mapping[str, float]]]:
     few = max(1, min(FEW, len(rows) // 2))
-    ends = [rows[:few], rows[-few:]] if len(rows) > 1 else [rows][: len(rows)]
-    return "".join(f"steps {end[0]['step']} to {end[-1]['step']}: {_means(end)}\n" for end in ends)
+    return [rows[:few], rows[-few:]] if len(rows) > 1 else [rows][: len(rows)]
+
+
+def _steps(rows: Sequence[Mapping[str, float]]) -> str:
+    first, last = rows[0]["step"], rows[-1]["step"]
+    return f"step {first}" if first == last else f"steps {first} to {last}"
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> str:
-    shown = {"reward": "reward", "u": "u", "kl": "KL"}
-    return ", ".join(
-        f"{said} {sum(row[name] for row in rows) / len(rows):.4g}" for name, said in shown.items() if name in rows[0]
-    )
+    shown = {"reward": "reward", "u": "u", "kl": "KL", "objective": "objective"}
+    return ", ".join(f"{said} {_mean(rows, name):.4g}" for name, said in shown.items() if name in rows[0])
+
+
+def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)

@@ -57,6 +57,7 @@ class Settings:
     seed: int = setting(0, "of the prompts' order and the completions")
 
     def __post_init__(self) -> None:
+        loop.check_numbers(self)
         if self.completions < 2:
             raise ValueError(f"a baseline needs completions >= 2, got completions={self.completions}")
         if self.baseline not in ("leave-one-out", "group-mean"):

@@ -5,7 +5,8 @@ table were: a KL to the reference policy is then what the objective says it is.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from math import isfinite
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from calibrated_rewards.reading.body import device_of
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.endings import Draft
 from calibrated_rewards.samplers.policy import Policy
+
+# What settings of a recipe may be at the least; rates are above 0.
+LEAST = dict.fromkeys(("completions", "epochs", "minibatches", "prompts_a_step", "rows", "save_steps", "steps"), 1)
+LEAST |= dict.fromkeys(("beta", "lora_layers", "lora_rank"), 0)
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,18 @@ def set_rate(optimizer: torch.optim.Optimizer, start: float, step: int, steps: i
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("times", 1.0)
     return rate
+
+
+def check_numbers(settings: Any) -> None:
+    """ValueError for a number that no run can be made with, such as a learning rate that is none."""
+    for each in fields(settings):
+        name, value = each.name, getattr(settings, each.name)
+        if name.endswith("lr") and not (isfinite(value) and value > 0):
+            raise ValueError(f"Settings needs a finite {name} > 0, got {name}={value}")
+        if name in LEAST and not (isfinite(value) and value >= LEAST[name]):
+            raise ValueError(f"Settings needs {name} >= {LEAST[name]}, got {name}={value}")
+        if value != value:
+            raise ValueError(f"Settings needs {name} to be a number, got {name}={value}")
 
 
 def setting(default: Any, told: str, *choices: str) -> Any:

@@ -39,12 +39,12 @@ class Named:
 
     @classmethod
     def of(cls, name: str) -> "Named":
-        """Of best-of:N:KL and worst-of:N:KL, which are solved for, both at once."""
+        """Of names with a KL, which are solved for, both at once."""
         try:
             choice = chosen(name)
         except (KeyError, ValueError):
             return cls(name, transform(name), None)  # or says what names there are
-        return cls(name, choice.transform, choice.beta)
+        return cls(name, transform(name), None) if choice is None else cls(name, choice.transform, choice.beta)
 
 
 def opened(options: argparse.Namespace) -> tuple[Policy, CalibratedReward | RawReward, list[Asked]]:
@@ -76,6 +76,11 @@ def calibrated(options: argparse.Namespace) -> CalibratedReward:
     if named is None:
         return CalibratedReward.from_pretrained(options.reward)
     beta = options.beta if named.beta is None else named.beta
+    if named.beta is not None and options.beta not in (None, named.beta):
+        sys.stderr.write(
+            f"--transform {named.name} is for beta={named.beta:.6g}, got --beta {options.beta:.6g}: that one is "
+            "trained with, and the KL will be another than the one in the name. Leave --beta out to have that KL\n"
+        )
     if beta is None:
         raise ValueError(f"--transform {named.name} was chosen for no beta: say --beta")
     return CalibratedReward.from_pretrained(options.reward, transform=named.transform, beta=beta, scale="unit")

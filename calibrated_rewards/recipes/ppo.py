@@ -59,9 +59,10 @@ class Settings:
     seed: int = setting(0, "of the prompts' order and the completions")
 
     def __post_init__(self) -> None:
+        loop.check_numbers(self)
         if self.whiten not in ("no", "centre", "scale"):
             raise ValueError(f"Settings needs whiten to be 'no', 'centre' or 'scale', got {self.whiten!r}")
-        if self.completions < 1 or self.completions % self.prompts_a_step:
+        if self.completions % self.prompts_a_step:
             raise ValueError(
                 f"Settings needs completions to be a multiple of prompts_a_step={self.prompts_a_step}, "
                 f"got completions={self.completions}"

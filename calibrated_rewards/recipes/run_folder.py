@@ -3,13 +3,16 @@
 settings.json   what the run is; another run does not go on here
 log.jsonl       a JSON object for each step
 checkpoints/    while it goes on
-model/          when it is finished
+model/          when it is finished, whole
+.lock           held by the process that trains here
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -19,7 +22,7 @@ from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.recipes.model import place_of
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.rollouts.shard_files import replacing
+from calibrated_rewards.rollouts.claims import claim
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.decoding import Decoding
 
@@ -48,6 +51,46 @@ class RunFolder:
         """What a run goes on from."""
         return self.out / "checkpoints"
 
+    @property
+    def unfinished_model(self) -> Path:
+        """Where the model is written, before it gets its name."""
+        return self.out / ".model"
+
+    @property
+    def used(self) -> Path | None:
+        """What a run left here; None if there was none."""
+        left = (self.log, self.model, self.out / "settings.json")
+        return next((each for each in left if each.exists()), None)
+
+    @contextmanager
+    def held(self, first: bool = True) -> Iterator[None]:
+        """Be the only run that works here; of several processes of one run, the first one sees to it."""
+        if not first:
+            yield
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        lock = self.out / ".lock"
+        lock.touch()
+        with claim(lock) as ours:
+            if not ours:
+                raise ValueError(
+                    f"{self.out} is for one run at a time, and another process trains there now: "
+                    "wait until it has ended, or choose another folder"
+                )
+            yield
+
+    def empty(self) -> None:
+        """Remove what a run left: its model first, so that none lies beside the log of another."""
+        for each in (self.model, self.unfinished_model, self.checkpoints, self.log, self.out / "settings.json"):
+            _remove(each)
+
+    def finished(self, about: Mapping[str, Any]) -> bool:
+        """Whether this very run has its model; checkpoints that it still has go."""
+        self.check(about)
+        if self.model.exists():
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        return self.model.exists()
+
     def check(self, about: Mapping[str, Any]) -> None:
         """ValueError if another run, or something else, is here."""
         at = self.out / "settings.json"
@@ -62,17 +105,32 @@ class RunFolder:
             raise ValueError(f"{self.out} has a run with other settings ({'; '.join(others)}): choose another folder")
 
     def begin(self, about: Mapping[str, Any]) -> None:
-        """Write down what the run is."""
+        """Write down what the run is; what was cut short goes, since no run can go on from it."""
+        from calibrated_rewards.rollouts.shard_files import replacing  # needs pyarrow, as the plain loops do not
+
+        _remove(self.unfinished_model)
+        for each in self.checkpoints.glob("checkpoint-*"):
+            if not _whole(each):
+                sys.stderr.write(f"{each} was cut short: it is removed, and the run goes on from before it\n")
+                shutil.rmtree(each, ignore_errors=True)
         with replacing(self.out / "settings.json") as file:
             file.write(json.dumps(about, indent=2).encode())
 
+    def describe(self, about: Mapping[str, Any]) -> None:
+        """Write down what the run is, and no more: for loops that have no checkpoints."""
+        unfinished = self.out / ".settings.json"
+        unfinished.write_text(json.dumps(about, indent=2))
+        os.replace(unfinished, self.out / "settings.json")
+
     def last_checkpoint(self) -> str | None:
         """The newest that is whole; None at the start."""
-        whole = [at.parent for at in self.checkpoints.glob(f"checkpoint-*/{LAST_WRITTEN}")]
+        whole = [at for at in self.checkpoints.glob("checkpoint-*") if _whole(at)]
         return str(max(whole, key=lambda at: int(at.name.rpartition("-")[2]))) if whole else None
 
     def write_log(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """The log of the steps so far, in place of what was there."""
+        from calibrated_rewards.rollouts.shard_files import replacing
+
         with replacing(self.log) as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -81,10 +139,30 @@ class RunFolder:
         with self.log.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def finish(self, saved: Path) -> None:
-        """Put the saved model where it belongs; checkpoints are of no use any more."""
-        os.replace(saved, self.model)
+    def finish(self) -> None:
+        """Give the model that was written its name; checkpoints are of no use any more."""
+        os.replace(self.unfinished_model, self.model)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Whether the file that is written last is there and can be read to its end."""
+    try:
+        return isinstance(json.loads((checkpoint / LAST_WRITTEN).read_text()), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _remove(at: Path) -> None:
+    """A file, or a folder: under another name first, for a folder that is half there may be taken for a whole one."""
+    doomed = at.with_name(".removed")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    if at.is_dir() and not at.is_symlink():
+        os.replace(at, doomed)
+        shutil.rmtree(doomed)
+    else:
+        at.unlink(missing_ok=True)
 
 
 def about(

@@ -2,14 +2,14 @@
 
     python -m calibrated_rewards.recipes.train_grpo --policy ./sft --reward reward/ --prompts prompts.jsonl --out run/
 
-As train_grpo.py, but for the trainer: its KL is a term of each token's loss, so that a token has no credit for the KL
+As train_rloo.py, but for the trainer: its KL is a term of each token's loss, so that a token has no credit for the KL
 of those that come after it, and the optimum is another one: nearly the same for one token, further off the longer
 completions are and the smaller beta is (docs/faithful.md has numbers). The settings are those of
 `faithful.grpo_settings`, which do not divide rewards by their group's standard deviation; what `check_settings` says of
 them is printed. The log's KL is TRL's estimate of it, which is never negative, per token times their mean number.
 
 It differs from the paper (InfAlign-CTRL, algorithm 1), which uses PPO, in that, and in that it needs no value function.
-Where nothing speaks for GRPO, train_grpo.py is the one to take. Run it again after Ctrl-C or a crash, and it goes on
+Where nothing speaks for GRPO, train_rloo.py is the one to take. Run it again after Ctrl-C or a crash, and it goes on
 from its last checkpoint. On several GPUs: `accelerate launch -m calibrated_rewards.recipes.train_grpo ...`.
 """
 

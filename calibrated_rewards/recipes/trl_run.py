@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from calibrated_rewards.faithful.check import check_settings
 from calibrated_rewards.recipes import command, opening
-from calibrated_rewards.recipes.loop import setting, turns
+from calibrated_rewards.recipes.loop import check_numbers, setting, turns
 from calibrated_rewards.recipes.model import contiguous_head, lora, place_of, quiet
 from calibrated_rewards.recipes.run_folder import RunFolder, about
 from calibrated_rewards.recipes.timing import TimedDrawing, TimedReward
@@ -33,6 +33,8 @@ from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.decoding import Decoding
 
+# Seconds between the lines that stand for a bar where there is no terminal.
+BETWEEN_LINES = 30.0
 # What is nothing about the objective: the weights are in the precision that they were loaded in.
 PLAIN: dict[str, Any] = {"bf16": False, "activation_checkpointing": False, "report_to": [], "weight_decay": 0.0}
 PLAIN |= {"disable_tqdm": True, "ddp_find_unused_parameters": False}
@@ -56,11 +58,11 @@ class Settings:
     seed: int = setting(0, "of the prompts' order, the completions and the adapters")
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "prompts_a_step": 1, "completions": 2, "rows": 1, "save_steps": 1}
-        least |= {"lora_rank": 0, "lora_layers": 0}
-        for name, at_least in least.items():
-            if getattr(self, name) < at_least:
-                raise ValueError(f"Settings needs {name} >= {at_least}, got {name}={getattr(self, name)}")
+        check_numbers(self)
+        if self.completions < 2:
+            raise ValueError(f"Settings needs completions >= 2, got completions={self.completions}")
+        if self.beta == 0:
+            raise ValueError(f"Settings needs beta > 0, got beta={self.beta}")
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,12 @@ class StepLog(TrainerCallback):
     show_progress: bool
     began: float = 0.0
     bar: Any = None
+    told: float = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called by the trainer, as all here. What came after the checkpoint happens again."""
         if state.is_world_process_zero:
+            self.told = perf_counter()
             self.folder.write_log(row(each, self.settings.beta) for each in state.log_history if "kl" in each)
             shown: Any = {"desc": "training", "unit": " steps", "disable": None if self.show_progress else True}
             self.bar = tqdm(total=self.settings.steps, initial=state.global_step, delay=3, **shown)
@@ -98,8 +102,24 @@ class StepLog(TrainerCallback):
         """The history is what a checkpoint holds of the log."""
         if state.is_world_process_zero and "kl" in state.log_history[-1]:
             state.log_history[-1]["seconds"] = perf_counter() - self.began
-            self.folder.add_to_log(row(state.log_history[-1], self.settings.beta))
+            line = row(state.log_history[-1], self.settings.beta)
+            self.folder.add_to_log(line)
             self.bar.update()
+            self._tell(line)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The bar's line ends."""
+        if state.is_world_process_zero:
+            self.bar.close()
+
+    def _tell(self, line: Mapping[str, Any]) -> None:
+        """Now and then a line, where stderr is a file or a pipe and has no bar."""
+        if self.show_progress and self.bar.disable and perf_counter() - self.told >= BETWEEN_LINES:
+            self.told = perf_counter()
+            shown = ", ".join(
+                f"{name} {line[name]:.4g}" for name in ("reward", "u", "kl") if line.get(name) is not None
+            )
+            sys.stderr.write(f"step {line['step']} of {self.settings.steps}: {shown}\n")
 
 
 def row(logged: Mapping[str, Any], beta: float) -> dict[str, Any]:
@@ -127,10 +147,12 @@ def train(
 ) -> Path:
     """Train in a folder, or go on there; where the model is."""
     folder, told = RunFolder(Path(out)), about(kind.name, policy, reward, prompts, decoding, settings, dtype)
-    folder.check(told)
-    if folder.model.exists():
+    if folder.finished(told):
         return folder.model
-    with quiet(), completions_alone():
+    first = os.environ.get("RANK", "0") == "0"
+    with quiet(), completions_alone(), folder.held(first):
+        if folder.finished(told):  # by the run that was there until now
+            return folder.model
         args = arguments(kind, settings, decoding, folder)
         trainer = made(kind, args, policy, reward, prompts, decoding, settings, tokenizer, dtype)
         for callback in (PrinterCallback, ProgressCallback):
@@ -139,12 +161,11 @@ def train(
         if trainer.is_world_process_zero():
             folder.begin(told)
             report = check_settings(args, reward if isinstance(reward, CalibratedReward) else None, beta=settings.beta)
-            sys.stderr.write(f"{report}\n")
+            sys.stderr.write(f"{report if report.findings else 'settings checked: nothing to change'}\n")
         trainer.train(resume_from_checkpoint=folder.last_checkpoint())
-        saved = folder.out / ".model"
-        trainer.save_model(str(saved))
+        trainer.save_model(str(folder.unfinished_model))
         if trainer.is_world_process_zero():
-            folder.finish(saved)
+            folder.finish()
         trainer.accelerator.wait_for_everyone()
     return folder.model
 
@@ -157,7 +178,7 @@ def run(options: argparse.Namespace, settings: type[Any], train: Callable[..., P
     own = {"tokenizer": policy.tokenizer, "dtype": options.dtype}
     model = train(policy.model, reward, asked, policy.decoding, given, options.out, **own)
     if Together.here().first:
-        command.tell(options.out / "log.jsonl", model)
+        command.tell(options.out / "log.jsonl", model, reward, given.beta)
 
 
 def arguments(kind: Kind, settings: Settings, decoding: Decoding, folder: RunFolder) -> Any:
@@ -216,6 +237,11 @@ def made(
         raise ValueError("training all weights reads the reference from the policy's files: give a path or an id")
     contiguous_head(model)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(at or model.config._name_or_path)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "TRL ends and pads completions with the tokenizer's eos_token, got a tokenizer that has none: give it one, "
+            "or train with grpo_plain or ppo, which do without"
+        )
     if decoding.stop_token_ids:
         given = model.generation_config.eos_token_id
         own = given if isinstance(given, list) else [each for each in (given,) if each is not None]

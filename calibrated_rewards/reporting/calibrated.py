@@ -6,7 +6,7 @@ from typing import Any
 from calibrated_rewards import plots
 from calibrated_rewards.health.sections import percent
 from calibrated_rewards.health.table import Health, health
-from calibrated_rewards.reporting.experiment import Experiment
+from calibrated_rewards.reporting.experiment import Experiment, named
 from calibrated_rewards.reporting.fresh import Fresh, fresh
 from calibrated_rewards.reporting.markup import (
     Markup,
@@ -20,10 +20,10 @@ from calibrated_rewards.reporting.markup import (
     table,
 )
 from calibrated_rewards.transforms import Identity
-from calibrated_rewards.wording import formula
+from calibrated_rewards.wording import counted, formula
 
 # Shares from which on something is worth a sentence.
-TIED, AT_CEILING, CUT, EMPTY, REPEATED, LENGTH = 0.1, 0.02, 0.5, 0.02, 0.2, 0.4
+TIED, AT_HIGHEST, CUT, EMPTY, REPEATED, LENGTH = 0.1, 0.02, 0.5, 0.02, 0.2, 0.4
 RMS = 0.05
 
 
@@ -47,43 +47,67 @@ def calibrated(of: Experiment) -> Section | None:
         *([folded("The completions", table(("", ""), rollouts.lines()))] if rollouts else []),
         _drawn(of, main, best),
     ]
-    return Section("What was calibrated", tuple(blocks), (_told(best, main),))
+    return Section("What was calibrated", tuple(blocks), (*_demo(of), _told(best, main)))
 
 
 def _what(found: Mapping[str, Health], main: str) -> str:
     size = found[main].size
     by = f"by each of {_listed(found)}" if len(found) > 1 else f"by {main}"
-    many = f"{size.most:,}" if size.fewest == size.most else f"{size.fewest:,} to {size.most:,}"
+    many = counted(size.most, "completion")
+    many = many if size.fewest == size.most else f"{size.fewest:,} to {many}"
+    were = "was" if size.most == 1 else "were"
+    each = "For" if size.prompts == 1 else "For each of"
     return (
-        f"For each of {size.prompts:,} prompts, {many} completions of the reference policy were scored {by}; "
+        f"{each} {counted(size.prompts, 'prompt')}, {many} of the reference policy {were} scored {by}; "
         "the calibrated reward u of a completion is the share of them that it beats, ties half."
     )
 
 
+def _apart(of: Health) -> bool:
+    """Whether there is anything to know of the variance between prompts, and of that within one."""
+    return of.size.prompts > 1 and of.size.most > 1
+
+
+def _demo(of: Experiment) -> Iterator[str]:
+    about = of.demo.get("about")
+    if isinstance(about, Mapping) and about.get("texts") == 0:
+        yield (
+            "This is a demo whose reward models have learned from no texts: its numbers show that the parts work "
+            "together, and nothing else."
+        )
+
+
 def _told(of: Health, main: str) -> str:
-    return (
-        f"The {main} was calibrated on {of.precision.K:,} completions of each of {of.size.prompts:,} prompts, which "
-        f"leaves a calibrated reward off by {of.precision.rms:.3f} (rms): {percent(of.spread.between_share)} of the "
-        "variance of the raw scores lies between prompts, and is taken away."
+    said = (
+        f"The {main} was calibrated on {counted(of.precision.K, 'completion')} of each of "
+        f"{counted(of.size.prompts, 'prompt')}, which leaves a calibrated reward off by {of.precision.rms:.3f} (rms)"
     )
+    if of.size.prompts == 1:
+        said = said.replace("each of 1 prompt", "1 prompt")
+    if not _apart(of):
+        return f"{said}."
+    share = of.spread.between_share
+    between = f"{percent(share)} of the variance of the raw scores lies between prompts, and is taken away"
+    return f"{said}: {between}." if share > 0 else f"{said}; its raw scores show no variance between prompts."
 
 
 def _good(of: Health, again: Fresh | None) -> Iterator[str]:
     size, precise, spread = of.size, of.precision, of.spread
     enough = "enough" if precise.rms <= RMS else "few"
+    are = "is" if precise.K == 1 else "are"
     yield (
-        f"K: {precise.K:,} references a prompt are {enough}. In the middle u is known to ± {precise.middle:.3f} at "
-        f"95 %, on average it is off by {precise.rms:.3f} (rms); {precise.needed:,} references have {RMS:g}."
+        f"K: {counted(precise.K, 'reference')} a prompt {are} {enough}. In the middle u is known to ± "
+        f"{precise.middle:.3f} at 95 %, on average it is off by {precise.rms:.3f} (rms); {precise.needed:,} references "
+        f"have {RMS:g}."
     )
-    yield f"Ties: {percent(of.resolution.tied)} of references equal another of their prompt."
-    yield (
-        f"Saturation: {percent(of.resolution.at_ceiling)} of references have the highest score of all; "
-        f"{of.resolution.unresolved:,} of {size.prompts:,} prompts have equal references only."
-    )
-    yield (
-        f"Spread: {percent(spread.between_share)} of the variance of raw scores is between prompts. As a raw score "
-        f"{percent(spread.medians_in_top_tenth)} of prompts have their median completion in the best tenth of all."
-    )
+    if size.most > 1:
+        yield f"Ties: {percent(of.resolution.tied)} of references equal another of their prompt."
+        yield f"Saturation: {_highest(of)}; {_unresolved(of)}."
+    if _apart(of):
+        yield (
+            f"Spread: {percent(spread.between_share)} of the variance of raw scores is between prompts. As a raw score "
+            f"{percent(spread.medians_in_top_tenth)} of prompts have their median completion in the best tenth of all."
+        )
     probes = of.meta.get("probes")
     if isinstance(probes, list) and probes:
         yield (
@@ -94,15 +118,34 @@ def _good(of: Health, again: Fresh | None) -> Iterator[str]:
         yield str(again)
 
 
+def _sharing(of: Health) -> int:
+    """How many references have the highest score of all."""
+    return round(of.resolution.at_ceiling * of.size.references)
+
+
+def _highest(of: Health) -> str:
+    if _sharing(of) == 1:
+        return "one reference alone has the highest score of all"
+    return f"{_sharing(of):,} references ({percent(of.resolution.at_ceiling)}) share the highest score of all"
+
+
+def _unresolved(of: Health) -> str:
+    if of.size.prompts == 1:
+        return f"the references of the prompt are {'' if of.resolution.unresolved else 'not '}all equal"
+    has = "has" if of.resolution.unresolved == 1 else "have"
+    return f"{of.resolution.unresolved:,} of {of.size.prompts:,} prompts {has} equal references only"
+
+
 def _worries(found: Mapping[str, Health]) -> Iterator[str]:
     for name, of in found.items():
         seen = of.resolution
         if seen.tied > TIED:
             yield f"{name}: {percent(seen.tied)} of references tie; tied completions get one reward."
-        if seen.at_ceiling > AT_CEILING:
-            yield f"{name}: {percent(seen.at_ceiling)} of references are at its ceiling: it cannot tell the best apart."
+        if _sharing(of) > 1 and seen.at_ceiling > AT_HIGHEST:
+            yield f"{name}: {_highest(of)}; which of those is best, it does not tell."
         if seen.unresolved:
-            yield f"{name}: {seen.unresolved:,} prompts teach nothing, for all their references have one score."
+            teach = "teaches" if seen.unresolved == 1 else "teach"
+            yield f"{name}: {counted(seen.unresolved, 'prompt')} {teach} nothing, with references of one score only."
         for reason, count in of.odd_rows.items():
             yield f"{name}: {count:,} suspicious {'prompts' if count > 1 else 'prompt'}, {reason}."
 
@@ -146,26 +189,35 @@ def identity(said: Mapping[str, Any]) -> str:
     >>> identity({"kind": "hf sampler", "name": "my/policy", "weights": "1f3a"}), identity({"kind": "hash", "seed": 0})
     ('my/policy (hf sampler)', 'hash')
     """
-    name = next((said[key] for key in ("name", "path", "function", "model") if isinstance(said.get(key), str)), None)
+    name = named(said)
     kind = str(said.get("kind", "not said"))
     return kind if name is None else f"{name} ({kind})"
 
 
 def _numbers(found: Mapping[str, Health]) -> Iterator[Sequence[str]]:
-    parts = [
-        [line for part in (of.size, of.resolution, of.precision, of.spread) for line in part.lines()]
-        for of in found.values()
-    ]
-    for lines in zip(*parts, strict=True):
+    known = all(map(_apart, found.values()))
+    for lines in zip(*(_lines(of, known) for of in found.values()), strict=True):
         yield lines[0][0], *(text for _, text in lines)
 
 
+def _lines(of: Health, apart: bool) -> Iterator[tuple[str, str]]:
+    for part in (of.size, of.resolution, of.precision):
+        yield from part.lines()
+    if apart:
+        yield from of.spread.lines()
+
+
 def _drawn(of: Experiment, main: str, best: Health) -> Markup:
-    share = percent(best.spread.between_share)
+    lines = "Raw scores against rank."
+    if best.size.prompts > 1:
+        share = f" ({percent(best.spread.between_share)} of the variance is between prompts)" if _apart(best) else ""
+        lines = (
+            "Raw scores of prompts, from the lowest to the highest median: a line a prompt. The farther they lie from "
+            f"the dashed line, the less raw scores can be compared{share}."
+        )
     ranks = figure(
-        plots.scores_by_rank(of.tables[main], quantiles=True),
-        f"Raw scores of prompts, from the lowest to the highest median: a line a prompt. The farther they lie from the "
-        f"dashed line, the less raw scores can be compared ({share} of the variance is between prompts).",
+        plots.scores_by_rank(of.tables[main], quantiles=best.size.prompts > 1),
+        lines,
         "ranks",
     )
     if of.reward is None or of.transform == Identity():

@@ -9,6 +9,7 @@ from calibrated_rewards.evaluate import REFERENCE
 from calibrated_rewards.procedures import BestOf
 from calibrated_rewards.reporting.experiment import Experiment, main_procedure, procedure_of
 from calibrated_rewards.reporting.markup import Markup, Section, element
+from calibrated_rewards.wording import counted, short
 
 PROMPTS, LONGEST = 3, 800
 
@@ -35,7 +36,8 @@ def examples(of: Experiment) -> Section | None:
     if not shared:
         return None
     what = f"the best of its first {n}, by {found.selected_by}" if n > 1 else "its first completion"
-    explained = f"The first {len(shared)} prompts of the evaluation, not chosen by anybody; of each policy {what}."
+    prompts = "first prompt" if len(shared) == 1 else f"first {counted(len(shared), 'prompt')}"
+    explained = f"The {prompts} of the evaluation, not chosen by anybody; of each policy {what}."
     blocks = [block for key in shared for block in _shown({name: own[key] for name, own in written.items()})]
     return Section("What they write", (element("p", explained), *blocks))
 
@@ -72,7 +74,7 @@ def _shown(own: Mapping[str, Selected]) -> Iterator[Markup]:
     yield element("h3", "Prompt")
     yield element("div", _cut(next(iter(own.values())).prompt), class_="said")
     for name, each in own.items():
-        scores = ", ".join(f"{scorer} {score:.3f}" for scorer, score in each.scores.items() if score is not None)
+        scores = ", ".join(f"{scorer} {short(score)}" for scorer, score in each.scores.items() if score is not None)
         yield element("p", element("b", name), f" ({scores})")
         yield element("div", _cut(each.completion), class_="said")
 

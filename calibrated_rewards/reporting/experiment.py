@@ -1,14 +1,14 @@
 """What there is of an experiment in its directory: each part, if it is there, and nothing else."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from calibrated_rewards.outcomes import Evaluation
 from calibrated_rewards.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.prospects import Reweighted
+from calibrated_rewards.reporting.kept import json_object, logged
 from calibrated_rewards.table import ReferenceTable
 from calibrated_rewards.transforms import Identity, Transform
 
@@ -36,6 +36,8 @@ class Experiment:
     evaluation: Evaluation | None
     evaluated: Path | None
     """Where the completions of the evaluation are."""
+    demo: Mapping[str, Any] = field(default_factory=dict)
+    """How large a demo is, and how long it took."""
 
     @property
     def trained_for(self) -> str | None:
@@ -69,16 +71,37 @@ def experiment(at: Path) -> Experiment:
         tables={name: ReferenceTable.load(path) for name, path in tables.items()},
         rollouts=_rollouts(at, tables),
         frontier=None if frontier is None else Reweighted.load(frontier),
-        reward=None if reward is None else json.loads(reward.read_text(encoding="utf-8")),
+        reward=None if reward is None else json_object(reward),
         runs=runs,
         evaluation=None if evaluation is None else Evaluation.load(evaluation),
         evaluated=None if evaluation is None else evaluation.parent,
+        demo=json_object(at / "demo.json") if (at / "demo.json").is_file() else {},
     )
     if not (found.tables or found.frontier or found.runs or found.evaluation):
         raise ValueError(
             f"{at} needs a table, a frontier.json, a log.jsonl of training or an evaluation.json, got none of them"
         )
     return found
+
+
+def titled(found: Experiment) -> str:
+    """What there is, and of which policy, as far as it is said."""
+    parts = {
+        "calibration": bool(found.tables),
+        "comparison of rewards": found.frontier is not None and not found.tables,
+        "training": bool(found.runs),
+        "evaluation": found.evaluation is not None,
+    }
+    *first, last = (name for name, there in parts.items() if there)
+    what = f"{', '.join(first)} and {last}" if first else last
+    meta = found.tables[found.trained_for].meta if found.trained_for is not None else {}
+    name = named(meta.get("sampler") or {})
+    return f"Calibrated rewards{', a demo' if found.demo else ''}: {what}{f' of {name}' if name else ''}"
+
+
+def named(said: Mapping[str, Any]) -> str | None:
+    """The name in a fingerprint, or else its path, its function, the class of its model."""
+    return next((said[key] for key in ("name", "path", "function", "model") if isinstance(said.get(key), str)), None)
 
 
 def procedure_of(name: str) -> Procedure | None:
@@ -132,15 +155,5 @@ def _rollouts(at: Path, tables: Mapping[str, Path]) -> Path | None:
 
 
 def _run(at: Path) -> TrainingRun:
-    lines = (at / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for line in lines if isinstance(row := _read(line), dict) and "step" in row]
     settings = at / "settings.json"
-    return TrainingRun(rows, json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {})
-
-
-def _read(line: str) -> Any:
-    """A line of a log; None for one whose writing was broken off."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+    return TrainingRun(logged(at / "log.jsonl"), json_object(settings) if settings.is_file() else {})

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from calibrated_rewards.estimates import Estimate, Stated
 from calibrated_rewards.evaluate import REFERENCE
 from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.wording import counted, measured
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -34,9 +35,9 @@ class Fresh:
     def __str__(self) -> str:
         verdict = "as it should be" if self.uniform else "not as it should be: other settings, ties, or bad luck"
         return (
-            f"Fresh completions: {self.rollouts:,} new ones of the reference, for {self.mean.prompts:,} prompts, have "
-            f"a mean u of {self.mean} (0.5 expected) and a mean square from 1/2 of {self.square.value:.4f} "
-            f"({self.expected:.4f} expected): {verdict}."
+            f"Fresh completions: {self.rollouts:,} new ones of the reference, for "
+            f"{counted(self.mean.prompts, 'prompt')}, have a mean u of {measured(self.mean)} (0.5 expected) "
+            f"and a mean square from 1/2 of {self.square.value:.4f} ({self.expected:.4f} expected): {verdict}."
         )
 
 

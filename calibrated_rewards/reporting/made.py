@@ -36,6 +36,8 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def _kept(of: Experiment) -> Iterator[Markup]:
+    if of.demo:
+        yield folded("The demo: its sizes, and the seconds of its steps", _json(of.demo))
     for name, references in of.tables.items():
         meta = references.meta
         probes = meta.get("probes")

@@ -10,7 +10,7 @@ from calibrated_rewards.outcomes import Difference, Evaluation, Outcome
 from calibrated_rewards.reporting.experiment import Experiment, main_judge, main_procedure, procedure_of
 from calibrated_rewards.reporting.markup import Markup, Piece, Section, bullets, element, figure, figures, table
 from calibrated_rewards.transforms import Identity
-from calibrated_rewards.wording import percents, points, spoken, tells
+from calibrated_rewards.wording import caution, counted, measured, percents, points, short, spoken, tells
 
 UNKNOWN = "these data do not tell"
 
@@ -22,21 +22,23 @@ def outcome(of: Experiment) -> Section | None:
         return None
     judges = [*found.policies[0].win_rates]
     main = main_procedure([*found.policies[0].win_rates[judges[0]]])
-    told = claims(found)
+    few, told = caution(found.prompts), claims(found)
     explained = (
-        f"Each policy and the reference wrote {found.completions:,} completions for each of {found.prompts:,} prompts. "
+        f"Each policy and the reference wrote {counted(found.completions, 'completion')} for each of "
+        f"{counted(found.prompts, 'prompt')}. "
         f"A win rate is how often a policy beats the reference, both under the same procedure, which selects by "
-        f"{found.selected_by}; 50 % is the reference itself. In brackets: 95 % intervals over prompts."
+        f"{found.selected_by}; 50 % is the reference itself."
+        f"{' In brackets: 95 % intervals over prompts.' * (found.prompts > 1)}"
     )
     blocks = [
         element("p", explained),
-        bullets(told),
+        bullets([*few, *told]),
         *(block for name in judges for block in (element("h3", f"Judged by {name}"), _table(found, name))),
         *_retokenised(found),
         *_differences(found),
         figures(*(_figure(found, name) for name in judges), *_beside_theory(of, found, main)),
     ]
-    return Section("What came out", tuple(blocks), told)
+    return Section("What came out", tuple(blocks), (*few, *told))
 
 
 def claims(found: Evaluation) -> tuple[str, ...]:
@@ -53,10 +55,10 @@ def _against_reference(found: Evaluation, judge: str, procedure: str) -> str:
 
 
 def _wins(policy: Outcome, rate: Stated) -> str:
-    at = "" if policy.kl is None else f" at a KL of {policy.kl.value:.3f}"
+    at = "" if policy.kl is None else f" at a KL of {short(policy.kl.value)}"
     if rate.low is None or rate.high is None:
         verdict = ", from one prompt, without an interval"
-    elif rate.low <= 0.5 <= rate.high:
+    elif not tells(rate, about=0.5):
         verdict = ", whether it is better than the reference these data do not tell"
     else:
         verdict = ", above the reference" if rate.low > 0.5 else ", below the reference"
@@ -86,11 +88,17 @@ def _table(found: Evaluation, judge: str) -> Markup:
 def _row(each: Outcome, judge: str, procedures: Sequence[str]) -> list[Piece]:
     rates = each.win_rates.get(judge, {})
     shown = [percents(rates[procedure]) if procedure in rates else "" for procedure in procedures]
-    kl = "" if each.kl is None else str(each.kl)
-    return [each.name, kl, "not said" if each.tokens is None else _short(each.tokens), str(each.scores[judge]), *shown]
+    kl = "" if each.kl is None else measured(each.kl)
+    return [
+        each.name,
+        kl,
+        "not said" if each.tokens is None else _tenths(each.tokens),
+        measured(each.scores[judge]),
+        *shown,
+    ]
 
 
-def _short(value: Stated) -> str:
+def _tenths(value: Stated) -> str:
     return f"{value.value:.1f}" + ("" if value.low is None else f" [{value.low:.1f}, {value.high:.1f}]")
 
 
@@ -110,16 +118,21 @@ def _differences(found: Evaluation) -> Iterator[Markup]:
     ]
     yield element("h3", "One policy against another")
     yield table(["", "judged by", "procedure", "difference of win rates", "what the interval says"], rows)
-    many = (
-        f"Of {len(rows)} differences, {unclear} have an interval with 0 in it. They are paired by prompt, each at 95 % "
-        "by itself: of many true zeros, about one in twenty would be left out by chance."
-    )
-    yield element("p", many, class_="note")
+    if found.prompts > 1:
+        many = (
+            f"Of {counted(len(rows), 'difference')}, these data leave {unclear} open. They are paired by prompt, each "
+            "at 95 % by itself: of many true zeros, about one in twenty would be left out by chance."
+        )
+        yield element("p", many, class_="note")
 
 
 def _figure(found: Evaluation, judge: str) -> Markup:
-    said = f"Win rates over the reference, judged by {judge}, with 95 % intervals; at 0.5 the reference itself."
+    said = f"Win rates over the reference, judged by {judge}{_intervals(found)}; at 0.5 the reference itself."
     return figure(plots.outcomes(found, judge), said, f"outcomes-{[*found.policies[0].win_rates].index(judge)}")
+
+
+def _intervals(found: Evaluation) -> str:
+    return ", with 95 % intervals" * (found.prompts > 1)
 
 
 def _beside_theory(of: Experiment, found: Evaluation, procedure: str) -> Iterator[Markup]:
@@ -140,6 +153,6 @@ def _beside_theory(of: Experiment, found: Evaluation, procedure: str) -> Iterato
         curves.append(theory.frontier(transform, [known], np.geomspace(high, low, 24)))
     said = (
         f"Win rate, {spoken(procedure)}, against KL, judged by {by}: lines are the exact optimum of theory for a "
-        "reward without ties, marks are what was measured, with 95 % intervals."
+        "reward without ties, marks are what was measured{_intervals(found)}."
     )
     yield figure(plots.frontier(curves, known, measured), said, "theory")

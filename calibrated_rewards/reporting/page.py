@@ -43,7 +43,7 @@ code { font-size: .9em; overflow-wrap: anywhere }
 
 def page(title: str, sections: Sequence[Section]) -> str:
     """The whole file: what the sections tell in a few sentences, then each of them."""
-    told = [sentence for section in sections for sentence in section.told]
+    told = [*dict.fromkeys(sentence for section in sections for sentence in section.told)]
     head = [
         Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
         element("title", title),

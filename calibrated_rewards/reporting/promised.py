@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from calibrated_rewards import plots
-from calibrated_rewards.prospects import RELIABLE, Point, Reweighted
+from calibrated_rewards.prospects import RELIABLE, Point, Reweighted, ess_of_gain, told
 from calibrated_rewards.reporting.experiment import Experiment, main_judge, main_procedure
 from calibrated_rewards.reporting.markup import (
     Markup,
@@ -17,7 +17,7 @@ from calibrated_rewards.reporting.markup import (
     raised,
     table,
 )
-from calibrated_rewards.wording import arm, percents, points, spoken, tells
+from calibrated_rewards.wording import arm, caution, counted, percents, points, spoken
 
 
 def promised(of: Experiment) -> Section | None:
@@ -29,50 +29,71 @@ def promised(of: Experiment) -> Section | None:
     kls = sorted({point.kl for point in found.points})
     kl = min(kls, key=lambda each: abs(each - 1.0))
     at = [point for point in found.points if point.kl == kl]
-    leader = _leader(at, judge, procedure)
-    explained = (
-        f"The optimum for any reward is a reweighting of the completions there are, here of {found.prompts:,} prompts "
-        f"with {found.rollouts:,} each, so rewards can be compared at equal KL before any is trained for. Both sides "
-        f"are under the procedure, which selects by {found.selected_by}. A trained policy may fall short of this."
-    )
+    few, headline = caution(found.prompts), _headline(at, judge, procedure)
     judges = [*found.points[0].win_rates]
     blocks = [
-        element("p", explained),
-        bullets([leader, *_against_first(at, judge, procedure)]),
+        element("p", _explained(found)),
+        bullets([*few, headline, *_against_first(at, judge, procedure)]),
         figures(*(_figure(found, procedure, name) for name in judges)),
         *(folded(f"KL {each:g}, judged by {name}", _table(found, each, name)) for each in kls for name in judges),
         _notes(found),
     ]
-    return Section("What was promised without training", tuple(blocks), (leader,))
+    return Section("What was promised without training", tuple(blocks), (*few, headline))
 
 
-def _leader(at: Sequence[Point], judge: str, procedure: str) -> str:
-    """The arm with the highest win rate, and whether that says anything."""
-    best = max(at, key=lambda point: point.win_rates[judge][procedure].value)
-    told = (
-        f"Without training, at KL {best.kl:g} and {spoken(procedure)}, the highest win rate of {len(at)} rewards, "
-        f"judged by {judge}, is that of {arm(best.arm)}: {percents(best.win_rates[judge][procedure])}"
+def _explained(found: Reweighted) -> str:
+    return (
+        "The optimum for any reward is a reweighting of the completions there are, here of "
+        f"{counted(found.prompts, 'prompt')} with {found.rollouts:,} each, so rewards can be compared at equal KL "
+        "before any is trained for. Both sides are under the procedure, which selects by "
+        f"{found.selected_by}. A trained policy may fall short of this."
     )
+
+
+def _headline(at: Sequence[Point], judge: str, procedure: str) -> str:
+    """Of the arm that was made for the procedure, whatever came of it; without one, of the highest, as what it is."""
     first = at[0]
-    if best is first or not best.gains:
-        return f"{told}."
-    gain = best.gains[judge][procedure]
-    beyond = "" if tells(gain) else "; these data do not tell the two apart"
-    return f"{told}, {points(gain)} from {arm(first.arm)}{beyond}."
+    made = next((point for point in at if arm(point.arm) == arm_for(procedure)), None)
+    best = made or max(at, key=lambda point: point.win_rates[judge][procedure].value)
+    picked = "" if made is not None or len(at) == 1 else f", picked as the highest of {len(at)} and flattered by it,"
+    rate = percents(best.win_rates[judge][procedure]) + _mark(best.ess_of[procedure])
+    said = (
+        f"Without training, at KL {best.kl:g} and {spoken(procedure)}, judged by {judge}: {arm(best.arm)}{picked} "
+        f"wins {rate}"
+    )
+    if best is not first and best.gains:
+        gain, ess = best.gains[judge][procedure], ess_of_gain(best, procedure)
+        beyond = "" if told(best, judge, procedure) else "; these data do not tell the two apart"
+        said += f", {points(gain)}{_mark(ess)} from {arm(first.arm)}{beyond}"
+    least = min(best.ess_of[procedure], ess_of_gain(best, procedure))
+    few = f" (~: from {least:.1f} effective completions of a prompt, too few to go by the interval)"
+    return f"{said}{few if least < RELIABLE else ''}."
+
+
+def arm_for(procedure: str) -> str:
+    """The optimum for a procedure, as arms are called; the quantile itself for a single draw.
+
+    >>> arm_for("BestOf(n=4)"), arm_for("Standard()")
+    ('optimum for best of 4', 'identity')
+    """
+    return "identity" if procedure == "Standard()" else f"optimum for {spoken(procedure)}"
 
 
 def _against_first(at: Sequence[Point], judge: str, procedure: str) -> Iterator[str]:
     first, *others = at
-    compared = [(point, point.gains[judge][procedure]) for point in others if point.gains]
-    for words, chosen in (
-        ("above", [point for point, gain in compared if tells(gain) and gain.value > 0]),
-        ("below", [point for point, gain in compared if tells(gain) and gain.value < 0]),
-    ):
-        if chosen:
-            yield f"{words.capitalize()} {arm(first.arm)}, by intervals without 0: {_named(chosen)}."
-    left = [point for point, gain in compared if not tells(gain)]
-    if left:
+    compared = [(point, told(point, judge, procedure)) for point in others if point.gains]
+    for words, way in (("Above", "better"), ("Below", "worse")):
+        if chosen := [point for point, found in compared if found == way]:
+            yield (
+                f"{words} {arm(first.arm)}, by intervals without 0 and by more than so few effective completions were "
+                f"found to be off: {_named(chosen)}."
+            )
+    if left := [point for point, found in compared if found is None]:
         yield f"These data do not tell from {arm(first.arm)}: {_named(left)}."
+
+
+def _mark(ess: float) -> str:
+    return " ~" * (ess < RELIABLE)
 
 
 def _named(chosen: Sequence[Point]) -> str:
@@ -80,7 +101,10 @@ def _named(chosen: Sequence[Point]) -> str:
 
 
 def _figure(found: Reweighted, procedure: str, judge: str) -> Markup:
-    said = f"Judged by {judge}, {spoken(procedure)}; hollow marks rest on fewer than {RELIABLE} effective completions."
+    said = f"Judged by {judge}, {spoken(procedure)}"
+    if any(point.ess_of[procedure] < RELIABLE for point in found.points):
+        said += f"; hollow marks rest on fewer than {RELIABLE} effective completions"
+    said += "."
     return figure(plots.reweighted(found, procedure, judge), said, f"frontier-{_id(judge)}")
 
 
@@ -96,9 +120,9 @@ def _table(found: Reweighted, kl: float, judge: str) -> Markup:
 
 
 def _row(point: Point, judge: str, procedures: Sequence[str]) -> list[Piece]:
-    few = {each: " ~" * (point.ess_of[each] < RELIABLE) for each in procedures}
-    rates = [percents(point.win_rates[judge][each]) + few[each] for each in procedures]
-    gain = points(point.gains[judge][main_procedure(procedures)]) if point.gains else "not known"
+    rates = [percents(point.win_rates[judge][each]) + _mark(point.ess_of[each]) for each in procedures]
+    main = main_procedure(procedures)
+    gain = points(point.gains[judge][main]) + _mark(ess_of_gain(point, main)) if point.gains else "not known"
     return [raised(arm(point.arm)), *rates, gain, f"{point.ess:.1f}"]
 
 
@@ -108,7 +132,10 @@ def _notes(found: Reweighted) -> Markup:
         "many, about one in twenty misses, and the highest of many is flattered by being chosen.",
     ]
     if any(value < RELIABLE for point in found.points for value in point.ess_of.values()):
-        said.append(f"~ rests on fewer than {RELIABLE} effective completions of a prompt, and may be far too low.")
+        said.append(
+            f"~ rests on fewer than {RELIABLE} effective completions of a prompt: off by up to .04, below 3 by .07, "
+            "below 1.5 by .14, whatever the interval says."
+        )
     said += [f"Left out: {reason}" for reason in found.left_out]
     return element("div", *(element("p", each) for each in said), class_="note")
 

@@ -7,7 +7,7 @@ from calibrated_rewards import plots
 from calibrated_rewards.health.sections import percent
 from calibrated_rewards.reporting.experiment import Experiment, TrainingRun
 from calibrated_rewards.reporting.markup import Piece, Section, element, figure, figures, raised, table
-from calibrated_rewards.wording import formula_in
+from calibrated_rewards.wording import counted, formula_in
 
 # The share of the steps at either end whose mean is stated: single steps are noise.
 END = 0.1
@@ -25,7 +25,7 @@ def trained(of: Experiment) -> Section | None:
     ]
     told = _told(runs)
     blocks = (
-        element("p", raised(f"{told} Values at first and at last are means over a tenth of the steps.")),
+        element("p", raised(f"{told} Values at first and at last are means over a tenth of the steps, one at least.")),
         table(head, [_row(name, run) for name, run in runs.items()]),
         figures(*drawn),
     )
@@ -46,7 +46,7 @@ def _captions(runs: Mapping[str, TrainingRun]) -> dict[str, str]:
 
 
 def _told(runs: Mapping[str, TrainingRun]) -> str:
-    each = [f"{name} ({_reward(run)}; {_steps(run)} steps)" for name, run in runs.items()]
+    each = [f"{name} ({_reward(run)}; {counted(_steps(run), 'step')})" for name, run in runs.items()]
     many = "One policy was trained" if len(each) == 1 else f"{len(each)} policies were trained"
     return f"{many}: {', '.join(each)}."
 
@@ -56,12 +56,12 @@ def _steps(run: TrainingRun) -> int:
 
 
 def _row(name: str, run: TrainingRun) -> list[Piece]:
-    settings = {**run.settings, **(run.settings.get("settings") or {})}
+    settings = {**run.settings, **_inside(run.settings, "settings")}
     seconds, scoring = (_total(run.rows, column) for column in ("seconds", "seconds_scoring"))
     share = "not known" if not seconds or scoring is None else percent(scoring / seconds)
     numbers = [_at_end(run.rows, "u", first=True), _at_end(run.rows, "u"), _at_end(run.rows, "kl")]
-    beta = settings.get("beta") or (settings.get("reward") or {}).get("beta")
-    shown = [_number(beta), *map(_number, numbers), "not known" if seconds is None else f"{seconds:,.0f}", share]
+    beta = settings.get("beta") or _inside(settings, "reward").get("beta")
+    shown = [_number(beta), *map(_number, numbers), "not known" if seconds is None else _time(seconds), share]
     return [name, raised(_reward(run)), str(settings.get("recipe", "not said")), str(_steps(run)), *shown]
 
 
@@ -73,6 +73,15 @@ def _reward(run: TrainingRun) -> str:
     return (
         "raw score" if said.get("kind") == "raw" or transform is None else f"calibrated, {formula_in(str(transform))}"
     )
+
+
+def _inside(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = settings.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"
 
 
 def _number(value: Any) -> str:

@@ -20,7 +20,10 @@ def references_of(run: Path, select: str, judge: str | None = None) -> Samples:
     known, asked = scorers_of(run), [select, *([judge] if judge is not None and judge != select else [])]
     for name in asked:
         if name not in known:
-            raise ValueError(f"the rollouts of {run} have scores of {', '.join(known) or 'nobody'}, got {name!r}.")
+            raise ValueError(
+                f"the rollouts of {run} have scores of {', '.join(known) or 'nobody'}, got {name!r}. Another scorer is "
+                f"added by `calibrated-rewards calibrate --reward-model NAME=PATH --out {run}`, drawing nothing."
+            )
     parts: dict[bytes, list[Float64[np.ndarray, "scorers _"]]] = {}
     for path in _files(run):
         table = read_table(path, ["key", *(SCORE + name for name in asked)])

@@ -131,7 +131,7 @@ def checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoint:
     if folder.is_dir():
         return Checkpoint(str(folder.absolute()), folder)
     if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-        raise FileNotFoundError(f"no folder {name_or_path!r}: a reward model is a folder, or a repository 'owner/name'")
+        raise FileNotFoundError(f"no folder {name_or_path!r}: a model is a folder, or a repository 'owner/name'")
     from huggingface_hub import snapshot_download
 
     snapshot = snapshot_download(name_or_path, revision=revision, allow_patterns=["*.json"])

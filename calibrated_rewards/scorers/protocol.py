@@ -77,8 +77,9 @@ def finite(
     if len(bad):
         i = int(bad[0])
         raise ValueError(
-            f"a score is a finite number, {who} gave {scores[i]} for completion {start_of(completions[i])} of prompt "
-            f"{start_of(prompts[i])} (and {len(bad) - 1} others of {len(scores)}): look for nan among the weights"
+            f"a score is a finite number, {who} gave {scores[i]} for completion {start_of(completions[i])} "
+            f"of prompt {start_of(prompts[i])} (and {len(bad) - 1} others of {len(scores)}): look for nan among the "
+            "weights, or for scores that float32 cannot hold"
         )
     return scores
 
