@@ -29,8 +29,8 @@ from calibrated_rewards.table import ReferenceTable
 
 # The policy that is trained for what it will be served with, and the one that is not.
 CALIBRATED, RAW = "calibrated", "raw"
-# A shard is what a Ctrl-C loses.
-SHARD = 4
+# Prompts of a shard, which is what a Ctrl-C loses: about as many completions in calibration as in evaluation.
+SHARD, EVALUATED_SHARD = 4, 12
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Demo:
             seed=self.seed + 1,
             select="reward",
             procedures=self.procedures,
-            prompts_per_shard=SHARD,
+            prompts_per_shard=EVALUATED_SHARD,
         )
 
 

@@ -30,10 +30,10 @@ class Scale:
     """Completions of a held-out prompt of each policy."""
     n: int = 4
     """Best of how many the policy will be served with."""
-    kl: float = 1.0
+    kl: float = 0.5
     """How far from the reference, in nats, the trained policy shall be."""
     temperature: float = 0.8
 
 
-FULL = Scale(32, 24, 48, 12, 2_000, 24, 8, 4, 2e-3, 16, 15, 16)
+FULL = Scale(24, 24, 48, 10, 1_500, 18, 8, 4, 3e-3, 16, 10, 12)
 QUICK = Scale(6, 6, 16, 8, 0, 3, 2, 4, 1e-2, 2, 1, 8)

@@ -89,7 +89,7 @@ def show(make: Callable[[Scale], Parts], scale: Scale, out: Path, seed: int) -> 
             say(trained(out / name / "log.jsonl"))
     with diary.step(6, f"evaluation: {scale.m} completions for each of {scale.held_out} prompts that nobody has seen"):
         found = demo.evaluate(models)
-        say(str(found))
+        say(f"{found}\n{reached(found, scale)}")
     with diary.step(7, "report"):
         say(where(out, report(out)))
     return found
@@ -142,6 +142,16 @@ def _cell(point: Point | None, procedure: str) -> str:
 def trained(log: Path) -> str:
     """The first steps of a run and the last, in words."""
     return outcome([json.loads(line) for line in log.read_text().splitlines()]).rstrip()
+
+
+def reached(found: Evaluation, scale: Scale) -> str:
+    """How far the policies went, which is part of every difference between them."""
+    far = [f"{each.name} {each.kl.value:.2f}" for each in found.policies if each.kl is not None]
+    return (
+        f"KL reached: {', '.join(far)} nats, where both were to reach {scale.kl:g}. {scale.steps} steps are few:\n"
+        "neither is at its optimum, and at unequal KL a difference is not the reward's alone;\n"
+        "the frontier is at equal KL."
+    )
 
 
 def where(out: Path, page: Path) -> str:
