@@ -84,4 +84,5 @@ def main(policy: str, out: Path) -> None:
     distributed.destroy_process_group()
 
 
-main(sys.argv[1], Path(sys.argv[2]))
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
