@@ -20,7 +20,7 @@ from environment import save
 from matplotlib.figure import Figure
 
 from calibrated_rewards import plots
-from calibrated_rewards.evaluate import Evaluation
+from calibrated_rewards.outcomes import Evaluation
 from calibrated_rewards.prospects import Reweighted
 
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "demo.png"

@@ -24,9 +24,7 @@ from jaxtyping import Float
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.estimates import Estimate, Samples, Stated, difference
 from calibrated_rewards.evaluation import win_rate
-from calibrated_rewards.outcomes import Difference as Difference  # noqa: PLC0414 (public here)
-from calibrated_rewards.outcomes import Evaluation as Evaluation  # noqa: PLC0414 (public here)
-from calibrated_rewards.outcomes import Outcome as Outcome  # noqa: PLC0414 (public here)
+from calibrated_rewards.outcomes import Difference, Evaluation, Outcome
 from calibrated_rewards.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.prompts import Prompt, prompt_key
 from calibrated_rewards.responses import Measure, Responses, distances, responses

@@ -16,7 +16,7 @@ from calibrated_rewards.demo import miniature, reward_models
 from calibrated_rewards.demo.assets import Rated, made
 from calibrated_rewards.demo.scale import QUICK
 from calibrated_rewards.demo.show import foreseen
-from calibrated_rewards.evaluate import Evaluation
+from calibrated_rewards.outcomes import Evaluation
 from calibrated_rewards.prospects import Reweighted
 from calibrated_rewards.reward import CalibratedReward
 

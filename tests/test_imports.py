@@ -240,8 +240,8 @@ recipes.command   -> calibrations, reward, scaling, table, theory, recipes.openi
 recipes.grpo_plain -> reward, recipes.*, rollouts.sources, samplers.policy
 recipes.ppo       -> reward, recipes.*, rollouts.sources, samplers.policy
 recipes.trl_run   -> reward, faithful.check, recipes.*, rollouts.sources, samplers.decoding
-recipes.train_grpo -> faithful.trl_settings, recipes.command, recipes.trl_run, rollouts.sources, samplers.decoding
-recipes.train_rloo -> faithful.trl_settings, recipes.command, recipes.trl_run, rollouts.sources, samplers.decoding
+recipes.train_grpo -> faithful.trl_settings, recipes.command, recipes.trl_run
+recipes.train_rloo -> faithful.trl_settings, recipes.command, recipes.trl_run
 reporting         ->
 responses         -> prompts, rollouts.directory, rollouts.shard_files, samplers.protocol, scorers.protocol
 evaluate          -> calibrate, divergence, estimates, evaluation, outcomes, procedures, prompts, responses, rollouts.sources, samplers.protocol, scorers.protocol
@@ -249,7 +249,7 @@ commands.evaluate -> evaluate, procedures, reward, commands.*, samplers.*, score
 rollouts.judged   -> estimates, rollouts.shard_files
 weighted_pools    -> estimates, procedures
 reweighted        -> arms, bootstrap, calibrations, estimates, procedures, prospects, table, weighted_pools
-demo.pipeline     -> calibrate, choice, estimates, evaluate, procedures, prospects, reward, reweighted, table, demo.*, recipes.*, rollouts.sources, samplers.*, scorers.loading
+demo.pipeline     -> calibrate, choice, estimates, evaluate, outcomes, procedures, prospects, reward, reweighted, table, demo.*, recipes.*, rollouts.sources, samplers.*, scorers.loading
 wording           -> estimates, optimal, transforms
 reporting.fresh   -> estimates, evaluate, table, wording, rollouts.shard_files
 plots             -> estimates, finite_k, outcomes, procedures, prospects, scaling, table, theory, transforms, wording
@@ -266,7 +266,7 @@ reporting.promised -> plots, prospects, wording, reporting.experiment, reporting
 reporting.trained -> plots, wording, health.sections, reporting.experiment, reporting.markup
 report            -> reporting.*, rollouts.shard_files
 commands.report   -> report
-demo.show         -> evaluate, procedures, prospects, report, table, demo.*, recipes.command, rollouts.*
+demo.show         -> outcomes, procedures, prospects, report, table, demo.*, recipes.command, rollouts.*
 commands.demo     -> demo.parts, demo.scale, demo.show
 """  # noqa: E501 (what evaluates, and what shows everything, uses much)
 

@@ -19,11 +19,9 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 
-FILE_LINES, FUNCTION_LINES = 300, 40
+FILE_LINES, FUNCTION_LINES = 400, 60
 # What breaks the limits, and why that is better than a cut. CONTRIBUTING.md lists them too.
-LONG_FILES: dict[str, str] = {
-    "table": "one class; its docstring has the table of every edge case, and torch needs overloads"
-}
+LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}
 # Modules without a test file of their own, and the one that tests them: parts that only the whole shows.
 TESTED_WITH = {
@@ -305,7 +303,7 @@ def test_a_file_is_one_idea(module: str) -> None:
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_functions_are_short(module: str) -> None:
-    """No function has more than 40 lines next to its docstring, but for those listed."""
+    """No function has more than 60 lines next to its docstring, but for those listed."""
     lengths = {f"{module}.{function.name}": length(function) for function in functions(SOURCES[module])}
     listed = {name for name in LONG_FUNCTIONS if name.startswith(f"{module}.")}
 

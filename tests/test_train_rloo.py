@@ -298,7 +298,7 @@ def test_the_settings_are_faithful(recipe: Any, tmp_path: Path, monkeypatch: Any
     with pytest.raises(ValueError, match="24 for 5"):
         trl_run.rows_at_once(settings)
     monkeypatch.delenv("WORLD_SIZE")
-    args = trl_run.arguments(recipe.KIND, settings, DECODING, RunFolder(tmp_path))
+    args = trl_run.arguments(recipe.train, settings, DECODING, RunFolder(tmp_path))
     report = check_settings(args, beta=0.3)
     assert report.problems == ()
     assert report.beta == pytest.approx(0.3)

@@ -14,7 +14,8 @@ from calibrated_rewards.choice import Choice, optimum
 from calibrated_rewards.demo.parts import Parts
 from calibrated_rewards.demo.scale import Scale
 from calibrated_rewards.estimates import Samples
-from calibrated_rewards.evaluate import Evaluation, evaluate
+from calibrated_rewards.evaluate import evaluate
+from calibrated_rewards.outcomes import Evaluation
 from calibrated_rewards.procedures import BestOf, CalibratedProcedure, Standard
 from calibrated_rewards.prospects import Reweighted
 from calibrated_rewards.recipes import train_rloo

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
 from calibrated_rewards.demo.assets import MOVIES, Rated, encoder, made, ratings
 from calibrated_rewards.reading.body import right_padded
@@ -83,22 +83,6 @@ def _learn(cache: Path, name: str, texts: int | None, so_far: Path, folder: Path
     so_far.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class UpAndDown:
-    """The learning rate rises to its most in the first tenth of the batches, and falls to 0 from there.
-
-    >>> [UpAndDown(20)(n) for n in (0, 1, 2, 11, 20)]
-    [0.0, 0.5, 1.0, 0.5, 0.0]
-    """
-
-    batches: int
-
-    def __call__(self, done: int) -> float:
-        """The share of the most, after so many batches."""
-        rising = max(1, int(WARM_UP * self.batches))
-        return min(done / rising, (self.batches - done) / max(1, self.batches - rising))
-
-
 @dataclass(frozen=True, eq=False)
 class Learner:
     """A model on its way through an epoch; all of it can be written down, and taken up again."""
@@ -112,7 +96,8 @@ class Learner:
         """At its start: the encoder with a fresh label."""
         model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01, fused=True)
-        return cls(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, UpAndDown(batches)))
+        falling = cast(Any, get_linear_schedule_with_warmup)(optimizer, int(WARM_UP * batches), batches)
+        return cls(model, optimizer, falling)
 
     def save(self, done: int, path: Path) -> None:
         """After so many batches."""

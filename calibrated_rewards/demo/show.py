@@ -13,7 +13,7 @@ from calibrated_rewards import __version__
 from calibrated_rewards.demo.parts import Parts
 from calibrated_rewards.demo.pipeline import CALIBRATED, RAW, Demo, betas
 from calibrated_rewards.demo.scale import Scale
-from calibrated_rewards.evaluate import Evaluation
+from calibrated_rewards.outcomes import Evaluation
 from calibrated_rewards.procedures import BestOf
 from calibrated_rewards.prospects import RELIABLE, Point, Reweighted, told
 from calibrated_rewards.recipes.command import outcome

@@ -13,10 +13,7 @@ Where nothing speaks for GRPO, train_rloo.py is the one to take. Run it again af
 from its last checkpoint. On several GPUs: `accelerate launch -m calibrated_rewards.recipes.train_grpo ...`.
 """
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -24,32 +21,9 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from calibrated_rewards.faithful.trl_settings import grpo_settings
 from calibrated_rewards.recipes import command, trl_run
 from calibrated_rewards.recipes.trl_run import Settings
-from calibrated_rewards.rollouts.sources import Asked
-from calibrated_rewards.samplers.decoding import Decoding
 
 __all__ = ["Settings", "main", "train"]
-KIND = trl_run.Kind("train_grpo", GRPOTrainer, GRPOConfig, grpo_settings)
-
-
-def train(
-    policy: str | os.PathLike[str] | Any,
-    reward: Any,
-    prompts: Sequence[Asked],
-    decoding: Decoding,
-    settings: Settings,
-    out: Path,
-    *,
-    tokenizer: Any = None,
-    dtype: str = "float32",
-    show_progress: bool = True,
-) -> Path:
-    """Train in the folder `out`, or go on there from the last checkpoint; where the model is, when it is finished.
-
-    `policy` is a path, an id of the Hub, or a model with its tokenizer; `reward` any function that TRL takes, such as
-    a CalibratedReward or `RawReward(reward)`. The folder has settings.json, log.jsonl and model/ (an adapter with
-    LoRA); other settings in it are a ValueError.
-    """
-    return trl_run.train(KIND, policy, reward, prompts, decoding, settings, out, tokenizer, dtype, show_progress)
+train = trl_run.Kind("train_grpo", GRPOTrainer, GRPOConfig, grpo_settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from calibrated_rewards.faithful.check import check_settings
+from calibrated_rewards.faithful.check import Report, check_settings
 from calibrated_rewards.recipes import command, opening
 from calibrated_rewards.recipes.loop import check_numbers, setting, turns
 from calibrated_rewards.recipes.model import contiguous_head, lora, place_of, quiet
@@ -63,16 +63,6 @@ class Settings:
             raise ValueError(f"Settings needs completions >= 2, got completions={self.completions}")
         if self.beta == 0:
             raise ValueError(f"Settings needs beta > 0, got beta={self.beta}")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A trainer, its configuration, and the settings with which it maximises E[reward] - beta KL."""
-
-    name: str
-    trainer: Any
-    config: Any
-    faithful: Callable[..., dict[str, Any]]
 
 
 @dataclass(eq=False)
@@ -133,41 +123,57 @@ def row(logged: Mapping[str, Any], beta: float) -> dict[str, Any]:
     return {**told, "objective": objective, "tokens": tokens, **timed}
 
 
-def train(
-    kind: Kind,
-    policy: Any,
-    reward: Any,
-    prompts: Sequence[Asked],
-    decoding: Decoding,
-    settings: Settings,
-    out: Path,
-    tokenizer: Any = None,
-    dtype: str = "float32",
-    show_progress: bool = True,
-) -> Path:
-    """Train in a folder, or go on there; where the model is."""
-    folder, told = RunFolder(Path(out)), about(kind.name, policy, reward, prompts, decoding, settings, dtype)
-    if folder.finished(told):
-        return folder.model
-    first = os.environ.get("RANK", "0") == "0"
-    with quiet(), completions_alone(), folder.held(first):
-        if folder.finished(told):  # by the run that was there until now
+@dataclass(frozen=True)
+class Kind:
+    """One of TRL's trainers, its configuration, and the settings with which it maximises E[reward] - beta KL."""
+
+    name: str
+    trainer: Any
+    config: Any
+    faithful: Callable[..., dict[str, Any]]
+
+    def __call__(
+        self,
+        policy: str | os.PathLike[str] | Any,
+        reward: Any,
+        prompts: Sequence[Asked],
+        decoding: Decoding,
+        settings: Settings,
+        out: Path,
+        *,
+        tokenizer: Any = None,
+        dtype: str = "float32",
+        show_progress: bool = True,
+    ) -> Path:
+        """Train in the folder `out`, or go on there from the last checkpoint; where the model is, when it is finished.
+
+        `policy` is a path, an id of the Hub, or a model with its tokenizer; `reward` any function that TRL takes, such
+        as a CalibratedReward or `RawReward(reward)`. The folder has settings.json, log.jsonl and model/ (an adapter
+        with LoRA); other settings in it are a ValueError.
+        """
+        folder, told = RunFolder(Path(out)), about(self.name, policy, reward, prompts, decoding, settings, dtype)
+        if folder.finished(told):
             return folder.model
-        args = arguments(kind, settings, decoding, folder)
-        trainer = made(kind, args, policy, reward, prompts, decoding, settings, tokenizer, dtype)
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
-        trainer.add_callback(StepLog(folder, settings, show_progress))
-        if trainer.is_world_process_zero():
-            folder.begin(told)
-            report = check_settings(args, reward if isinstance(reward, CalibratedReward) else None, beta=settings.beta)
-            sys.stderr.write(f"{report if report.findings else 'settings checked: nothing to change'}\n")
-        trainer.train(resume_from_checkpoint=folder.last_checkpoint())
-        trainer.save_model(str(folder.unfinished_model))
-        if trainer.is_world_process_zero():
-            folder.finish()
-        trainer.accelerator.wait_for_everyone()
-    return folder.model
+        with quiet(), completions_alone(), folder.held(os.environ.get("RANK", "0") == "0"):
+            if not folder.finished(told):  # by the run that was there until now
+                args = arguments(self, settings, decoding, folder)
+                trainer = made(self, args, policy, reward, prompts, decoding, settings, tokenizer, dtype)
+                trainer.add_callback(StepLog(folder, settings, show_progress))
+                known = reward if isinstance(reward, CalibratedReward) else None
+                fit(trainer, folder, told, check_settings(args, known, beta=settings.beta))
+        return folder.model
+
+
+def fit(trainer: Any, folder: RunFolder, told: Mapping[str, Any], report: Report) -> None:
+    """Train, from the folder's last checkpoint if it has one, and save there."""
+    if trainer.is_world_process_zero():
+        folder.begin(told)
+        sys.stderr.write(f"{report if report.findings else 'settings checked: nothing to change'}\n")
+    trainer.train(resume_from_checkpoint=folder.last_checkpoint())
+    trainer.save_model(str(folder.unfinished_model))
+    if trainer.is_world_process_zero():
+        folder.finish()
+    trainer.accelerator.wait_for_everyone()
 
 
 def run(options: argparse.Namespace, settings: type[Any], train: Callable[..., Path]) -> None:
@@ -255,6 +261,8 @@ def made(
         peft_config=lora(model, settings.lora_rank, settings.lora_layers) if settings.lora_rank else None,
     )
     trainer._generate = TimedDrawing(trainer._generate, trainer._log_metric)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
     return trainer
 
 

@@ -1,7 +1,7 @@
 """What was calibrated, and whether it is good: the health of each table in words and numbers."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from calibrated_rewards import plots
 from calibrated_rewards.health.sections import percent
@@ -223,7 +223,7 @@ def _drawn(of: Experiment, main: str, best: Health) -> Markup:
     if of.reward is None or of.transform == Identity():
         return figures(ranks)
     k, estimator = best.precision.K, str((of.reward or {}).get("estimator", "empirical"))
-    shown = plots.transforms([Identity(), of.transform], k if k <= 64 else None, estimator)  # type: ignore[arg-type]
+    shown = plots.transforms([Identity(), of.transform], k if k <= 64 else None, cast(Any, estimator))
     dots = f" Dots: what ranks among {k} references are worth ({estimator})." if k <= 64 else ""
     said = f"The transform that is trained for, {formula(of.transform)}, beside the identity.{dots}"
     return figures(ranks, figure(shown, raised(said), "transforms"))
