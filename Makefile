@@ -11,10 +11,10 @@ TABULAR := $(addprefix benchmarks/tabular/,world.py trainers.py options.py plots
 BENCHMARKS := $(filter-out $(APART),$(sort $(wildcard benchmarks/*.py benchmarks/paper/*.py))) $(TABULAR)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check wheel bench frameworks clean
+.PHONY: help setup demo test check wheel bench frameworks trl-tests clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## install everything into .venv; again only when pyproject.toml or constraints.txt changed
 
@@ -62,6 +62,12 @@ frameworks: export OMP_NUM_THREADS = 1
 frameworks: export HF_HUB_OFFLINE = 1
 frameworks: $(READY)  ## the trainers' own loading code with our adapters: gigabytes, minutes; results in benchmarks/results
 	@PYTHON=$(PYTHON) sh benchmarks/frameworks/setup.sh; made=$$?; $(BIN)/python benchmarks/frameworks/run.py && exit $$made
+
+# TRL is a checkout of its repository: its tests, and the trainers beside them, not those of the environment.
+trl-tests: export OMP_NUM_THREADS = 1
+trl-tests: $(READY)  ## TRL's own GRPO and RLOO tests with our rewards in them: make trl-tests TRL=path/to/trl
+	@test -n "$(TRL)" || { echo 'make trl-tests needs a checkout of TRL: make trl-tests TRL=path/to/trl' >&2; exit 2; }
+	$(BIN)/python benchmarks/trl_tests/run.py "$(TRL)"
 
 clean:  ## remove builds and caches; the environment stays
 	rm -rf dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

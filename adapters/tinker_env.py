@@ -5,7 +5,8 @@
 The reward is that of the directory in CALIBRATED_REWARD, in the process that trains.
 Prompt's key: the builder's `id`, or its messages. The completion is the text that the renderer parses, without
 thinking: calibrate on such texts.
-Faithful to E[R] - beta KL: `kl_penalty_coef=b, kl_discount_factor=1.0` with the reference as `kl_reference_config`.
+Faithful to E[R] - beta KL: `kl_penalty_coef=b, kl_discount_factor=1.0` with the reference as `kl_reference_config`; in
+asynchronous runs also `AsyncConfig(loss_fn="importance_sampling")`, since their default refuses that discount.
 """
 
 from collections.abc import Sequence

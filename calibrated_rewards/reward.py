@@ -46,6 +46,8 @@ from calibrated_rewards.table import ReferenceTable, UnknownPromptError
 from calibrated_rewards.transforms import Identity, Transform
 
 Directory = str | os.PathLike[str]
+# Beside transform and scorer, what changes the numbers that a reward gives, and so its name.
+NAMED_SETTINGS = ("estimator", "scale", "calibration")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +95,10 @@ class CalibratedReward:
 
     @property
     def __name__(self) -> str:
-        return self.name or named(self.transform, self.scorer)
+        if self.name:
+            return self.name
+        settings = {each.name: (getattr(self, each.name), each.default) for each in fields(self)}
+        return named(self.transform, self.scorer, **{name: settings[name] for name in NAMED_SETTINGS})
 
     def __call__(
         self,

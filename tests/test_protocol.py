@@ -64,6 +64,34 @@ def test_functions_methods_and_models() -> None:
     np.testing.assert_array_equal(score(made, ["p", "q"], ["ab", "c"]), made(["p", "q"], ["ab", "c"]))
 
 
+def test_functions_as_trl_calls_them() -> None:
+    """TRL calls by name: no prompts, another order, keywords only; what needs another column is refused."""
+
+    def alone(completions, **_):
+        return [len(completion) for completion in completions]
+
+    def swapped(completions, prompts, **_):
+        return [len(c) - len(p) for p, c in zip(prompts, completions, strict=True)]
+
+    def by_name(*, completions, prompts, scale=1.0):
+        return [scale * (len(c) - len(p)) for p, c in zip(prompts, completions, strict=True)]
+
+    def without_prompts(completions, weight=2.0):
+        return [weight * len(completion) for completion in completions]
+
+    def solved(completions, solution, **_):
+        return [float(c == s) for c, s in zip(completions, solution, strict=True)]
+
+    prompts, completions = ["ab", "abc"], ["x", "wxyz"]
+    assert score(alone, prompts, completions).tolist() == [1.0, 4.0]
+    assert score(swapped, prompts, completions).tolist() == [-1.0, 1.0]
+    assert score(by_name, prompts, completions).tolist() == [-1.0, 1.0]
+    assert score(without_prompts, prompts, completions).tolist() == [2.0, 8.0]
+    assert score(functools.partial(by_name, scale=2.0), prompts, completions).tolist() == [-2.0, 2.0]
+    with pytest.raises(TypeError, match="solved needs solution beside prompts and completions"):
+        score(solved, prompts, completions)
+
+
 def test_nothing_to_score() -> None:
     """The scorer is not asked."""
     found = score(Answers(ZeroDivisionError), [], [])

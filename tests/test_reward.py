@@ -321,6 +321,7 @@ def test_strangers_get_a_hint() -> None:
         (" Hi\n", "white space"),
         ("<s>Hi", "without '<s>'"),
         ("Ho", "calibrate"),
+        ([*CHAT, {"role": "user", "content": CHAT[0]["content"] + "!"}], r"without '!' at the end .* id_column"),
     ):
         with pytest.raises(UnknownPromptError, match=said):
             reward([prompt], ["1"])
@@ -456,6 +457,10 @@ def test_names_are_of_their_own() -> None:
     assert len(names) == len(TRANSFORMS)
     assert all(name.isidentifier() for name in names)
     assert reward_of(name="calm").__name__ == "calm"
+    settings = ({}, {"estimator": "unbiased"}, {"scale": "standard"}, {"scale": "raw"}, {"calibration": ZScore()})
+    names = [reward_of(Exponential(5.0), **each).__name__ for each in settings]
+    assert len(set(names)) == len(settings)
+    assert all(name.isidentifier() for name in names)
 
 
 def test_the_measures_of_a_batch_of_none() -> None:

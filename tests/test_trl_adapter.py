@@ -16,7 +16,7 @@ import pytest
 import tiny
 from datasets import Dataset
 
-from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
+from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable, UnknownPromptError
 from calibrated_rewards.adapters import trl_reward
 from calibrated_rewards.checks.adapters import check_adapter
 from calibrated_rewards.prompts import id_key
@@ -170,6 +170,60 @@ def test_prompts_are_found_by_a_column(policy, tmp_path, monkeypatch):
     for call in recorded.calls:
         chats = [CHATS[int(name[2:])] for name in call["ids"]]
         assert call["rewards"] == by_id.score(chats, call["completions"]).reward
+
+
+class Board:
+    """An environment of TRL's: what `reset` returns is appended to the prompt's last message."""
+
+    def reset(self, **row) -> str:
+        """The observation."""
+        return f" The board of {row['id']} is empty."
+
+    def place(self, square: int) -> str:
+        """
+        Place a stone.
+
+        Args:
+            square: where.
+
+        Returns:
+            What happened.
+        """
+        return f"placed on {square}"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_observation_is_part_of_the_prompt(reward, policy, tmp_path, monkeypatch):
+    """What an environment adds makes a prompt unknown, and the error says so; with an id column it is found."""
+    import trl
+    from trl.trainer import grpo_trainer
+
+    # A tiny tokenizer's template has no tools; neither the template nor the parser of calls is the subject here.
+    monkeypatch.setattr(grpo_trainer, "supports_tool_calling", lambda _: True)
+    monkeypatch.setattr(grpo_trainer, "parse_response", lambda *_, **__: {"role": "assistant", "content": "a"})
+    data = Dataset.from_list([{"prompt": chat, "id": f"id{i}"} for i, chat in enumerate(CHATS)])
+    tokenizer = tiny.tokenizer(side="left")
+    tokenizer.response_schema = {}
+
+    def train(rewarded: Any) -> Recorded:
+        recorded = Recorded(rewarded)
+        trl.GRPOTrainer(
+            model=policy,
+            reward_funcs=recorded,
+            args=trl.GRPOConfig(output_dir=str(tmp_path / "out"), **{**SMALL, "max_steps": 1}),
+            train_dataset=data,
+            processing_class=tokenizer,
+            environment_factory=Board,
+        ).train()
+        return recorded
+
+    with pytest.raises(UnknownPromptError, match=r"' The board of id\d is empty.' at the end of its last message"):
+        train(reward)
+    by_id = CalibratedReward.from_pretrained(tmp_path / "reward", id_column="id")
+    (call,) = train(by_id).calls
+    chats = [CHATS[int(name[2:])] for name in call["ids"]]
+    assert call["prompts"] != chats
+    assert call["rewards"] == by_id.score(call["prompts"], call["completions"], call["ids"]).reward
 
 
 def test_online_dpo_ranks_by_it(reward, tmp_path):

@@ -20,9 +20,10 @@ frameworks() {
             "peft<0.21" json-repair einops dacite msgspec colorlog fastapi uvicorn prometheus-client
 }
 
-# The last TRL with a PPO trainer, and tinker-cookbook.
+# The last TRL with a PPO trainer, and tinker-cookbook. Its 0.6.1 asks for a renderer package (tml-renderers) that not
+# every index has; the parts that the adapter meets do not need it, so it comes with the dependencies of 0.5.8.
 trl() {
-    pip "$1" "torch==2.13.0" trl==1.12.0 tinker-cookbook==0.5.8
+    pip "$1" "torch==2.13.0" trl==1.12.0 tinker-cookbook==0.5.8 && pip "$1" --no-deps tinker-cookbook==0.6.1 tinker==0.38.0
 }
 
 verifiers() {

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from functools import partial
 from hashlib import blake2b
+from inspect import Parameter, signature
 from types import CodeType, FunctionType
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,8 +36,40 @@ def score(scorer: Scorer, prompts: Iterable[Prompt], completions: Iterable[Compl
     """The scores that any scorer gives, checked: one for each pair, none of them nan or infinite."""
     asked, answered = paired(prompts, completions)
     # Copies: what a scorer does to its arguments is its own affair.
-    given = scorer(deepcopy(asked), deepcopy(answered)) if asked else []
+    given = _call(scorer, deepcopy(asked), deepcopy(answered)) if asked else []
     return checked(given, asked, answered, name_of(scorer))
+
+
+def _call(scorer: Any, prompts: list[Prompt], completions: list[Completion]) -> Any:
+    """Call a scorer by position, or by name, as TRL does, if `completions` is not its second argument.
+
+    TRL's functions have their arguments in any order, and often no prompts: `def reward(completions, **kwargs)`.
+    """
+    parameters = _parameters(scorer)
+    if "completions" not in parameters or list(parameters)[1:2] == ["completions"]:
+        return scorer(prompts, completions)
+    lacking = [name for name, each in parameters.items() if name not in ("prompts", "completions") and _is_asked(each)]
+    if lacking:
+        raise TypeError(
+            f"{name_of(scorer)} needs {', '.join(lacking)} beside prompts and completions: a scorer is given nothing "
+            "else, so what else it needs has to be found by the prompt"
+        )
+    takes_prompts = "prompts" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return scorer(completions=completions, **({"prompts": prompts} if takes_prompts else {}))
+
+
+def _parameters(scorer: Any) -> dict[str, Parameter]:
+    """The arguments that can be given by name; none for a builtin without a signature."""
+    try:
+        named = signature(scorer).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {name: each for name, each in named.items() if each.kind is not each.POSITIONAL_ONLY}
+
+
+def _is_asked(parameter: Parameter) -> bool:
+    by_name = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    return by_name and parameter.default is parameter.empty
 
 
 def checked(
