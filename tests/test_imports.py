@@ -51,7 +51,8 @@ reading.batches   ->
 reading.messages  -> prompts
 reading.text      -> prompts, reading.messages
 reading.labels    ->
-reading.labels_of -> reading.labels
+reading.label_names ->
+reading.labels_of -> reading.label_names, reading.labels
 reading.decoder   -> prompts, reading.batches, reading.body
 reading.own_forward -> reading.batches, reading.body
 reading.next_token -> reading.batches, reading.body, reading.decoder
@@ -59,9 +60,9 @@ reading.completion_tokens -> prompts, reading.decoder, reading.text
 reading.question  -> prompts, reading.text
 scorers.protocol  -> prompts
 scorers.plain     -> prompts
-scorers.recipe    -> prompts, scorers.protocol
-scorers.function  -> prompts, scorers.protocol
 scorers.cost      -> prompts, scorers.protocol
+scorers.recipe    -> prompts, scorers.cost, scorers.protocol
+scorers.function  -> prompts, scorers.protocol
 scorers.ensemble  -> prompts, scorers.protocol
 scorers.checkpoint ->
 scorers.inspection -> scorers.checkpoint
@@ -114,7 +115,7 @@ scorers.pair_models -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.kinds     -> reading.*, scorers.*
 scorers.loading   -> reading.*, scorers.*
 scorers           -> scorers.protocol, scorers.loading
-amortised.prompt_features -> prompts, reading.*, scorers.cross_encoder, scorers.protocol, scorers.recipe
+amortised.prompt_features -> prompts, reading.*, scorers.cost, scorers.cross_encoder, scorers.protocol, scorers.recipe
 rollouts          ->
 rollouts.claims   ->
 rollouts.cluster  ->
@@ -156,8 +157,8 @@ samplers.loading  -> prompts, reading.text, samplers.*, scorers.*
 scorers.remote_crew ->
 scorers.remote_post -> prompts, scorers.remote_address, scorers.remote_retry
 scorers.remote    -> prompts, reading.batches, scorers.*
-commands.server   -> reading.text, scorers.protocol, scorers.remote*
-commands.reward_model -> reading.*, scorers.loading, scorers.protocol, commands.server
+commands.server   -> reading.text, scorers.cost, scorers.protocol, scorers.remote*
+commands.reward_model -> reading.*, scorers.cost, scorers.loading, scorers.protocol, commands.server
 commands.check_scorer -> prompts, scorers.plain, checks.*, commands.*
 samplers.openai   -> prompts, reading.batches, reading.text, samplers.*, scorers.*
 commands.policy   -> commands.reward_model, commands.server, reading.text, samplers.*, scorers.remote_address

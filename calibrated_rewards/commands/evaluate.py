@@ -23,6 +23,7 @@ EPILOG = """examples:
       --judge ./judge --out evaluation/
   calibrated-rewards evaluate --policy calibrated=run/model --policy raw=raw/model --reference ./sft \\
       --reward-model ./rm --judge ./judge --prompts new.jsonl --max-tokens 256 --best-of 16 --out evaluation/
+  calibrated-rewards evaluate ... --reward reward/ --judge ./toxicity --cost      a judge whose higher is worse
   calibrated-rewards evaluate ... -m 64                 the same again with more completions: only what is missing
   calibrated-rewards evaluate ... --json | jq .policies[0].win_rates.judge
 

@@ -9,9 +9,10 @@ from typing import Any
 import transformers
 
 from calibrated_rewards.reading.labels import Labels
-from calibrated_rewards.reading.labels_of import labels_of
+from calibrated_rewards.reading.labels_of import FIRST_RULES, RULES, first_rules, resolved
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.checkpoint import checkpoint
+from calibrated_rewards.scorers.cost import Cost
 from calibrated_rewards.scorers.inspection import Kind, architecture, check_writes, classifies, kind_of, needs_code
 from calibrated_rewards.scorers.kinds import (
     CLASSES,
@@ -35,6 +36,7 @@ def load_scorer(
     *,
     kind: Kind | str | None = None,
     labels: Labels | int | None = None,
+    cost: bool | None = None,
     text: Text | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     output: str | int | None = None,
@@ -60,8 +62,9 @@ def load_scorer(
     DeepSpeed ZeRO-3, call it before the trainer's arguments are made.
 
     An encoder with one label reads prompt and response as a pair (CrossEncoder); with several, and any decoder, one
-    text. Labels: one is its logit, two are the second's log-odds (or the good one's, where their names say which that
-    is), "1 star" to "5 stars" are their expected value; a number is that label's logit.
+    text. Labels: one is its logit, two are log-odds of the better one, as their names say (of LABEL_0 and LABEL_1 the
+    second's), "1 star" to "5 stars" are their expected value; a number is that label's logit. Other names are asked
+    about. `cost=True` is for a model whose higher score is worse: its scores are turned round.
     """
     place = path(name_or_path, "name_or_path")
     _refuse_server(place)
@@ -74,7 +77,10 @@ def load_scorer(
     others = {"base": base, "reference": reference, "tokenizer": tokenizer}
     lasting = {what: None if other is None else checkpoint(path(other, what)).name for what, other in others.items()}
     found, chosen = checkpoint(place, revision), {**given, **sharing, **own}
-    recipe = FromCheckpoint(found.name, found.revision, named(kind), **lasting, placement=placement, options=chosen)
+    told = {"cost": cost, "label_rules": RULES}
+    recipe = FromCheckpoint(
+        found.name, found.revision, named(kind), **lasting, **told, placement=placement, options=chosen
+    )
     loaded = Loaded(recipe)
     logger.info("%s: %s", place, type(loaded.scorer).__name__)
     return loaded
@@ -92,9 +98,17 @@ class FromCheckpoint:
     tokenizer: str | None = None
     placement: Placement = field(default_factory=Placement)
     options: Mapping[str, Any] = field(default_factory=dict)
+    cost: bool | None = None
+    """Whether higher is worse; None: nobody has said so, and labels whose names say it are asked about."""
+    label_rules: int = FIRST_RULES
+    """The version of the rules by which names of labels are read: what is older than these has the first."""
 
     def load(self) -> Any:
-        """The scorer, with its weights in memory."""
+        """The scorer, with its weights in memory; of a cost model, minus that."""
+        scorer = self._load()
+        return Cost(scorer) if self.cost else scorer
+
+    def _load(self) -> Any:
         at = source(self.name, self.revision, self.base, self.placement, self.tokenizer)
         kind = self.kind or kind_of(at.checkpoint, at.base, self.placement.trust_remote_code)
         if kind == "sequence-classifier" and "output" in self.options:
@@ -103,17 +117,42 @@ class FromCheckpoint:
         options = taken(kind, self.options)
         match kind:
             case "sequence-classifier" | "cross-encoder":
-                return _classifier(at, CLASSES[kind], options)
+                return self._classifier(at, CLASSES[kind], options)
             case "multi-attribute":
                 return _multi_attribute(at, options, self.kind is None)
             case "value-head":
                 return _value_head(at, options)
             case "process":
-                return _process(at, options)
+                # The first rules read no names: the good label was the second.
+                told = options if self.label_rules >= RULES else {"label": 1, **options}
+                return _process(at, told)
             case "judge" | "expected-rating" | "rated-judge":
                 return CLASSES[kind](*_writer(at, kind), **options)
             case "implicit":
                 return self._implicit(at, options)
+
+    def _classifier(self, at: Source, wrap: Any, options: Mapping[str, Any]) -> Any:
+        model, tokenizer = _both(at, transformers.AutoModelForSequenceClassification)
+        labels = self._labels(model.config, options.get("labels"))
+        # Of custom code nobody knows that its head has as many outputs as its config says.
+        if not needs_code(at.base):
+            check_labels(labels, model.config.num_labels)
+        return wrap(model, tokenizer, **{**options, "labels": labels})
+
+    def _labels(self, config: Any, given: Labels | None) -> Labels:
+        """How labels make one score; a reward that was saved under the first rules goes on with what they said."""
+        if self.label_rules >= RULES:
+            return resolved(given, config, self.cost)
+        labels = first_rules(config.id2label) if given is None else given
+        try:
+            today = resolved(given, config, self.cost)
+        except ValueError as error:
+            logger.warning("%s goes on as it was saved, with %s, but %s", self.name, labels, error)
+            return labels
+        if today != labels:
+            said = "%s goes on as it was saved, with %s, but by their names its labels are %s: calibrate again"
+            logger.warning(said, self.name, labels, today)
+        return labels
 
     def _implicit(self, at: Source, options: Mapping[str, Any]) -> Any:
         model, tokenizer = _writer(at, "implicit")
@@ -131,15 +170,6 @@ def _refuse_server(place: str) -> None:
             f"a server is no checkpoint, got {place!r}: calibrated_rewards.scorers.remote.Remote(url, ...) "
             "asks it, in the dialect that it speaks"
         )
-
-
-def _classifier(at: Source, wrap: Any, options: Mapping[str, Any]) -> Any:
-    model, tokenizer = _both(at, transformers.AutoModelForSequenceClassification)
-    given = options if "labels" in options else {"labels": labels_of(model.config.id2label), **options}
-    # Of custom code nobody knows that its head has as many outputs as its config says.
-    if not needs_code(at.base):
-        check_labels(given["labels"], model.config.num_labels)
-    return wrap(model, tokenizer, **given)
 
 
 def _multi_attribute(at: Source, options: Mapping[str, Any], unasked: bool) -> Any:

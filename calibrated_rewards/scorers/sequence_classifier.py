@@ -40,7 +40,7 @@ class SequenceClassifier:
     """The model, as `from_pretrained` gives it; PEFT's wrapper around one will do."""
     tokenizer: "PreTrainedTokenizerBase"
     labels: Labels | None = None
-    """How several labels make one score; None: the only label, or of two the second's log-odds."""
+    """How several labels make one score; None: as `labels_of` reads their names."""
     text: Text = field(default_factory=Text)
     pool: Literal["model", "last"] = "model"
     """Where a decoder is read: where its own forward would (the last token that is no padding id), or the last."""
