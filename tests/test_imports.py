@@ -55,6 +55,7 @@ reading.label_names ->
 reading.labels_of -> reading.label_names, reading.labels
 reading.decoder   -> prompts, reading.batches, reading.body
 reading.own_forward -> reading.batches, reading.body
+reading.head_precision -> reading.body, reading.own_forward
 reading.next_token -> reading.batches, reading.body, reading.decoder
 reading.completion_tokens -> prompts, reading.decoder, reading.text
 reading.question  -> prompts, reading.text
@@ -101,9 +102,11 @@ health.row_statistics -> table
 health.sections   -> bands, table, health.row_statistics
 health.suspicious_rows -> table, health.row_statistics
 health.table      -> table, health.row_statistics, health.sections, health.suspicious_rows
-reading.access    -> reading.*
+reading.access    -> prompts, reading.*
+reading.first_token -> reading.access, reading.body, reading.own_forward
 scorers.sequence_classifier -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.cross_encoder -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.token_logit -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.multi_attribute -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.value_head -> prompts, reading.*, scorers.checkpoint, scorers.protocol, scorers.recipe
 scorers.shared_base -> prompts, reading.*, scorers.protocol, scorers.recipe, scorers.value_head

@@ -208,7 +208,7 @@ def test_rewards_saved_under_the_first_rules(tmp_path: Path, caplog: pytest.LogC
     names = {0: "win", 1: "lose"}
     folder = tiny.saved(tiny.classifier(num_labels=2, id2label=names), tmp_path / "two", tiny.tokenizer())
     saved = spelled(load_scorer(folder))
-    old = {**saved, "recipe": {k: v for k, v in saved["recipe"].items() if k not in ("cost", "label_rules")}}
+    old = {**saved, "recipe": {k: v for k, v in saved["recipe"].items() if k not in ("cost", "rules")}}
     logits = by_itself(tiny.classifier(num_labels=2))
     np.testing.assert_allclose(read(saved)(PROMPTS, COMPLETIONS), logits[:, 0] - logits[:, 1], atol=1e-4)
     assert not caplog.records

@@ -16,6 +16,7 @@ Kind: TypeAlias = Literal[
     "judge",
     "expected-rating",
     "rated-judge",
+    "token-logit",
     "implicit",
 ]
 
@@ -23,6 +24,7 @@ NO_HEAD = """\
 {name} ({what}) has no head that gives a score: loaded as a classifier it would get a random one. If it is
   - a judge that answers in words: calibrated_rewards.scorers.judge.Judge, or kind="judge"
   - a policy trained with DPO: calibrated_rewards.scorers.implicit.ImplicitReward, or kind="implicit", reference=...
+  - a model whose score is the logit of its next token (Nemotron): kind="token-logit"
   - a process reward model: calibrated_rewards.scorers.process.ProcessReward, or kind="process", mark=...
   - the base of a reward adapter: give the adapter's folder instead"""
 
@@ -94,6 +96,12 @@ def needs_code(checkpoint: Checkpoint) -> bool:
 def classifies(checkpoint: Checkpoint) -> bool:
     """Whether a custom model promises the outputs of a sequence classifier: logits."""
     return "AutoModelForSequenceClassification" in checkpoint.config.get("auto_map", {})
+
+
+def is_encoder_decoder(checkpoint: Checkpoint) -> bool:
+    """Whether an encoder reads and a decoder of its own writes: T5, BART."""
+    known = checkpoint.config.get("model_type") in transformers.CONFIG_MAPPING
+    return known and bool(_parsed(checkpoint).is_encoder_decoder)
 
 
 def is_encoder(checkpoint: Checkpoint) -> bool:

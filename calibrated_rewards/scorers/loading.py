@@ -13,12 +13,21 @@ from calibrated_rewards.reading.labels_of import FIRST_RULES, RULES, first_rules
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.checkpoint import checkpoint
 from calibrated_rewards.scorers.cost import Cost
-from calibrated_rewards.scorers.inspection import Kind, architecture, check_writes, classifies, kind_of, needs_code
+from calibrated_rewards.scorers.inspection import (
+    Kind,
+    architecture,
+    check_writes,
+    classifies,
+    is_encoder_decoder,
+    kind_of,
+    needs_code,
+)
 from calibrated_rewards.scorers.kinds import (
     CLASSES,
     TEXT,
     check_labels,
     check_options,
+    check_score_type,
     labels_from,
     named,
     path,
@@ -77,7 +86,7 @@ def load_scorer(
     others = {"base": base, "reference": reference, "tokenizer": tokenizer}
     lasting = {what: None if other is None else checkpoint(path(other, what)).name for what, other in others.items()}
     found, chosen = checkpoint(place, revision), {**given, **sharing, **own}
-    told = {"cost": cost, "label_rules": RULES}
+    told = {"cost": cost, "rules": RULES}
     recipe = FromCheckpoint(
         found.name, found.revision, named(kind), **lasting, **told, placement=placement, options=chosen
     )
@@ -100,8 +109,9 @@ class FromCheckpoint:
     options: Mapping[str, Any] = field(default_factory=dict)
     cost: bool | None = None
     """Whether higher is worse; None: nobody has said so, and labels whose names say it are asked about."""
-    label_rules: int = FIRST_RULES
-    """The version of the rules by which names of labels are read: what is older than these has the first."""
+    rules: int = FIRST_RULES
+    """The version of the rules by which a checkpoint is read, its names of labels and Beaver's normaliser: what was
+    saved before there were two has the first."""
 
     def load(self) -> Any:
         """The scorer, with its weights in memory; of a cost model, minus that."""
@@ -113,6 +123,8 @@ class FromCheckpoint:
         kind = self.kind or kind_of(at.checkpoint, at.base, self.placement.trust_remote_code)
         if kind == "sequence-classifier" and "output" in self.options:
             kind = "multi-attribute"
+        if self.rules >= RULES:
+            check_score_type(at.base.config, self.cost)
         check_options(kind, self.options, self.reference is not None, bool(at.checkpoint.adapter))
         options = taken(kind, self.options)
         match kind:
@@ -121,12 +133,12 @@ class FromCheckpoint:
             case "multi-attribute":
                 return _multi_attribute(at, options, self.kind is None)
             case "value-head":
-                return _value_head(at, options)
+                return _value_head(at, options, self.rules)
             case "process":
                 # The first rules read no names: the good label was the second.
-                told = options if self.label_rules >= RULES else {"label": 1, **options}
+                told = options if self.rules >= RULES else {"label": 1, **options}
                 return _process(at, told)
-            case "judge" | "expected-rating" | "rated-judge":
+            case "judge" | "expected-rating" | "rated-judge" | "token-logit":
                 return CLASSES[kind](*_writer(at, kind), **options)
             case "implicit":
                 return self._implicit(at, options)
@@ -141,7 +153,7 @@ class FromCheckpoint:
 
     def _labels(self, config: Any, given: Labels | None) -> Labels:
         """How labels make one score; a reward that was saved under the first rules goes on with what they said."""
-        if self.label_rules >= RULES:
+        if self.rules >= RULES:
             return resolved(given, config, self.cost)
         labels = first_rules(config.id2label) if given is None else given
         try:
@@ -176,22 +188,28 @@ def _multi_attribute(at: Source, options: Mapping[str, Any], unasked: bool) -> A
     if "output" not in options and unasked:
         raise ValueError(
             f"{at.checkpoint.name} is {architecture(at.base)}: say which output of its forward is the score, "
-            'output="score", or output=0 for the first; kind="multi-attribute" if it returns the scores themselves'
+            'output="score", or output=0 for the first (--option output=score); kind="multi-attribute" if it returns '
+            "the scores themselves (--kind multi-attribute)"
         )
     auto = transformers.AutoModelForSequenceClassification if classifies(at.base) else transformers.AutoModel
     return CLASSES["multi-attribute"](*_both(at, auto), **{"output": None, **options})
 
 
-def _value_head(at: Source, options: Mapping[str, Any]) -> Any:
+def _value_head(at: Source, options: Mapping[str, Any], rules: int) -> Any:
     from calibrated_rewards.scorers.value_head import head_from, normalisation
 
     if not at.checkpoint.value_heads:
         raise ValueError(
             f"{at.checkpoint.name} has no value head: no linear layers beside its body that end in one output"
         )
+    if at.base.config.get("pooling") == "mean":
+        raise ValueError(
+            f"{at.base.name} says pooling='mean', and kind value-head reads the last token: score with a callable of "
+            "yours that averages its head over all tokens"
+        )
     head = head_from(at.checkpoint, options.get("head"))
     auto = transformers.AutoModelForCausalLM if at.checkpoint.adapter else transformers.AutoModel
-    given = {**normalisation(at.base.config), **options, "head": head}
+    given = {**normalisation(at.base, beaver=rules >= RULES), **options, "head": head}
     return CLASSES["value-head"](*_both(at, auto), **given)
 
 
@@ -207,7 +225,14 @@ def _process(at: Source, options: Mapping[str, Any]) -> Any:
 
 def _writer(at: Source, kind: str) -> tuple[Any, Any]:
     check_writes(at.checkpoint, at.base, kind)
-    return _both(at, transformers.AutoModelForCausalLM)
+    if not is_encoder_decoder(at.base):
+        return _both(at, transformers.AutoModelForCausalLM)
+    if kind not in ("judge", "expected-rating"):
+        raise ValueError(
+            f"{at.base.name} is a {architecture(at.base)}, an encoder-decoder, whose words the kinds judge and "
+            f"expected-rating read (--kind judge); kind {kind!r} reads those of a causal language model"
+        )
+    return _both(at, transformers.AutoModelForSeq2SeqLM)
 
 
 def _both(at: Source, auto: Any) -> tuple[Any, Any]:
