@@ -71,6 +71,7 @@ def test_names_of_good_and_bad(good: str, bad: str) -> None:
         ("gpt4", "llama2"), ("model1", "model2"), ("entailment", "not_entailment"), ("high", "low"), ("left", "right"),
         ("toxic", "severe_toxic"), ("false positive", "true positive"), ("refusal", "compliance"), ("3", "3"),
         ("good", "LABEL_1"), ("1-2", "3-4"), ("human", "ai"), ("", ""), ("yes", "yes"), ("v1", "v2"),
+        ("1", "2"), ("one", "two"), ("class 1", "class 2"), ("A is better", "B is better"), ("A wins", "B wins"),
         ("tier 1", "tier 2"),
         ("chosen_a", "chosen_b"), ("0 good", "1 good 2"), ("ham", "spam"),
     ],
@@ -179,6 +180,14 @@ def test_a_cost_whose_names_are_understood_already() -> None:
         with pytest.raises(ValueError, match=r"already gives 'safe' a higher score than 'unsafe'.*leave it out"):
             resolved(labels, config("safe", "unsafe"), cost=True)
     assert resolved(None, config("LABEL_0", "LABEL_1"), cost=True) == Difference(good=1, bad=0)
+
+
+def test_whether_yes_is_good_depends_on_the_question() -> None:
+    """Is it toxic: yes. So a cost and explicit labels do not contradict such names."""
+    for names in (("yes", "no"), ("True", "False"), ("POSITIVE", "NEGATIVE"), ("1", "0")):
+        assert resolved(None, config(*names), cost=True) == Difference(good=0, bad=1)
+        assert resolved(Difference(good=1, bad=0), config(*names)) == Difference(good=1, bad=0)
+    assert resolved(None, config("yes"), cost=True) == Label(0)
 
 
 def test_ordinal_is_for_ordinal_heads() -> None:

@@ -172,6 +172,10 @@ def test_names_that_nobody_knows_are_asked_about(tmp_path: Path) -> None:
     folder = named(tmp_path, "verbose", "terse")
     with pytest.raises(ValueError, match=r"'verbose' say .*\(--label 0-1\), for 'terse' .*\(--label 1-0\)"):
         load_scorer(folder)
+    weights = Path(folder, "model.safetensors").rename(Path(folder, "elsewhere"))
+    with pytest.raises(ValueError, match="'verbose' say"):  # before any weight is loaded
+        load_scorer(folder)
+    weights.rename(Path(folder, "model.safetensors"))
     logits = by_itself(tiny.classifier(num_labels=2))
     said = load_scorer(folder, labels=Difference(good=0, bad=1))
     np.testing.assert_allclose(said(PROMPTS, COMPLETIONS), logits[:, 0] - logits[:, 1], atol=1e-4)

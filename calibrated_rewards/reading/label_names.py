@@ -23,19 +23,22 @@ GOOD = _words(
     "succeeded solved satisfied satisfactory trustworthy reliable useful clear fluent grammatical legal ethical "
     "moral compliant adequate sufficient complete accurate desirable desired favorable favourable constructive "
     "sensible reasonable logical plausible sound kind decent perfect superior secure aligned helpfulness honesty "
-    "safety correctness quality usefulness truthfulness accuracy relevance coherence politeness nontoxic"
+    "safety correctness quality usefulness truthfulness accuracy relevance coherence politeness nontoxic legit "
+    "legitimate"
 )
 BAD = _words(
-    "negative neg bad worse worst poor terrible awful reject rejected lose loses lost loser losing loss unsafe harmful "
-    "harm harms harmfulness toxic toxicity no false wrong fail fails failed failing failure offensive offense offence "
-    "hate hateful abuse abusive insult insulting insults obscene obscenity threat threatening profane profanity nsfw "
-    "spam spammy dangerous danger violent violence hallucinated hallucination hallucinating misleading rude useless "
-    "malicious attack jailbreak injection biased bias risk risky severity severe error errors downvote downvoted "
-    "dispreferred refuted inferior dishonest evil racist sexist cruel vulgar vile cost penalty flawed broken "
-    "garbage nonsense incoherent illegal"
+    "negative neg bad worse worst poor terrible awful reject rejected lose loses lost loser losing loss unsafe "
+    "harmful harm harms harmfulness toxic toxicity no false wrong fail fails failed failing failure offensive "
+    "offense offence hate hateful abuse abusive insult insulting insults obscene obscenity threat threatening "
+    "profane profanity nsfw spam spammy dangerous danger violent violence perplexity hallucinated hallucination "
+    "hallucinating misleading rude useless malicious attack jailbreak injection biased bias risk risky severity "
+    "severe error errors downvote downvoted dispreferred refuted inferior dishonest evil racist sexist cruel "
+    "vulgar vile cost penalty flawed broken garbage nonsense incoherent illegal"
 )
 # Better than what is bad, worse than what is good.
 MIDDLE = _words("neutral normal none ok okay regular ordinary average medium")
+# They answer a question, and whether yes is good depends on it: said of labels explicitly, they contradict nothing.
+GENERIC = _words("yes no true false positive negative pos neg")
 # Alone they say nothing: high quality, low quality, high risk.
 MORE, LESS = _words("high higher more most very extremely"), _words("low lower less least little")
 NOT = _words("not non never isn isnt without nor un dont doesnt no cannot cant")
@@ -69,6 +72,12 @@ def side(name: str) -> int | None:
     if not sides and MIDDLE & {*words}:
         return 0
     return None
+
+
+def generic(name: str) -> bool:
+    """Whether a name says nothing but yes or no."""
+    words = {word.casefold() for word in WORD.findall(name)}
+    return bool(words) and words <= GENERIC
 
 
 def worth(names: Sequence[str]) -> tuple[float, ...] | None:
@@ -109,6 +118,8 @@ def _by_number(numbers: list[float], sides: list[int | None], names: Sequence[st
     falling = tuple(0.0 - n for n in numbers)
     if all(RANKS & said or PLACE.search(name) for said, name in zip(words, names, strict=True)):
         return falling
+    if numbers in ([1, 2], [2, 1]) and not any(said - {"label", "class"} for said in words):
+        return None  # which of two responses, as likely as how good
     known = [s for _, s in sorted(zip(numbers, sides, strict=True), key=itemgetter(0)) if s is not None]
     if len({*known}) > 1:  # 0 harmless, 1 mild, 2 harmful: the words say which end is the good one
         return tuple(numbers) if known == sorted(known) else falling if known == sorted(known, reverse=True) else None

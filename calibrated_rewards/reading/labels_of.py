@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrated_rewards.reading.label_names import NUMBER, number, side, unnamed, worth
+from calibrated_rewards.reading.label_names import NUMBER, generic, number, side, unnamed, worth
 from calibrated_rewards.reading.labels import Difference, Expected, Label, Labels, Ordinal
 
 # Until rewards said which rules their labels were read by: pairs of names, the good one first.
@@ -80,7 +80,7 @@ def resolved(labels: Labels | None, config: Any, cost: bool | None = None) -> La
 
 def check_direction(labels: Labels, names: list[str], cost: bool | None) -> None:
     """Refuse a score that rises from the label whose name says good to the one whose name says bad."""
-    sides = [side(name) for name in names]
+    sides = [None if generic(name) else side(name) for name in names]
     values = worth(names) or tuple(0.0 if s is None else float(s) for s in sides)
     if not any(sides) or len({*values}) < 2 or (cost is False):
         return
@@ -160,7 +160,7 @@ def _check_single(names: list[str], cost: bool | None) -> None:
             f"the model's only label is {names[0]!r}, of which more is worse: say cost=True (--cost), which makes the "
             "score minus that, or cost=False (--no-cost) if it is meant so"
         )
-    if side(names[0]) == 1 and cost:
+    if side(names[0]) == 1 and cost and not generic(names[0]):
         raise ValueError(
             f"the model's only label is {names[0]!r}, of which more is better: leave out cost=True (--cost)"
         )

@@ -21,6 +21,7 @@ from calibrated_rewards.scorers.inspection import (
     is_encoder_decoder,
     kind_of,
     needs_code,
+    parsed,
 )
 from calibrated_rewards.scorers.kinds import (
     CLASSES,
@@ -84,12 +85,10 @@ def load_scorer(
     own = {name: value for name, value in options.items() if name not in TEXT}
     # Another process, which may stand in another directory, gets the same folder or the same commit.
     others = {"base": base, "reference": reference, "tokenizer": tokenizer}
-    lasting = {what: None if other is None else checkpoint(path(other, what)).name for what, other in others.items()}
+    lasting: dict[str, Any] = {"cost": cost, "rules": RULES}
+    lasting |= {what: None if other is None else checkpoint(path(other, what)).name for what, other in others.items()}
     found, chosen = checkpoint(place, revision), {**given, **sharing, **own}
-    told = {"cost": cost, "rules": RULES}
-    recipe = FromCheckpoint(
-        found.name, found.revision, named(kind), **lasting, **told, placement=placement, options=chosen
-    )
+    recipe = FromCheckpoint(found.name, found.revision, named(kind), **lasting, placement=placement, options=chosen)
     loaded = Loaded(recipe)
     logger.info("%s: %s", place, type(loaded.scorer).__name__)
     return loaded
@@ -144,6 +143,10 @@ class FromCheckpoint:
                 return self._implicit(at, options)
 
     def _classifier(self, at: Source, wrap: Any, options: Mapping[str, Any]) -> Any:
+        known = at.base.config.get("model_type") in transformers.CONFIG_MAPPING
+        if known and not at.checkpoint.adapter and self.rules >= RULES:
+            # What names do not say is asked about before any weight is loaded; an adapter's head has no names.
+            resolved(options.get("labels"), parsed(at.base), self.cost)
         model, tokenizer = _both(at, transformers.AutoModelForSequenceClassification)
         labels = self._labels(model.config, options.get("labels"))
         # Of custom code nobody knows that its head has as many outputs as its config says.
