@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import calibrated_rewards
 from calibrated_rewards.checks.conformance import CHECKS, Examination
 from calibrated_rewards.cli import COMMANDS, FAILED, PASSED, UNUSABLE, main
-from calibrated_rewards.commands import check_scorer
+from calibrated_rewards.commands import check_scorer, evaluate
 from calibrated_rewards.commands.check_scorer import read_pairs
 from calibrated_rewards.commands.reward_model import add_arguments, labels, load, settings
 from calibrated_rewards.reading.labels import Difference, Expected, Label, Ordinal, Weighted
@@ -329,6 +329,20 @@ def test_each_command_that_takes_a_reward_model_takes_a_cost(command):
     module.add_arguments(parser)
     assert {"--cost", "--no-cost"} <= {*parser._option_string_actions}
     assert "./toxicity --cost" in module.EPILOG
+
+
+def test_the_judge_of_an_evaluation_has_a_sign_of_its_own(model):
+    """--cost turns the reward model round and not the judge, --judge-cost the judge alone; neither is of nothing."""
+    parser = ArgumentParser()
+    evaluate.add_arguments(parser)
+    words = ["--policy", "p", "--reference", "r", "--prompts", "x", "--out", "o"]
+    both = ["--reward-model", model, "--judge", model]
+    for more, costs in ((["--cost"], [True, False]), (["--judge-cost"], [False, True]), ([], [False, False])):
+        found = evaluate._scorers(parser.parse_args([*words, *both, *more]), None)
+        assert [isinstance(scorer.scorer, Cost) for scorer in (found["reward"], found["judge"])] == costs
+    for more in (["--judge", model, "--cost"], ["--reward-model", model, "--judge-cost"]):
+        with pytest.raises(ValueError, match="there is none"):
+            evaluate._scorers(parser.parse_args([*words, *more]), None)
 
 
 def test_a_server_may_serve_a_cost():
