@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from calibrated_rewards.reading.labels import Difference, Expected, Label, Labels, Ordinal, Weighted
-from calibrated_rewards.reading.labels_of import FIRST_PAIRS, first_rules, labels_of, resolved
+from calibrated_rewards.reading.labels_of import FIRST_PAIRS, apply_first_rules, labels_of, resolve_labels
 
 # Which is the better one is said by each of these pairs of names, good first: none but a few is in a list of pairs.
 GOOD_FIRST = [
@@ -149,11 +149,15 @@ def config(*names: str, **settings: Any) -> Any:
 def test_a_single_label_that_is_bad() -> None:
     """More of it is worse: cost=True or cost=False, and a good one is no cost."""
     with pytest.raises(ValueError, match=r"'toxicity'.*more is worse.*cost=True \(--cost\).*--no-cost"):
-        resolved(None, config("toxicity"))
-    assert resolved(None, config("toxicity"), cost=True) == resolved(None, config("toxicity"), cost=False) == Label(0)
-    assert resolved(None, config("LABEL_0"), cost=True) == resolved(None, config("score")) == Label(0)
+        resolve_labels(None, config("toxicity"))
+    assert (
+        resolve_labels(None, config("toxicity"), cost=True)
+        == resolve_labels(None, config("toxicity"), cost=False)
+        == Label(0)
+    )
+    assert resolve_labels(None, config("LABEL_0"), cost=True) == resolve_labels(None, config("score")) == Label(0)
     with pytest.raises(ValueError, match="'helpfulness', of which more is better"):
-        resolved(None, config("helpfulness"), cost=True)
+        resolve_labels(None, config("helpfulness"), cost=True)
 
 
 BACKWARDS: list[tuple[Labels, tuple[str, ...]]] = [
@@ -169,49 +173,49 @@ BACKWARDS: list[tuple[Labels, tuple[str, ...]]] = [
 def test_labels_against_their_names(labels: Labels, names: tuple[str, ...]) -> None:
     """A score that rises with what is bad needs cost=True, or cost=False if it is meant so."""
     with pytest.raises(ValueError, match=r"a higher score than .*cost=True \(--cost\).*cost=False \(--no-cost\)"):
-        resolved(labels, config(*names))
-    assert resolved(labels, config(*names), cost=True) is labels
-    assert resolved(labels, config(*names), cost=False) is labels
+        resolve_labels(labels, config(*names))
+    assert resolve_labels(labels, config(*names), cost=True) is labels
+    assert resolve_labels(labels, config(*names), cost=False) is labels
 
 
 def test_a_cost_whose_names_are_understood_already() -> None:
     """Turned round twice it would reward harm."""
     for labels in (None, Difference(good=0, bad=1)):
         with pytest.raises(ValueError, match=r"already gives 'safe' a higher score than 'unsafe'.*leave it out"):
-            resolved(labels, config("safe", "unsafe"), cost=True)
-    assert resolved(None, config("LABEL_0", "LABEL_1"), cost=True) == Difference(good=1, bad=0)
+            resolve_labels(labels, config("safe", "unsafe"), cost=True)
+    assert resolve_labels(None, config("LABEL_0", "LABEL_1"), cost=True) == Difference(good=1, bad=0)
 
 
 def test_whether_yes_is_good_depends_on_the_question() -> None:
     """Is it toxic: yes. So a cost and explicit labels do not contradict such names."""
     for names in (("yes", "no"), ("True", "False"), ("POSITIVE", "NEGATIVE"), ("1", "0")):
-        assert resolved(None, config(*names), cost=True) == Difference(good=0, bad=1)
-        assert resolved(Difference(good=1, bad=0), config(*names)) == Difference(good=1, bad=0)
-    assert resolved(None, config("yes"), cost=True) == Label(0)
+        assert resolve_labels(None, config(*names), cost=True) == Difference(good=0, bad=1)
+        assert resolve_labels(Difference(good=1, bad=0), config(*names)) == Difference(good=1, bad=0)
+    assert resolve_labels(None, config("yes"), cost=True) == Label(0)
 
 
 def test_ordinal_is_for_ordinal_heads() -> None:
     """Names of classes and a config that says softmax refuse it; levels, sigmoids and configs that say it do not."""
     with pytest.raises(ValueError, match=r"a softmax.*--label expected:0,1,2\) and cost=True \(--cost\)"):
-        resolved(Ordinal(), config("harmless", "mild", "harmful"))
+        resolve_labels(Ordinal(), config("harmless", "mild", "harmful"))
     with pytest.raises(ValueError, match=r"Expected\(\(0, 1, 2\)\) \(--label expected:0,1,2\)$"):
-        resolved(Ordinal(), config("cat", "dog", "cow"))
+        resolve_labels(Ordinal(), config("cat", "dog", "cow"))
     for names in (("LABEL_0", "LABEL_1"), ("1 star", "2 stars", "3 stars")):
-        assert resolved(Ordinal(), config(*names)) == Ordinal()
+        assert resolve_labels(Ordinal(), config(*names)) == Ordinal()
         with pytest.raises(ValueError, match="problem_type='single_label_classification'"):
-            resolved(Ordinal(), config(*names, problem_type="single_label_classification"))
+            resolve_labels(Ordinal(), config(*names, problem_type="single_label_classification"))
     for said in ({"problem_type": "multi_label_classification"}, {"loss_type": "CORAL"}, {"ordinal_head": True}):
-        assert resolved(Ordinal(), config("bad", "fair", "good", **said)) == Ordinal()
+        assert resolve_labels(Ordinal(), config("bad", "fair", "good", **said)) == Ordinal()
         with pytest.raises(ValueError, match=r"'harmful' a higher score than 'harmless'.*--cost"):
-            resolved(Ordinal(), config("harmless", "mild", "harmful", **said))
-        assert resolved(Ordinal(), config("harmless", "mild", "harmful", **said), cost=True) == Ordinal()
+            resolve_labels(Ordinal(), config("harmless", "mild", "harmful", **said))
+        assert resolve_labels(Ordinal(), config("harmless", "mild", "harmful", **said), cost=True) == Ordinal()
 
 
 def test_the_first_rules() -> None:
     """Rewards that were saved before are read as they were then, right or wrong."""
-    assert first_rules({0: "chosen", 1: "Rejected "}) == Difference(good=0, bad=1)
-    assert first_rules({0: "win", 1: "lose"}) == first_rules({0: "1", 1: "0"}) == Difference(good=1, bad=0)
-    assert first_rules({0: "rank 1", 1: "rank 2", 2: "rank 3"}) == Expected((1, 2, 3))
-    assert first_rules({0: "toxic"}) == Label(0)
+    assert apply_first_rules({0: "chosen", 1: "Rejected "}) == Difference(good=0, bad=1)
+    assert apply_first_rules({0: "win", 1: "lose"}) == apply_first_rules({0: "1", 1: "0"}) == Difference(good=1, bad=0)
+    assert apply_first_rules({0: "rank 1", 1: "rank 2", 2: "rank 3"}) == Expected((1, 2, 3))
+    assert apply_first_rules({0: "toxic"}) == Label(0)
     with pytest.raises(ValueError, match="3 labels"):
-        first_rules({0: "bad", 1: "fair", 2: "good"})
+        apply_first_rules({0: "bad", 1: "fair", 2: "good"})

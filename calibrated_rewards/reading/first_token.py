@@ -39,11 +39,11 @@ class FirstToken(nn.Module):
 
 
 def is_encoder_decoder(model: Any) -> bool:
-    """Whether an encoder reads the input and a decoder of its own writes the answer: T5, BART."""
+    """Return whether an encoder reads the input and a decoder writes the answer: T5, BART."""
     return bool(unwrapped(model).config.is_encoder_decoder)
 
 
-def first_token_logits(access: Access, rows: Sequence[list[int]], tokens: Sequence[int]) -> Tensor:
-    """The logits of these tokens at the first place of the answer to each row, `(n, tokens)`."""
+def read_first_token(access: Access, rows: Sequence[list[int]], tokens: Sequence[int]) -> Tensor:
+    """Read the logits of these tokens at the first place of the answer to each row, `(n, tokens)`."""
     reader = access.own_forward(access.pad, output=None)
     return replace(reader, model=FirstToken(unwrapped(access.model), tokens))(rows)

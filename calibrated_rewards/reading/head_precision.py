@@ -1,4 +1,4 @@
-"""Whether a model's own code bears heads in float32 behind a body of 16 bits: found out on the first real inputs."""
+"""Run heads in float32 where a model's own code allows it; the first real inputs show whether it does."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,15 +13,15 @@ from calibrated_rewards.reading.own_forward import OwnForward
 
 @dataclass
 class HeadPrecision:
-    """What the first inputs showed; invented ones show nothing, published code refuses ids without its own tokens."""
+    """What the first real inputs showed. Made-up ids would not do: published code refuses inputs without its tokens."""
 
     known: bool = False
     float32: bool = True
 
 
-def fitted(reader: OwnForward, rows: Sequence[list[int]], found: HeadPrecision) -> OwnForward:
-    """The reader with heads in float32 if the model's code bears that, or else in the model's own precision."""
-    if not found.known and dtype_of(reader.model) != torch.float32:
+def fit_precision(reader: OwnForward, rows: Sequence[list[int]], precision: HeadPrecision) -> OwnForward:
+    """Return the reader with float32 heads, or, if the model's code fails with them, in the model's own precision."""
+    if not precision.known and dtype_of(reader.model) != torch.float32:
         from accelerate.utils.memory import should_reduce_batch_size
 
         try:
@@ -31,9 +31,9 @@ def fitted(reader: OwnForward, rows: Sequence[list[int]], found: HeadPrecision) 
                 raise
             # Its code goes on to compute with 16 bits.
             replace(reader, model=Whole(reader.model))([min(rows, key=len)])
-            found.float32 = False
-    found.known = True
-    return reader if found.float32 else replace(reader, model=Whole(reader.model))
+            precision.float32 = False
+    precision.known = True
+    return reader if precision.float32 else replace(reader, model=Whole(reader.model))
 
 
 class Whole(nn.Module):

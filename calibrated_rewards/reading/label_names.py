@@ -1,4 +1,4 @@
-"""What the names of a classifier's labels say: which label is the better one, and what each is worth."""
+"""Read the names of a classifier's labels: which label is the better one, and what each is worth."""
 
 import re
 from collections.abc import Sequence
@@ -54,15 +54,15 @@ UNITS = _words(
 SPELLED = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9}
 
 
-def unnamed(name: str) -> bool:
-    """Whether it is a name that transformers gave, LABEL_0."""
+def is_unnamed(name: str) -> bool:
+    """Return whether it is a name that transformers gave, LABEL_0."""
     return UNNAMED.fullmatch(name.strip()) is not None
 
 
-def side(name: str) -> int | None:
-    """1 for a name that says good, -1 for one that says bad, 0 for one between them, None for any other.
+def find_side(name: str) -> int | None:
+    """Find the side of a name: 1 if it says good, -1 if it says bad, 0 if between them, None if it says neither.
 
-    >>> [side(name) for name in ("Good answer", "NOT_HELPFUL", "non-toxic", "low quality", "neutral", "cat")]
+    >>> [find_side(name) for name in ("Good answer", "NOT_HELPFUL", "non-toxic", "low quality", "neutral", "cat")]
     [1, -1, 1, -1, 0, None]
     """
     words = [word.casefold() for word in WORD.findall(name.replace("'", ""))]
@@ -74,22 +74,22 @@ def side(name: str) -> int | None:
     return None
 
 
-def generic(name: str) -> bool:
-    """Whether a name says nothing but yes or no."""
+def is_generic(name: str) -> bool:
+    """Return whether a name says nothing but yes or no."""
     words = {word.casefold() for word in WORD.findall(name)}
     return bool(words) and words <= GENERIC
 
 
-def worth(names: Sequence[str]) -> tuple[float, ...] | None:
-    """What each label is worth as their names say, higher is better; None where they do not say it of all.
+def find_values(names: Sequence[str]) -> tuple[float, ...] | None:
+    """Find what each label is worth by its name, higher is better; None if some name does not say it.
 
-    >>> worth(["1 star", "2 stars"]), worth(["rank 1", "rank 2"]), worth(["lose", "win"]), worth(["cat", "dog"])
-    ((1.0, 2.0), (-1.0, -2.0), (-1.0, 1.0), None)
+    >>> [find_values(names) for names in (["1 star", "2 stars"], ["rank 1", "rank 2"], ["lose", "win"], ["cat", "dog"])]
+    [(1.0, 2.0), (-1.0, -2.0), (-1.0, 1.0), None]
     """
-    if any(map(unnamed, names)):
+    if any(map(is_unnamed, names)):
         return None
-    numbers = [number(name) for name in names]
-    sides = [side(name) for name in names]
+    numbers = [find_number(name) for name in names]
+    sides = [find_side(name) for name in names]
     if all(n is not None for n in numbers):
         return _by_number([float(n) for n in numbers if n is not None], sides, names)
     if any(n is not None for n in numbers) or any(s is None for s in sides) or len({*sides}) < 2:
@@ -97,10 +97,10 @@ def worth(names: Sequence[str]) -> tuple[float, ...] | None:
     return tuple(float(s) for s in sides if s is not None)
 
 
-def number(name: str) -> float | None:
-    """The one number in a name; None without one, or with several.
+def find_number(name: str) -> float | None:
+    """Find the one number in a name; None if it has none, or several.
 
-    >>> number("grade-1"), number("five stars"), number("2nd"), number("1-2")
+    >>> find_number("grade-1"), find_number("five stars"), find_number("2nd"), find_number("1-2")
     (1.0, 5.0, 2.0, None)
     """
     found = NUMBER.findall(name)
@@ -111,7 +111,7 @@ def number(name: str) -> float | None:
 
 
 def _by_number(numbers: list[float], sides: list[int | None], names: Sequence[str]) -> tuple[float, ...] | None:
-    """Numbers as worth: of ranks, and of what is bad (toxicity 0 to 3), the lower is the better."""
+    """Turn numbers into values: of ranks, and of what is bad (toxicity 0 to 3), the lower is the better."""
     words = [{word for word in _plain_words(name) if word not in SPELLED} for name in names]
     if len({*numbers}) < len(numbers):
         return None
@@ -123,7 +123,7 @@ def _by_number(numbers: list[float], sides: list[int | None], names: Sequence[st
     known = [s for _, s in sorted(zip(numbers, sides, strict=True), key=itemgetter(0)) if s is not None]
     if len({*known}) > 1:  # 0 harmless, 1 mild, 2 harmful: the words say which end is the good one
         return tuple(numbers) if known == sorted(known) else falling if known == sorted(known, reverse=True) else None
-    if any(word not in UNITS and side(word) is None for said in words for word in said):
+    if any(word not in UNITS and find_side(word) is None for said in words for word in said):
         return None  # response 1 and response 2 are numbered, and no better or worse for it
     return falling if {*sides} == {-1} else tuple(numbers)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrated_rewards.reading.label_names import NUMBER, generic, number, side, unnamed, worth
+from calibrated_rewards.reading.label_names import NUMBER, find_number, find_side, find_values, is_generic, is_unnamed
 from calibrated_rewards.reading.labels import Difference, Expected, Label, Labels, Ordinal
 
 # Until rewards said which rules their labels were read by: pairs of names, the good one first.
@@ -46,29 +46,29 @@ def labels_of(names: Mapping[int, str]) -> Labels:
     >>> labels_of({0: "1 star", 1: "2 stars", 2: "3 stars"})
     Expected(values=(1.0, 2.0, 3.0))
     """
-    ordered = in_order(names)
+    ordered = order_names(names)
     if len(ordered) == 1:
         return Label(0, of=1)
     if len(ordered) == 2:
         return _better_of_two(ordered)
-    values = worth(ordered)
+    values = find_values(ordered)
     # Of three and more, words say an order (bad, fair, good) but not how far apart they are.
-    if values is None or any(number(name) is None for name in ordered):
+    if values is None or any(find_number(name) is None for name in ordered):
         raise ValueError(f"the model has {len(ordered)} labels, {dict(enumerate(ordered))}: {HOW}")
     return Expected(values)
 
 
-def in_order(names: Mapping[int, str]) -> list[str]:
-    """The names in the order of the logits, which is that of the ids, whatever these are."""
+def order_names(names: Mapping[int, str]) -> list[str]:
+    """Return the names in the order of the logits, which is the order of the ids."""
     return [str(names[i]) for i in sorted(names, key=int)]
 
 
-def resolved(labels: Labels | None, config: Any, cost: bool | None = None) -> Labels:
-    """The labels to score with: those given, or those that the names say; refused where they contradict the config.
+def resolve_labels(labels: Labels | None, config: Any, cost: bool | None = None) -> Labels:
+    """Return the labels to score with: those given, or what the names say. Refuse labels that contradict the config.
 
-    `cost` is whether the score will be turned round afterwards; None where nobody has said so.
+    `cost` says whether the score will be negated afterwards; None: the user has not said.
     """
-    names = in_order(config.id2label)
+    names = order_names(config.id2label)
     if labels is None:
         _check_single(names, cost)
         labels = labels_of(config.id2label)
@@ -80,8 +80,8 @@ def resolved(labels: Labels | None, config: Any, cost: bool | None = None) -> La
 
 def check_direction(labels: Labels, names: list[str], cost: bool | None) -> None:
     """Refuse a score that rises from the label whose name says good to the one whose name says bad."""
-    sides = [None if generic(name) else side(name) for name in names]
-    values = worth(names) or tuple(0.0 if s is None else float(s) for s in sides)
+    sides = [None if is_generic(name) else find_side(name) for name in names]
+    values = find_values(names) or tuple(0.0 if s is None else float(s) for s in sides)
     if not any(sides) or len({*values}) < 2 or (cost is False):
         return
     best, worst = int(np.argmax(values)), int(np.argmin(values))
@@ -104,17 +104,19 @@ def check_direction(labels: Labels, names: list[str], cost: bool | None) -> None
 
 def check_ordinal(config: Any) -> None:
     """Refuse `Ordinal` for a head of classes: the logits of a softmax are not those of `class > k`."""
-    names = in_order(config.id2label)
+    names = order_names(config.id2label)
     problem = getattr(config, "problem_type", None)
     trained_as_classes = problem == "single_label_classification"
     if not trained_as_classes and (_says_ordinal(config) or problem == "multi_label_classification"):
         return
-    values = worth(names)
-    levels = all(map(unnamed, names)) or (values is not None and list(values) in (sorted(values), sorted(values)[::-1]))
+    values = find_values(names)
+    levels = all(map(is_unnamed, names)) or (
+        values is not None and list(values) in (sorted(values), sorted(values)[::-1])
+    )
     if levels and not trained_as_classes:
         return
     why = "its config says problem_type='single_label_classification'" if trained_as_classes else "they are classes"
-    ends = side(names[0]), side(names[-1])
+    ends = find_side(names[0]), find_side(names[-1])
     falling = all(end is not None for end in ends) and (ends[0] or 0) > (ends[1] or 0)
     turn = f" and cost=True (--cost), as {names[-1]!r} is worse than {names[0]!r}" if falling else ""
     numbers = ",".join(map(str, range(len(names))))
@@ -124,24 +126,24 @@ def check_ordinal(config: Any) -> None:
     )
 
 
-def first_rules(names: Mapping[int, str]) -> Labels:
-    """What version 1 of these rules read labels as: rewards that were saved under it go on with that."""
-    ordered = in_order(names)
+def apply_first_rules(names: Mapping[int, str]) -> Labels:
+    """Read labels by version 1 of these rules, with which saved rewards of that time go on."""
+    ordered = order_names(names)
     if len(ordered) == 1:
         return Label(0, of=1)
     if len(ordered) == 2:
         good = 0 if tuple(name.strip().casefold() for name in ordered) in FIRST_PAIRS else 1
         return Difference(good=good, bad=1 - good, of=2)
     numbers = [NUMBER.findall(name) for name in ordered]
-    if any(map(unnamed, ordered)) or any(len(found) != 1 for found in numbers):
+    if any(map(is_unnamed, ordered)) or any(len(found) != 1 for found in numbers):
         return labels_of(names)
     return Expected(tuple(float(found[0].replace("\u2212", "-")) for found in numbers))
 
 
 def _better_of_two(names: list[str]) -> Labels:
-    if all(map(unnamed, names)):
+    if all(map(is_unnamed, names)):
         return Difference(good=1, bad=0, of=2)
-    values = worth(names)
+    values = find_values(names)
     if values is None or values[0] == values[1]:
         raise ValueError(
             f"the model has 2 labels, and their names do not say which is the better one: for {names[0]!r} say the "
@@ -152,22 +154,22 @@ def _better_of_two(names: list[str]) -> Labels:
 
 
 def _check_single(names: list[str], cost: bool | None) -> None:
-    """A head with one label has its direction from its name alone."""
+    """Refuse a single label whose name says that more of it is worse, unless the user has said whether it is a cost."""
     if len(names) != 1 or cost is False:
         return
-    if side(names[0]) == -1 and not cost:
+    if find_side(names[0]) == -1 and not cost:
         raise ValueError(
             f"the model's only label is {names[0]!r}, of which more is worse: say cost=True (--cost), which makes the "
             "score minus that, or cost=False (--no-cost) if it is meant so"
         )
-    if side(names[0]) == 1 and cost and not generic(names[0]):
+    if find_side(names[0]) == 1 and cost and not is_generic(names[0]):
         raise ValueError(
             f"the model's only label is {names[0]!r}, of which more is better: leave out cost=True (--cost)"
         )
 
 
 def _score_if_sure(labels: Labels, label: int, count: int) -> np.floating[Any]:
-    """The score of an input of which the model is sure that it is this label."""
+    """Return the score of an input that the model is sure belongs to this label."""
     logits = np.full((1, count), -SURE, np.float32)
     # Of an ordinal head all logits up to the class's are high.
     logits[0, : label + 1] = SURE if isinstance(labels, Ordinal) else logits[0, : label + 1]
@@ -177,7 +179,7 @@ def _score_if_sure(labels: Labels, label: int, count: int) -> np.floating[Any]:
 
 
 def _says_ordinal(config: Any) -> bool:
-    """Whether a setting of the config names an ordinal head or loss."""
+    """Return whether a setting of the config names an ordinal head or loss."""
     said = config.to_dict()
     named = any("ordinal" in key.casefold() and value for key, value in said.items())
     values = {value.casefold() for value in said.values() if isinstance(value, str)}

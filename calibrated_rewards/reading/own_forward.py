@@ -115,7 +115,7 @@ class OwnForward:
         device = device_of(self.model)
         ids, mask = right_padded([rows[i] for i in at], self.pad_id, device)
         extra = {"token_type_ids": right_padded([types[i] for i in at], 0, device)[0]} if types is not None else {}
-        numbers = taken(answered(self.model, input_ids=ids, attention_mask=mask, **extra), self.output).float().cpu()
+        numbers = taken(run_forward(self.model, input_ids=ids, attention_mask=mask, **extra), self.output).float().cpu()
         return list(numbers.reshape(len(at), -1))
 
     @contextmanager
@@ -156,8 +156,8 @@ class Precise:
         return self.forward(*map(_widened, args), **{name: _widened(value) for name, value in options.items()})
 
 
-def answered(model: nn.Module, **inputs: Tensor) -> Any:
-    """The model's outputs; what its own code refuses is said with the model's name, whatever kind of error it was."""
+def run_forward(model: nn.Module, **inputs: Tensor) -> Any:
+    """Run the model; an input that its own code refuses is a ValueError with the model's name, and says what to do."""
     try:
         return model(**inputs)
     except (ValueError, AssertionError, LookupError, TypeError, AttributeError) as error:

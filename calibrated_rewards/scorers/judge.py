@@ -16,7 +16,7 @@ from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reading.access import Access
 from calibrated_rewards.reading.decoder import Row, group_of
 from calibrated_rewards.reading.fingerprint import model_fingerprint
-from calibrated_rewards.reading.first_token import first_token_logits, is_encoder_decoder
+from calibrated_rewards.reading.first_token import is_encoder_decoder, read_first_token
 from calibrated_rewards.reading.labels import Difference, Expected
 from calibrated_rewards.reading.next_token import Logits, logits_of
 from calibrated_rewards.reading.question import Question, one_token
@@ -155,7 +155,7 @@ class Answers:
         with self.access.lock:  # fast tokenizers do not bear two threads
             ids = self.question.tokens(prompts, completions, self.access.limit)
         if is_encoder_decoder(self.access.model):
-            return first_token_logits(self.access, ids, self._tokens).numpy()
+            return read_first_token(self.access, ids, self._tokens).numpy()
         rows = [Row(row, [len(row) - 1]) for row in ids]
         return torch.cat(self.access.decoder(self._head)(rows, [group_of(prompt) for prompt in prompts])).numpy()
 

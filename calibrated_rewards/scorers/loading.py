@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 
 from calibrated_rewards.reading.labels import Labels
-from calibrated_rewards.reading.labels_of import FIRST_RULES, RULES, first_rules, resolved
+from calibrated_rewards.reading.labels_of import FIRST_RULES, RULES, apply_first_rules, resolve_labels
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.checkpoint import checkpoint
 from calibrated_rewards.scorers.cost import Cost
@@ -21,7 +21,7 @@ from calibrated_rewards.scorers.inspection import (
     is_encoder_decoder,
     kind_of,
     needs_code,
-    parsed,
+    parse_config,
 )
 from calibrated_rewards.scorers.kinds import (
     CLASSES,
@@ -146,7 +146,7 @@ class FromCheckpoint:
         known = at.base.config.get("model_type") in transformers.CONFIG_MAPPING
         if known and not at.checkpoint.adapter and self.rules >= RULES:
             # What names do not say is asked about before any weight is loaded; an adapter's head has no names.
-            resolved(options.get("labels"), parsed(at.base), self.cost)
+            resolve_labels(options.get("labels"), parse_config(at.base), self.cost)
         model, tokenizer = _both(at, transformers.AutoModelForSequenceClassification)
         labels = self._labels(model.config, options.get("labels"))
         # Of custom code nobody knows that its head has as many outputs as its config says.
@@ -157,10 +157,10 @@ class FromCheckpoint:
     def _labels(self, config: Any, given: Labels | None) -> Labels:
         """How labels make one score; a reward that was saved under the first rules goes on with what they said."""
         if self.rules >= RULES:
-            return resolved(given, config, self.cost)
-        labels = first_rules(config.id2label) if given is None else given
+            return resolve_labels(given, config, self.cost)
+        labels = apply_first_rules(config.id2label) if given is None else given
         try:
-            today = resolved(given, config, self.cost)
+            today = resolve_labels(given, config, self.cost)
         except ValueError as error:
             logger.warning("%s goes on as it was saved, with %s, but %s", self.name, labels, error)
             return labels

@@ -11,7 +11,7 @@ from jaxtyping import Float32
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reading.access import Access
 from calibrated_rewards.reading.fingerprint import model_fingerprint
-from calibrated_rewards.reading.head_precision import HeadPrecision, fitted
+from calibrated_rewards.reading.head_precision import HeadPrecision, fit_precision
 from calibrated_rewards.reading.labels import Label, Labels
 from calibrated_rewards.reading.own_forward import OwnForward
 from calibrated_rewards.reading.text import Text
@@ -58,7 +58,7 @@ class MultiAttribute:
         """The numbers of the output, all of them."""
         prompts, completions = paired(prompts, completions)
         ids = self._access.encode(prompts, completions)
-        reader = fitted(self._reader, ids, self._precision)
+        reader = fit_precision(self._reader, ids, self._precision)
         self._examine(reader, ids)
         return reader(ids).numpy()
 
@@ -96,7 +96,7 @@ class MultiAttribute:
         """Refuse an output that has a number for each token: two inputs of different lengths tell."""
         if len(self._widths) != 1:
             self._widths.clear()
-            self._widths.update(reader([row]).shape[1] for row in two_lengths(rows, self._access.limit))
+            self._widths.update(reader([row]).shape[1] for row in pick_two_lengths(rows, self._access.limit))
         if len(self._widths) > 1:
             raise ValueError(
                 f"output {self.output!r} has a number for each token, not for each input; say which other output is "
@@ -104,10 +104,10 @@ class MultiAttribute:
             )
 
 
-def two_lengths(rows: list[list[int]], limit: int) -> tuple[list[int], list[int]]:
-    """Two inputs of different lengths: the shortest two, or one with its last token twice (or less, at the limit).
+def pick_two_lengths(rows: list[list[int]], limit: int) -> tuple[list[int], list[int]]:
+    """Pick two inputs of different lengths: the shortest two, or one and the same with its last token twice, or without.
 
-    >>> two_lengths([[5, 6, 7], [5, 6]], 9), two_lengths([[5, 6]], 9), two_lengths([[5, 6]], 2)
+    >>> pick_two_lengths([[5, 6, 7], [5, 6]], 9), pick_two_lengths([[5, 6]], 9), pick_two_lengths([[5, 6]], 2)
     (([5, 6], [5, 6, 7]), ([5, 6], [5, 6, 6]), ([5, 6], [5]))
     """
     by_length = {len(row): row for row in reversed(rows)}

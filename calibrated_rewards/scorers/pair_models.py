@@ -14,7 +14,7 @@ from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.reading.access import Access
 from calibrated_rewards.reading.decoder import Row
 from calibrated_rewards.reading.fingerprint import model_fingerprint
-from calibrated_rewards.reading.first_token import first_token_logits, is_encoder_decoder
+from calibrated_rewards.reading.first_token import is_encoder_decoder, read_first_token
 from calibrated_rewards.reading.next_token import Logits, logits_of
 from calibrated_rewards.reading.question import conversation, filled, one_token
 from calibrated_rewards.reading.text import Text, kept
@@ -190,7 +190,7 @@ class PairJudge:
     def _logits(self, rows: list[list[int]], groups: list[tuple[str, str]]) -> Float64[np.ndarray, "n 2"]:
         """The logits of the two answers."""
         if is_encoder_decoder(self.model):
-            return first_token_logits(self._access, rows, self._tokens).double().numpy()
+            return read_first_token(self._access, rows, self._tokens).double().numpy()
         read = self._access.decoder(self._head)([Row(row, [len(row) - 1]) for row in rows], groups)
         return torch.cat(read).double().numpy()
 

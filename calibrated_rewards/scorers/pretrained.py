@@ -111,12 +111,12 @@ def source(
 def complete(auto: Any, base: Checkpoint, stored: Collection[str] = (), **options: Any) -> Any:
     """A model of which every weight came from the checkpoint, or will come (`stored`) from an adapter's."""
     revision = {} if base.revision is None else {"revision": base.revision}
-    if (config := body_config(base)) is not None:
+    if (config := find_body_config(base)) is not None:
         options["config"] = config
     try:
         model, info = auto.from_pretrained(base.name, output_loading_info=True, **revision, **options)
     except Exception as error:
-        advice = advise(auto, base, error)
+        advice = advise_on_error(auto, base, error)
         if advice is None:
             raise
         raise ValueError(advice) from error
@@ -137,8 +137,8 @@ def complete(auto: Any, base: Checkpoint, stored: Collection[str] = (), **option
     return model
 
 
-def body_config(base: Checkpoint) -> Any:
-    """The config of the body, for a model type that extends one of transformers' (gpt_neox_reward_model); else None."""
+def find_body_config(base: Checkpoint) -> Any:
+    """Find the body's config for a model type that extends one of transformers' (gpt_neox_reward_model), or None."""
     kind = str(base.config.get("model_type", ""))
     if not kind or kind in CONFIG_MAPPING or base.config.get("auto_map"):
         return None
@@ -149,8 +149,8 @@ def body_config(base: Checkpoint) -> Any:
     return CONFIG_MAPPING[body].from_dict({**base.config, "model_type": body})
 
 
-def advise(auto: Any, base: Checkpoint, error: Exception) -> str | None:
-    """What to do about an error of transformers, or of a checkpoint's own code, as it loads; None to leave it."""
+def advise_on_error(auto: Any, base: Checkpoint, error: Exception) -> str | None:
+    """Say what to do about an error of transformers, or of a checkpoint's own code, as it loads; None to leave it."""
     what = (base.config.get("architectures") or [base.config.get("model_type")])[0]
     if "Unrecognized configuration class" in str(error):
         return f"{base.name} is a {what}, which {auto.__name__} does not load: choose another kind, kind=... (--kind)"

@@ -16,8 +16,8 @@ from calibrated_rewards.reading.body import heads_of
 from calibrated_rewards.reading.completion_tokens import cut, starts
 from calibrated_rewards.reading.decoder import Head, Plain, Row, group_of
 from calibrated_rewards.reading.fingerprint import model_fingerprint
-from calibrated_rewards.reading.label_names import side, unnamed, worth
-from calibrated_rewards.reading.labels_of import in_order
+from calibrated_rewards.reading.label_names import find_side, find_values, is_unnamed
+from calibrated_rewards.reading.labels_of import order_names
 from calibrated_rewards.reading.next_token import check_head, logits_of
 from calibrated_rewards.reading.question import filled, one_token
 from calibrated_rewards.reading.text import Text
@@ -158,7 +158,7 @@ class ProcessReward:
 
     @cached_property
     def _label(self) -> int:
-        return 1 if self.label is None and self.answers is not None else good_label(self.label, self.model.config)
+        return 1 if self.label is None and self.answers is not None else find_good_label(self.label, self.model.config)
 
     @cached_property
     def _mark(self) -> int:
@@ -197,18 +197,18 @@ class ProcessReward:
         return Access(self.model, self.tokenizer, self.text, self.batch_tokens, self.share_prefixes, self.show_progress)
 
 
-def good_label(label: int | None, config: Any) -> int:
-    """The label that is given, or the one whose name says good; of two that nobody named the second."""
-    names = in_order(config.id2label)
+def find_good_label(label: int | None, config: Any) -> int:
+    """Return the label that is given, or the one whose name says good; of two unnamed ones the second."""
+    names = order_names(config.id2label)
     if label is not None or len(names) == 1:
         return 1 if label is None else label
-    good = [i for i, name in enumerate(names) if side(name) == 1]
+    good = [i for i, name in enumerate(names) if find_side(name) == 1]
     if len(good) == 1:
         return good[0]
-    values = worth(names)
+    values = find_values(names)
     if values is not None:
         return int(np.argmax(values))
-    if len(names) == 2 and all(map(unnamed, names)):
+    if len(names) == 2 and all(map(is_unnamed, names)):
         return 1
     raise ValueError(
         f"a process reward model has one good label, and its names do not say which: {dict(enumerate(names))}. Say it "

@@ -9,7 +9,7 @@ from jaxtyping import Float32, Float64
 from scipy.special import logit
 
 from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.reading.label_names import side
+from calibrated_rewards.reading.label_names import find_side
 from calibrated_rewards.reading.labels import Labels
 from calibrated_rewards.reading.labels_of import labels_of
 from calibrated_rewards.reading.text import Text
@@ -158,7 +158,7 @@ def _check_names(answer: Any) -> None:
         name, numbers_of_row = row.get("label"), np.asarray(row.get("probs", ()))
         if not isinstance(name, str) or numbers_of_row.shape != (2,):
             continue
-        said = side(name)
+        said = find_side(name)
         if said and (numbers_of_row[1] > numbers_of_row[0]) != (said == 1):
             at = int(numbers_of_row.argmax())
             raise ValueError(

@@ -15,7 +15,7 @@ from calibrated_rewards.reading.access import Access
 from calibrated_rewards.reading.body import body_of, heads_of, unwrapped, vocabulary
 from calibrated_rewards.reading.decoder import Decoder, Plain, Row, group_of
 from calibrated_rewards.reading.fingerprint import model_fingerprint
-from calibrated_rewards.reading.head_precision import HeadPrecision, fitted
+from calibrated_rewards.reading.head_precision import HeadPrecision, fit_precision
 from calibrated_rewards.reading.labels import Labels
 from calibrated_rewards.reading.labels_of import labels_of
 from calibrated_rewards.reading.own_forward import OwnForward
@@ -66,7 +66,7 @@ class SequenceClassifier:
         ids = self._access.encode(prompts, completions)
         reader = self._reader
         if isinstance(reader, OwnForward):
-            return fitted(reader, ids, self._precision)(ids).numpy()
+            return fit_precision(reader, ids, self._precision)(ids).numpy()
         rows = [Row(row, [self._pooled(row)]) for row in ids]
         return torch.cat(reader(rows, [group_of(prompt) for prompt in prompts])).numpy()
 
