@@ -105,7 +105,7 @@ class MultiAttribute:
 
 
 def pick_two_lengths(rows: list[list[int]], limit: int) -> tuple[list[int], list[int]]:
-    """Pick two inputs of different lengths: the shortest two, or one and the same with its last token twice, or without.
+    """Pick two inputs of different lengths: the shortest two, or one with and without another last token.
 
     >>> pick_two_lengths([[5, 6, 7], [5, 6]], 9), pick_two_lengths([[5, 6]], 9), pick_two_lengths([[5, 6]], 2)
     (([5, 6], [5, 6, 7]), ([5, 6], [5, 6, 6]), ([5, 6], [5]))
