@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import calibrated_rewards
 from calibrated_rewards.checks.conformance import CHECKS, Examination
 from calibrated_rewards.cli import COMMANDS, FAILED, PASSED, UNUSABLE, main
-from calibrated_rewards.commands import check_scorer
+from calibrated_rewards.commands import check_scorer, evaluate
 from calibrated_rewards.commands.check_scorer import read_pairs
 from calibrated_rewards.commands.reward_model import add_arguments, labels, load, settings
 from calibrated_rewards.reading.labels import Difference, Expected, Label, Ordinal, Weighted
 from calibrated_rewards.reading.text import Text
+from calibrated_rewards.scorers.cost import Cost
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.scorers.remote import Remote
 from calibrated_rewards.scorers.remote_dialects import Native, OpenRlhf
@@ -305,6 +307,51 @@ def test_errors_speak_of_options(tmp_path, capsys):
     assert "\n  - a judge" in said
 
 
+def test_names_of_labels_are_asked_about_and_costs_are_turned_round(tmp_path, capsys):
+    """Both ways to go on are in the error; a cost model is minus itself in every line."""
+    names = {0: "terse", 1: "verbose"}
+    two = tiny.saved(tiny.classifier(num_labels=2, id2label=names), tmp_path / "two", tiny.tokenizer(template=None))
+    assert check("--reward-model", two) == UNUSABLE
+    said = capsys.readouterr().err
+    assert "--label 0-1" in said
+    assert "--label 1-0" in said
+    assert check("--reward-model", two, "--label", "ordinal") == UNUSABLE
+    assert "--label expected:0,1" in capsys.readouterr().err
+    check("--reward-model", two, "--label", "0-1", "--cost", "--no-sign")
+    assert "kind: cost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["calibrate", "check-scorer", "evaluate", "reward"])
+def test_each_command_that_takes_a_reward_model_takes_a_cost(command):
+    """And an example in its help shows it."""
+    module = import_module(f"calibrated_rewards.commands.{command.replace('-', '_')}")
+    parser = ArgumentParser()
+    module.add_arguments(parser)
+    assert {"--cost", "--no-cost"} <= {*parser._option_string_actions}
+    assert "./toxicity --cost" in module.EPILOG
+
+
+def test_the_judge_of_an_evaluation_has_a_sign_of_its_own(model):
+    """--cost turns the reward model round and not the judge, --judge-cost the judge alone; neither is of nothing."""
+    parser = ArgumentParser()
+    evaluate.add_arguments(parser)
+    words = ["--policy", "p", "--reference", "r", "--prompts", "x", "--out", "o"]
+    both = ["--reward-model", model, "--judge", model]
+    for more, costs in ((["--cost"], [True, False]), (["--judge-cost"], [False, True]), ([], [False, False])):
+        found = evaluate._scorers(parser.parse_args([*words, *both, *more]), None)
+        assert [isinstance(scorer.scorer, Cost) for scorer in (found["reward"], found["judge"])] == costs
+    for more in (["--judge", model, "--cost"], ["--reward-model", model, "--judge-cost"]):
+        with pytest.raises(ValueError, match="there is none"):
+            evaluate._scorers(parser.parse_args([*words, *more]), None)
+
+
+def test_a_server_may_serve_a_cost():
+    """Its scores are turned round here."""
+    scorer = load(parsed("--reward-model", "http://rm:8000", "--cost"))
+    assert isinstance(scorer, Cost)
+    assert scorer.scorer == load(parsed("--reward-model", "http://rm:8000"))
+
+
 def test_what_is_being_checked_is_shown(monkeypatch, capsys):
     """Where somebody watches, until it is done; nothing elsewhere."""
     with check_scorer.doing("permuted"):
@@ -323,13 +370,16 @@ def parsed(*words: str) -> Namespace:
 
 def test_each_setting_has_its_place():
     """All that is said of the model is told to load_scorer, by the names that it knows; else its own defaults."""
-    words = "--kind judge --batch-tokens 99 --device cpu --dtype float16 --revision v1 --trust-remote-code --label 1"
+    words = (
+        "--kind judge --batch-tokens 99 --device cpu --dtype float16 --revision v1 --trust-remote-code --label 1 --cost"
+    )
     said = settings(parsed("--reward-model", "x", *words.split(), "--max-length", "9", "--option", "reference=[1]"))
     known = signature(load_scorer).parameters
 
     assert said == {
         "kind": "judge",
         "labels": Label(1),
+        "cost": True,
         "text": Text(max_length=9),
         "batch_tokens": 99,
         "dtype": "float16",

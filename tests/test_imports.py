@@ -51,17 +51,19 @@ reading.batches   ->
 reading.messages  -> prompts
 reading.text      -> prompts, reading.messages
 reading.labels    ->
-reading.labels_of -> reading.labels
+reading.label_names ->
+reading.labels_of -> reading.label_names, reading.labels
 reading.decoder   -> prompts, reading.batches, reading.body
 reading.own_forward -> reading.batches, reading.body
+reading.head_precision -> reading.body, reading.own_forward
 reading.next_token -> reading.batches, reading.body, reading.decoder
 reading.completion_tokens -> prompts, reading.decoder, reading.text
 reading.question  -> prompts, reading.text
 scorers.protocol  -> prompts
 scorers.plain     -> prompts
-scorers.recipe    -> prompts, scorers.protocol
-scorers.function  -> prompts, scorers.protocol
 scorers.cost      -> prompts, scorers.protocol
+scorers.recipe    -> prompts, scorers.cost, scorers.protocol
+scorers.function  -> prompts, scorers.protocol
 scorers.ensemble  -> prompts, scorers.protocol
 scorers.checkpoint ->
 scorers.inspection -> scorers.checkpoint
@@ -100,9 +102,11 @@ health.row_statistics -> table
 health.sections   -> bands, table, health.row_statistics
 health.suspicious_rows -> table, health.row_statistics
 health.table      -> table, health.row_statistics, health.sections, health.suspicious_rows
-reading.access    -> reading.*
+reading.access    -> prompts, reading.*
+reading.first_token -> reading.access, reading.body, reading.own_forward
 scorers.sequence_classifier -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.cross_encoder -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.token_logit -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.multi_attribute -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.value_head -> prompts, reading.*, scorers.checkpoint, scorers.protocol, scorers.recipe
 scorers.shared_base -> prompts, reading.*, scorers.protocol, scorers.recipe, scorers.value_head
@@ -114,7 +118,7 @@ scorers.pair_models -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.kinds     -> reading.*, scorers.*
 scorers.loading   -> reading.*, scorers.*
 scorers           -> scorers.protocol, scorers.loading
-amortised.prompt_features -> prompts, reading.*, scorers.cross_encoder, scorers.protocol, scorers.recipe
+amortised.prompt_features -> prompts, reading.*, scorers.cost, scorers.cross_encoder, scorers.protocol, scorers.recipe
 rollouts          ->
 rollouts.claims   ->
 rollouts.cluster  ->
@@ -156,8 +160,8 @@ samplers.loading  -> prompts, reading.text, samplers.*, scorers.*
 scorers.remote_crew ->
 scorers.remote_post -> prompts, scorers.remote_address, scorers.remote_retry
 scorers.remote    -> prompts, reading.batches, scorers.*
-commands.server   -> reading.text, scorers.protocol, scorers.remote*
-commands.reward_model -> reading.*, scorers.loading, scorers.protocol, commands.server
+commands.server   -> reading.text, scorers.cost, scorers.protocol, scorers.remote*
+commands.reward_model -> reading.*, scorers.cost, scorers.loading, scorers.protocol, commands.server
 commands.check_scorer -> prompts, scorers.plain, checks.*, commands.*
 samplers.openai   -> prompts, reading.batches, reading.text, samplers.*, scorers.*
 commands.policy   -> commands.reward_model, commands.server, reading.text, samplers.*, scorers.remote_address

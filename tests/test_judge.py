@@ -14,6 +14,7 @@ from calibrated_rewards.reading.labels import Difference
 from calibrated_rewards.reading.question import conversation, filled
 from calibrated_rewards.reading.text import Text, TruncationWarning
 from calibrated_rewards.scorers.judge import ExpectedRating, Judge
+from calibrated_rewards.scorers.loading import load_scorer
 
 SHORT = "{prompt} >> {completion} ok?"
 SMALL = {
@@ -313,3 +314,77 @@ def test_a_learned_prompt_is_refused():
     soft = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="body and head of PeftModelForCausalLM have to give"):
         Judge(peft.get_peft_model(writer("Llama"), soft), tiny.tokenizer(), good="Y", bad="N")(["a"], ["b"])
+
+
+def rewriter(kind="T5", dtype=torch.float32):
+    """An encoder-decoder whose logits spread."""
+    sizes = {"d_model": 32, "vocab_size": tiny.VOCABULARY, "pad_token_id": tiny.PAD, "eos_token_id": tiny.EOS}
+    own = {
+        "T5": {"d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8, "tie_word_embeddings": False},
+        "Bart": {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+        | {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 512, "init_std": 0.5},
+    }[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes, **own, decoder_start_token_id=tiny.EOS)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_(std=0.3)
+    return model.to(dtype)
+
+
+def first_scores(model, rows, answers):
+    """What `generate` gives these answers in its first step, for each unpadded row."""
+    tokenizer = tiny.tokenizer()
+    told = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1}
+    told |= {"return_dict_in_generate": True, "output_logits": True}
+    steps = [model.generate(torch.tensor([row]), **told)["logits"][0][0].float() for row in rows]
+    return np.array([[step[tokenizer.convert_tokens_to_ids(answer)].item() for answer in answers] for step in steps])
+
+
+def ending():
+    """A tokenizer that ends its texts with EOS, as T5's does."""
+    tokenizer = tiny.tokenizer(template=None)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tiny.EOS)]
+    )
+    return tokenizer
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:transformers")
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+def test_an_encoder_decoder_answers_in_its_first_token(kind, tmp_path):
+    """Behind the whole question, EOS and all, as `generate` does; loaded by its kind as well."""
+    tokenizer, model = ending(), rewriter(kind)
+    prompts, completions = tiny.texts(6, 0), tiny.texts(6, 1)
+    rows = [tokenizer(f"{p} >> {c} ok?")["input_ids"] for p, c in zip(prompts, completions, strict=True)]
+    assert {row[-1] for row in rows} == {tiny.EOS}
+    own = first_scores(model, rows, ("Y", "N"))
+
+    judge = Judge(model, tokenizer, question=SHORT, good="Y", bad="N", batch_tokens=150)
+    close(judge(prompts, completions), own[:, 0] - own[:, 1], 1e-3)
+    folder = tiny.saved(model, tmp_path, tokenizer)
+    loaded = load_scorer(folder, kind="judge", question=SHORT, good="Y", bad="N")
+    close(loaded(prompts, completions), own[:, 0] - own[:, 1], 1e-3)
+    assert loaded.fingerprint() == judge.fingerprint()
+    ratings = torch.tensor(first_scores(model, rows, ("1", "2", "3"))).softmax(1).numpy() @ [1, 2, 3]
+    close(ExpectedRating(model, tokenizer, question=SHORT, high=3)(prompts, completions), ratings, 1e-3)
+
+
+def test_an_encoder_decoder_in_16_bits_does_not_tie():
+    """Its head is read in float32, and is afterwards what it was."""
+    model = rewriter(dtype=torch.bfloat16)
+    judge = Judge(model, ending(), question=SHORT, good="Y", bad="N")
+    assert len(np.unique(judge(tiny.texts(60, 2), tiny.texts(60, 3)))) == 60
+    assert "forward" not in vars(model.lm_head)
+    model.config.decoder_start_token_id = None
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration needs a decoder_start_token_id"):
+        judge(["a"], ["b"])
+
+
+@pytest.mark.parametrize("kind", ["implicit", "rated-judge", "process", "token-logit"])
+def test_other_kinds_need_a_causal_model(kind, tmp_path):
+    """They name the kinds that an encoder-decoder has, in place of transformers' list of classes."""
+    folder = tiny.saved(rewriter(), tmp_path, ending())
+    options = {"implicit": {"reference_free": True}, "process": {"answers": ("Y", "N")}}.get(kind, {})
+    with pytest.raises(ValueError, match=rf"T5ForConditionalGeneration, an encoder-decoder.*--kind judge.*'{kind}'"):
+        load_scorer(folder, kind=kind, **options)

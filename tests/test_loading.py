@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertForSequenceClassification, LlamaForTokenClassification
 
-from calibrated_rewards.reading.labels import Difference, Expected, Label
+from calibrated_rewards.reading.labels import Difference, Expected, Label, Ordinal
 from calibrated_rewards.reading.text import Text
+from calibrated_rewards.rewarding.spelling import read, spelled
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder
 from calibrated_rewards.scorers.implicit import ImplicitReward
 from calibrated_rewards.scorers.judge import ExpectedRating, Judge
@@ -158,6 +159,69 @@ def test_names_that_say_which_is_good(tmp_path: Path) -> None:
     folder = tiny.saved(tiny.classifier(num_labels=2, id2label=names), tmp_path, tiny.tokenizer())
     logits = by_itself(tiny.classifier(num_labels=2))
     np.testing.assert_allclose(load_scorer(folder)(PROMPTS, COMPLETIONS), logits[:, 0] - logits[:, 1], atol=1e-4)
+
+
+def named(folder: Path, *names: str) -> str:
+    """A classifier whose labels have these names."""
+    labels = dict(enumerate(names))
+    return tiny.saved(tiny.classifier(num_labels=len(names), id2label=labels), folder, tiny.tokenizer())
+
+
+def test_names_that_nobody_knows_are_asked_about(tmp_path: Path) -> None:
+    """Before anything is scored, with both labels; what is then said is what is scored."""
+    folder = named(tmp_path, "verbose", "terse")
+    with pytest.raises(ValueError, match=r"'verbose' say .*\(--label 0-1\), for 'terse' .*\(--label 1-0\)"):
+        load_scorer(folder)
+    weights = Path(folder, "model.safetensors").rename(Path(folder, "elsewhere"))
+    with pytest.raises(ValueError, match="'verbose' say"):  # before any weight is loaded
+        load_scorer(folder)
+    weights.rename(Path(folder, "model.safetensors"))
+    logits = by_itself(tiny.classifier(num_labels=2))
+    said = load_scorer(folder, labels=Difference(good=0, bad=1))
+    np.testing.assert_allclose(said(PROMPTS, COMPLETIONS), logits[:, 0] - logits[:, 1], atol=1e-4)
+
+
+def test_ordinal_on_a_softmax(tmp_path: Path) -> None:
+    """Refused, and that the last label is the worst; said rightly, harm scores low."""
+    folder = named(tmp_path, "harmless", "mild", "harmful")
+    with pytest.raises(ValueError, match=r"softmax.*--label expected:0,1,2\).*--cost.*'harmful' is worse than"):
+        load_scorer(folder, labels=Ordinal())
+    with pytest.raises(ValueError, match=r"gives 'harmful' a higher score than 'harmless'.*--cost"):
+        load_scorer(folder, labels=Expected((0, 1, 2)))
+    scores = load_scorer(folder, labels=Expected((0, 1, 2)), cost=True)(PROMPTS, COMPLETIONS)
+    harm = torch.tensor(by_itself(tiny.classifier(num_labels=3))).softmax(1) @ torch.tensor([0.0, 1.0, 2.0])
+    np.testing.assert_allclose(scores, -harm.numpy(), atol=1e-5)
+
+
+def test_a_cost_model(tmp_path: Path) -> None:
+    """Minus what the model gives, for every kind, in the pickle, the fingerprint and the repr as well."""
+    folder = tiny.saved(tiny.classifier(), tmp_path / "cost", tiny.tokenizer())
+    cost = load_scorer(folder, cost=True)
+    np.testing.assert_array_equal(cost(PROMPTS, COMPLETIONS), -load_scorer(folder)(PROMPTS, COMPLETIONS))
+    again = pickle.loads(pickle.dumps(cost))
+    np.testing.assert_array_equal(again(PROMPTS, COMPLETIONS), cost(PROMPTS, COMPLETIONS))
+    assert cost.fingerprint() == {"kind": "cost", "of": load_scorer(folder).fingerprint()}
+    assert repr(cost) == f"Loaded({folder!r}, Cost(SequenceClassifier), Label(index=0), max_length=512)"
+    writer = tiny.saved(tiny.causal(), tmp_path / "lm", tiny.tokenizer())
+    rated = [load_scorer(writer, kind="expected-rating", high=3, cost=said)(["a"], ["b"]) for said in (True, None)]
+    assert rated[0] == -rated[1]
+
+
+def test_rewards_saved_under_the_first_rules(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They say no rules; they are read as they were, and what is wrong with that is logged."""
+    names = {0: "win", 1: "lose"}
+    folder = tiny.saved(tiny.classifier(num_labels=2, id2label=names), tmp_path / "two", tiny.tokenizer())
+    saved = spelled(load_scorer(folder))
+    old = {**saved, "recipe": {k: v for k, v in saved["recipe"].items() if k not in ("cost", "rules")}}
+    logits = by_itself(tiny.classifier(num_labels=2))
+    np.testing.assert_allclose(read(saved)(PROMPTS, COMPLETIONS), logits[:, 0] - logits[:, 1], atol=1e-4)
+    assert not caplog.records
+    np.testing.assert_allclose(read(old)(PROMPTS, COMPLETIONS), logits[:, 1] - logits[:, 0], atol=1e-4)
+    assert "goes on as it was saved, with Difference(good=1, bad=0), but by their names" in caplog.text
+    three = named(tmp_path / "three", "harmless", "mild", "harmful")
+    saved = {**old, "recipe": {**old["recipe"], "name": three, "options": spelled({"labels": Ordinal()})}}
+    assert read(saved)(PROMPTS, COMPLETIONS).shape == (len(PROMPTS),)
+    assert "softmax" in caplog.text
 
 
 def test_tokenizer_from_elsewhere(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ TESTED_WITH = {
     "reading": "body",
     "reading.completion_tokens": "implicit",
     "reading.fingerprint": "body",
+    "reading.first_token": "judge",
+    "reading.head_precision": "multi_attribute",
     "reading.messages": "text",
     "reading.next_token": "judge",
     "reading.question": "judge",

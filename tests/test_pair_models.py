@@ -8,9 +8,10 @@ import tiny
 import torch
 from scipy.special import expit
 from tokenizers import processors
+from transformers import T5Config, T5ForConditionalGeneration
 
 from calibrated_rewards.reading.text import Text, TruncationWarning
-from calibrated_rewards.scorers.pair_models import WHICH, PairClassifier, PairJudge
+from calibrated_rewards.scorers.pair_models import RLHFLOW, STEAM_SHP, WHICH, PairClassifier, PairJudge
 from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, win_chances
 from calibrated_rewards.scorers.protocol import fingerprint
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
@@ -229,3 +230,65 @@ def test_a_comparison_is_of_lists() -> None:
     broken.model.model.norm.weight.data[:] = float("nan")
     with pytest.raises(ValueError, match="look for nan among"):
         broken(["a"], ["b"], ["c"])
+
+
+# As Llama 3's: the template writes BOS itself, and takes off what is blank around a message.
+TRIMMING = "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>{% endfor %}"
+
+
+def as_the_card_does(model, tokenizer, chat, first, second):
+    """RLHFlow's own way: context by its template, BOS deleted from the text, no special tokens added."""
+    context = tokenizer.apply_chat_template(chat, tokenize=False, chat_template=RLHFLOW["context"])
+    question = f"[CONTEXT] {context} [RESPONSE A] {first} [RESPONSE B] {second} \n"
+    text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False)
+    ids = tokenizer(text.replace(tokenizer.bos_token, ""), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    assert tiny.BOS not in ids
+    return by_hand(model, ids, tokenizer.convert_tokens_to_ids(["A", "B"]))
+
+
+def test_rlhflows_recipe() -> None:
+    """Every comparison as its card makes it, for texts and for chats; other settings leave the fingerprint alone."""
+    preference = judge(tokenizer=tiny.tokenizer(template=TRIMMING), **RLHFLOW)
+    prompts, firsts, seconds = comparisons()
+    found = preference(prompts, firsts, seconds)
+    chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+    several = zip(chats, firsts, seconds, strict=True)
+    expected = [as_the_card_does(preference.model, preference.tokenizer, *each) for each in several]
+    assert np.ptp(found) > 0.01
+    assert found == pytest.approx(expected, abs=1e-6)
+    plain = judge(preference.model, preference.tokenizer, question=RLHFLOW["question"], opening=False)
+    assert not np.allclose(plain(prompts, firsts, seconds), expected, atol=1e-4)
+    assert fingerprint(preference)["bos"] is False
+    assert not {"bos", "context"} & {*fingerprint(plain)}
+
+
+def test_bos_is_left_out_of_plain_text_too() -> None:
+    """Where the tokenizer writes it and no template does."""
+    tokenizer = tiny.tokenizer(template=None)
+    preference = judge(tokenizer=tokenizer, bos=False)
+    ids = torch.tensor([tokenizer("Q p A: a B: b ?", add_special_tokens=False)["input_ids"]])
+    answers = tokenizer.convert_tokens_to_ids(["A", "B"])
+    assert preference(["p"], ["a"], ["b"]) == pytest.approx([by_hand(preference.model, ids, answers)], abs=1e-6)
+
+
+def test_an_encoder_decoder_compares() -> None:
+    """SteamSHP's question to a T5: the answer is the decoder's first token, the question keeps its EOS."""
+    sizes = {"d_model": 32, "d_ff": 64, "num_layers": 1, "num_heads": 4, "d_kv": 8, "vocab_size": tiny.VOCABULARY}
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(
+        T5Config(**sizes, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
+    ).eval()
+    tokenizer = tiny.tokenizer(template=None)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tiny.EOS)]
+    )
+    prompts, firsts, seconds = ["one", "two"], ["yes", "no"], ["perhaps", "never"]
+    found = judge(model, tokenizer, question=STEAM_SHP)(prompts, firsts, seconds)
+    for chance, prompt, first, second in zip(found, prompts, firsts, seconds, strict=True):
+        asked = STEAM_SHP.format(prompt=prompt, first=first, second=second)
+        ids = tokenizer(asked, return_tensors="pt")["input_ids"]
+        assert ids[0, -1] == tiny.EOS
+        with torch.no_grad():
+            logits = model(input_ids=ids, decoder_input_ids=torch.zeros(1, 1, dtype=torch.long)).logits[0, 0].double()
+        expected = float(logits[tokenizer.convert_tokens_to_ids(["A", "B"])].softmax(0)[0])
+        assert chance == pytest.approx(expected, abs=1e-6)

@@ -129,6 +129,19 @@ def test_heads_with_one_label_and_with_three():
         ProcessReward(three, tokenizer, MARK, label=3)(["q"], ["one"])
 
 
+def test_names_say_which_label_is_good():
+    """In whichever order they stand; names that do not say it are asked about."""
+    tokenizer, unnamed = tiny.tokenizer(), ProcessReward(labeller(), tiny.tokenizer(), MARK)
+    expected = unnamed(["q"], ["one"])
+    for names, turn in ((("bad", "good"), 1), (("Correct", "Incorrect"), -1), (("1", "0"), -1)):
+        scorer = ProcessReward(labeller(id2label=dict(enumerate(names))), tokenizer, MARK)
+        np.testing.assert_allclose(scorer(["q"], ["one"]), turn * expected, rtol=1e-5)
+    assert unnamed.fingerprint()["label"] == 1
+    for model in (labeller(id2label={0: "cat", 1: "dog"}), labeller(3)):
+        with pytest.raises(ValueError, match=r"do not say which.*--option label=1"):
+            ProcessReward(model, tokenizer, MARK)(["q"], ["one"])
+
+
 def test_chats_and_several_turns():
     """Steps of all the assistant's turns are marked, those of tools are not; marks in the prompt do not count."""
     model, tokenizer = labeller(), tiny.tokenizer()

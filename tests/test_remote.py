@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 
-from calibrated_rewards.reading.labels import Label
+from calibrated_rewards.reading.labels import Difference, Label
 from calibrated_rewards.reading.text import Text, TruncationWarning
 from calibrated_rewards.scorers.protocol import fingerprint
 from calibrated_rewards.scorers.remote import Refused, Remote, asked_wait
@@ -476,6 +476,17 @@ def vllm_server(model, *, activation=False, pooling=False, shuffle=False):
         return {"model": body["model"], "data": rows[::-1] if shuffle else rows}
 
     return answer
+
+
+def test_vllm_names_its_labels() -> None:
+    """A server whose first label is the good one is not read backwards; what is said of them counts."""
+    for name, probs in (("unsafe", [0.5, 2.0]), ("SAFE", [2.0, 0.5]), ("not helpful", [0.0, 1.0])):
+        answer = {"data": [{"index": 0, "label": name, "probs": probs}]}
+        with pytest.raises(ValueError, match=rf"calls label \d '{name}'.*--label 0-1"):
+            Vllm("rm").scores(answer, 1)
+        assert Vllm("rm", labels=Difference(good=0, bad=1)).scores(answer, 1) == [probs[0] - probs[1]]
+    for name in ("LABEL_1", "safe", "something else", None):
+        assert Vllm("rm").scores({"data": [{"index": 0, "label": name, "probs": [0.5, 2.0]}]}, 1) == [1.5]
 
 
 @pytest.mark.parametrize("labels", [1, 2])

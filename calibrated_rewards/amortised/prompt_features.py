@@ -15,6 +15,7 @@ from calibrated_rewards.reading.batches import Budget
 from calibrated_rewards.reading.body import body_of, default_budget, lock_of, positions_of, unwrapped, vocabulary
 from calibrated_rewards.reading.own_forward import OwnForward, Padding
 from calibrated_rewards.reading.text import Text, kept
+from calibrated_rewards.scorers.cost import Cost
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder, flat
 from calibrated_rewards.scorers.protocol import fingerprint, name_of
 from calibrated_rewards.scorers.recipe import Loaded
@@ -63,7 +64,9 @@ class PromptFeatures:
 
     @cached_property
     def _readable(self) -> Readable:
-        scorer = self.scorer.scorer if isinstance(self.scorer, Loaded) else self.scorer
+        scorer: Any = self.scorer
+        while isinstance(scorer, Loaded | Cost):
+            scorer = scorer.scorer
         if not isinstance(scorer, Readable):
             raise TypeError(
                 f"PromptFeatures reads a scorer that has a model, a tokenizer and a text, got {name_of(scorer)}. Any "

@@ -240,5 +240,6 @@ def sign(subject: Subject) -> Outcome:
     told = f"the good answer is not above the bad one in {len(wrong)} of {pairs} pairs ({QUESTIONS[wrong[0]].prompt!r})"
     return Outcome(
         "FAIL",
-        f"{told} -> is this a cost model? Cost(scorer). A random head? The wrong label? If it is meant so: sign=False",
+        f"{told} -> is this a cost model? Cost(scorer), or --cost. A random head? The wrong label? If it is meant so: "
+        "sign=False",
     )

@@ -19,6 +19,7 @@ EPILOG = """examples:
   calibrated-rewards calibrate ... --dry-run                      what would be done, what it would cost
   calibrated-rewards calibrate ... -k 200                         the same again with a larger K: only what is missing
   calibrated-rewards calibrate --reward-model new=./rm2 --out table/      another reward model for the same rollouts
+  calibrated-rewards calibrate --reward-model safe=./toxicity --cost --out table/     a model whose higher is worse
   calibrated-rewards calibrate --rollouts dump.parquet --scores reward --out table/       rollouts made elsewhere
 
 Killed or stopped, the same command goes on where it was. Several processes that are given the same command, on one

@@ -21,7 +21,7 @@ EPILOG = """examples:
   calibrated-rewards check-scorer --reward-model Skywork/Skywork-Reward-V2-Qwen3-0.6B
   calibrated-rewards check-scorer --reward-model ./my-rm --max-length 4096 --prompts mine.jsonl
   calibrated-rewards check-scorer --reward-model ./stars --label expected:1,2,3,4,5
-  calibrated-rewards check-scorer --reward-model ./toxicity --no-sign
+  calibrated-rewards check-scorer --reward-model ./toxicity --cost
 
 A line of --prompts has a "prompt" and a "completion", or several "completions"; prompts are text or lists of messages.
 Each check says ok, FAIL with what to do, or - where it does not apply. Differences are in standard deviations (sd) of

@@ -23,6 +23,8 @@ EPILOG = """examples:
       --judge ./judge --out evaluation/
   calibrated-rewards evaluate --policy calibrated=run/model --policy raw=raw/model --reference ./sft \\
       --reward-model ./rm --judge ./judge --prompts new.jsonl --max-tokens 256 --best-of 16 --out evaluation/
+  calibrated-rewards evaluate ... --reward-model ./toxicity --cost --judge ./judge      a model whose higher is worse
+  calibrated-rewards evaluate ... --reward reward/ --judge ./toxicity --judge-cost       or a judge
   calibrated-rewards evaluate ... -m 64                 the same again with more completions: only what is missing
   calibrated-rewards evaluate ... --json | jq .policies[0].win_rates.judge
 
@@ -47,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--reward", type=Path, metavar="DIR", help=told)
     told = "a reward model that judges; loaded as the options under 'reward model' say"
     group.add_argument("--judge", metavar="PATH|ID|URL", help=told)
+    told = "the judge's higher is worse; --cost is of the --reward-model alone"
+    group.add_argument("--judge-cost", action=argparse.BooleanOptionalAction, default=None, help=told)
     group.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything is kept; go on there")
     group.add_argument("-m", "--m", type=int, default=32, help="completions of each prompt (%(default)s)")
     for name, what in (("best", "best"), ("worst", "worst")):
@@ -140,6 +144,10 @@ def _reward(options: argparse.Namespace) -> "CalibratedReward | None":
 def _scorers(options: argparse.Namespace, reward: "CalibratedReward | None") -> "dict[str, Scorer]":
     """By name, the one that selects first."""
     found: Any = {}
+    if options.cost is not None and not options.reward_model:
+        raise ValueError("--cost is of a --reward-model, there is none: of the judge say --judge-cost")
+    if options.judge_cost is not None and not options.judge:
+        raise ValueError("--judge-cost is of a --judge, there is none")
     if options.reward_model:
         several = reward_model.load_several(options)
         found = several if isinstance(several, dict) else {"reward": several}
@@ -150,7 +158,8 @@ def _scorers(options: argparse.Namespace, reward: "CalibratedReward | None") -> 
     if options.judge:
         if "judge" in found:
             raise ValueError("--judge is named judge, give the --reward-model of that name another one")
-        found["judge"] = reward_model.load(argparse.Namespace(**{**vars(options), "reward_model": options.judge}))
+        judge = {**vars(options), "reward_model": options.judge, "cost": options.judge_cost}
+        found["judge"] = reward_model.load(argparse.Namespace(**judge))
     if not found:
         raise ValueError("an evaluation needs --reward DIR or --reward-model PATH|ID|URL, and better a --judge too")
     return dict(found)

@@ -13,6 +13,7 @@ EPILOG = """examples:
   calibrated-rewards reward table/ --reward-model ./rm --transform exp:10 --out reward/
   calibrated-rewards reward table/ --reward-model ./rm --transform best-of:4:1.0 --out reward/
   calibrated-rewards reward table/ --reward-model http://rm:8000 --server vllm --served-model rm --out reward/
+  calibrated-rewards reward table/safe --reward-model ./toxicity --cost --transform worst-of:4:1.0 --out safe/
   CALIBRATED_REWARD=reward/ trl rloo --reward_funcs calibrated_rewards.adapters.trl_reward.reward ...
 
 The reward model is verified first: it scores the table's probes again, and has to give what it gave when the table was

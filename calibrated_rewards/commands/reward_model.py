@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.commands import server
 from calibrated_rewards.reading.labels import Difference, Expected, Label, Labels, Ordinal, Weighted
+from calibrated_rewards.scorers.cost import Cost
 
 if TYPE_CHECKING:
     from calibrated_rewards.reading.text import Text
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> 
     group.add_argument("--kind", help="what it is, where looking at the checkpoint does not tell: judge, process, ...")
     group.add_argument("--option", action="append", default=[], type=named, metavar="NAME=VALUE", help=OPTION_HELP)
     group.add_argument("--label", type=labels, metavar="HOW", help=LABEL_HELP)
+    group.add_argument("--cost", action=argparse.BooleanOptionalAction, default=None, help=COST_HELP)
     group.add_argument(
         "--max-length", type=int, metavar="TOKENS", help="most tokens of an input; what the model can read"
     )
@@ -51,12 +53,17 @@ LABEL_HELP = (
     "how several labels make one score: 3 (that label's logit), 1-0 (logit 1 minus logit 0), expected:1,2,3,4,5 "
     "(their mean value), weighted:1,-0.5 (a weighted sum), ordinal (the expected class)"
 )
+COST_HELP = (
+    "higher is worse (a cost model, a toxicity model): the score is minus what the model gives; --no-cost where names "
+    "of labels ask and it is meant as it is"
+)
 
 
 def load(options: argparse.Namespace) -> "Scorer":
     """The scorer that the options name."""
     if server.is_url(options.reward_model):
-        return server.load(options, text(options.max_length, options.chat_template))
+        remote = server.load(options, text(options.max_length, options.chat_template))
+        return Cost(remote) if options.cost else remote
     server.check_local(options)
     from calibrated_rewards.scorers.loading import load_scorer
 
@@ -79,6 +86,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "kind": options.kind,
         "labels": options.label,
+        "cost": options.cost,
         "text": text(options.max_length, options.chat_template),
         "batch_tokens": options.batch_tokens,
         "dtype": options.dtype,

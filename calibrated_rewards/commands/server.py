@@ -5,6 +5,8 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from calibrated_rewards.scorers.cost import Cost
+
 if TYPE_CHECKING:
     from calibrated_rewards.reading.text import Text
     from calibrated_rewards.scorers.protocol import Scorer
@@ -58,6 +60,8 @@ def reach(scorer: "Scorer", prompt: Any, completion: Any) -> None:
         from calibrated_rewards.scorers.remote import Refused, Remote
     except ImportError:
         return
+    if isinstance(scorer, Cost):
+        scorer = scorer.scorer
     if not isinstance(scorer, Remote):
         return
     try:

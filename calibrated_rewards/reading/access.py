@@ -1,9 +1,11 @@
 """How scorers get at a model: its lock, the most tokens of an input, and what was found out in earlier calls."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reading.batches import Budget
 from calibrated_rewards.reading.body import body_of, default_budget, lock_of, positions_of, vocabulary
 from calibrated_rewards.reading.decoder import Decoder, Head, Sharing
@@ -38,6 +40,26 @@ class Access:
     def limit(self) -> int:
         """Most tokens of an input."""
         return self.text.limit(self.tokenizer, positions_of(self.model))
+
+    @property
+    def reward_token(self) -> int | None:
+        """The token at which the score is read, where the config names one (InternLM2's reward models)."""
+        token = getattr(self.model.config, "reward_token_id", None)
+        return token if isinstance(token, int) and 0 <= token < vocabulary(self.model) else None
+
+    def encode(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[list[int]]:
+        """The token ids of each pair, cut to the limit; they end in the reward token, where the model has one."""
+        end = self.reward_token
+        room = self.limit - (end is not None)
+        with self.lock:  # fast tokenizers do not bear two threads
+            rows = self.text.encode(self.tokenizer, prompts, completions, room)
+        # A template may have written it; any other last token would be read in its place, without a word.
+        return rows if end is None else [row if row[-1] == end else [*row, end] for row in rows]
+
+    def text_fingerprint(self) -> dict[str, Any]:
+        """What the token ids depend on, but for the tokenizer."""
+        end = {} if self.reward_token is None else {"reward_token_id": self.reward_token}
+        return {**self.text.fingerprint(self.tokenizer), "max_length": self.limit, **end}
 
     @cached_property
     def budget(self) -> Budget:

@@ -1,16 +1,16 @@
-"""How the labels that a classifier was trained with make one score, where their number or their names say it."""
+"""Turn the labels that a classifier was trained with into one score, or ask where their names do not say how."""
 
-import re
 from collections.abc import Mapping
+from typing import Any
 
-from calibrated_rewards.reading.labels import Difference, Expected, Label, Labels
+import numpy as np
 
-# A sign stands alone: the hyphen of "grade-1" is none. \u2212 is the minus sign of typographers.
-NUMBER = re.compile(r"(?:(?<![\w.])[-+\u2212])?(?:\d+(?:\.\d+)?|(?<!\w)\.\d+)")
-# The names that transformers gives to labels that nobody named.
-UNNAMED = re.compile(r"LABEL_\d+")
-# Names of two labels of which it is known, in any case, which is the better one: it is so named, good first.
-GOOD_AND_BAD = {
+from calibrated_rewards.reading.label_names import NUMBER, find_number, find_side, find_values, is_generic, is_unnamed
+from calibrated_rewards.reading.labels import Difference, Expected, Label, Labels, Ordinal
+
+# Until rewards said which rules their labels were read by: pairs of names, the good one first.
+FIRST_RULES, RULES = 1, 2
+FIRST_PAIRS = {
     ("positive", "negative"),
     ("good", "bad"),
     ("chosen", "rejected"),
@@ -24,31 +24,163 @@ GOOD_AND_BAD = {
     ("correct", "incorrect"),
     ("pass", "fail"),
 }
+HOW = (
+    "say how they make one score, with the labels Difference(good, bad), Label(i), Expected(values), Ordinal() or "
+    "Weighted(weights) of calibrated_rewards.reading.labels; on the command line with --label 1-0 (logit 1 less "
+    "logit 0), --label 2, --label expected:1,2,3, --label ordinal or --label weighted:1,-0.5"
+)
+# Far enough apart for a softmax to be sure.
+SURE = 20.0
 
 
 def labels_of(names: Mapping[int, str]) -> Labels:
-    """One label: its logit. Two: the second's log-odds, or the better one's. More: the mean of their names' numbers.
+    """One label: its logit. Two: log-odds of the better one. More: the mean of what their names say they are worth.
 
-    The better of two is known where their names are one of `GOOD_AND_BAD`.
+    Labels that nobody named (LABEL_0) count as transformers' own examples do: of two the second is the good one. All
+    other names have to say which is better, or this asks.
 
     >>> labels_of({0: "LABEL_0"})
     Label(index=0)
-    >>> labels_of({0: "LABEL_0", 1: "LABEL_1"}), labels_of({0: "chosen", 1: "rejected"})
+    >>> labels_of({0: "LABEL_0", 1: "LABEL_1"}), labels_of({0: "preferred", 1: "dispreferred"})
     (Difference(good=1, bad=0), Difference(good=0, bad=1))
     >>> labels_of({0: "1 star", 1: "2 stars", 2: "3 stars"})
     Expected(values=(1.0, 2.0, 3.0))
     """
-    # The logits are in the order of the ids, whatever these are.
-    ordered = [str(names[i]) for i in sorted(names, key=int)]
+    ordered = order_names(names)
     if len(ordered) == 1:
         return Label(0, of=1)
     if len(ordered) == 2:
-        first, second = (name.strip().casefold() for name in ordered)
-        return Difference(good=0, bad=1, of=2) if (first, second) in GOOD_AND_BAD else Difference(good=1, bad=0, of=2)
-    found = [NUMBER.findall(name) for name in ordered]
-    if any(UNNAMED.fullmatch(name) for name in ordered) or any(len(numbers) != 1 for numbers in found):
+        return _better_of_two(ordered)
+    values = find_values(ordered)
+    # Of three and more, words say an order (bad, fair, good) but not how far apart they are.
+    if values is None or any(find_number(name) is None for name in ordered):
+        raise ValueError(f"the model has {len(ordered)} labels, {dict(enumerate(ordered))}: {HOW}")
+    return Expected(values)
+
+
+def order_names(names: Mapping[int, str]) -> list[str]:
+    """Return the names in the order of the logits, which is the order of the ids."""
+    return [str(names[i]) for i in sorted(names, key=int)]
+
+
+def resolve_labels(labels: Labels | None, config: Any, cost: bool | None = None) -> Labels:
+    """Return the labels to score with: those given, or what the names say. Refuse labels that contradict the config.
+
+    `cost` says whether the score will be negated afterwards; None: the user has not said.
+    """
+    names = order_names(config.id2label)
+    if labels is None:
+        _check_single(names, cost)
+        labels = labels_of(config.id2label)
+    elif isinstance(labels, Ordinal):
+        check_ordinal(config)
+    check_direction(labels, names, cost)
+    return labels
+
+
+def check_direction(labels: Labels, names: list[str], cost: bool | None) -> None:
+    """Refuse a score that rises from the label whose name says good to the one whose name says bad."""
+    sides = [None if is_generic(name) else find_side(name) for name in names]
+    values = find_values(names) or tuple(0.0 if s is None else float(s) for s in sides)
+    if not any(sides) or len({*values}) < 2 or (cost is False):
+        return
+    best, worst = int(np.argmax(values)), int(np.argmin(values))
+    try:
+        rise = float(_score_if_sure(labels, best, len(names)) - _score_if_sure(labels, worst, len(names)))
+    except (ValueError, IndexError):
+        return  # labels that do not fit the head are refused where the head's outputs are counted
+    if rise * (-1 if cost else 1) >= 0:
+        return
+    if cost:
         raise ValueError(
-            f"the model has {len(names)} labels, {dict(names)}: say how they make one score, with labels= Label(i), "
-            "Difference(good, bad), Expected(values) or Weighted(weights) of calibrated_rewards.reading.labels"
+            f"{labels} already gives {names[best]!r} a higher score than {names[worst]!r}: cost=True (--cost) would "
+            "turn it round; leave it out"
         )
-    return Expected(tuple(float(numbers[0].replace("\u2212", "-")) for numbers in found))
+    raise ValueError(
+        f"{labels} gives {names[worst]!r} a higher score than {names[best]!r}: say cost=True (--cost), which makes the "
+        "score minus that, or cost=False (--no-cost) if it is meant so"
+    )
+
+
+def check_ordinal(config: Any) -> None:
+    """Refuse `Ordinal` for a head of classes: the logits of a softmax are not those of `class > k`."""
+    names = order_names(config.id2label)
+    problem = getattr(config, "problem_type", None)
+    trained_as_classes = problem == "single_label_classification"
+    if not trained_as_classes and (_says_ordinal(config) or problem == "multi_label_classification"):
+        return
+    values = find_values(names)
+    levels = all(map(is_unnamed, names)) or (
+        values is not None and list(values) in (sorted(values), sorted(values)[::-1])
+    )
+    if levels and not trained_as_classes:
+        return
+    why = "its config says problem_type='single_label_classification'" if trained_as_classes else "they are classes"
+    ends = find_side(names[0]), find_side(names[-1])
+    falling = all(end is not None for end in ends) and (ends[0] or 0) > (ends[1] or 0)
+    turn = f" and cost=True (--cost), as {names[-1]!r} is worse than {names[0]!r}" if falling else ""
+    numbers = ",".join(map(str, range(len(names))))
+    raise ValueError(
+        f"Ordinal() reads a head whose k-th logit says `class > k`, and the labels {dict(enumerate(names))} are those "
+        f"of a softmax: {why}. Say Expected(({numbers.replace(',', ', ')})) (--label expected:{numbers}){turn}"
+    )
+
+
+def apply_first_rules(names: Mapping[int, str]) -> Labels:
+    """Read labels by version 1 of these rules, with which saved rewards of that time go on."""
+    ordered = order_names(names)
+    if len(ordered) == 1:
+        return Label(0, of=1)
+    if len(ordered) == 2:
+        good = 0 if tuple(name.strip().casefold() for name in ordered) in FIRST_PAIRS else 1
+        return Difference(good=good, bad=1 - good, of=2)
+    numbers = [NUMBER.findall(name) for name in ordered]
+    if any(map(is_unnamed, ordered)) or any(len(found) != 1 for found in numbers):
+        return labels_of(names)
+    return Expected(tuple(float(found[0].replace("\u2212", "-")) for found in numbers))
+
+
+def _better_of_two(names: list[str]) -> Labels:
+    if all(map(is_unnamed, names)):
+        return Difference(good=1, bad=0, of=2)
+    values = find_values(names)
+    if values is None or values[0] == values[1]:
+        raise ValueError(
+            f"the model has 2 labels, and their names do not say which is the better one: for {names[0]!r} say the "
+            f"labels Difference(good=0, bad=1) (--label 0-1), for {names[1]!r} Difference(good=1, bad=0) (--label 1-0)"
+        )
+    good = int(values[1] > values[0])
+    return Difference(good=good, bad=1 - good, of=2)
+
+
+def _check_single(names: list[str], cost: bool | None) -> None:
+    """Refuse a single label whose name says that more of it is worse, unless the user has said whether it is a cost."""
+    if len(names) != 1 or cost is False:
+        return
+    if find_side(names[0]) == -1 and not cost:
+        raise ValueError(
+            f"the model's only label is {names[0]!r}, of which more is worse: say cost=True (--cost), which makes the "
+            "score minus that, or cost=False (--no-cost) if it is meant so"
+        )
+    if find_side(names[0]) == 1 and cost and not is_generic(names[0]):
+        raise ValueError(
+            f"the model's only label is {names[0]!r}, of which more is better: leave out cost=True (--cost)"
+        )
+
+
+def _score_if_sure(labels: Labels, label: int, count: int) -> np.floating[Any]:
+    """Return the score of an input that the model is sure belongs to this label."""
+    logits = np.full((1, count), -SURE, np.float32)
+    # Of an ordinal head all logits up to the class's are high.
+    logits[0, : label + 1] = SURE if isinstance(labels, Ordinal) else logits[0, : label + 1]
+    logits[0, label] = SURE
+    score: np.floating[Any] = labels(logits)[0]
+    return score
+
+
+def _says_ordinal(config: Any) -> bool:
+    """Return whether a setting of the config names an ordinal head or loss."""
+    said = config.to_dict()
+    named = any("ordinal" in key.casefold() and value for key, value in said.items())
+    values = {value.casefold() for value in said.values() if isinstance(value, str)}
+    return named or bool(values & {"ordinal", "ordinal_regression", "coral", "corn", "cumulative_link"})

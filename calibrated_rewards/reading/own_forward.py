@@ -115,7 +115,7 @@ class OwnForward:
         device = device_of(self.model)
         ids, mask = right_padded([rows[i] for i in at], self.pad_id, device)
         extra = {"token_type_ids": right_padded([types[i] for i in at], 0, device)[0]} if types is not None else {}
-        numbers = taken(self.model(input_ids=ids, attention_mask=mask, **extra), self.output).float().cpu()
+        numbers = taken(run_forward(self.model, input_ids=ids, attention_mask=mask, **extra), self.output).float().cpu()
         return list(numbers.reshape(len(at), -1))
 
     @contextmanager
@@ -156,12 +156,28 @@ class Precise:
         return self.forward(*map(_widened, args), **{name: _widened(value) for name, value in options.items()})
 
 
+def run_forward(model: nn.Module, **inputs: Tensor) -> Any:
+    """Run the model; an input that its own code refuses is a ValueError with the model's name, and says what to do."""
+    try:
+        return model(**inputs)
+    except (ValueError, AssertionError, LookupError, TypeError, AttributeError) as error:
+        name = type(getattr(model, "inner", model)).__name__
+        raise ValueError(
+            f"{name} does not read an input of {inputs['input_ids'].shape[1]} tokens: {type(error).__name__}: {error}. "
+            "A model that looks for the tokens of its chat template needs prompts that are lists of messages, or "
+            "chat=True for prompts that are text (--option chat=true), and a max_length that leaves these tokens in"
+        ) from error
+
+
 def taken(outputs: Any, output: str | int | None) -> Tensor:
     """One of a model's outputs, by key, index, or as it is."""
     if output is None:
         return outputs  # type: ignore[no-any-return]
-    if isinstance(outputs, Tensor) and not isinstance(output, str):
-        raise ValueError(f"the model's output is a tensor itself, which is output=None, got output={output!r}")
+    if isinstance(outputs, Tensor):
+        raise ValueError(
+            f"the model returns the scores themselves, a tensor, and no output {output!r}: load it as the kind "
+            "multi-attribute (--kind multi-attribute) without naming an output; MultiAttribute(..., output=None)"
+        )
     if isinstance(output, str) and not (isinstance(outputs, Mapping) and output in outputs):
         known = ", ".join(outputs) if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
         raise ValueError(

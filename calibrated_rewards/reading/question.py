@@ -25,6 +25,8 @@ class Question:
     text: Text
     values: Mapping[str, str] = field(default_factory=dict)
     """What else is filled in: names that stand in braces."""
+    closes: bool = False
+    """Whether a question that is text keeps the EOS of its tokenizer: an encoder reads to it, a decoder goes on."""
 
     def __post_init__(self) -> None:
         if "{completion}" not in self.wording:
@@ -44,7 +46,7 @@ class Question:
         asked = [self.written(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         text = replace(self.text, chat=self._templated)
         rows = text.tokens(self.tokenizer, [text.opening(self.tokenizer, question) for question in asked])
-        if not self._templated:
+        if not self._templated and not self.closes:
             # A tokenizer that ends plain text with EOS would have the judge answer after its end.
             rows = [row[:-1] if len(row) > 1 and row[-1] == self.tokenizer.eos_token_id else row for row in rows]
         text.report([len(row) for row in rows], limit)

@@ -45,7 +45,7 @@ class CrossEncoder:
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     labels: Labels | None = None
-    """How several labels make one score; None: the only label, or of two the second's log-odds."""
+    """How several labels make one score; None: as `labels_of` reads their names."""
     text: Text = field(default_factory=Text)
     """`max_length`, `on_long` and `strip`; the tokenizer's own form of a pair leaves nothing else to choose."""
     batch_tokens: int | None = None

@@ -16,6 +16,7 @@ Kind: TypeAlias = Literal[
     "judge",
     "expected-rating",
     "rated-judge",
+    "token-logit",
     "implicit",
 ]
 
@@ -23,6 +24,7 @@ NO_HEAD = """\
 {name} ({what}) has no head that gives a score: loaded as a classifier it would get a random one. If it is
   - a judge that answers in words: calibrated_rewards.scorers.judge.Judge, or kind="judge"
   - a policy trained with DPO: calibrated_rewards.scorers.implicit.ImplicitReward, or kind="implicit", reference=...
+  - a model whose score is the logit of its next token (Nemotron): kind="token-logit"
   - a process reward model: calibrated_rewards.scorers.process.ProcessReward, or kind="process", mark=...
   - the base of a reward adapter: give the adapter's folder instead"""
 
@@ -96,20 +98,26 @@ def classifies(checkpoint: Checkpoint) -> bool:
     return "AutoModelForSequenceClassification" in checkpoint.config.get("auto_map", {})
 
 
+def is_encoder_decoder(checkpoint: Checkpoint) -> bool:
+    """Whether an encoder reads and a decoder of its own writes: T5, BART."""
+    known = checkpoint.config.get("model_type") in transformers.CONFIG_MAPPING
+    return known and bool(parse_config(checkpoint).is_encoder_decoder)
+
+
 def is_encoder(checkpoint: Checkpoint) -> bool:
     """Whether it reads in both directions: a kind of model that is trained to fill in words, and no encoder-decoder."""
     if checkpoint.config.get("model_type") not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return False
-    config = _parsed(checkpoint)
+    config = parse_config(checkpoint)
     return not (config.is_encoder_decoder or getattr(config, "is_decoder", False))
 
 
 def _labels(checkpoint: Checkpoint, base: Checkpoint) -> int:
     """How many labels there are: an adapter's own head says it, or the config."""
-    return (checkpoint.labels if checkpoint.adapter else None) or int(_parsed(base).num_labels or 2)
+    return (checkpoint.labels if checkpoint.adapter else None) or int(parse_config(base).num_labels or 2)
 
 
-def _parsed(checkpoint: Checkpoint) -> transformers.PretrainedConfig:
+def parse_config(checkpoint: Checkpoint) -> transformers.PretrainedConfig:
     """The config with what config.json leaves out because it is the default."""
     found: transformers.PretrainedConfig = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(
         checkpoint.config

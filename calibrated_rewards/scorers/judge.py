@@ -1,4 +1,7 @@
-"""A language model as a judge that is read, not heard: the logits of its possible answers at the next token."""
+"""A language model as a judge that is read, not heard: the logits of its possible answers at the next token.
+
+A causal language model answers behind the question; an encoder-decoder (T5) in the first token that its decoder writes.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +16,7 @@ from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reading.access import Access
 from calibrated_rewards.reading.decoder import Row, group_of
 from calibrated_rewards.reading.fingerprint import model_fingerprint
+from calibrated_rewards.reading.first_token import is_encoder_decoder, read_first_token
 from calibrated_rewards.reading.labels import Difference, Expected
 from calibrated_rewards.reading.next_token import Logits, logits_of
 from calibrated_rewards.reading.question import Question, one_token
@@ -39,7 +43,7 @@ How good is this response to the prompt: correct, helpful and harmless? Answer w
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """Asks a causal LM whether a completion is good: the log-odds of two answers, each one token, at the next token.
+    """Asks a language model whether a completion is good: the log-odds of two answers, each one token.
 
     They keep apart what "yes" or "no" alone, or the probability near 0 and 1, would make equal.
     """
@@ -77,7 +81,7 @@ class Judge:
     @cached_property
     def _answers(self) -> "Answers":
         values = {"good": self.good.strip(), "bad": self.bad.strip()}
-        question = Question(self.tokenizer, self.question, self.text, values)
+        question = Question(self.tokenizer, self.question, self.text, values, is_encoder_decoder(self.model))
         options = (self.batch_tokens, self.share_prefixes, self.show_progress)
         access = Access(self.model, self.tokenizer, self.text, *options)
         return Answers(access, question, (self.good, self.bad))
@@ -85,9 +89,10 @@ class Judge:
 
 @dataclass(frozen=True, eq=False)
 class ExpectedRating:
-    """Asks a causal LM for a rating: the mean over the whole numbers from low to high, each one token, of its softmax.
+    """Asks a language model for a rating: the mean of the whole numbers from low to high under its softmax.
 
-    Unlike a rating that is written and parsed, it is hardly ever the same for two completions.
+    Each number is one token. Unlike a rating that is written and parsed, it is hardly ever the same for two
+    completions.
     """
 
     model: Any
@@ -126,7 +131,7 @@ class ExpectedRating:
     @cached_property
     def _answers(self) -> "Answers":
         values = {"low": str(self.low), "high": str(self.high)}
-        question = Question(self.tokenizer, self.question, self.text, values)
+        question = Question(self.tokenizer, self.question, self.text, values, is_encoder_decoder(self.model))
         options = (self.batch_tokens, self.share_prefixes, self.show_progress)
         access = Access(self.model, self.tokenizer, self.text, *options)
         return Answers(access, question, tuple(map(str, self._ratings)))
@@ -149,6 +154,8 @@ class Answers:
             return np.empty((0, len(self.answers)), np.float32)
         with self.access.lock:  # fast tokenizers do not bear two threads
             ids = self.question.tokens(prompts, completions, self.access.limit)
+        if is_encoder_decoder(self.access.model):
+            return read_first_token(self.access, ids, self._tokens).numpy()
         rows = [Row(row, [len(row) - 1]) for row in ids]
         return torch.cat(self.access.decoder(self._head)(rows, [group_of(prompt) for prompt in prompts])).numpy()
 

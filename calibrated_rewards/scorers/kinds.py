@@ -18,6 +18,7 @@ from calibrated_rewards.scorers.multi_attribute import MultiAttribute
 from calibrated_rewards.scorers.process import ProcessReward
 from calibrated_rewards.scorers.rated_judge import RatedJudge
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
+from calibrated_rewards.scorers.token_logit import TokenLogit
 from calibrated_rewards.scorers.value_head import ValueHead
 
 CLASSES: dict[Kind, Any] = {
@@ -29,6 +30,7 @@ CLASSES: dict[Kind, Any] = {
     "judge": Judge,
     "expected-rating": ExpectedRating,
     "rated-judge": RatedJudge,
+    "token-logit": TokenLogit,
     "implicit": ImplicitReward,
 }
 # What `load_scorer` finds for itself.
@@ -93,6 +95,15 @@ def check_labels(labels: Labels, outputs: int) -> None:
     found = np.shape(labels(np.zeros((1, outputs), np.float32)))
     if found != (1,):
         raise ValueError(f"labels give one score for each input, {labels} gave shape {found} for 1 input")
+
+
+def check_score_type(config: Mapping[str, Any], cost: bool | None) -> None:
+    """Ask about a model whose config says that it gives costs (Beaver's score_type) while nobody has."""
+    if config.get("score_type") == "cost" and cost is None:
+        raise ValueError(
+            "the model's config says score_type='cost', of which more is worse: say cost=True (--cost), which makes "
+            "the score minus that, or cost=False (--no-cost) if it is meant so"
+        )
 
 
 def check_options(kind: Kind, options: Mapping[str, Any], reference: bool, adapter: bool) -> None:

@@ -9,15 +9,26 @@ from typing import Any
 import transformers
 
 from calibrated_rewards.reading.labels import Labels
-from calibrated_rewards.reading.labels_of import labels_of
+from calibrated_rewards.reading.labels_of import FIRST_RULES, RULES, apply_first_rules, resolve_labels
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.checkpoint import checkpoint
-from calibrated_rewards.scorers.inspection import Kind, architecture, check_writes, classifies, kind_of, needs_code
+from calibrated_rewards.scorers.cost import Cost
+from calibrated_rewards.scorers.inspection import (
+    Kind,
+    architecture,
+    check_writes,
+    classifies,
+    is_encoder_decoder,
+    kind_of,
+    needs_code,
+    parse_config,
+)
 from calibrated_rewards.scorers.kinds import (
     CLASSES,
     TEXT,
     check_labels,
     check_options,
+    check_score_type,
     labels_from,
     named,
     path,
@@ -35,6 +46,7 @@ def load_scorer(
     *,
     kind: Kind | str | None = None,
     labels: Labels | int | None = None,
+    cost: bool | None = None,
     text: Text | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     output: str | int | None = None,
@@ -60,8 +72,9 @@ def load_scorer(
     DeepSpeed ZeRO-3, call it before the trainer's arguments are made.
 
     An encoder with one label reads prompt and response as a pair (CrossEncoder); with several, and any decoder, one
-    text. Labels: one is its logit, two are the second's log-odds (or the good one's, where their names say which that
-    is), "1 star" to "5 stars" are their expected value; a number is that label's logit.
+    text. Labels: one is its logit, two are log-odds of the better one, as their names say (of LABEL_0 and LABEL_1 the
+    second's), "1 star" to "5 stars" are their expected value; a number is that label's logit. Other names are asked
+    about. `cost=True` is for a model whose higher score is worse: its scores are turned round.
     """
     place = path(name_or_path, "name_or_path")
     _refuse_server(place)
@@ -72,7 +85,8 @@ def load_scorer(
     own = {name: value for name, value in options.items() if name not in TEXT}
     # Another process, which may stand in another directory, gets the same folder or the same commit.
     others = {"base": base, "reference": reference, "tokenizer": tokenizer}
-    lasting = {what: None if other is None else checkpoint(path(other, what)).name for what, other in others.items()}
+    lasting: dict[str, Any] = {"cost": cost, "rules": RULES}
+    lasting |= {what: None if other is None else checkpoint(path(other, what)).name for what, other in others.items()}
     found, chosen = checkpoint(place, revision), {**given, **sharing, **own}
     recipe = FromCheckpoint(found.name, found.revision, named(kind), **lasting, placement=placement, options=chosen)
     loaded = Loaded(recipe)
@@ -92,28 +106,68 @@ class FromCheckpoint:
     tokenizer: str | None = None
     placement: Placement = field(default_factory=Placement)
     options: Mapping[str, Any] = field(default_factory=dict)
+    cost: bool | None = None
+    """Whether higher is worse; None: nobody has said so, and labels whose names say it are asked about."""
+    rules: int = FIRST_RULES
+    """The version of the rules by which a checkpoint is read, its names of labels and Beaver's normaliser: what was
+    saved before there were two has the first."""
 
     def load(self) -> Any:
-        """The scorer, with its weights in memory."""
+        """The scorer, with its weights in memory; of a cost model, minus that."""
+        scorer = self._load()
+        return Cost(scorer) if self.cost else scorer
+
+    def _load(self) -> Any:
         at = source(self.name, self.revision, self.base, self.placement, self.tokenizer)
         kind = self.kind or kind_of(at.checkpoint, at.base, self.placement.trust_remote_code)
         if kind == "sequence-classifier" and "output" in self.options:
             kind = "multi-attribute"
+        if self.rules >= RULES:
+            check_score_type(at.base.config, self.cost)
         check_options(kind, self.options, self.reference is not None, bool(at.checkpoint.adapter))
         options = taken(kind, self.options)
         match kind:
             case "sequence-classifier" | "cross-encoder":
-                return _classifier(at, CLASSES[kind], options)
+                return self._classifier(at, CLASSES[kind], options)
             case "multi-attribute":
                 return _multi_attribute(at, options, self.kind is None)
             case "value-head":
-                return _value_head(at, options)
+                return _value_head(at, options, self.rules)
             case "process":
-                return _process(at, options)
-            case "judge" | "expected-rating" | "rated-judge":
+                # The first rules read no names: the good label was the second.
+                told = options if self.rules >= RULES else {"label": 1, **options}
+                return _process(at, told)
+            case "judge" | "expected-rating" | "rated-judge" | "token-logit":
                 return CLASSES[kind](*_writer(at, kind), **options)
             case "implicit":
                 return self._implicit(at, options)
+
+    def _classifier(self, at: Source, wrap: Any, options: Mapping[str, Any]) -> Any:
+        known = at.base.config.get("model_type") in transformers.CONFIG_MAPPING
+        if known and not at.checkpoint.adapter and self.rules >= RULES:
+            # What names do not say is asked about before any weight is loaded; an adapter's head has no names.
+            resolve_labels(options.get("labels"), parse_config(at.base), self.cost)
+        model, tokenizer = _both(at, transformers.AutoModelForSequenceClassification)
+        labels = self._labels(model.config, options.get("labels"))
+        # Of custom code nobody knows that its head has as many outputs as its config says.
+        if not needs_code(at.base):
+            check_labels(labels, model.config.num_labels)
+        return wrap(model, tokenizer, **{**options, "labels": labels})
+
+    def _labels(self, config: Any, given: Labels | None) -> Labels:
+        """How labels make one score; a reward that was saved under the first rules goes on with what they said."""
+        if self.rules >= RULES:
+            return resolve_labels(given, config, self.cost)
+        labels = apply_first_rules(config.id2label) if given is None else given
+        try:
+            today = resolve_labels(given, config, self.cost)
+        except ValueError as error:
+            logger.warning("%s goes on as it was saved, with %s, but %s", self.name, labels, error)
+            return labels
+        if today != labels:
+            said = "%s goes on as it was saved, with %s, but by their names its labels are %s: calibrate again"
+            logger.warning(said, self.name, labels, today)
+        return labels
 
     def _implicit(self, at: Source, options: Mapping[str, Any]) -> Any:
         model, tokenizer = _writer(at, "implicit")
@@ -133,35 +187,32 @@ def _refuse_server(place: str) -> None:
         )
 
 
-def _classifier(at: Source, wrap: Any, options: Mapping[str, Any]) -> Any:
-    model, tokenizer = _both(at, transformers.AutoModelForSequenceClassification)
-    given = options if "labels" in options else {"labels": labels_of(model.config.id2label), **options}
-    # Of custom code nobody knows that its head has as many outputs as its config says.
-    if not needs_code(at.base):
-        check_labels(given["labels"], model.config.num_labels)
-    return wrap(model, tokenizer, **given)
-
-
 def _multi_attribute(at: Source, options: Mapping[str, Any], unasked: bool) -> Any:
     if "output" not in options and unasked:
         raise ValueError(
             f"{at.checkpoint.name} is {architecture(at.base)}: say which output of its forward is the score, "
-            'output="score", or output=0 for the first; kind="multi-attribute" if it returns the scores themselves'
+            'output="score", or output=0 for the first (--option output=score); kind="multi-attribute" if it returns '
+            "the scores themselves (--kind multi-attribute)"
         )
     auto = transformers.AutoModelForSequenceClassification if classifies(at.base) else transformers.AutoModel
     return CLASSES["multi-attribute"](*_both(at, auto), **{"output": None, **options})
 
 
-def _value_head(at: Source, options: Mapping[str, Any]) -> Any:
+def _value_head(at: Source, options: Mapping[str, Any], rules: int) -> Any:
     from calibrated_rewards.scorers.value_head import head_from, normalisation
 
     if not at.checkpoint.value_heads:
         raise ValueError(
             f"{at.checkpoint.name} has no value head: no linear layers beside its body that end in one output"
         )
+    if at.base.config.get("pooling") == "mean":
+        raise ValueError(
+            f"{at.base.name} says pooling='mean', and kind value-head reads the last token: score with a callable of "
+            "yours that averages its head over all tokens"
+        )
     head = head_from(at.checkpoint, options.get("head"))
     auto = transformers.AutoModelForCausalLM if at.checkpoint.adapter else transformers.AutoModel
-    given = {**normalisation(at.base.config), **options, "head": head}
+    given = {**normalisation(at.base, beaver=rules >= RULES), **options, "head": head}
     return CLASSES["value-head"](*_both(at, auto), **given)
 
 
@@ -177,7 +228,14 @@ def _process(at: Source, options: Mapping[str, Any]) -> Any:
 
 def _writer(at: Source, kind: str) -> tuple[Any, Any]:
     check_writes(at.checkpoint, at.base, kind)
-    return _both(at, transformers.AutoModelForCausalLM)
+    if not is_encoder_decoder(at.base):
+        return _both(at, transformers.AutoModelForCausalLM)
+    if kind not in ("judge", "expected-rating"):
+        raise ValueError(
+            f"{at.base.name} is a {architecture(at.base)}, an encoder-decoder, whose words the kinds judge and "
+            f"expected-rating read (--kind judge); kind {kind!r} reads those of a causal language model"
+        )
+    return _both(at, transformers.AutoModelForSeq2SeqLM)
 
 
 def _both(at: Source, auto: Any) -> tuple[Any, Any]:

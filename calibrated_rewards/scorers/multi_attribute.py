@@ -1,19 +1,17 @@
 """Models whose score is not `logits` but another of their outputs: attributes, end scores, or a bare tensor."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import torch
 from jaxtyping import Float32
-from torch import nn
 
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reading.access import Access
-from calibrated_rewards.reading.body import body_of, vocabulary
 from calibrated_rewards.reading.fingerprint import model_fingerprint
+from calibrated_rewards.reading.head_precision import HeadPrecision, fit_precision
 from calibrated_rewards.reading.labels import Label, Labels
 from calibrated_rewards.reading.own_forward import OwnForward
 from calibrated_rewards.reading.text import Text
@@ -59,9 +57,10 @@ class MultiAttribute:
     def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, "n L"]:
         """The numbers of the output, all of them."""
         prompts, completions = paired(prompts, completions)
-        with self._access.lock:
-            ids = self.text.encode(self.tokenizer, prompts, completions, self._access.limit)
-        return self._reader(ids).numpy()
+        ids = self._access.encode(prompts, completions)
+        reader = fit_precision(self._reader, ids, self._precision)
+        self._examine(reader, ids)
+        return reader(ids).numpy()
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""
@@ -70,7 +69,7 @@ class MultiAttribute:
             **model_fingerprint(self.model, self.tokenizer),
             "output": self.output,
             "labels": repr(self.labels or Label(0)),
-            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._access.limit},
+            "text": self._access.text_fingerprint(),
         }
 
     def __reduce__(self) -> NoReturn:
@@ -80,49 +79,40 @@ class MultiAttribute:
     def _access(self) -> Access:
         return Access(self.model, self.tokenizer, self.text, self.batch_tokens, show_progress=self.show_progress)
 
-    @property
-    def _reader(self) -> OwnForward:
-        """With heads in float32 if the model's code bears that, or else in the model's own precision."""
-        return self._reads(self.model if self._bears_float32 else Whole(self.model))
+    @cached_property
+    def _precision(self) -> HeadPrecision:
+        return HeadPrecision()
 
     @cached_property
-    def _bears_float32(self) -> bool:
-        from accelerate.utils.memory import should_reduce_batch_size
+    def _widths(self) -> set[int]:
+        """How many numbers the first inputs gave, of two lengths; empty until they were asked."""
+        return set()
 
-        try:
-            self._check(self._reads(self.model))
-            return True
-        except RuntimeError as error:
-            if self.model.dtype == torch.float32 or should_reduce_batch_size(error):
-                raise
-        # Its code goes on to compute with 16 bits.
-        self._check(self._reads(Whole(self.model)))
-        return False
+    @property
+    def _reader(self) -> OwnForward:
+        return self._access.own_forward(self._access.pad, output=self.output)
 
-    def _reads(self, model: nn.Module) -> OwnForward:
-        return replace(self._access.own_forward(self._access.pad, output=self.output), model=model)
-
-    def _check(self, reader: OwnForward) -> None:
-        few = min(32, vocabulary(self.model))
-        short, long = ([i % few for i in range(3, n)] for n in (8, 12))
-        widths = reader([short]).shape[1], reader([long]).shape[1]
-        if widths[0] != widths[1]:
-            raise ValueError(f"output {self.output!r} has a number for each token, not for each input; say output=...")
+    def _examine(self, reader: OwnForward, rows: list[list[int]]) -> None:
+        """Refuse an output that has a number for each token: two inputs of different lengths tell."""
+        if len(self._widths) != 1:
+            self._widths.clear()
+            self._widths.update(reader([row]).shape[1] for row in pick_two_lengths(rows, self._access.limit))
+        if len(self._widths) > 1:
+            raise ValueError(
+                f"output {self.output!r} has a number for each token, not for each input; say which other output is "
+                "the score (--option output=NAME)"
+            )
 
 
-class Whole(nn.Module):
-    """A model as a body without heads, for code that does not bear a head in another precision."""
+def pick_two_lengths(rows: list[list[int]], limit: int) -> tuple[list[int], list[int]]:
+    """Pick two inputs of different lengths: the shortest two, or one with and without another last token.
 
-    base_model_prefix = "inner"
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.config = inner, inner.config
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embeddings of the model."""
-        return body_of(self.inner).get_input_embeddings()  # type: ignore[no-any-return, operator]
-
-    def forward(self, **inputs: torch.Tensor) -> Any:
-        """What the model gives."""
-        return self.inner(**inputs)
+    >>> pick_two_lengths([[5, 6, 7], [5, 6]], 9), pick_two_lengths([[5, 6]], 9), pick_two_lengths([[5, 6]], 2)
+    (([5, 6], [5, 6, 7]), ([5, 6], [5, 6, 6]), ([5, 6], [5]))
+    """
+    by_length = {len(row): row for row in reversed(rows)}
+    lengths = sorted(by_length)
+    short = by_length[lengths[0]]
+    if len(lengths) > 1:
+        return short, by_length[lengths[1]]
+    return short, [*short, short[-1]] if len(short) < limit else short[:-1]

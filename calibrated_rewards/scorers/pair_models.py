@@ -1,7 +1,7 @@
 """Preference models that are loaded here: classifiers that read both completions, language models asked which."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,6 +14,7 @@ from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.reading.access import Access
 from calibrated_rewards.reading.decoder import Row
 from calibrated_rewards.reading.fingerprint import model_fingerprint
+from calibrated_rewards.reading.first_token import is_encoder_decoder, read_first_token
 from calibrated_rewards.reading.next_token import Logits, logits_of
 from calibrated_rewards.reading.question import conversation, filled, one_token
 from calibrated_rewards.reading.text import Text, kept
@@ -38,6 +39,19 @@ Response B:
 {second}
 
 Which response is better? Answer A or B and nothing else."""
+
+# As the card of RLHFlow/pair-preference-model-LLaMA3-8B asks: turns written out in the context, no BOS anywhere, and
+# the answer right where the user's message ends.
+RLHFLOW: dict[str, Any] = {
+    "question": "[CONTEXT] {prompt} [RESPONSE A] {first} [RESPONSE B] {second} \n",
+    "context": (
+        "\n{% for message in messages %}{% if loop.index0 % 2 == 0 %}\n\n<turn> user\n {{ message['content'] }}"
+        "{% else %}\n\n<turn> assistant\n {{ message['content'] }}{% endif %}{% endfor %}\n\n\n"
+    ),
+    "bos": False,
+    "opening": False,
+}
+STEAM_SHP = "POST: {prompt}\n\n RESPONSE A: {first}\n\n RESPONSE B: {second}\n\n Which response is better? RESPONSE"
 
 
 @dataclass(frozen=True)
@@ -77,14 +91,11 @@ class PairClassifier:
 
 @dataclass(frozen=True, eq=False)
 class PairJudge:
-    """Asks a causal LM which completion is better, A or B: a preference, the softmax of the two answers' logits.
+    """Asks a language model which completion is better, A or B: a preference, the softmax of the two answers' logits.
 
     The question is a user's message in the model's chat template, with the opening of the answer; plain text for a
-    model without a template. Wrap it in `BothOrders`: judges favour a place. RLHFlow's pair preference models are asked
-
-        "[CONTEXT] {prompt} [RESPONSE A] {first} [RESPONSE B] {second} \\n"
-
-    and answer where their user's message ends, `opening=False`.
+    model without a template. Wrap it in `BothOrders`: judges favour a place. RLHFlow's pair preference models take
+    `PairJudge(model, tokenizer, **RLHFLOW)`, SteamSHP, a T5, `PairJudge(model, tokenizer, question=STEAM_SHP)`.
     """
 
     model: "PreTrainedModel"
@@ -94,6 +105,10 @@ class PairJudge:
     """Each one token: "A", or " A" where the question ends in plain text without a space."""
     opening: bool = True
     """Whether the template opens the assistant's message before the answer."""
+    context: str | None = None
+    """A chat template (Jinja) that writes the prompt's messages where {prompt} stands; None: as `conversation` does."""
+    bos: bool = True
+    """False: without BOS, which is deleted wherever the template writes it."""
     text: Text = field(default_factory=Text)
     batch_tokens: int | None = None
     share_prefixes: bool = True
@@ -115,11 +130,12 @@ class PairJudge:
         if not prompts:
             return np.empty(0)
         firsts, seconds = ([self.text.stripped(c) for c in completions] for completions in (firsts, seconds))
-        told = [places(*parts) for parts in zip(prompts, firsts, seconds, strict=True)]
-        rows = [Row(row, [len(row) - 1]) for row in self._encoded(told)]
+        told = [
+            {**places(*parts), "prompt": self._context(parts[0])}
+            for parts in zip(prompts, firsts, seconds, strict=True)
+        ]
         # Comparisons of one completion with many share all that stands before the second.
-        groups = [(values["prompt"], values["first"]) for values in told]
-        logits = torch.cat(self._access.decoder(self._head)(rows, groups)).double().numpy()
+        logits = self._logits(self._encoded(told), [(values["prompt"], values["first"]) for values in told])
         odds = logits[:, 0] - logits[:, 1]
         finite(odds.astype(np.float32), prompts, firsts, name_of(self))
         return np.asarray(expit(odds))
@@ -133,6 +149,9 @@ class PairJudge:
             "question": self.question,
             "answers": dict(zip(self.answers, self._tokens, strict=True)),
             "opening": self.opening,
+            # Left out where they are as they always were: what was calibrated before has the same fingerprint.
+            **({"context": self.context} if self.context is not None else {}),
+            **({} if self.bos else {"bos": False}),
             "text": {**settings, "chat": self._templated},
         }
 
@@ -142,7 +161,9 @@ class PairJudge:
     def _encoded(self, told: Sequence[dict[str, str]]) -> list[list[int]]:
         with self._access.lock:  # fast tokenizers do not bear two threads
             rows = self.text.tokens(self.tokenizer, [self._asked(filled(self.question, values)) for values in told])
-        if not self._templated:
+        if not self.bos:
+            rows = [row[1:] if len(row) > 1 and row[0] == self.tokenizer.bos_token_id else row for row in rows]
+        if not self._templated and not is_encoder_decoder(self.model):
             # A tokenizer that ends plain text with EOS would have the judge answer after its end.
             rows = [row[:-1] if len(row) > 1 and row[-1] == self.tokenizer.eos_token_id else row for row in rows]
         self.text.report([len(row) for row in rows], self._access.limit)
@@ -153,8 +174,25 @@ class PairJudge:
             return question, False
         message = [{"role": "user", "content": question}]
         if self.opening:
-            return self.text.opening(self.tokenizer, message)
-        return self.text.render(self.tokenizer, message, [])
+            text, templated = self.text.opening(self.tokenizer, message)
+        else:
+            text, templated = self.text.render(self.tokenizer, message, [])
+        bos = self.tokenizer.bos_token
+        return (text if self.bos or not bos else text.replace(bos, "")), templated
+
+    def _context(self, prompt: Prompt) -> str:
+        """The prompt as it stands in the question."""
+        if self.context is None:
+            return conversation(prompt, "user")
+        writer = replace(self.text, template=self.context, chat=None)
+        return writer.render(self.tokenizer, writer.messages(prompt), [])[0]
+
+    def _logits(self, rows: list[list[int]], groups: list[tuple[str, str]]) -> Float64[np.ndarray, "n 2"]:
+        """The logits of the two answers."""
+        if is_encoder_decoder(self.model):
+            return read_first_token(self._access, rows, self._tokens).double().numpy()
+        read = self._access.decoder(self._head)([Row(row, [len(row) - 1]) for row in rows], groups)
+        return torch.cat(read).double().numpy()
 
     @cached_property
     def _templated(self) -> bool:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, AutoTokenizer
 
 from calibrated_rewards.reading.body import vocabulary
 from calibrated_rewards.scorers.checkpoint import Checkpoint, checkpoint
@@ -110,7 +111,22 @@ def source(
 def complete(auto: Any, base: Checkpoint, stored: Collection[str] = (), **options: Any) -> Any:
     """A model of which every weight came from the checkpoint, or will come (`stored`) from an adapter's."""
     revision = {} if base.revision is None else {"revision": base.revision}
-    model, info = auto.from_pretrained(base.name, output_loading_info=True, **revision, **options)
+    if (config := find_body_config(base)) is not None:
+        options["config"] = config
+    try:
+        model, info = auto.from_pretrained(base.name, output_loading_info=True, **revision, **options)
+    except Exception as error:
+        advice = advise_on_error(auto, base, error)
+        if advice is None:
+            raise
+        raise ValueError(advice) from error
+    if config is not None and (
+        foreign := sorted({*info["unexpected_keys"]} - {name for names in base.value_heads.values() for name in names})
+    ):
+        raise ValueError(
+            f"{base.name} is of model type {base.config['model_type']!r}, which transformers does not know, and read "
+            f"as {config.model_type!r} it has weights of no known use: {', '.join(foreign[:4])}"
+        )
     missing = sorted(set(info["missing_keys"]) - set(stored))
     if missing:
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
@@ -119,6 +135,39 @@ def complete(auto: Any, base: Checkpoint, stored: Collection[str] = (), **option
             f"It is no {type(model).__name__}, or its head was not saved"
         )
     return model
+
+
+def find_body_config(base: Checkpoint) -> Any:
+    """Find the body's config for a model type that extends one of transformers' (gpt_neox_reward_model), or None."""
+    kind = str(base.config.get("model_type", ""))
+    if not kind or kind in CONFIG_MAPPING or base.config.get("auto_map"):
+        return None
+    known = [name for name in CONFIG_MAPPING if kind.startswith((f"{name}_", f"{name}-"))]
+    if not known:
+        return None
+    body = max(known, key=len)
+    return CONFIG_MAPPING[body].from_dict({**base.config, "model_type": body})
+
+
+def advise_on_error(auto: Any, base: Checkpoint, error: Exception) -> str | None:
+    """Say what to do about an error of transformers, or of a checkpoint's own code, as it loads; None to leave it."""
+    what = (base.config.get("architectures") or [base.config.get("model_type")])[0]
+    if "Unrecognized configuration class" in str(error):
+        return f"{base.name} is a {what}, which {auto.__name__} does not load: choose another kind, kind=... (--kind)"
+    if "does not recognize this architecture" in str(error):
+        return (
+            f"{base.name} is a {what} of model type {base.config.get('model_type')!r}, which transformers "
+            f"{transformers.__version__} does not know and for which there is no code beside it: install the release "
+            "that knows it, or score with a callable of yours"
+        )
+    if not base.config.get("auto_map") or isinstance(error, OSError | MemoryError | torch.OutOfMemoryError):
+        return None
+    heads = ", ".join(base.value_heads)
+    without = f": without its code, kind value-head (--kind value-head) reads its head ({heads})" if heads else ""
+    return (
+        f"the code that {base.name} brings ({what}) does not load with transformers {transformers.__version__}, "
+        f"{type(error).__name__}: {error}{without}"
+    )
 
 
 def adapted(model: Any, adapter: Checkpoint) -> Any:

@@ -16,6 +16,8 @@ from calibrated_rewards.reading.body import heads_of
 from calibrated_rewards.reading.completion_tokens import cut, starts
 from calibrated_rewards.reading.decoder import Head, Plain, Row, group_of
 from calibrated_rewards.reading.fingerprint import model_fingerprint
+from calibrated_rewards.reading.label_names import find_side, find_values, is_unnamed
+from calibrated_rewards.reading.labels_of import order_names
 from calibrated_rewards.reading.next_token import check_head, logits_of
 from calibrated_rewards.reading.question import filled, one_token
 from calibrated_rewards.reading.text import Text
@@ -38,8 +40,9 @@ class ProcessReward:
     """The token behind each step, at which the model is read."""
     answers: tuple[str, str] | None = None
     """The good and the bad answer of a causal LM, each one token: ("+", "-"); None for a model with a head."""
-    label: int = 1
-    """The good label of a head with several; a head with one gives the log-odds."""
+    label: int | None = None
+    """The good label of a head with several; None: the one whose name says so, or the second of two without names. A
+    head with one gives the log-odds."""
     reduce: Literal["min", "product", "last", "mean"] = "min"
     separator: str = "\n\n"
     """What stands between the steps of a completion."""
@@ -70,7 +73,7 @@ class ProcessReward:
         prompts, completions = paired(prompts, completions)
         with self._access.lock:  # fast tokenizers do not bear two threads
             rows = self._rows(prompts, completions)
-        label = self.label if self.answers is None else 0
+        label = self._label if self.answers is None else 0
         logits = self._access.decoder(self._head)(rows, [group_of(prompt) for prompt in prompts])
         finite(np.array([float(x.sum()) for x in logits], np.float32), prompts, completions, name_of(self))
         return [log_odds(numbers, label) for numbers in logits]
@@ -82,7 +85,7 @@ class ProcessReward:
             **model_fingerprint(self.model, self.tokenizer),
             "mark": self.mark,
             "answers": self.answers if self.answers is None else list(self.answers),
-            "label": self.label,
+            "label": self._label,
             "reduce": self.reduce,
             "separator": self.separator,
             "layout": self.layout,
@@ -154,6 +157,10 @@ class ProcessReward:
         return at
 
     @cached_property
+    def _label(self) -> int:
+        return 1 if self.label is None and self.answers is not None else find_good_label(self.label, self.model.config)
+
+    @cached_property
     def _mark(self) -> int:
         return one_token(self.tokenizer, self.mark, "the mark of a step")
 
@@ -188,6 +195,25 @@ class ProcessReward:
     @cached_property
     def _access(self) -> Access:
         return Access(self.model, self.tokenizer, self.text, self.batch_tokens, self.share_prefixes, self.show_progress)
+
+
+def find_good_label(label: int | None, config: Any) -> int:
+    """Return the label that is given, or the one whose name says good; of two unnamed ones the second."""
+    names = order_names(config.id2label)
+    if label is not None or len(names) == 1:
+        return 1 if label is None else label
+    good = [i for i, name in enumerate(names) if find_side(name) == 1]
+    if len(good) == 1:
+        return good[0]
+    values = find_values(names)
+    if values is not None:
+        return int(np.argmax(values))
+    if len(names) == 2 and all(map(is_unnamed, names)):
+        return 1
+    raise ValueError(
+        f"a process reward model has one good label, and its names do not say which: {dict(enumerate(names))}. Say it "
+        "by its number, label 1 (--option label=1)"
+    )
 
 
 def log_odds(logits: Tensor, label: int) -> Float32[np.ndarray, " s"]:

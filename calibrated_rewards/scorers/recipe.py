@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.scorers.cost import Cost
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, finite, name_of, paired
 
 # One at a time: two threads that ask first would otherwise load the weights twice.
@@ -52,10 +53,12 @@ class Loaded:
     def __repr__(self) -> str:
         if "_scorer" not in self.__dict__:
             return f"Loaded({self.recipe.name!r})"
-        says = self.fingerprint()
+        says, kind = self.fingerprint(), type(self.scorer).__name__
+        if isinstance(self.scorer, Cost):
+            says, kind = says["of"], f"Cost({type(self.scorer.scorer).__name__})"
         labels, limit = says.get("labels"), says.get("text", {}).get("max_length")
         details = [f"{labels}"] * (labels is not None) + [f"max_length={limit}"] * (limit is not None)
-        return f"Loaded({', '.join([repr(self.recipe.name), type(self.scorer).__name__, *details])})"
+        return f"Loaded({', '.join([repr(self.recipe.name), kind, *details])})"
 
     def __hash__(self) -> int:
         """By name: a recipe may hold options that have no hash."""

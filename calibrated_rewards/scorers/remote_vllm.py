@@ -9,6 +9,7 @@ from jaxtyping import Float32, Float64
 from scipy.special import logit
 
 from calibrated_rewards.prompts import Completion, Prompt, start_of
+from calibrated_rewards.reading.label_names import find_side
 from calibrated_rewards.reading.labels import Labels
 from calibrated_rewards.reading.labels_of import labels_of
 from calibrated_rewards.reading.text import Text
@@ -33,7 +34,8 @@ class Vllm:
     tokenizer: Any = None
     text: Text = field(default_factory=Text)
     labels: Labels | None = None
-    """How several labels make one score; None: the only label, or of two the second's log-odds."""
+    """How several labels make one score; None: the only label, or of two the second's log-odds, unless the name that
+    the server gives the larger one says otherwise: then this asks."""
     probabilities: bool = False
     """The server gives probabilities whatever it is asked, as vLLM did before 0.12: take their log-odds."""
     steps: Literal["last", "min", "mean"] = "last"
@@ -67,6 +69,8 @@ class Vllm:
     def scores(self, answer: Any, count: int) -> Sequence[float]:
         """From each row's probs (/classify) or data (/pooling)."""
         rows = _rows(answer, count)
+        if self.labels is None:
+            _check_names(answer)
         return [self._score((log_odds(row) if self.probabilities else row).astype(np.float32)) for row in rows]
 
     def doubt(self, answer: Any) -> str:
@@ -143,6 +147,25 @@ def _rows(answer: Any, count: int) -> list[Float64[np.ndarray, "n L"]]:
         if row.dtype.kind not in "iuf" or not 1 <= row.ndim <= 2 or not row.size:
             raise ValueError(f"an input has one or more rows of numbers, got {start_of(row.tolist())}")
     return [np.atleast_2d(row.astype(np.float64)) for row in found]
+
+
+def _check_names(answer: Any) -> None:
+    """Refuse two labels of which the server's name for the larger says that the first is the good one.
+
+    A row names its most probable label alone, so that nobody knows both names from one answer.
+    """
+    for row in answer["data"]:
+        name, numbers_of_row = row.get("label"), np.asarray(row.get("probs", ()))
+        if not isinstance(name, str) or numbers_of_row.shape != (2,):
+            continue
+        said = find_side(name)
+        if said and (numbers_of_row[1] > numbers_of_row[0]) != (said == 1):
+            at = int(numbers_of_row.argmax())
+            raise ValueError(
+                f"the server calls label {at} {name!r}: the second of two is then not the good one. Say the labels "
+                "Difference(good=0, bad=1) of calibrated_rewards.reading.labels (--label 0-1), or, if it is meant so, "
+                "Difference(good=1, bad=0) (--label 1-0)"
+            )
 
 
 def by_index(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:

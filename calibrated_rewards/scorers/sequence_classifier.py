@@ -15,6 +15,7 @@ from calibrated_rewards.reading.access import Access
 from calibrated_rewards.reading.body import body_of, heads_of, unwrapped, vocabulary
 from calibrated_rewards.reading.decoder import Decoder, Plain, Row, group_of
 from calibrated_rewards.reading.fingerprint import model_fingerprint
+from calibrated_rewards.reading.head_precision import HeadPrecision, fit_precision
 from calibrated_rewards.reading.labels import Labels
 from calibrated_rewards.reading.labels_of import labels_of
 from calibrated_rewards.reading.own_forward import OwnForward
@@ -40,7 +41,7 @@ class SequenceClassifier:
     """The model, as `from_pretrained` gives it; PEFT's wrapper around one will do."""
     tokenizer: "PreTrainedTokenizerBase"
     labels: Labels | None = None
-    """How several labels make one score; None: the only label, or of two the second's log-odds."""
+    """How several labels make one score; None: as `labels_of` reads their names."""
     text: Text = field(default_factory=Text)
     pool: Literal["model", "last"] = "model"
     """Where a decoder is read: where its own forward would (the last token that is no padding id), or the last."""
@@ -62,11 +63,10 @@ class SequenceClassifier:
 
     def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, "n L"]:
         """The numbers of all labels."""
-        with self._access.lock:  # fast tokenizers do not bear two threads
-            ids = self.text.encode(self.tokenizer, prompts, completions, self._access.limit)
+        ids = self._access.encode(prompts, completions)
         reader = self._reader
         if isinstance(reader, OwnForward):
-            return reader(ids).numpy()
+            return fit_precision(reader, ids, self._precision)(ids).numpy()
         rows = [Row(row, [self._pooled(row)]) for row in ids]
         return torch.cat(reader(rows, [group_of(prompt) for prompt in prompts])).numpy()
 
@@ -77,7 +77,7 @@ class SequenceClassifier:
             **model_fingerprint(self.model, self.tokenizer),
             "labels": repr(self._labels),
             "pool": self.pool,
-            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._access.limit},
+            "text": self._access.text_fingerprint(),
         }
 
     def __reduce__(self) -> NoReturn:
@@ -104,6 +104,10 @@ class SequenceClassifier:
             return decoder is not None
         logger.info("%s is read through its own forward: no shared prefixes", type(self.model).__name__)
         return False
+
+    @cached_property
+    def _precision(self) -> HeadPrecision:
+        return HeadPrecision()
 
     @cached_property
     def _access(self) -> Access:

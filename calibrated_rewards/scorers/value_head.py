@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+# What Safe-RLHF adds to the standard deviation that it divides by.
+BEAVER_EPSILON = 1e-8
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +62,7 @@ class ValueHead:
         prompts, completions = paired(prompts, completions)
         if not prompts:
             return np.empty(0, np.float32)
-        with self._access.lock:
-            ids = self.text.encode(self.tokenizer, prompts, completions, self._access.limit)
+        ids = self._access.encode(prompts, completions)
         rows = [Row(row, [len(row) - 1]) for row in ids]
         decoder = self._access.decoder(Plain(beside(body_of(self.model), self.head)))
         values = torch.cat(decoder(rows, [group_of(prompt) for prompt in prompts]))
@@ -74,7 +76,7 @@ class ValueHead:
             **model_fingerprint(self.model, self.tokenizer),
             "head": {"weights": weights_digest(self.head.state_dict()), "layers": repr(self.head)},
             "normalisation": [self.mean, self.std],
-            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._access.limit},
+            "text": self._access.text_fingerprint(),
         }
 
     def __reduce__(self) -> NoReturn:
@@ -120,15 +122,33 @@ def head_from(checkpoint: Checkpoint, name: str | None = None) -> nn.Module:
     return nn.Sequential(*between).requires_grad_(False).eval()
 
 
-def normalisation(config: Mapping[str, Any]) -> dict[str, float]:
-    """What OpenRLHF writes into config.json when rewards are to be normalised.
+def normalisation(checkpoint: Checkpoint, *, beaver: bool = True) -> dict[str, float]:
+    """The mean and the standard deviation by which a checkpoint says that its head's values are to be normalised.
 
-    >>> normalisation({"normalize_reward": True, "mean": 0.5, "std": 2.0})
-    {'mean': 0.5, 'std': 2.0}
+    OpenRLHF writes them into config.json. Safe-RLHF (Beaver) keeps a normaliser beside its head, or mean and variance
+    in config.json: both are used for rewards, the standard deviation alone for costs, neither for critics.
     """
-    if not config.get("normalize_reward") or "mean" not in config:
+    config = checkpoint.config
+    if config.get("normalize_reward") and "mean" in config:
+        return {"mean": float(config["mean"]), "std": float(config["std"])}
+    if not config.get("do_normalize") or not beaver:
         return {}
-    return {"mean": float(config["mean"]), "std": float(config["std"])}
+    score_type = config.get("score_type", "reward")
+    mean, var = (_statistic(checkpoint, name, usual) for name, usual in (("mean", 0.0), ("var", 1.0)))
+    return {
+        "reward": {"mean": mean, "std": var**0.5 + BEAVER_EPSILON},
+        "cost": {"std": var**0.5 + BEAVER_EPSILON},
+    }.get(score_type, {})
+
+
+def _statistic(checkpoint: Checkpoint, name: str, usual: float) -> float:
+    """One number of Safe-RLHF's normaliser: what is stored with the weights counts before what the config says."""
+    stored = f"normalizer.{name}"
+    found = checkpoint.tensor(stored) if stored in checkpoint.weights else checkpoint.config.get(name)
+    numbers = torch.as_tensor(usual if found is None else found, dtype=torch.float64).flatten()
+    if len(numbers) != 1:
+        raise ValueError(f"{checkpoint.name} has a normaliser of {len(numbers)} numbers, a value head gives one")
+    return float(numbers[0])
 
 
 def _linear(weights: dict[str, torch.Tensor], key: str) -> nn.Linear:
