@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 # Models that pool by fours are disturbed at three lengths of four: rows of several lengths are compared.
 CHECKED_ROWS = 8
 # The longest row costs most and is padded least: lengths up to this part of it are compared.
-LONGEST_PART = 0.5
+LONGEST_PART = 1 / 3
 # So many of the shortest rows tell how far rounding moves a number.
 ROUNDED_ROWS = 4
 
@@ -149,8 +149,8 @@ def stacked(rows: Sequence[Tensor]) -> Tensor:
 def spread(lengths: Sequence[int], most: int) -> list[int]:
     """At most so many of the lengths: the shortest, and others in even ratios up to `LONGEST_PART` of the longest.
 
-    >>> spread([30, 31, 40, 60, 90, 120, 240, 300, 480], 4)
-    [30, 60, 120, 240]
+    >>> spread([30, 31, 40, 60, 90, 120, 240, 300, 480], 3)
+    [30, 60, 120]
     >>> spread([3, 5, 8], 4)
     [3, 5, 8]
     """

@@ -21,6 +21,9 @@ ROWS_FOR_SPREAD = 4
 # as far in the encoders of tests/architectures.py, with 2 layers of 32 and with 8 of 256. Rows may be twice as far
 # apart, and more if few of them were measured.
 ROUNDINGS = 2.0
+# The same in float32, where near-equal scores of a first few rows round otherwise than their embeddings do, and where
+# so little is no matter.
+ROUNDINGS_FLOAT32 = 32.0
 # So many rows, and numbers of each, are remembered.
 MOST_ROWS, MOST_NUMBERS = 64, 1024
 
@@ -34,7 +37,7 @@ class Rounding:
     moves: list[Tensor] = field(default_factory=list)
     """How far rounding moved the numbers of some of them."""
     farthest: float = FARTHEST_16_BIT
-    """Standard deviations above which a single row of 16 bits has less leeway."""
+    """Standard deviations above which a single row of 16 bits has less leeway, and twice which none excuses."""
 
     def excess(self, numbers: Tensor, alone: Tensor, rounded: Callable[[], tuple[Tensor, Tensor]], model: Any) -> float:
         """How many times farther (n, numbers) are from the same rows alone than equal rows may be: above 1 they differ.
@@ -53,12 +56,16 @@ class Rounding:
             return 0.0
         before, after = (each[:, :MOST_NUMBERS].nan_to_num(0, 0, 0).double() for each in rounded())
         self._remember(self.moves, (after - before).abs())
+        roundings = ROUNDINGS_FLOAT32 if kind in EQUAL else ROUNDINGS
         few = math.sqrt(1 + math.log(gap.shape[1]))
-        typical = gap.square().mean(0).sqrt() / self._allowed(ROUNDINGS * (1 + few / math.sqrt(len(gap))), equal)
-        single = gap / self._allowed(ROUNDINGS * (1 + few), equal)
+        typical = gap.square().mean(0).sqrt() / self._allowed(roundings * (1 + few / math.sqrt(len(gap))), equal)
+        single = gap / self._allowed(roundings * (1 + few), equal)
         if kind not in EQUAL and len(self.rows) >= ROWS_FOR_SPREAD:
-            strict = gap / self._allowed(ROUNDINGS * (0.25 + few), equal)
+            strict = gap / self._allowed(roundings * (0.25 + few), equal)
             single = torch.where(gap > self.farthest * spread, strict, single)
+            # However badly the model rounds, twice that is no agreement.
+            hard = gap / (2 * self.farthest * spread).clamp(min=1e-30)
+            single = torch.where(spread > 0, torch.maximum(single, hard), single)
         return max(float(typical.max()), float(single.max()))
 
     @property

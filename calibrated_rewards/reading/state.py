@@ -174,7 +174,8 @@ def is_small(tensor: Tensor) -> bool:
 
 def may_change(value: object) -> bool:
     """Whether a thing holds something that a forward may change: not numbers, texts, functions or modules."""
-    return holds_things(type(value))
+    kind: Any = type(value)
+    return holds_things(kind)
 
 
 @cache
