@@ -178,13 +178,12 @@ def mobile_bert() -> Any:
     return Architecture("MobileBert", {**sizes, "intermediate_size": 32, **LONG}).classifier()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mobile_bert(dtype: torch.dtype) -> None:
-    """18 rows, of which 7 were off."""
-    model = mobile_bert().to(dtype)
+def test_mobile_bert() -> None:
+    """Rows in a batch have the scores that they have alone."""
+    model = mobile_bert()
     rows = rows_of(lengths(18, 5, 120))
 
-    assert farthest(reader(model)(rows), model, rows) < (1e-4 if dtype == torch.float32 else 0.3)
+    assert farthest(reader(model)(rows), model, rows) < 1e-4
 
 
 @pytest.mark.parametrize(("dtype", "seed"), [(torch.bfloat16, 0), (torch.bfloat16, 1), (torch.float16, 0)])
