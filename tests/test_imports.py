@@ -51,12 +51,15 @@ reading.batches   ->
 reading.messages  -> prompts
 reading.text      -> prompts, reading.messages
 reading.labels    ->
+reading.state     ->
+reading.rounding  ->
+reading.padding   -> reading.batches, reading.rounding
+reading.decoder   -> prompts, reading.batches, reading.body, reading.padding, reading.rounding, reading.state
+reading.own_forward -> reading.batches, reading.body, reading.padding, reading.state
+reading.next_token -> reading.batches, reading.body, reading.decoder, reading.state
 reading.label_names ->
-reading.labels_of -> reading.label_names, reading.labels
-reading.decoder   -> prompts, reading.batches, reading.body
-reading.own_forward -> reading.batches, reading.body
+reading.labels_of -> reading.labels, reading.label_names
 reading.head_precision -> reading.body, reading.own_forward
-reading.next_token -> reading.batches, reading.body, reading.decoder
 reading.completion_tokens -> prompts, reading.decoder, reading.text
 reading.question  -> prompts, reading.text
 scorers.protocol  -> prompts
