@@ -45,6 +45,7 @@ table             -> prompts, table_*
 calibrations      -> table
 reading           ->
 reading.body      ->
+reading.unread    ->
 reading.adapters  ->
 reading.fingerprint -> reading.adapters, reading.body
 reading.batches   ->
@@ -146,12 +147,12 @@ samplers.openai_answer -> prompts, samplers.decoding, samplers.protocol
 samplers.policy   -> prompts, reading.body, reading.fingerprint, reading.text, samplers.decoding, samplers.endings
 samplers.continuous -> prompts, reading.body, reading.text, samplers.*
 samplers.ray      ->
-samplers.rows     -> reading.body, samplers.cache
-samplers.agreement -> reading.body, samplers.drawing, samplers.rows
+samplers.rows     -> reading.body, reading.unread, samplers.cache
+samplers.agreement -> reading.body, reading.unread, samplers.drawing, samplers.rows
 samplers.vllm_engine -> scorers.recipe
 samplers.vllm     -> prompts, reading.*, samplers.*, scorers.*
 samplers.writing  -> samplers.drawing, samplers.endings, samplers.rows
-samplers.hf       -> prompts, reading.batches, reading.body, reading.text, samplers.*
+samplers.hf       -> prompts, reading.batches, reading.body, reading.text, reading.unread, samplers.*
 samplers.loading  -> prompts, reading.text, samplers.*, scorers.*
 scorers.remote_crew ->
 scorers.remote_post -> prompts, scorers.remote_address, scorers.remote_retry
