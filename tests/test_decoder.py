@@ -19,6 +19,9 @@ PREFIX = tokenizer()("the prompt that all completions have")["input_ids"]
 SUFFIXES = tokenizer()(texts(6, seed=4), add_special_tokens=False)["input_ids"]
 GROUP = [Row(PREFIX + suffix, [len(PREFIX) + len(suffix) - 1]) for suffix in SUFFIXES]
 
+# As if groups of any length had been compared.
+COMPARED: Any = {"checked": True, "prefix": 10**6, "longest": 10**6, "shortest": 0}
+
 
 def decoder(model: Any, *, body: Any = None, tokens: int = 4096, **options: Any) -> Decoder:
     body = body_of(model) if body is None else body
@@ -68,7 +71,7 @@ def test_what_follows() -> None:
     seen = Following()
     rows = [Row(row.ids, [row.read[0] - 1, row.read[0]]) for row in GROUP]
     for shares in (True, False):
-        found = decoder(classifier(), head=seen, sharing=Sharing(shares, checked=True))(rows, [0] * 6)
+        found = decoder(classifier(), head=seen, sharing=Sharing(shares, **COMPARED))(rows, [0] * 6)
         assert [numbers[:, 0].tolist() for numbers in found] == [[row.ids[-1], -1] for row in rows]
 
 
@@ -138,9 +141,9 @@ def test_a_wrong_cache_is_found_out(caplog: pytest.LogCaptureFixture) -> None:
     assert sd_apart(found, alone(model, GROUP)) < 1e-4
     assert read.sharing == Sharing(allowed=False, checked=True)
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "Forgetful gives states" in caplog.text
+    assert "Forgetful gives other numbers" in caplog.text
     assert "not sharing" in caplog.text
-    unchecked = decoder(model, body=Forgetful(model.model), sharing=Sharing(checked=True))(GROUP, [0] * 6)
+    unchecked = decoder(model, body=Forgetful(model.model), sharing=Sharing(**COMPARED))(GROUP, [0] * 6)
     assert sd_apart(unchecked, alone(model, GROUP)) > 0.1
 
 

@@ -53,9 +53,12 @@ reading.messages  -> prompts
 reading.text      -> prompts, reading.messages
 reading.labels    ->
 reading.labels_of -> reading.labels
-reading.decoder   -> prompts, reading.batches, reading.body
-reading.own_forward -> reading.batches, reading.body
-reading.next_token -> reading.batches, reading.body, reading.decoder
+reading.state     ->
+reading.rounding  ->
+reading.padding   -> reading.batches, reading.rounding
+reading.decoder   -> prompts, reading.batches, reading.body, reading.padding, reading.rounding, reading.state
+reading.own_forward -> reading.batches, reading.body, reading.padding, reading.state
+reading.next_token -> reading.batches, reading.body, reading.decoder, reading.state
 reading.completion_tokens -> prompts, reading.decoder, reading.text
 reading.question  -> prompts, reading.text
 scorers.protocol  -> prompts

@@ -7,7 +7,8 @@ from typing import Any
 from calibrated_rewards.reading.batches import Budget
 from calibrated_rewards.reading.body import body_of, default_budget, lock_of, positions_of, vocabulary
 from calibrated_rewards.reading.decoder import Decoder, Head, Sharing
-from calibrated_rewards.reading.own_forward import OwnForward, Padding
+from calibrated_rewards.reading.own_forward import OwnForward
+from calibrated_rewards.reading.padding import Padding
 from calibrated_rewards.reading.text import Text
 
 
@@ -51,13 +52,13 @@ class Access:
 
     @cached_property
     def padding(self) -> Padding:
-        """Whether rows are padded, and how many were checked."""
+        """Whether rows are padded, and what was compared to find that out."""
         return Padding()
 
     def decoder(self, head: Head) -> Decoder:
         """Reads with this head behind the model's body."""
         options = {"show_progress": self.show_progress, "lock": self.lock}
-        return Decoder(self.model, body_of(self.model), head, self.budget, self.sharing, **options)
+        return Decoder(self.model, body_of(self.model), head, self.budget, self.sharing, self.padding, **options)
 
     def own_forward(self, pad: int | None, **options: Any) -> OwnForward:
         """Reads through the model's own forward; without an id to pad with, one by one."""

@@ -101,6 +101,14 @@ def rope_turn(model: Any) -> int | None:
     return min(turns, default=None)
 
 
+def full_attention_up_to(model: Any) -> int | None:
+    """The length above which BigBird's attention is sparse; up to it, it is full. None in all other models."""
+    config = model.config.get_text_config()
+    if getattr(config, "attention_type", None) != "block_sparse":
+        return None
+    return int((5 + 2 * config.num_random_blocks) * config.block_size)
+
+
 def in_float32(part: nn.Module) -> nn.Module:
     """A head that computes in float32 and without dropout: itself if it does, or a copy, made of the weights of now.
 

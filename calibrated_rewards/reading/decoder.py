@@ -3,10 +3,11 @@
 import copy
 import inspect
 import logging
+import math
 import threading
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
@@ -19,22 +20,23 @@ from calibrated_rewards.reading.batches import Budget, progress
 from calibrated_rewards.reading.body import (
     check_vocabulary,
     device_of,
-    dtype_of,
     for_scoring,
     in_float32,
     right_padded,
     rope_turn,
 )
+from calibrated_rewards.reading.padding import Comparison, Padding, stacked
+from calibrated_rewards.reading.rounding import Rounding, moved_by_rounding
+from calibrated_rewards.reading.state import unchanging
 
 logger = logging.getLogger(__name__)
 
 # Sharing costs a forward of its own for the prefix: below this share of tokens saved it is not worth it.
 WORTHWHILE = 0.15
-# How far the shared route's hidden states may be from the plain one's, in standard deviations over the rows of a group.
-# 16 bits round by the shape of a batch: on a 135M Llama in bfloat16 that is 0.6, and another prompt's cache 2.4.
-AGREEMENT = {torch.float32: 1e-4}
-AGREEMENT_16_BIT = 1.0
+# Rows of a group that are read both ways.
 CHECKED_ROWS = 4
+# They are again where a prompt or a row is so many times longer than all that were, or a completion shorter.
+FARTHER = 2
 
 
 class Row(NamedTuple):
@@ -65,10 +67,31 @@ class Plain:
 
 @dataclass
 class Sharing:
-    """Whether prefixes are shared: decided on the first group, by comparison with the plain route."""
+    """Whether prefixes are shared: decided on the first group, and on longer ones, by comparison with rows alone."""
 
     allowed: bool = True
     checked: bool = False
+    prefix: int = field(default=0, compare=False)
+    """The longest prefix of a group that was compared."""
+    longest: int = field(default=0, compare=False)
+    """The longest row."""
+    shortest: float = field(default=math.inf, compare=False)
+    """The shortest rest of a row behind its prefix."""
+    # Completions of one prompt may be nearly the same: in 16 bits their spread is no measure of how far is too far.
+    rounding: Rounding = field(default_factory=lambda: Rounding(farthest=math.inf), compare=False)
+
+    def due(self, rows: Sequence[Row], shared: int) -> bool:
+        """Whether a group is unlike all that were compared."""
+        lengths = [len(row.ids) for row in rows]
+        farther = (shared > FARTHER * self.prefix, max(lengths) > FARTHER * self.longest)
+        return not self.checked or any(farther) or FARTHER * (min(lengths) - shared) < self.shortest
+
+    def add(self, rows: Sequence[Row], shared: int) -> None:
+        """Note that a group was compared."""
+        lengths = [len(row.ids) for row in rows]
+        self.checked = True
+        self.prefix, self.longest = max(self.prefix, shared), max(self.longest, *lengths)
+        self.shortest = min(self.shortest, min(lengths) - shared)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +104,7 @@ class Decoder:
     head: Head
     budget: Budget
     sharing: Sharing = field(default_factory=Sharing)
+    padding: Padding = field(default_factory=Padding)
     show_progress: bool = True
     lock: Any = field(default_factory=threading.RLock)
 
@@ -100,18 +124,34 @@ class Decoder:
         return [tensor for tensor in found if tensor is not None]
 
     def _plain(self, rows: Sequence[Row], bar: Any = None) -> list[Tensor]:
-        found: list[Tensor | None] = [None] * len(rows)
+        found = self._padded(rows, bar)
+        return found if found is not None else self._padded(rows, None) or []
+
+    def _padded(self, rows: Sequence[Row], bar: Any) -> list[Tensor] | None:
+        """The numbers of all rows; None if padding was allowed until now, and turned out to change them."""
         costs = [len(row.ids) for row in rows]
-        for batch in self.budget.batches(costs, list(map(self._turned, costs))):
-            _fill(found, batch, self.budget.run(lambda at: self._forward([rows[i] for i in at]), batch, costs))
+        kinds = list(map(self._turned, costs))
+        read = partial(self.budget.run, lambda at: self._forward([rows[i] for i in at]), costs=costs)
+        comparison = Comparison(self.model, self.padding, read, costs, kinds, self.budget)
+        if self.padding.allowed and not comparison.prepare():
+            return None
+        found: dict[int, Tensor] = {}
+        for batch in self.budget.batches(costs, kinds):
+            for piece in self.padding.pieces(batch, costs):
+                answer = read(piece)
+                if self.padding.allowed and not comparison.agrees(piece, answer):
+                    return None
+                found |= zip(piece, answer, strict=True)
             if bar is not None:
                 bar.update(len(batch))
-        return [tensor for tensor in found if tensor is not None]
+        comparison.finish()
+        return [found[i] for i in range(len(rows))]
 
     def _shared(self, rows: Sequence[Row], shared: int, bar: Any = None) -> list[Tensor]:
         """Rows whose first `shared` tokens are one: those are read once."""
         prefix = torch.tensor([rows[0].ids[:shared]], device=device_of(self.model))
-        cache = self.body(input_ids=prefix, use_cache=True, **self._positions(0, prefix)).past_key_values
+        options = {"use_cache": True, **self._positions(0, prefix)}
+        cache = unchanging(self.body, lambda: self.body(input_ids=prefix, **options)).past_key_values
         rest = [Row(row.ids[shared:], [at - shared for at in row.read]) for row in rows]
         found: list[Tensor | None] = [None] * len(rows)
         # A row holds its suffix and, in the cache, the prefix.
@@ -130,10 +170,9 @@ class Decoder:
         if cache is not None:
             mask = torch.cat([mask.new_ones(len(rows), past), mask], 1)
             options = {"past_key_values": repeated(cache, len(rows)), "use_cache": True}
-        states = self.body(
-            input_ids=ids, attention_mask=mask, **options, **self._positions(past, ids)
-        ).last_hidden_state
-        return self._read(states, rows)
+        options |= self._positions(past, ids)
+        answer = unchanging(self.body, lambda: self.body(input_ids=ids, attention_mask=mask, **options))
+        return self._read(answer.last_hidden_state, rows)
 
     def _read(self, states: Tensor, rows: list[Row]) -> list[Tensor]:
         at = torch.tensor([(i, j) for i, row in enumerate(rows) for j in row.read], dtype=torch.long).reshape(-1, 2)
@@ -162,7 +201,7 @@ class Decoder:
 
     def _prefix(self, rows: list[Row]) -> int:
         """How many first tokens to share; 0 where that saves too little, or cannot be."""
-        if len(rows) < 2 or not self.sharing.allowed:
+        if len(rows) < 2 or not self.sharing.allowed or not self.padding.allowed:
             return 0
         shared = min(common_prefix([row.ids for row in rows]), *(min(row.read) for row in rows))
         if self._turned(max(len(row.ids) for row in rows)) != self._turned(shared):
@@ -171,10 +210,12 @@ class Decoder:
         return shared if saved >= WORTHWHILE * sum(len(row.ids) for row in rows) else 0
 
     def _agrees(self, rows: list[Row], shared: int) -> bool:
-        """Whether sharing gives what the plain route gives; asked once, of the first group, and remembered."""
-        if not self.sharing.checked:
-            self.sharing.allowed = self._shares(rows[:CHECKED_ROWS], shared)
-            self.sharing.checked = True
+        """Whether sharing gives what rows alone give: asked of the first group, and of those that are unlike it."""
+        if self.sharing.due(rows, shared):
+            order = sorted(rows, key=lambda row: len(row.ids))
+            some = [order[i * (len(rows) - 1) // (CHECKED_ROWS - 1)] for i in range(CHECKED_ROWS)]
+            self.sharing.allowed = self._shares(some if len(rows) > CHECKED_ROWS else order, shared)
+            self.sharing.add(rows, shared)
         return self.sharing.allowed
 
     def _shares(self, rows: list[Row], shared: int) -> bool:
@@ -183,26 +224,31 @@ class Decoder:
         if not repeatable(self._cache(rows[0].ids[:1])):
             logger.info("%s keeps a cache that cannot be shared: prompts are read anew for each completion", self.name)
             return False
-        states = replace(self, head=Plain(nn.Identity()))
-        plain = torch.cat(states._plain(rows))
+        alone = self._alone(rows)
         try:
-            sharing = torch.cat(states._shared(rows, shared))
+            sharing = stacked(self._shared(rows, shared))
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             logger.warning("%s fails behind a shared prefix: not sharing; %s", self.name, error)
             return False
-        # Completions that are all the same have no spread: a tenth of the states' own size takes its place.
-        spread = max(float(plain.std(0, correction=0).norm()), 0.1 * float(plain.norm(dim=1).mean()))
-        apart = float((plain - sharing).norm(dim=1).mean()) / spread
-        if not apart <= AGREEMENT.get(dtype_of(self.model), AGREEMENT_16_BIT):  # nan agrees with nothing
-            logger.warning("%s gives states %.1e sd apart behind a shared prefix: not sharing", self.name, apart)
-            return False
-        return True
+        excess = self.sharing.rounding.excess(sharing, alone, lambda: (alone, self._moved(rows)), self.model)
+        if not excess <= 1:
+            logger.warning(
+                "%s gives other numbers behind a shared prefix, %.1e apart, than for whole rows: not sharing",
+                self.name, float((sharing - alone).abs().max()),
+            )  # fmt: skip
+        return excess <= 1
+
+    def _alone(self, rows: list[Row]) -> Tensor:
+        return stacked([self._forward([row])[0] for row in rows])
+
+    def _moved(self, rows: list[Row]) -> Tensor:
+        with moved_by_rounding(self.model):
+            return self._alone(rows)
 
     def _cache(self, ids: list[int]) -> object:
         try:
-            return self.body(
-                input_ids=torch.tensor([ids], device=device_of(self.model)), use_cache=True
-            ).past_key_values
+            row = torch.tensor([ids], device=device_of(self.model))
+            return unchanging(self.body, lambda: self.body(input_ids=row, use_cache=True)).past_key_values
         except (AttributeError, TypeError, ValueError):  # recurrent models have other caches, or none
             return None
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from calibrated_rewards.reading.batches import Budget
 from calibrated_rewards.reading.body import body_of, device_of, dtype_of, for_scoring, in_float32, vocabulary
 from calibrated_rewards.reading.decoder import Decoder, Head, Row, Sharing
+from calibrated_rewards.reading.state import unchanging
 
 # Logits that LogProbability holds at a time: 256 MB.
 CELLS = 2**26
@@ -108,7 +109,8 @@ def both(model: Any, head: Head, lock: Any, columns: Sequence[int] | None = None
     decoder = Decoder(model, body_of(model), head, Budget(64), Sharing(False), show_progress=False, lock=lock)
     read = decoder([Row(ids, list(range(len(ids))))], [0])[0]
     with for_scoring(model, lock):
-        own = model(input_ids=torch.tensor([ids], device=device_of(model)))[0][0].float().cpu()
+        row = torch.tensor([ids], device=device_of(model))
+        own = unchanging(model, lambda: model(input_ids=row))[0][0].float().cpu()
     if own.isnan().any():
         raise ValueError(f"{type(model).__name__} gives nan for a few tokens: look for nan among its weights")
     return read, own if columns is None else own[:, list(columns)]

@@ -1,10 +1,10 @@
 """A model read through its own forward, head in float32: encoders, encoder-decoders, all that is built otherwise."""
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,30 +14,15 @@ from calibrated_rewards.reading.batches import Budget, progress
 from calibrated_rewards.reading.body import (
     check_vocabulary,
     device_of,
-    dtype_of,
     for_scoring,
+    full_attention_up_to,
     heads_of,
     in_float32,
     right_padded,
     rope_turn,
 )
-
-logger = logging.getLogger(__name__)
-
-# How far a row's numbers may be from those it has alone, when it is padded: parts of the largest number.
-AGREEMENT = {torch.float32: 1e-4}
-AGREEMENT_16_BIT = 0.1
-# Models that pool by fours are disturbed at three lengths of four: rows of several lengths are looked at.
-CHECKED_ROWS = 8
-
-
-@dataclass
-class Padding:
-    """Whether rows are padded: decided on the first rows that would be, by comparison with the same rows alone."""
-
-    allowed: bool = True
-    checked: int = 0
-    """How many rows were compared."""
+from calibrated_rewards.reading.padding import Comparison, Padding
+from calibrated_rewards.reading.state import unchanging
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,48 +46,39 @@ class OwnForward:
         """(n, numbers) in float32 on the CPU; `types` are token types, for pairs."""
         check_vocabulary(list(rows), self.model)
         self._check_ends(rows)
-        found: list[Tensor | None] = [None] * len(rows)
-        kinds = list(map(self._kind, rows))
-        budget = Budget(1) if self.one_by_one else self.budget
         with for_scoring(self.model, self.lock), self._heads(), progress(len(rows), self.show_progress) as bar:
-            costs = list(map(len, rows))
-            for batch in budget.batches(costs, kinds):
-                for piece in self._pieces(batch, rows, types):
-                    answer = budget.run(lambda at: self._forward(at, rows, types), piece, costs)
-                    for i, numbers in zip(piece, answer, strict=True):
-                        found[i] = numbers
-                bar.update(len(batch))
-        return torch.stack([numbers for numbers in found if numbers is not None])
+            numbers = self._read(rows, types, bar)
+            if numbers is None:
+                bar.reset()
+                numbers = self._read(rows, types, bar)
+        return torch.stack(numbers or [])
 
-    def _kind(self, row: list[int]) -> int:
-        """Rows of one batch are of one kind: as many ends, and on one side of where rotary angles change."""
-        turn, ends = rope_turn(self.model), 0 if self.separate is None else row.count(self.separate)
-        return 2 * ends + (turn is not None and len(row) > turn)
+    def _read(self, rows: Sequence[list[int]], types: Sequence[list[int]] | None, bar: Any) -> list[Tensor] | None:
+        """The numbers of all rows; None if padding was allowed until now, and turned out to change them."""
+        costs, kinds = list(map(len, rows)), self._kinds(rows)
+        budget = Budget(1) if self.one_by_one else self.budget
+        read = partial(budget.run, lambda at: self._forward(at, rows, types), costs=costs)
+        comparison = Comparison(self.model, self.padding, read, costs, kinds, budget)
+        if self.padding.allowed and not comparison.prepare():
+            return None
+        found: dict[int, Tensor] = {}
+        for batch in budget.batches(costs, kinds):
+            for piece in self.padding.pieces(batch, costs):
+                answer = read(piece)
+                if self.padding.allowed and not comparison.agrees(piece, answer):
+                    return None
+                found |= zip(piece, answer, strict=True)
+            bar.update(len(batch))
+        comparison.finish()
+        return [found[i] for i in range(len(rows))]
 
-    def _pieces(
-        self, batch: list[int], rows: Sequence[list[int]], types: Sequence[list[int]] | None
-    ) -> Iterator[list[int]]:
-        """The batch as it is; for a model that padding disturbs, its rows by length, which are not padded."""
-        lengths = [len(rows[i]) for i in batch]
-        if min(lengths) < max(lengths) and self.padding.allowed and self.padding.checked < CHECKED_ROWS:
-            # One row of each of several lengths, the longest among them.
-            chosen = list({len(rows[i]): i for i in batch}.values())[:CHECKED_ROWS]
-            self.padding.allowed = self._bears_padding(chosen, rows, types)
-            self.padding.checked += len(chosen)
-        if self.padding.allowed:
-            return iter([batch])
-        return ([i for i in batch if len(rows[i]) == n] for n in sorted(set(lengths)))
-
-    def _bears_padding(self, chosen: list[int], rows: Sequence[list[int]], types: Sequence[list[int]] | None) -> bool:
-        costs = list(map(len, rows))
-        together = torch.stack(self.budget.run(lambda at: self._forward(at, rows, types), chosen, costs))
-        alone = torch.cat([torch.stack(self._forward([i], rows, types)) for i in chosen])
-        apart = float((together - alone).abs().max() / alone.abs().max().clamp(min=1e-30))
-        if not apart <= AGREEMENT.get(dtype_of(self.model), AGREEMENT_16_BIT):  # nan agrees with nothing
-            name = type(self.model).__name__
-            logger.warning("%s gives numbers %.1e apart in a padded batch: not padding", name, apart)
-            return False
-        return True
+    def _kinds(self, rows: Sequence[list[int]]) -> list[int]:
+        """Rows of one batch have as many ends, and are on one side of each length where the model changes its ways."""
+        turns = [turn for turn in (rope_turn(self.model), full_attention_up_to(self.model)) if turn is not None]
+        ends = [0 if self.separate is None else row.count(self.separate) for row in rows]
+        return [
+            n * (len(turns) + 1) + sum(len(row) > turn for turn in turns) for n, row in zip(ends, rows, strict=True)
+        ]
 
     def _check_ends(self, rows: Sequence[list[int]]) -> None:
         if self.separate is not None and any(self.separate not in row for row in rows):
@@ -115,7 +91,8 @@ class OwnForward:
         device = device_of(self.model)
         ids, mask = right_padded([rows[i] for i in at], self.pad_id, device)
         extra = {"token_type_ids": right_padded([types[i] for i in at], 0, device)[0]} if types is not None else {}
-        numbers = taken(self.model(input_ids=ids, attention_mask=mask, **extra), self.output).float().cpu()
+        answer = unchanging(self.model, lambda: self.model(input_ids=ids, attention_mask=mask, **extra))
+        numbers = taken(answer, self.output).float().cpu()
         return list(numbers.reshape(len(at), -1))
 
     @contextmanager

@@ -1,0 +1,187 @@
+"""A forward that leaves its model as it was: attributes, settings and buffers that it changes are put back."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from operator import is_
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+# A tensor that is no weight is copied up to this size; a larger one, and every weight, may not be changed in place.
+COPIED_BYTES = 2**20
+# What every module has: tables of hooks, which are left alone, and of its parts, which are looked at one by one.
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+CONTAINERS = (dict, list, set, deque)
+# Objects of these packages move weights about, or hold locks and streams: what they keep is their own affair.
+LEFT_ALONE = ("torch", "accelerate", "deepspeed", "peft", "bitsandbytes", "builtins", "threading", "logging", "_thread")
+# Packages whose modules gather and release weights within a forward.
+SHARDING = ("torch.distributed", "deepspeed")
+ABSENT = object()
+
+
+def unchanging(model: nn.Module, forward: Callable[[], T]) -> T:
+    """The forward's answer; what it changed in the model is put back, so that no score depends on earlier inputs.
+
+    Weights cannot be put back, for no copy is held. A model that prepares them at its first forward, as RWKV does, is
+    read again; one that changes them each time is refused.
+    """
+    parts = list(model.modules())
+    if any(map(is_sharded, set(map(type, parts)))):
+        return forward()
+    for _ in range(2):
+        state = State(parts)
+        try:
+            answer = forward()
+        finally:
+            weights = state.put_back()
+        if not weights:
+            return answer
+    raise ValueError(
+        f"a scorer needs a model whose forward leaves its weights alone, {type(model).__name__} changes "
+        f"{', '.join(weights[:4])} in each forward: a score would depend on what was scored before"
+    )
+
+
+class Contents(NamedTuple):
+    """A dict, list, set or deque of a model, and a copy of it."""
+
+    name: str
+    held: Any
+    before: Any
+
+    def put_back(self) -> list[str]:
+        """Make it hold the same things again; the names of those that were replaced, added or removed."""
+        held, before = self.held, self.before
+        if same_things(held, before):
+            return []
+        if not isinstance(held, dict):
+            held.clear()
+            (held.update if isinstance(held, set) else held.extend)(before)
+            return [self.name]
+        changed = [key for key in {**held, **before} if held.get(key, ABSENT) is not before.get(key, ABSENT)]
+        for key in changed:
+            if key in before:
+                held[key] = before[key]
+            else:
+                del held[key]
+        return [f"{self.name}.{key}" for key in changed]
+
+
+class Numbers(NamedTuple):
+    """A small tensor of a model that is no weight, and a copy of it."""
+
+    name: str
+    tensor: Tensor
+    before: Tensor
+
+    def put_back(self) -> list[str]:
+        """Make it hold the same numbers again; its name if it did not."""
+        if torch.equal(self.tensor, self.before):
+            return []
+        self.tensor.detach().copy_(self.before)
+        return [self.name]
+
+
+class State:
+    """What a forward may change: attributes, settings, buffers and weights of a model, as they are now."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        self.parts = parts
+        self.tables = [[table.copy() for table in tables_of(part)] for part in parts]
+        self.contents: list[Contents] = []
+        self.numbers: list[Numbers] = []
+        self.versions: list[tuple[str, Tensor, int]] = []
+        """How often weights, and other tensors that are not copied, had been written to."""
+        self._seen: set[int] = set()
+        for part in parts:
+            name, inside = type(part).__name__, vars(part)
+            self.versions += [
+                (name, weight, version(weight)) for weight in part._parameters.values() if weight is not None
+            ]
+            self._note(name, {key: inside[key] for key in inside.keys() - OF_EVERY_MODULE})
+            if part._buffers:
+                self._note(name, part._buffers)
+
+    def put_back(self) -> list[str]:
+        """Put back what was changed; the names of weights that were changed, of which there is no copy.
+
+        If there are any, all stays as it is: the rest may say that those were changed.
+        """
+        if lost := [name for name, tensor, before in self.versions if version(tensor) != before]:
+            return sorted({f"the weights of its {name}" for name in lost})
+        contents = [
+            Contents(type(part).__name__, now, before)
+            for part, tables in zip(self.parts, self.tables, strict=True)
+            for now, before in zip(tables_of(part), tables, strict=True)
+            if not same_things(now, before)
+        ]
+        changed = {name for each in (*contents, *self.contents, *self.numbers) for name in each.put_back()}
+        if changed:
+            logger.info("a forward changes %s: put back", ", ".join(sorted(changed)[:8]))
+        return []
+
+    def _note(self, name: str, values: Mapping[str, Any]) -> None:
+        """Things that a module holds, and whatever those hold in turn."""
+        waiting = [(f"{name}.{key}", value) for key, value in values.items() if may_change(type(value))]
+        while waiting:
+            where, value = waiting.pop()
+            if id(value) in self._seen:
+                continue
+            self._seen.add(id(value))
+            if isinstance(value, Tensor):
+                if isinstance(value, nn.Parameter) or not is_small(value):
+                    self.versions.append((where, value, version(value)))
+                else:
+                    self.numbers.append(Numbers(where, value, value.detach().clone()))
+                continue
+            held = value if isinstance(value, (tuple, *CONTAINERS)) else vars(value)
+            if not isinstance(held, tuple):
+                self.contents.append(Contents(where, held, held.copy()))
+            items = held.items() if isinstance(held, dict) else enumerate(held)
+            waiting += [(f"{where}.{key}", each) for key, each in items if may_change(type(each))]
+
+
+def tables_of(part: nn.Module) -> list[dict[str, Any]]:
+    """What a module keeps: attributes, buffers, parts, and weights unless accelerate moves those in and out."""
+    tables: list[dict[str, Any]] = [vars(part), part._buffers, part._modules]
+    return tables if "_hf_hook" in tables[0] else [*tables, part._parameters]
+
+
+def same_things(now: Any, before: Any) -> bool:
+    """Whether two containers hold the very same things, in the same order."""
+    both = (now.values(), before.values()) if isinstance(now, dict) else (now, before)
+    return len(now) == len(before) and all(map(is_, *both))
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to; those that were made in inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def is_small(tensor: Tensor) -> bool:
+    """Whether a copy of a tensor is cheap, and possible."""
+    return tensor.layout == torch.strided and tensor.device.type != "meta" and tensor.nbytes <= COPIED_BYTES
+
+
+@cache
+def may_change(kind: type) -> bool:
+    """Whether things of a type hold something that a forward may change: not numbers, texts, functions or modules."""
+    if issubclass(kind, (Tensor, tuple, *CONTAINERS, PretrainedConfig)):
+        return True
+    if issubclass(kind, nn.Module | type) or "__dict__" not in dir(kind):
+        return False
+    return not any(base.__module__.split(".")[0] in LEFT_ALONE for base in kind.__mro__ if base is not object)
+
+
+@cache
+def is_sharded(kind: type) -> bool:
+    """Whether modules of a type gather their weights for a forward, and release them."""
+    return any(base.__module__.startswith(SHARDING) for base in kind.__mro__)
