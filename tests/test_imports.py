@@ -46,6 +46,7 @@ calibrations      -> table
 reading           ->
 reading.body      ->
 reading.unread    ->
+reading.draws     ->
 reading.adapters  ->
 reading.fingerprint -> reading.adapters, reading.body
 reading.batches   ->
@@ -56,8 +57,9 @@ reading.labels_of -> reading.labels
 reading.state     ->
 reading.rounding  ->
 reading.padding   -> reading.batches, reading.rounding
-reading.decoder   -> prompts, reading.batches, reading.body, reading.padding, reading.rounding, reading.state
-reading.own_forward -> reading.batches, reading.body, reading.padding, reading.state
+reading.decoder   -> prompts, reading.batches, reading.body, reading.padding, reading.rounding, reading.state, reading.unread
+reading.own_forward -> reading.batches, reading.body, reading.draws, reading.padding, reading.state, reading.unread
+reading.trial     -> reading.body, reading.own_forward
 reading.next_token -> reading.batches, reading.body, reading.decoder, reading.state
 reading.completion_tokens -> prompts, reading.decoder, reading.text
 reading.question  -> prompts, reading.text

@@ -47,6 +47,7 @@ TESTED_WITH = {
     "reading.messages": "text",
     "reading.next_token": "judge",
     "reading.question": "judge",
+    "reading.trial": "architectures",
     "scorers": "protocol",
     "scorers.plain": "pairwise",
     "scorers.remote_address": "remote",

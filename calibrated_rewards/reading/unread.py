@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class UnreadError(ValueError):
-    """A model's forward failed on token ids alone."""
+class UnreadError(ValueError, RuntimeError):
+    """A model's forward failed on token ids alone; also a RuntimeError, as torch would have raised it."""
 
 
 # What the forward of a model raises that needs something else, or more: a language, an image, a longer input.

@@ -139,7 +139,11 @@ def _classifier(at: Source, wrap: Any, options: Mapping[str, Any]) -> Any:
     # Of custom code nobody knows that its head has as many outputs as its config says.
     if not needs_code(at.base):
         check_labels(given["labels"], model.config.num_labels)
-    return wrap(model, tokenizer, **given)
+    scorer = wrap(model, tokenizer, **given)
+    # Custom code may look for tokens that made-up inputs lack.
+    if not needs_code(at.base):
+        scorer.try_out()
+    return scorer
 
 
 def _multi_attribute(at: Source, options: Mapping[str, Any], unasked: bool) -> Any:
@@ -153,14 +157,14 @@ def _multi_attribute(at: Source, options: Mapping[str, Any], unasked: bool) -> A
 
 
 def _value_head(at: Source, options: Mapping[str, Any]) -> Any:
-    from calibrated_rewards.scorers.value_head import head_from, normalisation
+    from calibrated_rewards.scorers.value_head import auto_class, head_from, normalisation
 
     if not at.checkpoint.value_heads:
         raise ValueError(
             f"{at.checkpoint.name} has no value head: no linear layers beside its body that end in one output"
         )
     head = head_from(at.checkpoint, options.get("head"))
-    auto = transformers.AutoModelForCausalLM if at.checkpoint.adapter else transformers.AutoModel
+    auto = auto_class(at.base.config, bool(at.checkpoint.adapter))
     given = {**normalisation(at.base.config), **options, "head": head}
     return CLASSES["value-head"](*_both(at, auto), **given)
 
