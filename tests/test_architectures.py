@@ -1,6 +1,7 @@
 """Bodies that users bring: scores and probabilities are those of the model's own forward, row by row."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import tiny
 import torch
 from architectures import ALL, CLASSIFIERS, NOT_CAUSAL, POSITIONS, WRITERS, one_by_one, small_model
+from safetensors.torch import load_file, save_file
 from tiny import BOS, EOS
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -16,6 +18,8 @@ from calibrated_rewards.reading.text import Text
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.endings import Draft
 from calibrated_rewards.samplers.hf import HfSampler, Task
+from calibrated_rewards.samplers.loading import load_sampler
+from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.scorers.value_head import ValueHead
 
@@ -163,3 +167,31 @@ def test_value_heads_read_the_last_state(name: str) -> None:
             own.append(float(head(states[-1][0, -1])))
 
     np.testing.assert_allclose(found, own, atol=NEAR * np.std(own))
+
+
+@pytest.mark.parametrize("name", ["bert", "bart"])
+def test_value_heads_of_decoders_whose_automodel_is_another(name: str, tmp_path: Path) -> None:
+    """Saved by TRL with its v_head, and loaded: BERT's AutoModel has a pooler beside, BART's an encoder."""
+    model = writer(name)
+    folder = Path(tiny.saved(model, tmp_path, tiny.tokenizer()))
+    torch.manual_seed(1)
+    head = torch.nn.Linear(32, 1).requires_grad_(False)
+    weights = {f"v_head.summary.{key}": weight for key, weight in head.state_dict().items()}
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), **weights}, file, {"format": "pt"})
+    with torch.no_grad():
+        states = [model(input_ids=torch.tensor([row]), output_hidden_states=True) for row in ids_of(model)]
+        own = [float(head(each.hidden_states[-1][0, -1])) for each in states]
+
+    np.testing.assert_allclose(load_scorer(folder)(PROMPTS, COMPLETIONS), own, atol=NEAR * np.std(own))
+
+
+def test_checkpoints_that_cannot_be_used_are_refused_when_they_are_loaded(tmp_path: Path) -> None:
+    """A reward model that needs more than token ids, and a policy that is not causal."""
+    languages = small_model(AutoModelForSequenceClassification, "xmod")
+    languages.config.default_language = None
+    with pytest.raises(ValueError, match=r"XmodForSequenceClassification cannot read .* Input language unknown"):
+        load_scorer(tiny.saved(languages, tmp_path / "scorer", tiny.tokenizer()), kind="sequence-classifier")
+    policy = tiny.saved(small_model(AutoModelForCausalLM, "prophetnet"), tmp_path / "policy", tiny.tokenizer())
+    with pytest.raises(ValueError, match=r"ProphetNetForCausalLM are .* reads in both directions"):
+        _ = load_sampler(policy, Decoding(5)).sampler  # type: ignore[attr-defined]
