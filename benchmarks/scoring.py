@@ -1,4 +1,4 @@
-"""What scoring costs: prefix sharing against the plain route, and the library against a bare forward.
+"""What scoring costs: prefix sharing, the library around a bare forward, and the check that padding does no harm.
 
     python benchmarks/scoring.py             # a Llama classifier of 4 layers, 256 wide, float32, one thread; minutes
     python benchmarks/scoring.py --quick     # a look at the two cases with a bar
@@ -15,16 +15,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from environment import save
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from calibrated_rewards.reading.batches import Budget
 from calibrated_rewards.reading.body import default_budget, right_padded
+from calibrated_rewards.reading.padding import Comparison
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -134,6 +136,56 @@ def overhead(model: Any, rounds: int, inputs: int = 128) -> dict[str, Any]:
     }
 
 
+def padding_check(args: argparse.Namespace, inputs: int, batch_tokens: int | None) -> dict[str, Any]:
+    """The first call of an encoder, which compares padded rows with rows alone: that, against the rest of the call."""
+    rng = np.random.default_rng(2)
+    sizes = {"hidden_size": args.width, "intermediate_size": 4 * args.width, "num_hidden_layers": args.layers}
+    config = BertConfig(
+        **sizes, vocab_size=32_000, num_attention_heads=args.width // 64, num_labels=1, pad_token_id=0
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config).to(args.device, getattr(torch, args.dtype)).eval()
+    lengths = [480, *rng.integers(30, 481, inputs - 1).tolist()]
+    completions = [text(rng, n - 1) for n in lengths]  # and BOS
+    SequenceClassifier(model, tokenizer())(["", ""], completions[:2])  # the first call of torch itself
+    spent, counted = [], []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, given, __: counted.append(given[0].numel()))
+    scorer = SequenceClassifier(model, tokenizer(), batch_tokens=batch_tokens)
+    scorer(["a"], ["b"])  # whether the model can be read as a decoder is found out by other means
+    counted.clear()
+    parts = {"prepare": Comparison.prepare, "_rounded": Comparison._rounded}
+    try:
+        for name, part in parts.items():
+            setattr(Comparison, name, partialmethod(timed, part, spent))
+        whole = seconds(lambda: scorer([""] * inputs, completions))
+    finally:
+        for name, part in parts.items():
+            setattr(Comparison, name, part)
+        hook.remove()
+    read = sum(counted)
+    counted.clear()
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, given, __: counted.append(given[0].numel()))
+    scorer([""] * inputs, completions)
+    hook.remove()
+    return {
+        "inputs": inputs,
+        "batch_tokens": batch_tokens or default_budget(model),
+        "dtype": args.dtype,
+        "padded": scorer._access.padding.allowed,
+        "call_s": whole,
+        "check_s": sum(spent),
+        "share_of_time": sum(spent) / (whole - sum(spent)),
+        "share_of_tokens": read / sum(counted) - 1,
+    }
+
+
+def timed(comparison: Comparison, part: Callable[..., Any], spent: list[float], *args: Any) -> Any:
+    """A part of the check, and how long it took."""
+    answers: list[Any] = []
+    spent.append(seconds(lambda: answers.append(part(comparison, *args))))
+    return answers[0]
+
+
 def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,8 +210,16 @@ def main() -> None:
         print(f"{tokens} {times} {bound} {row['largest_difference_sd']:9.1e} sd")
     cost = overhead(model, 2 * rounds + 1)
     print(f"the library around a bare forward: {cost['overhead']:+.1%}, {cost['largest_difference_sd']:.1e} sd apart")
+    print("the padding check of an encoder's first call")
+    checks = []
+    for inputs, tokens in [(136, 65_536), (512, None)]:
+        checks.append(found := padding_check(args, inputs, tokens))
+        shares = f"{found['share_of_time']:.1%} of its time, {found['share_of_tokens']:.1%} of its tokens"
+        print(f"{inputs} texts, {found['batch_tokens']:,} tokens a batch: {shares}; padded: {found['padded']}")
     if not args.quick:
-        print(save(f"scoring_{args.device}_{args.dtype}", {**vars(args), "sharing": shared, "overhead": cost}))
+        result = {**vars(args), "sharing": shared, "overhead": cost, "padding_check": checks}
+        size = "" if (args.layers, args.width) == (4, 256) else f"_{args.layers}x{args.width}"
+        print(save(f"scoring_{args.device}_{args.dtype}{size}", result))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,14 @@ import pytest
 import tiny
 import torch
 from scipy import stats
-from transformers import BartConfig, BartForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    BigBirdConfig,
+    BigBirdForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 from calibrated_rewards.checks.conformance import CHECKS, Check, Examination, answer, check_scorer
 from calibrated_rewards.checks.probes import QUESTIONS, everyday
@@ -28,7 +35,8 @@ Scores = Callable[[Sequence[Any], Sequence[Any]], Any]
 GOOD = {question.good for question in QUESTIONS}
 NUMBER, BOS, DISTINCT, LEFT, TWICE, ALONE, NEIGHBOURS, PERMUTED, REPEATED, AFTER = [c.name for c in CHECKS[:10]]
 PREFIX, TRAINING, SPECIAL, ODD, EMPTY, NOTHING, CHAT = [check.name for check in CHECKS[10:17]]
-PROMPT, ENDS, TURNS, SYSTEM, LETTERS, SIGN, LONG = [check.name for check in CHECKS[17:]]
+PROMPT, ENDS, TURNS, SYSTEM, LETTERS, SIGN, LONG = [check.name for check in CHECKS[17:24]]
+AGAIN = "long inputs before and after short ones"
 
 
 def gpt2(seed: int = 0, **options: Any) -> Any:
@@ -760,7 +768,7 @@ def test_all_checks_run_and_are_told():
 
     assert [line.startswith(("  ok    ", "  FAIL  ", "  -     ")) for line in verdict.splitlines()[1:-1]] == [
         True
-    ] * 23 + [False]
+    ] * 24 + [False]
     assert all(check.name in verdict for check in CHECKS)
     assert "\n        -> is this a cost model? Cost(scorer)" in verdict
 
@@ -869,3 +877,44 @@ def test_the_fakes_pickle_and_read_messages(scorer):
 def test_the_number_in_a_text(completion, number):
     """The last one, with its sign, decimals and exponent; or the default."""
     assert NumberScorer(-1.0)(["?"], [completion]).tolist() == [number]
+
+
+@dataclass(eq=False)
+class SwitchesItself(Naive):
+    """BigBird, of which the first short input makes another model, for good."""
+
+    def render(self, prompt: Any, completion: Any) -> str:
+        return prompt + completion
+
+
+def sparse_big_bird() -> Any:
+    """Sparse attention above 128 tokens."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"pad_token_id": tiny.PAD, "bos_token_id": tiny.BOS, "eos_token_id": tiny.EOS, "vocab_size": tiny.VOCABULARY}
+    blocks = {"attention_type": "block_sparse", "block_size": 16, "num_random_blocks": 1}
+    config = BigBirdConfig(**sizes, **ids, **blocks, max_position_embeddings=8192, num_labels=1)
+    model = BigBirdForSequenceClassification(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=1.5 / weight.shape[-1] ** 0.5)
+    return model
+
+
+def test_a_model_that_changes_itself():
+    """BigBird scored as people do is found out by texts that the check brings itself; ours puts it back."""
+    assert told(SwitchesItself(sparse_big_bird()), AGAIN).startswith("FAIL: ")
+    ours = SequenceClassifier(sparse_big_bird(), tiny.tokenizer(template=None), text=Text(max_length=1024))
+    assert told(ours, AGAIN) == "ok"
+
+
+def test_a_scorer_that_counts_short_texts():
+    """A state that the first short text changes for good, of any scorer: the long ones are asked before all checks."""
+    short = []
+
+    def changed(prompts, completions):
+        short.extend(completion for completion in completions if len(completion) < 10)
+        return HashScorer()(prompts, completions) + 10 * np.array([bool(short) and len(p) > 900 for p in prompts])
+
+    assert AGAIN in failed(Opaque(changed))

@@ -56,6 +56,7 @@ CHECKS = (
     Check("case, accents, other alphabets are read", whole_input.letters),
     Check("sign", edge_inputs.sign, compares=False),
     Check("truncation", edge_inputs.truncation),
+    Check("long inputs before and after short ones", same_score.long_again),
 )
 
 
@@ -128,6 +129,7 @@ class Examination:
 
     def __iter__(self) -> Iterator[Finding]:
         subject = self.subject
+        _ = subject.long_first  # before any check asks for something short
         scored = True
         for check in CHECKS:
             if check.compares and not scored:

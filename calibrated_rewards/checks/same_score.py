@@ -112,6 +112,17 @@ def after_others(subject: Subject) -> Outcome:
     return subject.same(subject.pairs, subject.score(subject.pairs), subject.mixed, hint)
 
 
+def long_again(subject: Subject) -> Outcome:
+    """Long inputs before and after short ones: a forward may change its model, as BigBird's does."""
+    before = subject.long_first
+    if before is None:
+        return Outcome("-", "no long input is read whole")
+    pairs, scores = before
+    subject.score(Pairs([asked("Hi", subject.chat)] * 2, ["Yes", "No."]))
+    hint = "a short input changes the model, as BigBird's attention_type: put it back after each forward"
+    return subject.same(pairs, subject.score(pairs), scores, hint)
+
+
 def one_prompt(subject: Subject) -> Outcome:
     """Eight completions of a long prompt together, as they may share its prefix, against each alone."""
     group = readable_group(subject)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.checks.probes import Pairs
+from calibrated_rewards.checks.probes import Pairs, answers, long_prompt
 from calibrated_rewards.prompts import start_of
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, score
 
@@ -31,6 +31,9 @@ UNREAD = 1e-6
 TOO_LONG = re.compile(r"truncat|too long|max_length|maximum (sequence|context|model)|longer than", re.IGNORECASE)
 # What is wrong where a neighbour in the batch changes a score.
 PADS = "padding is read: pad on the right, pass attention_mask (and position_ids), and pool the last token of each row"
+# Words of the long prompts that are scored before any short one; the first that the scorer reads whole is taken.
+# BigBird, whose first short input changes it, reads sparsely from 704 tokens on.
+LONG_FIRST = (1_000, 300, 60)
 FEW_BITS = ("float16", "bfloat16", "float8", "int8", "int4", "uint8")
 
 
@@ -152,6 +155,19 @@ class Subject:
     def mixed(self) -> Float32[np.ndarray, " n"]:
         """The scores of all pairs, in one call."""
         return self.score(self.pairs)
+
+    @cached_property
+    def long_first(self) -> tuple[Pairs, Float32[np.ndarray, " n"]] | None:
+        """Long inputs and their scores, asked for before anything short was; None if the scorer reads none whole."""
+        for words in LONG_FIRST:
+            pairs = Pairs([long_prompt(words, self.chat)] * 2, answers(0)[:2])
+            try:
+                scores, cut = self.heard(pairs)
+            except Exception:  # noqa: BLE001 (a scorer is anybody's code, which other checks ask again)
+                continue
+            if not cut:
+                return pairs, scores
+        return None
 
     @cached_property
     def sd(self) -> float:

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 # Models that pool by fours are disturbed at three lengths of four: rows of several lengths are compared.
 CHECKED_ROWS = 8
 # The longest row costs most and is padded least: lengths up to this part of it are compared.
-LONGEST_PART = 0.75
+LONGEST_PART = 0.5
 # So many of the shortest rows tell how far rounding moves a number.
 ROUNDED_ROWS = 4
 

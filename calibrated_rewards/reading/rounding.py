@@ -12,8 +12,9 @@ from torch import Tensor, nn
 # Equal without a further look, in standard deviations of the rows.
 EQUAL = {torch.float32: 1e-4, torch.float64: 1e-4}
 EQUAL_16_BIT = 0.01
-# What no rounding excuses in 16 bits, in standard deviations: a row so far off is ranked among other rows.
-FARTHEST_16_BIT = 0.5
+# In 16 bits rounding may move a single row twice as far as it is measured to, and as far again; but not the latter if
+# that is so many standard deviations: such a row is ranked among other rows.
+FARTHEST_16_BIT = 0.25
 # The standard deviation of fewer rows than this says little about how far rows are apart.
 ROWS_FOR_SPREAD = 4
 # Moving all embeddings by one rounding moves the scores about as far as another shape of batch does: 0.02 to 1.2 times
@@ -33,7 +34,7 @@ class Rounding:
     moves: list[Tensor] = field(default_factory=list)
     """How far rounding moved the numbers of some of them."""
     farthest: float = FARTHEST_16_BIT
-    """Standard deviations that no rounding excuses in 16 bits."""
+    """Standard deviations above which a single row of 16 bits has less leeway."""
 
     def excess(self, numbers: Tensor, alone: Tensor, rounded: Callable[[], tuple[Tensor, Tensor]], model: Any) -> float:
         """How many times farther (n, numbers) are from the same rows alone than equal rows may be: above 1 they differ.
@@ -52,12 +53,13 @@ class Rounding:
             return 0.0
         before, after = (each[:, :MOST_NUMBERS].nan_to_num(0, 0, 0).double() for each in rounded())
         self._remember(self.moves, (after - before).abs())
-        few = math.sqrt((1 + math.log(gap.shape[1])) / len(gap))
-        typical = gap.square().mean(0).sqrt() / self._allowed(ROUNDINGS * (1 + few), equal)
-        single = gap / self._allowed(ROUNDINGS * (1 + few * math.sqrt(len(gap))), equal)
-        known = kind not in EQUAL and len(self.rows) >= ROWS_FOR_SPREAD
-        farthest = gap[:, spread > 0] / (self.farthest * spread[spread > 0]) if known else gap[:0]
-        return max(float(typical.max()), float(single.max()), *farthest.flatten().tolist())
+        few = math.sqrt(1 + math.log(gap.shape[1]))
+        typical = gap.square().mean(0).sqrt() / self._allowed(ROUNDINGS * (1 + few / math.sqrt(len(gap))), equal)
+        single = gap / self._allowed(ROUNDINGS * (1 + few), equal)
+        if kind not in EQUAL and len(self.rows) >= ROWS_FOR_SPREAD:
+            strict = gap / self._allowed(ROUNDINGS * (0.25 + few), equal)
+            single = torch.where(gap > self.farthest * spread, strict, single)
+        return max(float(typical.max()), float(single.max()))
 
     @property
     def spread(self) -> Tensor:
@@ -85,7 +87,7 @@ def coarsest(model: nn.Module) -> torch.dtype:
 
 @contextmanager
 def moved_by_rounding(model: nn.Module) -> Iterator[None]:
-    """While it runs, each embedding is the next number up or down: what 16 bits, or 32, cannot tell apart."""
+    """While it runs, each embedding is a next number up or down: as far as a single rounding moves it."""
     nudge = Nudge(torch.finfo(coarsest(model)).eps, torch.Generator().manual_seed(0))
     with ExitStack() as after:
         for part in model.modules():
@@ -104,4 +106,4 @@ class Nudge:
     def __call__(self, _: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """The output, moved; the dtype stays."""
         signs = torch.randint(0, 2, output.shape, generator=self.generator).mul_(2).sub_(1)
-        return (output.float() * (1 + self.size * signs.to(output.device))).to(output.dtype)
+        return output * (1 + self.size * signs).to(output.device, output.dtype)

@@ -123,14 +123,15 @@ class State:
             for now, before in zip(tables_of(part), tables, strict=True)
             if not same_things(now, before)
         ]
-        changed = {name for each in (*contents, *self.contents, *self.numbers) for name in each.put_back()}
+        changed = {name for each in (*contents, *self.contents) for name in each.put_back()}
+        changed |= {name for each in self.numbers for name in each.put_back()}
         if changed:
             logger.info("a forward changes %s: put back", ", ".join(sorted(changed)[:8]))
         return []
 
     def _note(self, name: str, values: Mapping[str, Any]) -> None:
         """Things that a module holds, and whatever those hold in turn."""
-        waiting = [(f"{name}.{key}", value) for key, value in values.items() if may_change(type(value))]
+        waiting = [(f"{name}.{key}", value) for key, value in values.items() if may_change(value)]
         while waiting:
             where, value = waiting.pop()
             if id(value) in self._seen:
@@ -146,7 +147,7 @@ class State:
             if not isinstance(held, tuple):
                 self.contents.append(Contents(where, held, held.copy()))
             items = held.items() if isinstance(held, dict) else enumerate(held)
-            waiting += [(f"{where}.{key}", each) for key, each in items if may_change(type(each))]
+            waiting += [(f"{where}.{key}", each) for key, each in items if may_change(each)]
 
 
 def tables_of(part: nn.Module) -> list[dict[str, Any]]:
@@ -171,9 +172,14 @@ def is_small(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and tensor.device.type != "meta" and tensor.nbytes <= COPIED_BYTES
 
 
+def may_change(value: object) -> bool:
+    """Whether a thing holds something that a forward may change: not numbers, texts, functions or modules."""
+    return holds_things(type(value))
+
+
 @cache
-def may_change(kind: type) -> bool:
-    """Whether things of a type hold something that a forward may change: not numbers, texts, functions or modules."""
+def holds_things(kind: type) -> bool:
+    """Whether things of a type are tensors, containers, settings, or objects of somebody's own class."""
     if issubclass(kind, (Tensor, tuple, *CONTAINERS, PretrainedConfig)):
         return True
     if issubclass(kind, nn.Module | type) or "__dict__" not in dir(kind):
