@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from calibrated_rewards.reading.text import Text
+from calibrated_rewards.reading.unread import UnreadError
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.drawing import processors
 from calibrated_rewards.samplers.hf import HfSampler
@@ -244,13 +245,62 @@ def test_a_model_that_cannot_share_does_not(caplog: pytest.LogCaptureFixture) ->
     assert said(caplog) == ["not sharing"]
 
 
-def test_a_model_that_is_another_behind_its_cache_is_refused() -> None:
-    """What it writes token by token is not what it gives probability to."""
+def test_a_model_that_is_another_behind_its_cache_is_read_without_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Each token takes a reading of the whole row: slow, said once, and what the model gives probability to."""
     model = writer("Llama")
+    plain = sampler(model, share_prefill=False)(PROMPTS, SEEDS)
     model.forward = Forgetful(model.forward, always=True)
+    with caplog.at_level(logging.WARNING):
+        rollouts = sampler(model)(PROMPTS, SEEDS)
 
-    with pytest.raises(ValueError, match="nats a token apart: sample with a callable of yours"):
-        sampler(model)(PROMPTS, SEEDS)
+    assert texts(rollouts) == texts(plain)
+    assert said(caplog) == ["not sharing", "reading whole rows for each token, which is slow"]
+
+
+class Failing:
+    """A forward of a model that raises behind a cache, or where a batch is padded, or whenever it is asked."""
+
+    def __init__(self, forward: Any, where: str) -> None:
+        self.forward, self.where = forward, where
+
+    def __call__(self, input_ids: torch.Tensor, past_key_values: Any = None, **options: Any) -> Any:
+        """The answer, or the error of a library."""
+        mask = options.get("attention_mask")
+        padded = mask is not None and not bool(mask.all())
+        if {"always": True, "padded": padded, "cached": past_key_values is not None}[self.where]:
+            raise RuntimeError("The size of tensor a (77) must match the size of tensor b (33)")
+        return self.forward(input_ids=input_ids, past_key_values=past_key_values, **options)
+
+
+@pytest.mark.parametrize(
+    ("where", "lines"),
+    [
+        ("cached", ["not padding", "not sharing", "reading whole rows for each token, which is slow"]),
+        ("padded", ["not padding"]),
+    ],
+)
+def test_a_model_that_fails_where_it_is_padded_or_cached_is_not(
+    where: str, lines: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What can be given up is given up, one by one, and logged with the library's error."""
+    model = writer("Llama")
+    plain = sampler(model)(PROMPTS, SEEDS)
+    model.forward = Failing(model.forward, where)
+    with caplog.at_level(logging.WARNING):
+        rollouts = sampler(model, prompts_at_once=4)(PROMPTS, SEEDS)
+
+    assert texts(rollouts) == texts(plain)
+    assert said(caplog) == lines
+    assert "fails (The size of tensor a (77)" in caplog.text
+
+
+def test_a_model_that_cannot_be_read_is_refused() -> None:
+    """With the library's error, in a sentence that says what to do; before any prompt is read."""
+    model = writer("Llama")
+    model.forward = Failing(model.forward, "always")
+
+    with pytest.raises(UnreadError, match=r"LlamaForCausalLM does not read an input of \d tokens: .*tensor a \(77\)"):
+        sampler(model).try_out()
 
 
 def test_a_model_that_padding_disturbs_is_not_padded(caplog: pytest.LogCaptureFixture) -> None:

@@ -45,6 +45,8 @@ table             -> prompts, table_*
 calibrations      -> table
 reading           ->
 reading.body      ->
+reading.unread    ->
+reading.draws     ->
 reading.adapters  ->
 reading.fingerprint -> reading.adapters, reading.body
 reading.batches   ->
@@ -54,8 +56,9 @@ reading.labels    ->
 reading.state     ->
 reading.rounding  ->
 reading.padding   -> reading.batches, reading.rounding
-reading.decoder   -> prompts, reading.batches, reading.body, reading.padding, reading.rounding, reading.state
-reading.own_forward -> reading.batches, reading.body, reading.padding, reading.state
+reading.decoder   -> prompts, reading.batches, reading.body, reading.padding, reading.rounding, reading.state, reading.unread
+reading.own_forward -> reading.batches, reading.body, reading.draws, reading.padding, reading.state, reading.unread
+reading.trial     -> reading.body, reading.own_forward
 reading.next_token -> reading.batches, reading.body, reading.decoder, reading.state
 reading.label_names ->
 reading.labels_of -> reading.labels, reading.label_names
@@ -153,12 +156,12 @@ samplers.openai_answer -> prompts, samplers.decoding, samplers.protocol
 samplers.policy   -> prompts, reading.body, reading.fingerprint, reading.text, samplers.decoding, samplers.endings
 samplers.continuous -> prompts, reading.body, reading.text, samplers.*
 samplers.ray      ->
-samplers.rows     -> reading.body, samplers.cache
-samplers.agreement -> reading.body, samplers.drawing, samplers.rows
+samplers.rows     -> reading.body, reading.unread, samplers.cache
+samplers.agreement -> reading.body, reading.unread, samplers.drawing, samplers.rows
 samplers.vllm_engine -> scorers.recipe
 samplers.vllm     -> prompts, reading.*, samplers.*, scorers.*
 samplers.writing  -> samplers.drawing, samplers.endings, samplers.rows
-samplers.hf       -> prompts, reading.batches, reading.body, reading.text, samplers.*
+samplers.hf       -> prompts, reading.batches, reading.body, reading.text, reading.unread, samplers.*
 samplers.loading  -> prompts, reading.text, samplers.*, scorers.*
 scorers.remote_crew ->
 scorers.remote_post -> prompts, scorers.remote_address, scorers.remote_retry

@@ -49,6 +49,7 @@ TESTED_WITH = {
     "reading.messages": "text",
     "reading.next_token": "judge",
     "reading.question": "judge",
+    "reading.trial": "architectures",
     "scorers": "protocol",
     "scorers.plain": "pairwise",
     "scorers.remote_address": "remote",

@@ -9,7 +9,7 @@ from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reading.batches import Budget
 from calibrated_rewards.reading.body import body_of, default_budget, lock_of, positions_of, vocabulary
 from calibrated_rewards.reading.decoder import Decoder, Head, Sharing
-from calibrated_rewards.reading.own_forward import OwnForward
+from calibrated_rewards.reading.own_forward import Fewest, OwnForward
 from calibrated_rewards.reading.padding import Padding
 from calibrated_rewards.reading.text import Text
 
@@ -77,6 +77,11 @@ class Access:
         """Whether rows are padded, and what was compared to find that out."""
         return Padding()
 
+    @cached_property
+    def fewest(self) -> Fewest:
+        """The fewest tokens that the model reads."""
+        return Fewest()
+
     def decoder(self, head: Head) -> Decoder:
         """Reads with this head behind the model's body."""
         options = {"show_progress": self.show_progress, "lock": self.lock}
@@ -84,5 +89,6 @@ class Access:
 
     def own_forward(self, pad: int | None, **options: Any) -> OwnForward:
         """Reads through the model's own forward; without an id to pad with, one by one."""
-        told = {"padding": self.padding, "show_progress": self.show_progress, "lock": self.lock, **options}
+        known: dict[str, Any] = {"padding": self.padding, "fewest": self.fewest, "lock": self.lock}
+        told = {"show_progress": self.show_progress, **known, **options}
         return OwnForward(self.model, pad or 0, self.budget, one_by_one=pad is None, **told)

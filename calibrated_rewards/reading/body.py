@@ -59,10 +59,15 @@ def vocabulary(model: Any) -> int:
 def embeddings_of(model: Any) -> Tensor | None:
     """The table of the tokens' embeddings; None for a model that has none."""
     try:
-        table: Tensor = model.get_input_embeddings().weight
+        part = model.get_input_embeddings()
     except NotImplementedError:
         return None
-    return table
+    if isinstance(part, nn.Module):
+        return part.weight  # type: ignore[return-value]
+    # Perceiver names its latent vectors, and embeds tokens elsewhere.
+    size = getattr(model.config, "vocab_size", None)
+    tables = (m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == size)
+    return next(tables, None)
 
 
 def device_of(model: Any) -> torch.device:
@@ -87,9 +92,9 @@ def positions_of(model: Any) -> int | None:
     """How many tokens it has positions for; None if it does not say."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     named = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]
-    tables = [part for part in named if isinstance(part, nn.Embedding)]
-    # RoBERTa counts positions from the padding id on: 514 of them are 512 tokens.
-    usable = [m.num_embeddings - m.padding_idx - 1 for m in tables if m.padding_idx is not None]
+    # RoBERTa counts positions from the padding id on: 514 of them are 512 tokens. I-BERT has a table of its own class.
+    counted = [part for part in named if getattr(part, "padding_idx", None) is not None]
+    usable = [part.weight.shape[0] - part.padding_idx - 1 for part in counted]
     return min(usable, default=most if isinstance(most, int) and most > 0 else None)
 
 
@@ -140,9 +145,9 @@ def _train(parts: list[nn.Module]) -> None:
         part.training = True
 
 
-def right_padded(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def right_padded(rows: list[list[int]], pad_id: int, device: torch.device, fewest: int = 1) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, padded on the right: positions then count from the first token, in every model."""
-    longest = max(map(len, rows))
+    longest = max(fewest, *map(len, rows))
     ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
     mask = (torch.arange(longest) < lengths[:, None]).long()

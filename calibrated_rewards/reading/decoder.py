@@ -28,6 +28,7 @@ from calibrated_rewards.reading.body import (
 from calibrated_rewards.reading.padding import Comparison, Padding, stacked
 from calibrated_rewards.reading.rounding import Rounding, moved_by_rounding
 from calibrated_rewards.reading.state import unchanging
+from calibrated_rewards.reading.unread import RAISED, UnreadError, reading_errors
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,8 @@ class Decoder:
         """Rows whose first `shared` tokens are one: those are read once."""
         prefix = torch.tensor([rows[0].ids[:shared]], device=device_of(self.model))
         options = {"use_cache": True, **self._positions(0, prefix)}
-        cache = unchanging(self.body, lambda: self.body(input_ids=prefix, **options)).past_key_values
+        with reading_errors(self.body, shared):
+            cache = unchanging(self.body, lambda: self.body(input_ids=prefix, **options)).past_key_values
         rest = [Row(row.ids[shared:], [at - shared for at in row.read]) for row in rows]
         found: list[Tensor | None] = [None] * len(rows)
         # A row holds its suffix and, in the cache, the prefix.
@@ -171,7 +173,8 @@ class Decoder:
             mask = torch.cat([mask.new_ones(len(rows), past), mask], 1)
             options = {"past_key_values": repeated(cache, len(rows)), "use_cache": True}
         options |= self._positions(past, ids)
-        answer = unchanging(self.body, lambda: self.body(input_ids=ids, attention_mask=mask, **options))
+        with reading_errors(self.body, past + ids.shape[1]):
+            answer = unchanging(self.body, lambda: self.body(input_ids=ids, attention_mask=mask, **options))
         return self._read(answer.last_hidden_state, rows)
 
     def _read(self, states: Tensor, rows: list[Row]) -> list[Tensor]:
@@ -227,7 +230,7 @@ class Decoder:
         alone = self._alone(rows)
         try:
             sharing = stacked(self._shared(rows, shared))
-        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        except UnreadError as error:
             logger.warning("%s fails behind a shared prefix: not sharing; %s", self.name, error)
             return False
         excess = self.sharing.rounding.excess(sharing, alone, lambda: (alone, self._moved(rows)), self.model)
@@ -249,7 +252,7 @@ class Decoder:
         try:
             row = torch.tensor([ids], device=device_of(self.model))
             return unchanging(self.body, lambda: self.body(input_ids=row, use_cache=True)).past_key_values
-        except (AttributeError, TypeError, ValueError):  # recurrent models have other caches, or none
+        except RAISED:  # recurrent models have other caches, or none
             return None
 
     @property
@@ -276,7 +279,8 @@ def common_prefix(rows: Sequence[list[int]]) -> int:
 
 def repeatable(cache: object) -> bool:
     """Whether the cache is keys and values alone, layer by layer; recurrent states cannot be viewed as many."""
-    return isinstance(cache, DynamicCache) and {*map(type, cache.layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    # MiniMax's own class keeps its states beside the layers.
+    return type(cache) is DynamicCache and {*map(type, cache.layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def repeated(cache: Cache, rows: int) -> Cache:

@@ -1,8 +1,9 @@
 """A model read through its own forward, head in float32: encoders, encoder-decoders, all that is built otherwise."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,8 +22,22 @@ from calibrated_rewards.reading.body import (
     right_padded,
     rope_turn,
 )
+from calibrated_rewards.reading.draws import steady_draws
 from calibrated_rewards.reading.padding import Comparison, Padding
 from calibrated_rewards.reading.state import unchanging
+from calibrated_rewards.reading.unread import UnreadError, reading_errors
+
+logger = logging.getLogger(__name__)
+
+# Canine and Funnel read 4 tokens or more. A model that fails at so many fails for another reason.
+FEWEST = 16
+
+
+@dataclass
+class Fewest:
+    """The fewest tokens of an input that a model reads, as far as inputs have shown it."""
+
+    tokens: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +54,7 @@ class OwnForward:
     one_by_one: bool = False
     """For a model that finds the end of a row by a padding id, and has none."""
     padding: Padding = field(default_factory=Padding)
+    fewest: Fewest = field(default_factory=Fewest)
     show_progress: bool = True
     lock: Any = field(default_factory=threading.RLock)
 
@@ -88,10 +104,30 @@ class OwnForward:
             )
 
     def _forward(self, at: list[int], rows: Sequence[list[int]], types: Sequence[list[int]] | None) -> list[Tensor]:
+        """The numbers of a batch; one that is too short for the model is padded to the fewest tokens that it reads."""
+        fewest = max(self.fewest.tokens, *(len(rows[i]) for i in at))
+        try:
+            return self._numbers(at, rows, types, fewest)
+        except UnreadError:
+            for tokens in range(fewest + 1, FEWEST + 1):
+                with suppress(UnreadError):
+                    numbers = self._numbers(at, rows, types, tokens)
+                    name = type(self.model).__name__
+                    logger.warning("%s does not read %d tokens: inputs are padded to %d", name, fewest, tokens)
+                    self.fewest.tokens = tokens
+                    return numbers
+            raise
+
+    def _numbers(
+        self, at: list[int], rows: Sequence[list[int]], types: Sequence[list[int]] | None, fewest: int
+    ) -> list[Tensor]:
         device = device_of(self.model)
-        ids, mask = right_padded([rows[i] for i in at], self.pad_id, device)
-        extra = {"token_type_ids": right_padded([types[i] for i in at], 0, device)[0]} if types is not None else {}
-        answer = unchanging(self.model, lambda: run_forward(self.model, input_ids=ids, attention_mask=mask, **extra))
+        ids, mask = right_padded([rows[i] for i in at], self.pad_id, device, fewest)
+        extra = {}
+        if types is not None:
+            extra["token_type_ids"] = right_padded([types[i] for i in at], 0, device, fewest)[0]
+        with reading_errors(self.model, ids.shape[1]), steady_draws(device):
+            answer = unchanging(self.model, lambda: self.model(input_ids=ids, attention_mask=mask, **extra))
         numbers = taken(answer, self.output).float().cpu()
         return list(numbers.reshape(len(at), -1))
 
@@ -131,19 +167,6 @@ class Precise:
     def __call__(self, *args: Any, **options: Any) -> Any:
         """The answer to the same input."""
         return self.forward(*map(_widened, args), **{name: _widened(value) for name, value in options.items()})
-
-
-def run_forward(model: nn.Module, **inputs: Tensor) -> Any:
-    """Run the model; an input that its own code refuses is a ValueError with the model's name, and says what to do."""
-    try:
-        return model(**inputs)
-    except (ValueError, AssertionError, LookupError, TypeError, AttributeError) as error:
-        name = type(getattr(model, "inner", model)).__name__
-        raise ValueError(
-            f"{name} does not read an input of {inputs['input_ids'].shape[1]} tokens: {type(error).__name__}: {error}. "
-            "A model that looks for the tokens of its chat template needs prompts that are lists of messages, or "
-            "chat=True for prompts that are text (--option chat=true), and a max_length that leaves these tokens in"
-        ) from error
 
 
 def taken(outputs: Any, output: str | int | None) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibrated_rewards.reading.body import device_of, dtype_of
+from calibrated_rewards.reading.body import device_of, dtype_of, vocabulary
+from calibrated_rewards.reading.unread import reading_errors
 from calibrated_rewards.samplers.drawing import ADVICE
 from calibrated_rewards.samplers.rows import Reader, contiguous_input
 
@@ -28,6 +29,8 @@ class Route:
 
     shares: bool
     pads: bool = True
+    caches: bool = True
+    """Each token is read behind a cache; without one, it takes a reading of the whole row."""
     checked: set[tuple[bool, bool]] = field(default_factory=set)
     """(sharing, padded) that were compared."""
 
@@ -51,23 +54,49 @@ class Route:
         """Whether a gap may be; if not, what may be its cause is not done again, and an error if nothing is left."""
         if gap <= _allowed(reader.model):  # nan agrees with nothing
             return True
+        if self.fall_back(reader.model, f"gives log-probabilities {gap:.1e} apart", padded):
+            return False
         name = type(reader.model).__name__
-        if padded:
-            logger.warning("%s gives log-probabilities %.1e apart in a padded batch: not padding", name, gap)
-            self.pads = False
-        elif self.shares:
-            logger.warning("%s gives log-probabilities %.1e apart behind a shared prompt: not sharing", name, gap)
-            self.shares = False
-        elif isnan(gap):
+        if isnan(gap):
             raise FloatingPointError(
                 f"the policy gives nan or no probabilities, {name} in {dtype_of(reader.model)}: {ADVICE}"
             )
+        raise ValueError(_not_causal(name, gap))
+
+    def fall_back(self, model: Any, trouble: str, padded: bool) -> bool:
+        """Give up padding, then sharing, then the cache, and log it; False where there is nothing left to give up."""
+        name = type(model).__name__
+        if padded:
+            logger.warning("%s %s in a padded batch: not padding", name, trouble)
+            self.pads = False
+        elif self.shares:
+            logger.warning("%s %s behind a shared prompt: not sharing", name, trouble)
+            self.shares = False
+        elif self.caches:
+            logger.warning("%s %s behind its cache: reading whole rows for each token, which is slow", name, trouble)
+            self.caches = False
+            self.checked.clear()
         else:
-            raise ValueError(
-                f"a model gives the same log-probabilities with its cache and without, {name} gives them {gap:.1e} "
-                "nats a token apart: sample with a callable of yours that runs its generate"
-            )
-        return False
+            return False
+        return True
+
+
+def check_causal(model: Any) -> None:
+    """Refuse a model that does not read token ids alone, or is no causal language model, by a few made-up tokens."""
+    few = min(32, vocabulary(model))
+    ids = [i % few for i in range(3, 10)]
+    gap = apart(Reader(model, share=False, caches=False), [ids[:4]], [0], [ids[4:]])
+    if gap > _allowed(model):  # nan is for the first batch, which names its prompt
+        raise ValueError(_not_causal(type(model).__name__, gap))
+
+
+def _not_causal(name: str, gap: float) -> str:
+    return (
+        "a policy is a causal language model, whose probabilities depend on the tokens before and on nothing else; "
+        f"those of {name} are {gap:.1e} nats a token apart when the same tokens are read one by one and as a whole: "
+        "it reads in both directions, or draws random numbers. Give a model that was trained to continue text, or "
+        "sample with a callable of yours that runs its generate"
+    )
 
 
 def _allowed(model: Any) -> float:
@@ -107,7 +136,7 @@ def _plain(reader: Reader, prompt: list[int], completion: list[int]) -> Tensor:
 
 def _forward(reader: Reader, prompt: list[int], completion: list[int]) -> Tensor:
     ids = torch.tensor([prompt + completion], device=device_of(reader.model))
-    with contiguous_input(reader.model):
+    with contiguous_input(reader.model), reading_errors(reader.model, ids.shape[1] - 1):
         # The last token is not read: nothing is asked of what follows it.
         logits = reader.model(input_ids=ids[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :]
     return _chosen(logits, ids[0, len(prompt) :])

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 # Room for at least so many tokens more, and for this part of what is there, whenever there is no room left.
@@ -42,14 +42,27 @@ class Roomy(DynamicLayer):  # type: ignore[no-untyped-call]
 
 def roomy(cache: Any) -> Any:
     """The cache, with room in the layers that keep all keys and values; others (windows, states) stay as they are."""
-    if isinstance(cache, Cache):
-        cache.layers = [Roomy(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if layers := layers_of(cache):
+        layers[:] = [Roomy(layer) if _holds_all(layer) else layer for layer in layers]
     return cache
+
+
+def layers_of(cache: Any) -> list[Any]:
+    """The layers of a decoder's cache; none of what is no cache."""
+    if isinstance(cache, EncoderDecoderCache):  # BERT and its kin as decoders: nothing is kept of an encoder
+        cache = cache.self_attention_cache
+    return cache.layers if isinstance(cache, Cache) else []
+
+
+def _holds_all(layer: Any) -> bool:
+    """Whether it keeps all keys and values; MiniMax has layers of that class which stay empty."""
+    return type(layer) is DynamicLayer and layer.is_initialized
 
 
 def is_roomy(cache: Any) -> bool:
     """Whether every layer keeps all keys and values."""
-    return isinstance(cache, Cache) and all(type(layer) is Roomy for layer in cache.layers)
+    layers = layers_of(cache)
+    return bool(layers) and all(type(layer) is Roomy for layer in layers)
 
 
 def choose(cache: Cache, rows: Tensor) -> None:
@@ -59,7 +72,7 @@ def choose(cache: Cache, rows: Tensor) -> None:
 
 def bytes_of(cache: Any) -> int:
     """How much memory the keys and values take; 0 where that cannot be said."""
-    layers = cache.layers if isinstance(cache, Cache) else []
+    layers = layers_of(cache)
     kept = [tensor for layer in layers for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))]
     return sum(tensor.numel() * tensor.element_size() for tensor in kept if isinstance(tensor, torch.Tensor))
 

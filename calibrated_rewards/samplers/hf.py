@@ -1,5 +1,6 @@
 """The Hugging Face sampler: K completions of a prompt that is read once, by any causal language model."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +21,8 @@ from calibrated_rewards.reading.body import (
     vocabulary,
 )
 from calibrated_rewards.reading.text import Text
-from calibrated_rewards.samplers.agreement import Route
+from calibrated_rewards.reading.unread import UnreadError
+from calibrated_rewards.samplers.agreement import Route, check_causal
 from calibrated_rewards.samplers.cache import bytes_of
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.drawing import processors
@@ -29,6 +31,8 @@ from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Rollout, Seeds
 from calibrated_rewards.samplers.rows import Reader
 from calibrated_rewards.samplers.writing import Writer
+
+logger = logging.getLogger(__name__)
 
 # Memory for keys and values, unless the user says otherwise: so much on a CPU, and this part of a GPU.
 ON_CPU, PART_OF_GPU = 2**31, 4
@@ -54,7 +58,8 @@ class HfSampler:
     the same prompt and seeds give the same bits, whatever the other prompts.
 
     With the first batch, and with the first padded one, some completions are read again, each alone and without a
-    cache; if that gives other probabilities, prompts are no longer shared or padded, and a warning says so.
+    cache; if that gives other probabilities, prompts are no longer shared or padded, or read behind a cache, and a
+    warning says so. A model that is no causal language model is refused before its first batch.
     """
 
     model: Any
@@ -124,7 +129,7 @@ class HfSampler:
         start = 0
         while start < len(order):
             longest = len(rows[tasks[order[start]].prompt])
-            fit = min(self._budget.tokens // (longest + self.decoding.max_tokens), self._most_rows)
+            fit = min(self._most_tokens // (longest + self.decoding.max_tokens), self._most_rows)
             first = order[start : start + max(1, fit)]
             # What the forward of the prompts holds is bounded too.
             most = min(self._most_prompts, max(1, default_budget(self._model) // longest))
@@ -148,6 +153,10 @@ class HfSampler:
             # Padding or sharing may be why: an error once there is neither.
             self._route.judged(nan, self._reader, len(set(costs)) > 1)
             return self._written(rows, tasks)
+        except UnreadError as error:
+            if not self._route.fall_back(self._model, f"fails ({error.__cause__})", len(set(costs)) > 1):
+                raise
+            return self._written(rows, tasks)
         if self._route.agrees(self._reader, read, of, [draft.ids for draft in drafts]):
             return drafts
         return self._written(rows, tasks)
@@ -165,13 +174,19 @@ class HfSampler:
     def _policy(self) -> Policy:
         return Policy(self.model, self.tokenizer, self.decoding, self.text)
 
+    def try_out(self) -> None:
+        """Read a few made-up tokens: ValueError for a model that cannot be read, or is not causal."""
+        with for_scoring(self._model, lock_of(self.model)):
+            _ = self._route
+
     @cached_property
     def _route(self) -> Route:
+        check_causal(self._model)
         return Route(self.share_prefill)
 
     @property
     def _reader(self) -> Reader:
-        return Reader(self._model, self._route.shares)
+        return Reader(self._model, self._route.shares, self._route.caches)
 
     @property
     def _most_prompts(self) -> int:
@@ -186,13 +201,20 @@ class HfSampler:
         return Budget(self.batch_tokens or self._room)
 
     @property
+    def _most_tokens(self) -> int:
+        """Tokens of a batch: without a cache, all of them go through the model at once."""
+        return self._budget.tokens if self._route.caches else min(self._budget.tokens, default_budget(self._model))
+
+    @property
     def _room(self) -> int:
         """How many tokens' keys and values there is memory for."""
         device = device_of(self._model)
         gpu = device.type == "cuda"
         memory = torch.cuda.get_device_properties(device).total_memory // PART_OF_GPU if gpu else ON_CPU
-        probe = Reader(self._model).open([[0, 0]], [0])
-        return int(max(1, memory // max(1, bytes_of(probe.cache) // 2)))
+        cache = Reader(self._model).open([[0, 0]], [0]).cache
+        if cache is None:
+            logger.info("%s returns no cache: each token takes a reading of the whole row", type(self._model).__name__)
+        return int(max(1, memory // max(1, bytes_of(cache) // 2)))
 
     @property
     def _most_rows(self) -> int:

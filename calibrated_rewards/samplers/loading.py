@@ -101,7 +101,10 @@ class FromCheckpoint:
         at = self.source
         model = at.model(transformers.AutoModelForCausalLM)
         logger.info("%s: %s", self.name, type(model).__name__)
-        return CLASSES[self.engine](model, at.tokenizer(model), self.decoding, self.text, **self.options)
+        sampler = CLASSES[self.engine](model, at.tokenizer(model), self.decoding, self.text, **self.options)
+        if isinstance(sampler, HfSampler):
+            sampler.try_out()
+        return sampler
 
 
 @dataclass(frozen=True, repr=False)

@@ -3,15 +3,16 @@
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from calibrated_rewards.reading.body import device_of, rope_turn
+from calibrated_rewards.reading.unread import reading_errors
 from calibrated_rewards.samplers.cache import choose, is_roomy, roomy
 
 # What models call the cache that they take and return; recurrent ones have names of their own.
@@ -35,6 +36,8 @@ class Reader:
     model: Any
     share: bool = True
     """Read each prompt once, for all the rows that go on from it."""
+    caches: bool = True
+    """Keep what the model returns as its cache; if not, or if it returns none, each token takes a whole reading."""
 
     def open(self, prompts: Sequence[list[int]], of: Sequence[int]) -> Rows:
         """Rows that begin with a prompt each: row i with prompts[of[i]]."""
@@ -44,7 +47,7 @@ class Reader:
         rows = self._forward(Rows(ids, mask, None, ids), ids)
         if self.share and list(of) != list(range(len(prompts))):
             if not self.parts(rows):
-                return Reader(self.model, share=False).open(prompts, of)
+                return replace(self, share=False).open(prompts, of)
             rows = self.choose(rows, of)
         return rows._replace(cache=roomy(rows.cache))
 
@@ -60,13 +63,15 @@ class Reader:
     def choose(self, rows: Rows, at: Sequence[int]) -> Rows:
         """Some of the rows; one may be there many times."""
         index = torch.tensor(list(at), device=rows.ids.device)
-        choose(rows.cache, index)
+        if rows.cache is not None:
+            choose(rows.cache, index)
         mask = None if rows.mask is None else rows.mask[index]
         return Rows(rows.ids[index], mask, rows.cache, rows.logits[index.to(rows.logits.device)])
 
     def parts(self, rows: Rows) -> bool:
         """Whether some of the rows can go on without the others; not where sharing, which is the same, went wrong."""
-        return self.share and isinstance(rows.cache, Cache)
+        # A model's own cache class may keep more than reorder_cache moves, as MiniMax's does.
+        return self.share and (rows.cache is None or type(rows.cache) in (DynamicCache, EncoderDecoderCache))
 
     @property
     def pads(self) -> bool:
@@ -74,7 +79,9 @@ class Reader:
         return self._turn is None
 
     def _forward(self, rows: Rows, ids: Tensor) -> Rows:
-        options: dict[str, Any] = {"use_cache": True}
+        """Read `ids`, which are the last of the rows, behind the rows' cache; without one, read the rows whole."""
+        ids = rows.ids if rows.cache is None else ids
+        options: dict[str, Any] = {"use_cache": self.caches}
         if rows.cache is not None:
             options[self._cache_name] = rows.cache
             if rows.mask is None and self._groups(rows.cache):
@@ -86,9 +93,13 @@ class Reader:
                 options["position_ids"] = (rows.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if "logits_to_keep" in self._parameters:
             options["logits_to_keep"] = 1
-        with contiguous_input(self.model):
+        with contiguous_input(self.model), reading_errors(self.model, rows.ids.shape[1]):
             answer = self.model(input_ids=ids, **options)
-        return rows._replace(cache=answer[self._cache_name], logits=answer.logits[:, -1])
+        return rows._replace(cache=self._cache_in(answer), logits=answer.logits[:, -1])
+
+    def _cache_in(self, answer: Any) -> Any:
+        """What the model returns to be read behind; None where it returns nothing, or should not."""
+        return answer.get(self._cache_name) if self.caches else None
 
     def _groups(self, cache: Any) -> bool:
         """Whether a mask that masks nothing helps: with one, heads that share keys read them together.

@@ -16,6 +16,7 @@ from calibrated_rewards.reading.labels import Labels
 from calibrated_rewards.reading.labels_of import labels_of
 from calibrated_rewards.reading.own_forward import OwnForward
 from calibrated_rewards.reading.text import Text
+from calibrated_rewards.reading.trial import check_reads
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
 from calibrated_rewards.scorers.recipe import in_memory
 
@@ -73,6 +74,10 @@ class CrossEncoder:
         pairs = [shortened(pair, self._access.limit) for pair in pairs]
         types = [pair.types for pair in pairs] if all(pair.types for pair in pairs) else None
         return self._reader([pair.ids for pair in pairs], types).numpy()
+
+    def try_out(self) -> None:
+        """Read a few made-up tokens: ValueError for a model that cannot be read, or reads nothing."""
+        check_reads(self._reader, self._access.limit)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""

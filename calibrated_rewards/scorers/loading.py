@@ -152,7 +152,11 @@ class FromCheckpoint:
         # Of custom code nobody knows that its head has as many outputs as its config says.
         if not needs_code(at.base):
             check_labels(labels, model.config.num_labels)
-        return wrap(model, tokenizer, **{**options, "labels": labels})
+        scorer = wrap(model, tokenizer, **{**options, "labels": labels})
+        # Custom code may look for tokens that made-up inputs lack.
+        if not needs_code(at.base):
+            scorer.try_out()
+        return scorer
 
     def _labels(self, config: Any, given: Labels | None) -> Labels:
         """How labels make one score; a reward that was saved under the first rules goes on with what they said."""
@@ -199,7 +203,7 @@ def _multi_attribute(at: Source, options: Mapping[str, Any], unasked: bool) -> A
 
 
 def _value_head(at: Source, options: Mapping[str, Any], rules: int) -> Any:
-    from calibrated_rewards.scorers.value_head import head_from, normalisation
+    from calibrated_rewards.scorers.value_head import auto_class, head_from, normalisation
 
     if not at.checkpoint.value_heads:
         raise ValueError(
@@ -211,7 +215,7 @@ def _value_head(at: Source, options: Mapping[str, Any], rules: int) -> Any:
             "yours that averages its head over all tokens"
         )
     head = head_from(at.checkpoint, options.get("head"))
-    auto = transformers.AutoModelForCausalLM if at.checkpoint.adapter else transformers.AutoModel
+    auto = auto_class(at.base.config, bool(at.checkpoint.adapter))
     given = {**normalisation(at.base, beaver=rules >= RULES), **options, "head": head}
     return CLASSES["value-head"](*_both(at, auto), **given)
 

@@ -20,6 +20,7 @@ from calibrated_rewards.reading.labels import Labels
 from calibrated_rewards.reading.labels_of import labels_of
 from calibrated_rewards.reading.own_forward import OwnForward
 from calibrated_rewards.reading.text import Text
+from calibrated_rewards.reading.trial import check_reads
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
 from calibrated_rewards.scorers.recipe import in_memory
 
@@ -69,6 +70,12 @@ class SequenceClassifier:
             return fit_precision(reader, ids, self._precision)(ids).numpy()
         rows = [Row(row, [self._pooled(row)]) for row in ids]
         return torch.cat(reader(rows, [group_of(prompt) for prompt in prompts])).numpy()
+
+    def try_out(self) -> None:
+        """Read a few made-up tokens: ValueError for a model that cannot be read, or reads nothing."""
+        reader = self._reader
+        if isinstance(reader, OwnForward):
+            check_reads(reader, self._access.limit)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""

@@ -122,6 +122,19 @@ def head_from(checkpoint: Checkpoint, name: str | None = None) -> nn.Module:
     return nn.Sequential(*between).requires_grad_(False).eval()
 
 
+def auto_class(config: Mapping[str, Any], adapted: bool) -> Any:
+    """What loads the body: AutoModel, or the whole language model where AutoModel is another model, or none.
+
+    Of BERT's and BART's decoders AutoModel is the encoder with its pooler, or encoder and decoder; of TrOCR's nothing.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    unlike = config.get("is_decoder") or config.get("model_type") not in MODEL_MAPPING_NAMES
+    own_code = bool(config.get("auto_map"))
+    return transformers.AutoModelForCausalLM if adapted or (unlike and not own_code) else transformers.AutoModel
+
+
 def normalisation(checkpoint: Checkpoint, *, beaver: bool = True) -> dict[str, float]:
     """The mean and the standard deviation by which a checkpoint says that its head's values are to be normalised.
 
