@@ -97,7 +97,7 @@ def test_precision_is_of_the_beta_laws(K):
 
 @pytest.mark.parametrize("shares", [[0.5, 0.5], [0.99, 0.01], [0.1, 0.2, 0.4, 0.25, 0.05]])
 def test_precision_with_ties_by_drawing_references(shares):
-    """Scores of few values: the rms is that of (below + equal / 2) / K about its mean, over many draws of references."""
+    """Scores of few values: the rms is that of (below + equal / 2) / K about its mean, over draws of references."""
     rng, K, law = np.random.default_rng(0), 64, np.array(shares)
     drawn = rng.multinomial(K, law, size=20_000) / K
     u = np.cumsum(drawn, axis=1) - drawn / 2

@@ -394,7 +394,7 @@ def test_the_last_words_know_of_ties() -> None:
     kl = entropy([1 - ones, ones], [0.75, 0.25])
     assert f"has KL {kl:.3g} nats" in said[0]
     assert said[1].startswith("theory, for scores without ties")
-    assert f"the last steps' KL, 0.1, is far below that" in said[2]
+    assert "the last steps' KL, 0.1, is far below that" in said[2]
 
 
 def test_below_its_adapter_a_model_is_the_reference() -> None:

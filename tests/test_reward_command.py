@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import tiny
 
@@ -18,6 +19,12 @@ from calibrated_rewards.testing import NumberSampler
 from calibrated_rewards.theory import beta_for_kl, kl
 
 PROMPTS = ["one", "two", "three"]
+
+
+@pytest.fixture(autouse=True)
+def without_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run-time types take nearly all of the time of solving for an optimum."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="module")

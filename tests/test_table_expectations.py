@@ -3,6 +3,7 @@
 from functools import cache
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 from scipy import stats
@@ -19,6 +20,13 @@ from calibrated_rewards.table_expectations import check_resolved, expect, expect
 from calibrated_rewards.table_laws import TableRewards
 from calibrated_rewards.testing import HashScorer
 from calibrated_rewards.transforms import Exponential, Identity, Log, Transform
+
+
+@pytest.fixture(autouse=True)
+def without_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run-time types take nearly all of the time of solving for an optimum."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
 
 EXP = scaled(Exponential(10.0), "unit")
 BEST_OF_8 = cache(lambda: optimum(BestOf(8), kl=0.5))
