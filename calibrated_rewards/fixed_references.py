@@ -120,13 +120,13 @@ class StepPolicies:
     def density(self, beta: float) -> Array:
         """f on each panel, proportional to e^{reward / beta}."""
         with np.errstate(over="ignore"):
-            height = np.exp((self.rewards - self._highest) / beta)
+            height = np.exp(np.minimum(self.rewards - self._highest, 0.0) / beta)
         return np.asarray(height / (height * np.diff(self.ends)).sum(axis=1, keepdims=True))
 
     @property
     def _highest(self) -> Array:
-        """The highest reward of each row."""
-        return np.asarray(self.rewards.max(axis=1, keepdims=True))
+        """The highest reward of each row, of the panels that have a width."""
+        return np.asarray(np.where(np.diff(self.ends) > 0, self.rewards, -np.inf).max(axis=1, keepdims=True))
 
     def most_kl(self) -> Array:
         """KL of each as beta falls to 0: minus the log of what has the highest reward."""
