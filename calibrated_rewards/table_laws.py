@@ -29,6 +29,8 @@ from calibrated_rewards.table import ReferenceTable
 from calibrated_rewards.transforms import Transform
 
 Array: TypeAlias = npt.NDArray[np.float64]
+# Mass, reward, and whether it is an atom, of every place in every row.
+Laws: TypeAlias = tuple[Array, Array, npt.NDArray[np.bool_]]
 
 # Of a larger table so many references are read, in whole rows that lie evenly among all: rows are ordered by a hash of
 # their prompt, so that these are a sample of the prompts.
@@ -64,18 +66,19 @@ class TableRewards:
         few, blocks = FewValues.of(self.table, self.rows), []
         for at, scores in self.table.blocks(self.rows):
             if few is not None and not self.tolerance:
-                blocks.append(_policies(*few.laws(scores, self.transform, self.estimator), self.procedure))
+                blocks.append(_policies(few.laws(scores, self.transform, self.estimator), self.procedure))
                 continue
             if self.tolerance:
-                pairs = self._by_atoms(self.rows[at], scores)
-                blocks.append(_policies(*pairs, self.procedure))
+                blocks.append(_policies(self._by_atoms(self.rows[at], scores), self.procedure))
                 continue
             vector = values(self.transform, scores.shape[1], self.estimator)
             parts = [_with_gaps(scores, vector, rng) for _ in range(draws)]
-            blocks.append(_policies(*map(np.concatenate, zip(*parts, strict=True)), self.procedure))
+            masses, rewards, atoms = zip(*parts, strict=True)
+            whole = np.concatenate(masses), np.concatenate(rewards), np.concatenate(atoms)
+            blocks.append(_policies(whole, self.procedure))
         return blocks
 
-    def _by_atoms(self, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> tuple[Array, Array, Array]:
+    def _by_atoms(self, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> Laws:
         """With a tolerance: the references themselves, each with its own reward, and no gaps."""
         K = scores.shape[1]
         each = np.repeat(rows, K)
@@ -173,9 +176,7 @@ class FewValues:
         places = np.searchsorted(self.scores, block) + len(self.scores) * np.arange(len(block))[:, None]
         return np.bincount(places.ravel(), minlength=len(self.scores) * len(block)).reshape(len(block), -1)
 
-    def laws(
-        self, block: npt.NDArray[np.float32], transform: Transform, estimator: Estimator
-    ) -> tuple[Array, Array, npt.NDArray[np.bool_]]:
+    def laws(self, block: npt.NDArray[np.float32], transform: Transform, estimator: Estimator) -> Laws:
         """Mass and reward of every value in each row, all of them atoms."""
         counts, K = self._counts(block), block.shape[1]
         reward = values(transform, K, estimator)[2 * (np.cumsum(counts, axis=1) - counts) + counts]
@@ -202,9 +203,7 @@ def _ties(scores: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.intp], npt.ND
     return place, below, upto - below
 
 
-def _with_gaps(
-    scores: npt.NDArray[np.float32], vector: Array, rng: np.random.Generator
-) -> tuple[Array, Array, npt.NDArray[np.bool_]]:
+def _with_gaps(scores: npt.NDArray[np.float32], vector: Array, rng: np.random.Generator) -> Laws:
     """Mass, reward, and whether it is an atom, of gap, reference, gap, reference ... gap in each row."""
     n, K = scores.shape
     place, below, equal = _ties(scores)
@@ -222,8 +221,9 @@ def _with_gaps(
     return mass, reward, np.broadcast_to(np.arange(2 * K + 1) % 2 == 1, mass.shape)
 
 
-def _policies(mass: Array, reward: Array, atoms: npt.NDArray[np.bool_], procedure: Procedure) -> StepPolicies:
+def _policies(laws: Laws, procedure: Procedure) -> StepPolicies:
     """Without places that are empty in every row."""
+    mass, reward, atoms = laws
     there = mass.any(axis=0)
     mass = mass[:, there] / mass.sum(axis=1, keepdims=True)
     ends = np.hstack([np.zeros((len(mass), 1)), np.cumsum(mass, axis=1)])
