@@ -216,7 +216,7 @@ def test_it_pickles_as_its_question():
         (lambda: optimum(BestOf(4), kl=-1.0), "kl must be finite and > 0, got kl=-1.0"),
         (
             lambda: optimum(BestOf(128), kl=5.0),
-            "has a KL of 0.6.* at most, and wins 0.9999.*, got kl=5.0: ask for less",
+            "has a KL of 0.6.* at most, and wins 0.9999.*, got kl=5.0: more gains nothing",
         ),
         (lambda: optimum(WorstOf(64), kl=1.0), "has a KL of 0.194 at most, and wins 0.99999.*, got kl=1.0"),
     ],
