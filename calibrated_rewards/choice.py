@@ -59,6 +59,8 @@ def _beta_of_optimum(procedure: CalibratedProcedure, base: CalibratedProcedure |
     excess = partial(_excess_kl, procedure, base, kl)
     low, high, x, step = log(SMALLEST_BETA), log(LARGEST_BETA), log(0.3), -1.0
     value = excess(x)
+    if value < 0:
+        _check_reach(procedure, base, kl)
     for _ in range(80):
         low, high = (x, high) if value > 0 else (low, x)
         if abs(value) < 1e-12:
@@ -71,9 +73,24 @@ def _beta_of_optimum(procedure: CalibratedProcedure, base: CalibratedProcedure |
         step = -moved * (ahead - x) / (moved - value) if moved != value else 0.0
         x, value = ahead, moved
     raise ValueError(
-        f"The optimum for {procedure!r} comes no nearer to kl={kl!r} than {kl * exp(value):.3g}, at beta {exp(x):.3g}: "
-        f"beta must be >= {SMALLEST_BETA:g}, and KL may jump. tune() reaches more."
+        f"The optimum for {procedure!r} has no kl={kl!r}: its KL jumps over it; the nearest that was found is "
+        f"{kl * exp(value):.3g}. An exponential transform, as tune() finds, reaches it."
     )
+
+
+def _check_reach(procedure: CalibratedProcedure, base: CalibratedProcedure | None, kl: float) -> None:
+    """ValueError if even the smallest beta leaves the optimum at a smaller KL: at once, and not after a long search."""
+    try:
+        law = Optimal(procedure, SMALLEST_BETA, base).law
+    except ArithmeticError:  # not known, so searched for
+        return
+    most = kl_of(law)
+    if most < kl:
+        rate = win_rate_of(law, procedure, base)
+        raise ValueError(
+            f"The optimum for {procedure!r} has a KL of {most:.3g} at most, and wins {rate:.6g} there, got kl={kl!r}: "
+            "more gains nothing. Ask for less, or use an exponential transform, as tune() finds."
+        )
 
 
 def _excess_kl(procedure: CalibratedProcedure, base: CalibratedProcedure | None, kl: float, log_beta: float) -> float:

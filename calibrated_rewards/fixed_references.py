@@ -104,19 +104,34 @@ class _Law:
 
 
 @dataclass(frozen=True)
-class _Policies:
-    """The optimal policies of many draws of references, a row each: densities constant between the ends of panels."""
+class StepPolicies:
+    """The optimal policies of many draws of references, a row each: densities constant between the ends of panels.
+
+    A panel may be an atom: responses of one score, which tie with each other. Panels of no width are ignored.
+    """
 
     rewards: Array
     ends: Array
     procedure: Procedure
     base: Procedure
+    atoms: npt.NDArray[np.bool_] | None = None
+    """Which panels are atoms; None for none."""
 
     def density(self, beta: float) -> Array:
         """f on each panel, proportional to e^{reward / beta}."""
         with np.errstate(over="ignore"):
-            height = np.exp((self.rewards - self.rewards.max(axis=1, keepdims=True)) / beta)
+            height = np.exp(np.minimum(self.rewards - self._highest, 0.0) / beta)
         return np.asarray(height / (height * np.diff(self.ends)).sum(axis=1, keepdims=True))
+
+    @property
+    def _highest(self) -> Array:
+        """The highest reward of each row, of the panels that have a width."""
+        return np.asarray(np.where(np.diff(self.ends) > 0, self.rewards, -np.inf).max(axis=1, keepdims=True))
+
+    def most_kl(self) -> Array:
+        """KL of each as beta falls to 0: minus the log of what has the highest reward."""
+        at_highest = (self.rewards == self._highest) * np.diff(self.ends)
+        return np.asarray(np.maximum(-np.log(np.minimum(at_highest.sum(axis=1), 1.0)), 0.0))
 
     def kl(self, beta: float) -> Array:
         """KL of each."""
@@ -127,20 +142,22 @@ class _Policies:
         """Win rate of each."""
         blocks = np.array_split(np.arange(len(self.ends)), ceil(self.ends.size * self.order / 2e6))
         density = self.density(beta)
-        return np.concatenate([self._win_rates(self.ends[rows], density[rows]) for rows in blocks])
+        atoms = np.zeros_like(density, bool) if self.atoms is None else self.atoms
+        return np.concatenate([self._win_rates(self.ends[rows], density[rows], atoms[rows]) for rows in blocks])
 
     @property
     def order(self) -> int:
         """Nodes on each panel: exact between two polynomials, as best-of-n and worst-of-n of n <= 128 have."""
         return min(128, max(16, self.procedure.draws, self.base.draws))
 
-    def _win_rates(self, ends: Array, density: Array) -> Array:
+    def _win_rates(self, ends: Array, density: Array, atoms: npt.NDArray[np.bool_]) -> Array:
         """Integral of the policies' output density against the CDF of the base's output (Thm 4)."""
         _, weights, running = rule = _gauss(self.order)
         policy, reference = _step_law(ends, density, rule), _step_law(ends, np.ones_like(density), rule)
         base_density = _tilt(self.base, reference) * np.diff(ends)[:, :, None]
         totals = base_density @ weights
-        base_cdf = (np.cumsum(totals, axis=1) - totals)[:, :, None] + base_density @ running.T
+        before = np.cumsum(totals, axis=1) - totals
+        base_cdf = np.where(atoms[:, :, None], totals[:, :, None] / 2, base_density @ running.T) + before[:, :, None]
         output = policy.mass * _tilt(self.procedure, policy)
         won = (output * base_cdf).sum(axis=(1, 2))
         return np.asarray(won / (output.sum(axis=(1, 2)) * totals.sum(axis=1)))
@@ -164,7 +181,7 @@ def _drawn(
     base: Procedure | None,
     draws: int,
     seed: int,
-) -> _Policies:
+) -> StepPolicies:
     """Policies for `draws` draws of K references; panels end at references and where a procedure's tilt jumps."""
     if not (isfinite(draws) and int(draws) == draws and draws >= 2):
         raise ValueError(f"A standard error needs a whole draws >= 2, got draws={draws!r}.")
@@ -175,7 +192,7 @@ def _drawn(
     below = np.cumsum(order < K, axis=1)
     rewards = whole[np.hstack([np.zeros((draws, 1), np.intp), below])]
     ends = np.hstack([np.zeros((draws, 1)), np.take_along_axis(ends, order, axis=1), np.ones((draws, 1))])
-    return _Policies(rewards, ends, procedure, base)
+    return StepPolicies(rewards, ends, procedure, base)
 
 
 def _step_law(ends: Array, density: Array, rule: tuple[Array, Array, Array]) -> _Law:

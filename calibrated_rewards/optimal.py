@@ -12,10 +12,12 @@ undamped, that ends in a cycle of two functions in nearly every best-of-N case. 
 is our cross-check.
 """
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
-from math import exp, isfinite, log1p
+from math import exp, expm1, isfinite, log1p
 from typing import TypeAlias
 
 import numpy as np
@@ -23,13 +25,15 @@ import numpy.typing as npt
 from scipy.special import expit, logit
 
 from calibrated_rewards.procedures import CalibratedProcedure, Rank
-from calibrated_rewards.quadrature import WINDOW, Grid, Law, normalised
+from calibrated_rewards.quadrature import WINDOW, Grid, Law, normalised, reference_law
 from calibrated_rewards.theory import kl_of, win_rate_of
-from calibrated_rewards.transforms import Values
+from calibrated_rewards.transforms import Exponential, Values
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
 SMALLEST_BETA = 1e-4
+# The shots go from this logit to minus it, in steps of this at most.
+TOP, LARGEST_STEP = 45.0, 1.5
 
 
 @dataclass(frozen=True)
@@ -112,15 +116,42 @@ class Optimal:
 
     @cached_property
     def _solved(self) -> tuple[Grid, Array]:
-        """Phi/beta on a grid that resolves it: the best of the stationary points."""
-        solutions = [self._solve_from(start) for start in self._starts()]
-        return max(solutions, key=self._objective)
+        """Phi/beta on a grid that resolves it: the best of the stationary points that could be solved for."""
+        solutions = []
+        for start in self._starts():
+            with suppress(ArithmeticError):
+                solutions.append(self._solve_from(start))
+        if not solutions:
+            raise ArithmeticError(
+                f"{self!r} was not solved to 1e-9: beta is too small, or g too rough. tune() needs no such solution."
+            )
+        best = max(solutions, key=self._objective)
+        self._check_best(self._objective(best))
+        return best
+
+    def _check_best(self, objective: float) -> None:
+        """Refuse a solution that the reference, or one of a few exponential transforms, does better than."""
+        least = max(self._value(law) for law in self._rivals())
+        if not objective >= least - 1e-5 * (not self._rises) - 1e-9:
+            raise ArithmeticError(
+                f"{self!r} was solved to a win rate - beta KL of {objective:.6g}, below {least:.6g}, which the "
+                "reference or an exponential has: its best stationary point was not found. tune() needs none."
+            )
+
+    def _rivals(self) -> Iterator[Law]:
+        """The reference; and, where the stationary point need not be the optimum, what some exponentials lead to."""
+        grid = Grid(np.linspace(-45.0, 45.0, 181))
+        yield reference_law(grid)
+        if not self._rises:
+            for t in (-100.0, -20.0, -5.0, -1.0, 1.0, 5.0, 20.0, 100.0):
+                unit = np.asarray(Exponential(t)(grid.u)) / abs(expm1(t))
+                yield from (normalised(grid, unit / beta) for beta in (0.03, 0.3))
 
     def _solve_from(self, start: float) -> tuple[Grid, Array]:
         """Shot from log f(1) = start, on panels fine enough for it, then polished by Newton's method."""
         grid = Grid(WINDOW)
         for _ in range(40):
-            curve = self._shoot(start, np.concatenate([[0.0], expit(-grid.s[::-1])]))[:0:-1, 0] - start
+            curve = self._shoot(start, grid.s[::-1])[::-1, 0] - start
             law = normalised(grid, curve)
             coarse = grid.unresolved(law.per_logit, 1e-12) | grid.unresolved(self._step(grid, curve)[1], 1e-12)
             coarse &= grid.widths > 1e-6
@@ -130,7 +161,10 @@ class Optimal:
         return grid, self._polish(grid, curve)
 
     def _objective(self, solution: tuple[Grid, Array]) -> float:
-        law = normalised(*solution)
+        return self._value(normalised(*solution))
+
+    def _value(self, law: Law) -> float:
+        """Win rate - beta KL."""
         return win_rate_of(law, self.procedure, self.base) - self.beta * kl_of(law)
 
     def _rate(self, rank: Rank, below_one: Rank, u: Rank, v: Rank) -> Rank:
@@ -138,38 +172,64 @@ class Optimal:
         base = self.base or self.procedure
         return self.procedure.density(rank, below_one) * base.density(u, v) / self.beta
 
-    def _slope_at(self, state: Array, x: float) -> tuple[float, float]:
-        """Right-hand side in x = 1 - u for the state (log f, 1 - F); a shot far past F = 0 goes straight on."""
+    def _slope_at(self, state: Array, s: float) -> tuple[float, float]:
+        """Derivatives of (log f, 1 - F) by the logit s of u; a shot far past F = 0 goes straight on."""
         log_density, below_one = state.tolist()
-        x = min(max(x, 0.0), 1.0)  # the integrator looks a step beyond the end
+        u, v = float(expit(s)), float(expit(-s))
+        growth = -exp(min(log_density, 700.0)) * u * v
         if below_one > 1.5:
-            return 0.0, exp(min(log_density, 700.0))
+            return 0.0, growth
         below_one = min(max(below_one, 0.0), 1.0)
-        return -self._rate(1 - below_one, below_one, 1 - x, x), exp(min(log_density, 700.0))
+        return self._rate(1 - below_one, below_one, u, v) * u * v, growth
 
-    def _shoot(self, start: float, x: Array) -> Array:
+    def _shoot(self, start: float, s: Array, tolerance: float = 1e-9) -> Array:
+        """(log f, 1 - F) at descending logits, from log f(1) = start; `LARGEST_STEP` so that no layer is stepped over.
+
+        Whatever acts at a distance of 1/N from an end has a width of about 1 in the logit, however large N is.
+        """
         from scipy.integrate import odeint
 
-        return np.asarray(odeint(self._slope_at, [start, 0.0], x, rtol=1e-8, atol=1e-8, mxstep=20000))
+        path = np.concatenate([[TOP], s])
+        first = [start, exp(start) * float(expit(-TOP))]
+        shot = odeint(
+            self._slope_at, first, path, rtol=tolerance, atol=tolerance / 1000, mxstep=20000, hmax=LARGEST_STEP
+        )
+        return np.asarray(shot[1:])
 
-    def _miss(self, start: float) -> float:
+    def _miss(self, start: float, tolerance: float = 1e-9) -> float:
         """F(0) when log f(1) = start."""
-        return float(1 - self._shoot(start, np.array([0.0, 1.0]))[-1, 1])
+        return float(1 - self._shoot(start, np.array([-30.0]), tolerance)[-1, 1])
+
+    @property
+    def _rises(self) -> bool:
+        """Whether g_policy rises: W is then concave in the policy, and the stationary point the one optimum."""
+        u = np.linspace(0.0, 1.0, 1025)
+        return bool((np.diff(self.procedure.density(u, 1 - u)) >= 0).all())
 
     def _starts(self) -> list[float]:
-        """Every log f(1) that leads to F(0) = 0; one, where g_policy rises (W is then concave)."""
-        from scipy.optimize import brentq
-
+        """Every log f(1) that leads to F(0) = 0."""
         u = np.linspace(0.0, 1.0, 1025)
         # df/dF <= max(g_base) g_policy(F) / beta, and f(0) <= 1 because f rises: f(1) <= 1 + max(g_base) / beta.
         largest = float((self.base or self.procedure).density(u, 1 - u).max())
-        rises = bool((np.diff(self.procedure.density(u, 1 - u)) >= 0).all())
-        ends = np.linspace(0.0, log1p(1.01 * largest / self.beta) + 1e-6, 2 if rises else 60)
-        above = [self._miss(end) > 0 for end in ends.tolist()]
+        top = log1p(1.01 * largest / self.beta) + 1e-6
+        ends = (
+            np.array([0.0, top])
+            if self._rises
+            else np.concatenate([[0.0], np.geomspace(1e-9 * top, top / 60, 20)[:-1], np.linspace(top / 60, top, 60)])
+        )
+        # From log f(1) = 0, F(0) is at least 0; so little above it, sometimes, that only the sign is known.
+        above = [True, *(self._miss(end, 1e-7) > 0 for end in ends[1:].tolist())]
         crossed = [
             pair for pair, signs in zip(pairwise(ends.tolist()), pairwise(above), strict=True) if signs[0] != signs[1]
         ]
-        return [float(brentq(self._miss, *pair, xtol=1e-9, rtol=1e-9)) for pair in crossed]
+        return [self._crossing(*pair) for pair in crossed]
+
+    def _crossing(self, low: float, high: float) -> float:
+        from scipy.optimize import brentq
+
+        if self._miss(low) * self._miss(high) >= 0:
+            return low
+        return float(brentq(self._miss, low, high, xtol=1e-14, rtol=1e-14))
 
     def _step(self, grid: Grid, curve: Array) -> tuple[Array, Array]:
         """One round of the paper's iteration: Phi/beta -> F -> Phi/beta; and the slope of the result in the logit."""
@@ -190,9 +250,7 @@ class Optimal:
             curve = self._advanced(grid, curve, gmres(operator, miss, rtol=1e-6, restart=80, maxiter=1)[0])
         miss = self._step(grid, curve)[0] - curve
         if not np.abs(miss).max() <= 1e-9 * np.abs(curve).max():
-            raise ArithmeticError(
-                f"{self!r} was not solved to 1e-9: beta is too small, or g too rough. tune() needs no such solution."
-            )
+            raise ArithmeticError("Newton's method did not converge to 1e-9.")
         return curve
 
     def _advanced(self, grid: Grid, curve: Array, step: Array) -> Array:

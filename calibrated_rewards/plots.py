@@ -55,17 +55,25 @@ def frontier(
     procedure: Procedure,
     measured: Mapping[str, tuple[float | Stated, Stated]] | None = None,
     ax: Axes | None = None,
+    *,
+    on_table: Frontier | None = None,
 ) -> Axes:
-    """Win rate against KL: what theory says as lines, and what was measured, as (KL, win rate), with intervals."""
+    """Win rate against KL: what theory says as lines, and what was measured, as (KL, win rate), with intervals.
+
+    `on_table` is one more line, for the policies that fit the rewards of a table (`table_expectations`).
+    """
     ax = _ready(ax)
     points = measured or {}
-    styles = _styles(len(curves) + len(points))
-    for curve, (colour, dash, _) in zip(curves, styles, strict=False):
+    lines = [(curve, "theory") for curve in curves]
+    if on_table is not None:
+        lines.append((on_table, "this table"))
+    styles = _styles(len(lines) + len(points))
+    for (curve, source), (colour, dash, _) in zip(lines, styles, strict=False):
         if procedure not in curve.procedures:
             raise ValueError(f"frontier needs curves of {procedure!r}, got one of {curve.procedures!r}.")
         rates, order = curve.win_rates[curve.procedures.index(procedure)], np.argsort(curve.kl)
-        ax.plot(curve.kl[order], rates[order], dash, color=colour, label=_text(f"{formula(curve.transform)}, theory"))
-    for (name, (kl, rate)), (colour, _, mark) in zip(points.items(), styles[len(curves) :], strict=True):
+        ax.plot(curve.kl[order], rates[order], dash, color=colour, label=_text(f"{formula(curve.transform)}, {source}"))
+    for (name, (kl, rate)), (colour, _, mark) in zip(points.items(), styles[len(lines) :], strict=True):
         at = kl if isinstance(kl, Stated) else Stated(kl, None, None, None, rate.prompts)
         ax.errorbar(
             at.value, rate.value, yerr=_reach([rate]), xerr=_reach([at]), fmt=mark, color=colour, label=_text(name)

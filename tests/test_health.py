@@ -80,7 +80,7 @@ def test_a_clipping_reward_model_is_seen():
 @pytest.mark.parametrize("K", [1, 10, 100, 1001])
 def test_precision_is_of_the_beta_laws(K):
     """Clopper and Pearson's ends by scipy; for all at once wider, or not told for a large K."""
-    found = precision(K)
+    found = precision(row_statistics(table_of([range(K)] * 3)), 0.0)
 
     assert found.above_all == pytest.approx(stats.beta.ppf(0.025, K, 1))
     if K % 2 == 0:  # an even K has a middle between two references
@@ -93,6 +93,24 @@ def test_precision_is_of_the_beta_laws(K):
     elif K > 1:
         assert found.middle_at_once > found.middle
         assert found.above_all_at_once < found.above_all
+
+
+@pytest.mark.parametrize("shares", [[0.5, 0.5], [0.99, 0.01], [0.1, 0.2, 0.4, 0.25, 0.05]])
+def test_precision_with_ties_by_drawing_references(shares):
+    """Scores of few values: the rms is that of (below + equal / 2) / K about its mean, over draws of references."""
+    rng, K, law = np.random.default_rng(0), 64, np.array(shares)
+    drawn = rng.multinomial(K, law, size=20_000) / K
+    u = np.cumsum(drawn, axis=1) - drawn / 2
+    rms = np.sqrt(((u - (np.cumsum(law) - law / 2)) ** 2 @ law).mean())
+    rows = [np.repeat(np.arange(len(law)), counts) for counts in rng.multinomial(K, law, size=3000)]
+    found = health(table_of(rows))
+
+    assert found.precision.rms == pytest.approx(rms, rel=0.03)
+    assert found.precision.rms < 1 / np.sqrt(6 * K)
+    assert found.precision.middle_at_once is None
+    assert "without ties" not in str(found)
+    assert f"{percent(found.resolution.tied)} of references tie" in found.precision.heading
+    assert f"different ones among its {K} references" in str(found)
 
 
 def test_spread_of_normal_prompts():

@@ -43,6 +43,8 @@ table_hub         -> table_format
 table_build       -> prompts, table_mapped, table_search, table_writer
 table             -> prompts, table_*
 calibrations      -> table
+table_laws        -> calibrations, finite_k, fixed_references, procedures, table, transforms
+table_expectations -> calibrations, finite_k, procedures, scaling, table, table_laws, theory, transforms
 reading           ->
 reading.body      ->
 reading.unread    ->
@@ -101,7 +103,7 @@ amortised.conditional -> amortised.*
 amortised.prediction -> prompts, table, amortised.*, scorers.protocol
 amortised.fit     -> prompts, table, amortised.*, scorers.protocol
 amortised         -> amortised.*
-commands.transform -> choice, procedures, scaling, theory, transforms
+commands.transform -> choice, procedures, scaling, transforms
 distil            -> prompts, table, reading.messages
 health            ->
 health.row_statistics -> table
@@ -223,7 +225,7 @@ rewarding.strangers -> prompts, table, reading.messages
 reward            -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.*, scorers.protocol
 faithful.trl_settings -> reward, faithful.sampled, faithful.trl_rules
 combined          -> calibrations, prompts, reward, transforms, rewarding.device, scorers.protocol
-commands.reward   -> choice, reward, table, transforms, commands.reward_model, commands.transform
+commands.reward   -> reward, scaling, table, table_expectations, transforms, commands.reward_model, commands.transform
 configured        -> reward
 faithful.rewarded -> calibrations, finite_k, reward, scaling, faithful.rules
 faithful.check    -> reward, faithful.*
@@ -242,11 +244,11 @@ outcomes          -> estimates, rollouts.shard_files
 prospects         -> estimates, rollouts.shard_files
 recipes.model     ->
 recipes.raw       -> prompts, reward, table, rewarding.locating, rewarding.watch
-recipes.opening   -> prompts, reward, transforms, commands.transform, reading.*, recipes.*, rollouts.sources, samplers.*
+recipes.opening   -> prompts, reward, table_expectations, commands.transform, reading.*, recipes.*, rollouts.sources, samplers.*
 recipes.run_folder -> prompts, reward, recipes.*, rollouts.*, samplers.decoding
 recipes.timing    -> reward, recipes.raw, scorers.protocol
 recipes.together  ->
-recipes.command   -> calibrations, reward, scaling, table, theory, recipes.opening, recipes.run_folder, recipes.together
+recipes.command   -> reward, table, table_expectations, commands.transform, recipes.opening, recipes.run_folder, recipes.together
 recipes.grpo_plain -> reward, recipes.*, rollouts.sources, samplers.policy
 recipes.ppo       -> reward, recipes.*, rollouts.sources, samplers.policy
 recipes.trl_run   -> reward, faithful.check, recipes.*, rollouts.sources, samplers.decoding
@@ -268,10 +270,11 @@ reporting.markup  -> plots
 reporting.page    -> reporting.markup
 reporting.kept    ->
 reporting.experiment -> outcomes, procedures, prospects, table, transforms, reporting.kept, rewarding.spelling
+reporting.expected -> calibrations, procedures, scaling, table_expectations, table_laws, theory, reporting.experiment, rewarding.spelling
 reporting.calibrated -> plots, transforms, wording, health.*, reporting.*
 reporting.examples -> evaluate, procedures, wording, reporting.experiment, reporting.markup, rollouts.shard_files
 reporting.made    -> reporting.experiment, reporting.markup
-reporting.outcome -> estimates, outcomes, plots, theory, transforms, wording, reporting.experiment, reporting.markup
+reporting.outcome -> estimates, outcomes, plots, theory, transforms, wording, reporting.expected, reporting.experiment, reporting.markup
 reporting.promised -> plots, prospects, wording, reporting.experiment, reporting.markup
 reporting.trained -> plots, wording, health.sections, reporting.experiment, reporting.markup
 report            -> reporting.*, rollouts.shard_files

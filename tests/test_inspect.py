@@ -50,7 +50,7 @@ def test_a_table_is_told(tmp_path, capsys):
         str(tmp_path / "t"),
         "made with",
         "resolution",
-        "precision at K = 12, 95 %, without ties",
+        "precision at K = 12, 95 %, 3.2 % of references tie",
         "spread between prompts",
         "suspicious rows",
     ]

@@ -30,6 +30,7 @@ TESTED_WITH = {
     "estimates": "evaluation",
     "finite_k_error": "finite_k",
     "fixed_references": "finite_k",
+    "table_laws": "table_expectations",
     "score_procedures": "procedures",
     "__main__": "cli",
     "checks": "conformance",
@@ -178,6 +179,7 @@ TESTED_WITH = {
     "rollouts.judged": "reweighted",
     "weighted_pools": "reweighted",
     "wording": "plots",
+    "reporting.expected": "report",
     "reporting.kept": "report_files",
 }
 # A helper lives in the file that uses it; used by two, it is a noun that has no file yet.

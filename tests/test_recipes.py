@@ -21,11 +21,14 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.calibrations import ZScore
+from calibrated_rewards.commands.transform import NamedTransform, parse_transform
+from calibrated_rewards.finite_k import values
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.recipes import command, grpo_plain, loop, opening, ppo, train_grpo, train_rloo
@@ -37,9 +40,11 @@ from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.scaling import scaled
 from calibrated_rewards.scorers import load_scorer
 from calibrated_rewards.testing import HashScorer, NumberScorer
-from calibrated_rewards.transforms import Log, NormalQuantile
+from calibrated_rewards.theory import beta_for_kl
+from calibrated_rewards.transforms import Identity, Log
 
 LOOPS = [ppo, grpo_plain]
 RECIPES = [*LOOPS, train_rloo, train_grpo]
@@ -335,47 +340,61 @@ def test_another_transform_is_trained_on(recipe: Any, run: Path, tmp_path: Path)
     for row in map(json.loads, (tmp_path / "out/log.jsonl").read_text().splitlines()):
         assert row["objective"] == pytest.approx(row["reward"] - 0.7 * row["kl"], abs=1e-6)
         assert row["reward"] <= np.log(row["u"]) + 1e-6 < 1e-6 or row["u"] == 1  # Jensen
-    log = {"transform": opening.Named.of("log"), "beta": 0.7}
+    log = {"transform": parse_transform("log"), "beta": 0.7}
     given = opening.calibrated(argparse.Namespace(reward=run / "reward", raw=False, **log))
     assert (given.transform, given.beta, given.id_column) == (Log(), 0.7, "prompt_id")
 
 
-def test_a_transform_for_a_kl_brings_its_beta(run: Path, monkeypatch: Any) -> None:
-    """With it the optimum has that KL, on a fine grid of quantiles, whatever the saved reward's beta was."""
+@pytest.mark.parametrize("name", ["exp:10:0.5", "identity:0.5", "log:0.5", "worst-of:2:0.5"])
+def test_a_transform_for_a_kl_brings_its_beta(name: str, run: Path, capsys: Any, monkeypatch: Any) -> None:
+    """That of the table: gaps between draws of its K references, tilted by their rewards, have that mean KL."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # types take nearly all of the time here
-    told = {"transform": opening.Named.of("worst-of:2:0.5"), "beta": None}
+    told = {"transform": parse_transform(name), "beta": None}
     given = opening.calibrated(argparse.Namespace(reward=run / "reward", raw=False, **told))
-    tilt = np.exp(np.asarray(given.transform((np.arange(20000) + 0.5) / 20000)) / given.beta)
-    weights = tilt / tilt.mean()
-    assert (weights * np.log(weights)).mean() == pytest.approx(0.5, rel=1e-3)
+    kls = []
+    for K in given.table.counts(np.arange(len(given.table))).tolist():
+        gaps = np.diff(np.sort(np.random.default_rng(K).random((4000, K))), prepend=0.0, append=1.0)
+        tilted = gaps * np.exp(values(scaled(given.transform, "unit"), K)[::2] / given.beta)
+        tilted /= tilted.sum(axis=1, keepdims=True)
+        kls.append(entropy(tilted, gaps, axis=1).mean())
+    assert np.mean(kls) == pytest.approx(0.5, rel=0.06)
+    assert f"at beta={given.beta:.4g} the policy that fits its rewards has KL 0.5 nats" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["exp:10:0.5", "identity:0.5", "log:0.5"])
-def test_any_transform_for_a_kl_brings_its_beta(name: str, monkeypatch: Any) -> None:
-    """On a fine grid of quantiles the tilt by the transform, on the unit scale, has that KL."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    named = opening.Named.of(name)
-    assert named.beta is not None
-    tilt = np.exp(np.asarray(named.transform((np.arange(200000) + 0.5) / 200000)) / named.beta)
-    weights = tilt / tilt.mean()
-    assert (weights * np.log(weights)).mean() == pytest.approx(0.5, rel=1e-3)
-    assert opening.Named.of(name.removesuffix(":0.5")).beta is None
+def test_names_with_a_kl(name: str) -> None:
+    """The KL is kept for the table; without one there is none, and what is no KL is refused."""
+    assert parse_transform(name).kl == 0.5
+    assert parse_transform(name.removesuffix(":0.5")).kl is None
     for wrong in (f"{name}:1", name.replace("0.5", "x"), name.replace("0.5", "-1")):
         with pytest.raises(argparse.ArgumentTypeError, match=re.escape(repr(wrong))):
-            opening.Named.of(wrong)
+            parse_transform(wrong)
 
 
 @pytest.mark.parametrize(("last", "told"), [(0.12, "more steps or a larger"), (0.13, ""), (0.9, ""), (1.1, "smaller")])
 def test_the_last_words_compare_with_the_optimum(last: float, told: str) -> None:
-    """The normal quantile's optimum has a KL of 1/(2 beta^2); of raw scores and z-scores nothing is said."""
-    reward = CalibratedReward(HashScorer(), plain_reward().table, NormalQuantile())
+    """Of 3000 references without ties the identity's optimum has theory's KL; of raw and z-scores nothing is said."""
+    table = ReferenceTable.build((f"p{i}", np.random.default_rng(i).normal(size=3000)) for i in range(9))
+    reward = CalibratedReward(HashScorer(), table)
     rows = [{"step": i, "kl": kl} for i, kl in enumerate((5.0, last))]
-    said = command.against_optimum(rows, reward, 1.0).splitlines()
-    assert said[0] == "at the optimum of this reward and beta=1 the KL is 0.5, by theory"
+    beta = beta_for_kl(Identity(), 0.5)
+    said = command.against_optimum(rows, reward, beta).splitlines()
+    assert said[0].startswith(f"this table, with its ties and K: at beta={beta:.4g} the policy that fits its rewards")
     assert told in "".join(said[1:])
     assert len(said) == 1 + bool(told)
     assert command.against_optimum(rows, RawReward(reward), 1.0) == ""
     assert command.against_optimum(rows, replace(reward, calibration=ZScore()), 1.0) == ""
+
+
+def test_the_last_words_know_of_ties() -> None:
+    """Of rewards of 0 and 1 the table's KL, by enumeration, and theory's, which is another."""
+    table = ReferenceTable.build((f"p{i}", [0.0] * 6 + [1.0] * 2) for i in range(5))
+    said = command.against_optimum([{"step": 0, "kl": 0.1}], CalibratedReward(HashScorer(), table), 0.2).splitlines()
+    ones = 0.25 * np.exp(0.875 / 0.2) / (0.25 * np.exp(0.875 / 0.2) + 0.75 * np.exp(0.375 / 0.2))
+    kl = entropy([1 - ones, ones], [0.75, 0.25])
+    assert f"has KL {kl:.3g} nats" in said[0]
+    assert said[1].startswith("theory, for scores without ties")
+    assert "the last steps' KL, 0.1, is far below that" in said[2]
 
 
 def test_below_its_adapter_a_model_is_the_reference() -> None:
@@ -394,13 +413,16 @@ def test_below_its_adapter_a_model_is_the_reference() -> None:
 
 
 def test_a_beta_besides_that_of_a_kl_is_told(run: Path, capsys: Any) -> None:
-    """Both numbers, where they differ, and nothing where they do not."""
-    named = opening.Named("best-of:4:1.0", Log(), 0.5)
-    for beta, told in ((5.0, True), (0.5, False), (None, False)):
-        options = argparse.Namespace(reward=run / "reward", raw=False, transform=named, beta=beta)
-        assert opening.calibrated(options).beta == 0.5
+    """Both numbers, where they differ; where they do not, nothing."""
+    named = NamedTransform("identity:0.5", Identity(), 0.5)
+    options = argparse.Namespace(reward=run / "reward", raw=False, transform=named, beta=None)
+    solved = opening.calibrated(options).beta
+    assert "this table, with its ties and K" in capsys.readouterr().err
+    for beta, told in ((5.0, True), (solved, False)):
+        options.beta = beta
+        assert opening.calibrated(options).beta == beta
         said = capsys.readouterr().err
-        assert ("best-of:4:1.0 is for beta=0.5, got --beta 5: " in said) == bool(said) == told
+        assert (f"identity:0.5 takes beta={solved:.6g} on this table, got --beta 5: " in said) == bool(said) == told
 
 
 @dataclass(frozen=True)
@@ -552,7 +574,7 @@ def test_what_cannot_be_right_is_refused(run: Path, tmp_path: Path, capsys: Any)
     refused(capsys, asked(run, out, "--completions", "1"), "completions=1")
     refused(capsys, asked(run, out, "--raw"), "say --beta")
     refused(capsys, asked(run, out, "--raw", "--transform", "log"), "without a transform")
-    refused(capsys, asked(run, out, "--transform", "log"), "--transform log was chosen for no beta")
+    refused(capsys, asked(run, out, "--transform", "log"), "--transform log says no KL, and so no beta")
     with pytest.raises(SystemExit):
         grpo_plain.main(asked(run, out, "--transform", "exp:"))
     (tmp_path / "strange.jsonl").write_text(json.dumps({"prompt": "?", "prompt_id": 99}))

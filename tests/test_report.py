@@ -17,12 +17,16 @@ from hypothesis import strategies as st
 from calibrated_rewards.commands import report as command
 from calibrated_rewards.evaluate import evaluate
 from calibrated_rewards.outcomes import Evaluation
+from calibrated_rewards.procedures import BestOf
 from calibrated_rewards.report import report
+from calibrated_rewards.reporting.expected import expectation_lines, table_curve
 from calibrated_rewards.reporting.experiment import experiment
 from calibrated_rewards.reporting.fresh import fresh
 from calibrated_rewards.reporting.markup import element, raised
 from calibrated_rewards.reporting.outcome import outcome
+from calibrated_rewards.scaling import scaled
 from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table_expectations import expect
 from calibrated_rewards.testing import NumberSampler, NumberScorer
 
 TITLES = {
@@ -294,3 +298,23 @@ def test_any_text_is_text(inside, attribute):
     assert page.tags == ["p", *["sup"] * page.tags.count("sup")]
     assert "".join(page.texts).startswith(inside)
     assert len(page.attributes) == 1
+
+
+def test_the_reward_is_promised_what_its_table_gives(demo, tmp_path):
+    """KL and win rate of the policy that fits the table's rewards, and theory's; of equal references, why not."""
+    of = experiment(demo)
+    found = expect(of.tables["reward"], scaled(of.transform, "unit"), beta=0.4, procedure=BestOf(4))
+    own, theirs = expectation_lines(of)
+
+    assert f"at beta=0.4 the policy that fits its rewards has KL {found.kl:.3g} nats" in own
+    assert f"win rate {found.win_rate:.3f}, best of 4" in own
+    assert f"KL {found.theory_kl:.3g} at this beta" in theirs
+    curve = table_curve(of, BestOf(4), 0.5)
+    assert curve.kl[[0, -1]] == pytest.approx([0.01, 0.5])
+    equal = ReferenceTable.build([("p", [1.0] * 4)])
+    (why,) = expectation_lines(replace(of, tables={"reward": equal}))
+    assert "has nothing to tell on this table" in why
+    assert table_curve(replace(of, tables={"reward": equal}), BestOf(4), 0.5) is None
+    assert not [*expectation_lines(replace(of, reward=None))]
+    shutil.copytree(demo, tmp_path / "copy")
+    assert own in Page(report(tmp_path / "copy").read_text()).text

@@ -4,10 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from calibrated_rewards.choice import Choice
 from calibrated_rewards.commands import reward_model
-from calibrated_rewards.commands.transform import chosen, transform
-from calibrated_rewards.transforms import Identity, Transform
+from calibrated_rewards.commands.transform import NamedTransform, parse_transform
+from calibrated_rewards.transforms import Identity
 
 EPILOG = """examples:
   calibrated-rewards reward table/ --reward-model ./rm --transform exp:10 --out reward/
@@ -16,9 +15,12 @@ EPILOG = """examples:
   calibrated-rewards reward table/safe --reward-model ./toxicity --cost --transform worst-of:4:1.0 --out safe/
   CALIBRATED_REWARD=reward/ trl rloo --reward_funcs calibrated_rewards.adapters.trl_reward.reward ...
 
+With a KL, the beta to train with is solved for on the table, with its ties and its K references a prompt. Where the
+theory of scores without ties says something else, both are printed. A KL that the table does not reach is an error.
+
 The reward model is verified first: it scores the table's probes again, and has to give what it gave when the table was
 made. The directory holds settings, table and prompts; of the reward model it holds where it is. Exit code: 0 written,
-2 wrong usage, or a reward model that is not the table's."""
+2 wrong usage, a reward model that is not the table's, or a table that cannot resolve the transform."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reward")
     group.add_argument(
         "--transform",
-        type=described,
-        default=(Identity(), None),
+        type=parse_transform,
+        default=NamedTransform("identity", Identity()),
         metavar="NAME",
         help="identity (none), log, exp:T, or with a KL in nats exp:T:KL; best-of:N:KL, worst-of:N:KL: the optimum",
     )
@@ -47,24 +49,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     reward_model.add_arguments(parser)
 
 
-def described(name: str) -> tuple[Transform, Choice | None]:
-    """A transform by its name, and what was chosen where the name is a question."""
-    return transform(name), chosen(name)
-
-
 def run(options: argparse.Namespace) -> int:
-    """Verify, write, and say what was written."""
+    """Check, solve for beta, verify, write, and say what was written."""
     from calibrated_rewards.reward import CalibratedReward
+    from calibrated_rewards.scaling import scaled
     from calibrated_rewards.table import ReferenceTable
+    from calibrated_rewards.table_expectations import check_resolved, expect
 
     if (options.out / "reward.json").exists() and not options.force:
         raise FileExistsError(f"{options.out} is a calibrated reward already: --force writes over it")
-    function, choice = options.transform
+    named: NamedTransform = options.transform
+    table, trained = ReferenceTable.from_pretrained(options.table), scaled(named.transform, options.scale)
+    settings = {"estimator": options.estimator, "name": named.name}
+    check_resolved(table, trained, **settings)
+    expected = named.kl and expect(table, trained, kl=named.kl, procedure=named.procedure, **settings)
     reward = CalibratedReward(
         reward_model.load(options),
-        ReferenceTable.from_pretrained(options.table),
-        function,
-        beta=choice.beta if choice and options.scale != "standard" else None,
+        table,
+        named.transform,
+        beta=expected.beta if expected else None,
         estimator=options.estimator,
         scale=options.scale,
         on_missing=options.on_missing,
@@ -76,8 +79,7 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.write(f"verified: {reward.verify(options.tolerance)}\n")
     reward.save_pretrained(options.out)
     sys.stdout.write(f"{options.out}: {reward.__name__}, {len(reward.table)} prompts, {reward.transform!r}\n")
-    if choice and reward.beta:
-        told = f"KL {choice.kl:.3g} nats, win rate {choice.win_rate:.3f} as it is to be served"
-        sys.stdout.write(f"train with beta={reward.beta:.4g}: {told}\n")
+    if expected:
+        sys.stdout.write("".join(f"{line}\n" for line in (f"train with beta={expected.beta:.4g}", *expected.lines())))
     sys.stderr.write(f"next: python -m calibrated_rewards.recipes.train_rloo --reward {options.out} --help\n")
     return 0

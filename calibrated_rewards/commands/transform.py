@@ -2,15 +2,29 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
 
-from calibrated_rewards.choice import Choice, optimum
-from calibrated_rewards.procedures import BestOf, WorstOf
+from calibrated_rewards.choice import optimal_transform
+from calibrated_rewards.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.scaling import scaled
-from calibrated_rewards.theory import beta_for_kl, win_rate
 from calibrated_rewards.transforms import Exponential, Identity, Log, Transform
 
-_NAMED: dict[str, Transform] = {"identity": Identity(), "log": Log()}
+_PLAIN: dict[str, Transform] = {"identity": Identity(), "log": Log()}
 _PROCEDURES: dict[str, Callable[[int], BestOf | WorstOf]] = {"best-of": BestOf, "worst-of": WorstOf}
+
+
+@dataclass(frozen=True)
+class NamedTransform:
+    """A transform of the command line; where its name says a KL, that, and the procedure that it is for.
+
+    The beta for the KL is another one on each table: `table_expectations.expect` solves for it.
+    """
+
+    name: str
+    transform: Transform
+    kl: float | None = None
+    procedure: BestOf | WorstOf | Standard = Standard()  # noqa: RUF009 (frozen)
 
 
 def transform(name: str) -> Transform:
@@ -21,42 +35,50 @@ def transform(name: str) -> Transform:
     >>> transform("best-of:4:1.0")
     Chain(Optimal(procedure=BestOf(n=4), beta=0.083...), Affine(scale=2.5..., shift=1.0))
     """
+    return parse_transform(name).transform
+
+
+def parse_transform(name: str) -> NamedTransform:
+    """A name with all that it says; with a KL the transform is on the unit scale.
+
+    >>> parse_transform("exp:10")
+    NamedTransform(name='exp:10', transform=Exponential(t=10.0), kl=None, procedure=Standard())
+    >>> parse_transform("best-of:4:1.0").procedure
+    BestOf(n=4)
+    """
     kind, *numbers = name.split(":")
     try:
-        choice = chosen(name)
-        return _plain(kind, numbers)[0] if choice is None else choice.transform
-    except (KeyError, ValueError):
+        if kind in _PROCEDURES:
+            n, kl = numbers
+            procedure, nats = _PROCEDURES[kind](int(n)), float(kl)
+        else:
+            taken = 1 if kind == "exp" else 0
+            plain = Exponential(float(numbers[0])) if taken else _PLAIN[kind]
+            left = [float(number) for number in numbers[taken:]]
+            if not left:
+                return NamedTransform(name, plain)
+            (nats,) = left
+    except (KeyError, ValueError, IndexError):
         raise argparse.ArgumentTypeError(
             "a transform is identity, log or exp:T, these for a KL in nats (exp:10:1.0, identity:1.0), best-of:N:KL or "
             f"worst-of:N:KL, such as best-of:4:1.0, with numbers; got {name!r}"
         ) from None
-
-
-def chosen(name: str) -> Choice | None:
-    """Of a name with a KL: the transform with the beta that it is to be trained with; None of a name without.
-
-    The win rate is after the procedure that the name says, and of one completion where it says none.
-
-    >>> choice = chosen("exp:10:0.5")
-    >>> print(f"beta {choice.beta:.4f}, win rate {choice.win_rate:.4f}")
-    beta 0.3184, win rate 0.7117
-    >>> chosen("exp:10")
-    """
-    kind, *numbers = name.split(":")
+    if not (isfinite(nats) and nats > 0):
+        raise argparse.ArgumentTypeError(f"a KL is a number of nats > 0, such as 0.5, got {nats:g} in {name!r}")
     if kind in _PROCEDURES:
-        n, kl = numbers
-        return optimum(_PROCEDURES[kind](int(n)), kl=float(kl))
-    plain, left = _plain(kind, numbers)
-    if not left:
-        return None
-    unit, nats = scaled(plain, "unit"), float(left[0])
-    beta = beta_for_kl(unit, nats)
-    return Choice(unit, beta, nats, win_rate(unit, beta, BestOf(1)))
+        return NamedTransform(name, _optimum(name, procedure, nats), nats, procedure)
+    return NamedTransform(name, scaled(plain, "unit"), nats)
 
 
-def _plain(kind: str, numbers: list[str]) -> tuple[Transform, list[str]]:
-    """The transform of a kind, and what of its numbers is left: a KL, or nothing."""
-    taken = 1 if kind == "exp" else 0
-    if len(numbers) not in (taken, taken + 1):
-        raise ValueError(f"{kind} takes {taken} numbers and a KL, got {numbers}")
-    return Exponential(float(numbers[0])) if taken else _NAMED[kind], numbers[taken:]
+def _optimum(name: str, procedure: BestOf | WorstOf, kl: float) -> Transform:
+    """The optimal transform on the unit scale; an error in the words of the command line if there is none."""
+    try:
+        return scaled(optimal_transform(procedure, kl=kl), "unit")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{name}: {error}") from None
+    except ArithmeticError:
+        t = "T" if isinstance(procedure, BestOf) else "-T"
+        raise argparse.ArgumentTypeError(
+            f"{name}: the optimal transform for {procedure!r} at a KL of {kl:g} could not be solved for. Ask for "
+            f"another KL, or use exp:{t}:{kl:g}, which needs no solving"
+        ) from None

@@ -25,6 +25,10 @@ class RowStatistics(NamedTuple):
     at_highest: Int64[np.ndarray, " P"]
     distinct: Int64[np.ndarray, " P"]
     """How many values there are among the references."""
+    u_variance: Float64[np.ndarray, " P"]
+    """K times the variance of a calibrated reward, on the mean over the row's own responses: 1/6 without ties."""
+    u_middle: Float64[np.ndarray, " P"]
+    """The same, of the response in the row's middle: 1/4 without ties."""
     digest: UInt64[np.ndarray, " P"]
     """Rows of other scores have another one, but for one pair in 2^64."""
 
@@ -49,10 +53,13 @@ def row_statistics(table: ReferenceTable) -> RowStatistics:
     return RowStatistics(*columns)
 
 
+_WIDE = ("mean", "variance", "u_variance", "u_middle")
+
+
 def _dtype(name: str) -> type:
     if name in ("size", "at_lowest", "at_highest", "distinct"):
         return np.int64
-    return {"digest": np.uint64, "mean": np.float64, "variance": np.float64}.get(name, np.float32)
+    return {"digest": np.uint64, **dict.fromkeys(_WIDE, np.float64)}.get(name, np.float32)
 
 
 def _of(scores: Float32[np.ndarray, "b K"]) -> RowStatistics:
@@ -60,6 +67,7 @@ def _of(scores: Float32[np.ndarray, "b K"]) -> RowStatistics:
     K, wide = scores.shape[1], scores.astype(np.float64)
     means = wide.mean(axis=1)
     squares = ((wide - means[:, None]) ** 2).sum(axis=1)
+    u_variance = _u_variance(scores)
     return RowStatistics(
         np.full(len(scores), K),
         scores[:, 0],
@@ -72,8 +80,28 @@ def _of(scores: Float32[np.ndarray, "b K"]) -> RowStatistics:
         (scores == scores[:, :1]).sum(axis=1),
         (scores == scores[:, -1:]).sum(axis=1),
         1 + (scores[:, 1:] != scores[:, :-1]).sum(axis=1),
+        u_variance.mean(axis=1),
+        u_variance[:, K // 2],
         _digests(scores),
     )
+
+
+def _u_variance(scores: Float32[np.ndarray, "b K"]) -> Float64[np.ndarray, "b K"]:
+    """K times the variance of (below + equal / 2) / K, for each reference as a response: a tie counts a half in it.
+
+    Of a response that ties with the share p of the others and beats the share F that is F + p/4 - (F + p/2)^2. One
+    that ties with none has the middle of its K-th of [0, 1] for its F.
+    """
+    K = scores.shape[1]
+    place = np.broadcast_to(np.arange(K), scores.shape)
+    differs, edge = scores[:, 1:] != scores[:, :-1], np.ones((len(scores), 1), bool)
+    below = np.maximum.accumulate(np.where(np.hstack([edge, differs]), place, 0), axis=1)
+    last = np.where(np.hstack([differs, edge]), place + 1, K)
+    equal = np.minimum.accumulate(last[:, ::-1], axis=1)[:, ::-1] - below
+    u, tied = (below + equal / 2) / K, np.where(equal > 1, equal / K, 0.0)
+    # Without ties the mean of u (1 - u) is 1/6 exactly: over a K-th it is its middle's less 1 / 12 K^2.
+    spread: Float64[np.ndarray, "b K"] = u * (1 - u) - tied / 4 - (equal == 1) / (12 * K * K)
+    return spread
 
 
 def _quantile(scores: Float64[np.ndarray, "b K"], u: float) -> Float32[np.ndarray, " b"]:

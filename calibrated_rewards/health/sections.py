@@ -16,6 +16,8 @@ Lines: TypeAlias = Iterator[tuple[str, str]]
 DELTA, TARGET = 0.05, 0.05
 # The band for all responses at once takes some tenths of a second at this K, and much longer soon after.
 _MOST_BANDED = 1000
+# K times the variance of the calibrated reward of a response in the middle, without ties.
+UNTIED_MIDDLE = 0.25
 # The mean of Kolmogorov's law: sup |F_K - F| is about this over sqrt(K).
 _KOLMOGOROV = 0.8687
 _POOLED_SCORES = 1 << 20
@@ -97,15 +99,18 @@ def resolution(of: RowStatistics, tied: float) -> Resolution:
 
 @dataclass(frozen=True)
 class Precision:
-    """How well K references, the median number, know a quantile at 95 %, if none of them tie.
+    """How well K references, the median number, know a quantile at 95 %, with the ties that the table has.
 
-    `rms` is the error's root mean square over the reference policy's responses. A response above all references has a
-    quantile of at least `above_all`; one in their middle is known to `middle` on either side. The same `_at_once` holds
-    for all responses together; it is None for K > 1000, for which it takes long. `needed` references have an rms of
-    0.05, `needed_at_once` an error of 0.05 for all responses together.
+    `rms` is the error's root mean square over the reference policy's responses; `values` how many different rewards the
+    references of a prompt have, the median. A response above all references has a quantile of at least `above_all`; one
+    in their middle is known to `middle` on either side. The same `_at_once` holds for all responses together; it is
+    None for K > 1000, for which it takes long, and where most references tie, for which it is too wide. `needed`
+    references have an rms of 0.05, `needed_at_once` an error of 0.05 for all responses together.
     """
 
     K: int
+    values: int
+    tied: float
     rms: float
     above_all: float
     middle: float
@@ -114,10 +119,18 @@ class Precision:
     needed: int
     needed_at_once: int
 
+    @property
+    def heading(self) -> str:
+        """What it is of."""
+        ties = "no references tie" if self.tied == 0 else f"{percent(self.tied)} of references tie"
+        return f"precision at K = {self.K}, 95 %, {ties}"
+
     def lines(self) -> Lines:
         """The band at its ends and in the middle, and what would make it narrower."""
         high = f" ({self.above_all_at_once:.3f} for all at once)" if self.above_all_at_once is not None else ""
         wide = f" (± {self.middle_at_once:.3f} for all at once)" if self.middle_at_once is not None else ""
+        if self.tied:
+            yield "rewards of a prompt", f"{self.values} different ones among its {self.K} references, the median"
         yield "a reward near the top", f"above all references is a quantile of {self.above_all:.3f} or more{high}"
         yield "a reward in the middle", f"is known to ± {self.middle:.3f}{wide}"
         yield "a reward on average", f"is off by {self.rms:.3f}, rms"
@@ -125,18 +138,24 @@ class Precision:
         yield "references needed", f"{self.needed:,} for {TARGET:g} rms; {all_at_once}"
 
 
-def precision(K: int) -> Precision:
-    """What is known before any score is seen."""
+def precision(of: RowStatistics, tied: float) -> Precision:
+    """By the rows' ties and their median K."""
+    K, variance = int(np.median(of.size)), float(of.u_variance.mean())
     lower, upper = band(K, DELTA, "pointwise")
-    at_once = band(K, DELTA) if K <= _MOST_BANDED else None
+    middle = float(upper[K] - lower[K]) / 2
+    if tied > 0:  # as much narrower or wider as the standard error is, which ties change
+        middle *= sqrt(float(of.u_middle.mean()) / UNTIED_MIDDLE)
+    at_once = band(K, DELTA) if K <= _MOST_BANDED and tied <= 0.5 else None
     return Precision(
         K=K,
-        rms=1 / sqrt(6 * K),
+        values=int(np.median(of.distinct)),
+        tied=tied,
+        rms=sqrt(variance / K),
         above_all=float(lower[-1]),
-        middle=float(upper[K] - lower[K]) / 2,
+        middle=middle,
         above_all_at_once=float(at_once[0][-1]) if at_once else None,
         middle_at_once=float(at_once[1][K] - at_once[0][K]) / 2 if at_once else None,
-        needed=ceil(1 / (6 * TARGET**2)),
+        needed=max(1, ceil(variance / TARGET**2 * (1 - 1e-12))),
         needed_at_once=ceil(log(2 / DELTA) / (2 * TARGET**2)),  # Lemma 6; for so many no band is better
     )
 

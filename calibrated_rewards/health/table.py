@@ -80,7 +80,7 @@ class Health:
                 *section(self.where or "in memory", self.size.lines()),
                 *section("made with", made_with(self.meta)),
                 *section("resolution", self.resolution.lines()),
-                *section(f"precision at K = {self.precision.K}, 95 %, without ties", self.precision.lines()),
+                *section(self.precision.heading, self.precision.lines()),
                 *section("spread between prompts", self.spread.lines()),
                 *section("suspicious rows", self._odd_lines()),
             ]
@@ -107,7 +107,7 @@ def health(table: ReferenceTable, most: int = 5) -> Health:
         meta=table.meta,
         size=Size(len(table), int(described["references"]), int(fewest), median, int(greatest)),
         resolution=resolution(of, described["tied_share"]),
-        precision=precision(int(median)),
+        precision=precision(of, described["tied_share"]),
         spread=spread(table, of, described),
         odd_rows=dict(Counter(each.reason for each in found)),
         odd=_first(table, found, most),

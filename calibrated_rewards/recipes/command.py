@@ -9,19 +9,16 @@ from inspect import getfile
 from pathlib import Path
 from typing import Any
 
-from calibrated_rewards.calibrations import EmpiricalCDF, SmoothedCDF
+from calibrated_rewards.commands.transform import parse_transform
 from calibrated_rewards.recipes import opening
 from calibrated_rewards.recipes.run_folder import RunFolder, about
 from calibrated_rewards.recipes.together import Together
 from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.scaling import scaled
 from calibrated_rewards.table import UnknownPromptError
-from calibrated_rewards.theory import kl
+from calibrated_rewards.table_expectations import expect_of
 
 # What a user can do something about; the rest comes with its traceback.
 TOLD = (ValueError, TypeError, OSError, ImportError, UnknownPromptError)
-# Calibrations whose values are uniform under the reference, which the theory is about.
-BY_RANK = (EmpiricalCDF, SmoothedCDF)
 UNUSABLE, STOPPED = 2, 130
 # Steps at the beginning and at the end that the last words are means of.
 FEW = 10
@@ -64,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
     """The options of a recipe: what it is made of, and a line for each of its settings."""
     parser.add_argument("--policy", required=True, metavar="PATH|ID", help="the policy that the table is of")
     parser.add_argument("--reward", required=True, metavar="DIR|ID", help="a CalibratedReward that was saved")
-    parser.add_argument("--transform", type=opening.Named.of, metavar="NAME", help=TRANSFORM)
+    parser.add_argument("--transform", type=parse_transform, metavar="NAME", help=TRANSFORM)
     parser.add_argument("--raw", action="store_true", help="train on the raw scores, not calibrated; wants --beta")
     parser.add_argument("--prompts", required=True, metavar="FILE|FOLDER|ID", help="JSONL or what else calibrate reads")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for model/ and log.jsonl")
@@ -153,15 +150,18 @@ def tell(log: Path, model: Path, reward: Any, beta: float) -> None:
 
 
 def against_optimum(rows: Sequence[Mapping[str, float]], reward: Any, beta: float) -> str:
-    """The KL at the optimum of a calibrated reward, by theory, and what to do if the last steps are far from it."""
-    by_rank = isinstance(reward, CalibratedReward) and isinstance(reward.calibration, BY_RANK)
-    if not (by_rank and rows and beta > 0):
+    """The KL at the optimum of a calibrated reward, on its table, and what to do if the last steps are far from it."""
+    if not (isinstance(reward, CalibratedReward) and rows and beta > 0):
         return ""
-    best, last = kl(scaled(reward.transform, reward.scale), beta), _mean(_ends(rows)[-1], "kl")
-    told = f"at the optimum of this reward and beta={beta:.4g} the KL is {best:.4g}, by theory\n"
-    if last < best / 4:
-        return f"{told}the last steps' KL is far below that: more steps or a larger --lr\n"
-    return f"{told}the last steps' KL is far above that: a smaller --lr\n" if last > 2 * best else told
+    expected = expect_of(reward, beta=beta)
+    if expected is None:
+        return ""
+    said = "".join(f"{line}\n" for line in expected.lines())
+    least, most = sorted([expected.kl, expected.kl if expected.theory_kl is None else expected.theory_kl])
+    last = _mean(_ends(rows)[-1], "kl")
+    if last < least / 4:
+        return f"{said}the last steps' KL, {last:.3g}, is far below that: more steps or a larger --lr\n"
+    return f"{said}the last steps' KL, {last:.3g}, is far above that: a smaller --lr\n" if last > 2 * most else said
 
 
 def outcome(rows: Sequence[Mapping[str, float]]) -> str:

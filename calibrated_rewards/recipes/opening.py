@@ -8,12 +8,12 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from calibrated_rewards.commands.transform import chosen, transform
+from calibrated_rewards.commands.transform import NamedTransform
 from calibrated_rewards.prompts import as_key, id_key, start_of
 from calibrated_rewards.reading.fingerprint import tokenizer_digest, weights_digest, weights_of
 from calibrated_rewards.reading.text import Text
@@ -23,28 +23,10 @@ from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.rollouts.sources import Asked, prompts_from
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.policy import Policy
-from calibrated_rewards.transforms import Transform
+from calibrated_rewards.table_expectations import expect_of
 
 # What draws from another distribution than softmax(logits / temperature), where the KL would mean something else.
 PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "stop": []}
-
-
-@dataclass(frozen=True)
-class Named:
-    """A transform of the command line, and the beta that it was chosen for, if its name says a KL."""
-
-    name: str
-    transform: Transform
-    beta: float | None
-
-    @classmethod
-    def of(cls, name: str) -> "Named":
-        """Of names with a KL, which are solved for, both at once."""
-        try:
-            choice = chosen(name)
-        except (KeyError, ValueError):
-            return cls(name, transform(name), None)  # or says what names there are
-        return cls(name, transform(name), None) if choice is None else cls(name, choice.transform, choice.beta)
 
 
 def opened(options: argparse.Namespace) -> tuple[Policy, CalibratedReward | RawReward, list[Asked]]:
@@ -68,22 +50,36 @@ def opened(options: argparse.Namespace) -> tuple[Policy, CalibratedReward | RawR
 
 def calibrated(options: argparse.Namespace) -> CalibratedReward:
     """The reward that was saved, with another transform if one is named; its beta goes with its transform."""
-    named: Named | None = options.transform
+    named: NamedTransform | None = options.transform
     if options.raw and named is not None:
         raise ValueError("--raw is without a transform, got --transform as well")
     if options.raw and options.beta is None:
         raise ValueError("a beta is in the unit of the reward, and raw scores have their own: say --beta")
     if named is None:
         return CalibratedReward.from_pretrained(options.reward)
-    beta = options.beta if named.beta is None else named.beta
-    if named.beta is not None and options.beta not in (None, named.beta):
-        sys.stderr.write(
-            f"--transform {named.name} is for beta={named.beta:.6g}, got --beta {options.beta:.6g}: that one is "
-            "trained with, and the KL will be another than the one in the name. Leave --beta out to have that KL\n"
+    if named.kl is None and options.beta is None:
+        raise ValueError(f"--transform {named.name} says no KL, and so no beta: say --beta, or {named.name}:KL")
+    reward = CalibratedReward.from_pretrained(
+        options.reward, transform=named.transform, beta=options.beta, scale="unit"
+    )
+    if named.kl is None:
+        return reward
+    expected = expect_of(reward, kl=named.kl, procedure=named.procedure, name=named.name)
+    if expected is None:
+        raise ValueError(
+            f"--transform {named.name} says a KL, whose beta is known for a reward of ranks alone, got "
+            f"{reward.calibration!r}: say {named.name.rpartition(':')[0]}, and --beta"
         )
-    if beta is None:
-        raise ValueError(f"--transform {named.name} was chosen for no beta: say --beta")
-    return CalibratedReward.from_pretrained(options.reward, transform=named.transform, beta=beta, scale="unit")
+    if options.beta is None:
+        sys.stderr.write("".join(f"{line}\n" for line in expected.lines()))
+        return replace(reward, beta=expected.beta)
+    if abs(options.beta - expected.beta) > 1e-4 * expected.beta:
+        sys.stderr.write(
+            f"--transform {named.name} takes beta={expected.beta:.6g} on this table, got --beta {options.beta:.6g}: "
+            "that one is trained with, and the KL will be another than the one in the name. Leave --beta out to have "
+            "that KL\n"
+        )
+    return reward
 
 
 def decoding_of(

@@ -6,6 +6,7 @@ from typing import Any, cast
 from calibrated_rewards import plots
 from calibrated_rewards.health.sections import percent
 from calibrated_rewards.health.table import Health, health
+from calibrated_rewards.reporting.expected import expectation_lines
 from calibrated_rewards.reporting.experiment import Experiment, named
 from calibrated_rewards.reporting.fresh import Fresh, fresh
 from calibrated_rewards.reporting.markup import (
@@ -43,11 +44,17 @@ def calibrated(of: Experiment) -> Section | None:
         table(("", ""), _facts(best.meta)),
         element("h3", "Is it good?"),
         bullets([*_good(best, again), *worries] if worries else [*_good(best, again), "Nothing else stands out."]),
+        *_expected(of),
         folded("Every number", table(("", *found), _numbers(found))),
         *([folded("The completions", table(("", ""), rollouts.lines()))] if rollouts else []),
         _drawn(of, main, best),
     ]
     return Section("What was calibrated", tuple(blocks), (*_demo(of), _told(best, main)))
+
+
+def _expected(of: Experiment) -> list[Markup]:
+    lines = [*expectation_lines(of)]
+    return [element("h3", "What training for the reward leads to"), bullets(lines)] if lines else []
 
 
 def _what(found: Mapping[str, Health], main: str) -> str:

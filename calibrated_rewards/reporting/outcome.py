@@ -7,6 +7,7 @@ import numpy as np
 from calibrated_rewards import plots, theory
 from calibrated_rewards.estimates import Stated
 from calibrated_rewards.outcomes import Difference, Evaluation, Outcome
+from calibrated_rewards.reporting.expected import table_curve
 from calibrated_rewards.reporting.experiment import Experiment, main_judge, main_procedure, procedure_of
 from calibrated_rewards.reporting.markup import Markup, Piece, Section, bullets, element, figure, figures, table
 from calibrated_rewards.transforms import Identity
@@ -155,4 +156,7 @@ def _beside_theory(of: Experiment, found: Evaluation, procedure: str) -> Iterato
         f"Win rate, {spoken(procedure)}, against KL, judged by {by}: lines are the exact optimum of theory for a "
         "reward without ties, marks are what was measured{_intervals(found)}."
     )
-    yield figure(plots.frontier(curves, known, measured), said, "theory")
+    own = table_curve(of, known, most)
+    if own is not None:
+        said += ' "This table": the policies that fit the rewards of the table, with its ties and its K.'
+    yield figure(plots.frontier(curves, known, measured, on_table=own), said, "theory")
