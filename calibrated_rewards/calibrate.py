@@ -20,6 +20,7 @@ from calibrated_rewards.adaptive import Adaptive
 from calibrated_rewards.rollouts.adoption import adopt
 from calibrated_rewards.rollouts.cluster import Cluster
 from calibrated_rewards.rollouts.directory import RunDirectory, check_name
+from calibrated_rewards.rollouts.identity import Identity
 from calibrated_rewards.rollouts.imported import imported
 from calibrated_rewards.rollouts.run import Settings, run
 from calibrated_rewards.rollouts.sources import prompts_from
@@ -126,14 +127,11 @@ def import_rollouts(
     found = imported(rollouts, scores=given, **source)
     directory, work = RunDirectory(Path(out)), Work(None, named, 0)
     known = {name: {"kind": "imported", "column": column} for name, column in given.items()}
+    Identity.of(work).check(directory, work)
     with directory.locked():
-        before = directory.settings()
-        directory.agree(0, None, known)
-        try:
-            adopt(directory, found, [*given], prompts_per_shard, show_progress)
-        except BaseException:
-            directory.write_settings(before)
-            raise
+        adopt(directory, found, [*given], prompts_per_shard, directory.agreed(0, None, known), show_progress)
+        if not directory.names():
+            raise ValueError("an import needs at least one prompt with rollouts, got none")
     columns = {**_tables(scores or {}), **_tables(scorers or {})}
     settings = Settings(1, prompts_per_shard, None, cluster, show_progress)
     return _answered(run(Path(out), None, work, columns, settings), columns)

@@ -28,6 +28,7 @@ from jaxtyping import Float64
 from calibrated_rewards.calibrations import EmpiricalCDF
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.scorers.ensemble import identity_of
 from calibrated_rewards.scorers.protocol import fingerprint
 from calibrated_rewards.transforms import Identity
 
@@ -183,7 +184,7 @@ class CombinedReward:
             name: {"scorer": fingerprint(reward.scorer), "table": reward.table.describe(), "meta": reward.table.meta}
             for name, reward in self.rewards.items()
         }
-        return {"kind": "combined", "how": repr(self.how), "constraints": dict(self.constraints), "of": parts}
+        return {"kind": "combined", "how": identity_of(self.how), "constraints": dict(self.constraints), "of": parts}
 
     def _combined(
         self, u: Mapping[str, Float64[np.ndarray, " n"]], least: Mapping[str, Float64[np.ndarray, " n"]]

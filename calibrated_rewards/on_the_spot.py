@@ -19,6 +19,7 @@ from calibrated_rewards.prompts import Prompt, prompt_key
 from calibrated_rewards.rollouts.shard import Planned, empty
 from calibrated_rewards.rollouts.work import Task, Work
 from calibrated_rewards.samplers.protocol import Particular, Sampler
+from calibrated_rewards.scorers.differences import differences
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint
 from calibrated_rewards.table import ReferenceTable, Row
 
@@ -41,6 +42,8 @@ class OnTheSpot:
     seed: int | None = None
     """None for that of `known`."""
     _drawn: dict[bytes, "Future[Row]"] = field(default_factory=dict, init=False, repr=False)
+    _kinds: dict[str, set[str]] = field(default_factory=dict, init=False, repr=False)
+    """Whether the prompts and completions that were drawn are texts or messages."""
     _lock: Any = field(default_factory=threading.Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -55,8 +58,7 @@ class OnTheSpot:
                 raise ValueError(f"OnTheSpot needs a whole {name}{least}, or a table that has one, got {value!r}")
         for name, own in (("scorer", self.scorer), ("sampler", self.sampler)):
             said, here = meta.get(name), json.loads(json.dumps(fingerprint(own)))
-            if said is not None and said != here:
-                apart = sorted(key for key in {*said, *here} if said.get(key) != here.get(key))
+            if said is not None and (apart := [each.place for each in differences(said, here)]):
                 raise ValueError(f"the table was made with another {name}: it differs in {', '.join(apart)}")
 
     def __call__(self, prompts: Sequence[Prompt]) -> ReferenceTable:
@@ -78,7 +80,7 @@ class OnTheSpot:
         return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _drawn={}, _lock=threading.Lock())
+        self.__dict__.update(state, _drawn={}, _kinds={}, _lock=threading.Lock())
 
     def _rows(self, asked: dict[bytes, Prompt]) -> list[Row]:
         found = self._known(asked)
@@ -118,11 +120,17 @@ class OnTheSpot:
             self.sampler.check(list(asked.values()))
         planned = [Planned(key, prompt) for key, prompt in asked.items()]
         work = Work(self.sampler, {"reward": self.scorer}, int(self.seed or 0))
-        done = work(Task("", empty(planned), [int(self.k or 0)] * len(planned))).shard.scores["reward"]
+        shard = work(Task("", empty(planned), [int(self.k or 0)] * len(planned))).shard
+        done, drawn = shard.scores["reward"], [rollout.completion for own in shard.rollouts for rollout in own]
+        for what, values in (("prompts", [*asked.values()]), ("completions", drawn)):
+            kinds = {"text" if isinstance(value, str) else "messages" for value in values}
+            self._kinds.setdefault(what, set()).update(kinds)
         return {key: Row(prompt, scores) for (key, prompt), scores in zip(asked.items(), done, strict=True)}
 
     def _meta(self) -> dict[str, Any]:
         """The known table's, or what `calibrate` would say."""
         if self.known is not None:
             return self.known.meta
-        return {"scorer": fingerprint(self.scorer), "sampler": fingerprint(self.sampler), "seed": self.seed}
+        form = {what: "both" if len(kinds) > 1 else min(kinds) for what, kinds in self._kinds.items() if kinds}
+        own = {"scorer": fingerprint(self.scorer), "sampler": fingerprint(self.sampler), "seed": self.seed}
+        return {**own, "form": form}

@@ -30,6 +30,7 @@ from calibrated_rewards.finite_k import Estimator
 from calibrated_rewards.prompts import Completion
 from calibrated_rewards.rewarding.checked import check
 from calibrated_rewards.rewarding.coalescing import Coalescer
+from calibrated_rewards.rewarding.completion_form import Form
 from calibrated_rewards.rewarding.endings import EndingsWatch, without
 from calibrated_rewards.rewarding.locating import Located, Reading, ids_in, keys_of, located, rows_of, split_texts
 from calibrated_rewards.rewarding.naming import named
@@ -163,7 +164,7 @@ class CalibratedReward:
         """What the reward model says, without gradients."""
         if self.scorer is None:
             raise ValueError("this reward has no scorer: give it one, or raw scores to from_scores")
-        asked, answered = paired(prompts, completions)
+        asked, answered = self._form.read(self.scorer, *paired(prompts, completions))
         answered = [without(self.endings, completion) for completion in answered]
         self._endings_watch.look(self.__name__, answered)
         step = self.batch_size or max(1, len(asked))
@@ -197,10 +198,13 @@ class CalibratedReward:
         return self._raw_scores(rows, scores, None if given else prompts)
 
     def verify(self, tolerance: float | None = None) -> Verification:
-        """Score the table's probes again: ValueError if this is not the reward model that the table was made with."""
+        """Score the table's probes again, as a trainer would hand them over.
+
+        ValueError if this is not the reward model that the table was made with.
+        """
         if self.scorer is None:
             raise ValueError("this reward has no scorer to verify")
-        return verified(self.scorer, self.table, tolerance, self.batch_size)
+        return verified(self.scorer, self.table, tolerance, self.raw)
 
     def save_pretrained(self, save_directory: Directory) -> None:
         """Write scorer (how it is loaded), table, transform and settings to a directory."""
@@ -268,6 +272,10 @@ class CalibratedReward:
     def _together(self, items: list[tuple[Any, Completion, Any]]) -> list[Score]:
         prompts, completions, ids = (list(each) for each in zip(*items, strict=True))
         return [*self._score(prompts, completions, ids, listen=True)]
+
+    @cached_property
+    def _form(self) -> Form:
+        return Form.of(self.table.meta)
 
     @cached_property
     def _reading(self) -> Reading | None:

@@ -56,7 +56,7 @@ def build(
             return InMemory(gathered.columns, scores, meta_text)
     Path(path).mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=path, buffering=0) as file:
-        gathered = _gather(_spool(rows, file, lengths), duplicates)
+        gathered = _gather(_spool(rows, file, lengths, os.fspath(path)), duplicates)
         digest = write_table(path, gathered.columns, int(gathered.offsets[-1]), meta_text, gathered.read)
     return reopen(os.fspath(path), digest, None)  # another writer may have replaced it already
 
@@ -127,6 +127,8 @@ class _Spool:
 
     file: io.BytesIO | io.FileIO
     lengths: set[int]
+    place: str = ""
+    """The directory that the file is in."""
     keys: bytearray = field(default_factory=bytearray)
     counts: array[int] = field(default_factory=lambda: array("q"))
     alias_keys: bytearray = field(default_factory=bytearray)
@@ -151,16 +153,19 @@ class _Spool:
 
     def flush(self) -> None:
         rest = memoryview(self.pending)
-        while rest:  # a raw file may take less than all of it, and say why at the next try
-            rest = rest[self.file.write(rest) :]
+        try:
+            while rest:  # a raw file may take less than all of it, and say why at the next try
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            raise OSError(error.errno, f"a table cannot be written: {error.strerror}", self.place) from error
         self.pending = bytearray()
 
 
-def _spool(rows: Iterable[Any], file: io.BytesIO | io.FileIO, lengths: Iterable[int]) -> _Spool:
+def _spool(rows: Iterable[Any], file: io.BytesIO | io.FileIO, lengths: Iterable[int], place: str = "") -> _Spool:
     """All rows, taken one at a time; what is wrong with one is said with its position and the start of its prompt."""
     from tqdm import tqdm
 
-    spool = _Spool(file, set(lengths))
+    spool = _Spool(file, set(lengths), place)
     for position, item in enumerate(tqdm(rows, desc="reference table", unit=" prompts", delay=3, disable=None)):
         row = as_row(item, position)
         try:

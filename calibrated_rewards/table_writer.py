@@ -93,6 +93,8 @@ def _temporary_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
     try:
         with file:
             yield file, name
+    except OSError as error:  # a full disk does not say of which file
+        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path / DATA_FILE)) from error
     finally:
         name.unlink(missing_ok=True)
 

@@ -9,6 +9,7 @@ import tiny
 from calibrated_rewards import ReferenceTable, id_key
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.cli import main
+from calibrated_rewards.commands import policy, reward_model
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
@@ -158,3 +159,38 @@ def test_help_teaches(capsys):
     said = capsys.readouterr().out
     for word in ("--dry-run", "--id-column", "accelerate launch", "--temperature", "the same again with a larger K"):
         assert word in said
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("", "has no prompts"),
+        ("[]", "line 4: a prompt says something"),
+        ('{"question": "x"}', "column prompt"),
+        ("{", "not JSON"),
+    ],
+    ids=["empty", "no message", "no column", "no JSON"],
+)
+def test_prompts_are_checked_before_models_are_loaded(models, tmp_path, capsys, monkeypatch, line, says):
+    """All of them, the last one too; nothing is loaded, and no folder is made."""
+
+    def load(*_):
+        raise AssertionError("a model was loaded before the prompts were read")
+
+    monkeypatch.setattr(policy, "load", load)
+    monkeypatch.setattr(reward_model, "load_several", load)
+    good = (models / "prompts.jsonl").read_text() if line else ""
+    (tmp_path / "bad.jsonl").write_text(f"{good}{line}")
+    for more in [], ["--dry-run"]:
+        words = asked(models, tmp_path / "t", "--prompts", str(tmp_path / "bad.jsonl"), *more)
+        assert main(words) == 2
+        assert says in capsys.readouterr().err
+    rollouts = ["--rollouts", str(tmp_path / "bad.jsonl"), "--reward-model", "rm", "--out", str(tmp_path / "t")]
+    assert main(["calibrate", *rollouts]) == 2
+    assert not (tmp_path / "t").exists()
+
+
+def test_one_rollout_is_warned_of(models, tmp_path, caplog):
+    """With --quiet too, and with the option that mends it."""
+    assert main(asked(models, tmp_path / "t", "-k", "1", "--quiet")) == 0
+    assert [record.levelname for record in caplog.records if "-k 32" in record.getMessage()] == ["WARNING"]

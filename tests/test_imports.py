@@ -67,7 +67,9 @@ reading.labels_of -> reading.labels, reading.label_names
 reading.head_precision -> reading.body, reading.own_forward
 reading.completion_tokens -> prompts, reading.decoder, reading.text
 reading.question  -> prompts, reading.text
-scorers.protocol  -> prompts
+scorers.callable_fingerprint -> reading.fingerprint
+scorers.differences ->
+scorers.protocol  -> prompts, scorers.callable_fingerprint
 scorers.plain     -> prompts
 scorers.cost      -> prompts, scorers.protocol
 scorers.recipe    -> prompts, scorers.cost, scorers.protocol
@@ -100,7 +102,7 @@ amortised.sample  -> table
 amortised.judgement  -> amortised.sample
 amortised.network -> amortised.curve, amortised.sample
 amortised.conditional -> amortised.*
-amortised.prediction -> prompts, table, amortised.*, scorers.protocol
+amortised.prediction -> prompts, table, amortised.*, scorers.differences, scorers.protocol
 amortised.fit     -> prompts, table, amortised.*, scorers.protocol
 amortised         -> amortised.*
 commands.transform -> choice, procedures, scaling, transforms
@@ -140,18 +142,20 @@ samplers.drawing  -> samplers.decoding
 samplers.logprob  -> samplers.decoding
 samplers.protocol -> prompts, scorers.protocol
 rollouts.imported -> prompts, rollouts.rows, rollouts.sources, samplers.protocol
-rollouts.shard    -> prompts, samplers.protocol
+rollouts.shard    -> prompts, reading.messages, samplers.protocol
 rollouts.shard_files -> prompts, reading.messages, rollouts.shard, samplers.protocol
 health.rollouts   -> prompts, health.sections, rollouts.shard_files
 commands.inspect  -> table, health.rollouts, health.table
-rollouts.directory -> rollouts.claims, rollouts.shard, rollouts.shard_files
+rollouts.directory -> rollouts.claims, rollouts.shard, rollouts.shard_files, scorers.differences
+rollouts.rescoring -> prompts, rollouts.directory, rollouts.shard, scorers.differences, scorers.protocol
 rollouts.planning -> prompts, rollouts.*, samplers.protocol
 rollouts.adoption -> prompts, rollouts.*
 rollouts.tabulation -> prompts, table, rollouts.directory, rollouts.shard, rollouts.shard_files
 rollouts.work     -> rollouts.shard, samplers.protocol, scorers.protocol
-on_the_spot       -> prompts, table, rollouts.shard, rollouts.work, samplers.protocol, scorers.protocol
-rollouts.forecast -> prompts, rollouts.*, scorers.protocol
-rollouts.run      -> adaptive, table, rollouts.*, scorers.protocol
+rollouts.identity -> rollouts.*, scorers.differences, scorers.protocol
+on_the_spot       -> prompts, table, rollouts.shard, rollouts.work, samplers.protocol, scorers.differences, scorers.protocol
+rollouts.forecast -> prompts, rollouts.*
+rollouts.run      -> adaptive, table, rollouts.*
 calibrate         -> adaptive, table, rollouts.*, samplers.protocol, scorers.protocol
 samplers.endings  -> samplers.decoding, samplers.protocol
 samplers.openai_answer -> prompts, samplers.decoding, samplers.protocol
@@ -173,7 +177,7 @@ commands.reward_model -> reading.*, scorers.cost, scorers.loading, scorers.proto
 commands.check_scorer -> prompts, scorers.plain, checks.*, commands.*
 samplers.openai   -> prompts, reading.batches, reading.text, samplers.*, scorers.*
 commands.policy   -> commands.reward_model, commands.server, reading.text, samplers.*, scorers.remote_address
-commands.calibrate -> adaptive, calibrate, scaling, table, transforms, commands.*, rollouts.*, samplers.ray
+commands.calibrate -> adaptive, prompts, calibrate, scaling, table, transforms, commands.*, rollouts.*, samplers.ray
 checks.adapters   -> prompts, checks.conformance, scorers.protocol
 testing           -> procedures, prompts, quadrature, transforms, checks.adapters, checks.conformance, samplers.protocol
 commands.path     ->
@@ -202,7 +206,8 @@ rewarding.spelling -> transforms
 rewarding.directory -> table, rewarding.originals, rewarding.spelling
 rewarding.valuing -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.locating, rewarding.lookup
 rewarding.raw_scores -> prompts, rewarding.device, rewarding.valuing
-rewarding.verification -> prompts, table, scorers.protocol
+rewarding.completion_form -> prompts, reading.messages, scorers.protocol
+rewarding.verification -> prompts, table, rewarding.completion_form, scorers.differences, scorers.protocol
 rewarding.watch   -> prompts, table, rewarding.scores
 recipes.loop      -> prompts, reading.body, rollouts.sources, samplers.endings, samplers.policy
 serving           ->
@@ -224,8 +229,8 @@ rewarding.endings -> prompts
 rewarding.strangers -> prompts, table, reading.messages
 reward            -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.*, scorers.protocol
 faithful.trl_settings -> reward, faithful.sampled, faithful.trl_rules
-combined          -> calibrations, prompts, reward, transforms, rewarding.device, scorers.protocol
-commands.reward   -> reward, scaling, table, table_expectations, transforms, commands.reward_model, commands.transform
+combined          -> calibrations, prompts, reward, transforms, rewarding.device, scorers.ensemble, scorers.protocol
+commands.reward   -> choice, reward, table, transforms, commands.reward_model, commands.transform, scaling, table_expectations
 configured        -> reward
 faithful.rewarded -> calibrations, finite_k, reward, scaling, faithful.rules
 faithful.check    -> reward, faithful.*

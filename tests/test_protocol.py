@@ -163,10 +163,11 @@ def test_fingerprints() -> None:
     said = fingerprint(lengths)
     assert (said["kind"], said["name"]) == ("callable", f"{__name__}.lengths")
     assert said["code"] == fingerprint(FunctionType(lengths.__code__, {}))["code"] != fingerprint(score)["code"]
-    assert fingerprint(Answers(1)) == {"kind": "callable", "name": f"{__name__}.Answers"}
-    assert fingerprint(made.logits) == {
-        "kind": "callable",
-        "name": "calibrated_rewards.scorers.sequence_classifier.SequenceClassifier.logits",
-    }
+    assert fingerprint(Answers(1))["name"] == f"{__name__}.Answers"
+    assert fingerprint(Answers(1))["state"] == {"answer": 1} != fingerprint(Answers(2))["state"]
+    logits = fingerprint(made.logits)
+    assert logits["name"] == "calibrated_rewards.scorers.sequence_classifier.SequenceClassifier.logits"
+    other = SequenceClassifier(classifier(seed=1), tokenizer(), show_progress=False)
+    assert logits["state"] != fingerprint(other.logits)["state"]
     assert fingerprint(functools.partial(lengths, x=1))["name"] == said["name"]
     assert fingerprint(functools.partial(lengths, x=1)) != fingerprint(functools.partial(lengths, x=2))

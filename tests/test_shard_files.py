@@ -1,5 +1,7 @@
 """Shards on disk: what was kept comes back, and a file that is none of ours is refused."""
 
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,9 +16,12 @@ from hypothesis import strategies as st
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.rollouts.shard import Planned, Shard, empty
 from calibrated_rewards.rollouts.shard_files import (
+    read_keys,
     read_prompts,
+    read_scores,
     read_shard,
     replacing,
+    rows_in,
     state_of,
     write_prompts,
     write_shard,
@@ -104,3 +109,89 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         file.write(3)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def kept_files(folder: Path) -> list[Path]:
+    """A shard's two files, with chats, ids' worth of texts and scores."""
+    chat = [{"role": "user", "content": "Grüße " * 5}]
+    given = [Planned(prompt_key("p"), "p", "rendered"), Planned(prompt_key(chat), chat)]
+    rollouts = [[Rollout(f"é {i}", i, "stop", -1.0) for i in range(5)], [Rollout(chat, 3)] * 3]
+    shard = empty(given).drawn(rollouts, [[*range(len(own))] for own in rollouts])
+    shard = shard.scored("reward", [np.arange(5, dtype=np.float32), np.zeros(3, np.float32)])
+    write_prompts(folder / "prompts.parquet", given)
+    write_shard(folder / "rollouts.parquet", shard)
+    return [folder / "prompts.parquet", folder / "rollouts.parquet"]
+
+
+def read_all(folder: Path) -> str:
+    """All that is read of them."""
+    prompts = read_prompts(folder / "prompts.parquet")
+    own = read_scores(folder / "rollouts.parquet", prompts, "reward")
+    shard = read_shard(folder / "rollouts.parquet", prompts)
+    keys, rows = read_keys(folder / "prompts.parquet"), rows_in(folder / "prompts.parquet")
+    return repr((prompts, shard, [x.tolist() for x in own], state_of(folder / "rollouts.parquet"), keys, rows))
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["prompts", "rollouts"])
+def test_damage_names_the_file(tmp_path: Path, which: int) -> None:
+    """A bit that flips anywhere, or an end that is missing: an error with the file's name, or nothing but itself."""
+    file = kept_files(tmp_path)[which]
+    whole, before = file.read_bytes(), read_all(tmp_path)
+    rng = np.random.default_rng(which)
+    named = 0
+    for place in rng.integers(0, len(whole), 150).tolist():
+        bent = bytearray(whole)
+        bent[place] ^= 1 << int(rng.integers(8))
+        file.write_bytes(bytes(bent))
+        try:
+            assert len(read_all(tmp_path)) > 0
+        except ValueError as error:
+            named += 1
+            assert str(tmp_path) in str(error)  # noqa: PT017 (most flips raise, and some are in text that nobody reads)
+    assert named > 50
+    for length in (0, 3, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=file.name):
+            read_all(tmp_path)
+    file.write_bytes(whole)
+    assert read_all(tmp_path) == before
+
+
+def test_a_state_that_does_not_fit_its_rows_names_the_file(tmp_path: Path) -> None:
+    """The text that says how far a shard is has no checksum of its own in the file."""
+    file = kept_files(tmp_path)[1]
+    table = pq.read_table(file)
+    for said in ('{"drawn":[5,9],"scored":{}}', '{"drawn":[5,3],"scored":{"reward":[6,2]}}', "[]", "{}"):
+        pq.write_table(table.replace_schema_metadata({b"calibrated-rewards shard": said.encode()}), file)
+        with pytest.raises(ValueError, match=r"rollouts\.parquet"):
+            state_of(file)
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from calibrated_rewards.rollouts.shard_files import replacing
+from calibrated_rewards.table import ReferenceTable
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+folder = Path(sys.argv[1])
+def fill():
+    with replacing(folder / "00000.parquet") as file:
+        file.write(b"x" * 100_000)
+for write in fill, lambda: ReferenceTable.build([("p", [0.0] * 5000)], path=folder / "table"):
+    try:
+        write()
+    except OSError as error:
+        print(error)
+print(sorted(file.name for file in folder.rglob("*") if file.is_file()))
+"""
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    """The system's error has no name in it; and what was begun is removed."""
+    run = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True)
+    shard, table, left = run.stdout.splitlines()
+    assert str(tmp_path / "00000.parquet") in shard
+    assert str(tmp_path / "table") in table
+    assert "File too large" in shard
+    assert left == "[]"

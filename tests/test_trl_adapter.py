@@ -18,6 +18,7 @@ from datasets import Dataset
 
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable, UnknownPromptError
 from calibrated_rewards.adapters import trl_reward
+from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.checks.adapters import check_adapter
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.rewarding.originals import Originals
@@ -148,6 +149,39 @@ def test_a_trainer_trains_on_it(algorithm, reward, policy, tmp_path):
         assert entry["ours/misses"] == 0
         assert isinstance(call["completions"][0], list)
     assert same_as_alone(recorded.calls, reward)
+
+
+def length(_, completions: list[Any], **__: Any) -> list[float]:
+    """How many letters a text has; of a list of messages that would be how many messages."""
+    return [float(len(completion)) for completion in completions]
+
+
+@pytest.mark.parametrize("algorithm", ["GRPO", "RLOO"])
+def test_a_function_scores_in_training_what_it_scored_in_calibration(algorithm, policy, tmp_path):
+    """Calibrated with texts, given messages by the trainer: raw scores and quantiles are those of the texts."""
+    import trl
+
+    drawn = ["a", "two", "seven", "an answer"]
+    table = calibrate(CHATS, lambda _, seeds: [[drawn[seed % 4] for seed in own] for own in seeds], length, k=8)
+    reward = CalibratedReward(length, table, name="ours", alarm=False)
+    assert reward.verify().worst == 0
+    recorded = Recorded(reward)
+    getattr(trl, f"{algorithm}Trainer")(
+        model=policy,
+        reward_funcs=recorded,
+        args=getattr(trl, f"{algorithm}Config")(output_dir=str(tmp_path / "out"), **{**SMALL, "max_steps": 1}),
+        train_dataset=Dataset.from_list([{"prompt": chat} for chat in CHATS]),
+        processing_class=tiny.tokenizer(side="left"),
+    ).train()
+
+    (call,) = recorded.calls
+    texts = [completion[0]["content"] for completion in call["completions"]]
+    raw = np.array([float(len(text)) for text in texts])
+    rows = [table.scores(int(table.rows([prompt])[0])) for prompt in call["prompts"]]
+    assert raw.max() > 1.0
+    expected = [(row < x).mean() + (row == x).mean() / 2 for row, x in zip(rows, raw, strict=True)]
+    assert call["rewards"] == pytest.approx(expected)
+    assert reward.raw(call["prompts"], call["completions"]).tolist() == raw.tolist()
 
 
 def test_prompts_are_found_by_a_column(policy, tmp_path, monkeypatch):
@@ -302,6 +336,7 @@ import tiny
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 from calibrated_rewards.adapters import trl_reward
+from calibrated_rewards.calibrate import calibrate
 from test_trl_adapter import CHATS, SMALL, Recorded
 
 policy, out = sys.argv[1:]

@@ -18,6 +18,7 @@ from calibrated_rewards.amortised.features import Features, features_of
 from calibrated_rewards.amortised.judgement import Errors
 from calibrated_rewards.amortised.network import Network
 from calibrated_rewards.prompts import Prompt, prompt_key
+from calibrated_rewards.scorers.differences import differences
 from calibrated_rewards.scorers.protocol import fingerprint
 from calibrated_rewards.table import ReferenceTable
 
@@ -102,7 +103,7 @@ class Amortised:
         if blake2b(data, digest_size=16).hexdigest() != said["data"]:
             raise ValueError(f"{path}: {DATA_FILE} is not the one that {SUMMARY_FILE} was written with")
         told = json.loads(json.dumps(fingerprint(features)))
-        if told != said["features"]:
+        if [*differences(said["features"], told)]:
             raise ValueError(f"{path} was fitted on other features: {said['features']}, got {told}")
         model, errors = _model(load(data), *said["tails"]), Errors.from_json(said["errors"])
         return cls(features, model, errors, said["meta"], said["k"], said["features"])

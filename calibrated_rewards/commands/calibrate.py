@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,15 +102,38 @@ def _calibrated(options: argparse.Namespace) -> Any:
     from calibrated_rewards.rollouts.sources import prompts_from
 
     refuse(options, ("completions", "scores"), "they belong to --rollouts")
-    sampler = policy.load(options) if options.policy else None
+    rounds = adaptive(options)
     source = {name: getattr(options, name) for name in ("column", "id_column", "split", "limit")}
+    prompts, source = check_prompts(options.prompts, source) if options.prompts else (None, source)
+    sampler = policy.load(options) if options.policy else None
     if options.dry_run:
-        asked = None if options.prompts is None else prompts_from(options.prompts, **source)
-        _foretell(options, asked, sampler)
+        _foretell(options, None if prompts is None else prompts_from(prompts, **source), sampler)
         return None
     scorers = reward_model.load_several(options)
-    settings = {"k": options.k, "seed": options.seed, "adaptive": adaptive(options), **_common(options)}
-    return calibrate(options.prompts, sampler, scorers, options.out, **settings, **source)
+    settings = {"k": options.k, "seed": options.seed, "adaptive": rounds, **_common(options)}
+    return calibrate(prompts, sampler, scorers, options.out, **settings, **source)
+
+
+def check_prompts(place: str, source: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Read and check all prompts before models are loaded; what to read them from again, and how.
+
+    A file is read twice. What comes from the Hub is kept in memory, since it would be downloaded twice.
+    """
+    from calibrated_rewards.prompts import prompt_key
+    from calibrated_rewards.rollouts.planning import Ids, checked
+    from calibrated_rewards.rollouts.sources import prompts_from
+
+    kept, ids, empty = [], Ids({}), True
+    is_here = os.path.exists(place)
+    for each in prompts_from(place, **source):
+        empty = False
+        ids.add(each, prompt_key(each.prompt))
+        checked([each.prompt], None)
+        if not is_here:
+            kept.append(each)
+    if empty:
+        raise ValueError(f"--prompts {place} has no prompts")
+    return (place, source) if is_here else (kept, {})
 
 
 def adaptive(options: argparse.Namespace) -> "Adaptive | None":
@@ -154,14 +178,16 @@ def _foretell(options: argparse.Namespace, asked: Any, sampler: Any) -> None:
 
 def _imported(options: argparse.Namespace) -> Any:
     from calibrated_rewards.calibrate import import_rollouts
+    from calibrated_rewards.rollouts.imported import imported
 
     refuse(options, ("prompts", "policy", "limit", "k", "dry_run"), "--rollouts has the prompts, and nothing is drawn")
-    scorers = reward_model.load_several(options) if options.reward_model else None
     columns = {"prompt": options.column, "completions": options.completions}
     source = {**columns, "id_column": options.id_column, "split": options.split}
-    return import_rollouts(
-        options.rollouts, options.out, scorers, scores=_columns(options.scores), **_common(options), **source
-    )
+    scores = _columns(options.scores)
+    if options.reward_model and not sum(1 for _ in imported(options.rollouts, scores=scores or {}, **source)):
+        raise ValueError(f"--rollouts {options.rollouts} has no rollouts")
+    scorers = reward_model.load_several(options) if options.reward_model else None
+    return import_rollouts(options.rollouts, options.out, scorers, scores=scores, **_common(options), **source)
 
 
 def _columns(given: list[str]) -> str | dict[str, str] | None:

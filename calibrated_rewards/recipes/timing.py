@@ -7,7 +7,7 @@ from typing import Any
 
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.scorers.protocol import fingerprint
+from calibrated_rewards.scorers.protocol import fingerprint, reads_messages
 
 
 @dataclass
@@ -35,6 +35,11 @@ class TimedScorer:
     def __call__(self, prompts: Any, completions: Any) -> Any:
         """Its scores."""
         return self.seconds(self.scorer, prompts, completions)
+
+    @property
+    def reads_messages(self) -> bool:
+        """Whether the reward model reads messages."""
+        return reads_messages(self.scorer)
 
     def fingerprint(self) -> dict[str, Any]:
         """That of the reward model."""

@@ -12,21 +12,22 @@ ValueError: the scorer is not the one that the table was made with: 1 of 1 probe
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 
 from calibrated_rewards.prompts import start_of
+from calibrated_rewards.rewarding.completion_form import Form, as_trainers_have_it
+from calibrated_rewards.scorers.differences import differences, tolerance_of
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, score
 from calibrated_rewards.table import ReferenceTable
 
-# In standard deviations of the references of a prompt. Equal scores of float32 are 1e-4 apart at most; other hardware
-# multiplies with fewer bits (TF32). What 16 bits leave apart depends on the shape of the batch.
-TOLERANCE, TOLERANCE_16_BIT = 1e-3, 0.5
-FEW_BITS = ("float16", "bfloat16", "float8", "int8", "int4", "uint8")
+Raw = Callable[[Sequence[Any], Sequence[Any]], Float32[np.ndarray, " n"]]
 # Rows that the standard deviation is taken from.
 MEASURED = 256
 
@@ -51,30 +52,30 @@ class Verification:
 
 
 def verified(
-    scorer: Scorer, table: ReferenceTable, tolerance: float | None = None, batch_size: int | None = None
+    scorer: Scorer, table: ReferenceTable, tolerance: float | None = None, raw: Raw | None = None
 ) -> Verification:
     """Score the table's probes again; ValueError if any is farther from what it was than equal scores are.
 
     `tolerance` is in standard deviations of a prompt's references; None for 0.001, or 0.5 if both the table and the
-    scorer are of 16 bits.
+    scorer are of 16 bits. `raw` is the path that a training run's completions take to the scorer, `reward.raw`: the
+    probes take it too, answers to chats as the messages that TRL makes of them.
     """
     if tolerance is not None and not (isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"verify needs a finite tolerance >= 0, got tolerance={tolerance!r}")
     meta = table.meta
     probes = meta.get("probes") or []
     made_with, is_now = meta.get("scorer"), json.loads(json.dumps(fingerprint(scorer)))
-    differs = tuple(_differences(made_with, is_now)) if made_with else ()
+    apart_in = differences(made_with, is_now) if made_with else ()
+    differs = tuple(f"{place} ({there!r:.60} then, {here!r:.60} now)" for place, there, here in apart_in)
     if not probes:
         raise ValueError(
             "the table has no probes to verify a scorer with; calibrate() and import_rollouts() put some into it, "
             'ReferenceTable.build(meta={"probes": [{"prompt", "completion", "score"}, ...]}) yours'
         )
-    near = tolerance if tolerance is not None else _near(made_with, is_now)
-    prompts, completions = [probe["prompt"] for probe in probes], [probe["completion"] for probe in probes]
-    step = batch_size or len(probes)
-    starts = range(0, len(probes), step)
-    parts = [score(scorer, prompts[at : at + step], completions[at : at + step]) for at in starts]
-    scores = np.concatenate(parts)
+    near = tolerance if tolerance is not None else tolerance_of(made_with, is_now)
+    prompts = [probe["prompt"] for probe in probes]
+    completions = [as_trainers_have_it(probe["prompt"], probe["completion"]) for probe in probes]
+    scores = (raw or partial(_raw, scorer, Form.of(meta)))(prompts, completions)
     apart = np.abs(scores - np.array([probe["score"] for probe in probes], np.float64)) / _unit(table)
     if (apart > near).any():
         at = int(apart.argmax())
@@ -86,15 +87,8 @@ def verified(
     return Verification(len(probes), float(apart.max()), near, differs)
 
 
-def _near(made_with: Any, is_now: Any) -> float:
-    return TOLERANCE_16_BIT if _few_bits(made_with) and _few_bits(is_now) else TOLERANCE
-
-
-def _few_bits(said: Any) -> bool:
-    """Whether a fingerprint names a type of 16 bits or fewer."""
-    if isinstance(said, Mapping):
-        return str(said.get("dtype", "")).startswith(FEW_BITS) or any(map(_few_bits, said.values()))
-    return isinstance(said, list) and any(map(_few_bits, said))
+def _raw(scorer: Scorer, form: Form, prompts: Sequence[Any], completions: Sequence[Any]) -> Float32[np.ndarray, " n"]:
+    return score(scorer, *form.read(scorer, prompts, completions))
 
 
 def _unit(table: ReferenceTable) -> float:
@@ -109,12 +103,3 @@ def _why(differs: tuple[str, ...]) -> str:
     if not differs:
         return "; their fingerprints are alike: look for other weights in the same place, other hardware or versions"
     return f"; their fingerprints differ in {', '.join(differs)}"
-
-
-def _differences(there: Any, here: Any, place: str = "") -> Iterator[str]:
-    """Where two fingerprints differ, and how."""
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        for name in sorted({*there, *here}):
-            yield from _differences(there.get(name), here.get(name), f"{place}.{name}" if place else str(name))
-    elif there != here:
-        yield f"{place} ({there!r:.60} then, {here!r:.60} now)"

@@ -1,14 +1,15 @@
 """Rollouts made elsewhere become shards of a directory like those that were drawn here."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
 from calibrated_rewards.prompts import prompt_key, start_of
 from calibrated_rewards.rollouts.directory import RunDirectory
 from calibrated_rewards.rollouts.imported import Imported
-from calibrated_rewards.rollouts.planning import Ids, checked
+from calibrated_rewards.rollouts.planning import Ids, checked, taken_back
 from calibrated_rewards.rollouts.shard import State, empty
 from calibrated_rewards.rollouts.sources import Asked
 
@@ -21,23 +22,24 @@ def adopt(
     found: Iterable[Imported],
     columns: Sequence[str],
     per_shard: int,
+    settings: Mapping[str, Any],
     show_progress: bool = True,
 ) -> int:
     """Keep the rollouts of prompts that the directory does not have yet, with their scores of `columns`; how many.
 
-    For who holds the directory. All of them, or none if one is refused.
+    For who holds the directory. All of them, or none if one is refused; the settings are written before the first.
     """
-    before = directory.names()
-    try:
-        return _adopted(directory, found, columns, per_shard, show_progress)
-    except BaseException:  # Ctrl-C too
-        for name in {*directory.names()} - {*before}:
-            directory.forget(name)
-        raise
+    with taken_back(directory):
+        return _adopted(directory, found, columns, per_shard, settings, show_progress)
 
 
 def _adopted(
-    directory: RunDirectory, found: Iterable[Imported], columns: Sequence[str], per_shard: int, show_progress: bool
+    directory: RunDirectory,
+    found: Iterable[Imported],
+    columns: Sequence[str],
+    per_shard: int,
+    settings: Mapping[str, Any],
+    show_progress: bool,
 ) -> int:
     old, ids = {*directory.keys()}, Ids(directory.aliases())
     names, waiting, new, known = directory.free_names(), list[Imported](), 0, 0
@@ -62,18 +64,26 @@ def _adopted(
         new += 1
         waiting.append(item)
         if len(waiting) == per_shard:
-            _keep(directory, names, waiting, columns)
+            _keep(directory, names, waiting, columns, settings)
             waiting = []
     if waiting:
-        _keep(directory, names, waiting, columns)
+        _keep(directory, names, waiting, columns, settings)
     if known:
         logger.warning("%s has rollouts of %d prompts already, and keeps those", directory.path, known)
     directory.add_aliases(ids.new)
     return new
 
 
-def _keep(directory: RunDirectory, names: Iterator[str], found: list[Imported], columns: Sequence[str]) -> None:
-    """Rollouts first: a shard exists from the moment that its prompts do."""
+def _keep(
+    directory: RunDirectory,
+    names: Iterator[str],
+    found: list[Imported],
+    columns: Sequence[str],
+    settings: Mapping[str, Any],
+) -> None:
+    """Settings and rollouts first: a shard exists from the moment that its prompts do."""
+    if directory.settings() != settings:
+        directory.write_settings(settings)
     shard = empty(checked([item.prompt for item in found], None))
     keys = [planned.key for planned in shard.prompts]
     name = next(name for name in names if directory.is_free(name, keys))

@@ -11,9 +11,10 @@ The table stands beside them; of several reward models each in a folder of its o
 """
 
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -29,12 +30,14 @@ from calibrated_rewards.rollouts.shard_files import (
     read_prompts,
     read_shard,
     read_table,
+    readable,
     replacing,
     rows_in,
     state_of,
     write_prompts,
     write_shard,
 )
+from calibrated_rewards.scorers.differences import Difference, differences, merge
 
 FORMAT, VERSION = "calibrated-rewards run", 1
 ALIAS = pa.schema([("alias", pa.binary(16)), ("key", pa.binary(16))])
@@ -73,30 +76,90 @@ class RunDirectory:
     ) -> dict[str, Any]:
         """The run's settings with these, or an error: rollouts of two policies do not go into one table.
 
-        As long as there are no prompts, other settings replace those that are there.
+        A sampler that has drawn nothing yet, and a scorer of which no score is kept, are replaced by another one.
         """
         if not (self.path / "run.json").exists() and (self.names() or (self.path / "table.json").exists()):
             raise ValueError(
                 f"{self.path} has prompts or a table, and no run.json that says of what: give another directory"
             )
-        found = self.settings() if self.names() else {}
-        told = {**({} if sampler is None else {"seed": seed, "sampler": sampler}), "scorers": scorers}
-        mine = json.loads(json.dumps(told))
-        apart = list(_differences(found, mine))
+        there = self.settings() if self.names() else {}
+        policy = {} if sampler is None else {"seed": seed, "sampler": sampler}
+        here = json.loads(json.dumps({**policy, "scorers": scorers}))
+        apart = [
+            f"{place} is {_short(old)} there and {_short(new)} here" for place, old, new in self._apart(there, here)
+        ]
         if apart:
             raise ValueError(
                 f"{self.path} is of a run with other settings: {'; '.join(apart[:4])}. Say the settings of that "
-                "run, another directory, or, for another reward model, another name (NAME=PATH)"
+                f"run, another directory, or, for another reward model, another name (NAME=PATH){_hint(apart)}"
             )
-        return {**found, **mine, "scorers": {**found.get("scorers", {}), **mine["scorers"]}}
+        known = there.get("scorers", {})
+        merged = {name: merge(known.get(name), scorer) for name, scorer in here["scorers"].items()}
+        return {**there, **here, "scorers": {**known, **merged}}
 
-    def locked(self) -> AbstractContextManager[bool]:
-        """Hold the whole directory; waits for whoever does."""
+    def _apart(self, there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Difference]:
+        """Where settings differ that something in the directory was made with."""
+        if "sampler" in there and "sampler" in here and self.has_rollouts():
+            yield from differences(there["seed"], here["seed"], "seed")
+            yield from differences(there["sampler"], here["sampler"], "sampler")
+        known = there.get("scorers", {})
+        for name in sorted(self.scored({*known} & {*here["scorers"]})):
+            yield from differences(known[name], here["scorers"][name], f"scorers.{name}")
+
+    def has_rollouts(self) -> bool:
+        """Whether a rollout is kept."""
+        states = (self.state(name) for name in self.names())
+        return any(count > 0 for state in states if state is not None for count in state.drawn)
+
+    def scored(self, columns: Iterable[str]) -> set[str]:
+        """Those of these reward models of which a score is kept."""
+        left, found = {*columns}, set[str]()
+        for name in self.names():
+            if not left:
+                break
+            state = self.state(name)
+            found |= {column for column in left if state is not None and any(state.scored.get(column, []))}
+            left -= found
+        return found
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the whole directory, which is made if need be; waits for whoever does.
+
+        If the block fails, and nothing of a run is there, what this call has made is removed again.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"a run is kept in a directory, got the file {self.path}")
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / ".lock").touch()
-        return claim(self.path / ".lock", wait=True)
+        with ExitStack() as held:
+            made = self._hold(held)
+            try:
+                yield
+            except BaseException:
+                if not self.names() and not (self.path / "run.json").exists():
+                    self._remove(made)
+                raise
+
+    def _hold(self, held: ExitStack) -> list[Path]:
+        """Lock the directory; the files and folders that had to be made for that, outermost first."""
+        lock = self.path / ".lock"
+        while True:
+            made = [place for place in (lock, *lock.parents) if not place.exists()][::-1]
+            with ExitStack() as attempt, suppress(FileNotFoundError):  # another process may just remove what it made
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock.touch()
+                opened = lock.stat()
+                attempt.enter_context(claim(lock, wait=True))
+                if os.path.samestat(opened, lock.stat()):
+                    held.enter_context(attempt.pop_all())
+                    return made
+
+    def _remove(self, made: Sequence[Path]) -> None:
+        for folder in ("prompts", "rollouts", "aliases"):
+            with suppress(OSError):
+                (self.path / folder).rmdir()
+        for place in reversed(made):
+            with suppress(OSError):  # there is something else in it
+                place.unlink() if place.name == ".lock" else place.rmdir()
 
     def names(self) -> list[str]:
         """The shards, in order."""
@@ -180,8 +243,9 @@ class RunDirectory:
         """The key that each id leads to."""
         found: dict[bytes, bytes] = {}
         for file in sorted(self.path.glob("aliases/*.parquet")):
-            columns = read_table(file)
-            found |= dict(zip(columns.column("alias").to_pylist(), columns.column("key").to_pylist(), strict=True))
+            columns = read_table(file, ALIAS.names)
+            with readable(file):
+                found |= dict(zip(columns.column("alias").to_pylist(), columns.column("key").to_pylist(), strict=True))
         return found
 
     def add_aliases(self, aliases: Mapping[bytes, bytes]) -> None:
@@ -201,7 +265,10 @@ class RunDirectory:
         return self.path / "prompts" / f"{name}.parquet"
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
-        """Replace run.json."""
+        """Replace run.json; without settings, remove it."""
+        if not settings:
+            (self.path / "run.json").unlink(missing_ok=True)
+            return
         text = json.dumps({"format": FORMAT, "version": VERSION, **settings}, indent=2, sort_keys=True)
         with replacing(self.path / "run.json") as file:
             file.write(text.encode() + b"\n")
@@ -216,14 +283,11 @@ def check_name(name: Any) -> None:
         )
 
 
-def _differences(there: Any, here: Any, place: str = "") -> Iterator[str]:
-    """Where two settings that are in both differ, in words; what is in one alone is no difference at the top."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        inside = place.count(".") >= 1
-        for name in sorted({*there, *here} if inside or place == "sampler" else {*there} & {*here}):
-            yield from _differences(there.get(name), here.get(name), f"{place}.{name}" if place else name)
-    elif there != here:
-        yield f"{place} is {_short(there)} there and {_short(here)} here"
+def _hint(apart: Sequence[str]) -> str:
+    """What to do about a state that was changed by something else than calls."""
+    if not any(".state." in each for each in apart):
+        return ""
+    return ". A state that no score depends on is left out by a fingerprint() method of the scorer's own"
 
 
 def _short(value: Any) -> str:

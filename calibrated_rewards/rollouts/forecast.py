@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from calibrated_rewards.prompts import Prompt, prompt_key
 from calibrated_rewards.rollouts.directory import RunDirectory
+from calibrated_rewards.rollouts.identity import Identity
 from calibrated_rewards.rollouts.planning import Ids, checked
 from calibrated_rewards.rollouts.shard import Planned, Shard, empty
 from calibrated_rewards.rollouts.shard_files import write_shard
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.rollouts.work import Task, Work
-from calibrated_rewards.scorers.protocol import fingerprint
 
 # Rollouts of the first call, which is slower than all that follow, and does not count.
 WARM_UP = 4
@@ -76,8 +76,7 @@ def forecast(
 ) -> Forecast:
     """What `run` would do, after the same checks; with a trial of one prompt's rollouts."""
     k = k or directory.most_drawn() or 100
-    said = None if work.sampler is None else fingerprint(work.sampler)
-    directory.agreed(work.seed, said, {name: fingerprint(scorer) for name, scorer in work.scorers.items()})
+    Identity.of(work).check(directory, work)
     found = _counted(directory, asked, work)
     draws, scores = k * found.new, dict.fromkeys(work.scorers, k * found.new)
     for name in directory.names():

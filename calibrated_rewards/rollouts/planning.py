@@ -1,8 +1,9 @@
 """From prompts as they come to shards: each prompt once, checked before anything is sampled."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -25,19 +26,40 @@ class Planning(NamedTuple):
 
 
 def plan(
-    directory: RunDirectory, asked: Iterable[Asked], sampler: Sampler | None, per_shard: int, show_progress: bool = True
+    directory: RunDirectory,
+    asked: Iterable[Asked],
+    sampler: Sampler | None,
+    per_shard: int,
+    settings: Mapping[str, Any],
+    show_progress: bool = True,
 ) -> Planning:
     """Add the prompts that the directory does not have yet; all of them, or none if one is refused.
 
-    For who holds the directory.
+    The settings are written before the first of them. For who holds the directory.
     """
-    before = directory.names()
+    with taken_back(directory):
+        return _planned(directory, asked, sampler, per_shard, settings, show_progress)
+
+
+@contextmanager
+def taken_back(directory: RunDirectory) -> Iterator[None]:
+    """Remove the shards and settings that a block has added, if it fails."""
+    names, settings = {*directory.names()}, directory.settings()
     try:
-        return _planned(directory, asked, sampler, per_shard, show_progress)
+        yield
     except BaseException:  # Ctrl-C too
-        for name in {*directory.names()} - {*before}:
+        for name in {*directory.names()} - names:
             directory.forget(name)
+        if directory.settings() != settings:
+            directory.write_settings(settings)
         raise
+
+
+def plan_again(directory: RunDirectory, sampler: Sampler) -> None:
+    """Check and render all prompts for another sampler than the one that was to draw their rollouts."""
+    for name in directory.names():
+        prompts = [each.prompt for each in directory.prompts(name)]
+        directory.plan(name, checked(prompts, sampler))
 
 
 def planned(prompt: Prompt, sampler: Sampler | None) -> Planned:
@@ -76,7 +98,12 @@ class Ids:
 
 
 def _planned(
-    directory: RunDirectory, asked: Iterable[Asked], sampler: Sampler | None, per_shard: int, show_progress: bool
+    directory: RunDirectory,
+    asked: Iterable[Asked],
+    sampler: Sampler | None,
+    per_shard: int,
+    settings: Mapping[str, Any],
+    show_progress: bool,
 ) -> Planning:
     old, seen, ids = {*directory.keys()}, set[bytes](), Ids(directory.aliases())
     names, free = directory.free_names(), partial(directory.is_free, keys=())
@@ -99,9 +126,16 @@ def _planned(
         new += 1
         waiting.append(item.prompt)
         if len(waiting) == per_shard:
-            directory.plan(next(filter(free, names)), checked(waiting, sampler))
+            _add(directory, next(filter(free, names)), checked(waiting, sampler), settings)
             waiting = []
     if waiting:
-        directory.plan(next(filter(free, names)), checked(waiting, sampler))
+        _add(directory, next(filter(free, names)), checked(waiting, sampler), settings)
     directory.add_aliases(ids.new)
     return Planning(new, known, repeated)
+
+
+def _add(directory: RunDirectory, name: str, prompts: list[Planned], settings: Mapping[str, Any]) -> None:
+    """Make a shard. The settings come first: prompts alone would not say what their rollouts are to be of."""
+    if directory.settings() != settings:
+        directory.write_settings(settings)
+    directory.plan(name, prompts)

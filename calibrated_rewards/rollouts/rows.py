@@ -189,6 +189,7 @@ def _rows_of_csv(path: Path) -> Iterator[Row]:
 
 
 def _rows_of_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
@@ -198,7 +199,7 @@ def _rows_of_parquet(path: Path) -> Iterator[Row]:
                 for value in batch.to_pylist():
                     yield Row(f"{path}, row {number}", value)
                     number += 1
-    except (ValueError, OSError) as error:
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read as Parquet from row {number} on: {error}") from error
 
 

@@ -1,13 +1,11 @@
 """A run in a directory: prompts into shards, shards filled by whoever is there, the table made of them."""
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -15,19 +13,23 @@ from jaxtyping import Float32
 from calibrated_rewards.adaptive import Adaptive
 from calibrated_rewards.rollouts.cluster import Cluster
 from calibrated_rewards.rollouts.directory import RunDirectory
-from calibrated_rewards.rollouts.planning import plan
+from calibrated_rewards.rollouts.identity import Identity
+from calibrated_rewards.rollouts.planning import plan, plan_again
 from calibrated_rewards.rollouts.progress import Progress
 from calibrated_rewards.rollouts.shard import Shard
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.rollouts.tabulation import scores_of, tabulated
 from calibrated_rewards.rollouts.work import Task, Work
-from calibrated_rewards.scorers.protocol import fingerprint
 from calibrated_rewards.table import ReferenceTable
 
 logger = logging.getLogger(__name__)
 
 # Seconds between two looks at shards that others hold.
 PAUSE = 0.5
+ONE_ROLLOUT = (
+    "%s: with K=1 rollout a prompt each quantile is 0, 1/2 or 1, which says only whether one reference was better. "
+    "Calibrate with more, such as k=32 (on the command line -k 32); a larger K adds what is missing"
+)
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,21 @@ def run(
 ) -> dict[str, ReferenceTable]:
     """Do what is left of a run, together with whoever else is at it, and give its tables."""
     directory = RunDirectory(path)
-    names = prepare(directory, asked, work, settings.per_shard, settings.show_progress)
-    k = settings.k or directory.most_drawn() or 100
+    identity = Identity.of(work)
+    names = prepare(directory, asked, work, identity, settings.per_shard, settings.show_progress)
+    most = directory.most_drawn()
+    k = settings.k or most or 100
     if settings.adaptive is None:
         _announce(directory, names, work, k)
+        if max(most, k if work.sampler is not None else 0) == 1:
+            logger.warning(ONE_ROLLOUT, directory.path)
     with Progress(sum(map(directory.size, names)), settings.show_progress) as progress:
-        filling = Filling(directory, names, work, k, progress, settings.cluster)
+        filling = Filling(directory, names, work, identity, k, progress, settings.cluster)
         if settings.adaptive is None:
             filling.fill()
         else:
             filling.in_rounds(settings.adaptive)
+    identity.mark_changing(directory, work)
     made = {column: tabulated(directory, column, name) for column, name in tables.items()}
     for column in {*directory.settings()["scorers"]} - {*tables}:
         if any(state.scored.get(column) != state.drawn for name in names if (state := directory.state(name))):
@@ -78,33 +85,34 @@ def _announce(directory: RunDirectory, names: list[str], work: Work, k: int) -> 
 
 
 def prepare(
-    directory: RunDirectory, asked: Iterable[Asked] | None, work: Work, per_shard: int, show_progress: bool
+    directory: RunDirectory,
+    asked: Iterable[Asked] | None,
+    work: Work,
+    identity: Identity,
+    per_shard: int,
+    show_progress: bool,
 ) -> list[str]:
-    """Settings and prompts into the directory, whose shards it gives; refuses, before sampling, what cannot be done."""
-    sampler = None if work.sampler is None else _said("the sampler", work.sampler)
-    scorers = {name: _said(f"reward model {name!r}", scorer) for name, scorer in work.scorers.items()}
+    """Put prompts into the directory, and give its shards; refuse, before sampling, what cannot be done.
+
+    A reward model is not written down yet: what fails before it has given a score leaves the name free.
+    """
+    if asked is None and not directory.names():
+        raise ValueError(f"{directory.path} has no prompts yet: give some, prompts=")
+    identity.check(directory, work)
     with directory.locked():
         directory.tidy_all()
-        if asked is None and not directory.names():
-            raise ValueError(f"{directory.path} has no prompts yet: give some, prompts=")
-        directory.agree(work.seed, sampler, scorers)
+        before, settings = directory.settings(), identity.settings(directory)
+        other = bool(directory.names()) and before.get("sampler") != settings.get("sampler")
+        if other and work.sampler is not None and not directory.has_rollouts():
+            plan_again(directory, work.sampler)
         if asked is not None:
-            said = plan(directory, asked, work.sampler, per_shard, show_progress)
-            logger.info("%s: %d new prompts, %d known, %d repeated", directory.path, *said)
+            counts = plan(directory, asked, work.sampler, per_shard, settings, show_progress)
+            logger.info("%s: %d new prompts, %d known, %d repeated", directory.path, *counts)
         if not directory.names():
             raise ValueError("calibration needs at least one prompt, got none")
+        if directory.settings() != settings:
+            directory.write_settings(settings)
         return directory.names()
-
-
-def _said(what: str, of: object) -> dict[str, Any]:
-    """A fingerprint that the table can keep."""
-    says = fingerprint(of)
-    try:
-        return dict(json.loads(json.dumps(says, allow_nan=False)))
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"a fingerprint is a mapping of what JSON can say, {what} gives {says!r:.80}: {error}"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,7 @@ class Filling:
     names: list[str]
     """Its shards as it was planned; others may be adding more."""
     work: Work
+    identity: Identity
     k: int
     progress: Progress
     cluster: Cluster | None = None
@@ -217,6 +226,6 @@ class Filling:
             yield from zip(self.directory.keys_of(name), scores_of(self.directory, name, column), strict=True)
 
     def _keep(self, name: str, before: Shard, shard: Shard) -> None:
-        self.directory.save(name, shard)
+        self.identity.save(self.directory, name, before, shard, self.work.scorers)
         new = [r for old, now in zip(before.rollouts, shard.rollouts, strict=True) for r in now[len(old) :]]
         self.progress.add(completions=len(new), tokens=sum(rollout.tokens or 0 for rollout in new))

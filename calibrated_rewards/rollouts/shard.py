@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.prompts import Prompt
+from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.reading.messages import plain_messages
 from calibrated_rewards.samplers.protocol import Rollout
 
 
@@ -55,6 +56,12 @@ class Shard:
         have = self.scores.get(name, (np.empty(0, np.float32),) * len(self.prompts))
         both = tuple(np.concatenate([old, new]) for old, new in zip(have, more, strict=True))
         return replace(self, scores={**self.scores, name: both})
+
+
+def as_scored(rollout: Rollout) -> Completion:
+    """A rollout's completion as scorers read it: the form in which it is kept, whoever made it."""
+    said = rollout.completion
+    return said if isinstance(said, str) or not len(said) else plain_messages(said)
 
 
 def empty(prompts: Sequence[Planned]) -> Shard:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ def read_shard(path: Path, prompts: Sequence[Planned]) -> Shard:
     """The shard of these prompts as it is on disk; an empty one if nothing has been done."""
     if not path.exists():
         return empty(prompts)
+    with readable(path):
+        return _shard_of(path, prompts)
+
+
+def _shard_of(path: Path, prompts: Sequence[Planned]) -> Shard:
     state, table = _of_these(path, prompts)
     given = {name: table.column(name).to_pylist() for name in ROLLOUT.names if name not in ("key", "prompt", "chat")}
     made = [
@@ -75,15 +80,17 @@ def state_of(path: Path) -> State | None:
     """How far the shard on disk is, from the end of its file alone; None if there is none."""
     if not path.exists():
         return None
-    return _state(path, _opened(path).schema_arrow)
+    with readable(path):
+        return _state(path, _opened(path))
 
 
 def read_scores(path: Path, prompts: Sequence[Planned], name: str) -> list[Float32[np.ndarray, " _"]]:
     """The scores that the rollouts of each prompt have so far, of one reward model."""
-    state, table = _of_these(path, prompts, ["key", SCORE + name])
-    if name not in state.scored:
-        return [np.empty(0, np.float32)] * len(prompts)
-    return [*_scores(table, name, _spans(state), state.scored[name])]
+    with readable(path):
+        state, table = _of_these(path, prompts, ["key", SCORE + name])
+        if name not in state.scored:
+            return [np.empty(0, np.float32)] * len(prompts)
+        return [*_scores(table, name, _spans(state), state.scored[name])]
 
 
 def write_prompts(path: Path, prompts: Sequence[Planned]) -> None:
@@ -97,24 +104,28 @@ def write_prompts(path: Path, prompts: Sequence[Planned]) -> None:
 
 def read_prompts(path: Path) -> list[Planned]:
     """Which prompts a shard has."""
-    table = _prompts(path, PROMPT.names)
-    columns = [table.column(name).to_pylist() for name in PROMPT.names]
-    return [Planned(key, loaded(text, chat), rendered) for key, text, chat, rendered in zip(*columns, strict=True)]
+    with readable(path):
+        table = _prompts(path, PROMPT.names)
+        columns = [table.column(name).to_pylist() for name in PROMPT.names]
+        return [Planned(key, loaded(text, chat), rendered) for key, text, chat, rendered in zip(*columns, strict=True)]
 
 
 def read_keys(path: Path) -> list[bytes]:
     """The keys of a shard's prompts."""
-    return list(_prompts(path, ["key"]).column("key").to_pylist())
+    with readable(path):
+        return list(_prompts(path, ["key"]).column("key").to_pylist())
 
 
 def rows_in(path: Path) -> int:
     """How many rows a Parquet file has, from its end alone."""
-    return int(_opened(path).metadata.num_rows)
+    with readable(path):
+        return int(_opened(path).metadata.num_rows)
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> Any:
     """A Parquet file, or some of its columns; read by this thread alone, since shards are many and small."""
-    return _read(path, _opened(path), columns)
+    with readable(path):
+        return _read(_opened(path), columns)
 
 
 def stored(said: Prompt | Completion) -> tuple[str, bool]:
@@ -128,6 +139,17 @@ def stored(said: Prompt | Completion) -> tuple[str, bool]:
         raise TypeError(f"rollouts are kept as JSON, which cannot say {start_of(said)}: {error}") from None
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Name the file in whatever a damaged one raises as it is read."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(f"{path} must be a Parquet file, got one that cannot be read ({error})") from error
+
+
 def loaded(text: str, chat: bool) -> Any:
     """What `stored` was given."""
     return json.loads(text) if chat else text
@@ -135,10 +157,10 @@ def loaded(text: str, chat: bool) -> Any:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Any]:
-    """A file that takes the place of `path` when it is complete and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A file that takes the place of `path` when it is complete and on the disk; errors of the disk name it."""
     name = path.parent / f".{path.name}.{uuid4().hex}"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(name, "xb") as file:
             yield file
             file.flush()
@@ -149,8 +171,11 @@ def replacing(path: Path) -> Iterator[Any]:
             os.fsync(folder)
         finally:
             os.close(folder)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from error
     finally:
-        name.unlink(missing_ok=True)
+        with suppress(OSError):
+            name.unlink(missing_ok=True)
 
 
 def _columns(shard: Shard) -> dict[str, list[Any]]:
@@ -167,13 +192,13 @@ def _prompts(path: Path, columns: list[str]) -> Any:
     file = _opened(path)
     if not file.schema_arrow.equals(PROMPT):
         raise ValueError(f"{path} must hold the prompts of a shard, got another Parquet file")
-    return _read(path, file, columns)
+    return _read(file, columns)
 
 
 def _of_these(path: Path, prompts: Sequence[Planned], columns: list[str] | None = None) -> tuple[State, Any]:
     """State and rows of one file, whoever replaces it meanwhile; refused if they are not of these prompts."""
     file = _opened(path)
-    state, table = _state(path, file.schema_arrow), _read(path, file, columns)
+    state, table = _state(path, file), _read(file, columns)
     mine = [prompt.key for prompt in prompts]
     owners = [key for key, count in zip(mine, state.drawn, strict=False) for _ in range(count)]
     if len(state.drawn) != len(mine) or table.column("key").to_pylist() != owners:
@@ -183,11 +208,17 @@ def _of_these(path: Path, prompts: Sequence[Planned], columns: list[str] | None 
     return state, table
 
 
-def _state(path: Path, schema: Any) -> State:
-    metadata = schema.metadata or {}
+def _state(path: Path, file: Any) -> State:
+    metadata = file.schema_arrow.metadata or {}
     if _STATE not in metadata:
         raise ValueError(f"{path} must be a shard of this library, got another Parquet file")
-    return State(**json.loads(metadata[_STATE]))
+    state = State(**json.loads(metadata[_STATE]))
+    # This text has no checksum in the file, so what it says is compared with what is there.
+    counts = [state.drawn, *state.scored.values()]
+    fitting = all(0 <= have <= all_ for own in counts for have, all_ in zip(own, state.drawn, strict=True))
+    if not fitting or sum(state.drawn) != file.metadata.num_rows:
+        raise ValueError(f"{path} must say how many rollouts it has, got {state} for {file.metadata.num_rows} rows")
+    return state
 
 
 def _spans(state: State) -> list[slice]:
@@ -200,18 +231,10 @@ def _scores(table: Any, name: str, spans: list[slice], counts: list[int]) -> tup
 
 
 def _opened(path: Path) -> Any:
-    with _readable(path):
-        return pq.ParquetFile(path, page_checksum_verification=True)
+    return pq.ParquetFile(path, page_checksum_verification=True)
 
 
-def _read(path: Path, file: Any, columns: list[str] | None) -> Any:
-    with _readable(path):
-        return file.read(columns=columns, use_threads=False)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} must be a Parquet file, got one that cannot be read ({error})") from error
+def _read(file: Any, columns: list[str] | None) -> Any:
+    table = file.read(columns=columns, use_threads=False)
+    table.validate(full=True)  # here, where the file is known: a text that is not UTF-8 would fail where it is used
+    return table

@@ -13,7 +13,7 @@ from jaxtyping import Float32
 from calibrated_rewards.prompts import as_key
 from calibrated_rewards.rollouts.directory import RunDirectory
 from calibrated_rewards.rollouts.shard import Shard
-from calibrated_rewards.rollouts.shard_files import loaded, read_scores, replacing, stored
+from calibrated_rewards.rollouts.shard_files import loaded, read_scores, read_table, replacing, stored
 from calibrated_rewards.table import ReferenceTable, Row
 
 PROBED_PROMPTS = 8
@@ -32,6 +32,7 @@ def tabulated(directory: RunDirectory, column: str, name: str | None) -> Referen
                 "scorer": settings["scorers"][column],
                 "sampler": settings.get("sampler"),
                 "seed": settings.get("seed"),
+                "form": _form(directory),
                 "probes": _probes(directory, column),
             }
             ReferenceTable.build(_rows(directory, column), path=at, meta=meta)
@@ -55,6 +56,18 @@ def _rows(directory: RunDirectory, column: str) -> Iterator[Row]:
                 taken.add(text)
                 aliases = [*aliases, planned.rendered]
             yield Row(planned.prompt, scores, aliases)
+
+
+def _form(directory: RunDirectory) -> dict[str, str]:
+    """Whether the prompts and completions that scorers read are texts, messages or both."""
+    files = (file for name in directory.names() if (file := directory.rollouts(name)).exists())
+    chats: dict[str, set[bool]] = {"chat": set(), "completion_chat": set()}
+    for file in files:
+        columns = read_table(file, [*chats])
+        for name, own in chats.items():
+            own.update(columns.column(name).unique().to_pylist())
+    kinds = {name: "both" if len(own) != 1 else "messages" if True in own else "text" for name, own in chats.items()}
+    return {"prompts": kinds["chat"], "completions": kinds["completion_chat"]}
 
 
 def scores_of(directory: RunDirectory, name: str, column: str) -> list[Float32[np.ndarray, " _"]]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.rollouts.shard import Shard, State
+from calibrated_rewards.rollouts.shard import Shard, State, as_scored
 from calibrated_rewards.samplers.protocol import Rollout, Sampler, sample, seeds_of
 from calibrated_rewards.scorers.protocol import Scorer, score
 
@@ -78,6 +78,6 @@ def _scored(shard: Shard, name: str, scorer: Scorer) -> Shard:
     have = shard.state.scored.get(name, [0] * len(shard.prompts))
     lacking = [rollouts[done:] for rollouts, done in zip(shard.rollouts, have, strict=True)]
     prompts = [planned.prompt for planned, own in zip(shard.prompts, lacking, strict=True) for _ in own]
-    flat = score(scorer, prompts, [rollout.completion for own in lacking for rollout in own])
+    flat = score(scorer, prompts, [as_scored(rollout) for own in lacking for rollout in own])
     more: list[Float32[np.ndarray, " _"]] = np.split(flat, np.cumsum([*map(len, lacking)])[:-1])
     return shard.scored(name, more)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.scorers.protocol import Scorer, fingerprint, score
+from calibrated_rewards.scorers.protocol import Scorer, fingerprint, reads_messages, score
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Cost:
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """Minus the cost of each pair."""
         return -score(self.scorer, prompts, completions)
+
+    @property
+    def reads_messages(self) -> bool:
+        """Whether the scorer reads messages."""
+        return reads_messages(self.scorer)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.scorers.protocol import Fingerprinted, Scorer, checked, fingerprint, name_of, paired, score
+from calibrated_rewards.scorers.protocol import Scorer, checked, fingerprint, name_of, paired, reads_messages, score
 
 
 @runtime_checkable
@@ -131,20 +131,23 @@ class Ensemble:
         shifts, scales = np.asarray(self.shifts)[:, None], np.asarray(self.scales)[:, None]
         return checked(self.how((members - shifts) / scales), asked, answered, f"the ensemble's {name_of(self.how)}")
 
+    @property
+    def reads_messages(self) -> bool:
+        """Whether all of the scorers read messages."""
+        return all(map(reads_messages, self.scorers))
+
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""
         return {
             "kind": "ensemble",
             "of": [fingerprint(scorer) for scorer in self.scorers],
-            "how": _identity(self.how),
+            "how": identity_of(self.how),
             "shifts": np.asarray(self.shifts).tolist(),
             "scales": np.asarray(self.scales).tolist(),
         }
 
 
-def _identity(how: Combination) -> Any:
-    """What a combination is, the same in every process: no address in memory."""
-    if isinstance(how, Fingerprinted):
-        return how.fingerprint()
-    told = repr(how) if is_dataclass(how) else name_of(how)
-    return name_of(how) if " at 0x" in told else told
+def identity_of(how: Any) -> Any:
+    """What a way to combine scores is, the same in every process: the repr of one of ours, or a fingerprint."""
+    ours = is_dataclass(how) and type(how).__module__.startswith("calibrated_rewards.")
+    return repr(how) if ours else fingerprint(how)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.scorers.protocol import checked, paired
+from calibrated_rewards.scorers.protocol import checked, fingerprint, paired
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Function:
     name: str = ""
     """What the fingerprint calls it; where it stands (module.function) if nothing is said."""
     version: str = ""
-    """Say another one whenever the function changes: its code is not looked at."""
+    """Say another one whenever the function changes, and its code is not compared; "": its code and state are."""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -50,9 +50,15 @@ class Function:
         scores = [self._score(prompt, completion) for prompt, completion in zip(asked, answered, strict=True)]
         return checked(scores, asked, answered, self.name)
 
+    @property
+    def reads_messages(self) -> bool:
+        """Whether messages may take the place of a text: no, the function gets what calibration gave it."""
+        return False
+
     def fingerprint(self) -> dict[str, Any]:
-        """What the scores depend on, as far as is known: the name and the version that were given."""
-        return {"kind": "function", "name": self.name, "version": self.version}
+        """What the scores depend on: the name and the version that were given; without a version, the function too."""
+        own = {} if self.version else {"function": fingerprint(self.function)}
+        return {"kind": "function", "name": self.name, "version": self.version, **own}
 
     def _score(self, prompt: Prompt, completion: Completion) -> float:
         try:

@@ -13,7 +13,7 @@ from jaxtyping import Float32, Float64
 
 from calibrated_rewards.prompts import KEY_BYTES, Completion, Prompt, as_key, start_of
 from calibrated_rewards.scorers.plain import plain
-from calibrated_rewards.scorers.protocol import fingerprint, name_of, paired, without_tensors
+from calibrated_rewards.scorers.protocol import fingerprint, name_of, paired, reads_messages, without_tensors
 from calibrated_rewards.table import UnknownPromptError
 
 # How far rounding may carry a probability out of [0, 1].
@@ -73,6 +73,11 @@ class BothOrders:
         both = win_chances(self.preference, [*prompts, *prompts], [*firsts, *seconds], [*seconds, *firsts])
         ahead, behind = both[: len(prompts)], both[len(prompts) :]
         return np.asarray((ahead + (1 - behind)) / 2)
+
+    @property
+    def reads_messages(self) -> bool:
+        """Whether the preference reads messages."""
+        return reads_messages(self.preference)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the answers depend on."""
@@ -174,6 +179,11 @@ class MeanWin:
         )
         wins = np.bincount(at, weights=chances, minlength=len(rivals))
         return np.where(counts > 0, wins / np.maximum(counts, 1), 0.5).astype(np.float32)
+
+    @property
+    def reads_messages(self) -> bool:
+        """Whether the preference reads messages."""
+        return reads_messages(self.preference)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""

@@ -3,15 +3,14 @@
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from functools import partial
-from hashlib import blake2b
 from inspect import Parameter, signature
-from types import CodeType, FunctionType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt, start_of
+from calibrated_rewards.scorers.callable_fingerprint import describe
 
 _OTHER = {"prompts": "completion", "completions": "prompt"}
 
@@ -30,6 +29,22 @@ class Fingerprinted(Protocol):
 
     def fingerprint(self) -> dict[str, Any]:
         """What its scores depend on, as JSON: weights, tokenizer, template, precision, truncation."""
+
+
+@runtime_checkable
+class ReadsMessages(Protocol):
+    """A scorer that says whether it scores an answer alike as a text and as messages, tool calls included."""
+
+    @property
+    def reads_messages(self) -> bool:
+        """Whether it does."""
+
+
+def reads_messages(scorer: object) -> bool:
+    """Whether a scorer may be given messages where it was calibrated with texts; a plain function may not."""
+    if isinstance(scorer, ReadsMessages):
+        return bool(scorer.reads_messages)
+    return type(scorer).__module__.startswith("calibrated_rewards.")
 
 
 def score(scorer: Scorer, prompts: Iterable[Prompt], completions: Iterable[Completion]) -> Float32[np.ndarray, " n"]:
@@ -118,14 +133,13 @@ def finite(
 
 
 def fingerprint(scorer: object) -> dict[str, Any]:
-    """What a scorer, or a sampler, says of itself; for one that says nothing, its name and what its code is."""
-    if isinstance(scorer, Fingerprinted):
+    """What a scorer or sampler says of itself; of one without such a method its name, and digests of code and state."""
+    if isinstance(scorer, Fingerprinted) and not isinstance(scorer, type):
         return scorer.fingerprint()
-    if isinstance(scorer, partial):
-        said = {"arguments": repr(scorer.args), "keywords": repr(scorer.keywords)}
-        return {**fingerprint(scorer.func), **said}
-    code = {"code": _digest(scorer.__code__)} if isinstance(scorer, FunctionType) else {}
-    return {"kind": "callable", "name": name_of(scorer), **code}
+    named = scorer
+    while isinstance(named, partial):
+        named = named.func
+    return {"kind": "callable", "name": name_of(named), **describe(scorer)}
 
 
 def without_tensors(answer: Any) -> Any:
@@ -147,14 +161,6 @@ class FunctionLike(Protocol):
 
     __module__: str
     __qualname__: str
-
-
-def _digest(code: CodeType) -> str:
-    """Of a function's own code: not of what it calls, nor of what it closes over."""
-    digest = blake2b(code.co_code, digest_size=8)
-    for constant in (*code.co_consts, code.co_names):
-        digest.update((_digest(constant) if isinstance(constant, CodeType) else repr(constant)).encode())
-    return digest.hexdigest()
 
 
 def _as_array(answer: Any, who: str) -> Float32[np.ndarray, "..."]:

@@ -1,0 +1,134 @@
+"""Compare two fingerprints: of scorers and samplers, those of plain callables included.
+
+>>> [*differences({"kind": "hash", "seed": 0}, {"kind": "hash", "seed": 1}, "scorers.reward")]
+[Difference(place='scorers.reward.seed', there=0, here=1)]
+
+A plain callable is the same if its code and its state are, wherever it stands. Where that cannot be compared (another
+version of Python, a fingerprint of a release that had no digest of the state), only its name is.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+# How far two scores of one pair may be apart, in standard deviations of the references of a prompt. Equal scores of
+# float32 are 1e-4 apart at most; other hardware multiplies with fewer bits (TF32). What 16 bits leave apart depends on
+# the shape of the batch.
+TOLERANCE, TOLERANCE_16_BIT = 1e-3, 0.5
+FEW_BITS = ("float16", "bfloat16", "float8", "int8", "int4", "uint8")
+
+
+class Difference(NamedTuple):
+    """A place in two fingerprints where they are not the same."""
+
+    place: str
+    there: Any
+    here: Any
+
+
+def differences(there: Any, here: Any, place: str = "") -> Iterator[Difference]:
+    """Every place in which two fingerprints differ."""
+    if not isinstance(there, Mapping) or not isinstance(here, Mapping):
+        yield from _unlike(there, here, place)
+    elif _are_of_kind("callable", there, here):
+        yield from _between_callables(there, here, place)
+    else:
+        names = {*there, *here}
+        if _are_of_kind("function", there, here):
+            names -= _uncompared(there, here)
+        for name in sorted(names):
+            yield from differences(there.get(name), here.get(name), f"{place}.{name}" if place else name)
+
+
+def merge(there: Any, here: Any) -> Any:
+    """The fingerprint `here`, which is the same as `there`, with what is known of either's changing state."""
+    if isinstance(there, list) and isinstance(here, list):
+        return [merge(*pair) for pair in zip(there, here, strict=True)] if len(there) == len(here) else here
+    if not isinstance(there, Mapping) or not isinstance(here, Mapping):
+        return here
+    merged = {name: merge(there.get(name), value) for name, value in here.items()}
+    changing = sorted({*there.get("changing", ()), *here.get("changing", ())})
+    return {**merged, "changing": changing} if changing else merged
+
+
+def tolerance_of(there: Any, here: Any) -> float:
+    """How far the scores of one pair by two scorers that are the same may be apart, in standard deviations."""
+    return TOLERANCE_16_BIT if _names_few_bits(there) and _names_few_bits(here) else TOLERANCE
+
+
+def depends_on_calls(fingerprint: Any) -> bool:
+    """Whether a fingerprint is that of a plain callable, or holds one, whose state its calls may change."""
+    if isinstance(fingerprint, Mapping):
+        return fingerprint.get("kind") == "callable" or any(map(depends_on_calls, fingerprint.values()))
+    return isinstance(fingerprint, list) and any(map(depends_on_calls, fingerprint))
+
+
+def unread(fingerprint: Any) -> list[str]:
+    """The parts of the state of plain callables that no fingerprint can tell apart."""
+    if isinstance(fingerprint, Mapping):
+        own = fingerprint.get("unread") if fingerprint.get("kind") == "callable" else None
+        return [*map(str, own or ()), *(name for value in fingerprint.values() for name in unread(value))]
+    return [name for value in fingerprint for name in unread(value)] if isinstance(fingerprint, list) else []
+
+
+def mark_changing(before: Any, after: Any) -> Any:
+    """The fingerprint before some calls, with the names of the parts of its state that the calls have changed.
+
+    A counter, a cache or a model that is loaded at the first call makes no other scorer.
+
+    >>> before = {"kind": "callable", "name": "m.f", "python": "3.11", "code": "ab", "state": {"calls": 0, "sign": 1}}
+    >>> mark_changing(before, {**before, "state": {"calls": 3, "sign": 1}})["changing"]
+    ['calls']
+    """
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        return [mark_changing(*pair) for pair in zip(before, after, strict=True)]
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        return before
+    if not _are_of_kind("callable", before, after):
+        return {name: mark_changing(value, after.get(name)) for name, value in before.items()}
+    old, new = before.get("state", {}), after.get("state", {})
+    changed = {name for name in {*old, *new} if name not in old or name not in new or old[name] != new[name]}
+    changing = sorted(changed | {*before.get("changing", ())})
+    return {**before, "changing": changing} if changing else before
+
+
+def _between_callables(there: Mapping[str, Any], here: Mapping[str, Any], place: str) -> Iterator[Difference]:
+    if there.get("python") is None or there.get("python") != here.get("python"):
+        yield from _unlike(there.get("name"), here.get("name"), f"{place}.name")
+        return
+    if there["code"] != here["code"]:
+        yield from _unlike(there.get("name"), here.get("name"), f"{place}.name")
+        yield Difference(f"{place}.code", there["code"], here["code"])
+    old, new = there.get("state", {}), here.get("state", {})
+    for name in sorted({*old, *new} - {*there.get("changing", ()), *here.get("changing", ())}):
+        yield from _unlike(old.get(name, "nothing"), new.get(name, "nothing"), f"{place}.state.{name}")
+
+
+def _uncompared(there: Mapping[str, Any], here: Mapping[str, Any]) -> set[str]:
+    """What says nothing about two Functions: the code of one alone, and the place of two whose code is the same."""
+    if not ("function" in there and "function" in here):
+        return {"function"}
+    both = there["function"], here["function"]
+    known = all(isinstance(each, Mapping) and "python" in each for each in both)
+    same = known and both[0]["python"] == both[1]["python"] and not [*differences(*both)]
+    return {"name"} if same else set()
+
+
+def _unlike(there: Any, here: Any, place: str) -> Iterator[Difference]:
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        for number, pair in enumerate(zip(there, here, strict=True)):
+            yield from differences(*pair, f"{place}[{number}]")
+    elif isinstance(there, str) and isinstance(here, Mapping) and here.get("kind") == "callable":
+        return  # a release that knew a function by its name or its repr
+    elif there != here:
+        yield Difference(place, there, here)
+
+
+def _names_few_bits(fingerprint: Any) -> bool:
+    if isinstance(fingerprint, Mapping):
+        own = str(fingerprint.get("dtype", "")).startswith(FEW_BITS)
+        return own or any(map(_names_few_bits, fingerprint.values()))
+    return isinstance(fingerprint, list) and any(map(_names_few_bits, fingerprint))
+
+
+def _are_of_kind(kind: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    return there.get("kind") == here.get("kind") == kind
