@@ -230,7 +230,7 @@ rewarding.strangers -> prompts, table, reading.messages
 reward            -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.*, scorers.protocol
 faithful.trl_settings -> reward, faithful.sampled, faithful.trl_rules
 combined          -> calibrations, prompts, reward, transforms, rewarding.device, scorers.ensemble, scorers.protocol
-commands.reward   -> choice, reward, table, transforms, commands.reward_model, commands.transform, scaling, table_expectations
+commands.reward   -> reward, table, transforms, commands.reward_model, commands.transform, scaling, table_expectations
 configured        -> reward
 faithful.rewarded -> calibrations, finite_k, reward, scaling, faithful.rules
 faithful.check    -> reward, faithful.*
