@@ -186,7 +186,8 @@ rewarding.naming  -> optimal, transforms, scorers.protocol, scorers.recipe
 rewarding.originals -> prompts, table, reading.messages, rollouts.directory, rollouts.shard_files
 rewarding.scores  ->
 rewarding.handed_over -> prompts, rewarding.scores
-rewarding.spelling -> transforms
+rewarding.importing ->
+rewarding.spelling -> transforms, rewarding.importing
 rewarding.directory -> table, rewarding.originals, rewarding.spelling
 rewarding.valuing -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.locating, rewarding.lookup
 rewarding.raw_scores -> prompts, rewarding.device, rewarding.valuing
@@ -214,11 +215,12 @@ reward            -> calibrations, finite_k, prompts, scaling, table, transforms
 faithful.trl_settings -> reward, faithful.sampled, faithful.trl_rules
 combined          -> calibrations, prompts, reward, transforms, rewarding.device, scorers.protocol
 commands.reward   -> choice, reward, table, transforms, commands.reward_model, commands.transform
-configured        -> reward
+configured        -> reward, rewarding.spelling
 faithful.rewarded -> calibrations, finite_k, reward, scaling, faithful.rules
 faithful.check    -> reward, faithful.*
 faithful          -> faithful.check, faithful.trl_settings
-commands.serve    -> reward, server, serving.listening
+commands.saved_reward -> reward, rewarding.spelling
+commands.serve    -> server, commands.saved_reward, serving.listening
 arms              -> calibrations, choice, procedures, scaling, table, transforms
 bootstrap         -> estimates
 demo              ->

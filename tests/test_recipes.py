@@ -336,7 +336,7 @@ def test_another_transform_is_trained_on(recipe: Any, run: Path, tmp_path: Path)
         assert row["objective"] == pytest.approx(row["reward"] - 0.7 * row["kl"], abs=1e-6)
         assert row["reward"] <= np.log(row["u"]) + 1e-6 < 1e-6 or row["u"] == 1  # Jensen
     log = {"transform": opening.Named.of("log"), "beta": 0.7}
-    given = opening.calibrated(argparse.Namespace(reward=run / "reward", raw=False, **log))
+    given = opening.calibrated(argparse.Namespace(reward=run / "reward", raw=False, trust_remote_code=False, **log))
     assert (given.transform, given.beta, given.id_column) == (Log(), 0.7, "prompt_id")
 
 
@@ -344,7 +344,7 @@ def test_a_transform_for_a_kl_brings_its_beta(run: Path, monkeypatch: Any) -> No
     """With it the optimum has that KL, on a fine grid of quantiles, whatever the saved reward's beta was."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # types take nearly all of the time here
     told = {"transform": opening.Named.of("worst-of:2:0.5"), "beta": None}
-    given = opening.calibrated(argparse.Namespace(reward=run / "reward", raw=False, **told))
+    given = opening.calibrated(argparse.Namespace(reward=run / "reward", raw=False, trust_remote_code=False, **told))
     tilt = np.exp(np.asarray(given.transform((np.arange(20000) + 0.5) / 20000)) / given.beta)
     weights = tilt / tilt.mean()
     assert (weights * np.log(weights)).mean() == pytest.approx(0.5, rel=1e-3)
@@ -397,7 +397,7 @@ def test_a_beta_besides_that_of_a_kl_is_told(run: Path, capsys: Any) -> None:
     """Both numbers, where they differ, and nothing where they do not."""
     named = opening.Named("best-of:4:1.0", Log(), 0.5)
     for beta, told in ((5.0, True), (0.5, False), (None, False)):
-        options = argparse.Namespace(reward=run / "reward", raw=False, transform=named, beta=beta)
+        options = argparse.Namespace(reward=run / "reward", raw=False, transform=named, beta=beta, trust_remote_code=False)
         assert opening.calibrated(options).beta == 0.5
         said = capsys.readouterr().err
         assert ("best-of:4:1.0 is for beta=0.5, got --beta 5: " in said) == bool(said) == told

@@ -199,6 +199,7 @@ def test_the_command(tmp_path, capsys) -> None:
     CalibratedReward(plain_scores, a_reward_of(plain_scores), Exponential(2.0)).save_pretrained(where)
     environment = {"A_TOKEN": TOKEN, "PYTHONPATH": str(Path(__file__).parent)}
     arguments = ["-m", "calibrated_rewards", "serve", str(where), "--port", "0", "--token-env", "A_TOKEN"]
+    arguments.append("--trust-remote-code")
     with served(*arguments, environment=environment) as server:
         health = httpx.get(f"{server.url}/t/{TOKEN}/health").json()
         assert (health["ready"], health["verified"], health["transform"]) == (True, True, "Exponential(t=2.0)")
@@ -206,6 +207,7 @@ def test_the_command(tmp_path, capsys) -> None:
         os.kill(server.pid, signal.SIGINT)
         assert server.wait(20) == 0
     for said, complaint in (
+        ([], "then allow it with --trust-remote-code"),
         (["--host", "0.0.0.0"], "serve needs a token there"),
         (["--token-env", "NOT_SET"], "NOT_SET is not set"),
         (["--max-batch", "0"], "batch"),

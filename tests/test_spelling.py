@@ -11,7 +11,7 @@ from calibrated_rewards import BestOf, Exponential, Log, Tabulated, optimum, sca
 from calibrated_rewards.combined import WeightedMean
 from calibrated_rewards.reading.labels import Expected
 from calibrated_rewards.reading.text import Text
-from calibrated_rewards.rewarding.spelling import read, spelled
+from calibrated_rewards.rewarding.spelling import NeedsTrust, read, spelled
 from calibrated_rewards.scorers.cost import Cost
 from calibrated_rewards.scorers.ensemble import Ensemble, Min
 from calibrated_rewards.scorers.loading import FromCheckpoint
@@ -73,7 +73,7 @@ def test_a_function_is_imported_only_by_those_who_trust() -> None:
     said = spelled(json.dumps)
     assert said == {"function": "json:dumps"}
     assert read(said, trust=True) is json.dumps
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
+    with pytest.raises(NeedsTrust, match="trust_remote_code=True"):
         read(said)
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         read(spelled(FromCheckpoint("x", placement=Placement(trust_remote_code=True))))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibrated_rewards.commands import policy, reward_model
+from calibrated_rewards.commands import policy, reward_model, saved_reward
 from calibrated_rewards.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.samplers.decoding import Decoding
 
@@ -132,9 +132,7 @@ def _reward(options: argparse.Namespace) -> "CalibratedReward | None":
         return None
     if options.reward_model:
         raise ValueError("--reward has its reward model, leave --reward-model out; another one may be the --judge")
-    from calibrated_rewards.reward import CalibratedReward
-
-    return CalibratedReward.from_pretrained(options.reward)
+    return saved_reward.open_reward(options.reward, trust=options.trust_remote_code)
 
 
 def _scorers(options: argparse.Namespace, reward: "CalibratedReward | None") -> "dict[str, Scorer]":

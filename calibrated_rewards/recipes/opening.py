@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from calibrated_rewards.commands.saved_reward import open_reward
 from calibrated_rewards.commands.transform import chosen, transform
 from calibrated_rewards.prompts import as_key, id_key, start_of
 from calibrated_rewards.reading.fingerprint import tokenizer_digest, weights_digest, weights_of
@@ -57,8 +58,9 @@ def opened(options: argparse.Namespace) -> tuple[Policy, CalibratedReward | RawR
     meta = reward.table.meta
     decoding = decoding_of(meta, options.max_tokens, options.temperature, options.any_policy)
     at = place_of(options.policy)
-    model: Any = AutoModelForCausalLM.from_pretrained(at, dtype=options.dtype)
-    policy = Policy(model, AutoTokenizer.from_pretrained(at), decoding, Text())
+    code = options.trust_remote_code
+    model: Any = AutoModelForCausalLM.from_pretrained(at, dtype=options.dtype, trust_remote_code=code)
+    policy = Policy(model, AutoTokenizer.from_pretrained(at, trust_remote_code=code), decoding, Text())
     if not options.any_policy:
         check_policy(policy, meta)
     policy.check([each.prompt for each in asked])
@@ -74,7 +76,7 @@ def calibrated(options: argparse.Namespace) -> CalibratedReward:
     if options.raw and options.beta is None:
         raise ValueError("a beta is in the unit of the reward, and raw scores have their own: say --beta")
     if named is None:
-        return CalibratedReward.from_pretrained(options.reward)
+        return open_reward(options.reward, trust=options.trust_remote_code)
     beta = options.beta if named.beta is None else named.beta
     if named.beta is not None and options.beta not in (None, named.beta):
         sys.stderr.write(
@@ -83,7 +85,8 @@ def calibrated(options: argparse.Namespace) -> CalibratedReward:
         )
     if beta is None:
         raise ValueError(f"--transform {named.name} was chosen for no beta: say --beta")
-    return CalibratedReward.from_pretrained(options.reward, transform=named.transform, beta=beta, scale="unit")
+    changes = {"transform": named.transform, "beta": beta, "scale": "unit"}
+    return open_reward(options.reward, trust=options.trust_remote_code, **changes)
 
 
 def decoding_of(

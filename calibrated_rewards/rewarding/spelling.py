@@ -6,11 +6,10 @@
 >>> read(spelled(Chain(Exponential(5.0), Affine(2.0))))
 Chain(Exponential(t=5.0), Affine(scale=2.0, shift=0.0))
 
-What is read makes nothing but the library's own dataclasses: a file from elsewhere runs no code, and asks no server. A
-function, a checkpoint that brings code, options for loading one, and a server are read by those who say `trust=True`.
+What is read makes nothing but the library's own dataclasses: a file runs no code, and asks no server. A function, a
+checkpoint that brings code, options for loading one, and a server need `trust=True`, wherever the file is.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -21,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from calibrated_rewards.rewarding.importing import import_function
 from calibrated_rewards.transforms import Chain
 
 OURS = "calibrated_rewards."
 # Never written, for whoever reads the file would read them; whoever opens it has one of their own.
 SECRET = {"token", "api_key", "password"}
 TOKEN = "CALIBRATED_REWARDS_TOKEN"
-# Settings that run code that comes with a checkpoint, load kernels, or send prompts and a token elsewhere.
+# Settings that run code that comes with a checkpoint, load kernels, or send prompts elsewhere.
 RISKY = ("trust_remote_code", "model_options", "quantization_config", "url")
 # Where the dataclasses are that a reward is made of.
 OF_REWARDS = re.compile(
@@ -35,6 +35,14 @@ OF_REWARDS = re.compile(
     r"|scorers\.\w+|reading\.\w+)"
 )
 _CREDENTIALS = re.compile(r"\?|//[^/]*@")
+
+
+class NeedsTrust(ValueError):
+    """A file names something that runs code or asks a server, and the caller did not say that it may."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: read it, then allow it with trust_remote_code=True, or give the scorer, scorer=")
+        self.what = what
 
 
 def spelled(thing: Any) -> Any:
@@ -61,13 +69,15 @@ def read(said: Any, *, trust: bool = False) -> Any:
         return tuple(read(value, trust=trust) for value in said)
     if not isinstance(said, dict):
         return said
-    if "function" in said:
-        return _function(str(said["function"]), trust)
+    if "function" in said and "is" not in said:
+        if not trust:
+            raise NeedsTrust(f"the function {said['function']!r:.80} would be imported and called")
+        return import_function(str(said["function"]))
     values = {name: read(value, trust=trust) for name, value in said.items() if name != "is"}
     risky = [name for name in RISKY if values.get(name)]
     if risky and not trust:
-        raise ValueError(
-            f"{', '.join(risky)} may run others' code, or tell others your data: say trust_remote_code=True"
+        raise NeedsTrust(
+            f"{', '.join(risky)} may run code that comes with a checkpoint, or send prompts and completions to a server"
         )
     if "is" not in said:
         return values
@@ -104,16 +114,6 @@ def _importable(function: FunctionType) -> str:
             "cannot: define it in a module"
         )
     return function.__qualname__
-
-
-def _function(place: str, trust: bool) -> Any:
-    if not trust:
-        raise ValueError(f"the function {place} would be imported and called: say trust_remote_code=True, or scorer=")
-    module, _, path = place.partition(":")
-    found: Any = import_module(module)
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found
 
 
 def _class(name: str) -> Any:
