@@ -68,9 +68,12 @@ scorers.inspection -> scorers.checkpoint
 scorers.pretrained -> reading.body, scorers.checkpoint
 scorers.pairwise  -> prompts, table, scorers.plain, scorers.protocol
 scorers.remote_address -> prompts
+scorers.secret_names ->
+scorers.remote_token -> scorers.remote_address
+scorers.request_logs -> scorers.remote_address
 scorers.remote_retry ->
 scorers.remote_text -> prompts, reading.fingerprint, reading.text
-scorers.remote_vllm -> prompts, reading.*, scorers.plain, scorers.remote_text
+scorers.remote_vllm -> prompts, reading.*, scorers.plain, scorers.remote_text, scorers.secret_names
 scorers.remote_dialects -> prompts, reading.text, scorers.plain, scorers.remote_text
 checks            ->
 checks.probes     -> prompts
@@ -154,7 +157,7 @@ samplers.writing  -> samplers.drawing, samplers.endings, samplers.rows
 samplers.hf       -> prompts, reading.batches, reading.body, reading.text, samplers.*
 samplers.loading  -> prompts, reading.text, samplers.*, scorers.*
 scorers.remote_crew ->
-scorers.remote_post -> prompts, scorers.remote_address, scorers.remote_retry
+scorers.remote_post -> prompts, scorers.remote_address, scorers.remote_retry, scorers.remote_token, scorers.request_logs
 scorers.remote    -> prompts, reading.batches, scorers.*
 commands.server   -> reading.text, scorers.protocol, scorers.remote*
 commands.reward_model -> reading.*, scorers.loading, scorers.protocol, commands.server
@@ -187,7 +190,7 @@ rewarding.originals -> prompts, table, reading.messages, rollouts.directory, rol
 rewarding.scores  ->
 rewarding.handed_over -> prompts, rewarding.scores
 rewarding.importing ->
-rewarding.spelling -> transforms, rewarding.importing
+rewarding.spelling -> transforms, rewarding.importing, scorers.remote_address, scorers.remote_token, scorers.secret_names
 rewarding.directory -> table, rewarding.originals, rewarding.spelling
 rewarding.valuing -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.locating, rewarding.lookup
 rewarding.raw_scores -> prompts, rewarding.device, rewarding.valuing
@@ -234,7 +237,7 @@ outcomes          -> estimates, rollouts.shard_files
 prospects         -> estimates, rollouts.shard_files
 recipes.model     ->
 recipes.raw       -> prompts, reward, table, rewarding.locating, rewarding.watch
-recipes.opening   -> prompts, reward, transforms, commands.transform, reading.*, recipes.*, rollouts.sources, samplers.*
+recipes.opening   -> prompts, reward, transforms, commands.saved_reward, commands.transform, reading.*, recipes.*, rollouts.sources, samplers.*
 recipes.run_folder -> prompts, reward, recipes.*, rollouts.*, samplers.decoding
 recipes.timing    -> reward, recipes.raw, scorers.protocol
 recipes.together  ->

@@ -77,7 +77,8 @@ def run(options: argparse.Namespace) -> int:
     reward = _reward(options)
     named = dict(map(_named, options.policy))
     if len(named) < len(options.policy):
-        raise ValueError(f"of several, each --policy needs a name of its own, NAME=PATH; got {options.policy}")
+        names = [_named(each)[0] for each in options.policy]  # an URL may hold a secret
+        raise ValueError(f"of several, each --policy needs a name of its own, NAME=PATH; got {names}")
     drawing = _drawing(options, reward)
     samplers = Loading({name: argparse.Namespace(**{**drawing, "policy": place}) for name, place in named.items()})
     for name in samplers:

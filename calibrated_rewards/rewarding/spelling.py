@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from calibrated_rewards.rewarding.importing import import_function
+from calibrated_rewards.scorers.remote_address import check_saved
+from calibrated_rewards.scorers.remote_token import token_for
+from calibrated_rewards.scorers.secret_names import is_secret
 from calibrated_rewards.transforms import Chain
 
 OURS = "calibrated_rewards."
-# Never written, for whoever reads the file would read them; whoever opens it has one of their own.
-SECRET = {"token", "api_key", "password"}
-TOKEN = "CALIBRATED_REWARDS_TOKEN"
 # Settings that run code that comes with a checkpoint, load kernels, or send prompts elsewhere.
 RISKY = ("trust_remote_code", "model_options", "quantization_config", "url")
 # Where the dataclasses are that a reward is made of.
@@ -34,7 +34,8 @@ OF_REWARDS = re.compile(
     r"calibrated_rewards\.(transforms|optimal|procedures|score_procedures|calibrations|combined|testing"
     r"|scorers\.\w+|reading\.\w+)"
 )
-_CREDENTIALS = re.compile(r"\?|//[^/]*@")
+# A user and a password, in an url that is some setting's value.
+_CREDENTIALS = re.compile(r"://[^/?#\s]*@")
 
 
 class NeedsTrust(ValueError):
@@ -54,8 +55,8 @@ def spelled(thing: Any) -> Any:
         return {"is": name, **{field: spelled(value) for field, value in _fields(thing)}}
     if isinstance(thing, Mapping):
         if "is" in thing or "function" in thing or not all(isinstance(name, str) for name in thing):
-            raise TypeError(f'a mapping that is saved has names other than "is" and "function", got {thing!r:.80}')
-        return {name: spelled(value) for name, value in thing.items() if name not in SECRET}
+            raise TypeError(f'a mapping that is saved has names other than "is" and "function", got {list(thing)!r:.80}')
+        return {name: spelled(value) for name, value in _without_credentials(thing)}
     if isinstance(thing, tuple | list):
         return [spelled(value) for value in thing]
     if type(thing).__module__.partition(".")[0] == "torch" and str(thing).startswith("torch."):
@@ -82,18 +83,27 @@ def read(said: Any, *, trust: bool = False) -> Any:
     if "is" not in said:
         return values
     made = _class(str(said["is"]))
-    if "token" in {field.name for field in fields(made)}:
-        values["token"] = os.environ.get(TOKEN) or None
+    if {"token", "url"} <= {field.name for field in fields(made)}:
+        values["token"] = token_for(str(values.get("url")))
     return Chain(*values["parts"]) if made is Chain else made(**values)
 
 
 def _fields(thing: Any) -> Iterator[tuple[str, Any]]:
     for field in fields(thing):
         value = getattr(thing, field.name)
-        if field.name == "url" and _CREDENTIALS.search(str(value)):
-            raise ValueError(f"a url that is saved holds no password and no query; the token is read from {TOKEN}")
-        if (field.init or not field.name.startswith("_")) and field.name not in SECRET:
+        if field.name == "url":
+            check_saved(str(value))
+        if (field.init or not field.name.startswith("_")) and not is_secret(field.name):
             yield field.name, value
+
+
+def _without_credentials(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings by name: those that hold a secret are left out, whoever reads the file has one of their own."""
+    for name, value in settings.items():
+        if isinstance(value, str) and _CREDENTIALS.search(value):
+            raise ValueError(f"a setting that is saved holds no url with a password, {name} has one: leave it out")
+        if not is_secret(name):
+            yield name, value
 
 
 def _plain(thing: Any) -> Any:

@@ -26,6 +26,7 @@ from calibrated_rewards.scorers.kinds import (
 )
 from calibrated_rewards.scorers.pretrained import Placement, Source, check_same_tokens, source
 from calibrated_rewards.scorers.recipe import Loaded
+from calibrated_rewards.scorers.remote_address import shown
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +127,9 @@ class FromCheckpoint:
 
 
 def _refuse_server(place: str) -> None:
-    if place.startswith(("http://", "https://")):
+    if place.lower().startswith(("http:", "https:")):
         raise ValueError(
-            f"a server is no checkpoint, got {place!r}: calibrated_rewards.scorers.remote.Remote(url, ...) "
+            f"a server is no checkpoint, got {shown(place)!r}: calibrated_rewards.scorers.remote.Remote(url, ...) "
             "asks it, in the dialect that it speaks"
         )
 

@@ -30,8 +30,8 @@ class Placement:
     """Spreads a model over devices, in place of `device`: "auto", or which part goes where."""
     quantization_config: Any = None
     trust_remote_code: bool = False
-    model_options: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else `from_pretrained` takes: attn_implementation, token, ..."""
+    model_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Whatever else `from_pretrained` takes: attn_implementation, token, ... No repr shows them."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _precision(self.dtype))
