@@ -397,7 +397,9 @@ def test_a_beta_besides_that_of_a_kl_is_told(run: Path, capsys: Any) -> None:
     """Both numbers, where they differ, and nothing where they do not."""
     named = opening.Named("best-of:4:1.0", Log(), 0.5)
     for beta, told in ((5.0, True), (0.5, False), (None, False)):
-        options = argparse.Namespace(reward=run / "reward", raw=False, transform=named, beta=beta, trust_remote_code=False)
+        options = argparse.Namespace(
+            reward=run / "reward", raw=False, transform=named, beta=beta, trust_remote_code=False
+        )
         assert opening.calibrated(options).beta == 0.5
         said = capsys.readouterr().err
         assert ("best-of:4:1.0 is for beta=0.5, got --beta 5: " in said) == bool(said) == told

@@ -117,6 +117,9 @@ def test_a_saved_reward_sends_it_to_nobody_else(tmp_path: Path, monkeypatch: pyt
 def test_a_redirect_takes_it_nowhere() -> None:
     """Another host is named in an error, and not asked."""
     with serving(native) as evil:
-        with serving(native, status(307, Location=f"{evil.url}/score")) as good, pytest.raises(Refused, match="points to"):
+        with (
+            serving(native, status(307, Location=f"{evil.url}/score")) as good,
+            pytest.raises(Refused, match="points to"),
+        ):
             Remote(good.url, Native("rm"), token=SECRET, **QUICK)(*numbered(1))
         assert evil.seen == []

@@ -9,7 +9,15 @@ from calibrated_rewards.scorers.secret_names import is_secret, without_secrets
     "name",
     ["token", "TOKEN", "use_auth_token", "hf_token", "hub_token", "auth-token", "accessToken", "api_key", "apikey"]
     + ["X-API-Key", "openai_api_key", "password", "db_password", "client_secret", "AWS_SECRET_ACCESS_KEY", "cookie"]
-    + ["Authorization", "Proxy-Authorization", "auth", "credentials", "bearer_token", "private_key", "aws_session_token"],
+    + [
+        "Authorization",
+        "Proxy-Authorization",
+        "auth",
+        "credentials",
+        "bearer_token",
+        "private_key",
+        "aws_session_token",
+    ],
 )
 def test_secrets(name: str) -> None:
     """Those of the Hub, of clouds and of HTTP, in any style."""

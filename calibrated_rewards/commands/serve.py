@@ -49,9 +49,7 @@ def run(options: argparse.Namespace) -> int:
     limits = Limits(**{name: value for name, value in given.items() if value is not None})
     token = token_of(options.token_env)
     check_address(options.host, token, options.insecure)  # before a model is loaded
-    reward = saved_reward.open_reward(
-        options.reward, trust=options.trust_remote_code, revision=options.revision
-    )
+    reward = saved_reward.open_reward(options.reward, trust=options.trust_remote_code, revision=options.revision)
     serve(
         reward,
         options.host,

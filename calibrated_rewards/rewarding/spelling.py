@@ -55,7 +55,9 @@ def spelled(thing: Any) -> Any:
         return {"is": name, **{field: spelled(value) for field, value in _fields(thing)}}
     if isinstance(thing, Mapping):
         if "is" in thing or "function" in thing or not all(isinstance(name, str) for name in thing):
-            raise TypeError(f'a mapping that is saved has names other than "is" and "function", got {list(thing)!r:.80}')
+            raise TypeError(
+                f'a mapping that is saved has names other than "is" and "function", got {list(thing)!r:.80}'
+            )
         return {name: spelled(value) for name, value in _without_credentials(thing)}
     if isinstance(thing, tuple | list):
         return [spelled(value) for value in thing]

@@ -129,7 +129,9 @@ def adapted(model: Any, adapter: Checkpoint) -> Any:
         raise ImportError(f"{adapter.name} is an adapter, which needs peft: pip install peft") from error
     if adapter.adapter.get("megatron_config"):
         # peft imports the module that megatron_core names; releases before 0.18 take any name.
-        raise ValueError(f"the adapter {adapter.name} names modules for peft to import (megatron_config): take that out")
+        raise ValueError(
+            f"the adapter {adapter.name} names modules for peft to import (megatron_config): take that out"
+        )
     revision: dict[str, Any] = {} if adapter.revision is None else {"revision": adapter.revision}
     return PeftModel.from_pretrained(model, adapter.name, **revision)
 

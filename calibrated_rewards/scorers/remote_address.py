@@ -14,8 +14,34 @@ SECRET = 4
 HIDDEN = "[...]"
 # What paths of such servers consist of. Any other part may be a token, as in http://host/t/TOKEN/score.
 WORDS = {
-    *("", "t", "api", "openai", "v1", "v2", "v3", "v4", "score", "scores", "classify", "pooling", "rerank", "get_reward"),
-    *("reward", "rewards", "reward_model", "evaluation", "completions", "chat", "models", "model", "generate", "predict"),
+    *(
+        "",
+        "t",
+        "api",
+        "openai",
+        "v1",
+        "v2",
+        "v3",
+        "v4",
+        "score",
+        "scores",
+        "classify",
+        "pooling",
+        "rerank",
+        "get_reward",
+    ),
+    *(
+        "reward",
+        "rewards",
+        "reward_model",
+        "evaluation",
+        "completions",
+        "chat",
+        "models",
+        "model",
+        "generate",
+        "predict",
+    ),
     *("inference", "invocations", "embeddings", "health", "deployments", "endpoints", "rm", "classification"),
 }
 _VARIABLE = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)")

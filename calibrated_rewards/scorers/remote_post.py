@@ -91,9 +91,7 @@ def client(place: Address, timeout: float, connections: int) -> httpx.Client:
         raise ValueError(f"{shown(place.url)} is read as another server by httpx, {asked.host}: write it otherwise")
     hide(place)
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-    return httpx.Client(
-        headers=headers, timeout=timeout, limits=limits, verify=_certificates(), follow_redirects=False
-    )
+    return httpx.Client(headers=headers, timeout=timeout, limits=limits, verify=_certificates(), follow_redirects=False)
 
 
 @cache
