@@ -204,8 +204,9 @@ serving.fields    -> prompts, serving.limits
 serving.dialects  -> prompts, rewarding.handed_over, rewarding.scores, serving.fields, serving.limits
 serving.metrics   -> rewarding.scores
 serving.desk      -> table, rewarding.coalescing, rewarding.scores, serving.dialects, serving.limits, serving.metrics
-serving.gate      -> serving.metrics
-serving.listening -> serving.gate, serving.limits
+serving.gate      -> serving.limits, serving.metrics
+serving.connections -> serving.limits
+serving.listening -> serving.connections, serving.gate, serving.limits
 serving.schema    ->
 server            -> serving.*
 serving.replicas  -> server, serving.gate, serving.limits, serving.listening
