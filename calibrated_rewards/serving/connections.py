@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -48,17 +48,17 @@ class Connection(asyncio.Protocol):
     time. httptools, which uvicorn takes if it is installed, has no bound, and takes quadratic time for one large header.
     """
 
-    transport: asyncio.Transport
+    transport: Any
 
     def __init__(self, http: H11Protocol, newcomers: Newcomers, seconds: float) -> None:
         self.http, self.newcomers, self.seconds = http, newcomers, seconds
         self.clock: asyncio.TimerHandle | None = None
         self.begun = False
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: Any) -> None:  # uvloop's is no asyncio.Transport
         """Count it, and wait for headers."""
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
-        self.http.connection_made(self.transport)
+        self.transport = transport
+        self.http.connection_made(transport)
         self.newcomers.add(self)
         self.start_clock()
 
