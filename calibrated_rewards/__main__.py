@@ -1,12 +1,9 @@
 """`python -m calibrated_rewards` is `calibrated-rewards`, which does not look for modules in the current folder."""
 
-import os
-import sys
+from calibrated_rewards.rewarding.importing import leave_current_folder
 
 if __name__ == "__main__":
-    # `python -m` put it in front: a torch.py that lies there would be imported by the command.
-    if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:
-        del sys.path[0]
+    leave_current_folder()
     from calibrated_rewards.cli import main
 
     raise SystemExit(main())

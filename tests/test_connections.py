@@ -1,4 +1,4 @@
-"""Connections of the server over real sockets: headers that never end, or come slowly, and bodies that nobody asked for."""
+"""Connections of the server over real sockets: headers without an end, or slow ones, and bodies that nobody wants."""
 
 import itertools
 import socket
@@ -127,7 +127,11 @@ def test_more_headers_than_the_limit(line: bytes) -> None:
 def test_large_headers_that_arrive_at_once() -> None:
     """Above the limit but in one piece: refused as well, in a header, a query or a path."""
     large = b"a" * 3000
-    requests = [b"GET /%b HTTP/1.1\r\n" % large, b"GET /?%b HTTP/1.1\r\n" % large, b"GET / HTTP/1.1\r\nX: %b\r\n" % large]
+    requests = [
+        b"GET /%b HTTP/1.1\r\n" % large,
+        b"GET /?%b HTTP/1.1\r\n" % large,
+        b"GET / HTTP/1.1\r\nX: %b\r\n" % large,
+    ]
     with listening(header=2000) as address:
         for request in requests:
             with connected(address, request + b"Host: x\r\n" + KEY + b"\r\n") as connection:
@@ -167,7 +171,7 @@ def test_slow_headers_after_a_good_request() -> None:
         assert 0.4 < time.monotonic() - began < 3
 
 
-def test_a_request_that_takes_longer_than_headers_may(tmp_path: Any) -> None:
+def test_a_request_that_takes_longer_than_headers_may() -> None:
     """The clock is of headers alone: a body may take its own time."""
     body = b'{"prompts": ["2+2="], "completions": ["4"]}'
     head = b"POST /score HTTP/1.1\r\nHost: x\r\n" + KEY + b"Content-Length: %d\r\n\r\n" % len(body)
@@ -219,7 +223,16 @@ def test_more_connections_than_files() -> None:
         (b"413", b"POST /score HTTP/1.1\r\n" + KEY),
         (b"431", b"POST /score HTTP/1.1\r\n" + b"X: y\r\n" * 120),
     ],
-    ids=["no token", "a wrong token", "no such path", "another method", "not asked for", "gzip", "too large", "headers"],
+    ids=[
+        "no token",
+        "a wrong token",
+        "no such path",
+        "another method",
+        "not asked for",
+        "gzip",
+        "too large",
+        "headers",
+    ],
 )
 def test_a_body_that_nobody_wants_is_not_read(status: bytes, head: bytes, framing: bytes) -> None:
     """The answer comes before the body, and the connection ends with it, however much would follow."""

@@ -157,12 +157,14 @@ def test_nothing_is_imported_from_the_current_folder(command: list[str], tmp_pat
 
 
 def test_a_folder_that_was_named_is_searched(tmp_path: Path) -> None:
-    """PYTHONPATH, and the folder of a script, are somebody's choice."""
+    """PYTHONPATH, and the folder of a script, are somebody's choice; also where it is the current one."""
     at = strangers(tmp_path / "mine", {"function": "beside:score"})
     (at / "beside.py").write_text(textwrap.dedent(BESIDE))
-    assert run_in(at, sys.executable, "-c", OPEN, PYTHONPATH=str(at)).returncode == 0
-    assert (at / "ran").read_text() == "called"
-    (at / "ran").unlink()
+    for command in ([sys.executable, "-c", OPEN], [sys.executable, "-m", "calibrated_rewards", *SERVE]):
+        done = run_in(at, *command, PYTHONPATH=str(at))
+        assert "not searched" not in done.stderr
+        assert (at / "ran").read_text() == "called"
+        (at / "ran").unlink()
     (at / "train.py").write_text(OPEN)
     assert run_in(at, sys.executable, "train.py").returncode == 0
     assert (at / "ran").read_text() == "called"

@@ -84,7 +84,8 @@ checks.edge_inputs -> prompts, checks.probes, checks.subject
 checks.conformance -> prompts, scorers.protocol, checks.*
 commands          ->
 cli               ->
-__main__          -> cli
+rewarding.importing ->
+__main__          -> cli, rewarding.importing
 adaptive          -> bands, transforms
 amortised.curve   ->
 amortised.features -> prompts, scorers.protocol
@@ -189,7 +190,6 @@ rewarding.naming  -> optimal, transforms, scorers.protocol, scorers.recipe
 rewarding.originals -> prompts, table, reading.messages, rollouts.directory, rollouts.shard_files
 rewarding.scores  ->
 rewarding.handed_over -> prompts, rewarding.scores
-rewarding.importing ->
 rewarding.spelling -> transforms, rewarding.importing, scorers.remote_address, scorers.remote_token, scorers.secret_names
 rewarding.directory -> table, rewarding.originals, rewarding.spelling
 rewarding.valuing -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.locating, rewarding.lookup
@@ -281,6 +281,7 @@ LIGHT = {"numpy", "scipy.special", "jaxtyping"}
 HEAVY_ON_PURPOSE = {
     "table_torch": {"torch"},
     "scorers.remote_post": {"httpx"},
+    "scorers.request_logs": {"httpx"},
     "scorers.checkpoint": {"torch", "safetensors"},
     "amortised.prompt_features": {"torch"},
     "rollouts.shard_files": {"pyarrow"},
@@ -306,6 +307,7 @@ HEAVY_ON_PURPOSE = {
     # What serves.
     "server": {"fastapi", "starlette"},
     "serving.listening": {"uvicorn"},
+    "serving.connections": {"uvicorn"},
     "serving.metrics": {"prometheus_client"},
     # What trains.
     "rewarding.device": {"torch"},

@@ -7,8 +7,24 @@ from calibrated_rewards.scorers.secret_names import is_secret, without_secrets
 
 @pytest.mark.parametrize(
     "name",
-    ["token", "TOKEN", "use_auth_token", "hf_token", "hub_token", "auth-token", "accessToken", "api_key", "apikey"]
-    + ["X-API-Key", "openai_api_key", "password", "db_password", "client_secret", "AWS_SECRET_ACCESS_KEY", "cookie"]
+    [
+        "token",
+        "TOKEN",
+        "use_auth_token",
+        "hf_token",
+        "hub_token",
+        "auth-token",
+        "accessToken",
+        "api_key",
+        "apikey",
+        "X-API-Key",
+        "openai_api_key",
+        "password",
+        "db_password",
+        "client_secret",
+        "AWS_SECRET_ACCESS_KEY",
+        "cookie",
+    ]
     + [
         "Authorization",
         "Proxy-Authorization",
@@ -26,8 +42,24 @@ def test_secrets(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["max_tokens", "tokenizer", "eos_token", "pad_token", "step_token", "reward_token", "reward_token_id", "mark"]
-    + ["special_tokens", "stop_token_ids", "batch_tokens", "id_key", "key_padding", "dtype", "author", "keys"],
+    [
+        "max_tokens",
+        "tokenizer",
+        "eos_token",
+        "pad_token",
+        "step_token",
+        "reward_token",
+        "reward_token_id",
+        "mark",
+        "special_tokens",
+        "stop_token_ids",
+        "batch_tokens",
+        "id_key",
+        "key_padding",
+        "dtype",
+        "author",
+        "keys",
+    ],
 )
 def test_words_of_texts_are_none(name: str) -> None:
     """Tokens of a vocabulary, and what only sounds alike."""

@@ -57,7 +57,7 @@ def test_secrets_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN", "mine")
     monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN_URL", "http://host")
     assert read(said, trust=True).token == "mine"
-    secret = {name: "hush" for name in ("token", "use_auth_token", "hf_token", "api-key", "Authorization", "apiKey")}
+    secret = dict.fromkeys(("token", "use_auth_token", "hf_token", "api-key", "Authorization", "apiKey"), "hush")
     options = {"model_options": {**secret, "a": 1, "deep": [{"headers": secret, "max_tokens": 2, "eos_token": "x"}]}}
     kept = {"a": 1, "deep": [{"headers": {}, "max_tokens": 2, "eos_token": "x"}]}
     assert spelled(options) == {"model_options": kept}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SPOKEN = ("native", "vllm", "vllm-score", "openrlhf")
 TOLD = (
-    "a token for it, if it wants one, is read from the environment: CALIBRATED_REWARDS_TOKEN, and the server that it is "
+    "a token for it, if it wants one, is read from the environment: CALIBRATED_REWARDS_TOKEN, and which server it is "
     "for, as in CALIBRATED_REWARDS_TOKEN_URL=http://rm:8000. '$NAME' is an environment variable that holds the URL"
 )
 # Options that say how a model is loaded here, and what they are if nothing is said.

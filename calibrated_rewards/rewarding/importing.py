@@ -1,7 +1,7 @@
 """Import a function that a file names, from installed modules and PYTHONPATH, never from the current folder.
 
-A module that lies in the folder where a command is run, beside a reward.json that names it, is whoever's folder that is.
-Python puts that folder in front of its path for `python -m`, `python -c` and in a notebook, not for a console script.
+A module that lies where a command is run, beside a reward.json that names it, may be anybody's. Python puts that folder
+in front of its path for `python -m`, for `python -c` and in a notebook, not for a console script.
 
 >>> import_function("json:dumps")([1])
 '[1]'
@@ -16,6 +16,8 @@ from importlib import import_module
 from typing import Any
 
 _SEARCHING = threading.Lock()
+# Set when the entry that `python -m` added is gone for good.
+_LEFT = threading.Event()
 
 
 def import_function(place: str) -> Any:
@@ -34,6 +36,13 @@ def import_function(place: str) -> Any:
     for name in path.split("."):
         found = getattr(found, name)
     return found
+
+
+def leave_current_folder() -> None:
+    """Take out of sys.path what `python -m` put in front: a torch.py that lies there would be imported by a command."""
+    if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:
+        del sys.path[0]
+    _LEFT.set()
 
 
 @contextmanager
@@ -58,6 +67,7 @@ def _of_current_folder() -> dict[int, str]:
     here = os.path.realpath(os.curdir)
     same = [(at, entry) for at, entry in enumerate(sys.path) if os.path.realpath(entry or os.curdir) == here]
     relative = {at: entry for at, entry in same if not os.path.isabs(entry)}
-    by_module = getattr(sys.modules.get("__main__"), "__spec__", None) is not None and not sys.flags.safe_path
-    first = [(at, entry) for at, entry in same if os.path.isabs(entry)][:1] if by_module else []
+    by_module = getattr(sys.modules.get("__main__"), "__spec__", None) is not None
+    added = by_module and not sys.flags.safe_path and not _LEFT.is_set()
+    first = [(at, entry) for at, entry in same if os.path.isabs(entry)][:1] if added else []
     return {**relative, **dict(first)}

@@ -61,7 +61,7 @@ class Remote:
     """
 
     url: str
-    """Where requests are posted, as it stands; a bare host gets the dialect's path. $NAME is an environment variable."""
+    """Where requests are posted, as it stands; a bare host gets the dialect's path. $NAME: an environment variable."""
     dialect: Dialect
     batch_size: int = 32
     """Pairs in a request."""

@@ -1,4 +1,4 @@
-"""Where a server is, and what is secret in that: the token, and of the url all but scheme, host, port and plain paths."""
+"""Where a server is, and what is secret in that: the token, and of the url all but scheme, host, port, known words."""
 
 import os
 import re
@@ -80,7 +80,7 @@ class Address:
         return said
 
     def _secrets(self) -> Iterator[str]:
-        """The token, the user and password, and what is long enough of the query and the path, as written and as meant."""
+        """The token, user and password, and what is long enough of query and path, as written and as meant."""
         parts = split(self.url)
         user, password = parts.username or "", parts.password or ""
         if parts.username is not None:

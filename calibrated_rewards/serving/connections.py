@@ -1,4 +1,4 @@
-"""Connections before they are heard: how long headers may take, how large they may be, how many connections may wait."""
+"""Connections whose headers have not arrived: how large these may be, how long they may take, how many may wait."""
 
 import asyncio
 import sys
@@ -55,8 +55,9 @@ class Connection(asyncio.Protocol):
         self.clock: asyncio.TimerHandle | None = None
         self.begun = False
 
-    def connection_made(self, transport: Any) -> None:  # uvloop's is no asyncio.Transport
+    def connection_made(self, transport: Any) -> None:
         """Count it, and wait for headers."""
+        # Any: uvloop's is no asyncio.Transport.
         self.transport = transport
         self.http.connection_made(transport)
         self.newcomers.add(self)
