@@ -98,9 +98,9 @@ def poured(connection: socket.socket, block: bytes, most: int = 8 * BUFFERS) -> 
     [
         b"GET /",
         b"GET / HTTP/1.1\r\nHost: x\r\nX-Endless: ",
-        b"POST /score HTTP/1.1\r\n" + KEY + b"Content-Length: ",
-        b"POST /score HTTP/1.1\r\n" + KEY + b"Transfer-Encoding: chunked\r\n\r\n1;",
-        b"POST /score HTTP/1.1\r\n" + KEY + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX-Trailer: ",
+        b"POST /score HTTP/1.1\r\nHost: x\r\n" + KEY + b"Content-Length: ",
+        b"POST /score HTTP/1.1\r\nHost: x\r\n" + KEY + b"Transfer-Encoding: chunked\r\n\r\n1;",
+        b"POST /score HTTP/1.1\r\nHost: x\r\n" + KEY + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX-Trailer: ",
     ],
     ids=["path", "header", "number", "extension of a chunk", "trailer"],
 )

@@ -90,7 +90,7 @@ RISKY = {
 def test_a_local_directory_is_trusted_no_more_than_the_hub(
     scorer: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    """From Python, in the environment's reward and in every command: refused, with the way out in the caller's words."""
+    """From Python, by the environment, in every command: refused, with the way out in the caller's words."""
     at = strangers(tmp_path / "stranger", scorer, {"prompt": "/bin/sh", "completion": "exit 7", "score": 7.0})
     with pytest.raises(NeedsTrust, match=r"reward\.json: .*trust_remote_code=True, or give the scorer, scorer="):
         CalibratedReward.from_pretrained(at)

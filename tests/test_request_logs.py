@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ RUN = """
     os.environ["RM_URL"] = f"http://{host}/t/path-zq4/score?key=query%2Fzq3"
     policy = f"http://user-zq1:pass-zq2@{host}/v1?key=query%2Fzq3"
     Path("prompts.jsonl").write_text('{"prompt": "a"}\\\\n{"prompt": "b"}\\\\n')
-    calibrate = ["calibrate", "--prompts", "prompts.jsonl", "--policy-served-model", "m", "--max-tokens", "4", "-k", "4"]
+    prompts = ["--prompts", "prompts.jsonl", "--policy-served-model", "m", "--max-tokens", "4"]
+    calibrate = ["calibrate", *prompts, "-k", "4"]
     served = ["--served-model", "rm"]
     def told(number, *words):
         code = main([*words, "--debug"] if number is None else list(words))
@@ -90,8 +92,8 @@ RUN = """
     print(reward.verify(), reward, reward.scorer)
     reward.save_pretrained("again")
     Path("quoting").touch()
-    things = [reward.scorer, Remote(secret, Native("rm"), retries=0), Remote(secret, Vllm("rm", options=option), retries=0)]
-    for scorer in things:
+    vllm = Vllm("rm", options=option)
+    for scorer in (reward.scorer, Remote(secret, Native("rm"), retries=0), Remote(secret, vllm, retries=0)):
         print(repr(scorer), scorer.address == secret, scorer.shown, scorer.fingerprint())
         for _ in range(2):
             try:
@@ -159,10 +161,8 @@ def test_lines_of_httpx_keep_all_but_secrets(failure: Any, caplog: pytest.LogCap
     with serving(native, failure) as server, caplog.at_level(logging.DEBUG):
         url = server.url.replace("//", "//me:pass1234@") + "/rm-7b/score?key=query789"
         scorer = Remote(url, Native("rm"), retries=1, **QUICK)
-        try:
+        with suppress(ValueError):  # what its message shows is tested in test_remote.py
             scorer(*numbered(1))
-        except ValueError as error:
-            assert "query789" not in str(error)
         httpx.post("http://localhost:" + server.url.rpartition(":")[2] + "/others?key=public", json={"completions": []})
     lines = [record.getMessage() for record in caplog.records if record.name == "httpx"]
     assert f"HTTP Request: POST {server.url}/[...]/score" in lines[0]

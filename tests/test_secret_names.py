@@ -24,8 +24,6 @@ from calibrated_rewards.scorers.secret_names import is_secret, without_secrets
         "client_secret",
         "AWS_SECRET_ACCESS_KEY",
         "cookie",
-    ]
-    + [
         "Authorization",
         "Proxy-Authorization",
         "auth",

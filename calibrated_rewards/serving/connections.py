@@ -45,7 +45,7 @@ class Connection(asyncio.Protocol):
     """uvicorn's connection over h11, whose headers have to arrive in time.
 
     h11 bounds their size (`h11_max_incomplete_event_size`), those of trailers and chunks too, and reads them in linear
-    time. httptools, which uvicorn takes if it is installed, has no bound, and takes quadratic time for one large header.
+    time. httptools, which uvicorn prefers, has no bound, and takes quadratic time for one large header.
     """
 
     transport: Any
