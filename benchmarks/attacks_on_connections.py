@@ -103,6 +103,7 @@ class Watch:
         self.kept.close()
 
     def run(self) -> None:
+        """Ask over a new connection each time, until told to stop."""
         while not self.stop.wait(0.02):
             one = HTTPConnection(HOST, self.port, timeout=SECONDS)
             self.ask(one)
@@ -216,9 +217,13 @@ def on_connections() -> dict[str, Any]:
             "path_without_end": endless(port, b"GET /", block),
             "many_headers": endless(port, b"GET / HTTP/1.1\r\n", b"X-a: b\r\n" * 8192),
             "trailers_without_end": endless(
-                port, b"POST /score HTTP/1.1\r\nHost: x\r\n" + key + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX: ", block
+                port,
+                b"POST /score HTTP/1.1\r\nHost: x\r\n" + key + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX: ",
+                block,
             ),
-            "body_without_a_token": endless(port, b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n", block),
+            "body_without_a_token": endless(
+                port, b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n", block
+            ),
             "body_for_no_such_path": endless(
                 port, b"POST /none HTTP/1.1\r\nHost: x\r\n" + key + b"Content-Length: 999999999\r\n\r\n", block
             ),
