@@ -1,12 +1,13 @@
 """10,000 bodies of nonsense at the reward server, over real connections, with a good request beside each.
 
-    python benchmarks/server_attack.py                 # two minutes or so
+    python benchmarks/server_attack.py                 # three minutes or so
     python benchmarks/server_attack.py --bodies 500
 
 What hypothesis makes of the strategies in tests/test_server_attack.py, what schemathesis makes of the server's own
 schema (bodies that it allows, and bodies that it does not), and what is no HTTP. Counted are answers by status, answers
 that took more than ten seconds, good requests that were not answered as they should be, and what the server's memory
-has grown by.
+has grown by. Then what is done before a request is authenticated, `attacks_on_connections.py`: headers without an end,
+slow ones, tokens that are wrong, bodies that nobody wants, and two SIGTERMs while the reward model hangs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import httpx
 import schemathesis
+from attacks_on_connections import on_connections, on_shutdown
 from environment import save
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -173,8 +175,10 @@ def main() -> None:
             "server_errors": sum(n for status, n in attack.statuses.items() if status >= 500),
             "hung": attack.hung,
             "good_requests_lost": attack.lost,
+            "before_authentication": on_connections(),
             "memory_grew_mib": round(memory(server) - before, 1),
             "still_running": server.is_alive(),
+            "two_sigterms_while_the_model_hangs": on_shutdown(),
         }
     finally:
         server.terminate()

@@ -225,8 +225,8 @@ class CalibratedReward:
     ) -> "CalibratedReward":
         """What `save_pretrained` wrote, or `push_to_hub` uploaded; `changes` replace settings (transform=, name=, ...).
 
-        A scorer that runs code of its own, a function or a checkpoint that brings some, is loaded if the directory is
-        local and `trust_remote_code` is said of checkpoints, from the Hub only if it is said of both.
+        A function, a checkpoint with code of its own or with options for loading it, and a server are loaded only with
+        `trust_remote_code=True`, from a directory as from the Hub. Functions are not imported from the current folder.
         """
         from calibrated_rewards.rewarding import directory
 

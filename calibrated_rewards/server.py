@@ -38,9 +38,10 @@ def create_app(
     if verify:
         reward.verify()
     metrics, door = Metrics(), Door()
-    app = FastAPI(title="calibrated-rewards", docs_url=None, redoc_url=None)
+    # A redirect from /score/ to /score would be to whatever host the request names.
+    app = FastAPI(title="calibrated-rewards", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.door = door
-    app.add_middleware(Gate, token=token, door=door, metrics=metrics)
+    app.add_middleware(Gate, token=token, door=door, metrics=metrics, limits=limits)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(HTTPException, _no_such_path)
     _add_scoring(app, Desk(reward, limits, metrics), Bodies(limits))

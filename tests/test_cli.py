@@ -440,6 +440,7 @@ def test_labels_that_are_none(how):
 def test_a_server(words, asked, monkeypatch):
     """A URL is asked in the dialect that is named, with the environment's token, which no repr shows."""
     monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN", "secret")
+    monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN_URL", "http://rm:8000")
     parser = ArgumentParser()
     add_arguments(parser)
     scorer = load(parser.parse_args(["--reward-model", "http://rm:8000", *words]))

@@ -80,9 +80,12 @@ scorers.inspection -> scorers.checkpoint
 scorers.pretrained -> reading.body, scorers.checkpoint
 scorers.pairwise  -> prompts, table, scorers.plain, scorers.protocol
 scorers.remote_address -> prompts
+scorers.secret_names ->
+scorers.remote_token -> scorers.remote_address
+scorers.request_logs -> scorers.remote_address
 scorers.remote_retry ->
 scorers.remote_text -> prompts, reading.fingerprint, reading.text
-scorers.remote_vllm -> prompts, reading.*, scorers.plain, scorers.remote_text
+scorers.remote_vllm -> prompts, reading.*, scorers.plain, scorers.remote_text, scorers.secret_names
 scorers.remote_dialects -> prompts, reading.text, scorers.plain, scorers.remote_text
 checks            ->
 checks.probes     -> prompts
@@ -93,7 +96,8 @@ checks.edge_inputs -> prompts, checks.probes, checks.subject
 checks.conformance -> prompts, scorers.protocol, checks.*
 commands          ->
 cli               ->
-__main__          -> cli
+rewarding.importing ->
+__main__          -> cli, rewarding.importing
 adaptive          -> bands, transforms
 amortised.curve   ->
 amortised.features -> prompts, scorers.protocol
@@ -170,7 +174,7 @@ samplers.writing  -> samplers.drawing, samplers.endings, samplers.rows
 samplers.hf       -> prompts, reading.batches, reading.body, reading.text, reading.unread, samplers.*
 samplers.loading  -> prompts, reading.text, samplers.*, scorers.*
 scorers.remote_crew ->
-scorers.remote_post -> prompts, scorers.remote_address, scorers.remote_retry
+scorers.remote_post -> prompts, scorers.remote_address, scorers.remote_retry, scorers.remote_token, scorers.request_logs
 scorers.remote    -> prompts, reading.batches, scorers.*
 commands.server   -> reading.text, scorers.cost, scorers.protocol, scorers.remote*
 commands.reward_model -> reading.*, scorers.cost, scorers.loading, scorers.protocol, commands.server
@@ -202,7 +206,7 @@ rewarding.naming  -> optimal, transforms, scorers.protocol, scorers.recipe
 rewarding.originals -> prompts, table, reading.messages, rollouts.directory, rollouts.shard_files
 rewarding.scores  ->
 rewarding.handed_over -> prompts, rewarding.scores
-rewarding.spelling -> transforms
+rewarding.spelling -> transforms, rewarding.importing, scorers.remote_address, scorers.remote_token, scorers.secret_names
 rewarding.directory -> table, rewarding.originals, rewarding.spelling
 rewarding.valuing -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.locating, rewarding.lookup
 rewarding.raw_scores -> prompts, rewarding.device, rewarding.valuing
@@ -217,8 +221,9 @@ serving.fields    -> prompts, serving.limits
 serving.dialects  -> prompts, rewarding.handed_over, rewarding.scores, serving.fields, serving.limits
 serving.metrics   -> rewarding.scores
 serving.desk      -> table, rewarding.coalescing, rewarding.scores, serving.dialects, serving.limits, serving.metrics
-serving.gate      -> serving.metrics
-serving.listening -> serving.gate, serving.limits
+serving.gate      -> serving.limits, serving.metrics
+serving.connections -> serving.limits
+serving.listening -> serving.connections, serving.gate, serving.limits
 serving.schema    ->
 server            -> serving.*
 serving.replicas  -> server, serving.gate, serving.limits, serving.listening
@@ -229,13 +234,14 @@ rewarding.endings -> prompts
 rewarding.strangers -> prompts, table, reading.messages
 reward            -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.*, scorers.protocol
 faithful.trl_settings -> reward, faithful.sampled, faithful.trl_rules
-combined          -> calibrations, prompts, reward, transforms, rewarding.device, scorers.ensemble, scorers.protocol
-commands.reward   -> reward, table, transforms, commands.reward_model, commands.transform, scaling, table_expectations
-configured        -> reward
+combined          -> calibrations, prompts, reward, transforms, rewarding.device, scorers.protocol, scorers.ensemble
+commands.reward   -> choice, reward, table, transforms, commands.reward_model, commands.transform, scaling, table_expectations
+configured        -> reward, rewarding.spelling
 faithful.rewarded -> calibrations, finite_k, reward, scaling, faithful.rules
 faithful.check    -> reward, faithful.*
 faithful          -> faithful.check, faithful.trl_settings
-commands.serve    -> reward, server, serving.listening
+commands.saved_reward -> reward, rewarding.spelling
+commands.serve    -> server, commands.saved_reward, serving.listening
 arms              -> calibrations, choice, procedures, scaling, table, transforms
 bootstrap         -> estimates
 demo              ->
@@ -249,7 +255,7 @@ outcomes          -> estimates, rollouts.shard_files
 prospects         -> estimates, rollouts.shard_files
 recipes.model     ->
 recipes.raw       -> prompts, reward, table, rewarding.locating, rewarding.watch
-recipes.opening   -> prompts, reward, table_expectations, commands.transform, reading.*, recipes.*, rollouts.sources, samplers.*
+recipes.opening   -> prompts, reward, transforms, commands.saved_reward, commands.transform, reading.*, recipes.*, rollouts.sources, samplers.*, table_expectations
 recipes.run_folder -> prompts, reward, recipes.*, rollouts.*, samplers.decoding
 recipes.timing    -> reward, recipes.raw, scorers.protocol
 recipes.together  ->
@@ -293,6 +299,7 @@ LIGHT = {"numpy", "scipy.special", "jaxtyping"}
 HEAVY_ON_PURPOSE = {
     "table_torch": {"torch"},
     "scorers.remote_post": {"httpx"},
+    "scorers.request_logs": {"httpx"},
     "scorers.checkpoint": {"torch", "safetensors"},
     "amortised.prompt_features": {"torch"},
     "rollouts.shard_files": {"pyarrow"},
@@ -318,6 +325,7 @@ HEAVY_ON_PURPOSE = {
     # What serves.
     "server": {"fastapi", "starlette"},
     "serving.listening": {"uvicorn"},
+    "serving.connections": {"uvicorn"},
     "serving.metrics": {"prometheus_client"},
     # What trains.
     "rewarding.device": {"torch"},

@@ -449,6 +449,7 @@ def test_the_token_is_sent_and_told_to_nobody(monkeypatch):
     for token, variable in [(SECRET, "another"), (None, SECRET)]:
         monkeypatch.setenv(openai.TOKEN, variable)
         with serving(completions, status(401, f"no such key: {SECRET}".encode())) as server:
+            monkeypatch.setenv(f"{openai.TOKEN}_URL", server.url)
             sampler = OpenAISampler(server.url, "m", PLAIN, token=token, **QUICK)
             with pytest.raises(Refused, match=r"no such key: \[secret\]") as caught:
                 sampler(["a"], [[1]])

@@ -101,6 +101,7 @@ TESTED_WITH = {
     "scorers.remote_post": "openai_sampler",
     "commands.path": "cp",
     "commands.serve": "server",
+    "commands.saved_reward": "importing",
     "faithful.areal_settings": "faithful",
     "faithful.check": "faithful",
     "faithful.lightrft_settings": "faithful",

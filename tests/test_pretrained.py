@@ -1,9 +1,19 @@
 """What reaches `from_pretrained`, and where a model goes; loading itself is tested with `load_scorer`."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
+import tiny
 import torch
 
-from calibrated_rewards.scorers.pretrained import Placement, own_device
+from calibrated_rewards.reading.text import Text
+from calibrated_rewards.samplers.decoding import Decoding
+from calibrated_rewards.samplers.loading import load_sampler
+from calibrated_rewards.scorers.checkpoint import checkpoint
+from calibrated_rewards.scorers.loading import load_scorer
+from calibrated_rewards.scorers.pretrained import Placement, adapted, own_device
 
 
 def test_defaults() -> None:
@@ -50,3 +60,68 @@ def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own_device() == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert own_device() == torch.device("cuda", 1)
+
+
+class Leaves:
+    """An object whose unpickling makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def changed(file: Path, **settings: Any) -> None:
+    """A JSON file with other settings."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "value_head.bin"])
+def test_pickled_weights_run_nothing(weights: str, tmp_path: Path) -> None:
+    """Neither in our reader of heads nor in transformers': an object that is no tensor is an error."""
+    folder = Path(tiny.saved(tiny.classifier(), tmp_path / "rm", tiny.tokenizer()))
+    if weights == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    body = {"v_head.summary.weight": torch.zeros(1, 4), "v_head.summary.bias": Leaves(tmp_path / "ran")}
+    torch.save(body, folder / weights)
+    kind = None if weights == "pytorch_model.bin" else "value-head"
+    with pytest.raises(Exception, match=r"[Ww]eights[_ ]only"):
+        load_scorer(folder, kind=kind)(["a"], ["b"])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_beside_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    """Neither a model's, nor a tokenizer's beside a model that transformers knows, nor one that an adapter names."""
+    code = f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\nclass Own: ...\n"
+    folder = Path(tiny.saved(tiny.classifier(), tmp_path / "rm", tiny.tokenizer()))
+    (folder / "own.py").write_text(code)
+    auto = {"AutoModelForSequenceClassification": "own.Own", "AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    changed(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", "own.Own"]}, tokenizer_class="Own")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_scorer(folder)(["a"], ["b"])
+    changed(folder / "config.json", auto_map=auto, architectures=["Own"], model_type="own")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_scorer(folder)(["a"], ["b"])
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_sampler(folder, Decoding(max_tokens=1))([["a"]], [[0]])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_names_no_module(tmp_path: Path) -> None:
+    """Peft would import it for layers that Megatron splits."""
+    settings = {"peft_type": "LORA", "megatron_core": "beside", "megatron_config": {"hidden_size": 1}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="names modules for peft to import"):
+        adapted(tiny.classifier(), checkpoint(str(tmp_path)))
+
+
+def test_a_chat_template_runs_in_a_sandbox() -> None:
+    """What leads from a text to Python's own classes is refused by transformers, for a checkpoint's and a Text's."""
+    attack = "{{ messages[0].content.__class__.__mro__[1].__subclasses__() }}"
+    for tokenizer, text in (
+        (tiny.tokenizer(template=attack), Text()),
+        (tiny.tokenizer(), Text(template=attack)),
+    ):
+        with pytest.raises(ValueError, match="unsafe"):
+            text.render(tokenizer, [{"role": "user", "content": "Hi"}], "Hello")

@@ -341,7 +341,7 @@ def test_another_transform_is_trained_on(recipe: Any, run: Path, tmp_path: Path)
         assert row["objective"] == pytest.approx(row["reward"] - 0.7 * row["kl"], abs=1e-6)
         assert row["reward"] <= np.log(row["u"]) + 1e-6 < 1e-6 or row["u"] == 1  # Jensen
     log = {"transform": parse_transform("log"), "beta": 0.7}
-    given = opening.calibrated(argparse.Namespace(reward=run / "reward", raw=False, **log))
+    given = opening.calibrated(argparse.Namespace(reward=run / "reward", raw=False, trust_remote_code=False, **log))
     assert (given.transform, given.beta, given.id_column) == (Log(), 0.7, "prompt_id")
 
 
@@ -350,7 +350,7 @@ def test_a_transform_for_a_kl_brings_its_beta(name: str, run: Path, capsys: Any,
     """That of the table: gaps between draws of its K references, tilted by their rewards, have that mean KL."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # types take nearly all of the time here
     told = {"transform": parse_transform(name), "beta": None}
-    given = opening.calibrated(argparse.Namespace(reward=run / "reward", raw=False, **told))
+    given = opening.calibrated(argparse.Namespace(reward=run / "reward", raw=False, trust_remote_code=False, **told))
     kls = []
     for K in given.table.counts(np.arange(len(given.table))).tolist():
         gaps = np.diff(np.sort(np.random.default_rng(K).random((4000, K))), prepend=0.0, append=1.0)
@@ -415,7 +415,7 @@ def test_below_its_adapter_a_model_is_the_reference() -> None:
 def test_a_beta_besides_that_of_a_kl_is_told(run: Path, capsys: Any) -> None:
     """Both numbers, where they differ; where they do not, nothing."""
     named = NamedTransform("identity:0.5", Identity(), 0.5)
-    options = argparse.Namespace(reward=run / "reward", raw=False, transform=named, beta=None)
+    options = argparse.Namespace(reward=run / "reward", raw=False, transform=named, beta=None, trust_remote_code=False)
     solved = opening.calibrated(options).beta
     assert "this table, with its ties and K" in capsys.readouterr().err
     for beta, told in ((5.0, True), (solved, False)):

@@ -666,7 +666,7 @@ def test_what_others_pushed_runs_no_code(tmp_path: Path) -> None:
     """
     _, (refused, trusted) = through_the_hub(code, tmp_path)
 
-    assert "json:dumps would be imported" in refused
+    assert "function 'json:dumps' would be imported" in refused
     assert trusted == "dumps"
 
 

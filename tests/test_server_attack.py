@@ -61,11 +61,11 @@ def written(payload):
 BODIES = st.binary(max_size=200) | ANY_JSON.map(written) | spoilt().map(written) | cut()
 
 
-def an_app():
+def an_app(token=None):
     """A server that knows the examples' prompt, with limits that bodies of a test can reach."""
     table = ReferenceTable.build([("2+2=", [-1.0, 0.0, 1.0])])
     limits = Limits(body=4096, text=100, pairs=4, depth=8, wait=0.001)
-    return create_app(CalibratedReward(HashScorer(), table), limits=limits, verify=False)
+    return create_app(CalibratedReward(HashScorer(), table), token=token, limits=limits, verify=False)
 
 
 def check(answer, body):

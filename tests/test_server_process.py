@@ -40,8 +40,8 @@ class Noting:
         self.file = file
 
     def __call__(self, prompts, completions):
-        """Numbers."""
-        time.sleep(0.03)
+        """Numbers; what is asked as "hang" has no answer."""
+        time.sleep(3600 if "hang" in completions else 0.03)
         with open(self.file, "a") as notes:
             notes.write("".join(f"{completion}\n" for completion in completions))
         return NumberScorer()(prompts, completions)
@@ -121,6 +121,24 @@ def test_sigterm_loses_no_request_that_was_accepted(tmp_path) -> None:
     assert len(answered) > 100
 
 
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_server_that_hangs(second, tmp_path) -> None:
+    """The first lets requests be answered, which a model that hangs never does; the second ends the process at once."""
+    with served(__file__, str(tmp_path / "scored")) as server:
+        address = _address(server.url)
+        body = b'{"prompts": ["2+2="], "completions": ["hang"]}'
+        head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        with socket.create_connection(address) as hangs, socket.create_connection(address) as slow:
+            hangs.sendall(head + body)
+            slow.sendall(head[:20])
+            time.sleep(0.3)
+            server.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                server.wait(2)
+            server.send_signal(second)
+            assert server.wait(2) == -second
+
+
 def test_a_token_is_in_no_log(tmp_path) -> None:
     """Right and wrong ones, in paths and queries, and what follows a scorer's failure: the process writes none."""
     wrong = "nearly-the-token"
@@ -197,8 +215,10 @@ def test_the_command(tmp_path, capsys) -> None:
     """`calibrated-rewards serve` loads what save_pretrained wrote; a token of the environment; refusals: exit 2."""
     where = tmp_path / "reward"
     CalibratedReward(plain_scores, a_reward_of(plain_scores), Exponential(2.0)).save_pretrained(where)
-    environment = {"A_TOKEN": TOKEN, "PYTHONPATH": str(Path(__file__).parent)}
+    here = Path(__file__).parent
+    environment = {"A_TOKEN": TOKEN, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     arguments = ["-m", "calibrated_rewards", "serve", str(where), "--port", "0", "--token-env", "A_TOKEN"]
+    arguments.append("--trust-remote-code")
     with served(*arguments, environment=environment) as server:
         health = httpx.get(f"{server.url}/t/{TOKEN}/health").json()
         assert (health["ready"], health["verified"], health["transform"]) == (True, True, "Exponential(t=2.0)")
@@ -206,6 +226,7 @@ def test_the_command(tmp_path, capsys) -> None:
         os.kill(server.pid, signal.SIGINT)
         assert server.wait(20) == 0
     for said, complaint in (
+        ([], "then allow it with --trust-remote-code"),
         (["--host", "0.0.0.0"], "serve needs a token there"),
         (["--token-env", "NOT_SET"], "NOT_SET is not set"),
         (["--max-batch", "0"], "batch"),

@@ -11,7 +11,7 @@ from calibrated_rewards import BestOf, Exponential, Log, Tabulated, optimum, sca
 from calibrated_rewards.combined import WeightedMean
 from calibrated_rewards.reading.labels import Expected
 from calibrated_rewards.reading.text import Text
-from calibrated_rewards.rewarding.spelling import read, spelled
+from calibrated_rewards.rewarding.spelling import NeedsTrust, read, spelled
 from calibrated_rewards.scorers.cost import Cost
 from calibrated_rewards.scorers.ensemble import Ensemble, Min
 from calibrated_rewards.scorers.loading import FromCheckpoint
@@ -19,6 +19,7 @@ from calibrated_rewards.scorers.pretrained import Placement
 from calibrated_rewards.scorers.recipe import Loaded
 from calibrated_rewards.scorers.remote import Remote
 from calibrated_rewards.scorers.remote_dialects import Native
+from calibrated_rewards.scorers.remote_vllm import Vllm
 from calibrated_rewards.testing import HashScorer, NumberScorer
 
 OPTIONS = {"labels": Expected((1.0, 2.0)), "text": Text(max_length=5, strip=("</s>",))}
@@ -54,11 +55,22 @@ def test_secrets_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     said = spelled(Remote("http://host:80", Native("m"), token="hush"))
     assert "hush" not in json.dumps(said)
     monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN", "mine")
+    monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN_URL", "http://host")
     assert read(said, trust=True).token == "mine"
-    assert "hush" not in json.dumps(spelled({"model_options": {"token": "hush", "a": 1}}))
-    for url in ("http://me:hush@host", "http://host/?token=hush"):
-        with pytest.raises(ValueError, match="no password and no query"):
+    secret = dict.fromkeys(("token", "use_auth_token", "hf_token", "api-key", "Authorization", "apiKey"), "hush")
+    options = {"model_options": {**secret, "a": 1, "deep": [{"headers": secret, "max_tokens": 2, "eos_token": "x"}]}}
+    kept = {"a": 1, "deep": [{"headers": {}, "max_tokens": 2, "eos_token": "x"}]}
+    assert spelled(options) == {"model_options": kept}
+    assert spelled(Vllm("m", options=options))["options"] == {"model_options": kept}
+    with pytest.raises(ValueError, match="no url with a password") as caught:
+        spelled({"model_options": {"proxies": {"https": "http://me:hush@proxy:80"}}})
+    assert "hush" not in str(caught.value)
+    for url in ("http://me:hush@host", "http://hush@host", "http://host/?token=hush", "http://host/t/hush/score"):
+        with pytest.raises(ValueError, match="no password and no query") as caught:
             spelled(Remote(url, Native("m")))
+        assert "hush" not in str(caught.value)
+    monkeypatch.setenv("THE_URL", "http://host/t/hush/score")
+    assert spelled(Remote("$THE_URL", Native("m")))["url"] == "$THE_URL"
 
 
 def test_what_has_no_name_is_not_written() -> None:
@@ -73,7 +85,7 @@ def test_a_function_is_imported_only_by_those_who_trust() -> None:
     said = spelled(json.dumps)
     assert said == {"function": "json:dumps"}
     assert read(said, trust=True) is json.dumps
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
+    with pytest.raises(NeedsTrust, match="trust_remote_code=True"):
         read(said)
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         read(spelled(FromCheckpoint("x", placement=Placement(trust_remote_code=True))))

@@ -11,9 +11,7 @@ from calibrated_rewards.reading.unread import RAISED, UnreadError, reading_error
 def test_errors_become_sentences(kind: type[Exception]) -> None:
     """Whatever their class; the library's own error is the cause."""
     with (
-        pytest.raises(
-            UnreadError, match=r"Linear does not read an input of 2 tokens: .*language unknown"
-        ) as raised,
+        pytest.raises(UnreadError, match=r"Linear does not read an input of 2 tokens: .*language unknown") as raised,
         reading_errors(nn.Linear(1, 1), 2),
     ):
         raise kind("language unknown")

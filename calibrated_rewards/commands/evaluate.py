@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibrated_rewards.commands import policy, reward_model
+from calibrated_rewards.commands import policy, reward_model, saved_reward
 from calibrated_rewards.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.samplers.decoding import Decoding
 
@@ -81,7 +81,8 @@ def run(options: argparse.Namespace) -> int:
     reward = _reward(options)
     named = dict(map(_named, options.policy))
     if len(named) < len(options.policy):
-        raise ValueError(f"of several, each --policy needs a name of its own, NAME=PATH; got {options.policy}")
+        names = [_named(each)[0] for each in options.policy]  # an URL may hold a secret
+        raise ValueError(f"of several, each --policy needs a name of its own, NAME=PATH; got {names}")
     drawing = _drawing(options, reward)
     samplers = Loading({name: argparse.Namespace(**{**drawing, "policy": place}) for name, place in named.items()})
     for name in samplers:
@@ -136,9 +137,7 @@ def _reward(options: argparse.Namespace) -> "CalibratedReward | None":
         return None
     if options.reward_model:
         raise ValueError("--reward has its reward model, leave --reward-model out; another one may be the --judge")
-    from calibrated_rewards.reward import CalibratedReward
-
-    return CalibratedReward.from_pretrained(options.reward)
+    return saved_reward.open_reward(options.reward, trust=options.trust_remote_code)
 
 
 def _scorers(options: argparse.Namespace, reward: "CalibratedReward | None") -> "dict[str, Scorer]":

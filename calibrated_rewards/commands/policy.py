@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 ENGINES = ("hf", "continuous", "vllm", "openai")
 TOLD = (
-    "A token for it, if it wants one, is read from the environment: CALIBRATED_REWARDS_POLICY_TOKEN, "
-    "for OpenAI's own hosts also OPENAI_API_KEY"
+    "A token for it, if it wants one, is read from the environment: CALIBRATED_REWARDS_POLICY_TOKEN, and the server "
+    "that it is for, as in CALIBRATED_REWARDS_POLICY_TOKEN_URL=http://host:8000; for OpenAI's own hosts OPENAI_API_KEY"
 )
 OPTION_HELP = (
     "what else the engine takes, such as --policy-option gpu_memory_utilization=0.8 or, of a server, concurrency=64; "

@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> 
     group.add_argument("--dtype", default="auto", help="float32, bfloat16 (bf16), float16 (fp16); auto: as saved")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps; a GPU if there is one")
     group.add_argument("--revision", help="a branch, tag or commit of the Hub")
-    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with a checkpoint or a saved reward"
+    )
     server.add_arguments(parser)
 
 

@@ -3,6 +3,8 @@
 import argparse
 import os
 
+from calibrated_rewards.commands import saved_reward
+
 EPILOG = """examples:
   calibrated-rewards serve reward/
   REWARD_TOKEN=$(openssl rand -hex 16) calibrated-rewards serve reward/ --host 0.0.0.0 --token-env REWARD_TOKEN
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at: 127.0.0.1, this machine only")
     parser.add_argument("--port", type=int, default=8900, help="8900; 0 for any that is free")
     parser.add_argument("--revision", help="of a reward on the Hub")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that the reward brings")
+    saved_reward.add_argument(parser)
     group = parser.add_argument_group("who may ask")
     group.add_argument("--token-env", metavar="NAME", help="the environment variable that holds the token")
     group.add_argument("--insecure", action="store_true", help="no token, though others can reach --host")
@@ -34,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Load the reward, verify it, and answer until told to stop."""
-    from calibrated_rewards.reward import CalibratedReward
     from calibrated_rewards.server import Limits, serve
     from calibrated_rewards.serving.listening import check_address
 
@@ -48,9 +49,7 @@ def run(options: argparse.Namespace) -> int:
     limits = Limits(**{name: value for name, value in given.items() if value is not None})
     token = token_of(options.token_env)
     check_address(options.host, token, options.insecure)  # before a model is loaded
-    reward = CalibratedReward.from_pretrained(
-        options.reward, revision=options.revision, trust_remote_code=options.trust_remote_code
-    )
+    reward = saved_reward.open_reward(options.reward, trust=options.trust_remote_code, revision=options.revision)
     serve(
         reward,
         options.host,

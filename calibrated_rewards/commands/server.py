@@ -1,11 +1,11 @@
 """The options that say what a reward model's server speaks, and the scorer that asks it."""
 
 import argparse
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.scorers.cost import Cost
+from calibrated_rewards.scorers.remote_address import is_variable
 
 if TYPE_CHECKING:
     from calibrated_rewards.reading.text import Text
@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from calibrated_rewards.scorers.remote import Remote
 
 SPOKEN = ("native", "vllm", "vllm-score", "openrlhf")
-TOKEN = "CALIBRATED_REWARDS_TOKEN"
-TOLD = f"a token for it, if it wants one, is read from the environment: {TOKEN}"
+TOLD = (
+    "a token for it, if it wants one, is read from the environment: CALIBRATED_REWARDS_TOKEN, and which server it is "
+    "for, as in CALIBRATED_REWARDS_TOKEN_URL=http://rm:8000. '$NAME' is an environment variable that holds the URL"
+)
 # Options that say how a model is loaded here, and what they are if nothing is said.
 LOADING: dict[str, Any] = {
     "kind": None,
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def is_url(model: str) -> bool:
     """Whether a reward model is a server."""
-    return model.lower().startswith(("http://", "https://"))
+    return model.lower().startswith(("http://", "https://")) or is_variable(model)
 
 
 def check_local(options: argparse.Namespace) -> None:
@@ -47,11 +49,12 @@ def check_local(options: argparse.Namespace) -> None:
 
 
 def load(options: argparse.Namespace, text: "Text | None") -> "Remote":
-    """The scorer that asks the server; a token for it is read from the environment."""
+    """The scorer that asks the server; the environment's token, if it is for that server."""
     from calibrated_rewards.scorers.remote import Remote
+    from calibrated_rewards.scorers.remote_token import token_for
 
     refuse(options, LOADING, "the server loads the model")
-    return Remote(options.reward_model, dialect(options, text), token=os.environ.get(TOKEN) or None)
+    return Remote(options.reward_model, dialect(options, text), token=token_for(options.reward_model))
 
 
 def reach(scorer: "Scorer", prompt: Any, completion: Any) -> None:
@@ -74,7 +77,6 @@ def reach(scorer: "Scorer", prompt: Any, completion: Any) -> None:
 
 def dialect(options: argparse.Namespace, text: "Text | None") -> Any:
     """How the server is asked."""
-    from calibrated_rewards.scorers.remote_address import shown
     from calibrated_rewards.scorers.remote_dialects import Native, OpenRlhf
     from calibrated_rewards.scorers.remote_vllm import Vllm, VllmScore
 
@@ -82,7 +84,7 @@ def dialect(options: argparse.Namespace, text: "Text | None") -> Any:
     if server.startswith("vllm") and not options.served_model:
         raise ValueError("vLLM asks for the name that a model is served under: say --served-model NAME")
     check_applicable(options, server, text)
-    name = options.served_model or shown(options.reward_model)
+    name = options.served_model or _name_in(options.reward_model)
     reading: dict[str, Any] = {} if text is None else {"text": text}
     if options.tokenizer:
         from transformers import AutoTokenizer
@@ -93,6 +95,15 @@ def dialect(options: argparse.Namespace, text: "Text | None") -> Any:
     if server == "openrlhf":
         return OpenRlhf(name, **reading)
     return VllmScore(name) if server == "vllm-score" else Native(name)
+
+
+def _name_in(url: str) -> str:
+    """What a model is called that only its url names."""
+    from calibrated_rewards.scorers.remote_address import HIDDEN, shown
+
+    if HIDDEN in shown(url):
+        raise ValueError(f"{shown(url)} may have a token in its path, so it names no model: say --served-model NAME")
+    return shown(url)
 
 
 def check_applicable(options: argparse.Namespace, server: str, text: "Text | None") -> None:

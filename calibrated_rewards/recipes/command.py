@@ -72,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
     parser.add_argument("--any-policy", action="store_true", help=told)
     dtype = "(%(default)s) in bfloat16 small steps are rounded away"
     parser.add_argument("--dtype", default="float32", metavar="DTYPE", help=dtype)
+    told = "run the code that the policy or the saved reward brings, and ask the servers that the reward names"
+    parser.add_argument("--trust-remote-code", action="store_true", help=told)
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     for each in fields(settings):
         _add(parser, each)

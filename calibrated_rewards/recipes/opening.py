@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from calibrated_rewards.commands.saved_reward import open_reward
 from calibrated_rewards.commands.transform import NamedTransform
 from calibrated_rewards.prompts import as_key, id_key, start_of
 from calibrated_rewards.reading.fingerprint import tokenizer_digest, weights_digest, weights_of
@@ -39,8 +40,9 @@ def opened(options: argparse.Namespace) -> tuple[Policy, CalibratedReward | RawR
     meta = reward.table.meta
     decoding = decoding_of(meta, options.max_tokens, options.temperature, options.any_policy)
     at = place_of(options.policy)
-    model: Any = AutoModelForCausalLM.from_pretrained(at, dtype=options.dtype)
-    policy = Policy(model, AutoTokenizer.from_pretrained(at), decoding, Text())
+    code = options.trust_remote_code
+    model: Any = AutoModelForCausalLM.from_pretrained(at, dtype=options.dtype, trust_remote_code=code)
+    policy = Policy(model, AutoTokenizer.from_pretrained(at, trust_remote_code=code), decoding, Text())
     if not options.any_policy:
         check_policy(policy, meta)
     policy.check([each.prompt for each in asked])
@@ -56,12 +58,11 @@ def calibrated(options: argparse.Namespace) -> CalibratedReward:
     if options.raw and options.beta is None:
         raise ValueError("a beta is in the unit of the reward, and raw scores have their own: say --beta")
     if named is None:
-        return CalibratedReward.from_pretrained(options.reward)
+        return open_reward(options.reward, trust=options.trust_remote_code)
     if named.kl is None and options.beta is None:
         raise ValueError(f"--transform {named.name} says no KL, and so no beta: say --beta, or {named.name}:KL")
-    reward = CalibratedReward.from_pretrained(
-        options.reward, transform=named.transform, beta=options.beta, scale="unit"
-    )
+    changes = {"transform": named.transform, "beta": options.beta, "scale": "unit"}
+    reward: CalibratedReward = open_reward(options.reward, trust=options.trust_remote_code, **changes)
     if named.kl is None:
         return reward
     expected = expect_of(reward, kl=named.kl, procedure=named.procedure, name=named.name)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from calibrated_rewards.rewarding.originals import Originals, of_run
+from calibrated_rewards.rewarding.spelling import NeedsTrust, spelled
 from calibrated_rewards.rewarding.spelling import read as read_setting
-from calibrated_rewards.rewarding.spelling import spelled
 from calibrated_rewards.table import ReferenceTable
 
 FORMAT, VERSION = "calibrated reward", 1
@@ -47,20 +47,19 @@ def read(
     changes: Mapping[str, Any],
 ) -> Any:
     """A reward, `cls`, of what was written; from the Hub, if `name` is no directory."""
-    local = os.path.isdir(name)
-    at = Path(name) if local else Path(_download(str(name), revision, token))
+    at = Path(name) if os.path.isdir(name) else Path(_download(str(name), revision, token))
     try:
-        return _read(cls, at, local, scorer, trust, changes)
+        return _read(cls, at, scorer, trust, changes)
+    except NeedsTrust as error:
+        raise NeedsTrust(f"{at / SETTINGS}: {error.what}") from None
     except (TypeError, KeyError, UnicodeDecodeError, RecursionError, AttributeError) as error:
         raise ValueError(f"{at / SETTINGS} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _read(cls: Any, at: Path, local: bool, scorer: Any, trust: bool, changes: Mapping[str, Any]) -> Any:
+def _read(cls: Any, at: Path, scorer: Any, trust: bool, changes: Mapping[str, Any]) -> Any:
     said = _settings(at)
     if said.pop("table", None) != _digest(at) and "table" not in changes:
         raise ValueError(f"{at / SETTINGS} and {at / TABLE} are not of one save, which was not finished: save it again")
-    # A directory on this machine is as good as a module on it; a checkpoint's own code is somebody else's.
-    trust = trust or (local and not _brings_code(said))
     stored = {
         field: value for field, value in said.items() if field not in changes and (field != "scorer" or not scorer)
     }
@@ -132,16 +131,6 @@ def _write_prompts(reward: Any, to: Path) -> None:
         Originals.write(to, reward.table, (prompt for _, prompt in run.prompts()))
     else:
         to.unlink(missing_ok=True)
-
-
-def _brings_code(said: Any) -> bool:
-    if isinstance(said, list):
-        return any(map(_brings_code, said))
-    if not isinstance(said, dict):
-        return False
-    options = said.get("model_options")
-    own = bool(said.get("trust_remote_code")) or (isinstance(options, dict) and bool(options.get("trust_remote_code")))
-    return own or any(map(_brings_code, said.values()))
 
 
 def _places(said: Any) -> list[str]:

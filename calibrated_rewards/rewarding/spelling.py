@@ -6,11 +6,10 @@
 >>> read(spelled(Chain(Exponential(5.0), Affine(2.0))))
 Chain(Exponential(t=5.0), Affine(scale=2.0, shift=0.0))
 
-What is read makes nothing but the library's own dataclasses: a file from elsewhere runs no code, and asks no server. A
-function, a checkpoint that brings code, options for loading one, and a server are read by those who say `trust=True`.
+What is read makes nothing but the library's own dataclasses: a file runs no code, and asks no server. A function, a
+checkpoint that brings code, options for loading one, and a server need `trust=True`, wherever the file is.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -21,20 +20,30 @@ from typing import Any
 
 import numpy as np
 
+from calibrated_rewards.rewarding.importing import import_function
+from calibrated_rewards.scorers.remote_address import check_saved
+from calibrated_rewards.scorers.remote_token import token_for
+from calibrated_rewards.scorers.secret_names import is_secret
 from calibrated_rewards.transforms import Chain
 
 OURS = "calibrated_rewards."
-# Never written, for whoever reads the file would read them; whoever opens it has one of their own.
-SECRET = {"token", "api_key", "password"}
-TOKEN = "CALIBRATED_REWARDS_TOKEN"
-# Settings that run code that comes with a checkpoint, load kernels, or send prompts and a token elsewhere.
+# Settings that run code that comes with a checkpoint, load kernels, or send prompts elsewhere.
 RISKY = ("trust_remote_code", "model_options", "quantization_config", "url")
 # Where the dataclasses are that a reward is made of.
 OF_REWARDS = re.compile(
     r"calibrated_rewards\.(transforms|optimal|procedures|score_procedures|calibrations|combined|testing"
     r"|scorers\.\w+|reading\.\w+)"
 )
-_CREDENTIALS = re.compile(r"\?|//[^/]*@")
+# A user and a password, in an url that is some setting's value.
+_CREDENTIALS = re.compile(r"://[^/?#\s]*@")
+
+
+class NeedsTrust(ValueError):
+    """A file names something that runs code or asks a server, and the caller did not say that it may."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: read it, then allow it with trust_remote_code=True, or give the scorer, scorer=")
+        self.what = what
 
 
 def spelled(thing: Any) -> Any:
@@ -46,8 +55,10 @@ def spelled(thing: Any) -> Any:
         return {"is": name, **{field: spelled(value) for field, value in _fields(thing)}}
     if isinstance(thing, Mapping):
         if "is" in thing or "function" in thing or not all(isinstance(name, str) for name in thing):
-            raise TypeError(f'a mapping that is saved has names other than "is" and "function", got {thing!r:.80}')
-        return {name: spelled(value) for name, value in thing.items() if name not in SECRET}
+            raise TypeError(
+                f'a mapping that is saved has names other than "is" and "function", got {list(thing)!r:.80}'
+            )
+        return {name: spelled(value) for name, value in _without_credentials(thing)}
     if isinstance(thing, tuple | list):
         return [spelled(value) for value in thing]
     if type(thing).__module__.partition(".")[0] == "torch" and str(thing).startswith("torch."):
@@ -61,29 +72,40 @@ def read(said: Any, *, trust: bool = False) -> Any:
         return tuple(read(value, trust=trust) for value in said)
     if not isinstance(said, dict):
         return said
-    if "function" in said:
-        return _function(str(said["function"]), trust)
+    if "function" in said and "is" not in said:
+        if not trust:
+            raise NeedsTrust(f"the function {said['function']!r:.80} would be imported and called")
+        return import_function(str(said["function"]))
     values = {name: read(value, trust=trust) for name, value in said.items() if name != "is"}
     risky = [name for name in RISKY if values.get(name)]
     if risky and not trust:
-        raise ValueError(
-            f"{', '.join(risky)} may run others' code, or tell others your data: say trust_remote_code=True"
+        raise NeedsTrust(
+            f"{', '.join(risky)} may run code that comes with a checkpoint, or send prompts and completions to a server"
         )
     if "is" not in said:
         return values
     made = _class(str(said["is"]))
-    if "token" in {field.name for field in fields(made)}:
-        values["token"] = os.environ.get(TOKEN) or None
+    if {"token", "url"} <= {field.name for field in fields(made)}:
+        values["token"] = token_for(str(values.get("url")))
     return Chain(*values["parts"]) if made is Chain else made(**values)
 
 
 def _fields(thing: Any) -> Iterator[tuple[str, Any]]:
     for field in fields(thing):
         value = getattr(thing, field.name)
-        if field.name == "url" and _CREDENTIALS.search(str(value)):
-            raise ValueError(f"a url that is saved holds no password and no query; the token is read from {TOKEN}")
-        if (field.init or not field.name.startswith("_")) and field.name not in SECRET:
+        if field.name == "url":
+            check_saved(str(value))
+        if (field.init or not field.name.startswith("_")) and not is_secret(field.name):
             yield field.name, value
+
+
+def _without_credentials(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings by name: those that hold a secret are left out, whoever reads the file has one of their own."""
+    for name, value in settings.items():
+        if isinstance(value, str) and _CREDENTIALS.search(value):
+            raise ValueError(f"a setting that is saved holds no url with a password, {name} has one: leave it out")
+        if not is_secret(name):
+            yield name, value
 
 
 def _plain(thing: Any) -> Any:
@@ -104,16 +126,6 @@ def _importable(function: FunctionType) -> str:
             "cannot: define it in a module"
         )
     return function.__qualname__
-
-
-def _function(place: str, trust: bool) -> Any:
-    if not trust:
-        raise ValueError(f"the function {place} would be imported and called: say trust_remote_code=True, or scorer=")
-    module, _, path = place.partition(":")
-    found: Any = import_module(module)
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found
 
 
 def _class(name: str) -> Any:

@@ -17,12 +17,14 @@ from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.logprob import of_the_draw
 from calibrated_rewards.samplers.openai_answer import SEEDS, asking, rollouts, settings
 from calibrated_rewards.samplers.protocol import Rollout, Seeds
-from calibrated_rewards.scorers.remote_address import Address, shown, split
+from calibrated_rewards.scorers.remote_address import Address, named, shown, split
 from calibrated_rewards.scorers.remote_crew import Crew
 from calibrated_rewards.scorers.remote_post import Post, Refused, check_numbers, client
 from calibrated_rewards.scorers.remote_text import text_fingerprint
+from calibrated_rewards.scorers.remote_token import POLICY_TOKEN, token_for
+from calibrated_rewards.scorers.secret_names import without_secrets
 
-TOKEN, OPENAI_TOKEN = "CALIBRATED_REWARDS_POLICY_TOKEN", "OPENAI_API_KEY"
+TOKEN, OPENAI_TOKEN = POLICY_TOKEN, "OPENAI_API_KEY"
 Job: TypeAlias = tuple[int, Sequence[int]]
 """The number of a prompt, and the seeds of a request for it."""
 PATHS: dict[str, str] = {"completions": "/completions", "chat": "/chat/completions"}
@@ -53,9 +55,9 @@ class OpenAISampler:
     and to vLLM and SGLang always: these would otherwise take them from the model's generation config.
 
     Connection errors, timeouts, status 408, 429 and 5xx are tried again, after a time that doubles and is shaken, or
-    longer if the server asks for it (Retry-After); anything else is an error at once. The token, or else
-    CALIBRATED_REWARDS_POLICY_TOKEN of the environment, or, for OpenAI's own hosts, OPENAI_API_KEY, is in no repr, error
-    or fingerprint.
+    longer if the server asks for it (Retry-After); anything else is an error at once. The token, or else that in
+    CALIBRATED_REWARDS_POLICY_TOKEN for the server in CALIBRATED_REWARDS_POLICY_TOKEN_URL, or, for OpenAI's own hosts,
+    OPENAI_API_KEY, is in no repr, error, log or fingerprint.
     """
 
     url: str
@@ -101,7 +103,7 @@ class OpenAISampler:
         for name, says in SETTINGS.items():
             if self.extra.get(name) is not None:
                 raise ValueError(
-                    f"extra is for fields that nothing else says, got {name}={self.extra[name]!r}: "
+                    f"extra is for fields that nothing else says, got {name}={start_of(self.extra[name])}: "
                     f"what says it is {says}"
                 )
         if (self.api == "chat" or self.tokenizer is None) and self.text != Text(chat=self.text.chat):
@@ -113,7 +115,7 @@ class OpenAISampler:
 
     def __repr__(self) -> str:
         read = "" if self.tokenizer is None else f", tokenizer={type(self.tokenizer).__name__}"
-        return f"OpenAISampler({shown(self.url)!r}, {self.model!r}, {self.decoding!r}, api={self.api!r}{read})"
+        return f"OpenAISampler({named(self.url)!r}, {self.model!r}, {self.decoding!r}, api={self.api!r}{read})"
 
     def __hash__(self) -> int:
         return hash((self.url, self.model))
@@ -160,7 +162,7 @@ class OpenAISampler:
 
     def fingerprint(self) -> dict[str, Any]:
         """What the rollouts depend on, as far as this side knows: the model by the name that it is served under."""
-        said = {"kind": "openai", "model": self.model, "api": self.api, "extra": dict(self.extra)}
+        said = {"kind": "openai", "model": self.model, "api": self.api, "extra": without_secrets(self.extra)}
         words = text_fingerprint(self.text, self.tokenizer)
         text = {name: value for name, value in words.items() if name in (*READ, "tokenizer")}
         return {**said, "text": text, "decoding": self.decoding.fingerprint()}
@@ -185,7 +187,7 @@ class OpenAISampler:
             return self.token
         host = f".{parts.hostname or ''}"
         theirs = os.environ.get(OPENAI_TOKEN) if parts.scheme == "https" and host.endswith(".openai.com") else None
-        return os.environ.get(TOKEN) or theirs or None
+        return token_for(self.url, TOKEN) or theirs or None
 
     def _under(self, path: str) -> str:
         """An address beside those of the API that the url names."""
@@ -245,7 +247,7 @@ class OpenAISampler:
         return [r._replace(logprob=of_the_draw(r.logprob, self.decoding, self.logprobs == "processed")) for r in drawn]
 
     def _post(self, stop: threading.Event) -> Post:
-        connected = client(self._token, self.timeout, self.concurrency)
+        connected = client(self._place, self.timeout, self.concurrency)
         return Post(self._place, connected, self.retries, self.backoff, stop)
 
     @cached_property

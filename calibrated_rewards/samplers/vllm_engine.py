@@ -66,8 +66,8 @@ class Engine:
     revision: str | None = None
     adapter: str | None = None
     """The folder of a LoRA adapter on top of it."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """What else `vllm.LLM` takes."""
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What else `vllm.LLM` takes; they may hold tokens, so no repr shows them."""
 
     def __hash__(self) -> int:
         return hash((self.name, self.revision))

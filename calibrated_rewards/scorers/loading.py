@@ -37,6 +37,7 @@ from calibrated_rewards.scorers.kinds import (
 )
 from calibrated_rewards.scorers.pretrained import Placement, Source, check_same_tokens, source
 from calibrated_rewards.scorers.recipe import Loaded
+from calibrated_rewards.scorers.remote_address import shown
 
 logger = logging.getLogger(__name__)
 
@@ -184,9 +185,9 @@ class FromCheckpoint:
 
 
 def _refuse_server(place: str) -> None:
-    if place.startswith(("http://", "https://")):
+    if place.lower().startswith(("http:", "https:")):
         raise ValueError(
-            f"a server is no checkpoint, got {place!r}: calibrated_rewards.scorers.remote.Remote(url, ...) "
+            f"a server is no checkpoint, got {shown(place)!r}: calibrated_rewards.scorers.remote.Remote(url, ...) "
             "asks it, in the dialect that it speaks"
         )
 

@@ -31,8 +31,8 @@ class Placement:
     """Spreads a model over devices, in place of `device`: "auto", or which part goes where."""
     quantization_config: Any = None
     trust_remote_code: bool = False
-    model_options: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else `from_pretrained` takes: attn_implementation, token, ..."""
+    model_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Whatever else `from_pretrained` takes: attn_implementation, token, ... No repr shows them."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _precision(self.dtype))
@@ -176,6 +176,11 @@ def adapted(model: Any, adapter: Checkpoint) -> Any:
         from peft import PeftModel
     except ImportError as error:
         raise ImportError(f"{adapter.name} is an adapter, which needs peft: pip install peft") from error
+    if adapter.adapter.get("megatron_config"):
+        # peft imports the module that megatron_core names; releases before 0.18 take any name.
+        raise ValueError(
+            f"the adapter {adapter.name} names modules for peft to import (megatron_config): take that out"
+        )
     revision: dict[str, Any] = {} if adapter.revision is None else {"revision": adapter.revision}
     return PeftModel.from_pretrained(model, adapter.name, **revision)
 

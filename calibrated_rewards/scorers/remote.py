@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reading.batches import progress
 from calibrated_rewards.scorers.protocol import paired
-from calibrated_rewards.scorers.remote_address import Address, shown
+from calibrated_rewards.scorers.remote_address import Address, named, shown
 from calibrated_rewards.scorers.remote_crew import Crew
 from calibrated_rewards.scorers.remote_post import Post, Refused, check_numbers, client
 from calibrated_rewards.scorers.remote_retry import asked_wait
@@ -56,12 +56,12 @@ class Remote:
 
     Connection errors, timeouts, status 408, 429 and 5xx are tried again, after a time that doubles and is shaken, or
     longer if the server asks for it (Retry-After); anything else is an error at once. The token, sent as
-    `Authorization: Bearer`, is in no repr, error or fingerprint, nor are a password or a query of the url; the address
-    is in no fingerprint: the dialect's model names the scorer.
+    `Authorization: Bearer`, is in no repr, error, log or fingerprint, nor are a password, a query or unusual words in
+    the path of the url; the address is in no fingerprint: the dialect's model names the scorer.
     """
 
     url: str
-    """Where requests are posted, as it stands; a bare host gets the dialect's path."""
+    """Where requests are posted, as it stands; a bare host gets the dialect's path. $NAME: an environment variable."""
     dialect: Dialect
     batch_size: int = 32
     """Pairs in a request."""
@@ -86,7 +86,7 @@ class Remote:
         changed = "".join(
             f", {name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value
         )
-        return f"Remote({shown(self.url)!r}, {self.dialect!r}{changed})"
+        return f"Remote({named(self.url)!r}, {self.dialect!r}{changed})"
 
     def __hash__(self) -> int:
         return hash(self.url)
@@ -134,7 +134,7 @@ class Remote:
 
     def _answers(self, items: list[Any], batches: list[list[int]]) -> Generator[tuple[int, Any], None, None]:
         """The number of each batch with its scores and what is to be doubted of them, as they come."""
-        stop, connected = threading.Event(), client(self.token, self.timeout, self.concurrency)
+        stop, connected = threading.Event(), client(self._place, self.timeout, self.concurrency)
         post = Post(self._place, connected, self.retries, self.backoff, stop)
         asked = [[items[i] for i in batch] for batch in batches]
         return Crew(Asking(self, post), asked, self.concurrency, stop, connected.close).results()

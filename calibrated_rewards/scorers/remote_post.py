@@ -10,8 +10,9 @@ from functools import cache
 from typing import Any
 
 from calibrated_rewards.prompts import start_of
-from calibrated_rewards.scorers.remote_address import Address, shown
+from calibrated_rewards.scorers.remote_address import PORTS, Address, origin, shown
 from calibrated_rewards.scorers.remote_retry import asked_wait, pause
+from calibrated_rewards.scorers.remote_token import unsent
 
 try:
     import httpx
@@ -19,6 +20,8 @@ except ImportError as error:
     raise ImportError(
         "a server is asked by httpx, it is not installed: pip install 'calibrated-rewards[http]'"
     ) from error
+
+from calibrated_rewards.scorers.request_logs import hide
 
 REQUEST_TIMEOUT, TOO_MANY_REQUESTS, NOT_IMPLEMENTED = 408, 429, 501
 # How much of an answer an error shows.
@@ -60,7 +63,8 @@ class Post:
                 trouble = f"status {response.status_code}, {self.said(response)}"
                 wait = asked_wait(response.headers.get("Retry-After", ""))
                 if not may_pass(response.status_code):
-                    raise Refused(f"{shown(address)} refuses the request: {trouble}{self._elsewhere(response)}")
+                    told = self._elsewhere(response) + unsent(response.status_code, self.place.url)
+                    raise Refused(f"{shown(address)} refuses the request: {trouble}{told}")
             if tried == self.retries or self.stop.wait(max(wait, pause(self.backoff, tried))):
                 break
         raise ConnectionError(f"{shown(address)} gave no answer in {tried + 1} tries, {trouble}")
@@ -70,17 +74,24 @@ class Post:
         return start_of(self.place.redacted(response.text), SHOWN)
 
     def _elsewhere(self, response: httpx.Response) -> str:
-        place = self.place.redacted(shown(response.headers.get("Location", "")))
+        try:
+            place = self.place.redacted(shown(response.headers.get("Location", "")))
+        except ValueError:
+            return ""
         return f"; it points to {place}, give that address if it is right" if place else ""
 
 
-def client(token: str | None, timeout: float, connections: int) -> httpx.Client:
-    """A client for JSON, that sends the token as `Authorization: Bearer`."""
+def client(place: Address, timeout: float, connections: int) -> httpx.Client:
+    """A client for JSON that sends the token as `Authorization: Bearer`, follows no redirect and logs no secret."""
     headers = {"Content-Type": "application/json"}
-    if token is not None:
-        headers["Authorization"] = f"Bearer {token}"
+    if place.token is not None:
+        headers["Authorization"] = f"Bearer {place.token}"
+    asked, meant = httpx.URL(place.posted("/")), origin(place.url)
+    if (asked.scheme, asked.host, asked.port or PORTS[asked.scheme]) != meant:
+        raise ValueError(f"{shown(place.url)} is read as another server by httpx, {asked.host}: write it otherwise")
+    hide(place)
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-    return httpx.Client(headers=headers, timeout=timeout, limits=limits, verify=_certificates())
+    return httpx.Client(headers=headers, timeout=timeout, limits=limits, verify=_certificates(), follow_redirects=False)
 
 
 @cache

@@ -15,6 +15,7 @@ from calibrated_rewards.reading.labels_of import labels_of
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.plain import plain
 from calibrated_rewards.scorers.remote_text import check_plain, numbers, text_fingerprint
+from calibrated_rewards.scorers.secret_names import without_secrets
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Vllm:
     """The server gives probabilities whatever it is asked, as vLLM did before 0.12: take their log-odds."""
     steps: Literal["last", "min", "mean"] = "last"
     """/pooling may answer for each token, or each step of a process reward model: which of their scores to take."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """More fields for the request: task, priority, ..."""
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """More fields for the request: task, priority, ... They may hold keys, so no repr shows them."""
     path: str = "/classify"
 
     def __post_init__(self) -> None:
@@ -92,7 +93,7 @@ class Vllm:
             "labels": repr(self.labels),
             "probabilities": self.probabilities,
             "steps": self.steps,
-            "options": dict(self.options),
+            "options": without_secrets(self.options),
         }
 
     def _score(self, rows: Float32[np.ndarray, "n L"]) -> float:
@@ -110,7 +111,7 @@ class VllmScore:
     model: str
     probabilities: bool = False
     """As in `Vllm`: the server gives a probability, take its log-odds."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     path: str = "/score"
 
     def inputs(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
@@ -137,7 +138,7 @@ class VllmScore:
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on, but for what the server is."""
-        return {"dialect": "vllm score", **asdict(self), "options": dict(self.options)}
+        return {"dialect": "vllm score", **asdict(self), "options": without_secrets(self.options)}
 
 
 def _rows(answer: Any, count: int) -> list[Float64[np.ndarray, "n L"]]:

@@ -10,12 +10,15 @@ from hashlib import blake2b
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
+from calibrated_rewards.serving.limits import Limits
 from calibrated_rewards.serving.metrics import Metrics
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[Any], Awaitable[None]]
 Receive = Callable[[], Awaitable[Any]]
 PREFIX = "/t/"
+# Whoever has no token, or sends such headers, has no connection to keep.
+CLOSING = (401, 431)
 
 
 @dataclass(eq=False)
@@ -27,12 +30,16 @@ class Door:
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """ASGI middleware: without the token 401, and nothing else; no log sees the token in a path or query."""
+    """ASGI middleware: without the token 401, and nothing else; no log sees the token in a path or query.
+
+    A request that is answered before its body has arrived costs its connection: the rest is not read.
+    """
 
     app: Callable[[Scope, Receive, Send], Awaitable[None]]
     token: str | None
     door: Door
     metrics: Metrics
+    limits: Limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -41,19 +48,27 @@ class Gate:
             await (self.app(scope, receive, send) if scope["type"] == "lifespan" else send({"type": "websocket.close"}))
             return
         given = taken_out(scope)
-        began, status = time.perf_counter(), 500
+        began, status, unread = time.perf_counter(), 500, has_body(scope)
+
+        async def hearing() -> Any:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message.get("more_body", False)
+            return message
 
         async def noting(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if self.door.closing:
+                if self.door.closing or unread or status in CLOSING:
                     message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
             await send(message)
 
         try:
-            if self.token is None or any(same(each, self.token) for each in given):
-                await self.app(scope, receive, noting)
+            if (trouble := oversized(scope, self.limits)) is not None:
+                await respond(noting, 431, {"error": trouble}, [(b"content-type", b"application/json")])
+            elif self.token is None or any(same(each, self.token) for each in given):
+                await self.app(scope, hearing, noting)
             else:
                 await unauthorised(noting)
         finally:
@@ -61,6 +76,25 @@ class Gate:
             self.metrics.requests.labels(dialect, str(status)).inc()
             if dialect != "none":
                 self.metrics.latency.observe(time.perf_counter() - began)
+
+
+def has_body(scope: Scope) -> bool:
+    """Whether a request announces a body."""
+    return any(
+        name == b"transfer-encoding" or (name == b"content-length" and value.strip(b" 0"))
+        for name, value in scope["headers"]
+    )
+
+
+def oversized(scope: Scope, limits: Limits) -> str | None:
+    """What is wrong with headers that are too many or too large; they have all arrived, and are not looked into."""
+    headers = scope["headers"]
+    size = sum(len(name) + len(value) for name, value in headers) + len(scope["query_string"]) + len(scope["path"])
+    if size > limits.header:
+        return f"the headers of a request have at most {limits.header} bytes, got {size}"
+    if len(headers) > limits.headers:
+        return f"a request has at most {limits.headers} headers, got {len(headers)}"
+    return None
 
 
 def taken_out(scope: Scope) -> list[str]:

@@ -23,6 +23,14 @@ class Limits:
     ValueError: Limits needs pairs > 0, got pairs=0
     """
 
+    header: int = 65_536
+    """Bytes of a request's first line and headers: 431, or 400 before they have all arrived."""
+    headers: int = 100
+    """Headers of a request: 431."""
+    header_seconds: float = 10.0
+    """Seconds for the headers to arrive: 408."""
+    newcomers: int = 1024
+    """Connections that have sent no request yet: the oldest is closed; fewer where few files may be open."""
     body: int = 16 * MEBIBYTE
     """Bytes of a request's body: 413."""
     held: int = 256 * MEBIBYTE

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
+from calibrated_rewards.serving.connections import http_protocol, many_files
 from calibrated_rewards.serving.gate import Door
 from calibrated_rewards.serving.limits import Limits
 
@@ -24,15 +25,12 @@ class Closing(uvicorn.Server):
     """A server that on the first SIGTERM or SIGINT takes no more connections, and ends when those there are done."""
 
     door: Door
-    told = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal closes the door; the second does not wait for clients, nor for answers if it is SIGINT."""
-        if self.told:
-            self.should_exit = True
-            self.force_exit = sig == signal.SIGINT
-            return
-        self.told = self.door.closing = True
+        """The first signal closes the door; a second one is the system's, and ends the process whatever hangs."""
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        self.door.closing = True
         self.loop.call_soon_threadsafe(self.close)
 
     def close(self) -> None:
@@ -55,22 +53,30 @@ def listen(app: Any, host: str, port: int, limits: Limits) -> None:
     """Serve an application until SIGTERM or SIGINT."""
     if not 0 <= port <= 65535:
         raise ValueError(f"a port is a number from 0 to 65535, got port={port}")
+    with switching(), many_files():
+        server = server_of(app, host, port, limits)
+        server.run()
+    if not server.started:
+        raise OSError(f"nothing can listen on {host}:{port}: the log above tells why")
+
+
+def server_of(app: Any, host: str, port: int, limits: Limits) -> Closing:
+    """The server of an application, which holds connections to their limits; not running yet."""
     config = uvicorn.Config(
         app,
         host=host,
         port=port,
         access_log=False,  # it would show tokens that stand in the query
         server_header=False,
+        http=cast(Any, http_protocol(limits)),
+        h11_max_incomplete_event_size=limits.header,
         ws="none",
         backlog=2048,
         timeout_graceful_shutdown=round(limits.answer_seconds + limits.body_seconds) + 1,
     )
     server = Closing(config)
     server.door = app.state.door
-    with switching():
-        server.run()
-    if not server.started:
-        raise OSError(f"nothing can listen on {host}:{port}: the log above tells why")
+    return server
 
 
 @contextmanager

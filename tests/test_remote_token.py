@@ -1,0 +1,125 @@
+"""The environment's token goes to the server that it is for, and to no other, however its url is written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from test_remote import QUICK, native, numbered, serving, status
+
+from calibrated_rewards import CalibratedReward, ReferenceTable
+from calibrated_rewards.samplers.decoding import Decoding
+from calibrated_rewards.samplers.openai import OpenAISampler
+from calibrated_rewards.scorers.remote import Refused, Remote
+from calibrated_rewards.scorers.remote_address import Address
+from calibrated_rewards.scorers.remote_dialects import Native
+from calibrated_rewards.scorers.remote_post import client
+from calibrated_rewards.scorers.remote_token import POLICY_TOKEN, TOKEN, token_for
+from calibrated_rewards.testing import NumberScorer
+
+SECRET = "s3cret-of-the-tests"
+
+
+def bind(monkeypatch: pytest.MonkeyPatch, server: str, variable: str = TOKEN) -> None:
+    monkeypatch.setenv(variable, SECRET)
+    monkeypatch.setenv(f"{variable}_URL", server)
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("https://good", True),
+        ("HTTPS://GOOD:443/score?x=1", True),
+        ("https://good/t/other/score", True),
+        ("http://good", False),
+        ("http://good:443", False),
+        ("https://good:8443", False),
+        ("https://good.", False),
+        ("https://good.evil", False),
+        ("https://evil/good", False),
+        ("https://evil?https://good", False),
+        ("https://evil#@good", False),
+        ("https://good@evil", False),
+        ("https://good:443@evil", False),
+        ("https://me@good", False),
+        ("https://good%2eevil", False),
+        ("https://xn--good", False),
+    ],
+)
+def test_scheme_host_and_port_decide(url: str, sent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written in any case; a port that is the scheme's own may be left out; nothing else is the same server."""
+    bind(monkeypatch, "https://other:1, https://good/ignored")
+    assert token_for(url) == (SECRET if sent else None)
+    bind(monkeypatch, "https://Good:443", POLICY_TOKEN)
+    assert OpenAISampler(url, "m", Decoding(max_tokens=1))._token == (SECRET if sent else None)
+    assert not sent or httpx.URL(url).host == "good"  # what is asked in the end
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://evil\\@good",
+        "https://good\\.evil",
+        "https://a@evil@good",
+        "https://ev\til@good",
+        " https://good",
+        "https://good\n.evil",
+        "https://g\uff4f\uff4fd",
+        "https://good\u3002evil",
+        "https://good evil",
+    ],
+)
+def test_urls_that_libraries_read_in_different_ways_are_refused(url: str) -> None:
+    """Before anything is sent anywhere."""
+    with pytest.raises(ValueError, match="needs an url"):
+        Remote(url, Native("m"), token=SECRET)
+    with pytest.raises(ValueError, match="needs an url"):
+        OpenAISampler(url, "m", Decoding(max_tokens=1), token=SECRET)
+
+
+def test_httpx_asks_the_host_that_was_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were it ever another one, no request would be made."""
+    monkeypatch.setattr(httpx, "URL", lambda url: httpx._urls.URL("https://evil/"))
+    with pytest.raises(ValueError, match="read as another server by httpx, evil"):
+        client(Address("https://good", SECRET), 1.0, 1)
+
+
+@pytest.mark.parametrize("servers", ["", "good", "good:443", "https://good,evil", "ftp://good"])
+def test_a_token_for_nobody_in_particular_is_an_error(servers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says which variable is missing, and not the token."""
+    bind(monkeypatch, servers)
+    with pytest.raises(ValueError, match=r"CALIBRATED_REWARDS_TOKEN_URL=http://rm:8000") as caught:
+        token_for("https://good")
+    assert SECRET not in str(caught.value)
+
+
+def test_a_saved_reward_sends_it_to_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward.json that names another server gets scores without it, and its 401 says why there was none."""
+    table = ReferenceTable.build([("p", [1.0, 2.0])])
+    CalibratedReward(NumberScorer(), table).save_pretrained(tmp_path)
+    with serving(native, None, status(401, b"who are you?")) as evil, serving(native) as good:
+        bind(monkeypatch, good.url)
+        for server, token in ((evil, None), (good, SECRET)):
+            dialect = {"is": "calibrated_rewards.scorers.remote_dialects.Native", "model": "rm"}
+            own = {"is": "calibrated_rewards.scorers.remote.Remote", "url": server.url, "dialect": dialect}
+            settings = json.loads((tmp_path / "reward.json").read_text())
+            scorer = {**own, "show_progress": False, "backoff": 0.001, "token": "from the file"}
+            (tmp_path / "reward.json").write_text(json.dumps({**settings, "scorer": scorer}))
+            reward: Any = CalibratedReward.from_pretrained(tmp_path, trust_remote_code=True)
+            assert reward(["p"], ["2"]) == [0.75]
+            sent = server.seen[0][1].get("Authorization")
+            assert sent == (None if token is None else f"Bearer {token}")
+        with pytest.raises(Refused, match=rf"CALIBRATED_REWARDS_TOKEN is for {good.url}, and was not sent"):
+            Remote(evil.url, Native("rm"), **QUICK)(*numbered(1))
+
+
+def test_a_redirect_takes_it_nowhere() -> None:
+    """Another host is named in an error, and not asked."""
+    with serving(native) as evil:
+        with (
+            serving(native, status(307, Location=f"{evil.url}/score")) as good,
+            pytest.raises(Refused, match="points to"),
+        ):
+            Remote(good.url, Native("rm"), token=SECRET, **QUICK)(*numbered(1))
+        assert evil.seen == []
