@@ -235,7 +235,7 @@ rewarding.strangers -> prompts, table, reading.messages
 reward            -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.*, scorers.protocol
 faithful.trl_settings -> reward, faithful.sampled, faithful.trl_rules
 combined          -> calibrations, prompts, reward, transforms, rewarding.device, scorers.protocol, scorers.ensemble
-commands.reward   -> choice, reward, table, transforms, commands.reward_model, commands.transform, scaling, table_expectations
+commands.reward   -> reward, table, transforms, commands.reward_model, commands.transform, scaling, table_expectations
 configured        -> reward, rewarding.spelling
 faithful.rewarded -> calibrations, finite_k, reward, scaling, faithful.rules
 faithful.check    -> reward, faithful.*
@@ -255,7 +255,7 @@ outcomes          -> estimates, rollouts.shard_files
 prospects         -> estimates, rollouts.shard_files
 recipes.model     ->
 recipes.raw       -> prompts, reward, table, rewarding.locating, rewarding.watch
-recipes.opening   -> prompts, reward, transforms, commands.saved_reward, commands.transform, reading.*, recipes.*, rollouts.sources, samplers.*, table_expectations
+recipes.opening   -> prompts, reward, commands.saved_reward, commands.transform, reading.*, recipes.*, rollouts.sources, samplers.*, table_expectations
 recipes.run_folder -> prompts, reward, recipes.*, rollouts.*, samplers.decoding
 recipes.timing    -> reward, recipes.raw, scorers.protocol
 recipes.together  ->
