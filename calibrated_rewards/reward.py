@@ -42,6 +42,7 @@ from calibrated_rewards.rewarding.verification import Verification, verified
 from calibrated_rewards.rewarding.watch import Alarm, first_ones, measures
 from calibrated_rewards.scaling import Scale, scaled
 from calibrated_rewards.scorers.protocol import Scorer, paired, score
+from calibrated_rewards.scorers.serial import is_thread_safe
 from calibrated_rewards.table import ReferenceTable, UnknownPromptError
 from calibrated_rewards.transforms import Identity, Transform
 
@@ -94,6 +95,11 @@ class CalibratedReward:
     @property
     def __name__(self) -> str:
         return self.name or named(self.transform, self.scorer)
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether several threads may ask at once without waiting for each other: whether the scorer says so."""
+        return self.scorer is None or is_thread_safe(self.scorer)
 
     def __call__(
         self,

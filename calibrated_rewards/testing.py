@@ -164,6 +164,8 @@ class HashScorer:
 
     seed: int = 0
 
+    thread_safe = True
+
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
         """The score of each pair: mean 0, variance 1."""
         return np.array([self._score(p, c) for p, c in zip(prompts, completions, strict=True)], np.float32)
@@ -187,6 +189,8 @@ class NumberScorer:
     """
 
     default: float = 0.0
+
+    thread_safe = True
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
         """The number in each completion."""

@@ -57,20 +57,21 @@ reading.own_forward -> reading.batches, reading.body
 reading.next_token -> reading.batches, reading.body, reading.decoder
 reading.completion_tokens -> prompts, reading.decoder, reading.text
 reading.question  -> prompts, reading.text
-scorers.protocol  -> prompts
+scorers.serial    ->
+scorers.protocol  -> prompts, scorers.serial
 scorers.plain     -> prompts
-scorers.recipe    -> prompts, scorers.protocol
-scorers.function  -> prompts, scorers.protocol
-scorers.cost      -> prompts, scorers.protocol
-scorers.ensemble  -> prompts, scorers.protocol
+scorers.recipe    -> prompts, scorers.protocol, scorers.serial
+scorers.function  -> prompts, scorers.protocol, scorers.serial
+scorers.cost      -> prompts, scorers.protocol, scorers.serial
+scorers.ensemble  -> prompts, scorers.protocol, scorers.serial
 scorers.checkpoint ->
 scorers.inspection -> scorers.checkpoint
 scorers.pretrained -> reading.body, scorers.checkpoint
-scorers.pairwise  -> prompts, table, scorers.plain, scorers.protocol
+scorers.pairwise  -> prompts, table, scorers.plain, scorers.protocol, scorers.serial
 scorers.remote_address -> prompts
 scorers.remote_retry ->
 scorers.remote_text -> prompts, reading.fingerprint, reading.text
-scorers.remote_vllm -> prompts, reading.*, scorers.plain, scorers.remote_text
+scorers.remote_vllm -> prompts, reading.*, scorers.plain, scorers.remote_text, scorers.serial
 scorers.remote_dialects -> prompts, reading.text, scorers.plain, scorers.remote_text
 checks            ->
 checks.probes     -> prompts
@@ -110,7 +111,7 @@ scorers.process   -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.implicit  -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.judge     -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.rated_judge -> prompts, reading.*, scorers.protocol, scorers.judge, scorers.recipe
-scorers.pair_models -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.pair_models -> prompts, reading.*, scorers.protocol, scorers.recipe, scorers.serial
 scorers.kinds     -> reading.*, scorers.*
 scorers.loading   -> reading.*, scorers.*
 scorers           -> scorers.protocol, scorers.loading
@@ -210,7 +211,7 @@ faithful.trl_rules -> faithful.rules
 rewarding.checked -> table
 rewarding.endings -> prompts
 rewarding.strangers -> prompts, table, reading.messages
-reward            -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.*, scorers.protocol
+reward            -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.*, scorers.protocol, scorers.serial
 faithful.trl_settings -> reward, faithful.sampled, faithful.trl_rules
 combined          -> calibrations, prompts, reward, transforms, rewarding.device, scorers.protocol
 commands.reward   -> choice, reward, table, transforms, commands.reward_model, commands.transform
@@ -234,7 +235,7 @@ recipes.model     ->
 recipes.raw       -> prompts, reward, table, rewarding.locating, rewarding.watch
 recipes.opening   -> prompts, reward, transforms, commands.transform, reading.*, recipes.*, rollouts.sources, samplers.*
 recipes.run_folder -> prompts, reward, recipes.*, rollouts.*, samplers.decoding
-recipes.timing    -> reward, recipes.raw, scorers.protocol
+recipes.timing    -> reward, recipes.raw, scorers.protocol, scorers.serial
 recipes.together  ->
 recipes.command   -> calibrations, reward, scaling, table, theory, recipes.opening, recipes.run_folder, recipes.together
 recipes.grpo_plain -> reward, recipes.*, rollouts.sources, samplers.policy

@@ -8,6 +8,7 @@ from typing import Any
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.scorers.protocol import fingerprint
+from calibrated_rewards.scorers.serial import is_thread_safe
 
 
 @dataclass
@@ -35,6 +36,11 @@ class TimedScorer:
     def __call__(self, prompts: Any, completions: Any) -> Any:
         """Its scores."""
         return self.seconds(self.scorer, prompts, completions)
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether the reward model says so."""
+        return is_thread_safe(self.scorer)
 
     def fingerprint(self) -> dict[str, Any]:
         """That of the reward model."""

@@ -9,6 +9,7 @@ from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, score
+from calibrated_rewards.scorers.serial import is_thread_safe
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class Cost:
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """Minus the cost of each pair."""
         return -score(self.scorer, prompts, completions)
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether the scorer says so."""
+        return is_thread_safe(self.scorer)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""

@@ -9,6 +9,7 @@ from jaxtyping import Float32, Float64
 
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import Fingerprinted, Scorer, checked, fingerprint, name_of, paired, score
+from calibrated_rewards.scorers.serial import is_thread_safe
 
 
 @runtime_checkable
@@ -130,6 +131,13 @@ class Ensemble:
         members = np.stack([score(scorer, asked, answered).astype(np.float64) for scorer in self.scorers])
         shifts, scales = np.asarray(self.shifts)[:, None], np.asarray(self.scales)[:, None]
         return checked(self.how((members - shifts) / scales), asked, answered, f"the ensemble's {name_of(self.how)}")
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether all members, and a combination of yours, say so."""
+        return all(map(is_thread_safe, self.scorers)) and (
+            isinstance(self.how, Mean | Min | LowerBound) or is_thread_safe(self.how)
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""

@@ -10,6 +10,7 @@ from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.scorers.protocol import checked, paired
+from calibrated_rewards.scorers.serial import is_thread_safe
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Function:
         asked, answered = paired(prompts, completions)
         scores = [self._score(prompt, completion) for prompt, completion in zip(asked, answered, strict=True)]
         return checked(scores, asked, answered, self.name)
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether the function says so."""
+        return is_thread_safe(self.function)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on, as far as is known: the name and the version that were given."""
