@@ -75,10 +75,16 @@ scorers.remote_vllm -> prompts, reading.*, scorers.plain, scorers.remote_text, s
 scorers.remote_dialects -> prompts, reading.text, scorers.plain, scorers.remote_text
 checks            ->
 checks.probes     -> prompts
-checks.subject    -> prompts, scorers.protocol, checks.probes
+checks.process_state ->
+checks.subject    -> prompts, scorers.protocol, checks.probes, checks.process_state
 checks.same_score -> scorers.protocol, checks.probes, checks.subject
-checks.whole_input -> checks.probes, checks.subject
-checks.edge_inputs -> prompts, checks.probes, checks.subject
+checks.positions  -> prompts, checks.probes, checks.subject
+checks.characters -> prompts, checks.positions, checks.probes, checks.subject
+checks.conversations -> checks.positions, checks.probes, checks.subject
+checks.odd_inputs -> prompts, checks.probes, checks.subject
+checks.side_effects -> prompts, scorers.protocol, checks.process_state, checks.subject
+checks.whole_input -> checks.characters, checks.probes, checks.subject
+checks.edge_inputs -> prompts, checks.positions, checks.probes, checks.subject
 checks.conformance -> prompts, scorers.protocol, checks.*
 commands          ->
 cli               ->
