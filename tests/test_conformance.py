@@ -102,8 +102,12 @@ def text_of(completion: Any) -> str:
 
 
 def failed(scorer: Any, **options: Any) -> set[str]:
-    """The checks that a scorer fails; nobody asks a random model for its sign."""
-    return {finding.name for finding in asked(scorer, options).inspect().failed}
+    """The checks that a scorer fails; nobody asks a random model for its sign, nor one of many for all it reads."""
+    examination = asked(scorer, options)
+    if not isinstance(scorer, MODELS):
+        return {finding.name for finding in examination.inspect().failed}
+    checks = [check for check in CHECKS if check.name not in READING]
+    return {check.name for check in checks if answer(check, examination.subject).status == "FAIL"}
 
 
 def told(scorer: Any, name: str, **options: Any) -> str:
@@ -121,6 +125,8 @@ def asked(scorer: Any, options: dict[str, Any]) -> Examination:
 
 
 MODELS = (Naive, SequenceClassifier)
+# Hundreds of texts for each: asked of our own models, in test_our_scorers_pass, and of what reads fast.
+READING = (COUNT, THREADS, FINITE, ROLES, TALK, ANSWER, QUESTION, KINDS, LETTERS)
 
 
 def llama(**options: Any) -> SequenceClassifier:
@@ -148,7 +154,7 @@ def test_a_scorer_that_knows_passes_with_its_sign():
     """A plain callable, with good answers above bad ones, passes all that can be asked of it."""
     verdict = check_scorer(Oracle())
 
-    assert {finding.name for finding in verdict.findings if finding.status == "-"} == {BOS, TRAINING}
+    assert {finding.name for finding in verdict.findings if finding.status == "-"} == {BOS, TRAINING, PICKLE}
     assert "8 of 8" in told(Oracle(), SIGN, sign=True)
 
 
@@ -294,7 +300,7 @@ def test_a_pair_is_scored_once():
         ]
         return HashScorer()(prompts, completions) * ~np.array(seen, bool)
 
-    assert failed(Opaque(first_alone)) == {REPEATED}
+    assert failed(Opaque(first_alone)) == {REPEATED, COUNT}
 
 
 def test_dropout():
@@ -352,7 +358,8 @@ def test_a_head_of_sixteen_bits(dtype):
     """Scores rounded to 16 bits: many tie, and few of them already show it."""
     rounded = Opaque(lambda p, c: torch.tensor(HashScorer()(p, c)).to(dtype))
 
-    assert failed(rounded) == {DISTINCT}
+    # Ties among single letters, too.
+    assert failed(rounded) == {DISTINCT, KINDS}
     assert str(dtype).removeprefix("torch.") in told(rounded, DISTINCT)
     assert failed(rounded, discrete=True) == set()
 
@@ -474,7 +481,7 @@ def test_text_that_cannot_be_encoded():
     """A scorer that knows Latin letters alone."""
     latin = Opaque(lambda p, c: HashScorer()(p, [text_of(x).encode("latin-1").decode("latin-1") for x in c]))
 
-    assert failed(latin) == {ODD, LETTERS}
+    assert failed(latin) == {ODD, LETTERS, FINITE}
 
 
 def test_an_empty_completion_may_be_refused():
@@ -540,7 +547,7 @@ def test_silent_truncation(side, end):
 
 def test_a_limit_that_is_not_kept_to():
     """A scorer that names its limit in its fingerprint, and says nothing when it cuts."""
-    assert failed(Quiet(llama())) == {LONG}
+    assert failed(Quiet(llama())) == {LONG, ANSWER, QUESTION}
 
 
 @dataclass(eq=False)
@@ -631,7 +638,7 @@ def amid(text: str) -> str:
 )
 def test_a_part_that_is_not_read(scorer, checks):
     """The prompt; turns of a conversation; a word at an end of the completion; the middle of a long text."""
-    assert checks <= failed(scorer) <= checks | {DISTINCT}
+    assert checks <= failed(scorer) <= checks | {DISTINCT, ANSWER, QUESTION, KINDS, ROLES, TALK}
 
 
 def test_scores_kept_by_completion():
@@ -718,7 +725,7 @@ def test_an_array_that_is_used_again():
         buffer[: len(prompts)] = HashScorer()(prompts, completions)
         return buffer[: len(prompts)]
 
-    assert failed(Opaque(reusing)) == {LEFT}
+    assert failed(Opaque(reusing)) == {LEFT, THREADS}
     assert "used again" in told(Opaque(reusing), LEFT)
 
 
@@ -759,9 +766,10 @@ def test_all_checks_run_and_are_told():
         check_scorer(Oracle(lambda completions, scores: -scores))
     verdict = str(caught.value)
 
-    assert [line.startswith(("  ok    ", "  FAIL  ", "  -     ")) for line in verdict.splitlines()[1:-1]] == [
-        True
-    ] * 23 + [False]
+    lines = [line for line in verdict.splitlines()[1:] if not line.startswith("        -> ")]
+
+    assert len(lines) == len(CHECKS)
+    assert all(line.startswith(("  ok    ", "  FAIL  ", "  -     ")) for line in lines)
     assert all(check.name in verdict for check in CHECKS)
     assert "\n        -> is this a cost model? Cost(scorer)" in verdict
 

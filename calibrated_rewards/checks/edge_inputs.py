@@ -41,7 +41,8 @@ def distinct(subject: Subject) -> Outcome:
     found, most = len(np.unique(subject.mixed[[*different.values()]])), len(different)
     told = f"{found} different scores of {most} different completions"
     if found == 1 < most:
-        return Outcome("FAIL", f"all {most} completions get the score {subject.mixed[0]:.6g}")
+        told = f"all {most} completions get the score {subject.mixed[0]:.6g}"
+        return Outcome("FAIL", f"{told} -> is the completion read, and is the score not too large for float32?")
     if subject.discrete:
         return Outcome("ok", told)
     if clipped := clipped_at(subject, [*different.values()]):

@@ -74,6 +74,11 @@ def _put_torch_random(states: list[list[int]]) -> None:
         torch.cuda.set_rng_state_all(others)
 
 
+def _put_log_level(levels: tuple[int, int]) -> None:
+    logging.root.setLevel(levels[0])
+    logging.disable(levels[1])
+
+
 def _handlers() -> list[Any]:
     if threading.current_thread() is not threading.main_thread():
         return []
@@ -133,7 +138,7 @@ WRITERS: dict[str, Callable[[Any], Any]] = {
     "the environment": _environment,
     "the locale": partial(locale.setlocale, locale.LC_ALL),
     "numpy's handling of errors": lambda value: np.seterr(**value),
-    "the level of the root logger": lambda value: (logging.root.setLevel(value[0]), logging.disable(value[1])),
+    "the level of the root logger": _put_log_level,
     "sys.path": partial(sys.path.__setitem__, slice(None)),
     "the recursion limit": sys.setrecursionlimit,
     "the switch interval of threads": sys.setswitchinterval,

@@ -8,6 +8,7 @@ import sysconfig
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -28,10 +29,13 @@ THREADS, EACH, CALLS = 8, 3, 3
 FEW = 8
 # Code that is not the scorer's author's: Python's, that of installed libraries, and ours.
 PLACES = ("stdlib", "platstdlib", "purelib", "platlib")
-LIBRARIES = (*{sysconfig.get_paths()[name] for name in PLACES}, str(Path(__file__).parents[1]), "<frozen")
-# How long a thread stands aside at one of the scorer's own instructions, and how often at most in a call: often at
-# first, then ever less.
-ASIDE, PAUSES = 1e-4, 24
+OURS = str(Path(__file__).parents[1])
+LIBRARIES = (*{sysconfig.get_paths()[name] for name in PLACES}, OURS, "<frozen", "<string", "<@")
+# How long a thread stands aside at an instruction of the scorer's own, ever less often where it comes by again; and at
+# how many instructions.
+ASIDE, PAUSES = 1e-4, 400
+# Seconds after which Python lets another thread go on, in place of 5 ms.
+SWITCH = 1e-6
 
 
 def process(subject: Subject) -> Outcome:
@@ -40,11 +44,12 @@ def process(subject: Subject) -> Outcome:
     ours = process_state()
     since = {name for name in changed(subject.before, ours) if name not in (*RANDOM, *GROWS)}
     put_back({name: subject.before[name] for name in GROWS})
+    by_call: list[str] = []
     try:
         by_call, after = _changed_by_a_call(subject)
         seeded = [name for name in by_call if name in RANDOM and _same_after_another_seed(subject, name, after)]
     finally:
-        put_back(ours | {name: subject.before[name] for name in since})
+        put_back(ours | {name: subject.before[name] for name in {*since, *by_call} - {*RANDOM}})
     drawn = [name for name in by_call if name in RANDOM and name != "random's state"]
     others = sorted({*since, *by_call} - {*RANDOM})
     if seeded:
@@ -166,10 +171,15 @@ def _at_once(subject: Subject, groups: list[list[int]], late: int) -> list[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         workers = [threading.Thread(target=call, args=(place,)) for place in range(len(groups))]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH)
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        finally:
+            sys.setswitchinterval(interval)
     subject.scored_pairs.append(sum(map(len, groups)))
     return answers
 
@@ -177,13 +187,13 @@ def _at_once(subject: Subject, groups: list[list[int]], late: int) -> list[Any]:
 @contextmanager
 def _interrupted(home: str, seed: int) -> Iterator[None]:
     """This thread stands aside at random instructions of the scorer's own code: what could be mixed up, will be."""
-    chance, count = random.Random(seed), 0
+    chance, visits = random.Random(seed), Counter[tuple[Any, int]]()
 
     def pause(frame: FrameType, _event: str, _: Any) -> Any:
-        nonlocal count
         frame.f_trace_opcodes = True
-        count += 1
-        if chance.random() < PAUSES / (PAUSES + count):
+        place = (frame.f_code, frame.f_lasti)
+        visits[place] += 1
+        if chance.random() < 1 / visits[place] and len(visits) < PAUSES:
             time.sleep(ASIDE)
         return pause
 
@@ -192,7 +202,8 @@ def _interrupted(home: str, seed: int) -> Iterator[None]:
         return pause(frame, event, arg) if file == home or not file.startswith(LIBRARIES) else None
 
     before = sys.gettrace()
-    sys.settrace(enter)
+    if not home.startswith(OURS):
+        sys.settrace(enter)
     try:
         yield
     finally:
