@@ -193,13 +193,14 @@ def _interrupted(home: str, seed: int) -> Iterator[None]:
         frame.f_trace_opcodes = True
         place = (frame.f_code, frame.f_lasti)
         visits[place] += 1
-        if chance.random() < 1 / visits[place] and len(visits) < PAUSES:
+        if chance.random() < PAUSES / (visits[place] * max(PAUSES, len(visits))):
             time.sleep(ASIDE)
         return pause
 
     def enter(frame: FrameType, event: str, arg: Any) -> Any:
         file = frame.f_code.co_filename
-        return pause(frame, event, arg) if file == home or not file.startswith(LIBRARIES) else None
+        installed = file.startswith(LIBRARIES) or "site-packages" in file
+        return pause(frame, event, arg) if file == home or not installed else None
 
     before = sys.gettrace()
     if not home.startswith(OURS):
