@@ -24,7 +24,7 @@ from calibrated_rewards.checks.subject import Outcome, Subject
 from calibrated_rewards.prompts import start_of
 from calibrated_rewards.scorers.protocol import checked, fingerprint, name_of, score
 
-THREADS, EACH, CALLS = 8, 3, 3
+THREADS, EACH, CALLS = 8, 3, 6
 # Pairs that a copy, or a scorer with another setting, is asked about.
 FEW = 8
 # Code that is not the scorer's author's: Python's, that of installed libraries, and ours.
@@ -160,7 +160,7 @@ def _at_once(subject: Subject, groups: list[list[int]], late: int) -> list[Any]:
         given = deepcopy(subject.pairs.at(groups[place]))
         try:
             start.wait(60)
-            time.sleep(2 * late * place * ASIDE)
+            time.sleep(5 * late * place * ASIDE)
             with _interrupted(home, late * THREADS + place):
                 answer = subject.scorer(given.prompts, given.completions)
                 time.sleep(ASIDE)
