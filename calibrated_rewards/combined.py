@@ -178,6 +178,11 @@ class CombinedReward:
 
         return like(torch.from_numpy(values).to(first.device), first)
 
+    @property
+    def thread_safe(self) -> bool:
+        """Whether all components' reward models say so, of which a call may ask each."""
+        return all(reward.thread_safe for reward in self.rewards.values())
+
     def fingerprint(self) -> dict[str, Any]:
         """What the values depend on: each component's scorer and references, and how they are combined."""
         parts = {

@@ -43,6 +43,7 @@ from calibrated_rewards.rewarding.verification import Verification, verified
 from calibrated_rewards.rewarding.watch import Alarm, first_ones, measures
 from calibrated_rewards.scaling import Scale, scaled
 from calibrated_rewards.scorers.protocol import Scorer, paired, score
+from calibrated_rewards.scorers.serial import is_thread_safe
 from calibrated_rewards.table import ReferenceTable, UnknownPromptError
 from calibrated_rewards.transforms import Identity, Transform
 
@@ -100,6 +101,11 @@ class CalibratedReward:
             return self.name
         settings = {each.name: (getattr(self, each.name), each.default) for each in fields(self)}
         return named(self.transform, self.scorer, **{name: settings[name] for name in NAMED_SETTINGS})
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether several threads may ask at once without waiting for each other: whether the scorer says so."""
+        return self.scorer is None or is_thread_safe(self.scorer)
 
     def __call__(
         self,

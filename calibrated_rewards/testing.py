@@ -37,6 +37,7 @@ from calibrated_rewards.transforms import PreciseTransform, Transform
 
 Array: TypeAlias = npt.NDArray[np.float64]
 STEPS = 512
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ class HashScorer:
 
     seed: int = 0
 
+    thread_safe = True
+
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
         """The score of each pair: mean 0, variance 1."""
         return np.array([self._score(p, c) for p, c in zip(prompts, completions, strict=True)], np.float32)
@@ -180,7 +183,7 @@ class HashScorer:
 
 @dataclass(frozen=True)
 class NumberScorer:
-    """A scorer without a model: the last number in a completion, or a default.
+    """A scorer without a model: the last number in a completion, within float32; or a default.
 
     >>> NumberScorer()(["2+2=", "2+2=", "2+2="], ["4", "3 or 4? I say -1.5", "Who knows?"])
     array([ 4. , -1.5,  0. ], dtype=float32)
@@ -188,10 +191,13 @@ class NumberScorer:
 
     default: float = 0.0
 
+    thread_safe = True
+
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Float32[np.ndarray, " n"]:
         """The number in each completion."""
         numbers = [_NUMBER.findall(_text(c)) for _, c in zip(prompts, completions, strict=True)]
-        return np.array([float(found[-1]) if found else self.default for found in numbers], np.float32)
+        values = [float(found[-1]) if found else self.default for found in numbers]
+        return np.clip(values, -LARGEST, LARGEST).astype(np.float32)
 
     def fingerprint(self) -> dict[str, Any]:
         """Its default."""

@@ -395,10 +395,11 @@ def test_each_question_has_its_option():
     """All that is said of the checks reaches the examination; if nothing, its own defaults."""
     url = ("--reward-model", "http://rm:8000")
     words = ["--tolerance", "0.5", "--no-sign", "--discrete", "--no-prompt", "--long-words", "7"]
+    words += ["--may-ignore", "digits", "--may-ignore", "roles", "--spare-seconds", "0.5"]
     told, plain = check_scorer.asked(parsed(*url, *words, "--chat")), check_scorer.asked(parsed(*url))
 
     assert (told.tolerance, told.sign, told.discrete, told.long_words, told.chat) == (0.5, False, True, 7, True)
-    assert not told.reads_prompt
+    assert (told.reads_prompt, told.may_ignore, told.spare_seconds) == (False, ("digits", "roles"), 0.5)
     assert vars(plain) == vars(Examination(plain.scorer))
     assert check_scorer.asked(parsed(*url, "--no-chat")).chat is False
 

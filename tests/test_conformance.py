@@ -33,10 +33,10 @@ from calibrated_rewards.testing import HashScorer, NumberScorer, check_picklable
 
 Scores = Callable[[Sequence[Any], Sequence[Any]], Any]
 GOOD = {question.good for question in QUESTIONS}
-NUMBER, BOS, DISTINCT, LEFT, TWICE, ALONE, NEIGHBOURS, PERMUTED, REPEATED, AFTER = [c.name for c in CHECKS[:10]]
-PREFIX, TRAINING, SPECIAL, ODD, EMPTY, NOTHING, CHAT = [check.name for check in CHECKS[10:17]]
-PROMPT, ENDS, TURNS, SYSTEM, LETTERS, SIGN, LONG = [check.name for check in CHECKS[17:24]]
-AGAIN = "long inputs before and after short ones"
+NUMBER, BOS, DISTINCT, LEFT, PROCESS, TWICE, ALONE, NEIGHBOURS, PERMUTED, REPEATED = [c.name for c in CHECKS[:10]]
+COUNT, THREADS, AFTER, ERROR, PREFIX, TRAINING, SPECIAL, ODD, FINITE, EMPTY, NOTHING = [c.name for c in CHECKS[10:21]]
+CHAT, PROMPT, ENDS, TURNS, ROLES, TALK, SYSTEM, ANSWER, QUESTION, KINDS, LETTERS = [c.name for c in CHECKS[21:32]]
+SIGN, LONG, SHORT, IDENTITY, PICKLE, AGAIN = [c.name for c in CHECKS[32:]]
 
 
 def gpt2(seed: int = 0, **options: Any) -> Any:
@@ -109,8 +109,12 @@ def text_of(completion: Any) -> str:
 
 
 def failed(scorer: Any, **options: Any) -> set[str]:
-    """The checks that a scorer fails; nobody asks a random model for its sign."""
-    return {finding.name for finding in asked(scorer, options).inspect().failed}
+    """The checks that a scorer fails; nobody asks a random model for its sign, nor one of many for all it reads."""
+    examination = asked(scorer, options)
+    if not isinstance(scorer, MODELS):
+        return {finding.name for finding in examination.inspect().failed}
+    checks = [check for check in CHECKS if check.name not in READING]
+    return {check.name for check in checks if answer(check, examination.subject).status == "FAIL"}
 
 
 def told(scorer: Any, name: str, **options: Any) -> str:
@@ -124,10 +128,12 @@ def asked(scorer: Any, options: dict[str, Any]) -> Examination:
     few = everyday(chat=False).at(range(16))
     fewer = {"prompts": few.prompts, "completions": few.completions} if isinstance(scorer, MODELS) else {}
     shorter = {"long_words": 100} if isinstance(scorer, Naive) else {}
-    return Examination(scorer, **{"sign": False, **fewer, **shorter, **options})
+    return Examination(scorer, **{"sign": False, "spare_seconds": 0.0, **fewer, **shorter, **options})
 
 
 MODELS = (Naive, SequenceClassifier)
+# Hundreds of texts for each: asked of our own models, in test_our_scorers_pass, and of what reads fast.
+READING = (COUNT, THREADS, FINITE, ROLES, TALK, ANSWER, QUESTION, KINDS, LETTERS)
 
 
 def llama(**options: Any) -> SequenceClassifier:
@@ -141,9 +147,9 @@ def llama(**options: Any) -> SequenceClassifier:
 @pytest.mark.parametrize("model", [tiny.classifier, gpt2])
 def test_our_scorers_pass(model, side):
     """Rotary and learned positions, tokenizers that pad left and right: all checks but the sign of a random head."""
-    verdict = check_scorer(SequenceClassifier(model(), tiny.tokenizer(side=side)), sign=False)
+    verdict = check_scorer(SequenceClassifier(model(), tiny.tokenizer(side=side)), sign=False, spare_seconds=0)
 
-    assert [finding.name for finding in verdict.findings if finding.status == "-"] == [SIGN]
+    assert [finding.name for finding in verdict.findings if finding.status == "-"] == [SIGN, PICKLE]
 
 
 def test_a_naive_scorer_without_a_fault_passes():
@@ -155,7 +161,7 @@ def test_a_scorer_that_knows_passes_with_its_sign():
     """A plain callable, with good answers above bad ones, passes all that can be asked of it."""
     verdict = check_scorer(Oracle())
 
-    assert {finding.name for finding in verdict.findings if finding.status == "-"} == {BOS, TRAINING}
+    assert {finding.name for finding in verdict.findings if finding.status == "-"} == {BOS, TRAINING, PICKLE}
     assert "8 of 8" in told(Oracle(), SIGN, sign=True)
 
 
@@ -301,7 +307,7 @@ def test_a_pair_is_scored_once():
         ]
         return HashScorer()(prompts, completions) * ~np.array(seen, bool)
 
-    assert failed(Opaque(first_alone)) == {REPEATED}
+    assert failed(Opaque(first_alone)) == {REPEATED, COUNT}
 
 
 def test_dropout():
@@ -359,7 +365,8 @@ def test_a_head_of_sixteen_bits(dtype):
     """Scores rounded to 16 bits: many tie, and few of them already show it."""
     rounded = Opaque(lambda p, c: torch.tensor(HashScorer()(p, c)).to(dtype))
 
-    assert failed(rounded) == {DISTINCT}
+    # Ties among single letters, too.
+    assert failed(rounded) == {DISTINCT, KINDS}
     assert str(dtype).removeprefix("torch.") in told(rounded, DISTINCT)
     assert failed(rounded, discrete=True) == set()
 
@@ -481,7 +488,7 @@ def test_text_that_cannot_be_encoded():
     """A scorer that knows Latin letters alone."""
     latin = Opaque(lambda p, c: HashScorer()(p, [text_of(x).encode("latin-1").decode("latin-1") for x in c]))
 
-    assert failed(latin) == {ODD, LETTERS}
+    assert failed(latin) == {ODD, LETTERS, FINITE}
 
 
 def test_an_empty_completion_may_be_refused():
@@ -547,7 +554,7 @@ def test_silent_truncation(side, end):
 
 def test_a_limit_that_is_not_kept_to():
     """A scorer that names its limit in its fingerprint, and says nothing when it cuts."""
-    assert failed(Quiet(llama())) == {LONG}
+    assert failed(Quiet(llama())) == {LONG, ANSWER, QUESTION}
 
 
 @dataclass(eq=False)
@@ -638,7 +645,7 @@ def amid(text: str) -> str:
 )
 def test_a_part_that_is_not_read(scorer, checks):
     """The prompt; turns of a conversation; a word at an end of the completion; the middle of a long text."""
-    assert checks <= failed(scorer) <= checks | {DISTINCT}
+    assert checks <= failed(scorer) <= checks | {DISTINCT, ANSWER, QUESTION, KINDS, ROLES, TALK}
 
 
 def test_scores_kept_by_completion():
@@ -725,7 +732,7 @@ def test_an_array_that_is_used_again():
         buffer[: len(prompts)] = HashScorer()(prompts, completions)
         return buffer[: len(prompts)]
 
-    assert failed(Opaque(reusing)) == {LEFT}
+    assert failed(Opaque(reusing)) == {LEFT, THREADS}
     assert "used again" in told(Opaque(reusing), LEFT)
 
 
@@ -766,9 +773,10 @@ def test_all_checks_run_and_are_told():
         check_scorer(Oracle(lambda completions, scores: -scores))
     verdict = str(caught.value)
 
-    assert [line.startswith(("  ok    ", "  FAIL  ", "  -     ")) for line in verdict.splitlines()[1:-1]] == [
-        True
-    ] * 24 + [False]
+    lines = [line for line in verdict.splitlines()[1:] if not line.startswith("        -> ")]
+
+    assert len(lines) == len(CHECKS)
+    assert all(line.startswith(("  ok    ", "  FAIL  ", "  -     ")) for line in lines)
     assert all(check.name in verdict for check in CHECKS)
     assert "\n        -> is this a cost model? Cost(scorer)" in verdict
 
@@ -904,9 +912,9 @@ def sparse_big_bird() -> Any:
 
 def test_a_model_that_changes_itself():
     """BigBird scored as people do is found out by texts that the check brings itself; ours puts it back."""
-    assert told(SwitchesItself(sparse_big_bird()), AGAIN).startswith("FAIL: ")
+    assert told(SwitchesItself(sparse_big_bird()), SHORT).startswith("FAIL: ")
     ours = SequenceClassifier(sparse_big_bird(), tiny.tokenizer(template=None), text=Text(max_length=1024))
-    assert told(ours, AGAIN) == "ok"
+    assert told(ours, SHORT) == "ok"
 
 
 def test_a_scorer_that_counts_short_texts():
@@ -917,4 +925,4 @@ def test_a_scorer_that_counts_short_texts():
         short.extend(completion for completion in completions if len(completion) < 10)
         return HashScorer()(prompts, completions) + 10 * np.array([bool(short) and len(p) > 900 for p in prompts])
 
-    assert AGAIN in failed(Opaque(changed))
+    assert SHORT in failed(Opaque(changed))

@@ -67,32 +67,39 @@ reading.labels_of -> reading.labels, reading.label_names
 reading.head_precision -> reading.body, reading.own_forward
 reading.completion_tokens -> prompts, reading.decoder, reading.text
 reading.question  -> prompts, reading.text
-scorers.callable_fingerprint -> reading.fingerprint
-scorers.differences ->
-scorers.protocol  -> prompts, scorers.callable_fingerprint
+scorers.serial    ->
 scorers.plain     -> prompts
-scorers.cost      -> prompts, scorers.protocol
-scorers.recipe    -> prompts, scorers.cost, scorers.protocol
-scorers.function  -> prompts, scorers.protocol
-scorers.ensemble  -> prompts, scorers.protocol
+scorers.callable_fingerprint -> reading.fingerprint
+scorers.protocol  -> prompts, scorers.serial, scorers.callable_fingerprint
+scorers.function  -> prompts, scorers.protocol, scorers.serial
+scorers.cost      -> prompts, scorers.protocol, scorers.serial
+scorers.recipe    -> prompts, scorers.protocol, scorers.serial, scorers.cost
+scorers.ensemble  -> prompts, scorers.protocol, scorers.serial
+scorers.differences ->
 scorers.checkpoint ->
 scorers.inspection -> scorers.checkpoint
 scorers.pretrained -> reading.body, scorers.checkpoint
-scorers.pairwise  -> prompts, table, scorers.plain, scorers.protocol
+scorers.pairwise  -> prompts, table, scorers.plain, scorers.protocol, scorers.serial
 scorers.remote_address -> prompts
 scorers.secret_names ->
 scorers.remote_token -> scorers.remote_address
 scorers.request_logs -> scorers.remote_address
 scorers.remote_retry ->
 scorers.remote_text -> prompts, reading.fingerprint, reading.text
-scorers.remote_vllm -> prompts, reading.*, scorers.plain, scorers.remote_text, scorers.secret_names
+scorers.remote_vllm -> prompts, reading.*, scorers.plain, scorers.remote_text, scorers.serial, scorers.secret_names
 scorers.remote_dialects -> prompts, reading.text, scorers.plain, scorers.remote_text
 checks            ->
 checks.probes     -> prompts
-checks.subject    -> prompts, scorers.protocol, checks.probes
+checks.process_state ->
+checks.subject    -> prompts, scorers.protocol, checks.probes, checks.process_state
 checks.same_score -> scorers.protocol, checks.probes, checks.subject
-checks.whole_input -> checks.probes, checks.subject
-checks.edge_inputs -> prompts, checks.probes, checks.subject
+checks.positions  -> prompts, checks.probes, checks.subject
+checks.characters -> prompts, checks.positions, checks.probes, checks.subject
+checks.conversations -> checks.positions, checks.probes, checks.subject
+checks.odd_inputs -> prompts, checks.probes, checks.subject
+checks.side_effects -> prompts, scorers.protocol, checks.process_state, checks.subject
+checks.whole_input -> checks.characters, checks.probes, checks.subject
+checks.edge_inputs -> prompts, checks.positions, checks.probes, checks.subject
 checks.conformance -> prompts, scorers.protocol, checks.*
 commands          ->
 cli               ->
@@ -128,7 +135,7 @@ scorers.process   -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.implicit  -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.judge     -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.rated_judge -> prompts, reading.*, scorers.protocol, scorers.judge, scorers.recipe
-scorers.pair_models -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.pair_models -> prompts, reading.*, scorers.protocol, scorers.recipe, scorers.serial
 scorers.kinds     -> reading.*, scorers.*
 scorers.loading   -> reading.*, scorers.*
 scorers           -> scorers.protocol, scorers.loading
@@ -232,7 +239,7 @@ faithful.trl_rules -> faithful.rules
 rewarding.checked -> table
 rewarding.endings -> prompts
 rewarding.strangers -> prompts, table, reading.messages
-reward            -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.*, scorers.protocol
+reward            -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.*, scorers.protocol, scorers.serial
 faithful.trl_settings -> reward, faithful.sampled, faithful.trl_rules
 combined          -> calibrations, prompts, reward, transforms, rewarding.device, scorers.protocol, scorers.ensemble
 commands.reward   -> reward, table, transforms, commands.reward_model, commands.transform, scaling, table_expectations
@@ -257,7 +264,7 @@ recipes.model     ->
 recipes.raw       -> prompts, reward, table, rewarding.locating, rewarding.watch
 recipes.opening   -> prompts, reward, commands.saved_reward, commands.transform, reading.*, recipes.*, rollouts.sources, samplers.*, table_expectations
 recipes.run_folder -> prompts, reward, recipes.*, rollouts.*, samplers.decoding
-recipes.timing    -> reward, recipes.raw, scorers.protocol
+recipes.timing    -> reward, recipes.raw, scorers.protocol, scorers.serial
 recipes.together  ->
 recipes.command   -> reward, table, table_expectations, commands.transform, recipes.opening, recipes.run_folder, recipes.together
 recipes.grpo_plain -> reward, recipes.*, rollouts.sources, samplers.policy

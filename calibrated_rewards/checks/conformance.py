@@ -1,15 +1,25 @@
 """Is this scorer fit for use? A line for each check, on your own model, before GPU hours are spent on its scores."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from calibrated_rewards.checks import edge_inputs, same_score, whole_input
+from calibrated_rewards.checks import (
+    characters,
+    conversations,
+    edge_inputs,
+    odd_inputs,
+    positions,
+    same_score,
+    side_effects,
+    whole_input,
+)
+from calibrated_rewards.checks.characters import MUST
 from calibrated_rewards.checks.probes import Pairs, everyday
-from calibrated_rewards.checks.subject import Outcome, Subject, values_of
+from calibrated_rewards.checks.subject import Outcome, Spare, Subject, values_of
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import Scorer
 
@@ -17,6 +27,10 @@ from calibrated_rewards.scorers.protocol import Scorer
 PAIRS = 64
 # Words of an input that should be longer than what a scorer reads.
 LONG_WORDS = 6_000
+# Seconds for more than the least that is asked: more places of long texts, more characters, larger calls.
+SPARE_SECONDS = 3.0
+# What `may_ignore` may name.
+IGNORABLE = (*(kind.name for kind in MUST), "roles")
 # A repr that is longer is cut to the name of its class.
 SHORT_REPR = 200
 
@@ -36,27 +50,40 @@ CHECKS = (
     Check("BOS once, ids that the model has", edge_inputs.one_bos, compares=False),
     Check("different completions, different scores", edge_inputs.distinct),
     Check("inputs and scores left alone", same_score.left_alone),
+    Check("the process left alone: seeds, folder, settings", side_effects.process),
     Check("called twice", same_score.called_twice),
     Check("alone = in a mixed batch", same_score.alone),
     Check("with a longer, with a shorter neighbour", same_score.neighbours),
     Check("permuted", same_score.permuted),
     Check("repeated in a batch", same_score.repeated),
+    Check("any number of pairs in a call", same_score.any_number),
+    Check("several threads at once", side_effects.threads),
     Check("called after other inputs", same_score.after_others),
+    Check("called after an error", same_score.after_error),
     Check("completions of one prompt together = alone", same_score.one_prompt),
     Check("model in training mode, another seed", same_score.training_mode),
     Check("special tokens in the text", same_score.special_tokens),
     Check("unicode, emoji, very short", same_score.odd_text),
+    Check("a finite score for every character", odd_inputs.finite),
     Check("empty or blank completion", edge_inputs.empty_completion),
     Check("empty list", edge_inputs.empty_list, compares=False),
     Check("conversation", edge_inputs.conversation),
     Check("the prompt is read", whole_input.prompt),
     Check("the first and the last word are read", whole_input.words),
     Check("all turns of a conversation are read", whole_input.turns),
+    Check("roles are read", conversations.roles),
+    Check("every message of a long conversation is read", conversations.every_message),
     Check("the system message is read", whole_input.system),
+    Check("every place of a completion is read", positions.completion),
+    Check("every place of a prompt is read", positions.prompt),
+    Check("digits, letters, punctuation, order of words are read", characters.differences),
     Check("case, accents, other alphabets are read", whole_input.letters),
     Check("sign", edge_inputs.sign, compares=False),
     Check("truncation", edge_inputs.truncation),
     Check("long inputs before and after short ones", same_score.long_again),
+    Check("fingerprint", side_effects.identity),
+    Check("pickled", side_effects.pickled),
+    Check("called again at the end", same_score.at_the_end),
 )
 
 
@@ -114,8 +141,17 @@ class Examination:
     """Words of an input that should be too long."""
     reads_prompt: bool = True
     """Whether the prompt should matter; a score of style or of safety may be one of the completion alone."""
+    may_ignore: Collection[str] = ()
+    """Differences that the scorer is meant not to see: "digits", "the order of words", "roles", ... (`IGNORABLE`)."""
+    spare_seconds: float = SPARE_SECONDS
+    """Seconds for more than the least that is asked; fast scorers are asked about every place of a text in that time,
+    slow ones about the ends, the middle, fractions, and where texts are often cut."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.may_ignore, str) or not {*self.may_ignore} <= {*IGNORABLE}:
+            raise ValueError(f"may_ignore is a list of names among {list(IGNORABLE)}, got {self.may_ignore!r}")
+        if not 0 <= self.spare_seconds < float("inf"):
+            raise ValueError(f"an examination needs finite spare_seconds >= 0, got {self.spare_seconds}")
         if (self.prompts is None) != (self.completions is None):
             raise ValueError("an examination needs prompts and completions, got only one of them")
         prompts, completions = len(self.prompts or ()), len(self.completions or ())
@@ -156,8 +192,8 @@ class Examination:
         if self.prompts is not None and self.completions is not None:
             some = np.linspace(0, len(self.prompts) - 1, min(PAIRS, len(self.prompts))).astype(int).tolist()
             pairs = Pairs(self.prompts, self.completions).at(some)
-        asked = (self.sign, self.discrete, self.long_words, self.reads_prompt)
-        return Subject(self.scorer, pairs, self.tolerance, chat, *asked)
+        asked = (self.sign, self.discrete, self.long_words, self.reads_prompt, tuple(self.may_ignore))
+        return Subject(self.scorer, pairs, self.tolerance, chat, *asked, Spare(self.spare_seconds))
 
 
 def check_scorer(
@@ -171,6 +207,8 @@ def check_scorer(
     discrete: bool = False,
     long_words: int = LONG_WORDS,
     reads_prompt: bool = True,
+    may_ignore: Collection[str] = (),
+    spare_seconds: float = SPARE_SECONDS,
 ) -> Inspection:
     """Run all checks on a scorer; AssertionError with the whole verdict if any failed.
 
@@ -180,9 +218,8 @@ def check_scorer(
     Traceback (most recent call last):
     AssertionError: ...
     """
-    found = Examination(
-        scorer, prompts, completions, tolerance, chat, sign, discrete, long_words, reads_prompt
-    ).inspect()
+    asked = (tolerance, chat, sign, discrete, long_words, reads_prompt, may_ignore, spare_seconds)
+    found = Examination(scorer, prompts, completions, *asked).inspect()
     if not found.passed:
         raise AssertionError(str(found))
     return found

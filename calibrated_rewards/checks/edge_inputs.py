@@ -8,12 +8,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from calibrated_rewards.checks.positions import reads_letters
 from calibrated_rewards.checks.probes import BLANK, QUESTIONS, Pairs, asked, message, soup, two_turns
 from calibrated_rewards.checks.subject import PADS, UNREAD, Embedding, Outcome, Subject, in_units
 from calibrated_rewards.prompts import start_of
 
 # Of scores that differ, at most so many may look alike.
 DISTINCT = 0.95
+# So many different completions with the highest score, or the lowest, are no accident.
+CLIPPED = 3
+# Scores on a grid whose steps are a larger part of their standard deviation were rounded.
+COARSE, GRIDS = 1e-3, (10.0, 5.0, 1.0, 0.5, 0.25, 0.1, 0.05, 0.01, 0.005, 0.001)
 # Tokenizers without a limit say 1e30.
 NO_LIMIT = 2**30
 # Where a long text is changed, as parts of its words: from where, to where.
@@ -24,7 +29,7 @@ SHORT_WORDS = 64
 
 def finite(subject: Subject) -> Outcome:
     """One finite number for each pair, and none of the pairs cut."""
-    scores, cut = subject.heard(subject.pairs)
+    scores, cut = subject.first
     told = f"{len(scores)} scores, {scores.min():.3g} to {scores.max():.3g}, sd {scores.std():.3g}"
     told += f"; in {' and '.join(subject.few_bits)} equal is within {subject.near:g} sd rms" if subject.few_bits else ""
     return Outcome("ok", "; ".join([told, *cut]))
@@ -36,16 +41,44 @@ def distinct(subject: Subject) -> Outcome:
     found, most = len(np.unique(subject.mixed[[*different.values()]])), len(different)
     told = f"{found} different scores of {most} different completions"
     if found == 1 < most:
-        return Outcome("FAIL", f"all {most} completions get the score {subject.mixed[0]:.6g}")
+        told = f"all {most} completions get the score {subject.mixed[0]:.6g}"
+        return Outcome("FAIL", f"{told} -> is the completion read, and is the score not too large for float32?")
     if subject.discrete:
         return Outcome("ok", told)
+    if clipped := clipped_at(subject, [*different.values()]):
+        return Outcome("FAIL", f"{clipped} -> scores are clipped, or saturate: hand out the number before that")
     few = rounded_to(subject.mixed)
+    if not few and (step := steps_of(subject.mixed)) > COARSE * subject.sd and reads_letters(subject):
+        few = f"steps of {step:g}"
     if found >= DISTINCT * most and not few:
         return Outcome("ok", told)
     told += f", all of them numbers of {few}" if few else f"; {tied(subject, [*different.values()])}"
     cause = "is the completion not read, a score kept by its prompt, or rounded?"
     advice = "compute the head in float32;" if few or subject.few_bits else cause
     return Outcome("FAIL", f"{told} -> {advice} where ties are meant, of grades or rules, say discrete=True")
+
+
+def clipped_at(subject: Subject, places: list[int]) -> str:
+    """The lowest or the highest score, if three or more different completions have it, and others have their own."""
+    scores = subject.mixed[places]
+    for name, end in (("highest", scores.max()), ("lowest", scores.min())):
+        if (scores == end).sum() >= CLIPPED and len(np.unique(scores)) > len(scores) / 2:
+            return (
+                f"{int((scores == end).sum())} of {len(scores)} different completions have the {name} score, {end:.6g}"
+            )
+    return ""
+
+
+def steps_of(scores: Float32[np.ndarray, " n"]) -> float:
+    """The step of a grid that all scores lie on: 1, 0.5, 0.1, ... 0.001; 0 if they lie on none.
+
+    >>> steps_of(np.array([0.5, 2.0], np.float32)), steps_of(np.array([0.123456, 2.0], np.float32))
+    (0.5, 0.0)
+    """
+    for step in GRIDS:
+        if (np.abs(scores / step - np.round(scores / step)) <= 1e-6 * np.abs(scores / step) + 1e-9).all():
+            return step
+    return 0.0
 
 
 def tied(subject: Subject, places: list[int]) -> str:

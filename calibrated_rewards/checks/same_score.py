@@ -4,7 +4,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from typing import Any
 
@@ -27,6 +27,8 @@ from calibrated_rewards.scorers.protocol import score
 
 # Words of the long prompt whose completions may share it; the first that the scorer reads whole is taken.
 LONG = (400, 60, 12)
+# Numbers of pairs in a call: none fills the usual batches. Above `MOST` only where there is time to spare.
+COUNTS, MOST = (2, 3, 7, 17, 33, 65, 130, 300, 1_030), 65
 # Special tokens of a tokenizer that are tried; some have hundreds that are reserved.
 SPECIALS = 12
 # What may stand behind one of them: a good and a bad text each.
@@ -73,9 +75,51 @@ def repeated(subject: Subject) -> Outcome:
 
 
 def called_twice(subject: Subject) -> Outcome:
-    """The same call again."""
+    """The same call again, twice; the very first call is one of them."""
     hint = "something is random: model.eval(), temperature 0"
+    first = subject.same(
+        subject.pairs, subject.mixed, subject.first[0], "the first call gives other scores than those behind it"
+    )
+    return (
+        first
+        if first.status == "FAIL"
+        else subject.same(subject.pairs, subject.score(subject.pairs), subject.mixed, hint)
+    )
+
+
+def any_number(subject: Subject) -> Outcome:
+    """Calls with so many pairs that a batch is not full, or that there are several."""
+    counts = [count for count in COUNTS if count <= MOST or subject.spare.seconds > 0]
+    hint = "scores depend on how many pairs a call has: look at the last batch, and at what is done per batch"
+    for count in counts:
+        at = random.Random(count).choices(range(len(subject.pairs)), k=count)
+        with subject.spare.spent() if count > MOST else nullcontext():
+            found = subject.score(subject.pairs.at(at))
+        outcome = subject.same(subject.pairs.at(at), found, subject.mixed[at], hint)
+        if outcome.status == "FAIL":
+            return Outcome("FAIL", f"{count} pairs in a call: {outcome.detail}")
+    return Outcome("ok", f"{', '.join(map(str, counts))} pairs")
+
+
+def after_error(subject: Subject) -> Outcome:
+    """The same call again, after one with something that is no text, which a scorer should refuse."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for nonsense in (None, object()):
+            with suppress(Exception):
+                subject.scorer([nonsense] * 2, [nonsense] * 2)  # type: ignore[list-item]
+    hint = "a call that fails leaves something behind: put things back in a finally"
     return subject.same(subject.pairs, subject.score(subject.pairs), subject.mixed, hint)
+
+
+def at_the_end(subject: Subject) -> Outcome:
+    """The first call again, after all that other checks have asked."""
+    hint = (
+        "scores drift with what was scored before: a counter, a running mean, a cache that is too small or too coarse"
+    )
+    found = subject.same(subject.pairs, subject.score(subject.pairs), subject.mixed, hint)
+    calls, pairs = len(subject.scored_pairs), sum(subject.scored_pairs)
+    return found if found.status == "FAIL" else Outcome("ok", f"after {calls:,} calls with {pairs:,} pairs")
 
 
 def left_alone(subject: Subject) -> Outcome:

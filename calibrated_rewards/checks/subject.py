@@ -2,16 +2,19 @@
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from time import perf_counter
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.checks.probes import Pairs, answers, long_prompt
+from calibrated_rewards.checks.process_state import process_state
 from calibrated_rewards.prompts import start_of
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, score
 
@@ -90,6 +93,22 @@ class Embedding(Protocol):
         """Turn dropout on, or off."""
 
 
+@dataclass
+class Spare:
+    """Seconds that an examination may spend on more than the least that it asks."""
+
+    seconds: float
+
+    @contextmanager
+    def spent(self) -> Iterator[None]:
+        """Take off what is spent inside."""
+        began = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds -= perf_counter() - began
+
+
 @dataclass(frozen=True, eq=False)
 class Subject:
     """The scorer, and what its scores are compared by."""
@@ -102,6 +121,14 @@ class Subject:
     discrete: bool
     long_words: int
     reads_prompt: bool = True
+    may_ignore: Collection[str] = ()
+    """Differences in a text that the scorer is meant not to see, by their names in `characters.KINDS`."""
+    spare: "Spare" = field(default_factory=lambda: Spare(0.0))
+    """Seconds for more than the least that is asked."""
+    before: Mapping[str, Any] = field(default_factory=process_state)
+    """The process before the scorer's first call."""
+    scored_pairs: list[int] = field(default_factory=list)
+    """The number of pairs of each call."""
 
     def score(self, pairs: Pairs) -> Float32[np.ndarray, " n"]:
         """The checked scores of pairs, in one call; warnings are for the checks that ask for them."""
@@ -112,6 +139,7 @@ class Subject:
     def scored(self, pairs: Pairs) -> Float32[np.ndarray, " n"]:
         """The same, warnings and all; of copies, so that a scorer that changes its inputs spoils no other check."""
         given = deepcopy(pairs)
+        self.scored_pairs.append(len(pairs))
         return score(self.scorer, given.prompts, given.completions).copy()
 
     def heard(self, pairs: Pairs) -> tuple[Float32[np.ndarray, " n"], list[str]]:
@@ -131,10 +159,12 @@ class Subject:
         return False
 
     def reads_whole(self, pairs: Pairs) -> bool:
-        """Whether the scorer neither refuses them nor says that it leaves something out."""
+        """Whether the scorer neither refuses them nor says that it leaves something out; a nan is no refusal."""
         try:
             return not self.heard(pairs)[1]
         except (ValueError, TypeError, AttributeError, RuntimeError, LookupError):
+            if not self.refuses(pairs):
+                raise
             return False
 
     def one_by_one(self, pairs: Pairs) -> Float32[np.ndarray, " n"]:
@@ -146,10 +176,26 @@ class Subject:
         gaps = (abs(float(self.score(ones.at([i]))[0] - self.score(others.at([i]))[0])) for i in range(len(ones)))
         return any(in_units(gap, self.sd) > UNREAD for gap in gaps)
 
+    def gap_alone(self, one: Pairs, other: Pairs) -> float:
+        """How far apart the first pairs of both score, each in a call of its own."""
+        return abs(float(self.score(one.at([0]))[0]) - float(self.score(other.at([0]))[0]))
+
+    def reads_alike(self, one: str, other: str) -> bool:
+        """Whether the tokenizer that the scorer shows makes the same tokens of two texts."""
+        if self.tokenizer is None:
+            return False
+        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (one, other)]
+        return bool(ids[0] == ids[1])
+
     @property
     def continuous(self) -> bool:
         """Whether any change of a text may be asked to show in its score: of no grade, and no constant."""
         return not self.discrete and self.sd > 0
+
+    @cached_property
+    def first(self) -> tuple[Float32[np.ndarray, " n"], list[str]]:
+        """The scores of the scorer's very first call, and the warnings that an input was too long."""
+        return self.heard(self.pairs)
 
     @cached_property
     def mixed(self) -> Float32[np.ndarray, " n"]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from calibrated_rewards.checks.characters import not_seen
 from calibrated_rewards.checks.probes import ALPHABETS, CONTRASTS, QUESTIONS, SYSTEMS, Pairs, asked, talk
 from calibrated_rewards.checks.subject import Outcome, Subject
 
@@ -105,4 +106,5 @@ def letters(subject: Subject) -> Outcome:
     for kind, (ones, others) in kinds.items():
         prompts = [asked(question.prompt, subject.chat) for question in QUESTIONS[: len(ones)]]
         unread += [] if subject.tells_apart(Pairs(prompts, ones), Pairs(prompts, others)) else [kind]
+    unread += not_seen(subject)
     return Outcome("-", f"not read: {', '.join(unread)}") if unread else Outcome("ok")

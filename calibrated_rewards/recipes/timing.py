@@ -8,6 +8,7 @@ from typing import Any
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.scorers.protocol import fingerprint, reads_messages
+from calibrated_rewards.scorers.serial import is_thread_safe
 
 
 @dataclass
@@ -40,6 +41,11 @@ class TimedScorer:
     def reads_messages(self) -> bool:
         """Whether the reward model reads messages."""
         return reads_messages(self.scorer)
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether the reward model says so."""
+        return is_thread_safe(self.scorer)
 
     def fingerprint(self) -> dict[str, Any]:
         """That of the reward model."""

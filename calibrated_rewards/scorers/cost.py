@@ -9,6 +9,7 @@ from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, reads_messages, score
+from calibrated_rewards.scorers.serial import is_thread_safe
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Cost:
     def reads_messages(self) -> bool:
         """Whether the scorer reads messages."""
         return reads_messages(self.scorer)
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether the scorer says so."""
+        return is_thread_safe(self.scorer)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""

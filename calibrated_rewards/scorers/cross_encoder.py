@@ -53,6 +53,8 @@ class CrossEncoder:
     """Tokens in a batch, padding included; halved by itself where memory does not suffice."""
     show_progress: bool = True
 
+    thread_safe = True  # each call takes the model's lock
+
     def __post_init__(self) -> None:
         plain = Text(max_length=self.text.max_length, on_long=self.text.on_long, strip=self.text.strip)
         if self.text != plain:

@@ -9,6 +9,7 @@ from jaxtyping import Float32, Float64
 
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import Scorer, checked, fingerprint, name_of, paired, reads_messages, score
+from calibrated_rewards.scorers.serial import is_thread_safe
 
 
 @runtime_checkable
@@ -135,6 +136,13 @@ class Ensemble:
     def reads_messages(self) -> bool:
         """Whether all of the scorers read messages."""
         return all(map(reads_messages, self.scorers))
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether all members, and a combination of yours, say so."""
+        return all(map(is_thread_safe, self.scorers)) and (
+            isinstance(self.how, Mean | Min | LowerBound) or is_thread_safe(self.how)
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""

@@ -10,6 +10,7 @@ from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.scorers.protocol import checked, fingerprint, paired
+from calibrated_rewards.scorers.serial import is_thread_safe
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Function:
     def reads_messages(self) -> bool:
         """Whether messages may take the place of a text: no, the function gets what calibration gave it."""
         return False
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether the function says so."""
+        return is_thread_safe(self.function)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on: the name and the version that were given; without a version, the function too."""

@@ -48,6 +48,8 @@ class ImplicitReward:
     share_prefixes: bool = True
     show_progress: bool = True
 
+    thread_safe = True  # each call takes the model's lock
+
     def __post_init__(self) -> None:
         if not self.beta > 0:
             raise ValueError(f"ImplicitReward needs beta > 0, got beta={self.beta}")

@@ -60,6 +60,8 @@ class Judge:
     share_prefixes: bool = True
     show_progress: bool = True
 
+    thread_safe = True  # each call takes the model's lock
+
     def __post_init__(self) -> None:
         if self.good == self.bad:
             raise ValueError(f"Judge needs two answers, got good={self.good!r} and bad={self.bad!r}")
@@ -105,6 +107,8 @@ class ExpectedRating:
     batch_tokens: int | None = None
     share_prefixes: bool = True
     show_progress: bool = True
+
+    thread_safe = True  # each call takes the model's lock
 
     def __post_init__(self) -> None:
         if not self.low < self.high:

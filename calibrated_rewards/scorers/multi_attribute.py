@@ -41,6 +41,8 @@ class MultiAttribute:
     """Tokens in a batch, padding included; halved by itself where memory does not suffice."""
     show_progress: bool = True
 
+    thread_safe = True  # each call takes the model's lock
+
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """The score of each pair."""
         prompts, completions = paired(prompts, completions)

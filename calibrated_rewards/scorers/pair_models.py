@@ -20,6 +20,7 @@ from calibrated_rewards.reading.question import conversation, filled, one_token
 from calibrated_rewards.reading.text import Text, kept
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, finite, name_of, paired, score
 from calibrated_rewards.scorers.recipe import in_memory
+from calibrated_rewards.scorers.serial import is_thread_safe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,6 +85,11 @@ class PairClassifier:
         ends = [filled(self.template[cut:], values) for values in told]
         return np.asarray(expit(score(self.scorer, openings, ends).astype(np.float64)))
 
+    @property
+    def thread_safe(self) -> bool:
+        """Whether the scorer says so."""
+        return is_thread_safe(self.scorer)
+
     def fingerprint(self) -> dict[str, Any]:
         """What the answers depend on."""
         return {"kind": "pair classifier", "scorer": fingerprint(self.scorer), "template": self.template}
@@ -113,6 +119,8 @@ class PairJudge:
     batch_tokens: int | None = None
     share_prefixes: bool = True
     show_progress: bool = True
+
+    thread_safe = True  # each call takes the model's lock
 
     def __post_init__(self) -> None:
         check_places(self.question)

@@ -14,6 +14,7 @@ from jaxtyping import Float32, Float64
 from calibrated_rewards.prompts import KEY_BYTES, Completion, Prompt, as_key, start_of
 from calibrated_rewards.scorers.plain import plain
 from calibrated_rewards.scorers.protocol import fingerprint, name_of, paired, reads_messages, without_tensors
+from calibrated_rewards.scorers.serial import is_thread_safe
 from calibrated_rewards.table import UnknownPromptError
 
 # How far rounding may carry a probability out of [0, 1].
@@ -79,6 +80,11 @@ class BothOrders:
         """Whether the preference reads messages."""
         return reads_messages(self.preference)
 
+    @property
+    def thread_safe(self) -> bool:
+        """Whether the preference says so."""
+        return is_thread_safe(self.preference)
+
     def fingerprint(self) -> dict[str, Any]:
         """What the answers depend on."""
         return {"kind": "both orders", "of": fingerprint(cast(Any, self.preference))}
@@ -94,6 +100,8 @@ class References:
     """
 
     by_key: Mapping[bytes, Sequence[Completion]]
+
+    thread_safe = True  # only read
 
     def __repr__(self) -> str:
         return f"References({len(self.by_key)} prompts)"
@@ -184,6 +192,11 @@ class MeanWin:
     def reads_messages(self) -> bool:
         """Whether the preference reads messages."""
         return reads_messages(self.preference)
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether the preference and the references say so."""
+        return is_thread_safe(self.preference) and is_thread_safe(self.references)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""

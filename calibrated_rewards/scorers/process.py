@@ -53,6 +53,8 @@ class ProcessReward:
     share_prefixes: bool = True
     show_progress: bool = True
 
+    thread_safe = True  # each call takes the model's lock
+
     def __post_init__(self) -> None:
         if self.reduce not in ("min", "product", "last", "mean"):
             raise ValueError(f"ProcessReward reduces by min, product, last or mean, got reduce={self.reduce!r}")

@@ -1,6 +1,7 @@
 """What a scorer is, and the one place where its answer is checked."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from inspect import Parameter, signature
@@ -11,13 +12,18 @@ from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.scorers.callable_fingerprint import describe
+from calibrated_rewards.scorers.serial import is_thread_safe, lock_for
 
 _OTHER = {"prompts": "completion", "completions": "prompt"}
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Scores completions: `scorer(prompts, completions)`, two lists of one length, gives as many numbers."""
+    """Scores completions: `scorer(prompts, completions)`, two lists of one length, gives as many numbers.
+
+    One thread at a time calls it, whatever number of threads ask a reward. A scorer that several threads may call at
+    once says so by an attribute, `thread_safe = True`, on its class, on the object or on the function.
+    """
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Any:
         """One score for each pair, higher is better: a list, a numpy array or a torch tensor."""
@@ -50,9 +56,11 @@ def reads_messages(scorer: object) -> bool:
 def score(scorer: Scorer, prompts: Iterable[Prompt], completions: Iterable[Completion]) -> Float32[np.ndarray, " n"]:
     """The scores that any scorer gives, checked: one for each pair, none of them nan or infinite."""
     asked, answered = paired(prompts, completions)
-    # Copies: what a scorer does to its arguments is its own affair.
-    given = _call(scorer, deepcopy(asked), deepcopy(answered)) if asked else []
-    return checked(given, asked, answered, name_of(scorer))
+    if not asked:
+        return np.empty(0, np.float32)
+    with nullcontext() if is_thread_safe(scorer) else lock_for(scorer):
+        # Copies: what a scorer does to its arguments is its own affair. The answer is copied before the next call.
+        return checked(_call(scorer, deepcopy(asked), deepcopy(answered)), asked, answered, name_of(scorer))
 
 
 def _call(scorer: Any, prompts: list[Prompt], completions: list[Completion]) -> Any:

@@ -57,6 +57,8 @@ class RatedJudge:
     batch_tokens: int | None = None
     show_progress: bool = True
 
+    thread_safe = True  # each call takes the model's lock
+
     def __post_init__(self) -> None:
         if not self.low < self.high:
             raise ValueError(f"RatedJudge needs low < high, got low={self.low} and high={self.high}")

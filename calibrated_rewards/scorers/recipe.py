@@ -12,6 +12,7 @@ from jaxtyping import Float32
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.cost import Cost
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, finite, name_of, paired
+from calibrated_rewards.scorers.serial import is_thread_safe
 
 # One at a time: two threads that ask first would otherwise load the weights twice.
 LOADING = threading.RLock()
@@ -45,6 +46,11 @@ class Loaded:
         """The scorer that does the work, of the kind that the recipe leads to; the same one from then on."""
         with LOADING:
             return self._scorer  # type: ignore[no-any-return]
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether the scorer that was loaded says so."""
+        return is_thread_safe(self.scorer)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on."""

@@ -76,6 +76,8 @@ class Remote:
     token: str | None = field(default=None, repr=False)
     show_progress: bool = True
 
+    thread_safe = True  # each call has its own connections
+
     def __post_init__(self) -> None:
         _ = self._place
         whole = {"batch_size": (self.batch_size, 1), "concurrency": (self.concurrency, 1), "retries": (self.retries, 0)}

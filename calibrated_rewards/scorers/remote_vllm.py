@@ -16,6 +16,7 @@ from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.plain import plain
 from calibrated_rewards.scorers.remote_text import check_plain, numbers, text_fingerprint
 from calibrated_rewards.scorers.secret_names import without_secrets
+from calibrated_rewards.scorers.serial import lock_for
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Vllm:
         """Token ids; or texts and chats."""
         if self.tokenizer is not None:
             limit = self.text.limit(self.tokenizer, None)
-            return list(self.text.encode(self.tokenizer, prompts, completions, limit))
+            with lock_for(self.tokenizer):  # requests are made in several threads, tokens in one
+                return list(self.text.encode(self.tokenizer, prompts, completions, limit))
         return [_text_or_chat(self.text, p, c) for p, c in zip(prompts, completions, strict=True)]
 
     def alone(self, item: Any) -> bool:

@@ -51,6 +51,8 @@ class SequenceClassifier:
     share_prefixes: bool = True
     show_progress: bool = True
 
+    thread_safe = True  # each call takes the model's lock
+
     def __post_init__(self) -> None:
         if self.pool not in ("model", "last"):
             raise ValueError(f"SequenceClassifier needs pool to be 'model' or 'last', got pool={self.pool!r}")

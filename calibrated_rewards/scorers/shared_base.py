@@ -52,6 +52,8 @@ class SharedBase:
     share_prefixes: bool = True
     show_progress: bool = True
 
+    thread_safe = True  # each call takes the model's lock
+
     def __post_init__(self) -> None:
         known = sorted(self.policy.peft_config)
         if self.adapter not in known:

@@ -52,6 +52,8 @@ class ValueHead:
     share_prefixes: bool = True
     show_progress: bool = True
 
+    thread_safe = True  # each call takes the model's lock
+
     def __post_init__(self) -> None:
         if not self.std > 0:
             raise ValueError(f"ValueHead needs std > 0, got std={self.std}")
