@@ -128,11 +128,13 @@ def auto_class(config: Mapping[str, Any], adapted: bool) -> Any:
     """What loads the body: AutoModel, or the whole language model where AutoModel is another model, or none.
 
     Of BERT's and BART's decoders AutoModel is the encoder with its pooler, or encoder and decoder; of TrOCR's nothing.
+    A type that transformers does not know at all is somebody's extension of one that it does, and is loaded as that.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-    unlike = config.get("is_decoder") or config.get("model_type") not in MODEL_MAPPING_NAMES
+    kind = config.get("model_type")
+    unlike = config.get("is_decoder") or (kind in transformers.CONFIG_MAPPING and kind not in MODEL_MAPPING_NAMES)
     own_code = bool(config.get("auto_map"))
     return transformers.AutoModelForCausalLM if adapted or (unlike and not own_code) else transformers.AutoModel
 
