@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,10 +24,10 @@ from jaxtyping import Float
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.estimates import Estimate, Samples, Stated, difference
 from calibrated_rewards.evaluation import win_rate
-from calibrated_rewards.outcomes import Difference, Evaluation, Outcome
+from calibrated_rewards.outcomes import Difference, Evaluation, Outcome, Precision
 from calibrated_rewards.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.prompts import Prompt, prompt_key
-from calibrated_rewards.responses import Measure, Responses, distances, responses
+from calibrated_rewards.responses import KnowsPrecision, Measure, Responses, distances, responses
 from calibrated_rewards.rollouts.sources import Asked, prompts_from
 from calibrated_rewards.samplers.protocol import Sampler
 from calibrated_rewards.scorers.protocol import Scorer
@@ -124,7 +124,7 @@ def _check_folder(out: str | os.PathLike[str] | None) -> None:
 
 def _made(
     run: "_Run", name: str, policy: Sampler, reference: Sampler, seed: int, divergence: Mapping[str, Measure] | None
-) -> tuple[Float[np.ndarray, "P m"], int] | None:
+) -> "_MeasuredKL | None":
     """Completions of a policy, scored, and their KL, if it is measured."""
     run.draw(name, policy, seed)
     measure = _between(policy, reference) if divergence is None else divergence.get(name)
@@ -152,8 +152,9 @@ class _Run:
     def draw(self, name: str, sampler: Sampler, seed: int) -> None:
         calibrate(self.asked, sampler, dict(self.scorers), self.out / name, seed=seed, **self.settings)
 
-    def distances(self, name: str, measure: Measure) -> tuple[Float[np.ndarray, "P m"], int]:
-        return distances(self.out / name, self.prompts, measure, self.settings["k"], self.settings["show_progress"])
+    def distances(self, name: str, measure: Measure) -> "_MeasuredKL":
+        found = distances(self.out / name, self.prompts, measure, self.settings["k"], self.settings["show_progress"])
+        return _MeasuredKL(*found, measure.precision() if isinstance(measure, KnowsPrecision) else None)
 
     def read(self, name: str) -> Responses:
         return responses(self.out / name, self.prompts, [*self.scorers], self.settings["k"])
@@ -165,15 +166,28 @@ class _Run:
 
 
 @dataclass(frozen=True)
+class _MeasuredKL:
+    """The KL of each completion of a policy, and how it was read."""
+
+    values: Float[np.ndarray, "P m"]
+    not_as_drawn: int
+    precision: Precision | None
+
+    def stated(self) -> Stated:
+        """The mean; of one model saved in two dtypes the interval begins at 0, for the rest may be rounding."""
+        mean = _mean(self.values).within(0.0, np.inf)
+        rounded = self.precision is not None and self.precision.rounding is not None
+        return replace(mean, low=0.0) if rounded and mean.low is not None else mean
+
+
+@dataclass(frozen=True)
 class _Compared:
     """The responses of the reference and of each policy, and what follows from them."""
 
     of: Mapping[str, Responses]
     select: str
 
-    def evaluation(
-        self, procedures: Sequence[Procedure], kl: Mapping[str, tuple[Float[np.ndarray, "P m"], int]]
-    ) -> Evaluation:
+    def evaluation(self, procedures: Sequence[Procedure], kl: Mapping[str, _MeasuredKL]) -> Evaluation:
         samples = {name: self._samples(own) for name, own in self.of.items()}
         wins = {
             (name, judge, repr(each)): win_rate(own[judge], samples[REFERENCE][judge], each, jackknife=False)
@@ -201,9 +215,7 @@ class _Compared:
     def _samples(self, own: Responses) -> dict[str, Samples]:
         return {judge: Samples(own.scores[self.select], scores) for judge, scores in own.scores.items()}
 
-    def _outcome(
-        self, name: str, wins: Mapping[tuple[str, str, str], Estimate], kl: tuple[Float[np.ndarray, "P m"], int] | None
-    ) -> Outcome:
+    def _outcome(self, name: str, wins: Mapping[tuple[str, str, str], Estimate], kl: _MeasuredKL | None) -> Outcome:
         own = self.of[name]
         rates: dict[str, dict[str, Stated]] = {}
         for (whose, judge, how), estimate in wins.items():
@@ -211,11 +223,12 @@ class _Compared:
                 rates.setdefault(judge, {})[how] = Stated.of(estimate).within(0.0, 1.0)
         return Outcome(
             name,
-            None if kl is None else _mean(kl[0]).within(0.0, np.inf),
+            None if kl is None else kl.stated(),
             None if np.isnan(own.tokens).any() else _mean(own.tokens).within(0.0, np.inf),
             {judge: _mean(scores) for judge, scores in own.scores.items()},
             rates,
-            0 if kl is None else kl[1],
+            0 if kl is None else kl.not_as_drawn,
+            None if kl is None else kl.precision,
         )
 
 

@@ -19,6 +19,16 @@ WIDTH = 1e-9
 
 
 @dataclass(frozen=True)
+class Precision:
+    """How finely a measure of KL reads its two models."""
+
+    read_in: str
+    """The dtype that they compute in, such as float32."""
+    rounding: str | None = None
+    """The dtype in which the two have the same weights, one of them rounded to it; None where they are two models."""
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What is measured of one policy, or of the reference."""
 
@@ -33,6 +43,8 @@ class Outcome:
     """By scorer that judges, then by procedure, as its repr: how often the policy beats the reference."""
     not_as_drawn: int = 0
     """Completions whose text makes other tokens than were drawn: their KL is along the tokens of the text."""
+    kl_precision: Precision | None = None
+    """How finely the models were read for the KL; None where no KL was measured, or the measure does not say."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,22 @@ def _lines(found: Evaluation) -> Iterator[str]:
             share = f"{each.not_as_drawn} of {_counted(found.prompts * found.completions, 'completion')}"
             makes = "makes" if each.not_as_drawn == 1 else "make"
             yield f"{each.name}: {share} {makes} other tokens than were drawn, and the KL is along those"
+        yield from (f"{each.name}: {note}" for note in precision_notes(each.kl_precision))
+
+
+def precision_notes(precision: Precision | None) -> Iterator[str]:
+    """What to know of a KL that was not read in float32, or is of one model saved in two dtypes."""
+    if precision is None:
+        return
+    if precision.read_in != "float32":
+        yield (
+            f"the KL is read in {precision.read_in}, not float32: rounding alone can make a KL of some hundredths of a nat"
+        )
+    if precision.rounding is not None:
+        yield (
+            f"its weights are those of the reference, one of the two rounded to {precision.rounding}: the KL is of that "
+            "rounding, and its interval begins at 0"
+        )
 
 
 def _counted(number: int, what: str) -> str:
@@ -162,6 +190,8 @@ def _outcome(says: Mapping[str, Any]) -> Outcome:
     def each(of: Mapping[str, Any]) -> dict[str, Any]:
         return {name: Stated.read(value) for name, value in of.items()}
 
-    read = {name: _stated(says[name]) for name in ("kl", "tokens")}
+    read: dict[str, Any] = {name: _stated(says[name]) for name in ("kl", "tokens")}
     rates = {judge: each(of) for judge, of in says["win_rates"].items()}
+    precision = says.get("kl_precision")
+    read["kl_precision"] = None if precision is None else Precision(**precision)
     return Outcome(**{**says, **read, "scores": each(says["scores"]), "win_rates": rates})

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 from tqdm import tqdm
 
+from calibrated_rewards.outcomes import Precision
 from calibrated_rewards.prompts import Prompt, start_of
 from calibrated_rewards.rollouts.directory import RunDirectory
 from calibrated_rewards.rollouts.shard_files import read_table, replacing
@@ -24,6 +25,16 @@ from calibrated_rewards.scorers.protocol import fingerprint
 
 Distances = Sequence[Sequence[Any]]
 Measure = Callable[[Sequence[Prompt], Sequence[Sequence[Rollout]]], Distances]
+
+
+@runtime_checkable
+class KnowsPrecision(Protocol):
+    """A measure that says how finely it reads."""
+
+    def precision(self) -> Precision:
+        """The dtype that its models are read in, and whether rounding is all that they differ by."""
+
+
 _OF = b"calibrated-rewards divergence"
 _KEPT = pa.schema([("key", pa.binary(16)), ("number", pa.int32()), ("kl", pa.float64()), ("as_drawn", pa.bool_())])
 
@@ -66,16 +77,15 @@ def distances(
             kept = _read(file, said)
             if any(len(kept.get(key, [])) < m for key in wanted):
                 shard = directory.load(name)
-                for planned, rollouts in zip(shard.prompts, shard.rollouts, strict=True):
-                    if planned.key in prompts:
-                        own = kept.setdefault(planned.key, [])
-                        # A prompt of which all is kept has none left.
-                        more = measure([planned.prompt], [rollouts[len(own) : m]])[0]
-                        own += [(float(kl), bool(same)) for kl, same in more]
-                        bar.update()
+                pairs = zip(shard.prompts, shard.rollouts, strict=True)
+                asked = [(planned, rollouts) for planned, rollouts in pairs if planned.key in prompts]
+                rows = [kept.setdefault(planned.key, []) for planned, _ in asked]
+                # Of the whole shard in one call, for which the models change their precision once.
+                missing = [rollouts[len(row) : m] for row, (_, rollouts) in zip(rows, asked, strict=True)]
+                for row, more in zip(rows, measure([planned.prompt for planned, _ in asked], missing), strict=True):
+                    row += [(float(kl), bool(same)) for kl, same in more]
                 _write(file, said, kept)
-            else:
-                bar.update(len(wanted))
+            bar.update(len(wanted))
             found |= {key: kept[key][:m] for key in wanted}
     kl = _rows(f"the KL of {path}", {key: [kl for kl, _ in own] for key, own in found.items()}, prompts, m)
     return kl, sum(not same for key in prompts for _, same in found[key])

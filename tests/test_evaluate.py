@@ -30,7 +30,7 @@ from calibrated_rewards.cli import COMMANDS, main
 from calibrated_rewards.divergence import Divergence
 from calibrated_rewards.estimates import Estimate, Stated
 from calibrated_rewards.evaluate import evaluate
-from calibrated_rewards.outcomes import Difference, Evaluation
+from calibrated_rewards.outcomes import Difference, Evaluation, Precision
 from calibrated_rewards.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.responses import distances, responses
@@ -504,6 +504,23 @@ def test_the_command_does_what_the_function_does(models, tmp_path, call):
     )
     assert found == expected
     assert all(each.kl is not None and each.kl.value > 0 for each in found.policies)
+
+
+def test_a_policy_saved_in_another_dtype_is_not_away_from_itself(models, tmp_path, call):
+    """The interval covers 0 and the output says why; a policy trained from 16 bits is where its weights put it."""
+    reference = AutoModelForCausalLM.from_pretrained(models / "reference", dtype=torch.float32)
+    narrow = AutoModelForCausalLM.from_pretrained(models / "reference", dtype=torch.bfloat16)
+    tiny.saved(narrow, tmp_path / "narrow", tiny.tokenizer())
+    tiny.saved(reference, tmp_path / "wide", tiny.tokenizer())
+    words = ["--reward", str(models / "reward"), "-m", "4"]
+    code, out, _ = call(*words, policies=[f"narrow={tmp_path / 'narrow'}", f"wide={tmp_path / 'wide'}"])
+    found = {each.name: each for each in Evaluation.load(tmp_path / "e" / "evaluation.json").policies}
+    assert code == 0
+    assert (found["wide"].kl.value, found["wide"].kl_precision) == (0.0, Precision("float32"))
+    assert found["narrow"].kl_precision == Precision("float32", "bfloat16")
+    assert found["narrow"].kl.low == 0 < found["narrow"].kl.value < found["narrow"].kl.high
+    assert "narrow: its weights are those of the reference, one of the two rounded to bfloat16" in out
+    assert out.count("rounded") == 1
 
 
 def test_the_command_says_its_decoding_and_its_reward_models(models, tmp_path, call):

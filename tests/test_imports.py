@@ -227,8 +227,8 @@ demo.miniature    ->
 demo.reward_models -> demo.assets, reading.body, reading.text, rollouts.shard_files
 demo.scale        ->
 demo.parts        -> demo.*
-divergence        -> prompts, reading.batches, reading.body, samplers.*, scorers.protocol
 outcomes          -> estimates, rollouts.shard_files
+divergence        -> outcomes, prompts, reading.batches, reading.body, reading.fingerprint, samplers.*, scorers.protocol
 prospects         -> estimates, rollouts.shard_files
 recipes.model     ->
 recipes.raw       -> prompts, reward, table, rewarding.locating, rewarding.watch
@@ -243,7 +243,7 @@ recipes.trl_run   -> reward, faithful.check, recipes.*, rollouts.sources, sample
 recipes.train_grpo -> faithful.trl_settings, recipes.command, recipes.trl_run
 recipes.train_rloo -> faithful.trl_settings, recipes.command, recipes.trl_run
 reporting         ->
-responses         -> prompts, rollouts.directory, rollouts.shard_files, samplers.protocol, scorers.protocol
+responses         -> outcomes, prompts, rollouts.directory, rollouts.shard_files, samplers.protocol, scorers.protocol
 evaluate          -> calibrate, divergence, estimates, evaluation, outcomes, procedures, prompts, responses, rollouts.sources, samplers.protocol, scorers.protocol
 commands.evaluate -> evaluate, procedures, reward, commands.*, samplers.*, scorers.protocol
 rollouts.judged   -> estimates, rollouts.shard_files
