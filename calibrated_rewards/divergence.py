@@ -213,8 +213,8 @@ def rounding_between(ours: Any, theirs: Any) -> str | None:
     for name, one in a.items():
         if one.is_meta or b[name].is_meta:
             return None
-        for part, other in zip(one.flatten().split(PART), b[name].flatten().split(PART), strict=True):
-            other = other.to(part.device)
+        for part, placed in zip(one.flatten().split(PART), b[name].flatten().split(PART), strict=True):
+            other = placed.to(part.device)
             if not torch.equal(part.double(), other.double()):
                 found = _rounded_to(part, other)
                 if found is None:

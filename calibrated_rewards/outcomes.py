@@ -118,7 +118,7 @@ def _lines(found: Evaluation) -> Iterator[str]:
     if found.prompts == 1:
         yield "1 prompt says nothing of others: there are no intervals, and nothing is told apart"
     elif found.prompts < FEW:
-        yield f"fewer than {FEW} prompts: intervals are Student's t, and rough; {found.prompts} prompts show little"
+        yield f"fewer than {FEW} prompts: intervals are rough, and {found.prompts} prompts show little"
     everyone = (found.reference, *found.policies)
     columns = {"KL, nats": [each.kl for each in everyone], "tokens": [each.tokens for each in everyone]}
     columns |= {f"mean {scorer}": [each.scores[scorer] for each in everyone] for scorer in found.reference.scores}
@@ -142,13 +142,12 @@ def precision_notes(precision: Precision | None) -> Iterator[str]:
     if precision is None:
         return
     if precision.read_in != "float32":
-        yield (
-            f"the KL is read in {precision.read_in}, not float32: rounding alone can make a KL of some hundredths of a nat"
-        )
+        yield f"the KL is read in {precision.read_in}, not float32: rounding alone can make it some hundredths of a nat"
+
     if precision.rounding is not None:
         yield (
-            f"its weights are those of the reference, one of the two rounded to {precision.rounding}: the KL is of that "
-            "rounding, and its interval begins at 0"
+            f"its weights are those of the reference, one of the two rounded to {precision.rounding}: the KL is that "
+            "of rounding, and its interval begins at 0"
         )
 
 

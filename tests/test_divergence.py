@@ -245,8 +245,8 @@ def test_models_are_left_as_they_were():
     before = {name: each.clone() for name, each in model.state_dict().items()}
     sampler = HfSampler(model, tiny.tokenizer(), Decoding(9), show_progress=False)
     Divergence(sampler, llama(0, 9))(["a"], [[Rollout("abc", 4, "stop")]])
+    larger = HfSampler(tiny.causal(0, vocab_size=300), tiny.tokenizer(), Decoding(9))
     with pytest.raises(ValueError, match="of the same tokens"):
-        larger = HfSampler(tiny.causal(0, vocab_size=300), tiny.tokenizer(), Decoding(9))
         Divergence(sampler, larger)(["a"], [[Rollout("abc", 4, "stop")]])
     after = model.state_dict()
     assert all(after[name].dtype == each.dtype and torch.equal(after[name], each) for name, each in before.items())

@@ -21,7 +21,6 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from scipy.special import rel_entr
-from scipy.stats import t as student
 from transformers import AutoModelForCausalLM
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
@@ -312,7 +311,7 @@ def test_a_difference_is_claimed_only_outside_its_interval(plain, value, below, 
 
 
 def test_few_prompts_are_said_before_any_claim():
-    """Student's t, by scipy, within what a rate can be; from 20 prompts on the bootstrap and no such words."""
+    """The bootstrap within what a rate can be, rough below 20 prompts; the words come before the claims."""
     policies = {"up": Shifted(1), "down": Shifted(-3)}
 
     def uneven(prompts: Any, rollouts: Any) -> Any:
@@ -327,17 +326,16 @@ def test_few_prompts_are_said_before_any_claim():
     assert (kl.value, kl.low) == (3.0, 0.0)
     said = str(found)
     assert said.startswith("3 prompts, 4 completions of each")
-    assert said.index("fewer than 20 prompts: intervals are Student's t") < said.index("up wins more than down")
+    assert said.index("fewer than 20 prompts: intervals are rough") < said.index("up wins more than down")
     rate = found.policies[0].win_rates["r"]["Standard()"]
-    low, high = student.interval(0.95, 2, rate.value, rate.standard_error)
-    assert (rate.low, rate.high) == pytest.approx((max(low, 0), min(high, 1)))
-    assert high > 1
+    assert rate.value < rate.high <= 1
     every = [*found.reference.scores.values(), *(each.tokens for each in found.policies)]
     assert all(each.low <= each.value <= each.high for each in every)
     more = evaluate(policies, Shifted(), [f"p{i}" for i in range(20)], {"r": NumberScorer()}, m=4)
     assert "fewer than" not in str(more)
-    rates = Stated.of(Estimate(np.linspace(0, 1, 20)))
-    assert (rates.low, rates.high) == Estimate(np.linspace(0, 1, 20)).interval()
+    for prompts in (3, 20):
+        rates = Stated.of(Estimate(np.linspace(0, 1, prompts)))
+        assert (rates.low, rates.high) == Estimate(np.linspace(0, 1, prompts)).interval()
 
 
 def test_an_interval_without_width_claims_nothing():
