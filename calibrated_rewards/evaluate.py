@@ -8,6 +8,7 @@ Everything is kept in one directory, as in calibration: a run that was killed go
 2
 """
 
+import logging
 import os
 import re
 import sys
@@ -24,14 +25,15 @@ from jaxtyping import Float
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.estimates import Estimate, Samples, Stated, difference
 from calibrated_rewards.evaluation import win_rate
-from calibrated_rewards.outcomes import Difference, Evaluation, Outcome, Precision
+from calibrated_rewards.outcomes import Difference, Evaluation, Outcome, Precision, plain_prompts_note
 from calibrated_rewards.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.prompts import Prompt, prompt_key
 from calibrated_rewards.responses import KnowsPrecision, Measure, Responses, distances, responses
 from calibrated_rewards.rollouts.sources import Asked, prompts_from
 from calibrated_rewards.samplers.protocol import Sampler
-from calibrated_rewards.scorers.protocol import Scorer
+from calibrated_rewards.scorers.protocol import Scorer, fingerprint
 
+logger = logging.getLogger(__name__)
 REFERENCE = "reference"
 # Policies share their seeds, so that a difference of two is less noisy; the reference has others, or completions of a
 # policy near it would be its own, and would not be independent.
@@ -75,6 +77,9 @@ def evaluate(
     asked = [*prompts_from(prompts, **source)]
     if not asked:
         raise ValueError("evaluate needs prompts, got none")
+    plain = _plain_prompts(asked, reference)
+    if plain:
+        logger.warning("%s", plain_prompts_note(plain, len({prompt_key(each.prompt) for each in asked})))
     settings = {"k": m, "prompts_per_shard": prompts_per_shard, "show_progress": show_progress}
     with TemporaryDirectory() as folder:
         run = _Run(Path(folder if out is None else out), asked, scorers, settings)
@@ -83,7 +88,7 @@ def evaluate(
         made = {name: _made(run, name, policies[name], reference, seed + APART, divergence) for name in policies}
         kl = {name: found for name, found in made.items() if found is not None}
         compared = _Compared({name: run.read(name) for name in (REFERENCE, *policies)}, select or next(iter(scorers)))
-        found = compared.evaluation(procedures, kl)
+        found = replace(compared.evaluation(procedures, kl), plain_prompts=plain)
     if out is not None:
         found.save(Path(out) / "evaluation.json")
     return found
@@ -120,6 +125,14 @@ def _check_name(name: Any) -> None:
 def _check_folder(out: str | os.PathLike[str] | None) -> None:
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"evaluate needs a folder to keep all in, got out={str(out)!r}, a file")
+
+
+def _plain_prompts(asked: Sequence[Asked], reference: Sampler) -> int:
+    """How many prompts are text though the reference has a chat template, which it does not use for text."""
+    plain = len({prompt_key(each.prompt) for each in asked if isinstance(each.prompt, str)})
+    text = fingerprint(reference).get("text") if plain else None
+    unused = isinstance(text, Mapping) and text.get("template") is not None and not text.get("chat")
+    return plain if unused else 0
 
 
 def _made(
@@ -229,6 +242,7 @@ class _Compared:
             rates,
             0 if kl is None else kl.not_as_drawn,
             None if kl is None else kl.precision,
+            own.empty,
         )
 
 

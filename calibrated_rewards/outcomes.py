@@ -16,6 +16,8 @@ from calibrated_rewards.estimates import FEW, Stated
 
 UNKNOWN = "-"
 WIDTH = 1e-9
+# The share of empty completions from which it is said.
+MANY_EMPTY = 0.01
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Outcome:
     """Completions whose text makes other tokens than were drawn: their KL is along the tokens of the text."""
     kl_precision: Precision | None = None
     """How finely the models were read for the KL; None where no KL was measured, or the measure does not say."""
+    empty: int = 0
+    """Completions without a text."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Evaluation:
     prompts: int
     completions: int
     """Of each prompt, m."""
+    plain_prompts: int = 0
+    """Prompts that are text, of models with a chat template: they are continued as text, without the template."""
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -119,6 +125,7 @@ def _lines(found: Evaluation) -> Iterator[str]:
         yield "1 prompt says nothing of others: there are no intervals, and nothing is told apart"
     elif found.prompts < FEW:
         yield f"fewer than {FEW} prompts: intervals are rough, and {found.prompts} prompts show little"
+    yield from completion_notes(found)
     everyone = (found.reference, *found.policies)
     columns = {"KL, nats": [each.kl for each in everyone], "tokens": [each.tokens for each in everyone]}
     columns |= {f"mean {scorer}": [each.scores[scorer] for each in everyone] for scorer in found.reference.scores}
@@ -149,6 +156,31 @@ def precision_notes(precision: Precision | None) -> Iterator[str]:
             f"its weights are those of the reference, one of the two rounded to {precision.rounding}: the KL is that "
             "of rounding, and its interval begins at 0"
         )
+
+
+def completion_notes(found: Evaluation) -> Iterator[str]:
+    """What is wrong with many completions, and with prompts that a chat model reads as plain text."""
+    drawn = found.prompts * found.completions
+    many = [each for each in (found.reference, *found.policies) if each.empty > MANY_EMPTY * drawn]
+    if many:
+        yield f"completions are empty: {', '.join(f'{each.empty / drawn:.1%} of {each.name}' for each in many)}"
+    if found.plain_prompts:
+        yield plain_prompts_note(found.plain_prompts, found.prompts)
+    elif many:
+        yield "a policy that ends at once was not trained on such prompts, or reads them otherwise than in training"
+
+
+def plain_prompts_note(plain: int, prompts: int) -> str:
+    """What to do about prompts that a chat model does not read as chats.
+
+    >>> plain_prompts_note(3, 30)
+    '3 of 30 prompts are plain text, ... give each prompt as messages: [{"role": "user", "content": "..."}]'
+    """
+    return (
+        f"{plain} of {_counted(prompts, 'prompt')} are plain text, and the model has a chat template, which is not "
+        "used for text. If the policy was trained on chats, give each prompt as messages: "
+        '[{"role": "user", "content": "..."}]'
+    )
 
 
 def _counted(number: int, what: str) -> str:

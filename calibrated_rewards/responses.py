@@ -17,7 +17,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from calibrated_rewards.outcomes import Precision
-from calibrated_rewards.prompts import Prompt, start_of
+from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.rollouts.directory import RunDirectory
 from calibrated_rewards.rollouts.shard_files import read_table, replacing
 from calibrated_rewards.samplers.protocol import Rollout
@@ -46,21 +46,30 @@ class Responses:
     tokens: Float[np.ndarray, "P m"]
     """nan where the sampler does not say."""
     scores: Mapping[str, Float[np.ndarray, "P m"]]
+    empty: int = 0
+    """Completions without a text, or with nothing but white space."""
 
 
 def responses(path: Path, prompts: Mapping[bytes, Prompt], scorers: Sequence[str], m: int) -> Responses:
     """The first m completions of these prompts, in this order, from a run that has them."""
     tokens: dict[bytes, list[float]] = {}
     scores: dict[str, dict[bytes, npt.NDArray[np.float32]]] = {name: {} for name in scorers}
-    directory = RunDirectory(path)
+    directory, empty = RunDirectory(path), 0
     for name in directory.names():
         shard = directory.load(name)
         for i, planned in enumerate(shard.prompts):
+            if planned.key in prompts:
+                empty += sum(_is_empty(rollout.completion) for rollout in shard.rollouts[i][:m])
             tokens[planned.key] = [np.nan if r.tokens is None else float(r.tokens) for r in shard.rollouts[i][:m]]
             for scorer in shard.scores.keys() & {*scorers}:
                 scores[scorer][planned.key] = shard.scores[scorer][i][:m]
     found = {scorer: _rows(f"{path}, {scorer}", own, prompts, m) for scorer, own in scores.items()}
-    return Responses(_rows(str(path), tokens, prompts, m), found)
+    return Responses(_rows(str(path), tokens, prompts, m), found, empty)
+
+
+def _is_empty(completion: Completion) -> bool:
+    texts = [completion] if isinstance(completion, str) else [each.get("content") for each in completion]
+    return not any(str(text or "").strip() for text in texts)
 
 
 def distances(

@@ -561,3 +561,48 @@ def test_the_command_says_what_is_wrong(models, tmp_path, call):
     code, _, complaint = call(*reward, policies=["nowhere"])
     assert code == 2
     assert f"--out needs a folder, new or of an evaluation before, got the file {tmp_path / 'e'}" in complaint
+
+
+def test_text_for_a_chat_model_is_named(models, tmp_path, call, caplog):
+    """Empty completions are counted and what to do is said before the numbers; of messages nothing is said."""
+    reference = load_sampler(models / "reference", Decoding(3))
+    short = Half(reference)
+    found = evaluate({"short": short}, reference, ["a", "b"], {"r": HashScorer()}, m=4)
+    assert "2 of 2 prompts are plain text, and the model has a chat template" in caplog.text
+    assert (found.plain_prompts, found.policies[0].empty) == (2, 4)
+    text = str(found)
+    assert text.index("completions are empty: ") < text.index("50.0% of short") < text.index("mean r")
+    assert text.index('give each prompt as messages: [{"role": "user", "content": "..."}]') < text.index("mean r")
+    caplog.clear()
+    found = evaluate({"short": short}, reference, CHATS, {"r": HashScorer()}, m=4)
+    assert "plain text" not in caplog.text + str(found)
+    assert "a policy that ends at once" in str(found)
+    assert Evaluation.load(found.save(tmp_path / "e.json") or tmp_path / "e.json") == found
+    (models / "texts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    words = ["--reward", str(models / "reward"), "-m", "4", "--prompts", str(models / "texts.jsonl")]
+    code, out, _ = call(*words, policies=[str(models / "policy")])
+    assert code == 0
+    assert "2 of 2 prompts are plain text" in out
+    model = AutoModelForCausalLM.from_pretrained(models / "reference")
+    none = HfSampler(model, tiny.tokenizer(template=None), Decoding(3))
+    assert evaluate({"p": none}, none, ["a"], {"r": HashScorer()}, m=4).plain_prompts == 0
+
+
+@dataclass(frozen=True)
+class Half:
+    """Another sampler's completions, every second of them empty; the blank kinds in turn."""
+
+    of: Any
+
+    def __call__(self, prompts: Any, seeds: Any, /) -> list[list[Rollout]]:
+        """As many as there are seeds."""
+        blank = ["", " \n"]
+        found = self.of(prompts, seeds)
+        return [
+            [Rollout(f"{r.completion}x" if i % 2 else blank[i // 2 % 2], 1, "stop") for i, r in enumerate(own)]
+            for own in found
+        ]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Whose."""
+        return {"kind": "half"}

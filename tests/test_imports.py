@@ -248,9 +248,9 @@ evaluate          -> calibrate, divergence, estimates, evaluation, outcomes, pro
 commands.evaluate -> evaluate, procedures, reward, commands.*, samplers.*, scorers.protocol
 rollouts.judged   -> estimates, rollouts.shard_files
 weighted_pools    -> estimates, procedures
-reweighted        -> arms, bootstrap, calibrations, estimates, procedures, prospects, table, weighted_pools
-demo.pipeline     -> calibrate, choice, estimates, evaluate, outcomes, procedures, prospects, reward, reweighted, table, demo.*, recipes.*, rollouts.sources, samplers.*, scorers.loading
 wording           -> estimates, optimal, transforms
+reweighted        -> arms, bootstrap, calibrations, estimates, procedures, prospects, table, weighted_pools, wording
+demo.pipeline     -> calibrate, choice, estimates, evaluate, outcomes, procedures, prospects, reward, reweighted, table, demo.*, recipes.*, rollouts.sources, samplers.*, scorers.loading
 reporting.fresh   -> estimates, evaluate, table, wording, rollouts.shard_files
 plots             -> estimates, finite_k, outcomes, procedures, prospects, scaling, table, theory, transforms, wording
 commands.frontier -> arms, estimates, plots, procedures, prospects, reweighted, scaling, table, commands.transform, rollouts.judged

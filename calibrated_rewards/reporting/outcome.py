@@ -6,7 +6,7 @@ import numpy as np
 
 from calibrated_rewards import plots, theory
 from calibrated_rewards.estimates import Stated
-from calibrated_rewards.outcomes import Difference, Evaluation, Outcome, precision_notes
+from calibrated_rewards.outcomes import Difference, Evaluation, Outcome, completion_notes, precision_notes
 from calibrated_rewards.reporting.experiment import Experiment, main_judge, main_procedure, procedure_of
 from calibrated_rewards.reporting.markup import Markup, Piece, Section, bullets, element, figure, figures, table
 from calibrated_rewards.transforms import Identity
@@ -22,7 +22,7 @@ def outcome(of: Experiment) -> Section | None:
         return None
     judges = [*found.policies[0].win_rates]
     main = main_procedure([*found.policies[0].win_rates[judges[0]]])
-    few, told = caution(found.prompts), claims(found)
+    few, told = (*caution(found.prompts), *completion_notes(found)), claims(found)
     explained = (
         f"Each policy and the reference wrote {counted(found.completions, 'completion')} for each of "
         f"{counted(found.prompts, 'prompt')}. "
