@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Float
 
 from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.estimates import Estimate, Samples, Stated, difference
 from calibrated_rewards.evaluation import win_rate
 from calibrated_rewards.outcomes import Difference, Evaluation, Outcome, Precision, plain_prompts_note
@@ -32,6 +33,7 @@ from calibrated_rewards.responses import KnowsPrecision, Measure, Responses, dis
 from calibrated_rewards.rollouts.sources import Asked, prompts_from
 from calibrated_rewards.samplers.protocol import Sampler
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint
+from calibrated_rewards.wording import spoken
 
 logger = logging.getLogger(__name__)
 REFERENCE = "reference"
@@ -101,7 +103,8 @@ def _check(policies: Any, scorers: Any, select: str | None, procedures: Any, m: 
     for name in policies:
         _check_name(name)
     if select is not None and select not in scorers:
-        raise ValueError(f"evaluate needs select= one of the scorers {[*scorers]}, got select={select!r}")
+        named = setting("select", repr(select))
+        raise ValueError(Message(f"the scorers are {', '.join(scorers)}, and one of them selects; got {named}"))
     for each in procedures:
         if not isinstance(each, Procedure):
             raise TypeError(f"evaluate needs procedures as BestOf(4) is one, got {each!r:.60}")
@@ -109,7 +112,8 @@ def _check(policies: Any, scorers: Any, select: str | None, procedures: Any, m: 
         raise TypeError(f"evaluate needs a whole m, got m={m!r:.60}")
     most = max(procedures, key=lambda each: each.draws)
     if m < max(1, most.draws):
-        raise ValueError(f"evaluate needs m >= N completions of each prompt, {most!r} draws N={most.draws}, got m={m}")
+        needs = f"{spoken(most)} needs {max(1, most.draws)} completions of each prompt or more"
+        raise ValueError(f"{needs}, got {m}: draw more (m), or take a smaller N")
 
 
 def _check_name(name: Any) -> None:

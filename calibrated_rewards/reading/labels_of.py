@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.reading.labels import Difference, Expected, Label, Labels
 
 # A sign stands alone: the hyphen of "grade-1" is none. \u2212 is the minus sign of typographers.
@@ -48,7 +49,9 @@ def labels_of(names: Mapping[int, str]) -> Labels:
     found = [NUMBER.findall(name) for name in ordered]
     if any(UNNAMED.fullmatch(name) for name in ordered) or any(len(numbers) != 1 for numbers in found):
         raise ValueError(
-            f"the model has {len(names)} labels, {dict(names)}: say how they make one score, with labels= Label(i), "
-            "Difference(good, bad), Expected(values) or Weighted(weights) of calibrated_rewards.reading.labels"
+            Message(
+                f"the model has {len(names)} labels, {', '.join(map(str, names.values()))}: say how they make one "
+                f"score, with {setting('labels', 'Label(i), Difference(good, bad), Expected(...) or Weighted(...)')}"
+            )
         )
     return Expected(tuple(float(numbers[0].replace("\u2212", "-")) for numbers in found))

@@ -16,7 +16,9 @@ from calibrated_rewards.reading.messages import plain_messages
 from calibrated_rewards.table import ReferenceTable
 
 _SPECIAL = re.compile(r"^(<[^<>\s]{1,30}>|\[[A-Z]{2,8}\])+")
-ADVICE = "calibrate it (the same command with more prompts does only what is missing), or on_missing="
+ADVICE = (
+    "calibrate it (the same command with more prompts does only what is missing), or choose what unknown prompts get"
+)
 
 
 def hint(table: ReferenceTable, prompt: Any) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.adaptive import Adaptive
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.rollouts.cluster import Cluster
 from calibrated_rewards.rollouts.directory import RunDirectory
 from calibrated_rewards.rollouts.planning import plan
@@ -86,7 +87,7 @@ def prepare(
     with directory.locked():
         directory.tidy_all()
         if asked is None and not directory.names():
-            raise ValueError(f"{directory.path} has no prompts yet: give some, prompts=")
+            raise ValueError(Message(f"{directory.path} has no prompts yet: name them with {setting('prompts')}"))
         directory.agree(work.seed, sampler, scorers)
         if asked is not None:
             said = plan(directory, asked, work.sampler, per_shard, show_progress)
