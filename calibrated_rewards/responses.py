@@ -68,7 +68,9 @@ def responses(path: Path, prompts: Mapping[bytes, Prompt], scorers: Sequence[str
 
 
 def _is_empty(completion: Completion) -> bool:
-    texts = [completion] if isinstance(completion, str) else [each.get("content") for each in completion]
+    texts: list[Any] = (
+        [completion] if isinstance(completion, str) else [dict(each).get("content") for each in completion]
+    )
     return not any(str(text or "").strip() for text in texts)
 
 

@@ -21,6 +21,7 @@ LAYERS = """
 transforms        ->
 procedures        ->
 quadrature        ->
+error_messages    ->
 prompts           ->
 bands             ->
 estimates         ->
@@ -49,9 +50,9 @@ reading.adapters  ->
 reading.fingerprint -> reading.adapters, reading.body
 reading.batches   ->
 reading.messages  -> prompts
-reading.text      -> prompts, reading.messages
-reading.labels    ->
-reading.labels_of -> reading.labels
+reading.text      -> prompts, reading.messages, error_messages
+reading.labels    -> error_messages
+reading.labels_of -> reading.labels, error_messages
 reading.decoder   -> prompts, reading.batches, reading.body
 reading.own_forward -> reading.batches, reading.body
 reading.next_token -> reading.batches, reading.body, reading.decoder
@@ -64,8 +65,8 @@ scorers.function  -> prompts, scorers.protocol
 scorers.cost      -> prompts, scorers.protocol
 scorers.ensemble  -> prompts, scorers.protocol
 scorers.checkpoint ->
-scorers.inspection -> scorers.checkpoint
-scorers.pretrained -> reading.body, scorers.checkpoint
+scorers.inspection -> scorers.checkpoint, error_messages
+scorers.pretrained -> reading.body, scorers.checkpoint, error_messages
 scorers.pairwise  -> prompts, table, scorers.plain, scorers.protocol
 scorers.remote_address -> prompts
 scorers.remote_retry ->
@@ -80,7 +81,9 @@ checks.whole_input -> checks.probes, checks.subject
 checks.edge_inputs -> prompts, checks.probes, checks.subject
 checks.conformance -> prompts, scorers.protocol, checks.*
 commands          ->
-cli               ->
+commands.error_text -> error_messages
+commands.numbers  ->
+cli               -> commands.error_text
 __main__          -> cli
 adaptive          -> bands, transforms
 amortised.curve   ->
@@ -103,7 +106,7 @@ health.table      -> table, health.row_statistics, health.sections, health.suspi
 reading.access    -> reading.*
 scorers.sequence_classifier -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.cross_encoder -> prompts, reading.*, scorers.protocol, scorers.recipe
-scorers.multi_attribute -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.multi_attribute -> prompts, reading.*, scorers.protocol, scorers.recipe, error_messages
 scorers.value_head -> prompts, reading.*, scorers.checkpoint, scorers.protocol, scorers.recipe
 scorers.shared_base -> prompts, reading.*, scorers.protocol, scorers.recipe, scorers.value_head
 scorers.process   -> prompts, reading.*, scorers.protocol, scorers.recipe
@@ -111,16 +114,16 @@ scorers.implicit  -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.judge     -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.rated_judge -> prompts, reading.*, scorers.protocol, scorers.judge, scorers.recipe
 scorers.pair_models -> prompts, reading.*, scorers.protocol, scorers.recipe
-scorers.kinds     -> reading.*, scorers.*
-scorers.loading   -> reading.*, scorers.*
+scorers.kinds     -> reading.*, scorers.*, error_messages
+scorers.loading   -> reading.*, scorers.*, error_messages
 scorers           -> scorers.protocol, scorers.loading
 amortised.prompt_features -> prompts, reading.*, scorers.cross_encoder, scorers.protocol, scorers.recipe
 rollouts          ->
 rollouts.claims   ->
 rollouts.cluster  ->
 rollouts.progress ->
-rollouts.rows     -> prompts
-rollouts.sources  -> prompts, rollouts.rows
+rollouts.rows     -> prompts, error_messages
+rollouts.sources  -> prompts, rollouts.rows, error_messages
 samplers          ->
 samplers.cache    ->
 samplers.decoding ->
@@ -131,16 +134,16 @@ rollouts.imported -> prompts, rollouts.rows, rollouts.sources, samplers.protocol
 rollouts.shard    -> prompts, samplers.protocol
 rollouts.shard_files -> prompts, reading.messages, rollouts.shard, samplers.protocol
 health.rollouts   -> prompts, health.sections, rollouts.shard_files
-commands.inspect  -> table, health.rollouts, health.table
+commands.inspect  -> table, health.rollouts, health.table, commands.numbers
 rollouts.directory -> rollouts.claims, rollouts.shard, rollouts.shard_files
-rollouts.planning -> prompts, rollouts.*, samplers.protocol
+rollouts.planning -> prompts, rollouts.*, samplers.protocol, error_messages
 rollouts.adoption -> prompts, rollouts.*
 rollouts.tabulation -> prompts, table, rollouts.directory, rollouts.shard, rollouts.shard_files
-rollouts.work     -> rollouts.shard, samplers.protocol, scorers.protocol
+rollouts.work     -> rollouts.shard, samplers.protocol, scorers.protocol, error_messages
 on_the_spot       -> prompts, table, rollouts.shard, rollouts.work, samplers.protocol, scorers.protocol
 rollouts.forecast -> prompts, rollouts.*, scorers.protocol
-rollouts.run      -> adaptive, table, rollouts.*, scorers.protocol
-calibrate         -> adaptive, table, rollouts.*, samplers.protocol, scorers.protocol
+rollouts.run      -> adaptive, table, rollouts.*, scorers.protocol, error_messages
+calibrate         -> adaptive, table, rollouts.*, samplers.protocol, scorers.protocol, error_messages
 samplers.endings  -> samplers.decoding, samplers.protocol
 samplers.openai_answer -> prompts, samplers.decoding, samplers.protocol
 samplers.policy   -> prompts, reading.body, reading.fingerprint, reading.text, samplers.decoding, samplers.endings
@@ -152,15 +155,15 @@ samplers.vllm_engine -> scorers.recipe
 samplers.vllm     -> prompts, reading.*, samplers.*, scorers.*
 samplers.writing  -> samplers.drawing, samplers.endings, samplers.rows
 samplers.hf       -> prompts, reading.batches, reading.body, reading.text, samplers.*
-samplers.loading  -> prompts, reading.text, samplers.*, scorers.*
+samplers.loading  -> prompts, reading.text, samplers.*, scorers.*, error_messages
 scorers.remote_crew ->
 scorers.remote_post -> prompts, scorers.remote_address, scorers.remote_retry
 scorers.remote    -> prompts, reading.batches, scorers.*
 commands.server   -> reading.text, scorers.protocol, scorers.remote*
-commands.reward_model -> reading.*, scorers.loading, scorers.protocol, commands.server
+commands.reward_model -> reading.*, scorers.loading, scorers.protocol, commands.server, commands.numbers
 commands.check_scorer -> prompts, scorers.plain, checks.*, commands.*
 samplers.openai   -> prompts, reading.batches, reading.text, samplers.*, scorers.*
-commands.policy   -> commands.reward_model, commands.server, reading.text, samplers.*, scorers.remote_address
+commands.policy   -> commands.reward_model, commands.server, reading.text, samplers.*, scorers.remote_address, commands.error_text, commands.numbers
 commands.calibrate -> adaptive, calibrate, scaling, table, transforms, commands.*, rollouts.*, samplers.ray
 checks.adapters   -> prompts, checks.conformance, scorers.protocol
 testing           -> procedures, prompts, quadrature, transforms, checks.adapters, checks.conformance, samplers.protocol
@@ -176,7 +179,7 @@ faithful.skyrl_settings -> faithful.rules
 faithful.slime_settings -> faithful.rules
 faithful.swift_settings -> faithful.rules
 faithful.verl_settings -> faithful.rules
-recipes           ->
+recipes           -> commands.error_text
 rewarding         ->
 rewarding.coalescing ->
 rewarding.locating -> prompts, table
@@ -192,7 +195,7 @@ rewarding.valuing -> calibrations, finite_k, prompts, scaling, table, transforms
 rewarding.raw_scores -> prompts, rewarding.device, rewarding.valuing
 rewarding.verification -> prompts, table, scorers.protocol
 rewarding.watch   -> prompts, table, rewarding.scores
-recipes.loop      -> prompts, reading.body, rollouts.sources, samplers.endings, samplers.policy
+recipes.loop      -> prompts, reading.body, rollouts.sources, samplers.endings, samplers.policy, error_messages
 serving           ->
 serving.limits    ->
 serving.body      -> serving.limits
@@ -201,7 +204,7 @@ serving.dialects  -> prompts, rewarding.handed_over, rewarding.scores, serving.f
 serving.metrics   -> rewarding.scores
 serving.desk      -> table, rewarding.coalescing, rewarding.scores, serving.dialects, serving.limits, serving.metrics
 serving.gate      -> serving.metrics
-serving.listening -> serving.gate, serving.limits
+serving.listening -> serving.gate, serving.limits, error_messages
 serving.schema    ->
 server            -> serving.*
 serving.replicas  -> server, serving.gate, serving.limits, serving.listening
@@ -213,12 +216,12 @@ rewarding.strangers -> prompts, table, reading.messages
 reward            -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.*, scorers.protocol
 faithful.trl_settings -> reward, faithful.sampled, faithful.trl_rules
 combined          -> calibrations, prompts, reward, transforms, rewarding.device, scorers.protocol
-commands.reward   -> choice, reward, table, transforms, commands.reward_model, commands.transform
+commands.reward   -> choice, reward, table, transforms, commands.reward_model, commands.transform, commands.numbers
 configured        -> reward
 faithful.rewarded -> calibrations, finite_k, reward, scaling, faithful.rules
 faithful.check    -> reward, faithful.*
 faithful          -> faithful.check, faithful.trl_settings
-commands.serve    -> reward, server, serving.listening
+commands.serve    -> reward, server, serving.listening, commands.numbers
 arms              -> calibrations, choice, procedures, scaling, table, transforms
 bootstrap         -> estimates
 demo              ->
@@ -230,30 +233,30 @@ demo.parts        -> demo.*
 outcomes          -> estimates, rollouts.shard_files
 divergence        -> outcomes, prompts, reading.batches, reading.body, reading.fingerprint, samplers.*, scorers.protocol
 prospects         -> estimates, rollouts.shard_files
-recipes.model     ->
+recipes.model     -> error_messages
 recipes.raw       -> prompts, reward, table, rewarding.locating, rewarding.watch
-recipes.opening   -> prompts, reward, transforms, commands.transform, reading.*, recipes.*, rollouts.sources, samplers.*
+recipes.opening   -> prompts, reward, transforms, commands.transform, reading.*, recipes.*, rollouts.sources, samplers.*, error_messages
 recipes.run_folder -> prompts, reward, recipes.*, rollouts.*, samplers.decoding
 recipes.timing    -> reward, recipes.raw, scorers.protocol
 recipes.together  ->
-recipes.command   -> calibrations, reward, scaling, table, theory, recipes.opening, recipes.run_folder, recipes.together
-recipes.grpo_plain -> reward, recipes.*, rollouts.sources, samplers.policy
-recipes.ppo       -> reward, recipes.*, rollouts.sources, samplers.policy
-recipes.trl_run   -> reward, faithful.check, recipes.*, rollouts.sources, samplers.decoding
+recipes.command   -> calibrations, reward, scaling, table, theory, recipes.opening, recipes.run_folder, recipes.together, commands.error_text, commands.numbers
+recipes.grpo_plain -> reward, recipes.*, rollouts.sources, samplers.policy, error_messages
+recipes.ppo       -> reward, recipes.*, rollouts.sources, samplers.policy, error_messages
+recipes.trl_run   -> reward, faithful.check, recipes.*, rollouts.sources, samplers.decoding, error_messages
 recipes.train_grpo -> faithful.trl_settings, recipes.command, recipes.trl_run
 recipes.train_rloo -> faithful.trl_settings, recipes.command, recipes.trl_run
 reporting         ->
 responses         -> outcomes, prompts, rollouts.directory, rollouts.shard_files, samplers.protocol, scorers.protocol
-evaluate          -> calibrate, divergence, estimates, evaluation, outcomes, procedures, prompts, responses, rollouts.sources, samplers.protocol, scorers.protocol
+wording           -> estimates, optimal, transforms
+evaluate          -> calibrate, divergence, estimates, evaluation, outcomes, procedures, prompts, responses, rollouts.sources, samplers.protocol, scorers.protocol, error_messages, wording
 commands.evaluate -> evaluate, procedures, reward, commands.*, samplers.*, scorers.protocol
 rollouts.judged   -> estimates, rollouts.shard_files
 weighted_pools    -> estimates, procedures
-wording           -> estimates, optimal, transforms
 reweighted        -> arms, bootstrap, calibrations, estimates, procedures, prospects, table, weighted_pools, wording
 demo.pipeline     -> calibrate, choice, estimates, evaluate, outcomes, procedures, prospects, reward, reweighted, table, demo.*, recipes.*, rollouts.sources, samplers.*, scorers.loading
 reporting.fresh   -> estimates, evaluate, table, wording, rollouts.shard_files
 plots             -> estimates, finite_k, outcomes, procedures, prospects, scaling, table, theory, transforms, wording
-commands.frontier -> arms, estimates, plots, procedures, prospects, reweighted, scaling, table, commands.transform, rollouts.judged
+commands.frontier -> arms, estimates, plots, procedures, prospects, reweighted, scaling, table, commands.transform, rollouts.judged, commands.numbers
 reporting.markup  -> plots
 reporting.page    -> reporting.markup
 reporting.kept    ->
@@ -267,7 +270,7 @@ reporting.trained -> plots, wording, health.sections, reporting.experiment, repo
 report            -> reporting.*, rollouts.shard_files
 commands.report   -> report
 demo.show         -> outcomes, procedures, prospects, report, table, demo.*, recipes.command, rollouts.*
-commands.demo     -> demo.parts, demo.scale, demo.show
+commands.demo     -> demo.parts, demo.scale, demo.show, commands.numbers
 """  # noqa: E501 (what evaluates, and what shows everything, uses much)
 
 # What a module may load when it is imported, next to the standard library. The rest waits inside a function.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.commands import reward_model, server
-from calibrated_rewards.commands.errors import error_text
+from calibrated_rewards.commands.error_text import error_text
 from calibrated_rewards.commands.numbers import Real, Whole
 from calibrated_rewards.samplers.decoding import Decoding
 

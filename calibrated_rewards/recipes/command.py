@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrated_rewards.calibrations import EmpiricalCDF, SmoothedCDF
-from calibrated_rewards.commands.errors import error_text
+from calibrated_rewards.commands.error_text import error_text
 from calibrated_rewards.commands.numbers import Real, Whole
 from calibrated_rewards.recipes import opening
 from calibrated_rewards.recipes.run_folder import RunFolder, about
@@ -72,9 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
     parser.add_argument("--prompts", required=True, metavar="FILE|FOLDER|ID", help="JSONL or what else calibrate reads")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for model/ and log.jsonl")
     parser.add_argument("--column", metavar="NAME", help="the prompts' column, where it is not what TRL would read")
-    parser.add_argument(
-        "--max-tokens", type=Whole(1), metavar="N", help="of a completion; the table's, if nothing is said"
-    )
+    parser.add_argument("--max-tokens", type=Whole(1), metavar="N", help="of a completion; by default the table's")
     parser.add_argument("--temperature", type=Real(1e-4), metavar="FLOAT", help="the table's, if nothing is said")
     told = "go on with another policy, or another way to draw, than the table's references are of"
     parser.add_argument("--any-policy", action="store_true", help=told)

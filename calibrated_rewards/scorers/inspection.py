@@ -76,8 +76,8 @@ def check_writes(checkpoint: Checkpoint, base: Checkpoint, kind: str) -> None:
     ):
         raise ValueError(
             Message(
-                f"a {kind} reads the words that a model writes, and {checkpoint.name} ({what}) was trained to give "
-                f"scores: its weights for words are gone or no longer used. Leave out {setting('kind', kind)}"
+                f"the kind {kind} reads the words that a model writes, and {checkpoint.name} ({what}) was trained to "
+                f"give scores: its weights for words are gone or no longer used. Leave out {setting('kind', kind)}"
             )
         )
 

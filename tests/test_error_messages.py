@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from importlib import import_module
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import tiny
 
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.cli import UNUSABLE, main
-from calibrated_rewards.commands.errors import EXTRAS
+from calibrated_rewards.commands.error_text import EXTRAS
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.loading import load_sampler
@@ -208,8 +209,8 @@ def test_a_command_speaks_of_its_options(words, here, monkeypatch, capsys):
     assert message.count("\n") <= 1
 
 
-@pytest.mark.parametrize("words", OF_RECIPES)
-@pytest.mark.parametrize("recipe", RECIPES)
+# The recipes share their opening: each kind of input goes to one of them, in turn.
+@pytest.mark.parametrize(("recipe", "words"), [*zip(cycle(RECIPES), OF_RECIPES, strict=False)])
 def test_a_recipe_speaks_of_its_options(recipe, words, here, monkeypatch, capsys):
     """As commands do; nothing is trained."""
     monkeypatch.chdir(here)
@@ -270,7 +271,7 @@ def test_python_reads_its_own_words(here):
     """The same errors, raised to a caller from Python, name keyword arguments."""
     with pytest.raises(ValueError, match=r"with labels=Label\(i\), Difference"):
         load_scorer(here / "three")
-    with pytest.raises(ValueError, match="is kind=judge, .*kind=implicit with reference="):
+    with pytest.raises(ValueError, match=r"is kind=judge, .*kind=implicit with reference="):
         load_scorer(here / "policy")
     with pytest.raises(
         FileNotFoundError, match=r"two has a table for each of its reward models: .*two/judge or .*reward"
