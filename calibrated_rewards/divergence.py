@@ -213,13 +213,18 @@ def rounding_between(ours: Any, theirs: Any) -> str | None:
     for name, one in a.items():
         if one.is_meta or b[name].is_meta:
             return None
-        for part, placed in zip(one.flatten().split(PART), b[name].flatten().split(PART), strict=True):
+        for part, placed in zip(_parts(one), _parts(b[name]), strict=True):
             other = placed.to(part.device)
             if not torch.equal(part.double(), other.double()):
                 found = _rounded_to(part, other)
                 if found is None:
                     return None
     return found
+
+
+def _parts(weight: Tensor) -> Sequence[Tensor]:
+    flat = weight.flatten()
+    return [flat[at : at + PART] for at in range(0, flat.numel(), PART)]
 
 
 def _rounded_to(one: Tensor, other: Tensor) -> str | None:

@@ -68,10 +68,8 @@ def responses(path: Path, prompts: Mapping[bytes, Prompt], scorers: Sequence[str
 
 
 def _is_empty(completion: Completion) -> bool:
-    texts: list[Any] = (
-        [completion] if isinstance(completion, str) else [dict(each).get("content") for each in completion]
-    )
-    return not any(str(text or "").strip() for text in texts)
+    parts: Any = [{"content": completion}] if isinstance(completion, str) else completion
+    return not any(str(each.get("content") or "").strip() for each in parts)
 
 
 def distances(
