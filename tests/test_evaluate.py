@@ -384,12 +384,14 @@ def test_refuses_what_cannot_be_evaluated(tmp_path):
     """Before anything is drawn: m below N, names that are no folders, no prompts; later, prompts that lack some."""
     reward, policy = {"r": NumberScorer()}, Shifted()
     for m in (1, 3):
-        with pytest.raises(ValueError, match=rf"m >= N completions of each prompt, BestOf\(n=4\) draws N=4, got m={m}"):
+        with pytest.raises(
+            ValueError, match=rf"best of 4 needs 4 completions of each prompt or more, got {m}: draw more"
+        ):
             evaluate({"p": policy}, policy, PROMPTS, reward, m=m)
     for name in ("reference", "Reference", "a/b", "..", "", "evaluation.json"):
         with pytest.raises(ValueError, match="the name of a policy is that of its folder"):
             evaluate({name: policy}, policy, PROMPTS, reward)
-    with pytest.raises(ValueError, match=r"select= one of the scorers \['r'\], got select='judge'"):
+    with pytest.raises(ValueError, match="the scorers are r, and one of them selects; got select='judge'"):
         evaluate({"p": policy}, policy, PROMPTS, reward, select="judge")
     with pytest.raises(ValueError, match="needs prompts, got none"):
         evaluate({"p": policy}, policy, [], reward)
@@ -544,7 +546,7 @@ def test_the_command_says_what_is_wrong(models, tmp_path, call):
         "all of it is said: --max-tokens N too": ([*reward, "--top-k", "5"], one),
         "each --policy needs a name of its own": (reward, one * 2),
         "needs --reward DIR or --reward-model": (["--max-tokens", "5"], one),
-        "BestOf(n=4) draws N=4, got m=2": ([*reward, "-m", "2"], one),
+        "best of 4 needs 4 completions of each prompt or more, got 2": ([*reward, "-m", "2"], one),
         "the name of a policy is that of its folder": (reward, [f"reference={one[0]}"]),
         "nowhere": (reward, [str(tmp_path / "nowhere")]),
         "give the --reward-model of that name another one": (

@@ -95,7 +95,10 @@ def _planned(
             continue
         if sampler is None:
             raise ValueError(
-                Message(f"nothing draws rollouts of the new prompt {start_of(item.prompt)}: name {setting('sampler')}")
+                Message(
+                    f"there is no sampler to draw rollouts of the new prompt {start_of(item.prompt)}: "
+                    f"name one, {setting('sampler')}"
+                )
             )
         new += 1
         waiting.append(item.prompt)
