@@ -3,20 +3,21 @@
 import numpy as np
 from jaxtyping import Float
 
-from calibrated_rewards.estimates import FEW, Estimate, Stated
+from calibrated_rewards.estimates import Estimate, Stated, small_sample_factor
 
 
 def stated(per_prompt: Float[np.ndarray, "P columns"], level: float = 0.95) -> list[Stated]:
     """Each column as `Stated.of(Estimate(column))` has it, in the time of a few.
 
     >>> stated(np.array([[0.5, 0.0], [0.75, 0.0], [1.0, 0.5], [0.25, 0.5], [0.5, 0.25]]))[0]
-    Stated(value=0.6, low=0.24..., high=0.95..., standard_error=0.127..., prompts=5)
+    Stated(value=0.6, low=0.28..., high=0.91..., standard_error=0.127..., prompts=5)
     """
     columns = [Estimate(column) for column in per_prompt.T]
-    if len(per_prompt) < FEW:
+    if len(per_prompt) < 2:
         return [Stated.of(column) for column in columns]
-    tail = (1 - level) / 2
-    lows, highs = np.quantile(_means(per_prompt), [tail, 1 - tail], axis=0).tolist()
+    tail, means = (1 - level) / 2, per_prompt.mean(axis=0)
+    ends = np.quantile(_means(per_prompt), [tail, 1 - tail], axis=0)
+    lows, highs = (means + small_sample_factor(len(per_prompt), level) * (ends - means)).tolist()
     return [
         Stated(column.value, low, high, column.standard_error, len(per_prompt))
         for column, low, high in zip(columns, lows, highs, strict=True)

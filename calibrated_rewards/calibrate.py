@@ -17,6 +17,7 @@ from typing import Any, overload
 import numpy as np
 
 from calibrated_rewards.adaptive import Adaptive
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.rollouts.adoption import adopt
 from calibrated_rewards.rollouts.cluster import Cluster
 from calibrated_rewards.rollouts.directory import RunDirectory, check_name
@@ -121,7 +122,11 @@ def import_rollouts(
     given = {} if scores is None else _named(scores)
     _check(named, 1, prompts_per_shard)
     if not named and not given:
-        raise ValueError("rollouts need scores: say in which column they are, scores=, or give a reward model")
+        raise ValueError(
+            Message(
+                f"rollouts need scores: name their column with {setting('scores')}, or a reward model to score them"
+            )
+        )
     if twice := {*named} & {*given}:
         raise ValueError(f"a reward model gives the scores or a column does, got both for {min(twice)!r}")
     found = imported(rollouts, scores=given, **source)

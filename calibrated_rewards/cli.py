@@ -5,13 +5,13 @@ command is called, and imports what is heavy (torch, transformers) when it runs.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Protocol, cast
 
 from calibrated_rewards import __version__
+from calibrated_rewards.commands.error_text import error_text, extras_of
 
 COMMANDS = {
     "demo": "the whole machine on a real language model: calibrate, foresee, train, evaluate, report",
@@ -25,32 +25,6 @@ COMMANDS = {
     "path": "say where an adapter for a trainer lies",
     "inspect": "show what a table holds: fingerprints, K, ties, saturation, error band, spread, suspicious prompts",
     "check-scorer": "check that a reward model scores alike on every path, cuts nothing silently, prefers good answers",
-}
-
-# What brings a library that is missing.
-EXTRAS = {
-    **dict.fromkeys(("torch", "transformers", "accelerate", "peft", "jinja2", "safetensors"), "hf"),
-    "httpx": "http",
-    "pyarrow": "calibrate",
-    **dict.fromkeys(("datasets", "trl"), "trl"),
-    "matplotlib": "plots",
-    "ray": "ray",
-    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
-    "vllm": "vllm",
-}
-# How the library's words for its arguments are said here.
-WORDS = {
-    r"\bscores=(?=,)": "--scores COLUMN",
-    r"\bprompts=$": "--prompts",
-    r"\bText\(template=\.\.\.\)": "--chat-template FILE",
-    r"\bkind=(\"?)([\w-]+)\1": r"--kind \2",
-    r"\bload_scorer needs kind=": "load_scorer needs --kind",
-    r"\blabels=": "--label",
-    r"\btokenizer=(\.\.\.)?": "--tokenizer",
-    r"\bVllm\(probabilities=True\)": "from Python, Vllm(probabilities=True)",
-    r"\btrust_remote_code=True": "--trust-remote-code",
-    r"\binsecure=True": "--insecure",
-    r"(?<![\w(])(reference|mark|output)=(\"?)([\w.<>]+)\2": r"--option \1=\3",
 }
 
 PASSED, FAILED, UNUSABLE, STOPPED = 0, 1, 2, 130
@@ -92,26 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # whatever went wrong is shown, without a traceback
         if options.debug:
             raise
-        said = told(error)
+        said = error_text(error, extras=extras_of(chosen, options))
         end = "\n" if "\n" in said else " "
         sys.stderr.write(f"{parser.prog}: error: {said}{end}(--debug shows where)\n")
         return UNUSABLE
-
-
-def told(error: Exception) -> str:
-    """An error in the words of the command line; if a library is missing, which extra brings it.
-
-    >>> told(ValueError("say how they make one score, with labels= Label(i)"))
-    'say how they make one score, with --label Label(i)'
-    """
-    if isinstance(error, ModuleNotFoundError):
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
-        if extra:
-            return f"this needs {error.name}, it is not installed: pip install 'calibrated-rewards[{extra}]'"
-    said = str(error).strip("\n") or type(error).__name__
-    for pattern, replacement in WORDS.items():
-        said = re.sub(pattern, replacement, said)
-    return said
 
 
 def split(arguments: Sequence[str]) -> tuple[str, list[str]]:

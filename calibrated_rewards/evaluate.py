@@ -8,11 +8,12 @@ Everything is kept in one directory, as in calibration: a run that was killed go
 2
 """
 
+import logging
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,16 +23,19 @@ import numpy as np
 from jaxtyping import Float
 
 from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.estimates import Estimate, Samples, Stated, difference
 from calibrated_rewards.evaluation import win_rate
-from calibrated_rewards.outcomes import Difference, Evaluation, Outcome
+from calibrated_rewards.outcomes import Difference, Evaluation, Outcome, Precision, plain_prompts_note
 from calibrated_rewards.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.prompts import Prompt, prompt_key
-from calibrated_rewards.responses import Measure, Responses, distances, responses
+from calibrated_rewards.responses import KnowsPrecision, Measure, Responses, distances, responses
 from calibrated_rewards.rollouts.sources import Asked, prompts_from
 from calibrated_rewards.samplers.protocol import Sampler
-from calibrated_rewards.scorers.protocol import Scorer
+from calibrated_rewards.scorers.protocol import Scorer, fingerprint
+from calibrated_rewards.wording import spoken
 
+logger = logging.getLogger(__name__)
 REFERENCE = "reference"
 # Policies share their seeds, so that a difference of two is less noisy; the reference has others, or completions of a
 # policy near it would be its own, and would not be independent.
@@ -75,6 +79,9 @@ def evaluate(
     asked = [*prompts_from(prompts, **source)]
     if not asked:
         raise ValueError("evaluate needs prompts, got none")
+    plain = _plain_prompts(asked, reference)
+    if plain:
+        logger.warning("%s", plain_prompts_note(plain, len({prompt_key(each.prompt) for each in asked})))
     settings = {"k": m, "prompts_per_shard": prompts_per_shard, "show_progress": show_progress}
     with TemporaryDirectory() as folder:
         run = _Run(Path(folder if out is None else out), asked, scorers, settings)
@@ -83,7 +90,7 @@ def evaluate(
         made = {name: _made(run, name, policies[name], reference, seed + APART, divergence) for name in policies}
         kl = {name: found for name, found in made.items() if found is not None}
         compared = _Compared({name: run.read(name) for name in (REFERENCE, *policies)}, select or next(iter(scorers)))
-        found = compared.evaluation(procedures, kl)
+        found = replace(compared.evaluation(procedures, kl), plain_prompts=plain)
     if out is not None:
         found.save(Path(out) / "evaluation.json")
     return found
@@ -96,7 +103,8 @@ def _check(policies: Any, scorers: Any, select: str | None, procedures: Any, m: 
     for name in policies:
         _check_name(name)
     if select is not None and select not in scorers:
-        raise ValueError(f"evaluate needs select= one of the scorers {[*scorers]}, got select={select!r}")
+        named = setting("select", repr(select))
+        raise ValueError(Message(f"the scorers are {', '.join(scorers)}, and one of them selects; got {named}"))
     for each in procedures:
         if not isinstance(each, Procedure):
             raise TypeError(f"evaluate needs procedures as BestOf(4) is one, got {each!r:.60}")
@@ -104,7 +112,8 @@ def _check(policies: Any, scorers: Any, select: str | None, procedures: Any, m: 
         raise TypeError(f"evaluate needs a whole m, got m={m!r:.60}")
     most = max(procedures, key=lambda each: each.draws)
     if m < max(1, most.draws):
-        raise ValueError(f"evaluate needs m >= N completions of each prompt, {most!r} draws N={most.draws}, got m={m}")
+        needs = f"{spoken(most)} needs {max(1, most.draws)} completions of each prompt or more"
+        raise ValueError(f"{needs}, got {m}: draw more (m), or take a smaller N")
 
 
 def _check_name(name: Any) -> None:
@@ -122,9 +131,17 @@ def _check_folder(out: str | os.PathLike[str] | None) -> None:
         raise ValueError(f"evaluate needs a folder to keep all in, got out={str(out)!r}, a file")
 
 
+def _plain_prompts(asked: Sequence[Asked], reference: Sampler) -> int:
+    """How many prompts are text though the reference has a chat template, which it does not use for text."""
+    plain = len({prompt_key(each.prompt) for each in asked if isinstance(each.prompt, str)})
+    text = fingerprint(reference).get("text") if plain else None
+    unused = isinstance(text, Mapping) and text.get("template") is not None and not text.get("chat")
+    return plain if unused else 0
+
+
 def _made(
     run: "_Run", name: str, policy: Sampler, reference: Sampler, seed: int, divergence: Mapping[str, Measure] | None
-) -> tuple[Float[np.ndarray, "P m"], int] | None:
+) -> "_MeasuredKL | None":
     """Completions of a policy, scored, and their KL, if it is measured."""
     run.draw(name, policy, seed)
     measure = _between(policy, reference) if divergence is None else divergence.get(name)
@@ -152,8 +169,9 @@ class _Run:
     def draw(self, name: str, sampler: Sampler, seed: int) -> None:
         calibrate(self.asked, sampler, dict(self.scorers), self.out / name, seed=seed, **self.settings)
 
-    def distances(self, name: str, measure: Measure) -> tuple[Float[np.ndarray, "P m"], int]:
-        return distances(self.out / name, self.prompts, measure, self.settings["k"], self.settings["show_progress"])
+    def distances(self, name: str, measure: Measure) -> "_MeasuredKL":
+        found = distances(self.out / name, self.prompts, measure, self.settings["k"], self.settings["show_progress"])
+        return _MeasuredKL(*found, measure.precision() if isinstance(measure, KnowsPrecision) else None)
 
     def read(self, name: str) -> Responses:
         return responses(self.out / name, self.prompts, [*self.scorers], self.settings["k"])
@@ -165,15 +183,28 @@ class _Run:
 
 
 @dataclass(frozen=True)
+class _MeasuredKL:
+    """The KL of each completion of a policy, and how it was read."""
+
+    values: Float[np.ndarray, "P m"]
+    not_as_drawn: int
+    precision: Precision | None
+
+    def stated(self) -> Stated:
+        """The mean; of one model saved in two dtypes the interval begins at 0, for the rest may be rounding."""
+        mean = _mean(self.values).within(0.0, np.inf)
+        rounded = self.precision is not None and self.precision.rounding is not None
+        return replace(mean, low=0.0) if rounded and mean.low is not None else mean
+
+
+@dataclass(frozen=True)
 class _Compared:
     """The responses of the reference and of each policy, and what follows from them."""
 
     of: Mapping[str, Responses]
     select: str
 
-    def evaluation(
-        self, procedures: Sequence[Procedure], kl: Mapping[str, tuple[Float[np.ndarray, "P m"], int]]
-    ) -> Evaluation:
+    def evaluation(self, procedures: Sequence[Procedure], kl: Mapping[str, _MeasuredKL]) -> Evaluation:
         samples = {name: self._samples(own) for name, own in self.of.items()}
         wins = {
             (name, judge, repr(each)): win_rate(own[judge], samples[REFERENCE][judge], each, jackknife=False)
@@ -201,9 +232,7 @@ class _Compared:
     def _samples(self, own: Responses) -> dict[str, Samples]:
         return {judge: Samples(own.scores[self.select], scores) for judge, scores in own.scores.items()}
 
-    def _outcome(
-        self, name: str, wins: Mapping[tuple[str, str, str], Estimate], kl: tuple[Float[np.ndarray, "P m"], int] | None
-    ) -> Outcome:
+    def _outcome(self, name: str, wins: Mapping[tuple[str, str, str], Estimate], kl: _MeasuredKL | None) -> Outcome:
         own = self.of[name]
         rates: dict[str, dict[str, Stated]] = {}
         for (whose, judge, how), estimate in wins.items():
@@ -211,11 +240,13 @@ class _Compared:
                 rates.setdefault(judge, {})[how] = Stated.of(estimate).within(0.0, 1.0)
         return Outcome(
             name,
-            None if kl is None else _mean(kl[0]).within(0.0, np.inf),
+            None if kl is None else kl.stated(),
             None if np.isnan(own.tokens).any() else _mean(own.tokens).within(0.0, np.inf),
             {judge: _mean(scores) for judge, scores in own.scores.items()},
             rates,
-            0 if kl is None else kl[1],
+            0 if kl is None else kl.not_as_drawn,
+            None if kl is None else kl.precision,
+            own.empty,
         )
 
 

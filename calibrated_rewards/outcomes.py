@@ -16,6 +16,18 @@ from calibrated_rewards.estimates import FEW, Stated
 
 UNKNOWN = "-"
 WIDTH = 1e-9
+# The share of empty completions from which it is said.
+MANY_EMPTY = 0.01
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How finely a measure of KL reads its two models."""
+
+    read_in: str
+    """The dtype that they compute in, such as float32."""
+    rounding: str | None = None
+    """The dtype in which the two have the same weights, one of them rounded to it; None where they are two models."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,10 @@ class Outcome:
     """By scorer that judges, then by procedure, as its repr: how often the policy beats the reference."""
     not_as_drawn: int = 0
     """Completions whose text makes other tokens than were drawn: their KL is along the tokens of the text."""
+    kl_precision: Precision | None = None
+    """How finely the models were read for the KL; None where no KL was measured, or the measure does not say."""
+    empty: int = 0
+    """Completions without a text."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,8 @@ class Evaluation:
     prompts: int
     completions: int
     """Of each prompt, m."""
+    plain_prompts: int = 0
+    """Prompts that are text, of models with a chat template: they are continued as text, without the template."""
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -106,7 +124,8 @@ def _lines(found: Evaluation) -> Iterator[str]:
     if found.prompts == 1:
         yield "1 prompt says nothing of others: there are no intervals, and nothing is told apart"
     elif found.prompts < FEW:
-        yield f"fewer than {FEW} prompts: intervals are Student's t, and rough; {found.prompts} prompts show little"
+        yield f"fewer than {FEW} prompts: intervals are rough, and {found.prompts} prompts show little"
+    yield from completion_notes(found)
     everyone = (found.reference, *found.policies)
     columns = {"KL, nats": [each.kl for each in everyone], "tokens": [each.tokens for each in everyone]}
     columns |= {f"mean {scorer}": [each.scores[scorer] for each in everyone] for scorer in found.reference.scores}
@@ -122,6 +141,46 @@ def _lines(found: Evaluation) -> Iterator[str]:
             share = f"{each.not_as_drawn} of {_counted(found.prompts * found.completions, 'completion')}"
             makes = "makes" if each.not_as_drawn == 1 else "make"
             yield f"{each.name}: {share} {makes} other tokens than were drawn, and the KL is along those"
+        yield from (f"{each.name}: {note}" for note in precision_notes(each.kl_precision))
+
+
+def precision_notes(precision: Precision | None) -> Iterator[str]:
+    """What to know of a KL that was not read in float32, or is of one model saved in two dtypes."""
+    if precision is None:
+        return
+    if precision.read_in != "float32":
+        yield f"the KL is read in {precision.read_in}, not float32: rounding alone can make it some hundredths of a nat"
+
+    if precision.rounding is not None:
+        yield (
+            f"its weights are those of the reference, one of the two rounded to {precision.rounding}: the KL is that "
+            "of rounding, and its interval begins at 0"
+        )
+
+
+def completion_notes(found: Evaluation) -> Iterator[str]:
+    """What is wrong with many completions, and with prompts that a chat model reads as plain text."""
+    drawn = found.prompts * found.completions
+    many = [each for each in (found.reference, *found.policies) if each.empty > MANY_EMPTY * drawn]
+    if many:
+        yield f"completions are empty: {', '.join(f'{each.empty / drawn:.1%} of {each.name}' for each in many)}"
+    if found.plain_prompts:
+        yield plain_prompts_note(found.plain_prompts, found.prompts)
+    elif many:
+        yield "a policy that ends at once was not trained on such prompts, or reads them otherwise than in training"
+
+
+def plain_prompts_note(plain: int, prompts: int) -> str:
+    """What to do about prompts that a chat model does not read as chats.
+
+    >>> plain_prompts_note(3, 30)
+    '3 of 30 prompts are plain text, ... give each prompt as messages: [{"role": "user", "content": "..."}]'
+    """
+    return (
+        f"{plain} of {_counted(prompts, 'prompt')} are plain text, and the model has a chat template, which is not "
+        "used for text. If the policy was trained on chats, give each prompt as messages: "
+        '[{"role": "user", "content": "..."}]'
+    )
 
 
 def _counted(number: int, what: str) -> str:
@@ -162,6 +221,8 @@ def _outcome(says: Mapping[str, Any]) -> Outcome:
     def each(of: Mapping[str, Any]) -> dict[str, Any]:
         return {name: Stated.read(value) for name, value in of.items()}
 
-    read = {name: _stated(says[name]) for name in ("kl", "tokens")}
+    read: dict[str, Any] = {name: _stated(says[name]) for name in ("kl", "tokens")}
     rates = {judge: each(of) for judge, of in says["win_rates"].items()}
+    precision = says.get("kl_precision")
+    read["kl_precision"] = None if precision is None else Precision(**precision)
     return Outcome(**{**says, **read, "scores": each(says["scores"]), "win_rates": rates})

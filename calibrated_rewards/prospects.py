@@ -155,7 +155,7 @@ def _few(prompts: int) -> str:
         return ""
     if prompts == 1:
         return "\n1 prompt: there are no intervals, and nothing is told apart."
-    return f"\nFewer than {FEW} prompts: intervals are Student's t, and rough."
+    return f"\nFewer than {FEW} prompts: intervals are rough."
 
 
 def _table(points: Sequence[Point], judge: str, procedures: Sequence[str]) -> Iterator[str]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 from tqdm import tqdm
 
-from calibrated_rewards.prompts import Prompt, start_of
+from calibrated_rewards.outcomes import Precision
+from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.rollouts.directory import RunDirectory
 from calibrated_rewards.rollouts.shard_files import read_table, replacing
 from calibrated_rewards.samplers.protocol import Rollout
@@ -24,6 +25,16 @@ from calibrated_rewards.scorers.protocol import fingerprint
 
 Distances = Sequence[Sequence[Any]]
 Measure = Callable[[Sequence[Prompt], Sequence[Sequence[Rollout]]], Distances]
+
+
+@runtime_checkable
+class KnowsPrecision(Protocol):
+    """A measure that says how finely it reads."""
+
+    def precision(self) -> Precision:
+        """The dtype that its models are read in, and whether rounding is all that they differ by."""
+
+
 _OF = b"calibrated-rewards divergence"
 _KEPT = pa.schema([("key", pa.binary(16)), ("number", pa.int32()), ("kl", pa.float64()), ("as_drawn", pa.bool_())])
 
@@ -35,21 +46,30 @@ class Responses:
     tokens: Float[np.ndarray, "P m"]
     """nan where the sampler does not say."""
     scores: Mapping[str, Float[np.ndarray, "P m"]]
+    empty: int = 0
+    """Completions without a text, or with nothing but white space."""
 
 
 def responses(path: Path, prompts: Mapping[bytes, Prompt], scorers: Sequence[str], m: int) -> Responses:
     """The first m completions of these prompts, in this order, from a run that has them."""
     tokens: dict[bytes, list[float]] = {}
     scores: dict[str, dict[bytes, npt.NDArray[np.float32]]] = {name: {} for name in scorers}
-    directory = RunDirectory(path)
+    directory, empty = RunDirectory(path), 0
     for name in directory.names():
         shard = directory.load(name)
         for i, planned in enumerate(shard.prompts):
+            if planned.key in prompts:
+                empty += sum(_is_empty(rollout.completion) for rollout in shard.rollouts[i][:m])
             tokens[planned.key] = [np.nan if r.tokens is None else float(r.tokens) for r in shard.rollouts[i][:m]]
             for scorer in shard.scores.keys() & {*scorers}:
                 scores[scorer][planned.key] = shard.scores[scorer][i][:m]
     found = {scorer: _rows(f"{path}, {scorer}", own, prompts, m) for scorer, own in scores.items()}
-    return Responses(_rows(str(path), tokens, prompts, m), found)
+    return Responses(_rows(str(path), tokens, prompts, m), found, empty)
+
+
+def _is_empty(completion: Completion) -> bool:
+    parts: Any = [{"content": completion}] if isinstance(completion, str) else completion
+    return not any(str(each.get("content") or "").strip() for each in parts)
 
 
 def distances(
@@ -66,16 +86,15 @@ def distances(
             kept = _read(file, said)
             if any(len(kept.get(key, [])) < m for key in wanted):
                 shard = directory.load(name)
-                for planned, rollouts in zip(shard.prompts, shard.rollouts, strict=True):
-                    if planned.key in prompts:
-                        own = kept.setdefault(planned.key, [])
-                        # A prompt of which all is kept has none left.
-                        more = measure([planned.prompt], [rollouts[len(own) : m]])[0]
-                        own += [(float(kl), bool(same)) for kl, same in more]
-                        bar.update()
+                pairs = zip(shard.prompts, shard.rollouts, strict=True)
+                asked = [(planned, rollouts) for planned, rollouts in pairs if planned.key in prompts]
+                rows = [kept.setdefault(planned.key, []) for planned, _ in asked]
+                # Of the whole shard in one call, for which the models change their precision once.
+                missing = [rollouts[len(row) : m] for row, (_, rollouts) in zip(rows, asked, strict=True)]
+                for row, more in zip(rows, measure([planned.prompt for planned, _ in asked], missing), strict=True):
+                    row += [(float(kl), bool(same)) for kl, same in more]
                 _write(file, said, kept)
-            else:
-                bar.update(len(wanted))
+            bar.update(len(wanted))
             found |= {key: kept[key][:m] for key in wanted}
     kl = _rows(f"the KL of {path}", {key: [kl for kl, _ in own] for key, own in found.items()}, prompts, m)
     return kl, sum(not same for key in prompts for _, same in found[key])

@@ -29,6 +29,7 @@ from calibrated_rewards.procedures import BestOf, CalibratedProcedure, Procedure
 from calibrated_rewards.prospects import Point, Reweighted
 from calibrated_rewards.table import ReferenceTable
 from calibrated_rewards.weighted_pools import WeightedPools, won
+from calibrated_rewards.wording import spoken
 
 Array: TypeAlias = npt.NDArray[np.float64]
 KLS = (0.25, 0.5, 1.0, 2.0)
@@ -56,6 +57,7 @@ def reweighted(
             f"reweighted needs names apart for the scorers that select and judge, got selected_by={selected_by!r} and "
             f"judged_by={judged_by!r} with two arrays of scores; one scorer that does both is Samples(select) alone."
         )
+    _check_draws(references, asked)
     setting = _Setting(references, asked, selected_by, judged_by)
     chosen = usual_arms(procedures) if arms is None else dict(arms)
     found, left_out = [], []
@@ -86,6 +88,17 @@ def _checked(references: Samples, kls: Any, procedures: Any) -> tuple[Calibrated
     if not ranked or len(ranked) < len(procedures):
         raise ValueError(f"reweighted needs procedures that are functions of the rank, got {list(procedures)}.")
     return ranked
+
+
+def _check_draws(references: Samples, procedures: Sequence[Procedure]) -> None:
+    fewest = references.sizes.min()
+    for each in procedures:
+        if isinstance(each, BestOf | WorstOf) and each.n > fewest:
+            raise ValueError(
+                f"{spoken(each)} needs {each.n} rollouts of each prompt or more, got K={fewest}: with fewer it "
+                "comes down to the same rollout for every reward. "
+                f"Calibrate with K={3 * each.n} or more, or take a smaller N."
+            )
 
 
 def _budget(kl: Any) -> bool:

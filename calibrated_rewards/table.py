@@ -276,7 +276,12 @@ class ReferenceTable:
             return cls.load(name, verify=verify)
         from calibrated_rewards import table_hub
 
-        return cls.load(table_hub.download(str(name), revision=revision, token=token, **hub), verify=verify)
+        try:
+            directory = table_hub.download(str(name), revision=revision, token=token, **hub)
+        except (OSError, ValueError) as error:  # the Hub's own errors do not always name what was asked for
+            reason = type(error).__name__
+            raise FileNotFoundError(f"{str(name)!r} is no folder, and the Hub does not give it ({reason})") from error
+        return cls.load(directory, verify=verify)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **hub: Any

@@ -142,6 +142,11 @@ def _attempt(path: Path, verify: bool | None) -> MappedTable | None:
     """The table, or None where the two files belong to different ones."""
     summary = _read_if_there(path / SUMMARY_FILE)
     if summary is None and not (path / DATA_FILE).exists():
+        tables = sorted(str(each.parent) for each in path.glob(f"*/{SUMMARY_FILE}"))
+        if tables:
+            raise FileNotFoundError(
+                f"{path} has a table for each of its reward models: name one, {' or '.join(tables)}"
+            )
         raise FileNotFoundError(f"there is no table at {path}: it has neither {SUMMARY_FILE} nor {DATA_FILE}")
     fd = os.open(path / DATA_FILE, os.O_RDONLY)
     try:

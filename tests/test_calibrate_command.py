@@ -95,10 +95,8 @@ def test_adaptive_rounds_by_option(models, tmp_path):
     [
         (["--reward-model", "policy"], "has no head that gives a score"),
         (["--max-tokens", "600"], "question 0"),
-        (["--temperature", "0"], "temperature > 0"),
         (["--budget", "9"], "--budget: they belong to --adaptive, leave it out"),
         (["--scores", "r"], "--scores: they belong to --rollouts"),
-        (["-k", "0"], "k >= 1"),
         (["--adaptive", "0.1"], "-k: with --adaptive"),
         (["--rollouts", "x.jsonl", "--dry-run"], "--dry-run: --rollouts has the prompts"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),

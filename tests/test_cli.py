@@ -284,7 +284,7 @@ def test_a_server_needs_no_models_here(library):
     """With a URL the command comes as far as asking it; without, it says what to install."""
     assert "gave no answer" in without(library, "check-scorer", "--reward-model", "http://127.0.0.1:1")
     told = without(library, "check-scorer", "--reward-model", "some/model")
-    assert f"needs {library}, it is not installed: pip install 'calibrated-rewards[hf]'" in told
+    assert f"needs {library}, which is not installed: pip install 'calibrated-rewards[hf]'" in told
 
 
 def test_a_server_needs_httpx():
@@ -295,7 +295,7 @@ def test_a_server_needs_httpx():
 
 
 def test_errors_speak_of_options(tmp_path, capsys):
-    """What to say is said as it is said here; an error of several lines keeps them."""
+    """What to say is said as it is said here; of a model without a head the kinds are named."""
     three = tiny.saved(tiny.classifier(num_labels=3), tmp_path / "three", tiny.tokenizer())
     assert check("--reward-model", three) == UNUSABLE
     assert "--label" in (said := capsys.readouterr().err)
@@ -304,7 +304,6 @@ def test_errors_speak_of_options(tmp_path, capsys):
     assert check("--reward-model", tiny.saved(policy, tmp_path / "policy", tiny.tokenizer())) == UNUSABLE
     said = capsys.readouterr().err
     assert "--kind judge" in said
-    assert "\n  - a judge" in said
 
 
 def test_names_of_labels_are_asked_about_and_costs_are_turned_round(tmp_path, capsys):

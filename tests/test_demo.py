@@ -70,8 +70,9 @@ def test_another_demo_in_the_same_folder_is_refused(whole: Path, capsys: pytest.
     """Two sizes or seeds are not mixed."""
     assert main(["demo", "--quick", "--seed", "1", "--out", str(whole)]) == 2
     assert "seed" in capsys.readouterr().err
-    assert main(["demo", "--quick", "--seed", "-1", "--out", str(whole)]) == 2
-    assert "--seed needs a number >= 0, got -1" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--quick", "--seed", "-1", "--out", str(whole)])
+    assert "--seed: needs a whole number >= 0, got '-1'" in capsys.readouterr().err
 
 
 def test_a_reward_model_in_the_middle_of_its_epoch_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The KL of completions: against all of them enumerated, and against plain forwards of each beginning."""
 
+import copy
 import logging
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import rel_entr, softmax
 
+from calibrated_rewards import divergence
 from calibrated_rewards.divergence import Divergence, _terms, between
+from calibrated_rewards.outcomes import Precision
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Rollout
@@ -177,3 +180,94 @@ def test_refuses_what_has_no_kl(caplog):
         Divergence(plain, plain)(["a"], [[Rollout(CHAT, 4, "stop")]])
     with pytest.raises(ValueError, match="each prompt needs its rollouts, got 1 prompts, rollouts of 0"):
         Divergence(plain, plain)(["a"], [])
+
+
+def saved_in(sampler: HfSampler, dtype: torch.dtype) -> HfSampler:
+    """The same model, its weights rounded to a dtype and held in it."""
+    return replace(sampler, model=copy.deepcopy(sampler.model).to(dtype))
+
+
+def means(policy: HfSampler, reference: HfSampler) -> float:
+    """The mean KL of what the policy draws."""
+    prompts = [f"prompt {i}" for i in range(4)]
+    found = Divergence(policy, reference)(prompts, policy(prompts, [range(8)] * len(prompts)))
+    return float(np.mean([[each.kl for each in own] for own in found]))
+
+
+def test_the_dtype_of_a_model_is_no_kl():
+    """A model in 16 bits against the same weights in float32 is at 0, whichever of the two is the policy."""
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = saved_in(llama(0, 16), dtype)
+        wide = saved_in(narrow, torch.float32)
+        assert means(wide, narrow) == 0.0
+        assert means(narrow, wide) == 0.0
+        assert Divergence(wide, narrow).precision() == Precision("float32")
+
+
+def test_models_in_16_bits_are_read_in_float32():
+    """The KL of a small step in weights, by forwards in float64 of the same weights, in each pair of dtypes."""
+    reference = saved_in(llama(0, 9), torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = saved_in(reference, dtype)
+        with torch.no_grad():
+            for weight in policy.model.parameters():
+                weight.mul_(1 + 2**-6 * torch.randint(-1, 2, weight.shape, generator=torch.manual_seed(0)))
+        exact = [saved_in(each, torch.float64) for each in (policy, reference)]
+        ids = tiny.tokenizer()("hello", add_special_tokens=False).input_ids
+        terms = rel_entr(*(plainly(each, "a", ids) for each in exact)).sum()
+        (found,) = Divergence(policy, reference)(["a"], [[Rollout("hello", 6, "stop")]])
+        assert found[0].kl == pytest.approx(terms, rel=1e-3)
+        assert {each.dtype for each in reference.model.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_saved_in_two_dtypes_is_known():
+    """Rounded weights are another model by a little, which is said; trained or shared or other weights are not."""
+    whole = llama(0, 16)
+    rounded = saved_in(whole, torch.bfloat16)
+    assert 0 < means(whole, rounded) < 1e-3
+    for one, other in [(whole, rounded), (rounded, whole), (whole, saved_in(rounded, torch.float32))]:
+        assert Divergence(one, other).precision() == Precision("float32", "bfloat16")
+    assert Divergence(saved_in(whole, torch.float16), rounded).precision().rounding == "bfloat16"
+    assert Divergence(whole, saved_in(whole, torch.float16)).precision().rounding == "float16"
+    trained = saved_in(rounded, torch.float32)
+    with torch.no_grad():
+        for weight in trained.model.parameters():
+            weight.add_(1e-5)
+    for one, other in [(trained, rounded), (whole, whole), (whole, llama(1, 16)), (whole, tabular(0))]:
+        assert Divergence(one, other).precision().rounding is None
+
+
+def test_models_are_left_as_they_were():
+    """Dtypes, values and ties of weights, also where a forward fails; mixed dtypes stay mixed."""
+    model = saved_in(llama(0, 9), torch.bfloat16).model
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.norm.weight.data = model.model.norm.weight.data.float()
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    sampler = HfSampler(model, tiny.tokenizer(), Decoding(9), show_progress=False)
+    Divergence(sampler, llama(0, 9))(["a"], [[Rollout("abc", 4, "stop")]])
+    larger = HfSampler(tiny.causal(0, vocab_size=300), tiny.tokenizer(), Decoding(9))
+    with pytest.raises(ValueError, match="of the same tokens"):
+        Divergence(sampler, larger)(["a"], [[Rollout("abc", 4, "stop")]])
+    after = model.state_dict()
+    assert all(after[name].dtype == each.dtype and torch.equal(after[name], each) for name, each in before.items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.model.norm.weight.data = model.model.norm.weight.data.bfloat16()
+    model.train()(input_ids=torch.tensor([[1, 2]])).logits.sum().backward()
+
+
+def test_without_memory_for_float32_the_wider_dtype_is_used(monkeypatch, caplog):
+    """And named: its rounding is in the KL. Quantised models stay in the dtype that they compute in."""
+    narrow = saved_in(llama(0, 9), torch.bfloat16)
+    convert = divergence._convert
+
+    def full(tensors: Any, dtype: torch.dtype) -> None:
+        if dtype == torch.float32:
+            raise torch.OutOfMemoryError
+        convert(tensors, dtype)
+
+    monkeypatch.setattr(divergence, "_convert", full)
+    assert Divergence(narrow, narrow).precision().read_in == "bfloat16"
+    assert "no memory for both models in float32: the KL is read in bfloat16" in caplog.text
+    monkeypatch.undo()
+    narrow.model.is_quantized = True
+    assert Divergence(narrow, narrow).precision().read_in == "bfloat16"

@@ -21,6 +21,7 @@ LAYERS = """
 transforms        ->
 procedures        ->
 quadrature        ->
+error_messages    ->
 prompts           ->
 bands             ->
 estimates         ->
@@ -53,15 +54,15 @@ reading.adapters  ->
 reading.fingerprint -> reading.adapters, reading.body
 reading.batches   ->
 reading.messages  -> prompts
-reading.text      -> prompts, reading.messages
-reading.labels    ->
+reading.text      -> prompts, reading.messages, error_messages
+reading.labels    -> error_messages
 reading.state     ->
 reading.rounding  ->
 reading.padding   -> reading.batches, reading.rounding
 reading.decoder   -> prompts, reading.batches, reading.body, reading.padding, reading.rounding, reading.state, reading.unread
 reading.own_forward -> reading.batches, reading.body, reading.draws, reading.padding, reading.state, reading.unread
-reading.trial     -> reading.body, reading.own_forward
 reading.next_token -> reading.batches, reading.body, reading.decoder, reading.state
+reading.trial     -> reading.body, reading.own_forward
 reading.label_names ->
 reading.labels_of -> reading.labels, reading.label_names
 reading.head_precision -> reading.body, reading.own_forward
@@ -77,8 +78,8 @@ scorers.recipe    -> prompts, scorers.protocol, scorers.serial, scorers.cost
 scorers.ensemble  -> prompts, scorers.protocol, scorers.serial
 scorers.differences ->
 scorers.checkpoint ->
-scorers.inspection -> scorers.checkpoint
-scorers.pretrained -> reading.body, scorers.checkpoint
+scorers.inspection -> scorers.checkpoint, error_messages
+scorers.pretrained -> reading.body, scorers.checkpoint, error_messages
 scorers.pairwise  -> prompts, table, scorers.plain, scorers.protocol, scorers.serial
 scorers.remote_address -> prompts
 scorers.secret_names ->
@@ -102,7 +103,9 @@ checks.whole_input -> checks.characters, checks.probes, checks.subject
 checks.edge_inputs -> prompts, checks.positions, checks.probes, checks.subject
 checks.conformance -> prompts, scorers.protocol, checks.*
 commands          ->
-cli               ->
+commands.error_text -> error_messages
+commands.numbers  ->
+cli               -> commands.error_text
 rewarding.importing ->
 __main__          -> cli, rewarding.importing
 adaptive          -> bands, transforms
@@ -127,8 +130,8 @@ reading.access    -> prompts, reading.*
 reading.first_token -> reading.access, reading.body, reading.own_forward
 scorers.sequence_classifier -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.cross_encoder -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.multi_attribute -> prompts, reading.*, scorers.protocol, scorers.recipe, error_messages
 scorers.token_logit -> prompts, reading.*, scorers.protocol, scorers.recipe
-scorers.multi_attribute -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.value_head -> prompts, reading.*, scorers.checkpoint, scorers.protocol, scorers.recipe
 scorers.shared_base -> prompts, reading.*, scorers.protocol, scorers.recipe, scorers.value_head
 scorers.process   -> prompts, reading.*, scorers.protocol, scorers.recipe
@@ -136,16 +139,16 @@ scorers.implicit  -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.judge     -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.rated_judge -> prompts, reading.*, scorers.protocol, scorers.judge, scorers.recipe
 scorers.pair_models -> prompts, reading.*, scorers.protocol, scorers.recipe, scorers.serial
-scorers.kinds     -> reading.*, scorers.*
-scorers.loading   -> reading.*, scorers.*
+scorers.kinds     -> reading.*, scorers.*, error_messages
+scorers.loading   -> reading.*, scorers.*, error_messages
 scorers           -> scorers.protocol, scorers.loading
 amortised.prompt_features -> prompts, reading.*, scorers.cost, scorers.cross_encoder, scorers.protocol, scorers.recipe
 rollouts          ->
 rollouts.claims   ->
 rollouts.cluster  ->
 rollouts.progress ->
-rollouts.rows     -> prompts
-rollouts.sources  -> prompts, rollouts.rows
+rollouts.rows     -> prompts, error_messages
+rollouts.sources  -> prompts, rollouts.rows, error_messages
 samplers          ->
 samplers.cache    ->
 samplers.decoding ->
@@ -156,18 +159,18 @@ rollouts.imported -> prompts, rollouts.rows, rollouts.sources, samplers.protocol
 rollouts.shard    -> prompts, reading.messages, samplers.protocol
 rollouts.shard_files -> prompts, reading.messages, rollouts.shard, samplers.protocol
 health.rollouts   -> prompts, health.sections, rollouts.shard_files
-commands.inspect  -> table, health.rollouts, health.table
+commands.inspect  -> table, health.rollouts, health.table, commands.numbers
 rollouts.directory -> rollouts.claims, rollouts.shard, rollouts.shard_files, scorers.differences
-rollouts.rescoring -> prompts, rollouts.directory, rollouts.shard, scorers.differences, scorers.protocol
-rollouts.planning -> prompts, rollouts.*, samplers.protocol
+rollouts.planning -> prompts, rollouts.*, samplers.protocol, error_messages
 rollouts.adoption -> prompts, rollouts.*
 rollouts.tabulation -> prompts, table, rollouts.directory, rollouts.shard, rollouts.shard_files
-rollouts.work     -> rollouts.shard, samplers.protocol, scorers.protocol
+rollouts.work     -> rollouts.shard, samplers.protocol, scorers.protocol, error_messages
+on_the_spot       -> prompts, table, rollouts.shard, rollouts.work, samplers.protocol, scorers.protocol, scorers.differences
+rollouts.rescoring -> prompts, rollouts.directory, rollouts.shard, scorers.differences, scorers.protocol
 rollouts.identity -> rollouts.*, scorers.differences, scorers.protocol
-on_the_spot       -> prompts, table, rollouts.shard, rollouts.work, samplers.protocol, scorers.differences, scorers.protocol
 rollouts.forecast -> prompts, rollouts.*
-rollouts.run      -> adaptive, table, rollouts.*
-calibrate         -> adaptive, table, rollouts.*, samplers.protocol, scorers.protocol
+rollouts.run      -> adaptive, table, rollouts.*, error_messages
+calibrate         -> adaptive, table, rollouts.*, samplers.protocol, scorers.protocol, error_messages
 samplers.endings  -> samplers.decoding, samplers.protocol
 samplers.openai_answer -> prompts, samplers.decoding, samplers.protocol
 samplers.policy   -> prompts, reading.body, reading.fingerprint, reading.text, samplers.decoding, samplers.endings
@@ -178,17 +181,17 @@ samplers.agreement -> reading.body, reading.unread, samplers.drawing, samplers.r
 samplers.vllm_engine -> scorers.recipe
 samplers.vllm     -> prompts, reading.*, samplers.*, scorers.*
 samplers.writing  -> samplers.drawing, samplers.endings, samplers.rows
-samplers.hf       -> prompts, reading.batches, reading.body, reading.text, reading.unread, samplers.*
-samplers.loading  -> prompts, reading.text, samplers.*, scorers.*
+samplers.hf       -> prompts, reading.batches, reading.body, reading.text, samplers.*, reading.unread
+samplers.loading  -> prompts, reading.text, samplers.*, scorers.*, error_messages
 scorers.remote_crew ->
 scorers.remote_post -> prompts, scorers.remote_address, scorers.remote_retry, scorers.remote_token, scorers.request_logs
 scorers.remote    -> prompts, reading.batches, scorers.*
-commands.server   -> reading.text, scorers.cost, scorers.protocol, scorers.remote*
-commands.reward_model -> reading.*, scorers.cost, scorers.loading, scorers.protocol, commands.server
+commands.server   -> reading.text, scorers.protocol, scorers.remote*, scorers.cost
+commands.reward_model -> reading.*, scorers.loading, scorers.protocol, commands.server, commands.numbers, scorers.cost
 commands.check_scorer -> prompts, scorers.plain, checks.*, commands.*
 samplers.openai   -> prompts, reading.batches, reading.text, samplers.*, scorers.*
-commands.policy   -> commands.reward_model, commands.server, reading.text, samplers.*, scorers.remote_address
-commands.calibrate -> adaptive, prompts, calibrate, scaling, table, transforms, commands.*, rollouts.*, samplers.ray
+commands.policy   -> commands.reward_model, commands.server, reading.text, samplers.*, scorers.remote_address, commands.error_text, commands.numbers
+commands.calibrate -> adaptive, calibrate, scaling, table, transforms, commands.*, rollouts.*, samplers.ray, prompts
 checks.adapters   -> prompts, checks.conformance, scorers.protocol
 testing           -> procedures, prompts, quadrature, transforms, checks.adapters, checks.conformance, samplers.protocol
 commands.path     ->
@@ -203,7 +206,7 @@ faithful.skyrl_settings -> faithful.rules
 faithful.slime_settings -> faithful.rules
 faithful.swift_settings -> faithful.rules
 faithful.verl_settings -> faithful.rules
-recipes           ->
+recipes           -> commands.error_text
 rewarding         ->
 rewarding.coalescing ->
 rewarding.locating -> prompts, table
@@ -220,7 +223,7 @@ rewarding.raw_scores -> prompts, rewarding.device, rewarding.valuing
 rewarding.completion_form -> prompts, reading.messages, scorers.protocol
 rewarding.verification -> prompts, table, rewarding.completion_form, scorers.differences, scorers.protocol
 rewarding.watch   -> prompts, table, rewarding.scores
-recipes.loop      -> prompts, reading.body, rollouts.sources, samplers.endings, samplers.policy
+recipes.loop      -> prompts, reading.body, rollouts.sources, samplers.endings, samplers.policy, error_messages
 serving           ->
 serving.limits    ->
 serving.body      -> serving.limits
@@ -228,9 +231,9 @@ serving.fields    -> prompts, serving.limits
 serving.dialects  -> prompts, rewarding.handed_over, rewarding.scores, serving.fields, serving.limits
 serving.metrics   -> rewarding.scores
 serving.desk      -> table, rewarding.coalescing, rewarding.scores, serving.dialects, serving.limits, serving.metrics
-serving.gate      -> serving.limits, serving.metrics
+serving.gate      -> serving.metrics, serving.limits
 serving.connections -> serving.limits
-serving.listening -> serving.connections, serving.gate, serving.limits
+serving.listening -> serving.gate, serving.limits, error_messages, serving.connections
 serving.schema    ->
 server            -> serving.*
 serving.replicas  -> server, serving.gate, serving.limits, serving.listening
@@ -242,13 +245,13 @@ rewarding.strangers -> prompts, table, reading.messages
 reward            -> calibrations, finite_k, prompts, scaling, table, transforms, rewarding.*, scorers.protocol, scorers.serial
 faithful.trl_settings -> reward, faithful.sampled, faithful.trl_rules
 combined          -> calibrations, prompts, reward, transforms, rewarding.device, scorers.protocol, scorers.ensemble
-commands.reward   -> reward, table, transforms, commands.reward_model, commands.transform, scaling, table_expectations
+commands.reward   -> reward, table, transforms, commands.reward_model, commands.transform, commands.numbers, scaling, table_expectations
 configured        -> reward, rewarding.spelling
 faithful.rewarded -> calibrations, finite_k, reward, scaling, faithful.rules
 faithful.check    -> reward, faithful.*
 faithful          -> faithful.check, faithful.trl_settings
 commands.saved_reward -> reward, rewarding.spelling
-commands.serve    -> server, commands.saved_reward, serving.listening
+commands.serve    -> server, serving.listening, commands.numbers, commands.saved_reward
 arms              -> calibrations, choice, procedures, scaling, table, transforms
 bootstrap         -> estimates
 demo              ->
@@ -257,33 +260,33 @@ demo.miniature    ->
 demo.reward_models -> demo.assets, reading.body, reading.text, rollouts.shard_files
 demo.scale        ->
 demo.parts        -> demo.*
-divergence        -> prompts, reading.batches, reading.body, samplers.*, scorers.protocol
 outcomes          -> estimates, rollouts.shard_files
+divergence        -> outcomes, prompts, reading.batches, reading.body, reading.fingerprint, samplers.*, scorers.protocol
 prospects         -> estimates, rollouts.shard_files
-recipes.model     ->
+recipes.model     -> error_messages
 recipes.raw       -> prompts, reward, table, rewarding.locating, rewarding.watch
-recipes.opening   -> prompts, reward, commands.saved_reward, commands.transform, reading.*, recipes.*, rollouts.sources, samplers.*, table_expectations
+recipes.opening   -> prompts, reward, commands.transform, reading.*, recipes.*, rollouts.sources, samplers.*, error_messages, commands.saved_reward, table_expectations
 recipes.run_folder -> prompts, reward, recipes.*, rollouts.*, samplers.decoding
 recipes.timing    -> reward, recipes.raw, scorers.protocol, scorers.serial
 recipes.together  ->
-recipes.command   -> reward, table, table_expectations, commands.transform, recipes.opening, recipes.run_folder, recipes.together
-recipes.grpo_plain -> reward, recipes.*, rollouts.sources, samplers.policy
-recipes.ppo       -> reward, recipes.*, rollouts.sources, samplers.policy
-recipes.trl_run   -> reward, faithful.check, recipes.*, rollouts.sources, samplers.decoding
+recipes.command   -> reward, table, recipes.opening, recipes.run_folder, recipes.together, commands.error_text, commands.numbers, table_expectations, commands.transform
+recipes.grpo_plain -> reward, recipes.*, rollouts.sources, samplers.policy, error_messages
+recipes.ppo       -> reward, recipes.*, rollouts.sources, samplers.policy, error_messages
+recipes.trl_run   -> reward, faithful.check, recipes.*, rollouts.sources, samplers.decoding, error_messages
 recipes.train_grpo -> faithful.trl_settings, recipes.command, recipes.trl_run
 recipes.train_rloo -> faithful.trl_settings, recipes.command, recipes.trl_run
 reporting         ->
-responses         -> prompts, rollouts.directory, rollouts.shard_files, samplers.protocol, scorers.protocol
-evaluate          -> calibrate, divergence, estimates, evaluation, outcomes, procedures, prompts, responses, rollouts.sources, samplers.protocol, scorers.protocol
+responses         -> outcomes, prompts, rollouts.directory, rollouts.shard_files, samplers.protocol, scorers.protocol
+wording           -> estimates, optimal, transforms
+evaluate          -> calibrate, divergence, estimates, evaluation, outcomes, procedures, prompts, responses, rollouts.sources, samplers.protocol, scorers.protocol, error_messages, wording
 commands.evaluate -> evaluate, procedures, reward, commands.*, samplers.*, scorers.protocol
 rollouts.judged   -> estimates, rollouts.shard_files
 weighted_pools    -> estimates, procedures
-reweighted        -> arms, bootstrap, calibrations, estimates, procedures, prospects, table, weighted_pools
+reweighted        -> arms, bootstrap, calibrations, estimates, procedures, prospects, table, weighted_pools, wording
 demo.pipeline     -> calibrate, choice, estimates, evaluate, outcomes, procedures, prospects, reward, reweighted, table, demo.*, recipes.*, rollouts.sources, samplers.*, scorers.loading
-wording           -> estimates, optimal, transforms
 reporting.fresh   -> estimates, evaluate, table, wording, rollouts.shard_files
 plots             -> estimates, finite_k, outcomes, procedures, prospects, scaling, table, theory, transforms, wording
-commands.frontier -> arms, estimates, plots, procedures, prospects, reweighted, scaling, table, commands.transform, rollouts.judged
+commands.frontier -> arms, estimates, plots, procedures, prospects, reweighted, scaling, table, commands.transform, rollouts.judged, commands.numbers
 reporting.markup  -> plots
 reporting.page    -> reporting.markup
 reporting.kept    ->
@@ -298,7 +301,7 @@ reporting.trained -> plots, wording, health.sections, reporting.experiment, repo
 report            -> reporting.*, rollouts.shard_files
 commands.report   -> report
 demo.show         -> outcomes, procedures, prospects, report, table, demo.*, recipes.command, rollouts.*
-commands.demo     -> demo.parts, demo.scale, demo.show
+commands.demo     -> demo.parts, demo.scale, demo.show, commands.numbers
 """  # noqa: E501 (what evaluates, and what shows everything, uses much)
 
 # What a module may load when it is imported, next to the standard library. The rest waits inside a function.

@@ -121,7 +121,6 @@ def test_a_table_of_the_hub(tmp_path, monkeypatch, capsys):
         (["./nothing"], "a table is a directory"),
         (["nothing"], "a table is a directory"),
         (["{at}"], r"needs a table.json, in it or in a folder of it, got none"),
-        (["{at}", "--rows", "0"], "--rows needs a number >= 1, got 0"),
     ],
 )
 def test_what_is_no_table(words, message, tmp_path, capsys):

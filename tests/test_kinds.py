@@ -28,7 +28,7 @@ def test_every_kind_has_a_class() -> None:
     for kind in CLASSES:
         assert named(kind.replace("-", "_")) == named(kind) == kind
     assert named(None) is None
-    with pytest.raises(ValueError, match=r"kind= one of .*rated-judge.*got kind='rater'"):
+    with pytest.raises(ValueError, match=r"kind is one of .*rated-judge.*got kind='rater'"):
         named("rater")
 
 
@@ -75,7 +75,7 @@ def test_labels_that_do_not_fit() -> None:
 def test_options() -> None:
     """An option that the kind's class does not have is named, with those that it has."""
     check_options("process", {"mark": "+", "text": Text(), "share_prefixes": False}, False, False)
-    with pytest.raises(TypeError, match=r"kind='process' \(ProcessReward\) takes no marks=; it takes .* mark=, "):
+    with pytest.raises(TypeError, match=r"a process model takes no marks=; it takes .* mark, "):
         check_options("process", {"marks": "+"}, False, False)
     with pytest.raises(TypeError, match=r"takes no model="):
         check_options("judge", {"model": 1}, False, False)
@@ -90,5 +90,5 @@ def test_references() -> None:
         check_options("implicit", options, reference, adapter)
     with pytest.raises(ValueError, match=r"needs reference=.* or reference_free=True"):
         check_options("implicit", {"beta": 0.1}, False, False)
-    with pytest.raises(TypeError, match="reference= is for kind='implicit', this is kind='judge'"):
+    with pytest.raises(TypeError, match="reference= is for implicit rewards, this is a judge model"):
         check_options("judge", {}, True, False)

@@ -58,7 +58,7 @@ def test_two_labels_order_alike() -> None:
 def test_labels_that_there_are_not() -> None:
     """The rule and how many there are is in the error."""
     for labels in (Label(4), Label(-5), Difference(good=4, bad=0), Difference(good=0, bad=4)):
-        with pytest.raises(IndexError, match=r"needs a label that the model has, it has 4$"):
+        with pytest.raises(IndexError, match=r"no label .*, it has 4: name one that it has, with labels=Label\(i\)$"):
             labels(LOGITS)
     for rule in (Expected, Weighted):
         with pytest.raises(ValueError, match=rf"{rule.__name__}\(.*\) has 3 values, the model has 4 labels"):

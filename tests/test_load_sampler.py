@@ -135,7 +135,7 @@ def test_what_it_is_told_is_checked(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="one of hf, continuous, vllm, got engine='sglang'"):
         load_sampler(folder, DECODING, engine="sglang")
-    with pytest.raises(TypeError, match=r"engine='hf' \(HfSampler\) takes no max_model_len=; it takes batch_tokens="):
+    with pytest.raises(TypeError, match="the engine hf takes no max_model_len=; it takes batch_tokens, "):
         load_sampler(folder, DECODING, max_model_len=9)
     with pytest.raises(TypeError, match="engine='vllm' takes no device_map="):
         load_sampler(folder, DECODING, engine="vllm", device_map="auto")

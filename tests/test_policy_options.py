@@ -103,7 +103,6 @@ def test_a_url_is_asked(folder, tmp_path):
         (["p", "--engine", "vllm", "--policy-device", "cpu"], "--policy-device: vLLM"),
         (["http://h", "--policy-served-model", "m", "--policy-dtype", "float16"], "--policy-dtype: the server"),
         (["http://h", "--policy-served-model", "m", "--policy-revision", "r"], "--policy-revision: for a server"),
-        (["p", "--temperature", "0"], "temperature > 0"),
         (["p", "--policy-chat-template", "none.jinja"], "--policy-chat-template none.jinja"),
     ],
 )

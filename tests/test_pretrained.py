@@ -48,7 +48,7 @@ def test_names_of_precisions(given: str, name: str) -> None:
 @pytest.mark.parametrize("dtype", ["float31", "int8", "nn", "b16"])
 def test_names_of_no_precision(dtype: str) -> None:
     """What is no precision of a model is refused at once, with some that are."""
-    with pytest.raises(ValueError, match=rf"bfloat16 or float16, got dtype='{dtype}'"):
+    with pytest.raises(ValueError, match=rf"bfloat16 or float16, got '{dtype}'"):
         Placement(dtype)
 
 

@@ -1,11 +1,13 @@
 """The page of a report: every number is its source's, every text is escaped, nothing is said of what is not there."""
 
 import argparse
+import ast
 import json
 import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,6 +16,7 @@ from fake_experiment import NASTY, SAID, Shifted, make
 from hypothesis import given
 from hypothesis import strategies as st
 
+import calibrated_rewards
 from calibrated_rewards.commands import report as command
 from calibrated_rewards.evaluate import evaluate
 from calibrated_rewards.outcomes import Evaluation
@@ -98,6 +101,33 @@ def test_the_page_has_every_part(page):
     places = [page.text.index(title) for title in TITLES.values()]
     assert places == sorted(places)
     assert page.tags.count("h1") == 1
+
+
+def test_no_page_shows_a_brace_expression(demo, page, tmp_path):
+    """What a lost f would leave, such as {name(found)}: in no text, caption or label, of the whole and of each part."""
+    (tmp_path / "run").mkdir()
+    shutil.copy(next(demo.rglob("log.jsonl")), tmp_path / "run")
+    parts = [demo / "table", demo / "evaluation", tmp_path / "run"]
+    pages = [page, *(Page(report(part, tmp_path / f"{part.name}.html").read_text()) for part in parts)]
+    for each in pages:
+        shown = [each.text, *(value or "" for _, name, value in each.attributes if name != "style")]
+        assert [text for text in shown if re.search(r"\{[^{}\s]*[A-Za-z_][^{}]*\}", text)] == []
+
+
+def test_no_text_lost_its_f():
+    """Beside an f-string in a literal that is none, braces around a name or a call are a forgotten f."""
+    package = Path(calibrated_rewards.__file__).parent
+    meant = {"{step} and {mark}", "{completion}, and mostly {prompt}"}  # of layouts, which the user writes
+    found = [
+        f"{path.name}:{node.lineno}: {part.value}"
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.JoinedStr)
+        for part in node.values
+        if isinstance(part, ast.Constant) and re.search(r"\{[A-Za-z_][^{}]*\}", part.value)
+        if not any(each in part.value for each in meant)
+    ]
+    assert found == []
 
 
 def test_every_number_of_the_evaluation_is_there(demo, page):

@@ -87,14 +87,14 @@ def test_few_prompts_are_told_before_any_claim():
 
 
 def test_a_policy_that_is_the_reference_is_rarely_called_another():
-    """On five prompts both are of one law, and the bootstrap would tell them apart one time in six."""
+    """On five prompts both are of one law, and plain percentiles would tell them apart one time in six."""
     rng, said = np.random.default_rng(1), 0
     for _ in range(200):
         ours, theirs = (Samples(rng.normal(size=(5, 8))) for _ in range(2))
         rate = Stated.of(win_rate(ours, theirs, BestOf(4), jackknife=False))
         versus, _ = claims(evaluation(rate, rate, prompts=5))
         said += "above the reference" in versus or "below the reference" in versus
-    assert said <= 22  # Student's t has some 15, the bootstrap 35
+    assert said <= 22  # Student's t has some 15, plain percentiles 35
 
 
 def test_a_summary_says_a_thing_once():

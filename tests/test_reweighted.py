@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import t as student
 
 from calibrated_rewards.arms import ARMS, AnyKL, BestAtKL, Transformed, Uncalibrated
 from calibrated_rewards.bootstrap import stated
 from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.cli import main
 from calibrated_rewards.commands import frontier
 from calibrated_rewards.estimates import Estimate, Samples, Stated
 from calibrated_rewards.evaluation import predict
@@ -26,6 +26,7 @@ from calibrated_rewards.prospects import ERRORS, Point, margin, told
 from calibrated_rewards.reweighted import Reweighted, reweighted
 from calibrated_rewards.rollouts.judged import references_of
 from calibrated_rewards.score_procedures import SoftBestOf
+from calibrated_rewards.table import ReferenceTable
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory import beta_for_kl, bin_masses, win_rate
 from calibrated_rewards.transforms import Exponential, Identity, Log, NormalQuantile
@@ -259,7 +260,8 @@ def test_what_cannot_be_compared_is_refused(options, says):
         reweighted(Samples([[1.0, -1e39, 2.0]]))
     with pytest.raises(ValueError, match="selected_by='judge' and judged_by='judge' with two arrays"):
         reweighted(normals(3, 8), selected_by="judge")
-    (point,) = reweighted(Samples([[1.0, 2.0, 4.0]]), {"raw": ARMS["raw"]}, [0.1], selected_by="judge").points
+    three, raw = Samples([[1.0, 2.0, 4.0]]), {"raw": ARMS["raw"]}
+    (point,) = reweighted(three, raw, [0.1], [Standard()], selected_by="judge").points
     assert [*point.win_rates] == ["judge"]
 
 
@@ -350,16 +352,15 @@ def test_words_say_what_is_told_apart():
 
 
 def test_few_prompts_are_said_first():
-    """Student's t within what a rate can be, and words before any claim; one prompt has no intervals at all."""
+    """Intervals within what a rate can be, and words before any claim; one prompt has no intervals at all."""
     arms = {name: ARMS[name] for name in ("raw", "log")}
     found = reweighted(normals(3, 60), arms, [0.5])
     text = str(found)
-    assert text.index("Fewer than 20 prompts: intervals are Student's t") < text.index("against raw")
+    assert text.index("Fewer than 20 prompts: intervals are rough") < text.index("against raw")
     per_prompt = np.random.default_rng(1).normal(size=(5, 2))
     for one, column in zip(stated(per_prompt), per_prompt.T, strict=True):
-        expected = student.interval(0.95, 4, column.mean(), column.std(ddof=1) / np.sqrt(5))
-        assert [one.low, one.high] == pytest.approx(expected)
-        assert Stated.of(Estimate(column)) == one
+        expected = Stated.of(Estimate(column))
+        assert [one.low, one.high] == pytest.approx([expected.low, expected.high])
     assert stated(np.array([[0.5], [1.0]]))[0].high > 1
     noisy = reweighted(normals(2, 60, seed=5), arms, [0.5]).points
     ends = [rate for point in noisy for by in point.win_rates.values() for rate in by.values()]
@@ -469,3 +470,16 @@ def test_scores_tie_as_they_do_in_tables():
     found = reweighted(Samples([near], [[0.0, 1.0, 2.0, 3.0]]), {"raw": ARMS["raw"]}, [0.3])
     tied = reweighted(Samples([[1.0, 1.0, 2.0, 3.0]], [[0.0, 1.0, 2.0, 3.0]]), {"raw": ARMS["raw"]}, [0.3])
     assert found == tied
+
+
+def test_a_procedure_that_draws_more_than_there_is_is_refused(tmp_path, capsys):
+    """With K below N every reward comes down to one rollout: the error says N, K and what to do."""
+    references = normals(10, 32)
+    for procedure in (BestOf(33), WorstOf(100)):
+        said = rf"of {procedure.n} needs {procedure.n} rollouts .* got K=32: .* K={3 * procedure.n} or more"
+        with pytest.raises(ValueError, match=said):
+            reweighted(references, procedures=[Standard(), procedure])
+    assert reweighted(references, {"log": ARMS["log"]}, [0.5], [BestOf(32)]).points
+    ReferenceTable.build((f"p{i}", row) for i, row in enumerate(references.select)).save(tmp_path / "table")
+    assert main(["frontier", str(tmp_path / "table"), "--best-of", "100"]) == 2
+    assert "best of 100 needs 100 rollouts of each prompt or more, got K=32" in capsys.readouterr().err

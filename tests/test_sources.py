@@ -229,9 +229,9 @@ UNUSABLE: list[tuple[Any, type[Exception], str]] = [
     (b"Hi", TypeError, "bytes are no path.* got b'Hi'"),
     ({"Hi", "Hello"}, TypeError, "a set has no order"),
     (7, TypeError, "a source is a path, a dataset, a DataFrame or an iterable"),
-    ("Tell me about Berlin.", FileNotFoundError, "a single prompt goes in a list"),
-    ("x" * 5000 + " ", FileNotFoundError, "a single prompt goes in a list"),
-    ("nowhere/prompts.jsonl", FileNotFoundError, "no file or folder 'nowhere/prompts.jsonl'"),
+    ("Tell me about Berlin.", FileNotFoundError, "is no file or folder with prompts, and no name on the Hub"),
+    ("x" * 5000 + " ", FileNotFoundError, "is no file or folder with prompts, and no name on the Hub"),
+    ("nowhere/prompts.jsonl", FileNotFoundError, "'nowhere/prompts.jsonl' is no file or folder with prompts"),
 ]
 
 
@@ -300,11 +300,14 @@ def test_splits_are_chosen_by_name(tmp_path: Path) -> None:
     for source in (datasets.DatasetDict(both), tmp_path / "saved", tmp_path / "files"):
         assert [*prompts_from(source, split="train_sft")] == [Asked("train_sft")]
         for wrong in (None, "validation"):
-            with pytest.raises(ValueError, match=r"needs split= one of (train_sft, test_sft|test_sft, train_sft), got"):
+            with pytest.raises(
+                ValueError,
+                match=r"has the splits (train_sft, test|test_sft, train)_sft, name one of them",
+            ):
                 prompts_from(source, split=wrong)
     assert [*prompts_from(datasets.DatasetDict(test=both["test_sft"]))] == [Asked("test_sft")]
     for source in (lines(tmp_path / "a.jsonl", ["Hi"]), ["Hi"], both["test_sft"], folder(tmp_path / "f", [{"a": 1}])):
-        with pytest.raises(ValueError, match="split= picks from what has splits, got split='train'"):
+        with pytest.raises(ValueError, match="has no splits: leave out split=train"):
             prompts_from(source, split="train")
 
 

@@ -107,7 +107,7 @@ def test_template_options() -> None:
 def test_a_template_that_is_missing() -> None:
     """Messages without a template are an error that says what to do; plain text needs none."""
     with pytest.raises(
-        ValueError, match=r"no chat template.*\[\{'role': 'user', 'content': 'ab'.*Give one, Text\(template=\.\.\.\)"
+        ValueError, match=r"no chat template.*\[\{'role': 'user', 'content': 'ab'.*Name a template with template="
     ):
         ids(Text(), [{"role": "user", "content": "ab"}], "cd", template=None)
     with pytest.raises(ValueError, match="no chat template"):

@@ -4,10 +4,12 @@ import argparse
 import logging
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.commands import policy, reward_model
+from calibrated_rewards.commands.numbers import Real, Whole
 from calibrated_rewards.commands.transform import transform
 from calibrated_rewards.transforms import Identity
 
@@ -38,11 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     group = parser.add_argument_group("calibration")
     group.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything is kept; go on there")
-    group.add_argument("-k", type=int, metavar="K", help="rollouts a prompt; as many as --out has, or 100")
+    group.add_argument("-k", type=Whole(1), metavar="K", help="rollouts a prompt; as many as --out has, or 100")
     group.add_argument("--seed", type=int, default=0, help="of the rollouts (%(default)s)")
-    group.add_argument("--prompts-per-shard", type=int, default=32, metavar="N", help="the unit of work (%(default)s)")
     group.add_argument(
-        "--adaptive", type=float, metavar="WIDTH", help="in place of -k: rounds, until the reward's band is ± WIDTH"
+        "--prompts-per-shard", type=Whole(1), default=32, metavar="N", help="the unit of work (%(default)s)"
+    )
+    group.add_argument(
+        "--adaptive",
+        type=Real(0.0, above=True),
+        metavar="WIDTH",
+        help="in place of -k: rounds, until the reward's band is ± WIDTH",
     )
     group.add_argument(
         "--transform",
@@ -51,9 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of --adaptive, on [0, 1]: identity (default), log, exp:10",
     )
     group.add_argument("--rounds", type=rounds, metavar="K,K,...", help="of --adaptive (16,32,64,128)")
-    group.add_argument("--budget", type=int, metavar="ROLLOUTS", help="of --adaptive: the most of all prompts together")
-    group.add_argument("--ray", type=int, metavar="WORKERS", help="do the work on this many workers of a Ray cluster")
-    group.add_argument("--ray-gpus", type=float, default=0.0, metavar="N", help="GPUs of each of them")
+    group.add_argument(
+        "--budget", type=Whole(1), metavar="ROLLOUTS", help="of --adaptive: the most of all prompts together"
+    )
+    group.add_argument(
+        "--ray", type=Whole(1), metavar="WORKERS", help="do the work on this many workers of a Ray cluster"
+    )
+    group.add_argument("--ray-gpus", type=Real(0.0), default=0.0, metavar="N", help="GPUs of each of them")
     group.add_argument("--dry-run", action="store_true", help="check everything, time a trial, write nothing")
     group.add_argument("--quiet", action="store_true", help="no progress")
     group = parser.add_argument_group("prompts")
@@ -63,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--column", help="the column of the prompts, where it is not what TRL would read")
     group.add_argument("--id-column", help="a column of ids, by which trainers may ask; prompt_id if there is one")
     group.add_argument("--split", help="of a dataset")
-    group.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
+    group.add_argument("--limit", type=Whole(1), metavar="N", help="the first N prompts only")
     group.add_argument(
         "--rollouts", metavar="FILE|FOLDER|ID", help="in place of --prompts and --policy: made elsewhere"
     )
@@ -146,8 +157,10 @@ def adaptive(options: argparse.Namespace) -> "Adaptive | None":
     from calibrated_rewards.adaptive import Adaptive
     from calibrated_rewards.scaling import scaled
 
-    unit = scaled(options.transform or Identity(), "unit")
-    return Adaptive(unit, options.adaptive, options.rounds or (16, 32, 64, 128), budget=options.budget)
+    unit, rounds = scaled(options.transform or Identity(), "unit"), options.rounds or (16, 32, 64, 128)
+    if options.budget is not None and options.budget < rounds[0]:
+        raise ValueError(f"--budget needs the {rounds[0]} rollouts of the first round or more, got {options.budget}")
+    return Adaptive(unit, options.adaptive, rounds, budget=options.budget)
 
 
 def rounds(given: str) -> tuple[int, ...]:
@@ -157,9 +170,12 @@ def rounds(given: str) -> tuple[int, ...]:
     (16, 32)
     """
     try:
-        return tuple(map(int, given.split(",")))
+        found = tuple(map(int, given.split(",")))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"rounds are whole numbers, such as 16,32,64, got {given!r}") from None
+        found = ()
+    if not found or found[0] < 1 or any(after <= before for before, after in pairwise(found)):
+        raise argparse.ArgumentTypeError(f"rounds are whole numbers that rise, such as 16,32,64, got {given!r}")
+    return found
 
 
 def _foretell(options: argparse.Namespace, asked: Any, sampler: Any) -> None:
@@ -198,7 +214,7 @@ def _columns(given: list[str]) -> str | dict[str, str] | None:
         return given[0]
     pairs = [one.partition("=") for one in given]
     if not all(equals for _, equals, _ in pairs):
-        raise ValueError(f"of several, each --scores needs a name, NAME=COLUMN; got {given}")
+        raise ValueError(f"of several, each --scores needs a name, NAME=COLUMN; got {', '.join(given)}")
     return {name: column for name, _, column in pairs}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.commands import reward_model, server
+from calibrated_rewards.commands.numbers import Real, Whole
 from calibrated_rewards.prompts import start_of
 from calibrated_rewards.scorers.plain import plain
 
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prompts", type=Path, metavar="FILE.jsonl", help="pairs of yours in place of the built-in ones"
     )
-    group.add_argument("--tolerance", type=float, metavar="SD", help="how near is equal: 1e-4 sd; in 16 bits 0.25, rms")
+    group.add_argument(
+        "--tolerance", type=Real(0.0), metavar="SD", help="how near is equal: 1e-4 sd; in 16 bits 0.25, rms"
+    )
     group.add_argument("--no-sign", action="store_true", help="do not ask that good answers score above bad ones")
     group.add_argument("--no-prompt", action="store_true", help="the scorer is meant to read the completion alone")
     group.add_argument("--discrete", action="store_true", help="scores are grades or rules, and may tie")
@@ -51,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='a difference that the scorer is meant not to see, as "digits" or "roles"; may be given several times',
     )
     group.add_argument(
-        "--spare-seconds", type=seconds, metavar="S", help="time for more than the least that is asked: 3"
+        "--spare-seconds", type=Real(0), metavar="S", help="time for more than the least that is asked: 3"
     )
     group.add_argument(
-        "--long-words", type=positive, metavar="N", help="words of an input that should be too long: 6000"
+        "--long-words", type=Whole(1), metavar="N", help="words of an input that should be too long: 6000"
     )
 
 
@@ -122,23 +125,6 @@ def doing(name: str) -> Iterator[None]:
     finally:
         sys.stderr.write("\x1b[2K\r")
         sys.stderr.flush()
-
-
-def positive(said: str) -> int:
-    """A whole number >= 1."""
-    if not said.isdecimal() or int(said) < 1:
-        raise argparse.ArgumentTypeError(f"a number of words is a whole number >= 1, got {said!r}")
-    return int(said)
-
-
-def seconds(said: str) -> float:
-    """A number of seconds, 0 or more."""
-    try:
-        if 0 <= (value := float(said)) < float("inf"):
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"a time is a number of seconds, 0 or more, got {said!r}")
 
 
 def told(fingerprint: dict[str, Any]) -> list[str]:

@@ -5,6 +5,8 @@ import os
 import warnings
 from pathlib import Path
 
+from calibrated_rewards.commands.numbers import Whole
+
 EPILOG = """examples:
   calibrated-rewards demo                  # minutes; fetches some 180 MB the first time
   calibrated-rewards demo --quick          # under a minute, nothing is fetched, models of random weights
@@ -21,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where all is kept: demo")
     parser.add_argument("--quick", action="store_true", help="in miniature: to see that everything works here")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn: 0")
+    parser.add_argument("--seed", type=Whole(0), default=0, metavar="N", help="of everything that is drawn: 0")
     cache = "for what is fetched, and the reward models: ~/.cache/calibrated-rewards"
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/calibrated-rewards"), metavar="DIR", help=cache)
 
@@ -45,8 +47,6 @@ def run(options: argparse.Namespace) -> int:
     spoken.disable_progress_bar()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks for it
     out: Path = options.out
-    if options.seed < 0:
-        raise ValueError(f"--seed needs a number >= 0, got {options.seed}")
     if options.quick:
         show(partial(parts.tiny, out / "miniature"), QUICK, out, options.seed)
     else:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.commands import policy, reward_model, saved_reward
+from calibrated_rewards.commands.numbers import Whole
 from calibrated_rewards.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.samplers.decoding import Decoding
 
@@ -52,13 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     told = "the judge's higher is worse; --cost is of the --reward-model alone"
     group.add_argument("--judge-cost", action=argparse.BooleanOptionalAction, default=None, help=told)
     group.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything is kept; go on there")
-    group.add_argument("-m", "--m", type=int, default=32, help="completions of each prompt (%(default)s)")
+    group.add_argument("-m", "--m", type=Whole(1), default=32, help="completions of each prompt (%(default)s)")
     for name, what in (("best", "best"), ("worst", "worst")):
         told = f"the {what} of N, may be repeated (4)"
-        group.add_argument(f"--{name}-of", type=int, action="append", metavar="N", help=told)
+        group.add_argument(f"--{name}-of", type=Whole(1), action="append", metavar="N", help=told)
     group.add_argument("--select", metavar="NAME", help="the scorer that selects of N: the reward model")
     group.add_argument("--seed", type=int, default=1, help="another one than calibration's (%(default)s)")
-    group.add_argument("--prompts-per-shard", type=int, default=32, metavar="N", help="the unit of work (%(default)s)")
+    group.add_argument(
+        "--prompts-per-shard", type=Whole(1), default=32, metavar="N", help="the unit of work (%(default)s)"
+    )
     group.add_argument("--no-kl", action="store_true", help="do not read the completions again with both models")
     group.add_argument("--json", action="store_true", help="an object in place of tables")
     group.add_argument("--quiet", action="store_true", help="no progress")
@@ -66,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompts", required=True, metavar="FILE|FOLDER|ID", help="JSONL or what else calibrate reads")
     group.add_argument("--column", help="the column of the prompts, where it is not what TRL would read")
     group.add_argument("--split", help="of a dataset")
-    group.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
+    group.add_argument("--limit", type=Whole(1), metavar="N", help="the first N prompts only")
     reward_model.add_arguments(parser, several=True)
 
 
@@ -82,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     named = dict(map(_named, options.policy))
     if len(named) < len(options.policy):
         names = [_named(each)[0] for each in options.policy]  # an URL may hold a secret
-        raise ValueError(f"of several, each --policy needs a name of its own, NAME=PATH; got {names}")
+        raise ValueError(f"of several, each --policy needs a name of its own, NAME=PATH; got {', '.join(names)}")
     drawing = _drawing(options, reward)
     samplers = Loading({name: argparse.Namespace(**{**drawing, "policy": place}) for name, place in named.items()})
     for name in samplers:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibrated_rewards.arms import ARMS, AnyKL, Arm, BestAtKL, Transformed, usual_arms
+from calibrated_rewards.commands.numbers import Real, Whole
 from calibrated_rewards.commands.transform import transform
 from calibrated_rewards.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
 from calibrated_rewards.scaling import scaled
@@ -39,9 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", type=Path, metavar="DIR", help="of a calibration, or of a bare table")
     parser.add_argument("--select", metavar="NAME", help="the reward model to train for and select by (reward)")
     parser.add_argument("--judge", metavar="NAME", help="the scorer that judges besides; the other one, of two")
-    parser.add_argument("--kl", type=float, nargs="+", default=[0.5, 1.0, 2.0], metavar="NATS", help="0.5 1 2")
-    parser.add_argument("--best-of", type=int, nargs="+", metavar="N", help="procedures besides single responses: 4")
-    parser.add_argument("--worst-of", type=int, nargs="+", metavar="N", help="the attacker's best of N: 4")
+    parser.add_argument(
+        "--kl", type=Real(0.0, above=True), nargs="+", default=[0.5, 1.0, 2.0], metavar="NATS", help="0.5 1 2"
+    )
+    parser.add_argument(
+        "--best-of", type=Whole(1), nargs="+", metavar="N", help="procedures besides single responses: 4"
+    )
+    parser.add_argument("--worst-of", type=Whole(1), nargs="+", metavar="N", help="the attacker's best of N: 4")
     parser.add_argument("--arms", type=arm, nargs="+", metavar="NAME", help="which rewards, the first as the baseline")
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep it as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="win rate against KL, a panel a procedure")

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calibrated_rewards.commands.numbers import Whole
+
 if TYPE_CHECKING:
     from calibrated_rewards.health.rollouts import RolloutHealth
     from calibrated_rewards.health.table import Health
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", help="the directory of a table, or of a run, or a name on the Hugging Face Hub")
     parser.add_argument("--json", action="store_true", help="an object in place of lines")
     parser.add_argument(
-        "--rows", type=int, default=5, metavar="N", help="suspicious rows and prompts shown for each reason: 5"
+        "--rows", type=Whole(1), default=5, metavar="N", help="suspicious rows and prompts shown for each reason: 5"
     )
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a row is suspicious")
     parser.add_argument("--revision", help="of a table on the Hub")
@@ -33,8 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Look at each table, and at the rollouts, and say it."""
-    if options.rows < 1:
-        raise ValueError(f"--rows needs a number >= 1, got {options.rows}")
     from calibrated_rewards.health.table import health
     from calibrated_rewards.table import ReferenceTable
 

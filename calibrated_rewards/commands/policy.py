@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.commands import reward_model, server
+from calibrated_rewards.commands.error_text import error_text
+from calibrated_rewards.commands.numbers import Real, Whole
 from calibrated_rewards.samplers.decoding import Decoding
 
 if TYPE_CHECKING:
@@ -67,12 +69,16 @@ def _add_served(parser: argparse.ArgumentParser) -> None:
 
 def _add_decoding(parser: argparse.ArgumentParser, required: bool) -> None:
     group = parser.add_argument_group("decoding", "As in training: other settings are another policy.")
-    group.add_argument("--max-tokens", type=int, required=required, metavar="N", help="most tokens of a completion")
-    group.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, off")
-    group.add_argument("--top-k", type=int, default=0, metavar="N", help="default: 0, off")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="default: 0, off")
-    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1, off")
+    group.add_argument(
+        "--max-tokens", type=Whole(1), required=required, metavar="N", help="most tokens of a completion"
+    )
+    group.add_argument("--temperature", type=Real(1e-4), default=1.0, metavar="T", help="default: 1")
+    group.add_argument("--top-p", type=Real(0.0, 1.0, above=True), default=1.0, metavar="P", help="default: 1, off")
+    group.add_argument("--top-k", type=Whole(0), default=0, metavar="N", help="default: 0, off")
+    group.add_argument("--min-p", type=Real(0.0, 1.0), default=0.0, metavar="P", help="default: 0, off")
+    group.add_argument(
+        "--repetition-penalty", type=Real(0.0, above=True), default=1.0, metavar="X", help="default: 1, off"
+    )
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="a text that ends a completion; may be repeated"
     )
@@ -114,18 +120,21 @@ def _loaded(options: argparse.Namespace, engine: Any, drawing: Decoding) -> "Sam
 
     device = {} if options.policy_device is None else {"device": options.policy_device}
     reads_with = {} if options.policy_tokenizer is None else {"tokenizer": options.policy_tokenizer}
-    return load_sampler(
-        options.policy,
-        drawing,
-        engine=engine,
-        text=_text(options),
-        dtype=options.policy_dtype,
-        revision=options.policy_revision,
-        trust_remote_code=options.policy_trust_remote_code,
-        **device,
-        **reads_with,
-        **dict(options.policy_option),
-    )
+    try:
+        return load_sampler(
+            options.policy,
+            drawing,
+            engine=engine,
+            text=_text(options),
+            dtype=options.policy_dtype,
+            revision=options.policy_revision,
+            trust_remote_code=options.policy_trust_remote_code,
+            **device,
+            **reads_with,
+            **dict(options.policy_option),
+        )
+    except TypeError as error:  # an option that the engine does not know
+        raise TypeError(error_text(error, "--policy-option {name}={value}")) from error
 
 
 def _served(options: argparse.Namespace, drawing: Decoding) -> "Sampler":

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from calibrated_rewards.commands import reward_model
+from calibrated_rewards.commands.numbers import Real
 from calibrated_rewards.commands.transform import NamedTransform, parse_transform
 from calibrated_rewards.transforms import Identity
 
@@ -23,6 +24,11 @@ made. The directory holds settings, table and prompts; of the reward model it ho
 2 wrong usage, a reward model that is not the table's, or a table that cannot resolve the transform."""
 
 
+ESTIMATORS = ("empirical", "posterior", "unbiased", "randomised")
+SCALES = ("unit", "standard", "raw")
+ON_MISSING = ("raise", "neutral", "skip")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("table", help="the directory of a table or of a run, or a name on the Hugging Face Hub")
@@ -36,15 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="identity (none), log, exp:T, or with a KL in nats exp:T:KL; best-of:N:KL, worst-of:N:KL: the optimum",
     )
-    group.add_argument("--estimator", default="empirical", help="empirical, posterior, unbiased or randomised")
-    group.add_argument("--scale", default="unit", help="unit, standard or raw")
-    group.add_argument("--on-missing", default="raise", help="of a prompt without references: raise, neutral or skip")
+    group.add_argument(
+        "--estimator", choices=ESTIMATORS, default="empirical", help="of quantiles, from K references (%(default)s)"
+    )
+    group.add_argument("--scale", choices=SCALES, default="unit", help="of the reward (%(default)s)")
+    group.add_argument(
+        "--on-missing", choices=ON_MISSING, default="raise", help="of a prompt without references (%(default)s)"
+    )
     group.add_argument("--id-column", metavar="NAME", help="the trainer's column of the ids that the table knows")
     group.add_argument(
         "--ending", action="append", default=[], metavar="TEXT", help="taken off the end of completions: <|im_end|>"
     )
     group.add_argument("--name", help="what a trainer's log calls it")
-    group.add_argument("--tolerance", type=float, metavar="SD", help="of the probes, in standard deviations")
+    group.add_argument("--tolerance", type=Real(0.0), metavar="SD", help="of the probes, in standard deviations")
     group.add_argument("--no-verify", action="store_true", help="do not score the table's probes first")
     reward_model.add_arguments(parser)
 

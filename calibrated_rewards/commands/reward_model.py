@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.commands import server
+from calibrated_rewards.commands.numbers import Whole
 from calibrated_rewards.reading.labels import Difference, Expected, Label, Labels, Ordinal, Weighted
 from calibrated_rewards.scorers.cost import Cost
 
@@ -31,12 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> 
     group.add_argument("--label", type=labels, metavar="HOW", help=LABEL_HELP)
     group.add_argument("--cost", action=argparse.BooleanOptionalAction, default=None, help=COST_HELP)
     group.add_argument(
-        "--max-length", type=int, metavar="TOKENS", help="most tokens of an input; what the model can read"
+        "--max-length", type=Whole(2), metavar="TOKENS", help="most tokens of an input; what the model can read"
     )
     group.add_argument(
         "--chat-template", type=Path, metavar="FILE", help="a Jinja template in place of the tokenizer's"
     )
-    group.add_argument("--batch-tokens", type=int, metavar="TOKENS", help="tokens in a batch, padding included")
+    group.add_argument("--batch-tokens", type=Whole(1), metavar="TOKENS", help="tokens in a batch, padding included")
     group.add_argument("--dtype", default="auto", help="float32, bfloat16 (bf16), float16 (fp16); auto: as saved")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps; a GPU if there is one")
     group.add_argument("--revision", help="a branch, tag or commit of the Hub")
@@ -79,7 +80,9 @@ def load_several(options: argparse.Namespace) -> "Scorer | dict[str, Scorer]":
     if names == [None]:
         return load(_only(options, named_ones[0][1]))
     if None in names or len({*names}) < len(names):
-        raise ValueError(f"of several, each --reward-model needs a name of its own, NAME=PATH; got {names}")
+        raise ValueError(
+            f"of several, each --reward-model needs a name of its own, NAME=PATH; got {', '.join(options.reward_model)}"
+        )
     return {str(name): load(_only(options, place)) for name, place in named_ones}
 
 

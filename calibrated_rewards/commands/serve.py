@@ -4,6 +4,7 @@ import argparse
 import os
 
 from calibrated_rewards.commands import saved_reward
+from calibrated_rewards.commands.numbers import Real, Whole
 
 EPILOG = """examples:
   calibrated-rewards serve reward/
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("reward", help="a directory that save_pretrained wrote, or a name on the Hugging Face Hub")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at: 127.0.0.1, this machine only")
-    parser.add_argument("--port", type=int, default=8900, help="8900; 0 for any that is free")
+    parser.add_argument("--port", type=Whole(0, 65_535), default=8900, help="8900; 0 for any that is free")
     parser.add_argument("--revision", help="of a reward on the Hub")
     saved_reward.add_argument(parser)
     group = parser.add_argument_group("who may ask")
@@ -27,11 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--insecure", action="store_true", help="no token, though others can reach --host")
     group.add_argument("--no-verify", action="store_true", help="do not score the table's probes first")
     group = parser.add_argument_group("limits")
-    group.add_argument("--max-batch", type=int, metavar="N", help="completions that are scored at once: 64")
-    group.add_argument("--max-queue", type=int, metavar="N", help="completions that wait, before 503: 8192")
-    group.add_argument("--max-pairs", type=int, metavar="N", help="completions of a request: 1024")
-    group.add_argument("--max-body", type=int, metavar="BYTES", help="of a request: 16 MiB")
-    group.add_argument("--seconds", type=float, metavar="S", help="for an answer, before 504: 110")
+    group.add_argument("--max-batch", type=Whole(1), metavar="N", help="completions that are scored at once: 64")
+    group.add_argument("--max-queue", type=Whole(1), metavar="N", help="completions that wait, before 503: 8192")
+    group.add_argument("--max-pairs", type=Whole(1), metavar="N", help="completions of a request: 1024")
+    group.add_argument("--max-body", type=Whole(1), metavar="BYTES", help="of a request: 16 MiB")
+    group.add_argument("--seconds", type=Real(0.0, above=True), metavar="S", help="for an answer, before 504: 110")
 
 
 def run(options: argparse.Namespace) -> int:

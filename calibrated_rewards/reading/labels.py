@@ -7,6 +7,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
+from calibrated_rewards.error_messages import Message, setting
+
 
 @runtime_checkable
 class Labels(Protocol):
@@ -30,7 +32,7 @@ class Label:
 
     def __call__(self, logits: Float32[np.ndarray, "n L"], /) -> Float32[np.ndarray, " n"]:
         """logits[:, index]."""
-        return logits[:, _within(self, self.index, logits, self.of)]
+        return logits[:, _within(self.index, logits, self.of)]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Difference:
 
     def __call__(self, logits: Float32[np.ndarray, "n L"], /) -> Float32[np.ndarray, " n"]:
         """logits[:, good] - logits[:, bad]."""
-        good, bad = (_within(self, index, logits, self.of) for index in (self.good, self.bad))
+        good, bad = (_within(index, logits, self.of) for index in (self.good, self.bad))
         difference: np.ndarray = logits[:, good] - logits[:, bad]
         return difference
 
@@ -104,14 +106,21 @@ class Weighted:
         return _dot(self, logits.astype(np.float64), self.weights)
 
 
-def _within(labels: Labels, index: int, logits: Float32[np.ndarray, "n L"], of: int | None) -> int:
+def _within(index: int, logits: Float32[np.ndarray, "n L"], of: int | None) -> int:
     if of is not None and of != logits.shape[1]:
         raise ValueError(
-            f"the model's config names {of} labels, its head gives {logits.shape[1]}: say how they make one score, "
-            "with labels= Label(i), Difference(good, bad), Expected(values) or Weighted(weights)"
+            Message(
+                f"the model's config names {of} labels, its head gives {logits.shape[1]}: say how they make one score, "
+                f"with {setting('labels', 'Label(i), Difference(good, bad), Expected(values) or Weighted(weights)')}"
+            )
         )
     if not -logits.shape[1] <= index < logits.shape[1]:
-        raise IndexError(f"{labels} needs a label that the model has, it has {logits.shape[1]}")
+        raise IndexError(
+            Message(
+                f"the model has no label {index}, it has {logits.shape[1]}: name one that it has, with "
+                f"{setting('labels', 'Label(i)')}"
+            )
+        )
     return index
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.reading.messages import answer, dated, plain_messages
 
@@ -157,8 +158,10 @@ class Text:
         template = self.template or tokenizer.chat_template
         if template is None:
             raise ValueError(
-                "the reward model's tokenizer has no chat template, and the prompt is a list of messages: "
-                f"{start_of(messages)}. Give one, Text(template=...), or prompts that are text, as it was trained"
+                Message(
+                    "the tokenizer has no chat template, and the prompt is a list of messages: "
+                    f"{start_of(messages)}. Name a template with {setting('template')}, or take prompts that are text"
+                )
             )
         from jinja2 import TemplateError
 

@@ -9,6 +9,8 @@ from inspect import getfile
 from pathlib import Path
 from typing import Any
 
+from calibrated_rewards.commands.error_text import error_text
+from calibrated_rewards.commands.numbers import Real, Whole
 from calibrated_rewards.commands.transform import parse_transform
 from calibrated_rewards.recipes import opening
 from calibrated_rewards.recipes.run_folder import RunFolder, about
@@ -26,6 +28,7 @@ TRANSFORM = (
     "in place of the reward's: identity, log, exp:T; for a KL, with its beta: exp:T:KL, best-of:N:KL, worst-of:N:KL"
 )
 BETA = "the reward's, or {}; a --transform for a KL brings its own, which this one replaces"
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 METAVARS = {int: "N", float: "FLOAT"}
 
 
@@ -48,7 +51,7 @@ def main(
     except TOLD as error:
         if options.debug:
             raise
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = " ".join(error_text(error, "--{flag} {value}").split())
         sys.stderr.write(f"{parser.prog}: error: {said} (--debug shows where)\n")
         return UNUSABLE
     except KeyboardInterrupt:
@@ -66,12 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
     parser.add_argument("--prompts", required=True, metavar="FILE|FOLDER|ID", help="JSONL or what else calibrate reads")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for model/ and log.jsonl")
     parser.add_argument("--column", metavar="NAME", help="the prompts' column, where it is not what TRL would read")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="of a completion; the table's, if nothing is said")
-    parser.add_argument("--temperature", type=float, metavar="FLOAT", help="the table's, if nothing is said")
+    parser.add_argument("--max-tokens", type=Whole(1), metavar="N", help="of a completion; by default the table's")
+    parser.add_argument("--temperature", type=Real(1e-4), metavar="FLOAT", help="the table's, if nothing is said")
     told = "go on with another policy, or another way to draw, than the table's references are of"
     parser.add_argument("--any-policy", action="store_true", help=told)
     dtype = "(%(default)s) in bfloat16 small steps are rounded away"
-    parser.add_argument("--dtype", default="float32", metavar="DTYPE", help=dtype)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help=dtype)
     told = "run the code that the policy or the saved reward brings, and ask the servers that the reward names"
     parser.add_argument("--trust-remote-code", action="store_true", help=told)
     parser.add_argument("--debug", action="store_true", help="show where an error came from")

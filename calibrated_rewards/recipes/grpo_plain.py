@@ -28,6 +28,8 @@ from jaxtyping import Float32
 from torch import Tensor
 from tqdm import tqdm
 
+from calibrated_rewards.error_messages import Message
+from calibrated_rewards.error_messages import setting as given
 from calibrated_rewards.recipes import command, loop
 from calibrated_rewards.recipes.loop import Episodes, setting
 from calibrated_rewards.recipes.model import reference_of, trainable
@@ -59,9 +61,10 @@ class Settings:
     def __post_init__(self) -> None:
         loop.check_numbers(self)
         if self.completions < 2:
-            raise ValueError(f"a baseline needs completions >= 2, got completions={self.completions}")
+            few = given("completions", str(self.completions))
+            raise ValueError(Message(f"a baseline needs completions >= 2, got {few}"))
         if self.baseline not in ("leave-one-out", "group-mean"):
-            raise ValueError(f"Settings needs baseline 'leave-one-out' or 'group-mean', got {self.baseline!r}")
+            raise ValueError(f"a baseline is 'leave-one-out' or 'group-mean', got {self.baseline!r}")
 
 
 def train(

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
+from calibrated_rewards.error_messages import Message
+from calibrated_rewards.error_messages import setting as given
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.reading.body import device_of
 from calibrated_rewards.rollouts.sources import Asked
@@ -128,11 +130,11 @@ def check_numbers(settings: Any) -> None:
     for each in fields(settings):
         name, value = each.name, getattr(settings, each.name)
         if name.endswith("lr") and not (isfinite(value) and value > 0):
-            raise ValueError(f"Settings needs a finite {name} > 0, got {name}={value}")
+            raise ValueError(Message(f"a run needs a finite {name} > 0, got {given(name, str(value))}"))
         if name in LEAST and not (isfinite(value) and value >= LEAST[name]):
-            raise ValueError(f"Settings needs {name} >= {LEAST[name]}, got {name}={value}")
+            raise ValueError(Message(f"a run needs {name} >= {LEAST[name]}, got {given(name, str(value))}"))
         if value != value:
-            raise ValueError(f"Settings needs {name} to be a number, got {name}={value}")
+            raise ValueError(Message(f"a run needs {name} to be a number, got {given(name, str(value))}"))
 
 
 def setting(default: Any, told: str, *choices: str) -> Any:

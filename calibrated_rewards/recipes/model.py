@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from calibrated_rewards.error_messages import Message
+from calibrated_rewards.error_messages import setting as given
+
 
 def place_of(policy: str | os.PathLike[str]) -> str:
     """A path, absolute because an adapter says where its base is, or an id of the Hub."""
@@ -29,7 +32,7 @@ def lora(model: Any, rank: int, layers: int = 0) -> Any:
     if layers:
         most = model.config.get_text_config().num_hidden_layers
         if layers > most:
-            raise ValueError(f"lora_layers needs layers that the model has, at most {most}, got lora_layers={layers}")
+            raise ValueError(Message(f"the model has {most} layers to adapt, got {given('lora_layers', str(layers))}"))
         where["layers_to_transform"] = list(range(most - layers, most))
         where["target_modules"] = sorted(linear_names(model))
     return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **where)

@@ -15,6 +15,8 @@ import torch
 
 from calibrated_rewards.commands.saved_reward import open_reward
 from calibrated_rewards.commands.transform import NamedTransform
+from calibrated_rewards.error_messages import Message
+from calibrated_rewards.error_messages import setting as given
 from calibrated_rewards.prompts import as_key, id_key, start_of
 from calibrated_rewards.reading.fingerprint import tokenizer_digest, weights_digest, weights_of
 from calibrated_rewards.reading.text import Text
@@ -101,8 +103,11 @@ def decoding_of(
     for name, said in (("max_tokens", max_tokens), ("temperature", temperature)):
         if said is not None and drawn.get(name, said) != said and not any_policy:
             raise ValueError(
-                f"the table's references were drawn with {name}={drawn[name]}, got {name}={said}: leave it out, or "
-                "--any-policy to go on, and quantiles are of another policy than the one that is trained"
+                Message(
+                    f"the table's references were drawn with {given(name, str(drawn[name]))}, got "
+                    f"{given(name, str(said))}: leave it out, or --any-policy to go on, and quantiles are of another "
+                    "policy than the one that is trained"
+                )
             )
     length = max_tokens or drawn.get("max_tokens")
     if length is None:

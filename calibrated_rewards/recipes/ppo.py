@@ -27,6 +27,8 @@ from jaxtyping import Bool, Float32
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from calibrated_rewards.error_messages import Message
+from calibrated_rewards.error_messages import setting as given
 from calibrated_rewards.recipes import command, loop
 from calibrated_rewards.recipes.loop import Episodes, setting
 from calibrated_rewards.recipes.model import reference_of, trainable
@@ -61,11 +63,14 @@ class Settings:
     def __post_init__(self) -> None:
         loop.check_numbers(self)
         if self.whiten not in ("no", "centre", "scale"):
-            raise ValueError(f"Settings needs whiten to be 'no', 'centre' or 'scale', got {self.whiten!r}")
+            raise ValueError(f"advantages are whitened by 'no', 'centre' or 'scale', got {self.whiten!r}")
         if self.completions % self.prompts_a_step:
             raise ValueError(
-                f"Settings needs completions to be a multiple of prompts_a_step={self.prompts_a_step}, "
-                f"got completions={self.completions}"
+                Message(
+                    "a run needs completions to be a multiple of its prompts a step, got "
+                    f"{given('completions', str(self.completions))} and "
+                    f"{given('prompts_a_step', str(self.prompts_a_step))}"
+                )
             )
 
 

@@ -22,6 +22,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from calibrated_rewards.error_messages import Message
+from calibrated_rewards.error_messages import setting as given
 from calibrated_rewards.faithful.check import Report, check_settings
 from calibrated_rewards.recipes import command, opening
 from calibrated_rewards.recipes.loop import check_numbers, setting, turns
@@ -60,9 +62,10 @@ class Settings:
     def __post_init__(self) -> None:
         check_numbers(self)
         if self.completions < 2:
-            raise ValueError(f"Settings needs completions >= 2, got completions={self.completions}")
+            few = given("completions", str(self.completions))
+            raise ValueError(Message(f"a run needs completions >= 2, got {few}"))
         if self.beta == 0:
-            raise ValueError(f"Settings needs beta > 0, got beta={self.beta}")
+            raise ValueError(Message(f"a run needs beta > 0, got {given('beta', str(self.beta))}"))
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ import numpy as np
 
 from calibrated_rewards import plots, theory
 from calibrated_rewards.estimates import Stated
-from calibrated_rewards.outcomes import Difference, Evaluation, Outcome
+from calibrated_rewards.outcomes import Difference, Evaluation, Outcome, completion_notes, precision_notes
 from calibrated_rewards.reporting.expected import table_curve
 from calibrated_rewards.reporting.experiment import Experiment, main_judge, main_procedure, procedure_of
 from calibrated_rewards.reporting.markup import Markup, Piece, Section, bullets, element, figure, figures, table
@@ -23,7 +23,7 @@ def outcome(of: Experiment) -> Section | None:
         return None
     judges = [*found.policies[0].win_rates]
     main = main_procedure([*found.policies[0].win_rates[judges[0]]])
-    few, told = caution(found.prompts), claims(found)
+    few, told = (*caution(found.prompts), *completion_notes(found)), claims(found)
     explained = (
         f"Each policy and the reference wrote {counted(found.completions, 'completion')} for each of "
         f"{counted(found.prompts, 'prompt')}. "
@@ -35,7 +35,7 @@ def outcome(of: Experiment) -> Section | None:
         element("p", explained),
         bullets([*few, *told]),
         *(block for name in judges for block in (element("h3", f"Judged by {name}"), _table(found, name))),
-        *_retokenised(found),
+        *_notes(found),
         *_differences(found),
         figures(*(_figure(found, name) for name in judges), *_beside_theory(of, found, main)),
     ]
@@ -103,11 +103,13 @@ def _tenths(value: Stated) -> str:
     return f"{value.value:.1f}" + ("" if value.low is None else f" [{value.low:.1f}, {value.high:.1f}]")
 
 
-def _retokenised(found: Evaluation) -> Iterator[Markup]:
+def _notes(found: Evaluation) -> Iterator[Markup]:
     other = [f"{each.not_as_drawn:,} of {each.name}" for each in found.policies if each.not_as_drawn]
     if other:
         said = "The text of some completions makes other tokens than were drawn, and their KL is along those: "
         yield element("p", f"{said}{', '.join(other)}.", class_="note")
+    for each in found.policies:
+        yield from (element("p", f"{each.name}: {note}.", class_="note") for note in precision_notes(each.kl_precision))
 
 
 def _differences(found: Evaluation) -> Iterator[Markup]:
@@ -154,7 +156,8 @@ def _beside_theory(of: Experiment, found: Evaluation, procedure: str) -> Iterato
         curves.append(theory.frontier(transform, [known], np.geomspace(high, low, 24)))
     said = (
         f"Win rate, {spoken(procedure)}, against KL, judged by {by}: lines are the exact optimum of theory for a "
-        "reward without ties, marks are what was measured{_intervals(found)}."
+        "reward without ties, marks are what was measured"
+        f"{_intervals(found)}."
     )
     own = table_curve(of, known, most)
     if own is not None:

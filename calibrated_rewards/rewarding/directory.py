@@ -17,8 +17,7 @@ from calibrated_rewards.table import ReferenceTable
 FORMAT, VERSION = "calibrated reward", 1
 SETTINGS, TABLE, PROMPTS = "reward.json", "table", "prompts.jsonl"
 TABLE_HINT = (
-    ": it is a table. CalibratedReward(scorer, ReferenceTable.load(...)) takes it, and "
-    "`calibrated-rewards reward {at} --reward-model ... --out reward/` makes a reward of it"
+    ": it is a table, of which `calibrated-rewards reward {at} --reward-model ... --out reward/` makes a reward"
 )
 # What has a file of its own.
 FILES = {"table", "originals"}

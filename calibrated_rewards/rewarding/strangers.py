@@ -18,7 +18,9 @@ from calibrated_rewards.reading.messages import plain_messages
 from calibrated_rewards.table import ReferenceTable
 
 _SPECIAL = re.compile(r"^(<[^<>\s]{1,30}>|\[[A-Z]{2,8}\])+")
-ADVICE = "calibrate it (the same command with more prompts does only what is missing), or on_missing="
+ADVICE = (
+    "calibrate it (the same command with more prompts does only what is missing), or choose what unknown prompts get"
+)
 # The longest beginning of a message that is tried: each try is a look-up.
 TRIED = 4096
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.prompts import Prompt, id_key, prompt_key, start_of
 from calibrated_rewards.rollouts.directory import RunDirectory
 from calibrated_rewards.rollouts.shard import Planned
@@ -121,7 +122,10 @@ def _planned(
             continue
         if sampler is None:
             raise ValueError(
-                f"there is no sampler to draw rollouts of the new prompt {start_of(item.prompt)}: give one"
+                Message(
+                    f"there is no sampler to draw rollouts of the new prompt {start_of(item.prompt)}: "
+                    f"name one, {setting('sampler')}"
+                )
             )
         new += 1
         waiting.append(item.prompt)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.prompts import start_of
 
 # As datasets names the files of a split: train-00000-of-00002.parquet.
@@ -71,7 +72,7 @@ def _called(name: str, split: str | None) -> Iterator[Row]:
             _check_split(split, [], f"the file {name}")
         return _file(path)
     if _reader(path) or not _HUB_NAME.fullmatch(name):
-        raise FileNotFoundError(f"no file or folder {start_of(name)} (a single prompt goes in a list)")
+        raise FileNotFoundError(f"{start_of(name)} is no file or folder with prompts, and no name on the Hub")
     return _on_hub(name, split)
 
 
@@ -116,9 +117,11 @@ def _chosen(splits: Mapping[Any, Any], split: str | None) -> Any:
 
 def _check_split(split: str | None, splits: list[str], where: str) -> None:
     if not splits:
-        raise ValueError(f"split= picks from what has splits, got split={split!r} for {where}")
+        raise ValueError(Message(f"{where} has no splits: leave out {setting('split', str(split))}"))
     if split not in splits:
-        raise ValueError(f"{where} needs split= one of {', '.join(splits)}, got split={split!r}")
+        raise ValueError(
+            Message(f"{where} has the splits {', '.join(splits)}, name one of them; got {setting('split', str(split))}")
+        )
 
 
 def _file(path: Path) -> Iterator[Row]:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.adaptive import Adaptive
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.rollouts.cluster import Cluster
 from calibrated_rewards.rollouts.directory import RunDirectory
 from calibrated_rewards.rollouts.identity import Identity
@@ -97,7 +98,7 @@ def prepare(
     A reward model is not written down yet: what fails before it has given a score leaves the name free.
     """
     if asked is None and not directory.names():
-        raise ValueError(f"{directory.path} has no prompts yet: give some, prompts=")
+        raise ValueError(Message(f"{directory.path} has no prompts yet: name them with {setting('prompts')}"))
     identity.check(directory, work)
     with directory.locked():
         directory.tidy_all()

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.prompts import KEY_BYTES, Prompt, canonical_chat, start_of
 from calibrated_rewards.rollouts.rows import Row, rows
 
@@ -138,8 +139,10 @@ def _prompt_in(row: Mapping[str, Any], column: str | None, place: str) -> Any:
         return _until_answer(row["messages"])
     hint = "; a list of messages is one row" if "role" in row and "content" in row else ""
     raise ValueError(
-        f"{place} has no column prompt, chosen and rejected, or messages, it has {_columns(row)}: "
-        f"name the prompt's with column={hint}"
+        Message(
+            f"{place} has no column prompt, chosen and rejected, or messages, it has {_columns(row)}: "
+            f"name the prompt's with {setting('column')}{hint}"
+        )
     )
 
 
@@ -153,8 +156,11 @@ def _preferred(row: Mapping[str, Any], place: str) -> Any:
         return row["prompt"]
     if not _is_chat(chosen) or not _is_chat(rejected):
         raise ValueError(
-            f"{place} has no prompt of the kind of its answers, and where texts stop to be prompt cannot be told: "
-            f"chosen and rejected are messages, or the prompt's column is named with column=, got {start_of(chosen)}"
+            Message(
+                f"{place} has no prompt of the kind of its answers, and where texts stop to be prompt cannot be told: "
+                f"chosen and rejected are messages, or the prompt's column is named with {setting('column')}, got "
+                f"{start_of(chosen)}"
+            )
         )
     one, other = (as_messages(messages, place) for messages in (chosen, rejected))
     shortest = min(len(one), len(other))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.rollouts.shard import Shard, State, as_scored
 from calibrated_rewards.samplers.protocol import Rollout, Sampler, sample, seeds_of
 from calibrated_rewards.scorers.protocol import Scorer, score
@@ -56,7 +57,7 @@ class Work:
 
     def _sampled(self, shard: Shard, wanted: Sequence[int]) -> Shard:
         if self.sampler is None:
-            raise ValueError("rollouts are missing, and there is no sampler to draw them: give one")
+            raise ValueError(Message(f"rollouts are missing, and nothing draws them: name {setting('sampler')}"))
         have = shard.state.drawn
         seeds = [
             seeds_of(self.seed, prompt.key, done, max(done, want))

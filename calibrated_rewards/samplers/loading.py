@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import transformers
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.samplers.continuous import ContinuousSampler
@@ -156,7 +157,8 @@ def check_policy(at: Source) -> None:
     if at.base.config.get("is_encoder_decoder"):
         raise ValueError(f"a policy is a causal language model, {name} is an encoder-decoder ({what})")
     if needs_code(at.base) and not at.placement.trust_remote_code:
-        raise ValueError(f"{name} is a {what}, which brings its own code: read it, then say trust_remote_code=True")
+        trust = setting("trust_remote_code", "True")
+        raise ValueError(Message(f"{name} is a {what}, which brings its own code: read it, then say {trust}"))
     if not writes(at.checkpoint, at.base):
         raise ValueError(
             f"{name} ({what}) gives scores or fills in words, and would write at random: a policy is the causal "
@@ -189,6 +191,5 @@ def _check_options(engine: str, options: Mapping[str, Any]) -> None:
     unknown = sorted(set(options) - known)
     if unknown:
         raise TypeError(
-            f"engine={engine!r} ({CLASSES[engine].__name__}) takes no {unknown[0]}=; "
-            f"it takes {', '.join(f'{name}=' for name in sorted(known))}"
+            Message(f"the engine {engine} takes no {setting(unknown[0])}; it takes {', '.join(sorted(known))}")
         )

@@ -134,7 +134,11 @@ def checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoint:
         raise FileNotFoundError(f"no folder {name_or_path!r}: a model is a folder, or a repository 'owner/name'")
     from huggingface_hub import snapshot_download
 
-    snapshot = snapshot_download(name_or_path, revision=revision, allow_patterns=["*.json"])
+    try:
+        snapshot = snapshot_download(name_or_path, revision=revision, allow_patterns=["*.json"])
+    except (OSError, ValueError) as error:  # the Hub's own errors do not always name what was asked for
+        reason = type(error).__name__
+        raise FileNotFoundError(f"{name_or_path!r} is no folder, and the Hub does not give it ({reason})") from error
     return Checkpoint(name_or_path, Path(snapshot), revision=Path(snapshot).name)
 
 

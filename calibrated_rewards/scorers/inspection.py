@@ -5,6 +5,7 @@ from typing import Literal, TypeAlias
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.scorers.checkpoint import Checkpoint
 
 Kind: TypeAlias = Literal[
@@ -20,30 +21,13 @@ Kind: TypeAlias = Literal[
     "implicit",
 ]
 
-NO_HEAD = """\
-{name} ({what}) has no head that gives a score: loaded as a classifier it would get a random one. If it is
-  - a judge that answers in words: calibrated_rewards.scorers.judge.Judge, or kind="judge"
-  - a policy trained with DPO: calibrated_rewards.scorers.implicit.ImplicitReward, or kind="implicit", reference=...
-  - a model whose score is the logit of its next token (Nemotron): kind="token-logit"
-  - a process reward model: calibrated_rewards.scorers.process.ProcessReward, or kind="process", mark=...
-  - the base of a reward adapter: give the adapter's folder instead"""
-
-NO_HEAD_ENCODER = """\
-{name} ({what}) has no head that gives a score: loaded as a classifier it would get a random one. If it is
-  - an embedding model: train a classification head first, AutoModelForSequenceClassification
-  - the base of a reward adapter: give the adapter's folder instead"""
-
-WRITES_NOTHING = """\
-kind={kind!r} reads the words that a model writes, and {name} ({what}) was trained to give scores: its weights for
-words are gone or no longer used. Leave kind= out"""
-
-CUSTOM_CODE = """\
-{name} is a {what}, which transformers does not know and which brings its own code: read it, then allow it with
-trust_remote_code=True (and say which of its outputs is the score, output="score", unless it is called logits)"""
-
-PROCESS = """\
-{name} ({what}) gives a score to each step of a completion: say kind="process", and with mark=... the token that
-ends a step, as calibrated_rewards.scorers.process.ProcessReward explains"""
+KINDS_WITHOUT_HEAD = (
+    f"a judge that answers in words is {setting('kind', 'judge')}, a policy trained with DPO "
+    f"{setting('kind', 'implicit')} with {setting('reference')}, "
+    f"a model whose score is the logit of its next token (Nemotron) {setting('kind', 'token-logit')}, "
+    f"a process reward model {setting('kind', 'process')} with {setting('mark')}; "
+    "of a reward adapter, name the adapter's folder"
+)
 
 
 def kind_of(checkpoint: Checkpoint, base: Checkpoint, trust_remote_code: bool = False) -> Kind:
@@ -51,17 +35,37 @@ def kind_of(checkpoint: Checkpoint, base: Checkpoint, trust_remote_code: bool = 
     what = architecture(base)
     task = checkpoint.adapter.get("task_type")
     if task == "TOKEN_CLS" or what.endswith("ForTokenClassification"):
-        raise ValueError(PROCESS.format(name=checkpoint.name, what=what))
+        raise ValueError(
+            Message(
+                f"{checkpoint.name} ({what}) gives a score to each step of a completion: say "
+                f"{setting('kind', 'process')}, and with {setting('mark')} the token that ends a step"
+            )
+        )
     if needs_code(base) and not trust_remote_code:
-        raise ValueError(_advice(checkpoint, CUSTOM_CODE.format(name=base.name, what=what)))
+        heads = ", ".join(checkpoint.value_heads)
+        without = (
+            f"; or, without its code, read its head ({heads}) with {setting('kind', 'value-head')}" if heads else ""
+        )
+        raise ValueError(
+            Message(
+                f"{base.name} is a {what}, which transformers does not know and which brings its own code: read it, "
+                f"then allow it with {setting('trust_remote_code', 'True')} (and say which of its outputs is the "
+                f"score, {setting('output', 'score')}, unless it is called logits){without}"
+            )
+        )
     if task == "SEQ_CLS" or (what.endswith("ForSequenceClassification") and is_known(what)):
         return "cross-encoder" if is_encoder(base) and _labels(checkpoint, base) == 1 else "sequence-classifier"
     if needs_code(base):
         return "sequence-classifier" if classifies(base) else "multi-attribute"
     if checkpoint.value_heads:
         return "value-head"
-    message = NO_HEAD_ENCODER if is_encoder(base) else NO_HEAD
-    raise ValueError(message.format(name=checkpoint.name, what=what))
+    encoder = "of an embedding model train a classification head first; of a reward adapter, name the adapter's folder"
+    raise ValueError(
+        Message(
+            f"{checkpoint.name} ({what}) has no head that gives a score, and would get a random one: "
+            f"{encoder if is_encoder(base) else KINDS_WITHOUT_HEAD}"
+        )
+    )
 
 
 def check_writes(checkpoint: Checkpoint, base: Checkpoint, kind: str) -> None:
@@ -72,7 +76,12 @@ def check_writes(checkpoint: Checkpoint, base: Checkpoint, kind: str) -> None:
     if checkpoint.adapter.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") or (
         scores and not any("lm_head" in name for name in base.weights)
     ):
-        raise ValueError(WRITES_NOTHING.format(kind=kind, name=checkpoint.name, what=what))
+        raise ValueError(
+            Message(
+                f"the kind {kind} reads the words that a model writes, and {checkpoint.name} ({what}) was trained to "
+                f"give scores: its weights for words are gone or no longer used. Leave out {setting('kind', kind)}"
+            )
+        )
 
 
 def architecture(checkpoint: Checkpoint) -> str:
@@ -123,8 +132,3 @@ def parse_config(checkpoint: Checkpoint) -> transformers.PretrainedConfig:
         checkpoint.config
     )
     return found
-
-
-def _advice(checkpoint: Checkpoint, message: str) -> str:
-    heads = ", ".join(checkpoint.value_heads)
-    return f'{message}\n; or, without its code, read its head ({heads}) with kind="value-head"' if heads else message

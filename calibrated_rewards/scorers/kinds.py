@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.reading.labels import Label, Labels
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder
@@ -48,7 +49,8 @@ def named(kind: str | None) -> Kind | None:
         return None
     name = kind.replace("_", "-")
     if name not in CLASSES:
-        raise ValueError(f"load_scorer needs kind= one of {', '.join(get_args(Kind))}, got kind={kind!r}")
+        kinds = ", ".join(get_args(Kind))
+        raise ValueError(Message(f"a reward model's kind is one of {kinds}, got {setting('kind', repr(kind))}"))
     return name
 
 
@@ -112,15 +114,15 @@ def check_options(kind: Kind, options: Mapping[str, Any], reference: bool, adapt
     # `share_prefixes=False` holds for kinds that never share.
     unknown = sorted(set(options) - known - {"share_prefixes"})
     if unknown:
-        raise TypeError(
-            f"kind={kind!r} ({CLASSES[kind].__name__}) takes no {unknown[0]}=; "
-            f"it takes {', '.join(f'{name}=' for name in sorted(known))}"
-        )
+        raise TypeError(Message(f"a {kind} model takes no {setting(unknown[0])}; it takes {', '.join(sorted(known))}"))
     if kind != "implicit" and reference:
-        raise TypeError(f"reference= is for kind='implicit', this is kind={kind!r}")
+        raise TypeError(Message(f"{setting('reference')} is for implicit rewards, this is a {kind} model"))
     if kind == "implicit" and not (reference or adapter or options.get("reference_free")):
         raise ValueError(
-            "kind='implicit' needs reference=, the model that this one was tuned from, or reference_free=True"
+            Message(
+                f"an implicit reward needs {setting('reference')}, the model that this one was tuned from, or "
+                f"{setting('reference_free', 'True')}"
+            )
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.reading.labels import Labels
 from calibrated_rewards.reading.labels_of import FIRST_RULES, RULES, apply_first_rules, resolve_labels
 from calibrated_rewards.reading.text import Text
@@ -187,17 +188,19 @@ class FromCheckpoint:
 def _refuse_server(place: str) -> None:
     if place.lower().startswith(("http:", "https:")):
         raise ValueError(
-            f"a server is no checkpoint, got {shown(place)!r}: calibrated_rewards.scorers.remote.Remote(url, ...) "
-            "asks it, in the dialect that it speaks"
+            f"a server is no checkpoint, got {shown(place)!r}: calibrated_rewards.scorers.remote.Remote asks it, in "
+            "the dialect that it speaks"
         )
 
 
 def _multi_attribute(at: Source, options: Mapping[str, Any], unasked: bool) -> Any:
     if "output" not in options and unasked:
         raise ValueError(
-            f"{at.checkpoint.name} is {architecture(at.base)}: say which output of its forward is the score, "
-            'output="score", or output=0 for the first (--option output=score); kind="multi-attribute" if it returns '
-            "the scores themselves (--kind multi-attribute)"
+            Message(
+                f"{at.checkpoint.name} is {architecture(at.base)}: say which output of its forward is the score, "
+                f"{setting('output', 'score')}, or {setting('output', '0')} for the first; "
+                f"{setting('kind', 'multi-attribute')} if it returns the scores themselves"
+            )
         )
     auto = transformers.AutoModelForSequenceClassification if classifies(at.base) else transformers.AutoModel
     return CLASSES["multi-attribute"](*_both(at, auto), **{"output": None, **options})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from jaxtyping import Float32
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reading.access import Access
 from calibrated_rewards.reading.fingerprint import model_fingerprint
@@ -51,8 +52,10 @@ class MultiAttribute:
         numbers = self.logits(prompts, completions)
         if self.labels is None and numbers.shape[1] != 1:
             raise ValueError(
-                f"output {self.output!r} has {numbers.shape[1]} numbers for each input: say how they make one score, "
-                "with labels= Label(i) or Weighted(weights) of calibrated_rewards.reading.labels"
+                Message(
+                    f"output {self.output!r} has {numbers.shape[1]} numbers for each input: say how they make one "
+                    f"score, with {setting('labels', 'Label(i) or Weighted(weights)')}"
+                )
             )
         return finite((self.labels or Label(0))(numbers), prompts, completions, name_of(self))
 

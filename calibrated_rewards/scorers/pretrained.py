@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, AutoTokenizer
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.reading.body import vocabulary
 from calibrated_rewards.scorers.checkpoint import Checkpoint, checkpoint
 
@@ -76,14 +77,15 @@ class Source:
         own = (self.checkpoint.folder / "tokenizer_config.json").exists()
         at = self.reads_with or (self.checkpoint if own else self.base)
         code = self.placement.trust_remote_code
-        advice = "save it beside the model, tokenizer.save_pretrained(folder), or say where it is, tokenizer="
+        advice = f"save it beside the model, or say where it is with {setting('tokenizer')}"
         try:
             tokenizer = AutoTokenizer.from_pretrained(at.name, revision=at.revision, trust_remote_code=code)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{at.name} has no tokenizer that loads ({error}); {advice}") from error
+            reason = str(error).partition("\n")[0].rstrip(": ")
+            raise ValueError(Message(f"{at.name} has no tokenizer that loads ({reason}); {advice}")) from error
         # BERT's class makes an empty one where there is no file.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
-            raise ValueError(f"{at.name} has no tokenizer: {advice}")
+            raise ValueError(Message(f"{at.name} has no tokenizer: {advice}"))
         if len(tokenizer) > vocabulary(model):
             raise ValueError(
                 f"the tokenizer of {at.name} has {len(tokenizer)} tokens, the model {self.base.name} embeddings for "
@@ -226,7 +228,7 @@ def _precision(dtype: Any) -> Any:
     name = SHORT.get(dtype, dtype.removeprefix("torch."))
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype is auto, float32, bfloat16 or float16, got dtype={dtype!r}")
+        raise ValueError(f"a dtype is auto, float32, bfloat16 or float16, got {dtype!r}")
     return name
 
 

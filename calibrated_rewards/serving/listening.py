@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import uvicorn
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.serving.connections import http_protocol, many_files
 from calibrated_rewards.serving.gate import Door
 from calibrated_rewards.serving.limits import Limits
@@ -99,7 +100,10 @@ def check_address(host: str, token: str | None, insecure: bool) -> None:
     """
     if token is None and not insecure and not is_loopback(host):
         raise ValueError(
-            f"others can reach {host}: serve needs a token there, got none; to serve all who come, insecure=True"
+            Message(
+                f"others can reach {host}: serve needs a token there, got none; to serve all who come, "
+                f"{setting('insecure', 'True')}"
+            )
         )
 
 
