@@ -21,7 +21,7 @@ from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.rollouts.adoption import adopt
 from calibrated_rewards.rollouts.cluster import Cluster
 from calibrated_rewards.rollouts.directory import RunDirectory, check_name
-from calibrated_rewards.rollouts.identity import Identity
+from calibrated_rewards.rollouts.identity import RunIdentity
 from calibrated_rewards.rollouts.imported import imported
 from calibrated_rewards.rollouts.run import Settings, run
 from calibrated_rewards.rollouts.sources import prompts_from
@@ -132,7 +132,7 @@ def import_rollouts(
     found = imported(rollouts, scores=given, **source)
     directory, work = RunDirectory(Path(out)), Work(None, named, 0)
     known = {name: {"kind": "imported", "column": column} for name, column in given.items()}
-    Identity.of(work).check(directory, work)
+    RunIdentity.of(work).check(directory, work)
     with directory.locked():
         adopt(directory, found, [*given], prompts_per_shard, directory.agreed(0, None, known), show_progress)
         if not directory.names():

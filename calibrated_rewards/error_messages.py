@@ -9,15 +9,21 @@ An error is worded where it is raised, once; only the settings in it are marked,
 'the file has no splits: leave out --split train'
 """
 
+import re
 from collections.abc import Mapping
 
-# Around a setting: two characters that no text of ours or of a user's has.
-START, END = "\x02", "\x03"
+# Around a setting, and before an option of its own: characters that no text of ours or of a user's has.
+START, OPTION, END = "\x02", "\x04", "\x03"
+MARKS = re.compile(f"{START}|{OPTION}[^{END}]*{END}|{END}")
 
 
-def setting(name: str, value: str = "") -> str:
-    """A keyword argument, marked for `Message`."""
-    return f"{START}{name}={value}{END}"
+def setting(name: str, value: str = "", *, option: str = "") -> str:
+    """Mark a keyword argument for `Message`; `option` is how the command line says this value, if not as all others.
+
+    >>> Message(f"say {setting('cost', 'False', option='--no-cost')}").with_options({"cost": "--cost"})
+    'say --no-cost'
+    """
+    return f"{START}{name}={value}{OPTION}{option}{END}"
 
 
 class Message(str):
@@ -27,7 +33,7 @@ class Message(str):
 
     def __new__(cls, marked: str) -> "Message":
         """Make it of a text in which settings are marked."""
-        message = super().__new__(cls, marked.replace(START, "").replace(END, ""))
+        message = super().__new__(cls, MARKS.sub("", marked))
         message.marked = marked
         return message
 
@@ -37,7 +43,8 @@ class Message(str):
         parts = [first]
         for each in rest:
             named, _, text = each.partition(END)
-            name, _, value = named.partition("=")
-            option = options.get(name, other).replace("{name}", name).replace("{flag}", name.replace("_", "-"))
+            keyword, _, own = named.partition(OPTION)
+            name, _, value = keyword.partition("=")
+            option = (own or options.get(name, other)).replace("{name}", name).replace("{flag}", name.replace("_", "-"))
             parts += [option.replace("{value}", value or "..."), text]
         return "".join(parts)

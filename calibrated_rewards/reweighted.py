@@ -8,7 +8,7 @@ a transform of the quantile, the raw score, what a peer makes of it. All are bro
 >>> found = reweighted(Samples(rng.normal(size=(50, 64))), {name: ARMS[name] for name in ("raw", "exp:10")}, kls=[0.5])
 >>> for point in found.points:
 ...     print(point.arm, point.win_rates["reward"]["BestOf(n=4)"])
-raw 0.833 [0.826, 0.840]
+raw 0.833 [0.825, 0.840]
 exp:10 0.869 [0.869, 0.869]
 """
 

@@ -914,7 +914,7 @@ def test_a_model_that_changes_itself():
     """BigBird scored as people do is found out by texts that the check brings itself; ours puts it back."""
     assert told(SwitchesItself(sparse_big_bird()), SHORT).startswith("FAIL: ")
     ours = SequenceClassifier(sparse_big_bird(), tiny.tokenizer(template=None), text=Text(max_length=1024))
-    assert told(ours, SHORT) == "ok"
+    assert told(ours, SHORT).startswith("ok")
 
 
 def test_a_scorer_that_counts_short_texts():

@@ -269,7 +269,7 @@ def test_all_that_is_missing_is_named_at_once(words, extras, tmp_path):
 
 def test_python_reads_its_own_words(here):
     """The same errors, raised to a caller from Python, name keyword arguments."""
-    with pytest.raises(ValueError, match=r"with labels=Label\(i\), Difference"):
+    with pytest.raises(ValueError, match=r"with labels=Difference\(good, bad\), Label\(i\)"):
         load_scorer(here / "three")
     with pytest.raises(ValueError, match=r"is kind=judge, .*kind=implicit with reference="):
         load_scorer(here / "policy")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -124,16 +125,21 @@ def test_what_is_allowed_is_loaded(tmp_path: Path, monkeypatch: Any) -> None:
         assert configured()(["one"], ["99"]) == [1.0]
 
 
+BUSY = "a port that is taken"
+
+
 def run_in(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A process whose current folder is this one, and whose path has nothing that is not said."""
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(
-        command, cwd=folder, env={**own, **environment}, capture_output=True, text=True, check=False, timeout=60
-    )
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # the server loads its reward, and then finds no port
+        words = [str(taken.getsockname()[1]) if word == BUSY else word for word in command]
+        return subprocess.run(
+            words, cwd=folder, env={**own, **environment}, capture_output=True, text=True, check=False, timeout=60
+        )
 
 
 OPEN = "from calibrated_rewards import CalibratedReward as R; R.from_pretrained('.', trust_remote_code=True).verify()"
-SERVE = ["serve", ".", "--port", "-1", "--trust-remote-code"]
+SERVE = ["serve", ".", "--port", BUSY, "--trust-remote-code"]
 
 
 @pytest.mark.parametrize(

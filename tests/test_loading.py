@@ -147,7 +147,7 @@ def test_a_number_is_a_label(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         load_scorer(folder, labels=2)(PROMPTS, COMPLETIONS), load_scorer(folder, labels=Label(2))(PROMPTS, COMPLETIONS)
     )
-    with pytest.raises(IndexError, match=r"Label\(index=7\).*it has 3"):
+    with pytest.raises(IndexError, match=r"no label 7, it has 3"):
         load_scorer(folder, labels=7)
     with pytest.raises(ValueError, match="2 values, the model has 3"):
         load_scorer(folder, labels=Expected((1, 2)))
@@ -170,7 +170,7 @@ def named(folder: Path, *names: str) -> str:
 def test_names_that_nobody_knows_are_asked_about(tmp_path: Path) -> None:
     """Before anything is scored, with both labels; what is then said is what is scored."""
     folder = named(tmp_path, "verbose", "terse")
-    with pytest.raises(ValueError, match=r"'verbose' say .*\(--label 0-1\), for 'terse' .*\(--label 1-0\)"):
+    with pytest.raises(ValueError, match=r"'verbose' say .*\(good=0, bad=1\), for 'terse' .*\(good=1, bad=0\)"):
         load_scorer(folder)
     weights = Path(folder, "model.safetensors").rename(Path(folder, "elsewhere"))
     with pytest.raises(ValueError, match="'verbose' say"):  # before any weight is loaded
@@ -184,9 +184,9 @@ def test_names_that_nobody_knows_are_asked_about(tmp_path: Path) -> None:
 def test_ordinal_on_a_softmax(tmp_path: Path) -> None:
     """Refused, and that the last label is the worst; said rightly, harm scores low."""
     folder = named(tmp_path, "harmless", "mild", "harmful")
-    with pytest.raises(ValueError, match=r"softmax.*--label expected:0,1,2\).*--cost.*'harmful' is worse than"):
+    with pytest.raises(ValueError, match=r"softmax.*labels=Expected\(\(0, 1, 2\)\).*cost=True.*'harmful' is worse"):
         load_scorer(folder, labels=Ordinal())
-    with pytest.raises(ValueError, match=r"gives 'harmful' a higher score than 'harmless'.*--cost"):
+    with pytest.raises(ValueError, match=r"gives 'harmful' a higher score than 'harmless'.*cost=True"):
         load_scorer(folder, labels=Expected((0, 1, 2)))
     scores = load_scorer(folder, labels=Expected((0, 1, 2)), cost=True)(PROMPTS, COMPLETIONS)
     harm = torch.tensor(by_itself(tiny.classifier(num_labels=3))).softmax(1) @ torch.tensor([0.0, 1.0, 2.0])
@@ -260,7 +260,7 @@ def test_reward_model_is_no_judge(tmp_path: Path) -> None:
     """With tied embeddings a reward model would load as a language model."""
     folder = tiny.saved(tiny.classifier(tie_word_embeddings=True), tmp_path, tiny.tokenizer())
     for kind, options in [("judge", {"good": "a", "bad": "b"}), ("implicit", {"reference_free": True})]:
-        with pytest.raises(ValueError, match=rf"kind='{kind}' reads the words"):
+        with pytest.raises(ValueError, match=f"the kind {kind} reads the words"):
             load_scorer(folder, kind=kind, **options)  # type: ignore[arg-type]
 
 
@@ -351,9 +351,7 @@ def test_encoders(tmp_path: Path) -> None:
 def test_language_model(tmp_path: Path) -> None:
     """A language model would get a random head: refused, with the kinds that it may be; and loaded as those."""
     folder = tiny.saved(tiny.causal(), tmp_path, tiny.tokenizer())
-    with pytest.raises(
-        ValueError, match=r"(?s)LlamaForCausalLM.*random one.*judge.Judge.*ImplicitReward.*ProcessReward"
-    ):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*random one.*kind=judge.*kind=implicit.*kind=process"):
         load_scorer(folder)
     with pytest.raises(ValueError, match=r"no weights for score.weight: they were initialised at random"):
         load_scorer(folder, kind="sequence-classifier")
@@ -363,7 +361,7 @@ def test_language_model(tmp_path: Path) -> None:
     assert isinstance(implicit.scorer, ImplicitReward)
     np.testing.assert_allclose(implicit(PROMPTS, COMPLETIONS), 0, atol=1e-5)
     assert np.abs(free(PROMPTS, COMPLETIONS)).min() > 0.01
-    with pytest.raises(ValueError, match=r"kind= one of sequence-classifier, .*got kind='classifier'"):
+    with pytest.raises(ValueError, match=r"kind is one of sequence-classifier, .*got kind='classifier'"):
         load_scorer(folder, kind="classifier")
 
 
@@ -396,7 +394,7 @@ def test_token_classifiers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = LlamaForTokenClassification(tiny.config(num_labels=2))
     folder = tiny.saved(model, tmp_path, tiny.tokenizer())
-    with pytest.raises(ValueError, match=r"each step.*kind=\"process\".*mark="):
+    with pytest.raises(ValueError, match=r"each step.*kind=process.*mark="):
         load_scorer(folder)
     assert isinstance(load_scorer(folder, kind="process", mark="<|end|>").scorer, ProcessReward)
 
@@ -493,7 +491,7 @@ def custom(folder: Path, auto: str, returned: str) -> tuple[str, np.ndarray]:
 def test_custom_code_is_asked_for(tmp_path: Path) -> None:
     """Code that comes with a checkpoint runs only when asked for; its head can be read without."""
     folder, value = custom(tmp_path, "AutoModel", "ModelOutput(score=score)")
-    with pytest.raises(ValueError, match=r'(?s)TwoHeads.*trust_remote_code=True.*\(help\) with kind="value-head"'):
+    with pytest.raises(ValueError, match=r"TwoHeads.*trust_remote_code=True.*\(help\) with kind=value-head"):
         load_scorer(folder)
     np.testing.assert_allclose(load_scorer(folder, kind="value-head")(PROMPTS, COMPLETIONS), value, atol=1e-4)
     with pytest.raises(ValueError, match="TwoHeads: say which output of its forward is the score"):
@@ -540,7 +538,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 def test_no_tokenizer(tmp_path: Path, model: Any) -> None:
     """A checkpoint without a tokenizer says so; transformers would make an empty one for BERT."""
     model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"(?s)no tokenizer.*tokenizer\.save_pretrained"):
+    with pytest.raises(ValueError, match=r"no tokenizer.*save it beside the model"):
         load_scorer(str(tmp_path))
 
 

@@ -138,7 +138,7 @@ def test_names_say_which_label_is_good():
         np.testing.assert_allclose(scorer(["q"], ["one"]), turn * expected, rtol=1e-5)
     assert unnamed.fingerprint()["label"] == 1
     for model in (labeller(id2label={0: "cat", 1: "dog"}), labeller(3)):
-        with pytest.raises(ValueError, match=r"do not say which.*--option label=1"):
+        with pytest.raises(ValueError, match=r"do not say which.*label=1"):
             ProcessReward(model, tokenizer, MARK)(["q"], ["one"])
 
 

@@ -482,7 +482,7 @@ def test_vllm_names_its_labels() -> None:
     """A server whose first label is the good one is not read backwards; what is said of them counts."""
     for name, probs in (("unsafe", [0.5, 2.0]), ("SAFE", [2.0, 0.5]), ("not helpful", [0.0, 1.0])):
         answer = {"data": [{"index": 0, "label": name, "probs": probs}]}
-        with pytest.raises(ValueError, match=rf"calls label \d '{name}'.*--label 0-1"):
+        with pytest.raises(ValueError, match=rf"calls label \d '{name}'.*labels=Difference\(good=0, bad=1\)"):
             Vllm("rm").scores(answer, 1)
         assert Vllm("rm", labels=Difference(good=0, bad=1)).scores(answer, 1) == [probs[0] - probs[1]]
     for name in ("LABEL_1", "safe", "something else", None):

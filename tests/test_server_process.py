@@ -229,10 +229,12 @@ def test_the_command(tmp_path, capsys) -> None:
         ([], "then allow it with --trust-remote-code"),
         (["--host", "0.0.0.0"], "serve needs a token there"),
         (["--token-env", "NOT_SET"], "NOT_SET is not set"),
-        (["--max-batch", "0"], "batch"),
     ):
         assert main(["serve", str(where), *said]) == 2
         assert complaint in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", str(where), "--max-batch", "0"])
+    assert "argument --max-batch: needs a whole number >= 1, got '0'" in capsys.readouterr().err
 
 
 def plain_scores(_prompts, completions):

@@ -153,7 +153,9 @@ class Subject:
         """Whether the scorer itself raises, for its own reasons; a nan that it gives is no refusal."""
         given = deepcopy(pairs)
         try:
-            self.scorer(given.prompts, given.completions)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.scorer(given.prompts, given.completions)
         except (ValueError, TypeError, AttributeError, RuntimeError, LookupError):
             return True
         return False

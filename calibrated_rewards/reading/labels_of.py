@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.reading.label_names import NUMBER, find_number, find_side, find_values, is_generic, is_unnamed
 from calibrated_rewards.reading.labels import Difference, Expected, Label, Labels, Ordinal
 
@@ -24,10 +25,10 @@ FIRST_PAIRS = {
     ("correct", "incorrect"),
     ("pass", "fail"),
 }
-HOW = (
-    "say how they make one score, with the labels Difference(good, bad), Label(i), Expected(values), Ordinal() or "
-    "Weighted(weights) of calibrated_rewards.reading.labels; on the command line with --label 1-0 (logit 1 less "
-    "logit 0), --label 2, --label expected:1,2,3, --label ordinal or --label weighted:1,-0.5"
+HOW = "say how they make one score, with " + setting(
+    "labels",
+    "Difference(good, bad), Label(i), Expected(values), Ordinal() or Weighted(weights) of reading.labels",
+    option="--label HOW: 1-0 (logit 1 less logit 0), 2, expected:1,2,3, ordinal or weighted:1,-0.5",
 )
 # Far enough apart for a softmax to be sure.
 SURE = 20.0
@@ -54,7 +55,7 @@ def labels_of(names: Mapping[int, str]) -> Labels:
     values = find_values(ordered)
     # Of three and more, words say an order (bad, fair, good) but not how far apart they are.
     if values is None or any(find_number(name) is None for name in ordered):
-        raise ValueError(f"the model has {len(ordered)} labels, {dict(enumerate(ordered))}: {HOW}")
+        raise ValueError(Message(f"the model has {len(ordered)} labels, {', '.join(ordered)}: {HOW}"))
     return Expected(values)
 
 
@@ -93,12 +94,17 @@ def check_direction(labels: Labels, names: list[str], cost: bool | None) -> None
         return
     if cost:
         raise ValueError(
-            f"{labels} already gives {names[best]!r} a higher score than {names[worst]!r}: cost=True (--cost) would "
-            "turn it round; leave it out"
+            Message(
+                f"{labels} already gives {names[best]!r} a higher score than {names[worst]!r}: "
+                f"{setting('cost', 'True', option='--cost')} would turn it round; leave it out"
+            )
         )
     raise ValueError(
-        f"{labels} gives {names[worst]!r} a higher score than {names[best]!r}: say cost=True (--cost), which makes the "
-        "score minus that, or cost=False (--no-cost) if it is meant so"
+        Message(
+            f"{labels} gives {names[worst]!r} a higher score than {names[best]!r}: say "
+            f"{setting('cost', 'True', option='--cost')}, which makes the score minus that, or "
+            f"{setting('cost', 'False', option='--no-cost')} if it is meant so"
+        )
     )
 
 
@@ -118,11 +124,15 @@ def check_ordinal(config: Any) -> None:
     why = "its config says problem_type='single_label_classification'" if trained_as_classes else "they are classes"
     ends = find_side(names[0]), find_side(names[-1])
     falling = all(end is not None for end in ends) and (ends[0] or 0) > (ends[1] or 0)
-    turn = f" and cost=True (--cost), as {names[-1]!r} is worse than {names[0]!r}" if falling else ""
+    cost = setting("cost", "True", option="--cost")
+    turn = f" and {cost}, as {names[-1]!r} is worse than {names[0]!r}" if falling else ""
     numbers = ",".join(map(str, range(len(names))))
+    expected = setting("labels", f"Expected(({numbers.replace(',', ', ')}))", option=f"--label expected:{numbers}")
     raise ValueError(
-        f"Ordinal() reads a head whose k-th logit says `class > k`, and the labels {dict(enumerate(names))} are those "
-        f"of a softmax: {why}. Say Expected(({numbers.replace(',', ', ')})) (--label expected:{numbers}){turn}"
+        Message(
+            f"ordinal labels read a head whose k-th logit says `class > k`, and the labels {', '.join(names)} are "
+            f"those of a softmax: {why}. Say {expected}{turn}"
+        )
     )
 
 
@@ -146,8 +156,11 @@ def _better_of_two(names: list[str]) -> Labels:
     values = find_values(names)
     if values is None or values[0] == values[1]:
         raise ValueError(
-            f"the model has 2 labels, and their names do not say which is the better one: for {names[0]!r} say the "
-            f"labels Difference(good=0, bad=1) (--label 0-1), for {names[1]!r} Difference(good=1, bad=0) (--label 1-0)"
+            Message(
+                f"the model has 2 labels, and their names do not say which is the better one: for {names[0]!r} say "
+                f"{setting('labels', 'Difference(good=0, bad=1)', option='--label 0-1')}, for {names[1]!r} "
+                f"{setting('labels', 'Difference(good=1, bad=0)', option='--label 1-0')}"
+            )
         )
     good = int(values[1] > values[0])
     return Difference(good=good, bad=1 - good, of=2)
@@ -159,12 +172,18 @@ def _check_single(names: list[str], cost: bool | None) -> None:
         return
     if find_side(names[0]) == -1 and not cost:
         raise ValueError(
-            f"the model's only label is {names[0]!r}, of which more is worse: say cost=True (--cost), which makes the "
-            "score minus that, or cost=False (--no-cost) if it is meant so"
+            Message(
+                f"the model's only label is {names[0]!r}, of which more is worse: say "
+                f"{setting('cost', 'True', option='--cost')}, which makes the score minus that, or "
+                f"{setting('cost', 'False', option='--no-cost')} if it is meant so"
+            )
         )
     if find_side(names[0]) == 1 and cost and not is_generic(names[0]):
         raise ValueError(
-            f"the model's only label is {names[0]!r}, of which more is better: leave out cost=True (--cost)"
+            Message(
+                f"the model's only label is {names[0]!r}, of which more is better: leave out "
+                f"{setting('cost', 'True', option='--cost')}"
+            )
         )
 
 

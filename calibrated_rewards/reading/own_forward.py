@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.reading.batches import Budget, progress
 from calibrated_rewards.reading.body import (
     check_vocabulary,
@@ -175,8 +176,10 @@ def taken(outputs: Any, output: str | int | None) -> Tensor:
         return outputs  # type: ignore[no-any-return]
     if isinstance(outputs, Tensor):
         raise ValueError(
-            f"the model returns the scores themselves, a tensor, and no output {output!r}: load it as the kind "
-            "multi-attribute (--kind multi-attribute) without naming an output; MultiAttribute(..., output=None)"
+            Message(
+                f"the model returns the scores themselves, a tensor, and no output {output!r}: load it with "
+                f"{setting('kind', 'multi-attribute')}, without naming an output"
+            )
         )
     if isinstance(output, str) and not (isinstance(outputs, Mapping) and output in outputs):
         known = ", ".join(outputs) if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"

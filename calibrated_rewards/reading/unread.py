@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from calibrated_rewards.error_messages import Message, setting
+
 
 class UnreadError(ValueError, RuntimeError):
     """A model's forward failed on token ids alone; also a RuntimeError, as torch would have raised it."""
@@ -25,9 +27,11 @@ def reading_errors(model: Any, tokens: int) -> Iterator[None]:
             raise
         name = type(getattr(model, "inner", model)).__name__
         raise UnreadError(
-            f"{name} does not read an input of {tokens} tokens: {type(error).__name__}: {error}. One that looks for "
-            "the tokens of its chat template needs prompts that are lists of messages, or chat=True for prompts that "
-            "are text (--option chat=true), and a max_length that leaves these tokens in. A setting that its config "
-            "lacks goes into config.json or model_options=. What needs more than token ids is scored by a callable of "
-            "yours that runs its forward"
+            Message(
+                f"{name} does not read an input of {tokens} tokens: {type(error).__name__}: {error}. One that looks "
+                "for the tokens of its chat template needs prompts that are lists of messages, or "
+                f"{setting('chat', 'True', option='--option chat=true')} for prompts that are text, and a max_length "
+                "that leaves these tokens in. A setting that its config lacks goes into config.json. What needs more "
+                "than token ids is scored by a callable of yours that runs its forward"
+            )
         ) from error

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from calibrated_rewards.prompts import Prompt, prompt_key
 from calibrated_rewards.rollouts.directory import RunDirectory
-from calibrated_rewards.rollouts.identity import Identity
+from calibrated_rewards.rollouts.identity import RunIdentity
 from calibrated_rewards.rollouts.planning import Ids, checked
 from calibrated_rewards.rollouts.shard import Planned, Shard, empty
 from calibrated_rewards.rollouts.shard_files import write_shard
@@ -76,7 +76,7 @@ def forecast(
 ) -> Forecast:
     """What `run` would do, after the same checks; with a trial of one prompt's rollouts."""
     k = k or directory.most_drawn() or 100
-    Identity.of(work).check(directory, work)
+    RunIdentity.of(work).check(directory, work)
     found = _counted(directory, asked, work)
     draws, scores = k * found.new, dict.fromkeys(work.scorers, k * found.new)
     for name in directory.names():

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Identity:
+class RunIdentity:
     """The fingerprints of a sampler and some reward models, and which of them a directory is known to agree with."""
 
     seed: int
@@ -27,7 +27,7 @@ class Identity:
     """Reward models by name, and "" for the sampler, that were found in the directory or written to it."""
 
     @classmethod
-    def of(cls, work: Work) -> "Identity":
+    def of(cls, work: Work) -> "RunIdentity":
         """That of the sampler and the reward models that do some work."""
         sampler = None if work.sampler is None else keepable("the sampler", work.sampler)
         scorers = {name: keepable(f"reward model {name!r}", scorer) for name, scorer in work.scorers.items()}

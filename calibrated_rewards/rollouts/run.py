@@ -14,7 +14,7 @@ from calibrated_rewards.adaptive import Adaptive
 from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.rollouts.cluster import Cluster
 from calibrated_rewards.rollouts.directory import RunDirectory
-from calibrated_rewards.rollouts.identity import Identity
+from calibrated_rewards.rollouts.identity import RunIdentity
 from calibrated_rewards.rollouts.planning import plan, plan_again
 from calibrated_rewards.rollouts.progress import Progress
 from calibrated_rewards.rollouts.shard import Shard
@@ -50,7 +50,7 @@ def run(
 ) -> dict[str, ReferenceTable]:
     """Do what is left of a run, together with whoever else is at it, and give its tables."""
     directory = RunDirectory(path)
-    identity = Identity.of(work)
+    identity = RunIdentity.of(work)
     names = prepare(directory, asked, work, identity, settings.per_shard, settings.show_progress)
     most = directory.most_drawn()
     k = settings.k or most or 100
@@ -89,7 +89,7 @@ def prepare(
     directory: RunDirectory,
     asked: Iterable[Asked] | None,
     work: Work,
-    identity: Identity,
+    identity: RunIdentity,
     per_shard: int,
     show_progress: bool,
 ) -> list[str]:
@@ -124,7 +124,7 @@ class Filling:
     names: list[str]
     """Its shards as it was planned; others may be adding more."""
     work: Work
-    identity: Identity
+    identity: RunIdentity
     k: int
     progress: Progress
     cluster: Cluster | None = None

@@ -103,8 +103,11 @@ def check_score_type(config: Mapping[str, Any], cost: bool | None) -> None:
     """Ask about a model whose config says that it gives costs (Beaver's score_type) while nobody has."""
     if config.get("score_type") == "cost" and cost is None:
         raise ValueError(
-            "the model's config says score_type='cost', of which more is worse: say cost=True (--cost), which makes "
-            "the score minus that, or cost=False (--no-cost) if it is meant so"
+            Message(
+                "the model's config has the score_type 'cost', of which more is worse: say "
+                f"{setting('cost', 'True', option='--cost')}, which makes the score minus that, or "
+                f"{setting('cost', 'False', option='--no-cost')} if it is meant so"
+            )
         )
 
 

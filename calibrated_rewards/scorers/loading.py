@@ -241,7 +241,7 @@ def _writer(at: Source, kind: str) -> tuple[Any, Any]:
     if kind not in ("judge", "expected-rating"):
         raise ValueError(
             f"{at.base.name} is a {architecture(at.base)}, an encoder-decoder, whose words the kinds judge and "
-            f"expected-rating read (--kind judge); kind {kind!r} reads those of a causal language model"
+            f"expected-rating read; kind {kind!r} reads those of a causal language model"
         )
     return _both(at, transformers.AutoModelForSeq2SeqLM)
 

@@ -104,8 +104,10 @@ class MultiAttribute:
             self._widths.update(reader([row]).shape[1] for row in pick_two_lengths(rows, self._access.limit))
         if len(self._widths) > 1:
             raise ValueError(
-                f"output {self.output!r} has a number for each token, not for each input; say which other output is "
-                "the score (--option output=NAME)"
+                Message(
+                    f"output {self.output!r} has a number for each token, not for each input; say which other output "
+                    f"is the score, {setting('output', 'NAME')}"
+                )
             )
 
 

@@ -82,6 +82,11 @@ class Source:
             tokenizer = AutoTokenizer.from_pretrained(at.name, revision=at.revision, trust_remote_code=code)
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0].rstrip(": ")
+            if "trust_remote_code" in str(error):
+                reason, advice = (
+                    "it brings its own code",
+                    f"read it, then allow it with {setting('trust_remote_code', 'True')}",
+                )
             raise ValueError(Message(f"{at.name} has no tokenizer that loads ({reason}); {advice}")) from error
         # BERT's class makes an empty one where there is no file.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
@@ -155,7 +160,7 @@ def advise_on_error(auto: Any, base: Checkpoint, error: Exception) -> str | None
     """Say what to do about an error of transformers, or of a checkpoint's own code, as it loads; None to leave it."""
     what = (base.config.get("architectures") or [base.config.get("model_type")])[0]
     if "Unrecognized configuration class" in str(error):
-        return f"{base.name} is a {what}, which {auto.__name__} does not load: choose another kind, kind=... (--kind)"
+        return f"{base.name} is a {what}, which {auto.__name__} does not load: choose another kind"
     if "does not recognize this architecture" in str(error):
         return (
             f"{base.name} is a {what} of model type {base.config.get('model_type')!r}, which transformers "
@@ -165,7 +170,7 @@ def advise_on_error(auto: Any, base: Checkpoint, error: Exception) -> str | None
     if not base.config.get("auto_map") or isinstance(error, OSError | MemoryError | torch.OutOfMemoryError):
         return None
     heads = ", ".join(base.value_heads)
-    without = f": without its code, kind value-head (--kind value-head) reads its head ({heads})" if heads else ""
+    without = f": without its code, the kind value-head reads its head ({heads})" if heads else ""
     return (
         f"the code that {base.name} brings ({what}) does not load with transformers {transformers.__version__}, "
         f"{type(error).__name__}: {error}{without}"

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 from torch import Tensor
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
 from calibrated_rewards.reading.access import Access
 from calibrated_rewards.reading.body import heads_of
@@ -213,8 +214,10 @@ def find_good_label(label: int | None, config: Any) -> int:
     if len(names) == 2 and all(map(is_unnamed, names)):
         return 1
     raise ValueError(
-        f"a process reward model has one good label, and its names do not say which: {dict(enumerate(names))}. Say it "
-        "by its number, label 1 (--option label=1)"
+        Message(
+            f"a process reward model has one good label, and its names do not say which: {', '.join(names)}. Say its "
+            f"number, counted from 0, such as {setting('label', '1')}"
+        )
     )
 
 

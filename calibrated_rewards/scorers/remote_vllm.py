@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float32, Float64
 from scipy.special import logit
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.reading.label_names import find_side
 from calibrated_rewards.reading.labels import Labels
@@ -165,9 +166,11 @@ def _check_names(answer: Any) -> None:
         if said and (numbers_of_row[1] > numbers_of_row[0]) != (said == 1):
             at = int(numbers_of_row.argmax())
             raise ValueError(
-                f"the server calls label {at} {name!r}: the second of two is then not the good one. Say the labels "
-                "Difference(good=0, bad=1) of calibrated_rewards.reading.labels (--label 0-1), or, if it is meant so, "
-                "Difference(good=1, bad=0) (--label 1-0)"
+                Message(
+                    f"the server calls label {at} {name!r}: the second of two is then not the good one. Say "
+                    f"{setting('labels', 'Difference(good=0, bad=1)', option='--label 0-1')}, or, if it is meant so, "
+                    f"{setting('labels', 'Difference(good=1, bad=0)', option='--label 1-0')}"
+                )
             )
 
 
