@@ -84,7 +84,7 @@ def test_outputs_that_are_not_there() -> None:
         reader(Heads("named"), output="rewards")(ROWS)
     with pytest.raises(ValueError, match="no 'score', they are: a tuple"):
         taken((torch.zeros(1),), "score")
-    with pytest.raises(ValueError, match=r"returns the scores themselves.* no output 'logits'.*--kind multi-attribute"):
+    with pytest.raises(ValueError, match=r"returns the scores themselves.* no output 'logits'.*kind=multi-attribute"):
         reader(Heads("alone"))(ROWS)
 
 

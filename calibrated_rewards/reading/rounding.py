@@ -55,7 +55,9 @@ class Rounding:
         if bool((gap <= equal).all()):
             return 0.0
         before, after = (each[:, :MOST_NUMBERS].nan_to_num(0, 0, 0).double() for each in rounded())
-        self._remember(self.moves, (after - before).abs())
+        # A number may happen not to move, and is rounded all the same: by its last bit.
+        last_bit = torch.finfo(kind).eps * before.square().mean(0).sqrt()
+        self._remember(self.moves, torch.maximum((after - before).abs(), last_bit))
         roundings = ROUNDINGS_FLOAT32 if kind in EQUAL else ROUNDINGS
         few = math.sqrt(1 + math.log(gap.shape[1]))
         typical = gap.square().mean(0).sqrt() / self._allowed(roundings * (1 + few / math.sqrt(len(gap))), equal)
