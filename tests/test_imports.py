@@ -48,7 +48,7 @@ table_laws        -> calibrations, finite_k, fixed_references, procedures, table
 table_expectations -> calibrations, finite_k, procedures, scaling, table, table_laws, theory, transforms
 reading           ->
 reading.body      ->
-reading.unread    ->
+reading.unread    -> error_messages
 reading.draws     ->
 reading.adapters  ->
 reading.fingerprint -> reading.adapters, reading.body
@@ -60,11 +60,11 @@ reading.state     ->
 reading.rounding  ->
 reading.padding   -> reading.batches, reading.rounding
 reading.decoder   -> prompts, reading.batches, reading.body, reading.padding, reading.rounding, reading.state, reading.unread
-reading.own_forward -> reading.batches, reading.body, reading.draws, reading.padding, reading.state, reading.unread
+reading.own_forward -> reading.batches, reading.body, reading.draws, reading.padding, reading.state, reading.unread, error_messages
 reading.next_token -> reading.batches, reading.body, reading.decoder, reading.state
 reading.trial     -> reading.body, reading.own_forward
 reading.label_names ->
-reading.labels_of -> reading.labels, reading.label_names
+reading.labels_of -> reading.labels, reading.label_names, error_messages
 reading.head_precision -> reading.body, reading.own_forward
 reading.completion_tokens -> prompts, reading.decoder, reading.text
 reading.question  -> prompts, reading.text
@@ -87,7 +87,7 @@ scorers.remote_token -> scorers.remote_address
 scorers.request_logs -> scorers.remote_address
 scorers.remote_retry ->
 scorers.remote_text -> prompts, reading.fingerprint, reading.text
-scorers.remote_vllm -> prompts, reading.*, scorers.plain, scorers.remote_text, scorers.serial, scorers.secret_names
+scorers.remote_vllm -> prompts, reading.*, scorers.plain, scorers.remote_text, scorers.serial, scorers.secret_names, error_messages
 scorers.remote_dialects -> prompts, reading.text, scorers.plain, scorers.remote_text
 checks            ->
 checks.probes     -> prompts
@@ -134,7 +134,7 @@ scorers.multi_attribute -> prompts, reading.*, scorers.protocol, scorers.recipe,
 scorers.token_logit -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.value_head -> prompts, reading.*, scorers.checkpoint, scorers.protocol, scorers.recipe
 scorers.shared_base -> prompts, reading.*, scorers.protocol, scorers.recipe, scorers.value_head
-scorers.process   -> prompts, reading.*, scorers.protocol, scorers.recipe
+scorers.process   -> prompts, reading.*, scorers.protocol, scorers.recipe, error_messages
 scorers.implicit  -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.judge     -> prompts, reading.*, scorers.protocol, scorers.recipe
 scorers.rated_judge -> prompts, reading.*, scorers.protocol, scorers.judge, scorers.recipe
