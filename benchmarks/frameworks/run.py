@@ -134,7 +134,7 @@ def main() -> int:
     """Compare, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", type=Path, default=HERE.parents[1], help="where setup.sh's folders lie")
-    parser.add_argument("--only", nargs="+", choices=[run.name for run in RUNS], help="nothing is saved")
+    parser.add_argument("--only", nargs="+", choices=[run.name for run in RUNS], help="the others keep the results that they have")
     asked = parser.parse_args()
     frameworks, lacking = [], {}
     for run in RUNS:
@@ -147,7 +147,12 @@ def main() -> int:
             lacking[run.name] = str(error)
     used = sorted({found["environment"] for found in frameworks})
     beside = {name: versions(asked.environments.absolute(), name) for name in used}
-    if not asked.only:
+    if asked.only:
+        before = json.loads((HERE.parent / "results" / "frameworks.json").read_text())["results"]
+        new = {each["framework"]: each for each in frameworks}
+        frameworks = [new.get(each["framework"], each) for each in before["frameworks"]]
+        beside, lacking = {**before["environments"], **beside}, {**before["did_not_run"], **lacking}
+    if not (asked.only and lacking):
         sys.argv = [sys.argv[0]]  # where the environments lay is nobody's business
         save("frameworks", {"environments": beside, "frameworks": frameworks, "did_not_run": lacking})
     return bool(lacking)
