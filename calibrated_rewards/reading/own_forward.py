@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.reading.batches import Budget, progress
 from calibrated_rewards.reading.body import (
     check_vocabulary,
@@ -181,7 +182,10 @@ def taken(outputs: Any, output: str | int | None) -> Tensor:
     if isinstance(output, str) and not (isinstance(outputs, Mapping) and output in outputs):
         known = ", ".join(outputs) if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
         raise ValueError(
-            f"the model's outputs have no {output!r}, they are: {known}; say output=... which is the score"
+            Message(
+                f"the model's outputs have no {output!r}, they are: {known}; say "
+                f"{setting('output', '...')} which is the score"
+            )
         )
     return outputs[output]  # type: ignore[no-any-return]
 
