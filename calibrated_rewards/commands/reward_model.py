@@ -114,7 +114,8 @@ def named(setting: str) -> tuple[str, Any]:
     """
     name, equals, value = setting.partition("=")
     if not name.isidentifier() or not equals:
-        raise argparse.ArgumentTypeError(f"an option is NAME=VALUE, got {setting!r}")
+        said = f"{name}=..." if equals else name  # the value may be a key or a token
+        raise argparse.ArgumentTypeError(f"an option is NAME=VALUE, NAME of letters, digits and _, got {said!r}")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
