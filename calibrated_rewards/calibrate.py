@@ -121,6 +121,8 @@ def import_rollouts(
     named = {} if scorers is None else _named(scorers)
     given = {} if scores is None else _named(scores)
     _check(named, 1, prompts_per_shard)
+    for name in given:
+        check_name(name)  # a folder of the run is named so, as for a reward model
     if not named and not given:
         raise ValueError(
             Message(

@@ -42,7 +42,7 @@ def report(
 
 def _check(to: Path) -> None:
     if to.is_dir():
-        raise IsADirectoryError(f"report needs a file to write, got out={str(to)!r}, which is a folder.")
+        raise IsADirectoryError(f"report needs a file to write, got {str(to)!r}, which is a folder")
     above = next(each for each in to.absolute().parents if each.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"report needs a file in a folder, got out={str(to)!r}, but {above} is no folder.")

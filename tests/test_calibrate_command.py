@@ -192,3 +192,32 @@ def test_one_rollout_is_warned_of(models, tmp_path, caplog):
     """With --quiet too, and with the option that mends it."""
     assert main(asked(models, tmp_path / "t", "-k", "1", "--quiet")) == 0
     assert [record.levelname for record in caplog.records if "-k 32" in record.getMessage()] == ["WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--out", ""], "argument --out: needs a folder, got ''"),
+        (["--label", "0-0"], "argument --label: "),
+        (["--option", "name_or_path=x"], "--option name_or_path=...: there is no such option, --reward-model"),
+        (
+            ["--option", "api-key=secret"],
+            "argument --option: an option is NAME=VALUE, NAME of letters, digits and _, got 'api-key=...'",
+        ),
+        (["--option", "text=3"], "--option text=...: there is no such option, --max-length and --chat-template"),
+        (["--max-length", "100000"], "the model reads at most 512 tokens, got --max-length 100000 "),
+        (["--option", "output=zz"], "; say --option output=... which is the score "),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(models, tmp_path, capsys, monkeypatch, words, says):
+    """In a line that names the option; an unset variable of a shell is no folder."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main([*asked(models, tmp_path / "new"), *words])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    said = capsys.readouterr().err
+    assert says in said.splitlines()[-1]
+    assert "secret" not in said
+    assert not (tmp_path / "run.json").exists()

@@ -201,6 +201,99 @@ def test_states_of_all_kinds_are_told_apart(kind: str) -> None:
     assert "unread" not in fingerprint(Holder(one))
 
 
+# Scorers in which one word is changed: each change is of something that the scores depend on.
+CHANGED = {
+    "a default that a base class has too": (
+        "class B:\n def __call__(self, p, c, w=1.0): return c\n"
+        "class S(B):\n def __call__(self, p, c, w=2.0): return c\nscorer = S()",
+        ("w=2.0", "w=1.0"),
+        ("w=2.0", "w=-2.0"),
+    ),
+    "a method under a library's decorator": (
+        "import torch\nclass S:\n @torch.no_grad()\n def __call__(self, p, c): return 2.0\nscorer = S()",
+        ("return 2.0", "return -2.0"),
+    ),
+    "an object's method under a library's decorator": (
+        "import torch\nclass M:\n @torch.inference_mode()\n def f(self, x): return 2.0\nm = M()\n"
+        "def scorer(p, c): return [m.f(x) for x in c]",
+        ("return 2.0", "return -2.0"),
+    ),
+    "a static call": (
+        "class S:\n @staticmethod\n def __call__(p, c): return 2.0\nscorer = S()",
+        ("return 2.0", "return -2.0"),
+    ),
+    "an argument of a partial method": (
+        "import functools\nclass S:\n def f(self, p, c, w): return w\n __call__ = functools.partialmethod(f, w=1.0)\n"
+        "scorer = S()",
+        ("w=1.0", "w=-1.0"),
+        ("return w", "return -w"),
+    ),
+    "a property without a function of Python": (
+        'import operator\nclass S:\n a, b = 1, 2\n w = property(operator.attrgetter("a"))\n'
+        " def __call__(self, p, c): return self.w\nscorer = S()",
+        ('attrgetter("a")', 'attrgetter("b")'),
+    ),
+    "a function that was made from a text": (
+        'space = {}\nexec("def f(self, p, c): return 2.0", space)\nclass S:\n __call__ = space["f"]\nscorer = S()',
+        ("return 2.0", "return -2.0"),
+    ),
+    "a module in a module": (
+        "import sys, types\na = types.ModuleType('of_a_user_a')\na.b = types.ModuleType('of_a_user_b')\na.b.w = 1.0\n"
+        "def scorer(p, c): return a.b.w",
+        ("a.b.w = 1.0", "a.b.w = -1.0"),
+    ),
+    "a rate of a layer": (
+        "import torch\ndef make():\n m = torch.nn.Sequential(torch.nn.Softplus(beta=1.0))\n"
+        " return lambda p, c: m(p)\nscorer = make()",
+        ("beta=1.0", "beta=2.0"),
+    ),
+    "a layer of the user's": (
+        "import torch\nclass L(torch.nn.Module):\n def __init__(self, w):\n  super().__init__(); self.w = w\n"
+        " def forward(self, x): return self.w * x\nm = torch.nn.Sequential(L(1.0))\ndef scorer(p, c): return m(p)",
+        ("L(1.0)", "L(-1.0)"),
+        ("self.w * x", "self.w + x"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_every_kind_of_code_and_setting_is_in_it(what: str) -> None:
+    """Whatever way Python or a library has to hold a number or a function that scores depend on."""
+
+    def of(source: str) -> dict:
+        return loaded(f'{source}\nSCORERS = {{"scorer": scorer}}')
+
+    source, *changes = CHANGED[what]
+    assert not changed(of(source), of(source))
+    for old, new in changes:
+        assert source.count(old) == 1
+        assert changed(of(source), of(source.replace(old, new))) == {"scorer"}
+
+
+# What no score depends on, and is another one whenever it is made.
+WORKERS = {
+    "threads": "concurrent.futures.ThreadPoolExecutor(2)",
+    "a thread": "threading.Thread()",
+    "a temporary folder": "tempfile.TemporaryDirectory(); self.held.cleanup()",
+    "a queue": "queue.Queue()",
+    "the environment": "os.environ",
+}
+
+
+@pytest.mark.parametrize("what", WORKERS)
+def test_threads_and_temporary_files_are_no_part_of_it(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scorer that is made again has others, and is the same."""
+    source = (
+        "import concurrent.futures, os, queue, tempfile, threading\nclass S:\n"
+        f" def __init__(self): self.held = {WORKERS[what]}\n def __call__(self, p, c): return c\n"
+        'SCORERS = {"scorer": S()}'
+    )
+    before = loaded(source)
+    monkeypatch.setenv("ANOTHER_VARIABLE", "another value")
+    assert changed(before, loaded(source)) == set()
+    assert "unread" not in before["scorer"]
+
+
 def test_a_value_that_holds_itself_is_read() -> None:
     """A list, an object and two functions that name each other have an end."""
     holder = Holder(None)

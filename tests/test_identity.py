@@ -129,6 +129,53 @@ def test_what_calls_change_makes_no_other_reward_model(tmp_path):
         calibrate(PROMPTS, NumberSampler(), Busy(-1.0), tmp_path, k=8)
 
 
+class Counting:
+    """A sampler without a fingerprint of its own, that counts its calls and is stopped at some of them."""
+
+    def __init__(self):
+        self.calls, self.stops = 0, {3, 5, 6}
+
+    def __call__(self, prompts, seeds):
+        """Numbers."""
+        self.calls += 1
+        if self.calls in self.stops:
+            self.stops.remove(self.calls)
+            raise KeyboardInterrupt
+        return NumberSampler()(prompts, seeds)
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_objects(tmp_path):
+    """In a notebook, after Ctrl-C: what the calls until then have changed makes no other policy or reward model."""
+    scorer, sampler = Busy(), Counting()
+    for k in (4, 4, 8):
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(PROMPTS, sampler, scorer, tmp_path, k=k, prompts_per_shard=1)
+    table = calibrate(PROMPTS, sampler, scorer, tmp_path, k=8, prompts_per_shard=1)
+    assert table.describe()["references"] == 32
+    with pytest.raises(ValueError, match=r"state\.sign"):
+        calibrate(PROMPTS, sampler, Busy(-1.0), tmp_path, k=9)
+
+
+def test_a_run_that_was_killed_goes_on_with_a_cache_on_disk(tmp_path, monkeypatch):
+    """Nothing of the end of a run has happened, and the next process begins with what the cache holds by then."""
+    scorer = Busy()
+    keep, kept = RunDirectory.save, []
+
+    def killed(self, name, shard):
+        keep(self, name, shard)
+        kept.append(name)
+        if len(kept) == 3:
+            monkeypatch.setattr(Identity, "mark_changing", lambda *_: None)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(PROMPTS, NumberSampler(), scorer, tmp_path, k=4, prompts_per_shard=1)
+    assert scorer.cache
+    calibrate(PROMPTS, NumberSampler(), Busy(cache=scorer.cache), tmp_path, k=4, prompts_per_shard=1)
+
+
 @pytest.mark.parametrize("old", [{}, {"code": "of an older release"}])
 def test_directories_of_older_releases_go_on(tmp_path, old):
     """Their fingerprint has no digest of the state: what the reward model gives decides, and is then written down."""
@@ -221,7 +268,7 @@ def test_two_processes_do_not_mix_reward_models(tmp_path):
     calibrate(None, None, {"r": NumberScorer()}, tmp_path)
     scored = work(Task("00000", before, before.state.drawn)).shard
     with pytest.raises(ValueError, match="other settings"):
-        slow.save(directory, "00000", before, scored, work.scorers)
+        slow.save(directory, "00000", before, scored, work)
     assert directory.load("00000").scores["r"][0].tolist() == before.scores["other"][0].tolist()
 
 
@@ -235,7 +282,7 @@ def test_two_processes_do_not_mix_policies(tmp_path):
     calibrate(PROMPTS, Rendering(template="<y>"), NumberScorer(), tmp_path, k=2)
     drawn = next(work.steps(Task("00000", before, [2] * 4)))
     with pytest.raises(ValueError, match="another sampler"):
-        slow.save(directory, "00000", before, drawn, work.scorers)
+        slow.save(directory, "00000", before, drawn, work)
 
 
 @pytest.mark.parametrize(
@@ -286,3 +333,12 @@ def test_one_rollout_is_warned_of(tmp_path, caplog):
         caplog.clear()
         calibrate(PROMPTS, NumberSampler(), NumberScorer(), tmp_path / "a", k=2)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", ["prompts", "rollouts", "../beside", "a b", ""])
+def test_a_column_of_scores_has_a_name_for_a_folder(tmp_path, name):
+    """As a reward model has: its table is written there, and not over the run's own files or beside them."""
+    rows = [{"prompt": "p", "completions": ["1", "2"], "scores": [1.0, 2.0]}]
+    with pytest.raises(ValueError, match="the name of a reward model has letters"):
+        import_rollouts(rows, tmp_path / "run", scores={name: "scores"})
+    assert [*tmp_path.iterdir()] == []

@@ -60,7 +60,7 @@ reading.state     ->
 reading.rounding  ->
 reading.padding   -> reading.batches, reading.rounding
 reading.decoder   -> prompts, reading.batches, reading.body, reading.padding, reading.rounding, reading.state, reading.unread
-reading.own_forward -> reading.batches, reading.body, reading.draws, reading.padding, reading.state, reading.unread, error_messages
+reading.own_forward -> error_messages, reading.batches, reading.body, reading.draws, reading.padding, reading.state, reading.unread
 reading.next_token -> reading.batches, reading.body, reading.decoder, reading.state
 reading.trial     -> reading.body, reading.own_forward
 reading.label_names ->

@@ -55,6 +55,12 @@ def test_two_labels_order_alike() -> None:
     assert len(set(odds)) > len(set(probability))
 
 
+def test_a_label_minus_itself_is_no_score() -> None:
+    """All scores would be 0."""
+    with pytest.raises(ValueError, match="a difference is of two labels"):
+        Difference(good=1, bad=1)
+
+
 def test_labels_that_there_are_not() -> None:
     """The rule and how many there are is in the error."""
     for labels in (Label(4), Label(-5), Difference(good=4, bad=0), Difference(good=0, bad=4)):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import socket
 import threading
 from contextlib import asynccontextmanager
 
@@ -450,3 +451,14 @@ def _asks(text):
 async def _get(app, path):
     async with client(app) as one:
         return await one.get(path)
+
+
+def test_an_address_that_is_taken_is_an_error():
+    """Not uvicorn's exit of the whole process, whose status the command line promises for nothing."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        table = ReferenceTable.build([("a", [1.0, 2.0])])
+        with pytest.raises(OSError, match=f"nothing can listen on 127.0.0.1:{port}"):
+            serve(CalibratedReward(NumberScorer(), table), port=port, verify=False)

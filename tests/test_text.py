@@ -252,6 +252,11 @@ def test_refused_settings() -> None:
     """They are named, with the rule and the value."""
     with pytest.raises(ValueError, match="Text needs max_length >= 2, got max_length=1"):
         Text(max_length=1)
+    for name, value in {"max_length": "abc", "append_eos": 7, "chat": "yes", "special_tokens": "no"}.items():
+        text = Text()
+        object.__setattr__(text, name, value)
+        with pytest.raises(TypeError, match=f"Text needs {name} to be .*, got {value!r}"):
+            text.__post_init__()
     text = Text()
     object.__setattr__(text, "on_long", "quiet")
     with pytest.raises(ValueError, match="Text needs on_long to be 'warn' or 'raise', got on_long='quiet'"):

@@ -5,11 +5,10 @@ import logging
 import os
 import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.commands import policy, reward_model
-from calibrated_rewards.commands.numbers import Real, Whole
+from calibrated_rewards.commands.numbers import Real, Whole, folder
 from calibrated_rewards.commands.transform import transform
 from calibrated_rewards.transforms import Identity
 
@@ -39,7 +38,7 @@ NEXT = """next: calibrated-rewards inspect {out}     is it good
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     group = parser.add_argument_group("calibration")
-    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything is kept; go on there")
+    group.add_argument("--out", type=folder, required=True, metavar="DIR", help="where everything is kept; go on there")
     group.add_argument("-k", type=Whole(1), metavar="K", help="rollouts a prompt; as many as --out has, or 100")
     group.add_argument("--seed", type=int, default=0, help="of the rollouts (%(default)s)")
     group.add_argument(

@@ -37,6 +37,7 @@ OPTIONS = {
     "kind": "--kind {value}",
     "labels": "--label HOW, such as 3, 1-0, expected:1,2,3 or weighted:1,-0.5",
     "limit": "--limit",
+    "max_length": "--max-length {value}",
     "on_missing": "--on-missing {value}",
     "prompts": "--prompts FILE",
     "reference_free": "--option reference_free=true",

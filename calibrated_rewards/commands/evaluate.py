@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.commands import policy, reward_model, saved_reward
-from calibrated_rewards.commands.numbers import Whole
+from calibrated_rewards.commands.numbers import Whole, folder
 from calibrated_rewards.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.samplers.decoding import Decoding
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--judge", metavar="PATH|ID|URL", help=told)
     told = "the judge's higher is worse; --cost is of the --reward-model alone"
     group.add_argument("--judge-cost", action=argparse.BooleanOptionalAction, default=None, help=told)
-    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything is kept; go on there")
+    group.add_argument("--out", type=folder, required=True, metavar="DIR", help="where everything is kept; go on there")
     group.add_argument("-m", "--m", type=Whole(1), default=32, help="completions of each prompt (%(default)s)")
     for name, what in (("best", "best"), ("worst", "worst")):
         told = f"the {what} of N, may be repeated (4)"

@@ -1,4 +1,4 @@
-"""Numbers on the command line, refused in its own words before anything is loaded.
+"""Numbers and folders on the command line, refused in its own words before anything is loaded.
 
 >>> Whole(1)("16"), Real(0.0, 1.0)("0.5")
 (16, 0.5)
@@ -7,6 +7,7 @@
 import argparse
 from dataclasses import dataclass
 from math import inf, isfinite
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,14 @@ class Real:
             sign = ">" if self.above else ">="
             raise argparse.ArgumentTypeError(f"needs a number {sign} {self.least:g}{upto}, got {text!r}")
         return number
+
+
+def folder(text: str) -> Path:
+    """A folder that is written; "", what an unset variable of a shell comes to, would be the current one.
+
+    >>> folder("table/").name
+    'table'
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("needs a folder, got ''; the current one is .")
+    return Path(text)

@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from calibrated_rewards.commands import reward_model
-from calibrated_rewards.commands.numbers import Real
+from calibrated_rewards.commands.numbers import Real, folder
 from calibrated_rewards.commands.transform import NamedTransform, parse_transform
 from calibrated_rewards.transforms import Identity
 
@@ -32,7 +31,7 @@ ON_MISSING = ("raise", "neutral", "skip")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("table", help="the directory of a table or of a run, or a name on the Hugging Face Hub")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the directory that is written")
+    parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="the directory that is written")
     parser.add_argument("--force", action="store_true", help="write over a reward that is there")
     group = parser.add_argument_group("reward")
     group.add_argument(

@@ -88,6 +88,10 @@ def load_several(options: argparse.Namespace) -> "Scorer | dict[str, Scorer]":
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What `load_scorer` is told."""
+    given = dict(options.option)
+    for name, instead in {"name_or_path": "--reward-model", "text": "--max-length and --chat-template"}.items():
+        if name in given:
+            raise ValueError(f"--option {name}=...: there is no such option, {instead} say it")
     return {
         "kind": options.kind,
         "labels": options.label,
@@ -98,7 +102,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
         "device": options.device,
         "revision": options.revision,
         "trust_remote_code": options.trust_remote_code,
-        **dict(options.option),
+        **given,
     }
 
 
@@ -110,7 +114,8 @@ def named(setting: str) -> tuple[str, Any]:
     """
     name, equals, value = setting.partition("=")
     if not name.isidentifier() or not equals:
-        raise argparse.ArgumentTypeError(f"an option is NAME=VALUE, got {setting!r}")
+        said = f"{name}=..." if equals else name  # the value may be a key or a token
+        raise argparse.ArgumentTypeError(f"an option is NAME=VALUE, NAME of letters, digits and _, got {said!r}")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:

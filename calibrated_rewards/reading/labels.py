@@ -48,6 +48,10 @@ class Difference:
     of: int | None = field(default=None, repr=False, compare=False)
     """How many labels the model is said to have, where that is to be checked."""
 
+    def __post_init__(self) -> None:
+        if self.good == self.bad:
+            raise ValueError(f"a difference is of two labels, all scores would be 0: got good and bad {self.good}")
+
     def __call__(self, logits: Float32[np.ndarray, "n L"], /) -> Float32[np.ndarray, " n"]:
         """logits[:, good] - logits[:, bad]."""
         good, bad = (_within(index, logits, self.of) for index in (self.good, self.bad))

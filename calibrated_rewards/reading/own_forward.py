@@ -184,7 +184,10 @@ def taken(outputs: Any, output: str | int | None) -> Tensor:
     if isinstance(output, str) and not (isinstance(outputs, Mapping) and output in outputs):
         known = ", ".join(outputs) if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
         raise ValueError(
-            f"the model's outputs have no {output!r}, they are: {known}; say output=... which is the score"
+            Message(
+                f"the model's outputs have no {output!r}, they are: {known}; say "
+                f"{setting('output', '...')} which is the score"
+            )
         )
     return outputs[output]  # type: ignore[no-any-return]
 

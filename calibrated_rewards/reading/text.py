@@ -59,8 +59,14 @@ class Text:
     """The date, for templates that write today's: with the true one, scores would change overnight."""
 
     def __post_init__(self) -> None:
+        whole = isinstance(self.max_length, int) and not isinstance(self.max_length, bool)
+        if self.max_length is not None and not whole:
+            raise TypeError(f"Text needs max_length to be a whole number, got {self.max_length!r:.60}")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"Text needs max_length >= 2, got max_length={self.max_length}")
+        for name in ("chat", "special_tokens", "append_eos"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise TypeError(f"Text needs {name} to be true or false, got {getattr(self, name)!r:.60}")
         if self.on_long not in ("warn", "raise"):
             raise ValueError(f"Text needs on_long to be 'warn' or 'raise', got on_long={self.on_long!r}")
         if isinstance(self.strip, str):
@@ -80,7 +86,8 @@ class Text:
         if self.max_length is None:
             return min(known, default=NO_LIMIT)
         if positions and self.max_length > positions:
-            raise ValueError(f"the model reads at most {positions} tokens, got max_length={self.max_length}")
+            given = setting("max_length", str(self.max_length))
+            raise ValueError(Message(f"the model reads at most {positions} tokens, got {given}"))
         return self.max_length
 
     def render(self, tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, completion: Completion) -> tuple[str, bool]:

@@ -95,7 +95,8 @@ class RunDirectory:
             )
         known = there.get("scorers", {})
         merged = {name: merge(known.get(name), scorer) for name, scorer in here["scorers"].items()}
-        return {**there, **here, "scorers": {**known, **merged}}
+        drawn = {"sampler": merge(there.get("sampler"), here["sampler"])} if policy else {}
+        return {**there, **here, **drawn, "scorers": {**known, **merged}}
 
     def _apart(self, there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Difference]:
         """Where settings differ that something in the directory was made with."""

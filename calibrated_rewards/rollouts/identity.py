@@ -11,7 +11,7 @@ from calibrated_rewards.rollouts.rescoring import Kept, check_kept, tolerance
 from calibrated_rewards.rollouts.shard import Shard
 from calibrated_rewards.rollouts.work import Work
 from calibrated_rewards.scorers.differences import depends_on_calls, differences, mark_changing, unread
-from calibrated_rewards.scorers.protocol import Scorer, fingerprint
+from calibrated_rewards.scorers.protocol import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,11 @@ class RunIdentity:
         known = {name: scorer for name, scorer in self.scorers.items() if name in self.agreed}
         return directory.agreed(self.seed, self.sampler, known)
 
-    def save(
-        self, directory: RunDirectory, name: str, before: Shard, shard: Shard, scorers: Mapping[str, Scorer]
-    ) -> None:
-        """Keep the work on a shard; with the first rollouts and the first scores of each, whose they are."""
+    def save(self, directory: RunDirectory, name: str, before: Shard, shard: Shard, work: Work) -> None:
+        """Keep the work on a shard; with the first rollouts and the first scores of each, whose they are.
+
+        What these first calls have changed in them is noted at once: a run may be stopped before its end.
+        """
         drew = [""] * (shard.state.drawn != before.state.drawn and self.sampler is not None)
         new = {*drew, *(each for each in self.scorers if each in shard.scores)} - self.agreed
         if not new:
@@ -63,27 +64,37 @@ class RunIdentity:
             return
         for each in sorted(new - {""}):
             if (kept := Kept.of([shard], each)) is not None:
-                kept.check(each, scorers[each], tolerance(self.scorers[each], self.scorers[each]))
+                kept.check(each, work.scorers[each], tolerance(self.scorers[each], self.scorers[each]))
+        sampler, scorers = self._after_calls(work)
         with directory.locked():
             # Another process may have been first, with another sampler or reward model.
             there = directory.settings().get("sampler")
             if "" in new and there is not None and [*differences(there, self.sampler)]:
                 raise ValueError(f"{directory.path} was given another sampler by another process meanwhile: {there}")
-            directory.agree(self.seed, self.sampler, {each: self.scorers[each] for each in sorted(new - {""})})
+            directory.agree(self.seed, sampler, {each: scorers[each] for each in sorted(new - {""})})
             directory.save(name, shard)
         self.agreed.update(new)
 
     def mark_changing(self, directory: RunDirectory, work: Work) -> None:
         """Note which parts of the state of plain callables their calls have changed: counters, caches, models."""
-        scorers = {name: work.scorers[name] for name, said in self.scorers.items() if depends_on_calls(said)}
-        sampler = work.sampler if self.sampler is not None and depends_on_calls(self.sampler) else None
-        after = {name: mark_changing(self.scorers[name], keepable(name, scorer)) for name, scorer in scorers.items()}
-        drew = None if sampler is None else mark_changing(self.sampler, keepable("the sampler", sampler))
-        if (drew or self.sampler) == self.sampler and all(after[name] == self.scorers[name] for name in after):
+        sampler, scorers = self._after_calls(work)
+        if sampler == self.sampler and scorers == self.scorers:
             return
         with directory.locked():
-            kept = {name: said for name, said in after.items() if name in directory.scored(after)}
-            directory.agree(self.seed, drew or self.sampler, kept)
+            scored = directory.scored(scorers)
+            kept = {name: said for name, said in scorers.items() if name in scored}
+            drew = sampler if directory.has_rollouts() else None
+            directory.agree(self.seed, drew, kept)
+
+    def _after_calls(self, work: Work) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
+        """The fingerprints of sampler and reward models, with the parts of their state that calls have changed."""
+        sampler, scorers = self.sampler, dict(self.scorers)
+        for name, before in self.scorers.items():
+            if depends_on_calls(before):
+                scorers[name] = mark_changing(before, keepable(f"reward model {name!r}", work.scorers[name]))
+        if sampler is not None and depends_on_calls(sampler):
+            sampler = mark_changing(sampler, keepable("the sampler", work.sampler))
+        return sampler, scorers
 
 
 def keepable(what: str, of: object) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -60,10 +60,12 @@ def run(
             logger.warning(ONE_ROLLOUT, directory.path)
     with Progress(sum(map(directory.size, names)), settings.show_progress) as progress:
         filling = Filling(directory, names, work, identity, k, progress, settings.cluster)
-        if settings.adaptive is None:
-            filling.fill()
-        else:
-            filling.in_rounds(settings.adaptive)
+        try:
+            filling.fill() if settings.adaptive is None else filling.in_rounds(settings.adaptive)
+        except BaseException:  # Ctrl-C too: the same objects may go on, with what their calls have changed in them
+            with suppress(Exception):
+                identity.mark_changing(directory, work)
+            raise
     identity.mark_changing(directory, work)
     made = {column: tabulated(directory, column, name) for column, name in tables.items()}
     for column in {*directory.settings()["scorers"]} - {*tables}:
@@ -227,6 +229,6 @@ class Filling:
             yield from zip(self.directory.keys_of(name), scores_of(self.directory, name, column), strict=True)
 
     def _keep(self, name: str, before: Shard, shard: Shard) -> None:
-        self.identity.save(self.directory, name, before, shard, self.work.scorers)
+        self.identity.save(self.directory, name, before, shard, self.work)
         new = [r for old, now in zip(before.rollouts, shard.rollouts, strict=True) for r in now[len(old) :]]
         self.progress.add(completions=len(new), tokens=sum(rollout.tokens or 0 for rollout in new))

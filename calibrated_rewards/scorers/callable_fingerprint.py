@@ -29,10 +29,15 @@ import numpy as np
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 # What holds no state that a score could depend on, and cannot be pickled.
-STATELESS = ("_thread.lock", "_thread.RLock", "_thread._local", "threading.Condition", "threading.Event")
-# Libraries whose objects hold connections, pools and caches, which differ from run to run.
-CLIENTS = ("aiohttp", "anthropic", "http", "httpx", "logging", "openai", "requests", "ssl", "socket", "urllib3")
+STATELESS = ("_thread.lock", "_thread.RLock", "_thread._local", "os._Environ")
+# Libraries whose objects hold connections, threads, pools and temporary files, which differ from run to run.
+CLIENTS = (
+    *("aiohttp", "anthropic", "asyncio", "concurrent", "http", "httpx", "logging", "multiprocessing", "openai"),
+    *("queue", "requests", "selectors", "socket", "ssl", "tempfile", "threading", "urllib3"),
+)
 _LIBRARY = tuple(f"{sysconfig.get_path(name)}/" for name in ("stdlib", "platstdlib"))
+# Where functions are within a property, or under a decorator.
+_WITHIN = ("fget", "fset", "func", "__func__", "__wrapped__")
 # Values that are read at most: enough for any scorer, and no end where a module leads to all of a program.
 _MOST = 200_000
 
@@ -75,7 +80,7 @@ class _Reader:
             given = [*enumerate(thing.args), *thing.keywords.items()]
             return code, {**parts, **{f"argument.{name}": value for name, value in given}}
         if isinstance(thing, FunctionType):
-            return self._code(thing.__code__), dict(_values_of(thing))
+            return self._function_code(thing), dict(_values_of(thing))
         if isinstance(thing, type | BuiltinFunctionType) or type(thing).__module__ == "functools":
             return self.digest(thing), {}
         owner = thing.__self__ if isinstance(thing, MethodType) else thing
@@ -130,7 +135,7 @@ class _Reader:
         if callable(getattr(type(value), "fingerprint", None)):
             return _hash(b"fingerprint:", json.dumps(value.fingerprint(), sort_keys=True).encode())
         if (of_torch := _of_torch(value)) is not None:
-            return _hash(of_torch.encode(), self._class(type(value)))
+            return _hash(of_torch.encode(), self._class(type(value)), *self._layers(value))
         return self._callable_or_object(value)
 
     def _callable_or_object(self, value: Any) -> bytes:
@@ -144,7 +149,7 @@ class _Reader:
             code, parts = self.parts(value)
             return _hash(b"callable:", code, self._mapping(parts))
         if isinstance(value, property | staticmethod | classmethod | functools.cached_property):
-            return self._all(type(value).__name__, _functions_of(value))
+            return self._all(type(value).__name__, [getattr(value, name, None) for name in _WITHIN])
         if type(value).__module__ == "functools" and hasattr(value, "__wrapped__"):
             return self.digest(value.__wrapped__)  # a cache: what it holds follows from the function
         where = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -192,14 +197,32 @@ class _Reader:
                 codes.append(f"class:{base.__module__}.{base.__qualname__}".encode())
                 continue
             for name, member in sorted(vars(base).items()):
-                functions = [each for each in _functions_of(member) if not _is_installed(each.__module__)]
-                for function in functions if _is_own(name, member) else ():
+                functions = [each for each in _functions_of(member) if _is_written(name, each)]
+                for function in functions:
                     codes += [name.encode(), self._code(function.__code__)]
-                    values = ((label, value) for label, value in _values_of(function) if label != "closure.__class__")
-                    parts |= {x if x.startswith("global.") else f"{name}.{x}": value for x, value in values}
+                    for label, value in _values_of(function):
+                        part = label if label.startswith("global.") else f"{name}.{label}"
+                        # The method of a base class may have a part of the same name, and be called by super().
+                        part = part if parts.get(part, value) is value else f"{base.__qualname__}.{part}"
+                        parts |= {part: value} if label != "closure.__class__" else {}
+                if isinstance(member, functools.partialmethod):
+                    parts[f"{name}.arguments"] = (member.args, member.keywords)
                 if _is_own(name, member) and not functions:
                     parts.setdefault(f"class.{name}", member)
         return _hash(b"methods:", *codes), parts
+
+    def _layers(self, model: Any) -> Iterator[bytes]:
+        """What the layers of a torch module hold beside their weights: rates, thresholds, attributes of the user's."""
+        torch = sys.modules["torch"]
+        usual = vars(torch.nn.Module())
+        for name, layer in model.named_modules() if isinstance(model, torch.nn.Module) else ():
+            kind = type(layer)
+            own = {label: value for label, value in vars(layer).items() if label not in usual}
+            if kind.__module__.startswith("torch."):
+                plain = {label: value for label, value in own.items() if type(value) in (*PLAIN, tuple)}
+                yield _hash(name.encode(), kind.__qualname__.encode(), self._mapping(plain))
+            elif not _is_installed(kind.__module__):
+                yield _hash(name.encode(), self._class(kind), self._mapping(own))
 
     def _class(self, kind: type) -> bytes:
         """A class by its name, and one of the user's by the code and values in it too."""
@@ -217,6 +240,12 @@ class _Reader:
             self._open.pop()
         self._done[id(kind)] = kind, found
         return found
+
+    def _function_code(self, function: FunctionType) -> bytes:
+        """The digest of a function's code; what a library's decorator puts around a function is known by its name."""
+        if _is_installed_file(function.__code__.co_filename) and not _is_installed(function.__module__):
+            return _hash(f"decorator:{function.__code__.co_qualname}".encode())
+        return self._code(function.__code__)
 
     def _code(self, code: CodeType) -> bytes:
         """What a code object does: its instructions with their constants and names, and no line of a file."""
@@ -239,9 +268,18 @@ class _Reader:
 
 
 def _functions_of(member: Any) -> list[FunctionType]:
-    """The functions of a member of a class: its own, or those in a property, static, class or cached one."""
-    inside = [getattr(member, name, None) for name in ("fget", "fset", "func", "__func__", "__wrapped__")]
-    return [each for each in (member, *inside) if isinstance(each, FunctionType)]
+    """The functions of a member of a class: its own, and those in a property or under any number of decorators."""
+    found, waiting = list[FunctionType](), [member]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, FunctionType):
+            if each in found:
+                continue
+            found.append(each)
+        elif not (isinstance(each, property | staticmethod | classmethod) or type(each).__module__ == "functools"):
+            continue
+        waiting += [getattr(each, name, None) for name in _WITHIN]
+    return found
 
 
 def _values_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
@@ -260,19 +298,23 @@ def _values_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 def _globals_of(code: CodeType, known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The values of the global names in a code object and those within it; of a module of the user's, its member."""
-    module, module_name = None, ""
+    module, place = None, ""
     for each in dis.get_instructions(code):
+        if each.opname == "EXTENDED_ARG":
+            continue
+        value: Any = None
         if module is not None and each.opname in ("LOAD_ATTR", "LOAD_METHOD") and hasattr(module, each.argval):
-            yield f"{module_name}.{each.argval}", getattr(module, each.argval)
-        module = None
-        if each.opname in ("LOAD_GLOBAL", "LOAD_NAME") and each.argval in known:
-            value = known[each.argval]
-            if isinstance(value, ModuleType) and not _is_installed(value.__name__):
-                module, module_name = value, each.argval
-            else:
-                yield each.argval, value
+            value, place = getattr(module, each.argval), f"{place}.{each.argval}"
+        elif each.opname in ("LOAD_GLOBAL", "LOAD_NAME") and each.argval in known:
+            value, place = known[each.argval], each.argval
         elif isinstance(each.argval, CodeType):
             yield from _globals_of(each.argval, known)
+        else:
+            place = ""
+        module = value if isinstance(value, ModuleType) and not _is_installed(value.__name__) else None
+        if place and module is None:
+            yield place, value
+            place = ""
 
 
 def _of_torch(value: Any) -> str | None:
@@ -284,7 +326,7 @@ def _of_torch(value: Any) -> str | None:
 
     if isinstance(value, torch.Tensor):
         return weights_digest({"": value})
-    if isinstance(value, torch.nn.Module):
+    if isinstance(value, torch.nn.Module):  # its settings beside the weights: see _layers
         config = config_digest(value.config) if hasattr(getattr(value, "config", None), "to_diff_dict") else ""
         return f"{type(value).__qualname__} {weights_digest(value.state_dict())} {config}"
     if isinstance(value, torch.dtype | torch.device):
@@ -306,11 +348,17 @@ def _is_installed_file(place: str) -> bool:
     return "/site-packages/" in place or "/dist-packages/" in place or place.startswith(_LIBRARY)
 
 
+def _is_written(name: str, function: FunctionType) -> bool:
+    """Whether a function of a class is its author's, rather than made by Python or by a decorator out of the others."""
+    place = function.__code__.co_filename
+    by_dataclass = place == "<string>" and name.startswith("__") and name != "__call__"
+    return not (by_dataclass or _is_installed(function.__module__) or _is_installed_file(place))
+
+
 def _is_own(name: str, member: Any) -> bool:
-    """Whether a member of a class is its author's, rather than made by Python or by a decorator out of the others."""
-    if isinstance(member, FunctionType):
-        place = member.__code__.co_filename
-        return place != "<string>" and not _is_installed_file(place)  # a dataclass writes its methods so
+    """Whether a member of a class is its author's."""
+    if functions := _functions_of(member):
+        return any(_is_written(name, each) for each in functions)
     # A slot holds no value of the class.
     descriptor = type(member).__name__ in ("member_descriptor", "getset_descriptor")
     return not (name.startswith(("__", "_abc_")) or descriptor)

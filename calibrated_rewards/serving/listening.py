@@ -5,7 +5,7 @@ import ipaddress
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, cast
 
@@ -56,7 +56,8 @@ def listen(app: Any, host: str, port: int, limits: Limits) -> None:
         raise ValueError(f"a port is a number from 0 to 65535, got port={port}")
     with switching(), many_files():
         server = server_of(app, host, port, limits)
-        server.run()
+        with suppress(SystemExit):  # uvicorn's own, for an address that it cannot have
+            server.run()
     if not server.started:
         raise OSError(f"nothing can listen on {host}:{port}: the log above tells why")
 
