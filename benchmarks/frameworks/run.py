@@ -134,7 +134,9 @@ def main() -> int:
     """Compare, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", type=Path, default=HERE.parents[1], help="where setup.sh's folders lie")
-    parser.add_argument("--only", nargs="+", choices=[run.name for run in RUNS], help="the others keep the results that they have")
+    parser.add_argument(
+        "--only", nargs="+", choices=[run.name for run in RUNS], help="the others keep the results that they have"
+    )
     asked = parser.parse_args()
     frameworks, lacking = [], {}
     for run in RUNS:
