@@ -89,12 +89,14 @@ class TableRewards:
     @cached_property
     def _counted(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.intp]]:
         """The values of the table, and how often each is there."""
-        return np.unique(np.concatenate([x.ravel() for _, x in self.table.blocks(self.rows)]), return_counts=True)
+        every = np.concatenate([scores.ravel() for _, scores in self.table.blocks(self.rows)])
+        return np.unique(every, return_counts=True)
 
     def _common(self, K: int) -> npt.NDArray[np.float32]:
         """The values that K references have `COMMON` times or more, on average, and more than two in the table."""
         scores, counts = self._counted
-        return scores[(counts * K >= COMMON * counts.sum()) & (counts > 2)]
+        common: npt.NDArray[np.float32] = scores[(counts * K >= COMMON * counts.sum()) & (counts > 2)]
+        return common
 
     def _by_atoms(self, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> Laws:
         """With a tolerance: the references themselves, each with its own reward, and no gaps."""
