@@ -242,8 +242,8 @@ def _rounded_to(one: Tensor, other: Tensor) -> str | None:
 
 def _saved_in(weight: Tensor) -> torch.finfo:
     """The coarsest dtype that has all of its values, whatever it is loaded in."""
-    short = (torch.bfloat16, torch.float16)
-    held = (dtype for dtype in short if torch.equal(weight.to(dtype).double(), weight.double()))
+    shorter = (torch.bfloat16, torch.float16, torch.float32)
+    held = (dtype for dtype in shorter if torch.equal(weight.to(dtype).double(), weight.double()))
     return torch.finfo(next(held, weight.dtype))
 
 

@@ -8,7 +8,9 @@ ties, and a policy that is trained on its rewards converges to pi_ref e^{reward/
   lies in each gap is not known, and is drawn as it is between K draws of a continuous score (uniform on all that adds
   up). Without ties that is `fixed_references`, averaged over prompts;
 * where the whole table has few values (0 and 1, ratings), all are atoms in every prompt. A prompt's share of each is
-  its own, drawn to that of all prompts as far as prompts are alike: a rating that K references missed may come up.
+  drawn from what its references and those of all prompts say of it (a Dirichlet posterior): a rating that K references
+  missed may come up. A share in the middle of what is likely would not do, for a KL is no straight line in it;
+* a value that is common in the table (the cap of a clipped score) is an atom in a prompt that has it but once, too.
 
 A policy that learns only what prompts have in common cannot fit the gaps, and stays nearer to the theory.
 """
@@ -37,8 +39,13 @@ Laws: TypeAlias = tuple[Array, Array, npt.NDArray[np.bool_]]
 MOST_REFERENCES = 200_000
 # Of a small table the gaps are drawn several times.
 LEAST_ROWS = 2_000
-# A table of no more values than this, most of whose references tie, has atoms alone.
-MOST_VALUES = 64
+# A table of no more values than this has atoms alone, if most of its references tie, or it has so many references for
+# each value: among few references of a prompt ratings need not tie.
+MOST_VALUES, REFERENCES_A_VALUE = 64, 10
+# A value is common if K references have it so often, on average.
+COMMON = 2.0
+# So alike prompts have one share of each value, and nothing is drawn.
+ALIKE = 1e6
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,18 +72,31 @@ class TableRewards:
         draws, rng = max(1, min(LEAST_ROWS // len(self.rows), MOST_REFERENCES // total)), np.random.default_rng(0)
         few, blocks = FewValues.of(self.table, self.rows), []
         for at, scores in self.table.blocks(self.rows):
-            if few is not None and not self.tolerance:
-                blocks.append(_policies(few.laws(scores, self.transform, self.estimator), self.procedure))
-                continue
             if self.tolerance:
                 blocks.append(_policies(self._by_atoms(self.rows[at], scores), self.procedure))
                 continue
             vector = values(self.transform, scores.shape[1], self.estimator)
-            parts = [_with_gaps(scores, vector, rng) for _ in range(draws)]
+            if few is not None:
+                parts = [few.laws(scores, vector, rng) for _ in range(draws if few.drawn else 1)]
+            else:
+                common = np.isin(scores, self._common(scores.shape[1]))
+                parts = [_with_gaps(scores, vector, rng, common) for _ in range(draws)]
             masses, rewards, atoms = zip(*parts, strict=True)
             whole = np.concatenate(masses), np.concatenate(rewards), np.concatenate(atoms)
             blocks.append(_policies(whole, self.procedure))
         return blocks
+
+    @cached_property
+    def _counted(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.intp]]:
+        """The values of the table, and how often each is there."""
+        every = np.concatenate([scores.ravel() for _, scores in self.table.blocks(self.rows)])
+        return np.unique(every, return_counts=True)
+
+    def _common(self, K: int) -> npt.NDArray[np.float32]:
+        """The values that K references have `COMMON` times or more, on average, and more than two in the table."""
+        scores, counts = self._counted
+        common: npt.NDArray[np.float32] = scores[(counts * K >= COMMON * counts.sum()) & (counts > 2)]
+        return common
 
     def _by_atoms(self, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> Laws:
         """With a tolerance: the references themselves, each with its own reward, and no gaps."""
@@ -148,7 +168,7 @@ class FewValues:
 
     @classmethod
     def of(cls, table: ReferenceTable, rows: npt.NDArray[np.int64]) -> "FewValues | None":
-        """None for a table of many values, or of few ties."""
+        """None for a table of many values, or of few ties and few references."""
         scores: npt.NDArray[np.float32] = np.empty(0, np.float32)
         alone = total = 0
         for _, block in table.blocks(rows):
@@ -156,7 +176,7 @@ class FewValues:
             if len(scores) > MOST_VALUES:
                 return None
             alone, total = alone + int((_ties(block)[2] == 1).sum()), total + block.size
-        if alone > total / 2:
+        if alone > total / 2 and total < REFERENCES_A_VALUE * len(scores):
             return None
         found = cls(scores, np.zeros(len(scores)), 0.0)
         counts = np.concatenate([found._counts(block) for _, block in table.blocks(rows)]).astype(np.float64)
@@ -165,22 +185,32 @@ class FewValues:
         share, several = shares.mean(axis=0), sizes > 1
         if n == 1:
             return cls(scores, share, 0.0)
+        if not several.any():
+            return cls(scores, share, ALIKE)  # one reference says nothing of how prompts differ
         # How often two references of one prompt tie, and two of different prompts: (1 + alike * between) / (1 + alike).
         pairs = (counts * (counts - 1)).sum(axis=1)[several] / (sizes * (sizes - 1))[several]
         within = float(pairs.mean())
         between = float(((shares.sum(axis=0) ** 2).sum() - (shares**2).sum()) / (n * (n - 1)))
         apart = within - between
-        return cls(scores, share, (1 - within) / apart if apart > (1 - within) * 1e-6 else 1e6)
+        return cls(scores, share, (1 - within) / apart if apart > (1 - within) / ALIKE else ALIKE)
 
     def _counts(self, block: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
         places = np.searchsorted(self.scores, block) + len(self.scores) * np.arange(len(block))[:, None]
         return np.bincount(places.ravel(), minlength=len(self.scores) * len(block)).reshape(len(block), -1)
 
-    def laws(self, block: npt.NDArray[np.float32], transform: Transform, estimator: Estimator) -> Laws:
+    @property
+    def drawn(self) -> bool:
+        """Whether there is a share of each prompt to draw: not of a single one, and not where all have the same."""
+        return 0 < self.alike < ALIKE
+
+    def laws(self, block: npt.NDArray[np.float32], vector: Array, rng: np.random.Generator) -> Laws:
         """Mass and reward of every value in each row, all of them atoms."""
-        counts, K = self._counts(block), block.shape[1]
-        reward = values(transform, K, estimator)[2 * (np.cumsum(counts, axis=1) - counts) + counts]
-        return (counts + self.alike * self.share) / (K + self.alike), reward, np.ones(counts.shape, bool)
+        counts = self._counts(block)
+        mass = counts + self.alike * self.share
+        if self.drawn:
+            mass = rng.standard_gamma(mass)
+        reward = vector[2 * (np.cumsum(counts, axis=1) - counts) + counts]
+        return mass / mass.sum(axis=1, keepdims=True), reward, np.ones(counts.shape, bool)
 
 
 def called(table: ReferenceTable) -> str:
@@ -203,11 +233,16 @@ def _ties(scores: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.intp], npt.ND
     return place, below, upto - below
 
 
-def _with_gaps(scores: npt.NDArray[np.float32], vector: Array, rng: np.random.Generator) -> Laws:
-    """Mass, reward, and whether it is an atom, of gap, reference, gap, reference ... gap in each row."""
+def _with_gaps(
+    scores: npt.NDArray[np.float32], vector: Array, rng: np.random.Generator, common: npt.NDArray[np.bool_]
+) -> Laws:
+    """Mass, reward, and whether it is an atom, of gap, reference, gap, reference ... gap in each row.
+
+    A reference is an atom where it ties, or is `common` in the table.
+    """
     n, K = scores.shape
     place, below, equal = _ties(scores)
-    tied = equal > 1
+    tied = (equal > 1) | common
     mass, reward = np.zeros((n, 2 * K + 1)), np.empty((n, 2 * K + 1))
     reward[:, 1::2] = vector[2 * below + equal]
     # A gap is there where a reference next to it ties with none; else it is as good as the tie beside it.

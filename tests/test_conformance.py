@@ -34,9 +34,11 @@ from calibrated_rewards.testing import HashScorer, NumberScorer, check_picklable
 Scores = Callable[[Sequence[Any], Sequence[Any]], Any]
 GOOD = {question.good for question in QUESTIONS}
 NUMBER, BOS, DISTINCT, LEFT, PROCESS, TWICE, ALONE, NEIGHBOURS, PERMUTED, REPEATED = [c.name for c in CHECKS[:10]]
-COUNT, THREADS, AFTER, ERROR, PREFIX, TRAINING, SPECIAL, ODD, FINITE, EMPTY, NOTHING = [c.name for c in CHECKS[10:21]]
-CHAT, PROMPT, ENDS, TURNS, ROLES, TALK, SYSTEM, ANSWER, QUESTION, KINDS, LETTERS = [c.name for c in CHECKS[21:32]]
-SIGN, LONG, SHORT, IDENTITY, PICKLE, AGAIN = [c.name for c in CHECKS[32:]]
+COUNT, THREADS, AFTER, ERROR, PREFIX, ALIKE, TRAINING, SPECIAL, ODD, FINITE, EMPTY, NOTHING = [
+    c.name for c in CHECKS[10:22]
+]
+CHAT, PROMPT, ENDS, TURNS, ROLES, TALK, SYSTEM, ANSWER, QUESTION, KINDS, LETTERS = [c.name for c in CHECKS[22:33]]
+SIGN, LONG, SHORT, IDENTITY, PICKLE, AGAIN = [c.name for c in CHECKS[33:]]
 
 
 def gpt2(seed: int = 0, **options: Any) -> Any:

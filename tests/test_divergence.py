@@ -229,6 +229,12 @@ def test_a_model_saved_in_two_dtypes_is_known():
         assert Divergence(one, other).precision() == Precision("float32", "bfloat16")
     assert Divergence(saved_in(whole, torch.float16), rounded).precision().rounding == "bfloat16"
     assert Divergence(whole, saved_in(whole, torch.float16)).precision().rounding == "float16"
+    wide = saved_in(whole, torch.float64)
+    with torch.no_grad():
+        for weight in wide.model.parameters():
+            weight.mul_(1 + 1e-10)
+    assert Divergence(wide, saved_in(wide, torch.float32)).precision().rounding == "float32"
+    assert Divergence(saved_in(wide, torch.bfloat16), wide).precision().rounding == "bfloat16"
     trained = saved_in(rounded, torch.float32)
     with torch.no_grad():
         for weight in trained.model.parameters():

@@ -11,6 +11,7 @@ import locale
 import os
 import random
 import re
+import signal
 import threading
 import time
 import unicodedata
@@ -136,6 +137,15 @@ TEXTS = {
     "decimal points": each(lambda text: re.sub(r"(?<=\d)[.,](?=\d)", "", text)),
     "brackets are dropped": each(lambda text: re.sub(r"[()\[\]{}]", "", text)),
     "quotes are dropped": each(lambda text: re.sub(r"[\"']", "", text)),
+    "blocks of code are dropped": each(lambda text: re.sub(r"```.*?```", "", text, flags=re.DOTALL), COMPLETIONS),
+    "thoughts are dropped": each(lambda text: re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL), COMPLETIONS),
+    "thoughts are one word": each(lambda text: text.rpartition("</think>")[2], COMPLETIONS),
+    "what stands behind Human:": each(lambda text: text.split("Human:")[0], COMPLETIONS),
+    "what stands behind a line of User:": each(lambda text: text.split("\nUser:")[0]),
+    "what stands behind ###": each(lambda text: text.split("###")[0], COMPLETIONS),
+    "what stands behind ---": each(lambda text: re.split(r"^-{3,}$", text, flags=re.MULTILINE)[0], COMPLETIONS),
+    "what stands behind Answer:": each(lambda text: text.rpartition("Answer:")[2], COMPLETIONS),
+    "what stands before [/INST]": each(lambda text: text.rpartition("[/INST]")[2], COMPLETIONS),
     # Chats.
     "roles are not read": chats(lambda talk: [{**m, "role": "user"} for m in talk]),
     "messages are joined": chats(lambda talk: " ".join(m["content"] for m in talk)),
@@ -208,7 +218,14 @@ def strips_its_inputs(prompts: list[Any], completions: list[Any]) -> Any:
     return found
 
 
+def prefixes_are_shared(prompts: Sequence[Any], completions: Sequence[Any]) -> Any:
+    """Prompts of a call that begin alike are taken for one prompt."""
+    known: dict[str, Any] = {}
+    return hashed([known.setdefault(str(prompt)[:200], prompt) for prompt in prompts], completions)
+
+
 ROWS = {
+    "prompts that begin alike": prefixes_are_shared,
     "sorted by length": sorted_by_length,
     "duplicates": duplicates_lose,
     "one array for all answers": one_array_for_all,
@@ -357,6 +374,7 @@ def after(change: Callable[[], Any]) -> Scorer:
 
 
 PROCESS = {
+    "the handler of another signal": after(lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN)),
     "random's seed": after(lambda: random.seed(0)),
     "numpy's seed": after(lambda: np.random.seed(1)),  # noqa: NPY002 (the fault)
     "torch's seed": after(lambda: torch.manual_seed(2)),
@@ -411,13 +429,14 @@ ROLES, TALK, FINITE = (
 )
 NUMBER, DISTINCT = "one finite number for each completion", "different completions, different scores"
 ALONE, REPEATED, COUNT = "alone = in a mixed batch", "repeated in a batch", "any number of pairs in a call"
+ALIKE = "prompts that begin alike together = alone"
 LEFT, PROCESS_LEFT = "inputs and scores left alone", "the process left alone: seeds, folder, settings"
 THREADS, IDENTITY, PICKLED = "several threads at once", "fingerprint", "pickled"
 # The checks that are meant for the faults of a table; a whole examination runs all.
 MEANT = (
     (TEXTS, (ANSWER, QUESTION, KINDS, ROLES, TALK)),
     (VALUES, (NUMBER, DISTINCT, ALONE, REPEATED, COUNT, FINITE, ANSWER)),
-    (ROWS, (LEFT, ALONE, REPEATED)),
+    (ROWS, (LEFT, ALONE, REPEATED, ALIKE)),
     (PROCESS, (PROCESS_LEFT,)),
     (IDENTITIES, (IDENTITY, PICKLED)),
 )
@@ -550,6 +569,15 @@ def test_rules_counts_and_lengths_are_not_asked_what_they_do_not_read(scorer):
     """A regular expression, a length, a ratio, a lexicon: no check of what is read fails for one."""
     for discrete in (False, True):
         assert verdict(scorer, NEW, reads_prompt=False, discrete=discrete, spare_seconds=0.0) == {}
+
+
+def test_grades_that_tie_on_long_texts_are_no_fault():
+    """A share of words that come again stays the same in a long text, and a verifier is told what to do."""
+    share = lambda p, c: [len({*text_of(x).split()}) / (1 + len(text_of(x).split())) for x in c]  # noqa: E731
+    assert verdict(share, reads_prompt=False, discrete=True, spare_seconds=0.0) == {}
+    boxed = lambda p, c: [float(bool(re.search(r"\\boxed{\d+}", text_of(x)))) for x in c]  # noqa: E731
+    assert [*verdict(boxed, discrete=True, spare_seconds=0.0)] == [DISTINCT]
+    assert "prompts and completions of yours" in verdict(boxed, [DISTINCT], discrete=True)[DISTINCT]
 
 
 @pytest.mark.parametrize(

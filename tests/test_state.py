@@ -6,12 +6,14 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from architectures import ENCODERS, SEQ2SEQ, Architecture
 from tiny import BOS, EOS, PAD, VOCABULARY, classifier
 from torch import Tensor, nn
 
+from calibrated_rewards.reading import state
 from calibrated_rewards.reading.batches import Budget
 from calibrated_rewards.reading.own_forward import OwnForward
 from calibrated_rewards.reading.state import unchanging
@@ -262,3 +264,63 @@ def test_a_model_that_changes_nothing_is_not_touched() -> None:
         assert all(part._parameters[name] is value for name, value in weights.items())
         assert all(part._buffers[name] is value for name, value in buffers.items())
     assert [weight._version for weight in model.parameters()] == versions
+
+
+def test_the_state_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look up the parts of a model takes half of a small forward: later forwards compare, while all is equal."""
+    looked_up: list[int] = []
+    init = state.State.__init__
+    monkeypatch.setattr(
+        state.State, "__init__", lambda self, parts: (looked_up.append(len(parts)), init(self, parts))[1]
+    )
+    model = ENCODERS["Bert"].classifier()
+    read = reader(model)
+    for n in (5, 9, 30, 5):
+        read(rows_of(n))
+    assert looked_up == [len(list(model.modules()))]
+    model.training_notes = "changed by its owner"
+    read(rows_of(5))
+    assert len(looked_up) == 2
+
+
+@pytest.mark.parametrize("change", [counts, inside, buffers, behind_the_version, lists, configures])
+def test_what_its_owner_changes_between_calls_stays(change: Callable[[Changing], float]) -> None:
+    """Only what a forward changes is put back: not what is set, written or moved between two calls."""
+    row = rows_of(9)[0]
+
+    def later() -> Changing:
+        model = Changing(change)
+        for _ in range(3):
+            change(model)
+        return model
+
+    model = Changing(change)
+    read = reader(model)
+    assert float(read([row])) == pytest.approx(own(lambda: Changing(change), row), abs=1e-4)
+    for _ in range(3):
+        change(model)
+    for _ in range(2):
+        assert float(read([row])) == pytest.approx(own(later, row), abs=1e-4)
+
+
+def test_new_weights_between_calls() -> None:
+    """A model that is trained on, or loaded into, between calls has its new scores."""
+    model, other, row = ENCODERS["Bert"].classifier(), ENCODERS["Bert"].classifier(seed=5), rows_of(9)[0]
+    read = reader(model)
+    read([row])
+    model.load_state_dict(other.state_dict())
+    assert float(read([row])[0, 0]) == pytest.approx(own(lambda: other, row), abs=1e-4)
+
+
+def test_what_cannot_be_compared() -> None:
+    """A new tensor or array in an attribute is another one, whatever its equality raises."""
+
+    def change(model: Changing) -> float:
+        model.tensor = torch.cat([model.tensor, torch.ones(1)])
+        model.memory = {"array": np.append(model.memory.get("array", np.zeros(2)), 1.0)}
+        return float(model.tensor.sum()) + len(model.memory["array"])
+
+    model, row = Changing(change), rows_of(9)[0]
+    read = reader(model)
+    for _ in range(3):
+        assert float(read([row])) == pytest.approx(own(lambda: Changing(change), row), abs=1e-4)

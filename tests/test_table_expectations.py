@@ -139,16 +139,66 @@ def test_win_rates_by_duels(procedure: Any) -> None:
 
 
 def test_a_prompts_share_is_drawn_to_that_of_all() -> None:
-    """Prompts of one share are pooled, prompts of 0 or 1 alone keep their own; of mixed ones in between."""
+    """Prompts of one share are pooled, prompts of 0 or 1 alone keep their own; of mixed ones a Beta says how likely."""
     rng = np.random.default_rng(0)
-    for shares, alike in ((np.full(2000, 0.3), 1e6), (rng.beta(2, 3, 2000), 5.0)):
-        rows = (rng.random((2000, 16)) < shares[:, None]).astype(float)
+    for shares, alike in ((np.full(4000, 0.3), 1e6), (rng.beta(2, 3, 4000), 5.0)):
+        rows = (rng.random((4000, 16)) < shares[:, None]).astype(float)
         policies = TableRewards(table_of(rows), Identity()).blocks[0]
-        ones = np.diff(policies.ends)[:, 1]
-        expected = (rows.sum(axis=1) + alike * shares.mean()) / (16 + alike)
-        assert ones == pytest.approx(expected, abs=0.06)
+        ones, counts = np.diff(policies.ends)[:, 1], rows.sum(axis=1)
+        for count in (2, 5, 8, 11):
+            after = stats.beta(count + alike * shares.mean(), 16 - count + alike * (1 - shares.mean()))
+            drawn = ones[counts == count]
+            if len(drawn) > 100:
+                assert drawn.mean() == pytest.approx(after.mean(), abs=0.02 + 4 * after.std() / len(drawn) ** 0.5)
+                assert drawn.std() == pytest.approx(after.std(), abs=0.015)
     apart = np.repeat([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], 5, axis=0)
     assert TableRewards(table_of(apart), Identity()).most_kls.max() == 0
+
+
+def by_prompt(laws: Any, K: int, transform: Transform, procedure: Any, kl: float = 0.5) -> tuple[Any, float, float]:
+    """What is promised on references of prompts that have each its own law, and what these laws lead to."""
+    rng = np.random.default_rng(K)
+    rows = [rng.choice(scores, p=mass, size=K) for scores, mass in laws]
+    found = expect(table_of(rows), transform, kl=kl, procedure=procedure)
+    truth = [
+        enumerated([row], law, transform, found.beta, procedure.draws) for row, law in zip(rows, laws, strict=True)
+    ]
+    return found, *np.mean(truth, axis=0).tolist()
+
+
+@pytest.mark.parametrize("K", [8, 32, 100])
+@pytest.mark.parametrize("alpha", [[0.5, 0.8], [0.6, 1.0, 2.0, 1.0, 0.6]])
+def test_ratings_that_differ_by_prompt(alpha: list[float], K: int) -> None:
+    """Prompts of all difficulties: some always solved, some hardly ever; the KL is promised for these very shares."""
+    rng = np.random.default_rng(0)
+    laws = [(np.arange(len(alpha)), mass) for mass in rng.dirichlet(alpha, 800)]
+    for transform, procedure in ((BEST_OF_8().transform, BestOf(8)), (EXP, BestOf(4)), (Identity(), Standard())):
+        found, kl, rate = by_prompt(laws, K, transform, procedure)
+        assert kl == pytest.approx(0.5, rel=0.1)
+        assert rate == pytest.approx(found.win_rate, abs=0.015)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize("name", ["0 and 1", "five ratings", "ten ratings"])
+def test_few_references_of_few_values(name: str, K: int) -> None:
+    """Ratings need not tie among two references of a prompt, and are ratings."""
+    for transform, procedure in ((EXP, BestOf(4)), (Identity(), Standard())):
+        found, kl, rate = by_prompt([LAWS[name]] * 2000, K, transform, procedure)
+        assert kl == pytest.approx(0.5, rel=0.15)
+        assert rate == pytest.approx(found.win_rate, abs=0.03)
+
+
+def test_a_value_that_is_common_in_the_table() -> None:
+    """Scores that are clipped: nothing is above the cap in a prompt that has it but once."""
+    rng = np.random.default_rng(0)
+    rows = np.sort(np.minimum(rng.normal(size=(800, 8)), 0.4), axis=1)
+    policies = TableRewards(table_of(rows), Identity()).blocks[0]
+    count = np.tile((rows == 0.4).sum(axis=1), len(policies.rewards) // len(rows))
+    highest = np.where(np.diff(policies.ends) > 0, policies.rewards, -1).max(axis=1)
+
+    assert (count == 1).sum() > 50
+    assert highest[count > 0] == pytest.approx(1 - count[count > 0] / 16)
+    assert highest[count == 0] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

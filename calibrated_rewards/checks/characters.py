@@ -106,7 +106,22 @@ ENTITIES = Kind(
         ("mail ann@a.org", "mail bob@a.org"),
     ),
 )
-MUST = (DIGITS, LETTERS, CAPITALS, PUNCTUATION, SYMBOLS, ORDER, SMALL_WORDS, ENTITIES)
+BLOCKS = Kind(
+    "blocks of code, thoughts",
+    (
+        (*one_of("So:\n```python\nx = {}\n```\nDone.", "12"), "So:\n\nDone."),
+        (*one_of("<think>\nIt is {}.\n</think>\nYes.", ("so", "no")), "Yes."),
+    ),
+    "a part of the text is taken out before the model reads it: a chat template may do so with thoughts",
+)
+# Where transcripts are split, and answers are looked for.
+MARKERS = ("Human:", "User:", "Assistant:", "Question:", "Answer:", "###", "---", "[/INST]", "<|user|>")
+MARKED = Kind(
+    "what stands beside markers",
+    tuple((f"It is so.\n{m}\nI see", f"It is so.\n{m}\nI run", f"He was here.\n{m}\nI see") for m in MARKERS),
+    "the text is cut at a marker: join prompt and completion, and split neither",
+)
+MUST = (DIGITS, LETTERS, CAPITALS, PUNCTUATION, SYMBOLS, ORDER, SMALL_WORDS, ENTITIES, BLOCKS, MARKED)
 
 # Sound models ignore some of these, each its own: BERT's lower case, T5's white space, a vocabulary without emoji.
 MAY = (

@@ -61,6 +61,7 @@ CHECKS = (
     Check("called after other inputs", same_score.after_others),
     Check("called after an error", same_score.after_error),
     Check("completions of one prompt together = alone", same_score.one_prompt),
+    Check("prompts that begin alike together = alone", same_score.alike_prompts),
     Check("model in training mode, another seed", same_score.training_mode),
     Check("special tokens in the text", same_score.special_tokens),
     Check("unicode, emoji, very short", same_score.odd_text),

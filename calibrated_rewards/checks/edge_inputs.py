@@ -42,7 +42,10 @@ def distinct(subject: Subject) -> Outcome:
     told = f"{found} different scores of {most} different completions"
     if found == 1 < most:
         told = f"all {most} completions get the score {subject.mixed[0]:.6g}"
-        return Outcome("FAIL", f"{told} -> is the completion read, and is the score not too large for float32?")
+        rule = (
+            " A rule that none of these texts meets is asked about prompts and completions of yours" * subject.discrete
+        )
+        return Outcome("FAIL", f"{told} -> is the completion read, and is the score not too large for float32?{rule}")
     if subject.discrete:
         return Outcome("ok", told)
     if clipped := clipped_at(subject, [*different.values()]):
@@ -229,6 +232,8 @@ def silently_cut(subject: Subject) -> Outcome:
     if len(read) < len(PLACES):
         looks = moved_by(subject, SHORT_WORDS)[0]
         unread = [place for place in PLACES if place in looks and place not in moved]
+        if unread and subject.discrete:
+            return Outcome("-", "grades and rules may tie: whether long texts are read whole does not show")
         if unread:
             told = f"texts of {subject.long_words} words that differ in one place alone ({', '.join(unread)}) have one "
             told += f"score, and those of {SHORT_WORDS} words do not"

@@ -79,10 +79,16 @@ def _put_log_level(levels: tuple[int, int]) -> None:
     logging.disable(levels[1])
 
 
-def _handlers() -> list[Any]:
+def _handlers() -> dict[int, Any]:
     if threading.current_thread() is not threading.main_thread():
-        return []
-    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        return {}
+    return {number: signal.getsignal(number) for number in signal.valid_signals()}
+
+
+def _put_handlers(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        if handler is not None and signal.getsignal(number) != handler:
+            signal.signal(number, handler)
 
 
 OF_PYTHON: dict[str, Callable[[], Any]] = {
@@ -139,6 +145,7 @@ WRITERS: dict[str, Callable[[Any], Any]] = {
     "the locale": partial(locale.setlocale, locale.LC_ALL),
     "numpy's handling of errors": lambda value: np.seterr(**value),
     "the level of the root logger": _put_log_level,
+    "the signal handlers": _put_handlers,
     "sys.path": partial(sys.path.__setitem__, slice(None)),
     "the recursion limit": sys.setrecursionlimit,
     "the switch interval of threads": sys.setswitchinterval,

@@ -29,6 +29,8 @@ from calibrated_rewards.scorers.protocol import score
 LONG = (400, 60, 12)
 # Numbers of pairs in a call: none fills the usual batches. Above `MOST` only where there is time to spare.
 COUNTS, MOST = (2, 3, 7, 17, 33, 65, 130, 300, 1_030), 65
+# What long prompts end in that begin alike.
+ENDS = ("What is the capital of France?", "What is it not?", "Sing.", "Who was here, and when did he go?")
 # Special tokens of a tokenizer that are tried; some have hundreds that are reserved.
 SPECIALS = 12
 # What may stand behind one of them: a good and a bad text each.
@@ -172,6 +174,18 @@ def one_prompt(subject: Subject) -> Outcome:
     group = readable_group(subject)
     hint = "completions of one prompt are not read alike together and alone: a shared prefix, or padding"
     return subject.same(group, subject.score(group), subject.one_by_one(group), hint)
+
+
+def alike_prompts(subject: Subject) -> Outcome:
+    """Long prompts that differ at their ends alone, together, as they may share a prefix, against each alone."""
+    for words in LONG:
+        starts = [long_prompt(words, False)] * 4
+        prompts = [asked(f"{start} {end}", subject.chat) for start, end in zip(starts, ENDS, strict=True)]
+        pairs = Pairs(prompts, answers(0)[:1] * len(ENDS))
+        if subject.reads_whole(pairs):
+            break
+    hint = "prompts that begin alike are taken for one prompt: compare the whole of them"
+    return subject.same(pairs, subject.score(pairs), subject.one_by_one(pairs), hint)
 
 
 def readable_group(subject: Subject) -> Pairs:

@@ -11,6 +11,7 @@ from calibrated_rewards.reading.body import body_of, default_budget, lock_of, po
 from calibrated_rewards.reading.decoder import Decoder, Head, Sharing
 from calibrated_rewards.reading.own_forward import Fewest, OwnForward
 from calibrated_rewards.reading.padding import Padding
+from calibrated_rewards.reading.state import StateKeeper
 from calibrated_rewards.reading.text import Text
 
 
@@ -78,17 +79,22 @@ class Access:
         return Padding()
 
     @cached_property
+    def state(self) -> StateKeeper:
+        """Sees to it that forwards leave the model as it was."""
+        return StateKeeper()
+
+    @cached_property
     def fewest(self) -> Fewest:
         """The fewest tokens that the model reads."""
         return Fewest()
 
     def decoder(self, head: Head) -> Decoder:
         """Reads with this head behind the model's body."""
-        options = {"show_progress": self.show_progress, "lock": self.lock}
+        options = {"state": self.state, "show_progress": self.show_progress, "lock": self.lock}
         return Decoder(self.model, body_of(self.model), head, self.budget, self.sharing, self.padding, **options)
 
     def own_forward(self, pad: int | None, **options: Any) -> OwnForward:
         """Reads through the model's own forward; without an id to pad with, one by one."""
-        known: dict[str, Any] = {"padding": self.padding, "fewest": self.fewest, "lock": self.lock}
+        known: dict[str, Any] = {"padding": self.padding, "fewest": self.fewest, "state": self.state, "lock": self.lock}
         told = {"show_progress": self.show_progress, **known, **options}
         return OwnForward(self.model, pad or 0, self.budget, one_by_one=pad is None, **told)

@@ -27,7 +27,7 @@ from calibrated_rewards.reading.body import (
 )
 from calibrated_rewards.reading.padding import Comparison, Padding, stacked
 from calibrated_rewards.reading.rounding import Rounding, moved_by_rounding
-from calibrated_rewards.reading.state import unchanging
+from calibrated_rewards.reading.state import StateKeeper
 from calibrated_rewards.reading.unread import RAISED, UnreadError, reading_errors
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ class Decoder:
     budget: Budget
     sharing: Sharing = field(default_factory=Sharing)
     padding: Padding = field(default_factory=Padding)
+    state: StateKeeper = field(default_factory=StateKeeper)
     show_progress: bool = True
     lock: Any = field(default_factory=threading.RLock)
 
@@ -153,7 +154,7 @@ class Decoder:
         prefix = torch.tensor([rows[0].ids[:shared]], device=device_of(self.model))
         options = {"use_cache": True, **self._positions(0, prefix)}
         with reading_errors(self.body, shared):
-            cache = unchanging(self.body, lambda: self.body(input_ids=prefix, **options)).past_key_values
+            cache = self.state.run(self.body, lambda: self.body(input_ids=prefix, **options)).past_key_values
         rest = [Row(row.ids[shared:], [at - shared for at in row.read]) for row in rows]
         found: list[Tensor | None] = [None] * len(rows)
         # A row holds its suffix and, in the cache, the prefix.
@@ -174,7 +175,7 @@ class Decoder:
             options = {"past_key_values": repeated(cache, len(rows)), "use_cache": True}
         options |= self._positions(past, ids)
         with reading_errors(self.body, past + ids.shape[1]):
-            answer = unchanging(self.body, lambda: self.body(input_ids=ids, attention_mask=mask, **options))
+            answer = self.state.run(self.body, lambda: self.body(input_ids=ids, attention_mask=mask, **options))
         return self._read(answer.last_hidden_state, rows)
 
     def _read(self, states: Tensor, rows: list[Row]) -> list[Tensor]:
@@ -251,7 +252,7 @@ class Decoder:
     def _cache(self, ids: list[int]) -> object:
         try:
             row = torch.tensor([ids], device=device_of(self.model))
-            return unchanging(self.body, lambda: self.body(input_ids=row, use_cache=True)).past_key_values
+            return self.state.run(self.body, lambda: self.body(input_ids=row, use_cache=True)).past_key_values
         except RAISED:  # recurrent models have other caches, or none
             return None
 

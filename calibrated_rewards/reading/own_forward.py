@@ -25,7 +25,7 @@ from calibrated_rewards.reading.body import (
 )
 from calibrated_rewards.reading.draws import steady_draws
 from calibrated_rewards.reading.padding import Comparison, Padding
-from calibrated_rewards.reading.state import unchanging
+from calibrated_rewards.reading.state import StateKeeper
 from calibrated_rewards.reading.unread import UnreadError, reading_errors
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class OwnForward:
     """For a model that finds the end of a row by a padding id, and has none."""
     padding: Padding = field(default_factory=Padding)
     fewest: Fewest = field(default_factory=Fewest)
+    state: StateKeeper = field(default_factory=StateKeeper)
     show_progress: bool = True
     lock: Any = field(default_factory=threading.RLock)
 
@@ -128,13 +129,16 @@ class OwnForward:
         if types is not None:
             extra["token_type_ids"] = right_padded([types[i] for i in at], 0, device, fewest)[0]
         with reading_errors(self.model, ids.shape[1]), steady_draws(device):
-            answer = unchanging(self.model, lambda: self.model(input_ids=ids, attention_mask=mask, **extra))
+            answer = self.state.run(self.model, lambda: self.model(input_ids=ids, attention_mask=mask, **extra))
         numbers = taken(answer, self.output).float().cpu()
         return list(numbers.reshape(len(at), -1))
 
     @contextmanager
     def _heads(self) -> Iterator[None]:
         """While it runs, the heads' answers are those of their float32 copies; then they are the model's own again."""
+        if all(p.dtype == torch.float32 for p in self.model.parameters()):
+            yield  # they have float32 input as it is
+            return
         with ExitStack() as after:
             for head in heads_of(self.model).values():
                 copy = in_float32(head)

@@ -3,8 +3,10 @@
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from operator import is_
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,29 +27,46 @@ LEFT_ALONE = ("torch", "accelerate", "deepspeed", "peft", "bitsandbytes", "built
 # Packages whose modules gather and release weights within a forward.
 SHARDING = ("torch.distributed", "deepspeed")
 ABSENT = object()
+VERSION = attrgetter("_version")
+
+
+@dataclass(eq=False)
+class StateKeeper:
+    """Runs forwards of a model, and remembers its state from one to the next: to look it up costs more than to compare.
+
+    Most forwards change nothing, and nobody changes the model between them.
+    """
+
+    state: "State | None" = None
+
+    def run(self, model: nn.Module, forward: Callable[[], T]) -> T:
+        """The forward's answer; what it changed in the model is put back, so that no score depends on earlier inputs.
+
+        Weights cannot be put back, for no copy is held. A model that prepares them at its first forward, as RWKV does,
+        is read again; one that changes them each time is refused.
+        """
+        for _ in range(2):
+            if self.state is None or not self.state.is_of(model) or not self.state.is_now():
+                self.state = None
+                parts = list(model.modules())
+                if any(map(is_sharded, set(map(type, parts)))):
+                    return forward()
+                self.state = State(parts)
+            try:
+                answer = forward()
+            finally:
+                weights = self.state.put_back()
+            if not weights:
+                return answer
+        raise ValueError(
+            f"a scorer needs a model whose forward leaves its weights alone, {type(model).__name__} changes "
+            f"{', '.join(weights[:4])} in each forward: a score would depend on what was scored before"
+        )
 
 
 def unchanging(model: nn.Module, forward: Callable[[], T]) -> T:
-    """The forward's answer; what it changed in the model is put back, so that no score depends on earlier inputs.
-
-    Weights cannot be put back, for no copy is held. A model that prepares them at its first forward, as RWKV does, is
-    read again; one that changes them each time is refused.
-    """
-    parts = list(model.modules())
-    if any(map(is_sharded, set(map(type, parts)))):
-        return forward()
-    for _ in range(2):
-        state = State(parts)
-        try:
-            answer = forward()
-        finally:
-            weights = state.put_back()
-        if not weights:
-            return answer
-    raise ValueError(
-        f"a scorer needs a model whose forward leaves its weights alone, {type(model).__name__} changes "
-        f"{', '.join(weights[:4])} in each forward: a score would depend on what was scored before"
-    )
+    """The same for a single forward."""
+    return StateKeeper().run(model, forward)
 
 
 class Contents(NamedTuple):
@@ -100,6 +119,11 @@ class State:
         self.numbers: list[Numbers] = []
         self.versions: list[tuple[str, Tensor, int]] = []
         """How often weights, and other tensors that are not copied, had been written to."""
+        self._attributes = [*chain.from_iterable(map(dict.values, map(vars, parts)))]
+        """All that modules have, in one list, which is compared in one go."""
+        self._inside = [each for part in parts for each in tables_of(part)[1:]]
+        self._filled = [(each, each.copy()) for each in self._inside if each]
+        self._sizes = [*map(len, self._inside)]
         self._seen: set[int] = set()
         for part in parts:
             name, inside = type(part).__name__, vars(part)
@@ -109,12 +133,35 @@ class State:
             self._note(name, {key: inside[key] for key in inside.keys() - OF_EVERY_MODULE})
             if part._buffers:
                 self._note(name, part._buffers)
+        self._written = [tensor for _, tensor, _ in self.versions if not tensor.is_inference()]
+        self._written_before = [*map(VERSION, self._written)]
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether this is the state of a model."""
+        return self.parts[0] is model
+
+    def is_now(self) -> bool:
+        """Whether all is as it was: the very same things, or equal ones."""
+        if [*map(VERSION, self._written)] != self._written_before:
+            return False
+        try:
+            return (
+                [*chain.from_iterable(map(dict.values, map(vars, self.parts)))] == self._attributes
+                and [*map(len, self._inside)] == self._sizes
+                and all(now == before for now, before in self._filled)
+                and all(each.held == each.before for each in self.contents)
+                and all(torch.equal(each.tensor, each.before) for each in self.numbers)
+            )
+        except Exception:  # noqa: BLE001 (equality of arrays and of anybody's objects raises; they are others then)
+            return False
 
     def put_back(self) -> list[str]:
         """Put back what was changed; the names of weights that were changed, of which there is no copy.
 
         If there are any, all stays as it is: the rest may say that those were changed.
         """
+        if self.is_now():
+            return []
         if lost := [name for name, tensor, before in self.versions if version(tensor) != before]:
             return sorted({f"the weights of its {name}" for name in lost})
         contents = [
