@@ -146,8 +146,9 @@ def _better_of_two(names: list[str]) -> Labels:
     values = find_values(names)
     if values is None or values[0] == values[1]:
         raise ValueError(
-            f"the model has 2 labels, and their names do not say which is the better one: for {names[0]!r} say the "
-            f"labels Difference(good=0, bad=1) (--label 0-1), for {names[1]!r} Difference(good=1, bad=0) (--label 1-0)"
+            f"the model has 2 labels, and their names do not say which is the better one: if it is {names[0]!r}, say "
+            f"labels=Difference(good=0, bad=1) (--label 0-1); if {names[1]!r}, labels=Difference(good=1, bad=0) "
+            "(--label 1-0)"
         )
     good = int(values[1] > values[0])
     return Difference(good=good, bad=1 - good, of=2)
