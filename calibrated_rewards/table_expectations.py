@@ -1,6 +1,6 @@
 """What training for a transform will give on a table: beta, KL and win rate, from its own ties and its own K.
 
-`theory` speaks of scores that never tie and of references without number; `table_laws` has the law of the reward on a
+`theory` speaks of scores that never tie and of infinitely many references; `table_laws` has the law of the reward on a
 table with its ties and its K references a prompt.
 
 `expect` is the one place that solves for beta on a table: commands, recipes and the report have their numbers from it.
@@ -14,7 +14,7 @@ table with its ties and its K references a prompt.
 >>> for line in found.lines():
 ...     print(line)
 this table, with its ties and K: at beta=0.05613 the policy that fits its rewards has KL 0.5 nats and win rate ...
-theory, for scores without ties and references without number: KL 4.05 at this beta; KL 0.5 at beta=0.3184, ...
+theory, for scores without ties and infinitely many references: KL 4.05 at this beta; KL 0.5 at beta=0.3184, ...
 """
 
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ class Expectation:
             f"{self.kl:.3g} nats and win rate {self.win_rate:.3f}, {_served(self.procedure)}{some}"
         )
         if self.differs:
-            yield f"theory, for scores without ties and references without number: {self._theory()}"
+            yield f"theory, for scores without ties and infinitely many references: {self._theory()}"
 
     def _theory(self) -> str:
         at = "no finite KL" if self.theory_kl is None else f"KL {self.theory_kl:.3g}"

@@ -143,6 +143,8 @@ def _attempt(path: Path, verify: bool | None) -> MappedTable | None:
     summary = _read_if_there(path / SUMMARY_FILE)
     if summary is None and not (path / DATA_FILE).exists():
         tables = sorted(str(each.parent) for each in path.glob(f"*/{SUMMARY_FILE}"))
+        if tables and (path / "reward.json").is_file():
+            raise FileNotFoundError(f"{path} is a calibrated reward and no table: its table is {tables[0]}")
         if tables:
             raise FileNotFoundError(
                 f"{path} has a table for each of its reward models: name one, {' or '.join(tables)}"

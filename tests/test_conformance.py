@@ -175,6 +175,16 @@ def test_scorers_of_numbers_pass():
     assert DISTINCT in failed(NumberScorer())
 
 
+def test_a_function_of_trl_is_called_by_name():
+    """A reward function without prompts by place is examined as it is called in training: no check fails for that."""
+
+    def reward_function(completions, **_):
+        return [float(len(completion)) for completion in completions]
+
+    findings = Examination(reward_function, sign=False, reads_prompt=False, discrete=True).inspect().findings
+    assert not [finding for finding in findings if "positional argument" in finding.detail]
+
+
 # One fault a test.
 
 

@@ -277,3 +277,13 @@ def test_python_reads_its_own_words(here):
         FileNotFoundError, match=r"two has a table for each of its reward models: .*two/judge or .*reward"
     ):
         ReferenceTable.load(here / "two")
+
+
+def test_a_reward_is_no_table_and_a_function_no_checkpoint(here):
+    """What was named by mistake is said, and where it goes."""
+    (here / "two" / "reward.json").touch()
+    with pytest.raises(FileNotFoundError, match=r"two is a calibrated reward and no table: its table is .*judge"):
+        ReferenceTable.load(here / "two")
+    (here / "two" / "reward.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"A function of yours .*calibrate\(prompts, sampler, function\)"):
+        load_scorer("my_rewards:reward")

@@ -100,7 +100,7 @@ checks.conversations -> checks.positions, checks.probes, checks.subject
 checks.odd_inputs -> prompts, checks.probes, checks.subject
 checks.side_effects -> prompts, scorers.protocol, checks.process_state, checks.subject
 checks.whole_input -> checks.characters, checks.probes, checks.subject
-checks.edge_inputs -> prompts, checks.positions, checks.probes, checks.subject
+checks.edge_inputs -> prompts, scorers.protocol, checks.positions, checks.probes, checks.subject
 checks.conformance -> prompts, scorers.protocol, checks.*
 commands          ->
 commands.error_text -> error_messages

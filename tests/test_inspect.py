@@ -117,7 +117,7 @@ def test_a_table_of_the_hub(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["{at}/nothing"], "a table is a directory, or a name on the Hub .*nothing"),
+        (["{at}/nothing"], "a table is a directory, or a name on the Hub .*nothing', and there is no such"),
         (["./nothing"], "a table is a directory"),
         (["nothing"], "a table is a directory"),
         (["{at}"], r"needs a table.json, in it or in a folder of it, got none"),

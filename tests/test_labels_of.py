@@ -81,7 +81,8 @@ def test_names_that_do_not_say_it_are_asked_about(names: tuple[str, str]) -> Non
     for first, second in (names, names[::-1]):
         with pytest.raises(ValueError, match="do not say which is the better one") as raised:
             labels_of({0: first, 1: second})
-        for part in (repr(first), repr(second), "labels=Difference(good=0, bad=1)", "labels=Difference(good=1, bad=0)"):
+        told = f"if it is {first!r}, say labels=Difference(good=0, bad=1); if {second!r}, "
+        for part in (told, "labels=Difference(good=1, bad=0)"):
             assert part in str(raised.value)
 
 

@@ -170,7 +170,9 @@ def named(folder: Path, *names: str) -> str:
 def test_names_that_nobody_knows_are_asked_about(tmp_path: Path) -> None:
     """Before anything is scored, with both labels; what is then said is what is scored."""
     folder = named(tmp_path, "verbose", "terse")
-    with pytest.raises(ValueError, match=r"'verbose' say .*\(good=0, bad=1\), for 'terse' .*\(good=1, bad=0\)"):
+    with pytest.raises(
+        ValueError, match=r"if it is 'verbose', say .*\(good=0, bad=1\); if 'terse', .*\(good=1, bad=0\)"
+    ):
         load_scorer(folder)
     weights = Path(folder, "model.safetensors").rename(Path(folder, "elsewhere"))
     with pytest.raises(ValueError, match="'verbose' say"):  # before any weight is loaded

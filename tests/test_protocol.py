@@ -88,8 +88,40 @@ def test_functions_as_trl_calls_them() -> None:
     assert score(by_name, prompts, completions).tolist() == [-1.0, 1.0]
     assert score(without_prompts, prompts, completions).tolist() == [2.0, 8.0]
     assert score(functools.partial(by_name, scale=2.0), prompts, completions).tolist() == [-2.0, 2.0]
-    with pytest.raises(TypeError, match="solved needs solution beside prompts and completions"):
-        score(solved, prompts, completions)
+
+    def by_place(prompts, completions, solution, **_):
+        return solved(completions, solution)[: len(prompts)]
+
+    for lacking in (solved, by_place):
+        with pytest.raises(TypeError, match=f"{lacking.__name__} needs solution beside prompts and completions"):
+            score(lacking, prompts, completions)
+
+
+def test_functions_for_messages_are_given_texts() -> None:
+    """A function that reads messages alone fails on texts of chats; its own error says what it is given."""
+
+    def reads_messages(completions, **_):
+        return [len(completion[0]["content"]) for completion in completions]
+
+    chat = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(TypeError) as raised:
+        score(reads_messages, [chat], ["Hello"])
+    assert "completions are texts here" in "".join(raised.value.__notes__)
+    with pytest.raises(TypeError) as raised:
+        score(reads_messages, ["Hi"], ["Hello"])
+    assert not hasattr(raised.value, "__notes__")
+
+
+def test_answers_of_other_functions() -> None:
+    """A function of one pair, and an asynchronous one, are told what to do."""
+
+    async def waits(completions, **_):
+        return [1.0 for _ in completions]
+
+    with pytest.raises(TypeError, match=r"waits is asynchronous, .* asyncio\.run"):
+        score(waits, ["p"], ["c"])
+    with pytest.raises(ValueError, match=r"shape \(\) for 2. A function of one prompt .* scorers\.function\.Function"):
+        score(lambda prompt, completion: 1.0, ["p", "q"], ["a", "b"])
 
 
 def test_nothing_to_score() -> None:

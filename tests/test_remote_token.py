@@ -114,6 +114,27 @@ def test_a_saved_reward_sends_it_to_nobody_else(tmp_path: Path, monkeypatch: pyt
             Remote(evil.url, Native("rm"), **QUICK)(*numbered(1))
 
 
+def test_a_server_that_wants_one_is_answered_with_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 401 names the two variables where no token was sent, and says so where one was."""
+    for name in ("CALIBRATED_REWARDS_TOKEN", "CALIBRATED_REWARDS_POLICY_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(native, status(401, b"no"), status(401, b"no")) as server:
+        with pytest.raises(Refused, match=r"no token was sent: set CALIBRATED_REWARDS_TOKEN .*_TOKEN_URL"):
+            Remote(server.url, Native("rm"), **QUICK)(*numbered(1))
+        with pytest.raises(Refused, match=r"; a token was sent$"):
+            Remote(server.url, Native("rm"), token=SECRET, **QUICK)(*numbered(1))
+
+
+@pytest.mark.parametrize(("address", "got"), [("", "it is not set"), ("rm:8000", "does not begin with http://")])
+def test_an_address_that_is_none(address: str, got: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in the variable of the address is not shown, for it may be the token itself."""
+    monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN", SECRET)
+    monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN_URL", address)
+    with pytest.raises(ValueError, match=got) as raised:
+        token_for("http://rm:8000")
+    assert not address or f"={address} " not in str(raised.value).replace("=http://rm:8000 ", "")
+
+
 def test_a_redirect_takes_it_nowhere() -> None:
     """Another host is named in an error, and not asked."""
     with serving(native) as evil:

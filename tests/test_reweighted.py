@@ -432,6 +432,9 @@ def test_the_command_on_a_bare_table(run, capsys, tmp_path):
         asked(capsys, at / "reward", "--judge", "judge")
     with pytest.raises(ValueError, match="got neither: not calibrated yet"):
         asked(capsys, tmp_path)
+    (tmp_path / "reward.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is a calibrated reward: name the directory of its calibration, or .*table"):
+        asked(capsys, tmp_path)
     for name in "--out", "--plot":
         with pytest.raises(ValueError, match=f"{name} needs a file, got the folder"):
             asked(capsys, at / "reward", name, tmp_path)

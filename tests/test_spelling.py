@@ -89,6 +89,8 @@ def test_a_function_is_imported_only_by_those_who_trust() -> None:
         read(said)
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         read(spelled(FromCheckpoint("x", placement=Placement(trust_remote_code=True))))
+    with pytest.raises(NeedsTrust, match=r"would be sent to the server http://host:80"):
+        read(spelled(Remote("http://host:80", Native("m"))))
 
 
 def test_a_file_from_elsewhere_asks_no_server_and_loads_no_kernels() -> None:

@@ -22,6 +22,7 @@ from calibrated_rewards.recipes import train_grpo, train_rloo, trl_run
 from calibrated_rewards.recipes.model import contiguous_head, trainable
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.recipes.run_folder import RunFolder
+from calibrated_rewards.recipes.timing import TimedReward
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.hf import HfSampler
@@ -395,3 +396,18 @@ def test_two_processes_train_as_one(policy: Path, tmp_path: Path) -> None:
     for name in ("grpo_plain", "ppo", "train_rloo"):
         assert [row["step"] for row in logged(tmp_path / name)] == [0, 1]
     assert (tmp_path / "train_rloo/model/adapter_model.safetensors").exists()
+
+
+def test_functions_as_trl_calls_them_are_timed() -> None:
+    """A reward function of TRL's, which takes no prompts by place, is scored under the clock as without it."""
+
+    def reward_function(completions, **_):
+        return [float(len(completion)) for completion in completions]
+
+    reward = CalibratedReward(reward_function, ReferenceTable.build([("p", [1.0, 2.0, 3.0, 4.0])]))
+    logged: dict[str, float] = {}
+
+    rewards = TimedReward.of(reward)(prompts=["p", "p"], completions=["a", "abc"], log_metric=logged.__setitem__)
+
+    assert rewards == [0.125, 0.625]  # (below + equal / 2) / 4
+    assert {"seconds_scoring", "seconds_lookup"} <= set(logged)

@@ -8,7 +8,7 @@ Loaded by `run.py` (`pytest -p calibrated_plugin`). The environment says what it
     TRL_TESTS_REPLACE   1 to replace rewards; 0 runs the tests as they are, for comparison
 
 A reward model is replaced by the same model behind ranks; a function, if it needs prompts and completions only. The
-table has all prompts of the test's datasets, each with the scores of a few fixed completions as its references.
+table has all prompts of the tests' datasets, each with the scores of a few fixed completions as its references.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import load_dataset
 from transformers import PreTrainedModel
 
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable, prompt_key
@@ -92,7 +93,8 @@ def replacing(init: Callable[..., None]) -> Callable[..., None]:
         given = signature.bind(*arguments, **options)
         rewards = given.arguments.get("reward_funcs")
         if rewards is not None:
-            prompts = dataset_prompts(given.arguments.get("train_dataset"), given.arguments.get("eval_dataset"))
+            own = dataset_prompts(given.arguments.get("train_dataset"), given.arguments.get("eval_dataset"))
+            prompts = list({prompt_key(prompt): prompt for prompt in (*own, *zen_prompts())}.values())
             several = isinstance(rewards, list)
             ours = [calibrated(reward, prompts) for reward in (rewards if several else [rewards])]
             given.arguments["reward_funcs"] = ours if several else ours[0]
@@ -110,10 +112,17 @@ def dataset_prompts(*datasets: Any) -> list[Any]:
     return list(found.values())
 
 
+@functools.cache
+def zen_prompts() -> list[Any]:
+    """All prompts of the tests' own dataset: `evaluate` may bring a split that the constructor never saw."""
+    configs = ("standard_prompt_only", "conversational_prompt_only")
+    return dataset_prompts(*(load_dataset("trl-internal-testing/zen", config) for config in configs))
+
+
 def calibrated(reward: Any, prompts: list[Any]) -> Any:
     """The reward's ranks among its scores of the fixed completions; the reward itself where it cannot be a scorer."""
     scorer, name = scorer_of(reward)
-    if scorer is None or not prompts:
+    if scorer is None:
         return reward
     rows = []
     for prompt in prompts:

@@ -12,6 +12,7 @@ from calibrated_rewards.checks.positions import reads_letters
 from calibrated_rewards.checks.probes import BLANK, QUESTIONS, Pairs, asked, message, soup, two_turns
 from calibrated_rewards.checks.subject import PADS, UNREAD, Embedding, Outcome, Subject, in_units
 from calibrated_rewards.prompts import start_of
+from calibrated_rewards.scorers.protocol import call
 
 # Of scores that differ, at most so many may look alike.
 DISTINCT = 0.95
@@ -113,7 +114,7 @@ def empty_list(subject: Subject) -> Outcome:
     """No pairs give no scores."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        answer = subject.scorer([], [])
+        answer = call(subject.scorer, [], [])
     return Outcome("ok") if len(answer) == 0 else Outcome("FAIL", f"no pairs give {start_of(answer)}")
 
 

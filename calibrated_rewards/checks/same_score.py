@@ -23,7 +23,7 @@ from calibrated_rewards.checks.probes import (
     two_turns,
 )
 from calibrated_rewards.checks.subject import PADS, Embedding, Outcome, Subject, in_units
-from calibrated_rewards.scorers.protocol import score
+from calibrated_rewards.scorers.protocol import call, score
 
 # Words of the long prompt whose completions may share it; the first that the scorer reads whole is taken.
 LONG = (400, 60, 12)
@@ -109,7 +109,7 @@ def after_error(subject: Subject) -> Outcome:
         warnings.simplefilter("ignore")
         for nonsense in (None, object()):
             with suppress(Exception):
-                subject.scorer([nonsense] * 2, [nonsense] * 2)  # type: ignore[list-item]
+                call(subject.scorer, [nonsense] * 2, [nonsense] * 2)
     hint = "a call that fails leaves something behind: put things back in a finally"
     return subject.same(subject.pairs, subject.score(subject.pairs), subject.mixed, hint)
 
@@ -132,7 +132,7 @@ def left_alone(subject: Subject) -> Outcome:
         given = deepcopy(pairs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            answer = subject.scorer(given.prompts, given.completions)
+            answer = call(subject.scorer, given.prompts, given.completions)
         changed = [name for name in ("prompts", "completions") if getattr(given, name) != getattr(pairs, name)]
         if changed:
             return Outcome("FAIL", f"the {' and the '.join(changed)} given are changed by a call -> work on a copy")

@@ -22,7 +22,7 @@ import numpy as np
 from calibrated_rewards.checks.process_state import GROWS, RANDOM, changed, process_state, put_back
 from calibrated_rewards.checks.subject import Outcome, Subject
 from calibrated_rewards.prompts import start_of
-from calibrated_rewards.scorers.protocol import Fingerprinted, checked, fingerprint, name_of, score
+from calibrated_rewards.scorers.protocol import Fingerprinted, call, checked, fingerprint, name_of, score
 
 THREADS, EACH, CALLS = 8, 3, 6
 # Pairs that a copy, or a scorer with another setting, is asked about.
@@ -85,7 +85,7 @@ def _called(subject: Subject) -> Any:
     subject.scored_pairs.append(len(given))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return subject.scorer(given.prompts, given.completions)
+        return call(subject.scorer, given.prompts, given.completions)
 
 
 def _changed_by_a_call(subject: Subject) -> tuple[list[str], dict[str, Any]]:
@@ -101,7 +101,7 @@ def _changed_once(subject: Subject) -> tuple[set[str], dict[str, Any]]:
         warnings.simplefilter("ignore")
         _stir()
         before = process_state()
-        subject.scorer(given.prompts, given.completions)
+        call(subject.scorer, given.prompts, given.completions)
         after = process_state()
     return {*changed(before, after)}, after
 
@@ -156,13 +156,13 @@ def _at_once(subject: Subject, groups: list[list[int]], late: int) -> list[Any]:
     answers: list[Any] = [None] * len(groups)
     start, home = threading.Barrier(len(groups)), _file_of(subject.scorer)
 
-    def call(place: int) -> None:
+    def answer_one(place: int) -> None:
         given = deepcopy(subject.pairs.at(groups[place]))
         try:
             start.wait(60)
             time.sleep(5 * late * place * ASIDE)
             with _interrupted(home, late * THREADS + place):
-                answer = subject.scorer(given.prompts, given.completions)
+                answer = call(subject.scorer, given.prompts, given.completions)
                 time.sleep(ASIDE)
             answers[place] = checked(answer, given.prompts, given.completions, name_of(subject.scorer))
         except Exception as error:  # noqa: BLE001 (whatever another thread causes here is the finding)
@@ -170,7 +170,7 @@ def _at_once(subject: Subject, groups: list[list[int]], late: int) -> list[Any]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        workers = [threading.Thread(target=call, args=(place,)) for place in range(len(groups))]
+        workers = [threading.Thread(target=answer_one, args=(place,)) for place in range(len(groups))]
         interval = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH)
         try:
@@ -199,7 +199,7 @@ def _interrupted(home: str, seed: int) -> Iterator[None]:
 
     def enter(frame: FrameType, event: str, arg: Any) -> Any:
         file = frame.f_code.co_filename
-        installed = file.startswith(LIBRARIES) or "site-packages" in file
+        installed = file.startswith(LIBRARIES) or "site-packages" in file or file == call.__code__.co_filename
         return pause(frame, event, arg) if file == home or not installed else None
 
     before = sys.gettrace()

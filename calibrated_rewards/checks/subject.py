@@ -16,7 +16,7 @@ from jaxtyping import Float32
 from calibrated_rewards.checks.probes import Pairs, answers, long_prompt
 from calibrated_rewards.checks.process_state import process_state
 from calibrated_rewards.prompts import start_of
-from calibrated_rewards.scorers.protocol import Scorer, fingerprint, score
+from calibrated_rewards.scorers.protocol import Scorer, call, fingerprint, score
 
 # Equal scores are this near, in standard deviations: the farthest pair of float32. Arithmetic of 16 bits rounds
 # otherwise for each batch shape, which makes some pair stray far: there it is the root mean square (rms) that counts.
@@ -155,7 +155,7 @@ class Subject:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.scorer(given.prompts, given.completions)
+                call(self.scorer, given.prompts, given.completions)
         except (ValueError, TypeError, AttributeError, RuntimeError, LookupError):
             return True
         return False

@@ -104,6 +104,10 @@ def read(at: Path, select: str | None, judge: str | None) -> "tuple[Samples, str
     from calibrated_rewards.table import ReferenceTable
 
     if not any((at / "rollouts").glob("*.parquet")):
+        if (at / "reward.json").is_file():
+            raise ValueError(
+                f"{at} is a calibrated reward: name the directory of its calibration, or {at / 'table'}, its bare table"
+            )
         if not (at / "table.json").is_file():
             raise ValueError(f"{at} needs rollouts/*.parquet or a table.json, got neither: not calibrated yet?")
         if select is not None or judge is not None:

@@ -43,7 +43,8 @@ def run(options: argparse.Namespace) -> int:
         tables = [ReferenceTable.load(path) for path in tables_in(at)]
     elif at.is_absolute() or options.table.count("/") != 1 or options.table.startswith("."):
         raise ValueError(
-            f"a table is a directory, or a name on the Hub such as my-name/my-table, got {options.table!r}"
+            f"a table is a directory, or a name on the Hub such as my-name/my-table, got {options.table!r}, "
+            f"{'which is a file' if at.is_file() else 'and there is no such directory'}"
         )
     else:
         tables = [ReferenceTable.from_pretrained(options.table, revision=options.revision)]

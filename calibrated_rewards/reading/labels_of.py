@@ -157,9 +157,9 @@ def _better_of_two(names: list[str]) -> Labels:
     if values is None or values[0] == values[1]:
         raise ValueError(
             Message(
-                f"the model has 2 labels, and their names do not say which is the better one: for {names[0]!r} say "
-                f"{setting('labels', 'Difference(good=0, bad=1)', option='--label 0-1')}, for {names[1]!r} "
-                f"{setting('labels', 'Difference(good=1, bad=0)', option='--label 1-0')}"
+                "the model has 2 labels, and their names do not say which is the better one: if it is "
+                f"{names[0]!r}, say {setting('labels', 'Difference(good=0, bad=1)', option='--label 0-1')}; if "
+                f"{names[1]!r}, {setting('labels', 'Difference(good=1, bad=0)', option='--label 1-0')}"
             )
         )
     good = int(values[1] > values[0])

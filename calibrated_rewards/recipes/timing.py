@@ -7,7 +7,7 @@ from typing import Any
 
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.scorers.protocol import fingerprint, reads_messages
+from calibrated_rewards.scorers.protocol import call, fingerprint, reads_messages
 from calibrated_rewards.scorers.serial import is_thread_safe
 
 
@@ -35,7 +35,7 @@ class TimedScorer:
 
     def __call__(self, prompts: Any, completions: Any) -> Any:
         """Its scores."""
-        return self.seconds(self.scorer, prompts, completions)
+        return self.seconds(call, self.scorer, prompts, completions)
 
     @property
     def reads_messages(self) -> bool:

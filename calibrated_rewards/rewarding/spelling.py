@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from calibrated_rewards.rewarding.importing import import_function
-from calibrated_rewards.scorers.remote_address import check_saved
+from calibrated_rewards.scorers.remote_address import check_saved, named
 from calibrated_rewards.scorers.remote_token import token_for
 from calibrated_rewards.scorers.secret_names import is_secret
 from calibrated_rewards.transforms import Chain
@@ -79,15 +79,20 @@ def read(said: Any, *, trust: bool = False) -> Any:
     values = {name: read(value, trust=trust) for name, value in said.items() if name != "is"}
     risky = [name for name in RISKY if values.get(name)]
     if risky and not trust:
-        raise NeedsTrust(
-            f"{', '.join(risky)} may run code that comes with a checkpoint, or send prompts and completions to a server"
-        )
+        raise NeedsTrust("; ".join(_risk(name, values[name]) for name in risky))
     if "is" not in said:
         return values
     made = _class(str(said["is"]))
     if {"token", "url"} <= {field.name for field in fields(made)}:
         values["token"] = token_for(str(values.get("url")))
     return Chain(*values["parts"]) if made is Chain else made(**values)
+
+
+def _risk(name: str, value: Any) -> str:
+    """What a setting would do that needs trust; of a url as much as messages show."""
+    if name != "url":
+        return f"{name} may run code that comes with a checkpoint"
+    return f"prompts and completions would be sent to the server {named(str(value))}"
 
 
 def _fields(thing: Any) -> Iterator[tuple[str, Any]]:

@@ -138,8 +138,17 @@ def checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoint:
         snapshot = snapshot_download(name_or_path, revision=revision, allow_patterns=["*.json"])
     except (OSError, ValueError) as error:  # the Hub's own errors do not always name what was asked for
         reason = type(error).__name__
-        raise FileNotFoundError(f"{name_or_path!r} is no folder, and the Hub does not give it ({reason})") from error
+        raise FileNotFoundError(
+            f"{name_or_path!r} is no folder, and the Hub does not give it ({reason}){_function_hint(name_or_path)}"
+        ) from error
     return Checkpoint(name_or_path, Path(snapshot), revision=Path(snapshot).name)
+
+
+def _function_hint(name: str) -> str:
+    """Where a function goes, if a name looks as one does: module:function, or a file of Python."""
+    if not re.fullmatch(r"[\w./]+(:\w+|\.py)", name):
+        return ""
+    return ". A function of yours takes the place of a model from Python: calibrate(prompts, sampler, function)"
 
 
 def _gives_one(shapes: dict[str, tuple[int, ...]]) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
-from inspect import Parameter, signature
+from inspect import Parameter, iscoroutine, signature
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,6 +14,10 @@ from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.scorers.callable_fingerprint import describe
 from calibrated_rewards.scorers.serial import is_thread_safe, lock_for
 
+TEXTS_OF_CHATS = (
+    "completions are texts here, also where prompts are messages: a function that reads completion[0]['content'], as "
+    "functions for TRL do, has to take a text as well: text = c if isinstance(c, str) else c[0]['content']"
+)
 _OTHER = {"prompts": "completion", "completions": "prompt"}
 
 
@@ -60,23 +64,38 @@ def score(scorer: Scorer, prompts: Iterable[Prompt], completions: Iterable[Compl
         return np.empty(0, np.float32)
     with nullcontext() if is_thread_safe(scorer) else lock_for(scorer):
         # Copies: what a scorer does to its arguments is its own affair. The answer is copied before the next call.
-        return checked(_call(scorer, deepcopy(asked), deepcopy(answered)), asked, answered, name_of(scorer))
+        try:
+            answer = call(scorer, deepcopy(asked), deepcopy(answered))
+        except (TypeError, AttributeError) as error:
+            if not reads_messages(scorer) and _are_texts_of_chats(asked, answered):
+                error.add_note(TEXTS_OF_CHATS)
+            raise
+        return checked(answer, asked, answered, name_of(scorer))
 
 
-def _call(scorer: Any, prompts: list[Prompt], completions: list[Completion]) -> Any:
+def _are_texts_of_chats(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> bool:
+    """Whether completions are texts where prompts are messages: TRL's own functions are given messages there."""
+    return any(not isinstance(p, str) and isinstance(c, str) for p, c in zip(prompts, completions, strict=True))
+
+
+def call(scorer: Any, prompts: Sequence[Any], completions: Sequence[Any]) -> Any:
     """Call a scorer by position, or by name, as TRL does, if `completions` is not its second argument.
 
     TRL's functions have their arguments in any order, and often no prompts: `def reward(completions, **kwargs)`.
     """
     parameters = _parameters(scorer)
-    if "completions" not in parameters or list(parameters)[1:2] == ["completions"]:
+    if "completions" not in parameters:
         return scorer(prompts, completions)
-    lacking = [name for name, each in parameters.items() if name not in ("prompts", "completions") and _is_asked(each)]
+    second = list(parameters)[1:2] == ["completions"]
+    known = ("prompts", "completions", *list(parameters)[: 2 * second])  # the first may have any name
+    lacking = [name for name, each in parameters.items() if name not in known and _is_asked(each)]
     if lacking:
         raise TypeError(
             f"{name_of(scorer)} needs {', '.join(lacking)} beside prompts and completions: a scorer is given nothing "
             "else, so what else it needs has to be found by the prompt"
         )
+    if second:
+        return scorer(prompts, completions)
     takes_prompts = "prompts" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     return scorer(completions=completions, **({"prompts": prompts} if takes_prompts else {}))
 
@@ -101,7 +120,10 @@ def checked(
     """An answer as scores of its own memory: one finite number for each pair; errors call the answerer `who`."""
     given = _as_array(answer, who)
     if given.shape != (len(prompts),):
-        raise ValueError(f"a scorer gives one number a completion, {who} gave shape {given.shape} for {len(prompts)}")
+        hint = "" if given.shape else ". A function of one prompt and one completion: scorers.function.Function"
+        raise ValueError(
+            f"a scorer gives one number a completion, {who} gave shape {given.shape} for {len(prompts)}{hint}"
+        )
     # A copy: the scorer may go on to use its array.
     return finite(given.copy(), prompts, completions, who)
 
@@ -134,8 +156,8 @@ def finite(
         i = int(bad[0])
         raise ValueError(
             f"a score is a finite number, {who} gave {scores[i]} for completion {start_of(completions[i])} "
-            f"of prompt {start_of(prompts[i])} (and {len(bad) - 1} others of {len(scores)}): look for nan among the "
-            "weights, or for scores that float32 cannot hold"
+            f"of prompt {start_of(prompts[i])} (and {len(bad) - 1} others of {len(scores)}): look for a None, for nan "
+            "among the weights, or for scores that float32 cannot hold"
         )
     return scores
 
@@ -172,6 +194,9 @@ class FunctionLike(Protocol):
 
 
 def _as_array(answer: Any, who: str) -> Float32[np.ndarray, "..."]:
+    if iscoroutine(answer):
+        answer.close()
+        raise TypeError(f"{who} is asynchronous, and a scorer is not awaited: call it through asyncio.run")
     try:
         numbers = np.asarray(without_tensors(answer))
         if numbers.dtype.kind not in "biufO":

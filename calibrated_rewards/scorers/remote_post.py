@@ -63,7 +63,7 @@ class Post:
                 trouble = f"status {response.status_code}, {self.said(response)}"
                 wait = asked_wait(response.headers.get("Retry-After", ""))
                 if not may_pass(response.status_code):
-                    told = self._elsewhere(response) + unsent(response.status_code, self.place.url)
+                    told = self._elsewhere(response) + unsent(response.status_code, self.place.url, self.place.token)
                     raise Refused(f"{shown(address)} refuses the request: {trouble}{told}")
             if tried == self.retries or self.stop.wait(max(wait, pause(self.backoff, tried))):
                 break

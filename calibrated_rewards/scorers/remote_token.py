@@ -25,17 +25,24 @@ def servers_of(variable: str) -> list[str]:
     servers = [each.strip() for each in os.environ.get(f"{variable}_URL", "").split(",")]
     usable = [each for each in servers if each.lower().startswith(("http://", "https://"))]
     if not usable or len(usable) < len(servers):
+        # What stands there is not shown: it may be the token, in the wrong variable.
+        got = "it does not begin with http:// or https://" if any(servers) else "it is not set"
         raise ValueError(
             f"the token in {variable} is sent to one server only: say which in {variable}_URL, as in "
-            f"{variable}_URL=http://rm:8000 (scheme, host and port count)"
+            f"{variable}_URL=http://rm:8000 (scheme, host and port count); {got}"
         )
     return usable
 
 
-def unsent(status: int, url: str) -> str:
-    """Tell of a token that was not sent, after a server has asked for one; nothing if there is none."""
+def unsent(status: int, url: str, token: str | None) -> str:
+    """Tell, after a server has asked for a token, whether one was sent, and which ones of the environment were not."""
     if status not in STATUSES:
         return ""
     others = [name for name in (TOKEN, POLICY_TOKEN) if os.environ.get(name) and token_for(url, name) is None]
     told = [f"{name} is for {', '.join(map(shown, servers_of(name)))}, and was not sent" for name in others]
-    return f"; {'; '.join(told)}" if told else ""
+    if not told and token is None:
+        told = [
+            f"no token was sent: set {TOKEN} ({POLICY_TOKEN} for a policy's server), and the address that it is for in "
+            f"{TOKEN}_URL ({POLICY_TOKEN}_URL)"
+        ]
+    return f"; {'; '.join(told or ['a token was sent'])}"
