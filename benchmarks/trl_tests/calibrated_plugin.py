@@ -94,7 +94,9 @@ def replacing(init: Callable[..., None]) -> Callable[..., None]:
         rewards = given.arguments.get("reward_funcs")
         if rewards is not None:
             own = dataset_prompts(given.arguments.get("train_dataset"), given.arguments.get("eval_dataset"))
-            prompts = list({prompt_key(prompt): prompt for prompt in (*own, *zen_prompts())}.values())
+            # A function of a test reads texts or messages, as its dataset has them.
+            others = [prompt for prompt in zen_prompts() if not own or type(prompt) is type(own[0])]
+            prompts = list({prompt_key(prompt): prompt for prompt in (*own, *others)}.values())
             several = isinstance(rewards, list)
             ours = [calibrated(reward, prompts) for reward in (rewards if several else [rewards])]
             given.arguments["reward_funcs"] = ours if several else ours[0]
