@@ -11,7 +11,7 @@ import pytest
 
 from calibrated_rewards.calibrate import calibrate, import_rollouts
 from calibrated_rewards.rollouts.directory import RunDirectory
-from calibrated_rewards.rollouts.identity import Identity
+from calibrated_rewards.rollouts.identity import RunIdentity
 from calibrated_rewards.rollouts.work import Task, Work
 from calibrated_rewards.scorers.ensemble import Ensemble
 from calibrated_rewards.scorers.function import Function
@@ -165,7 +165,7 @@ def test_a_run_that_was_killed_goes_on_with_a_cache_on_disk(tmp_path, monkeypatc
         keep(self, name, shard)
         kept.append(name)
         if len(kept) == 3:
-            monkeypatch.setattr(Identity, "mark_changing", lambda *_: None)
+            monkeypatch.setattr(RunIdentity, "mark_changing", lambda *_: None)
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -262,7 +262,7 @@ def test_two_processes_do_not_mix_reward_models(tmp_path):
     """The second to have scores of a name is refused as it would keep them, and keeps none."""
     calibrate(PROMPTS, NumberSampler(), {"other": NumberScorer()}, tmp_path, k=2)
     directory, work = RunDirectory(tmp_path), Work(None, {"r": K(-1.0)}, 0)
-    slow = Identity.of(work)
+    slow = RunIdentity.of(work)
     slow.check(directory, work)
     before = directory.load("00000")
     calibrate(None, None, {"r": NumberScorer()}, tmp_path)
@@ -277,7 +277,7 @@ def test_two_processes_do_not_mix_policies(tmp_path):
     with pytest.raises(RuntimeError):
         calibrate(PROMPTS, Rendering(template="<x>", fails=True), NumberScorer(), tmp_path, k=2)
     directory, work = RunDirectory(tmp_path), Work(Rendering(template="<x>"), {"reward": NumberScorer()}, 0)
-    slow, before = Identity.of(work), directory.load("00000")
+    slow, before = RunIdentity.of(work), directory.load("00000")
     slow.check(directory, work)
     calibrate(PROMPTS, Rendering(template="<y>"), NumberScorer(), tmp_path, k=2)
     drawn = next(work.steps(Task("00000", before, [2] * 4)))

@@ -293,7 +293,7 @@ def test_nan_weights_are_named():
         if not first:
             judge(["a"], ["b"])
         model.model.norm.weight.data[:] = float("nan")
-        with pytest.raises(ValueError, match="look for nan among"):
+        with pytest.raises(ValueError, match="for nan among"):
             judge(["a"], ["b"])
 
 
@@ -386,5 +386,5 @@ def test_other_kinds_need_a_causal_model(kind, tmp_path):
     """They name the kinds that an encoder-decoder has, in place of transformers' list of classes."""
     folder = tiny.saved(rewriter(), tmp_path, ending())
     options = {"implicit": {"reference_free": True}, "process": {"answers": ("Y", "N")}}.get(kind, {})
-    with pytest.raises(ValueError, match=rf"T5ForConditionalGeneration, an encoder-decoder.*--kind judge.*'{kind}'"):
+    with pytest.raises(ValueError, match=rf"T5ForConditionalGeneration, an encoder-decoder.*the kinds judge.*'{kind}'"):
         load_scorer(folder, kind=kind, **options)

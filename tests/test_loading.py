@@ -175,7 +175,7 @@ def test_names_that_nobody_knows_are_asked_about(tmp_path: Path) -> None:
     ):
         load_scorer(folder)
     weights = Path(folder, "model.safetensors").rename(Path(folder, "elsewhere"))
-    with pytest.raises(ValueError, match="'verbose' say"):  # before any weight is loaded
+    with pytest.raises(ValueError, match="'verbose', say"):  # before any weight is loaded
         load_scorer(folder)
     weights.rename(Path(folder, "model.safetensors"))
     logits = by_itself(tiny.classifier(num_labels=2))
