@@ -75,7 +75,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     before = outcomes.get(report.nodeid, {}).get("outcome", "passed")
     if report.when == "call" or report.outcome != "passed":
         worse = "failed" if "failed" in (before, report.outcome) else report.outcome
-        why = "" if report.outcome == "passed" else str(getattr(report, "longrepr", ""))[-300:]
+        # The message alone: a traceback would name folders of this machine.
+        crash = getattr(report.longrepr, "reprcrash", None)
+        told = report.longrepr[2] if isinstance(report.longrepr, tuple) else getattr(crash, "message", "")
+        why = "" if report.outcome == "passed" else str(told).partition("\n")[0][:300]
         outcomes[report.nodeid] = {"outcome": worse, "replaced": list(replaced), "why": why}
 
 
