@@ -26,8 +26,7 @@ import httpx
 import schemathesis
 from attacks_on_connections import on_connections, on_shutdown
 from environment import save
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from test_server_attack import BODIES, GOOD, an_app

@@ -9,27 +9,21 @@
 array([0.082])
 """
 
-from calibrated_rewards import evaluation as evaluation
-from calibrated_rewards import theory as theory
+from calibrated_rewards import evaluation as evaluation, theory as theory
 from calibrated_rewards.calibrations import EmpiricalCDF as EmpiricalCDF
-from calibrated_rewards.choice import optimal_transform as optimal_transform
-from calibrated_rewards.choice import optimum as optimum
-from calibrated_rewards.choice import tune as tune
-from calibrated_rewards.procedures import BestOf as BestOf
-from calibrated_rewards.procedures import Standard as Standard
-from calibrated_rewards.procedures import WorstOf as WorstOf
-from calibrated_rewards.prompts import id_key as id_key
-from calibrated_rewards.prompts import prompt_key as prompt_key
+from calibrated_rewards.choice import optimal_transform as optimal_transform, optimum as optimum, tune as tune
+from calibrated_rewards.procedures import BestOf as BestOf, Standard as Standard, WorstOf as WorstOf
+from calibrated_rewards.prompts import id_key as id_key, prompt_key as prompt_key
 from calibrated_rewards.reward import CalibratedReward as CalibratedReward
 from calibrated_rewards.scaling import scaled as scaled
-from calibrated_rewards.score_procedures import RewindAndRepeat as RewindAndRepeat
-from calibrated_rewards.score_procedures import SoftBestOf as SoftBestOf
-from calibrated_rewards.table import ReferenceTable as ReferenceTable
-from calibrated_rewards.table import UnknownPromptError as UnknownPromptError
-from calibrated_rewards.transforms import Chain as Chain
-from calibrated_rewards.transforms import Exponential as Exponential
-from calibrated_rewards.transforms import Identity as Identity
-from calibrated_rewards.transforms import Log as Log
-from calibrated_rewards.transforms import Tabulated as Tabulated
+from calibrated_rewards.score_procedures import RewindAndRepeat as RewindAndRepeat, SoftBestOf as SoftBestOf
+from calibrated_rewards.table import ReferenceTable as ReferenceTable, UnknownPromptError as UnknownPromptError
+from calibrated_rewards.transforms import (
+    Chain as Chain,
+    Exponential as Exponential,
+    Identity as Identity,
+    Log as Log,
+    Tabulated as Tabulated,
+)
 
 __version__ = "0.1.0"

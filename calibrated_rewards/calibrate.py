@@ -17,7 +17,7 @@ from typing import Any, overload
 import numpy as np
 
 from calibrated_rewards.adaptive import Adaptive
-from calibrated_rewards.error_messages import Message, setting
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.rollouts.adoption import adopt
 from calibrated_rewards.rollouts.cluster import Cluster
 from calibrated_rewards.rollouts.directory import RunDirectory, check_name

@@ -23,9 +23,9 @@ import numpy as np
 from jaxtyping import Float
 
 from calibrated_rewards.calibrate import calibrate
-from calibrated_rewards.error_messages import Message, setting
 from calibrated_rewards.estimates import Estimate, Samples, Stated, difference
 from calibrated_rewards.evaluation import win_rate
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.outcomes import Difference, Evaluation, Outcome, Precision, plain_prompts_note
 from calibrated_rewards.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.prompts import Prompt, prompt_key

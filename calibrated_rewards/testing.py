@@ -27,8 +27,10 @@ from jaxtyping import Float32
 from scipy.special import expit, logit, ndtri
 
 from calibrated_rewards.checks.adapters import check_adapter as check_adapter  # noqa: PLC0414 (public here)
-from calibrated_rewards.checks.conformance import check_scorer as check_scorer  # noqa: PLC0414 (public here)
-from calibrated_rewards.checks.conformance import titled
+from calibrated_rewards.checks.conformance import (
+    check_scorer as check_scorer,  # noqa: PLC0414 (public here)
+    titled,
+)
 from calibrated_rewards.procedures import Procedure
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, prompt_key
 from calibrated_rewards.quadrature import Law, reference_law, resolve

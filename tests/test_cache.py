@@ -1,8 +1,7 @@
 """A cache with room: what DynamicLayer holds, however it grows and whichever rows are kept."""
 
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from tiny import causal
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer

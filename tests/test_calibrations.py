@@ -6,8 +6,7 @@ from math import exp, log1p, sqrt
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from calibrated_rewards.calibrations import (
     Calibration,

@@ -11,12 +11,12 @@ import time
 
 import pytest
 
-from calibrated_rewards.rollouts.claims import claim
+from calibrated_rewards.files import claim
 
 HOLDER = """
 import sys
 from pathlib import Path
-from calibrated_rewards.rollouts.claims import claim
+from calibrated_rewards.files import claim
 with claim(Path(sys.argv[1])) as ours:
     print(ours, flush=True)
     sys.stdin.read()
@@ -26,7 +26,7 @@ with claim(Path(sys.argv[1])) as ours:
 FORKER = """
 import os, signal, sys, time
 from pathlib import Path
-from calibrated_rewards.rollouts.claims import claim
+from calibrated_rewards.files import claim
 
 def fork():
     child = os.fork()
@@ -47,7 +47,7 @@ with claim(file) as free_again:
 LEAVER = """
 import os, sys
 from pathlib import Path
-from calibrated_rewards.rollouts.claims import claim
+from calibrated_rewards.files import claim
 
 file = Path(sys.argv[1])
 with claim(file):

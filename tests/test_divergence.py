@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from scipy.special import rel_entr, softmax
 
 from calibrated_rewards import divergence

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from calibrated_rewards.scorers.ensemble import Ensemble, LowerBound, Mean, Min
 from calibrated_rewards.scorers.protocol import fingerprint

@@ -17,8 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from hypothesis import assume, example, given
-from hypothesis import strategies as st
+from hypothesis import assume, example, given, strategies as st
 from peft import LoraConfig, get_peft_model
 from scipy.special import rel_entr
 from transformers import AutoModelForCausalLM

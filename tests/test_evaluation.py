@@ -5,11 +5,9 @@ from math import isnan, sqrt
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy.special import ndtr, ndtri
-from scipy.stats import binom
-from scipy.stats import t as student
+from scipy.stats import binom, t as student
 
 from calibrated_rewards.bootstrap import stated
 from calibrated_rewards.estimates import Estimate, Influence, Samples, difference

@@ -9,8 +9,7 @@ from math import comb, factorial
 import mpmath
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from numpy.polynomial import legendre
 from scipy import stats
 from scipy.integrate import quad

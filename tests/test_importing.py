@@ -17,8 +17,8 @@ from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.cli import main
 from calibrated_rewards.commands import saved_reward
 from calibrated_rewards.configured import configured
+from calibrated_rewards.files import import_function, without_current_folder
 from calibrated_rewards.recipes import train_rloo
-from calibrated_rewards.rewarding.importing import import_function, without_current_folder
 from calibrated_rewards.rewarding.spelling import NeedsTrust
 from calibrated_rewards.scorers.function import Function
 from calibrated_rewards.testing import NumberSampler, NumberScorer

@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from calibrated_rewards.reading.labels import Difference, Expected, Label, Labels, Ordinal, Weighted
 

@@ -9,8 +9,7 @@ from unittest import mock
 import jaxtyping
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy.integrate import cumulative_trapezoid, solve_bvp
 from scipy.optimize import minimize
 from scipy.special import softmax

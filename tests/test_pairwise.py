@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, listed, win_chances

@@ -6,8 +6,7 @@ nothing in this file uses the library's quadrature to make its expectations.
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy import optimize, stats
 from scipy.special import logsumexp, softmax
 

@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from scipy.stats import entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 

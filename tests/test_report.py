@@ -13,8 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from fake_experiment import NASTY, SAID, Shifted, make
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import calibrated_rewards
 from calibrated_rewards.commands import report as command

@@ -21,8 +21,7 @@ import pytest
 import tiny
 import torch
 from hub import COMMIT, serving
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from scipy import stats
 
 from calibrated_rewards import (

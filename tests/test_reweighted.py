@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from calibrated_rewards.arms import ARMS, AnyKL, BestAtKL, Transformed, Uncalibrated
 from calibrated_rewards.bootstrap import stated

@@ -5,8 +5,7 @@ import json
 import jaxtyping
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from calibrated_rewards import prompt_key
 from calibrated_rewards.samplers.decoding import Decoding

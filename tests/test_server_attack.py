@@ -5,8 +5,7 @@ import json
 
 import httpx
 import schemathesis
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
 from calibrated_rewards.reward import CalibratedReward

@@ -10,8 +10,7 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.rollouts.shard import Planned, Shard, empty

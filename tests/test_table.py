@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from calibrated_rewards.prompts import id_key, prompt_key
 from calibrated_rewards.table import ReferenceTable, Row, UnknownPromptError

@@ -20,8 +20,7 @@ from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.score_procedures import RewindAndRepeat
-from calibrated_rewards.theory import beta_for_kl
-from calibrated_rewards.theory import win_rate as predicted
+from calibrated_rewards.theory import beta_for_kl, win_rate as predicted
 from calibrated_rewards.transforms import Exponential
 
 PROCEDURES = {repr(each): each for each in (Standard(), BestOf(4), WorstOf(4), RewindAndRepeat())}

@@ -9,8 +9,7 @@ from typing import Any
 
 import jaxtyping
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from tiny import BOS, EOS, TEMPLATE, texts, tokenizer
 
 from calibrated_rewards.reading.text import NO_LIMIT, Text, TruncationWarning, kept

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from peft import LoraConfig, get_peft_model
 
 from calibrated_rewards.reading.text import Text

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
-from calibrated_rewards.error_messages import Message
+from calibrated_rewards.files import Message
 
 # What brings a library that is missing.
 EXTRAS = {
@@ -58,7 +58,7 @@ def error_text(error: BaseException, other: str = "--option {name}={value}", ext
     `other` is how settings without an entry in OPTIONS are said. Where a library is missing, all that are missing of
     `extras` are named with it.
 
-    >>> from calibrated_rewards.error_messages import setting
+    >>> from calibrated_rewards.files import setting
     >>> error_text(ValueError(Message(f"the prompts' column is not known: name it with {setting('column')}")))
     "the prompts' column is not known: name it with --column NAME"
     """

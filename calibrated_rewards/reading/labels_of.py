@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrated_rewards.error_messages import Message, setting
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.reading.label_names import NUMBER, find_number, find_side, find_values, is_generic, is_unnamed
 from calibrated_rewards.reading.labels import Difference, Expected, Label, Labels, Ordinal
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibrated_rewards.error_messages import Message, setting
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.reading.batches import Budget, progress
 from calibrated_rewards.reading.body import (
     check_vocabulary,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from calibrated_rewards.error_messages import Message, setting
+from calibrated_rewards.files import Message, setting
 
 
 class UnreadError(ValueError, RuntimeError):

@@ -28,8 +28,7 @@ from jaxtyping import Float32
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrated_rewards.error_messages import Message
-from calibrated_rewards.error_messages import setting as given
+from calibrated_rewards.files import Message, setting as given
 from calibrated_rewards.recipes import command, loop
 from calibrated_rewards.recipes.loop import Episodes, setting
 from calibrated_rewards.recipes.model import reference_of, trainable

@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from calibrated_rewards.error_messages import Message
-from calibrated_rewards.error_messages import setting as given
+from calibrated_rewards.files import Message, setting as given
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.reading.body import device_of
 from calibrated_rewards.rollouts.sources import Asked

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from calibrated_rewards.error_messages import Message
-from calibrated_rewards.error_messages import setting as given
+from calibrated_rewards.files import Message, setting as given
 
 
 def place_of(policy: str | os.PathLike[str]) -> str:

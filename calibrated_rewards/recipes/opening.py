@@ -15,8 +15,7 @@ import torch
 
 from calibrated_rewards.commands.saved_reward import open_reward
 from calibrated_rewards.commands.transform import NamedTransform
-from calibrated_rewards.error_messages import Message
-from calibrated_rewards.error_messages import setting as given
+from calibrated_rewards.files import Message, setting as given
 from calibrated_rewards.prompts import as_key, id_key, start_of
 from calibrated_rewards.reading.fingerprint import tokenizer_digest, weights_digest, weights_of
 from calibrated_rewards.reading.text import Text

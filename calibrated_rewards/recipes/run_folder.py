@@ -18,11 +18,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from calibrated_rewards.files import claim
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.recipes.model import place_of
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.rollouts.claims import claim
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.decoding import Decoding
 

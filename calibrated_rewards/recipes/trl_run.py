@@ -22,9 +22,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from calibrated_rewards.error_messages import Message
-from calibrated_rewards.error_messages import setting as given
 from calibrated_rewards.faithful.check import Report, check_settings
+from calibrated_rewards.files import Message, setting as given
 from calibrated_rewards.recipes import command, opening
 from calibrated_rewards.recipes.loop import check_numbers, setting, turns
 from calibrated_rewards.recipes.model import contiguous_head, lora, place_of, quiet

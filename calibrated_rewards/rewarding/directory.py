@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrated_rewards.rewarding.originals import Originals, of_run
-from calibrated_rewards.rewarding.spelling import NeedsTrust, spelled
-from calibrated_rewards.rewarding.spelling import read as read_setting
+from calibrated_rewards.rewarding.spelling import NeedsTrust, read as read_setting, spelled
 from calibrated_rewards.table import ReferenceTable
 
 FORMAT, VERSION = "calibrated reward", 1

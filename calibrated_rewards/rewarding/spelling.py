@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrated_rewards.rewarding.importing import import_function
+from calibrated_rewards.files import import_function
 from calibrated_rewards.scorers.remote_address import check_saved, named
 from calibrated_rewards.scorers.remote_token import token_for
 from calibrated_rewards.scorers.secret_names import is_secret

@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from calibrated_rewards.rollouts.claims import claim
+from calibrated_rewards.files import claim
 from calibrated_rewards.rollouts.shard import Planned, Shard, State
 from calibrated_rewards.rollouts.shard_files import (
     read_keys,

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.adaptive import Adaptive
-from calibrated_rewards.error_messages import Message, setting
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.rollouts.cluster import Cluster
 from calibrated_rewards.rollouts.directory import RunDirectory
 from calibrated_rewards.rollouts.identity import RunIdentity

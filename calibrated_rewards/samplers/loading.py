@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import transformers
 
-from calibrated_rewards.error_messages import Message, setting
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.samplers.continuous import ContinuousSampler

@@ -9,9 +9,7 @@ array([6., 7.], dtype=float32)
 
 from typing import TYPE_CHECKING, Any
 
-from calibrated_rewards.scorers.protocol import Scorer as Scorer
-from calibrated_rewards.scorers.protocol import fingerprint as fingerprint
-from calibrated_rewards.scorers.protocol import score as score
+from calibrated_rewards.scorers.protocol import Scorer as Scorer, fingerprint as fingerprint, score as score
 
 if TYPE_CHECKING:
     from calibrated_rewards.scorers.loading import load_scorer as load_scorer

@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from calibrated_rewards.error_messages import Message, setting
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.scorers.checkpoint import Checkpoint
 
 Kind: TypeAlias = Literal[

@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
-from calibrated_rewards.error_messages import Message, setting
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.reading.labels import Label, Labels
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder

@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from calibrated_rewards.error_messages import Message, setting
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.reading.labels import Labels
 from calibrated_rewards.reading.labels_of import FIRST_RULES, RULES, apply_first_rules, resolve_labels
 from calibrated_rewards.reading.text import Text

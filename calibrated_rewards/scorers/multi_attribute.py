@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.error_messages import Message, setting
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reading.access import Access
 from calibrated_rewards.reading.fingerprint import model_fingerprint

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, AutoTokenizer
 
-from calibrated_rewards.error_messages import Message, setting
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.reading.body import vocabulary
 from calibrated_rewards.scorers.checkpoint import Checkpoint, checkpoint
 

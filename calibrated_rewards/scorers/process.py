@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 from torch import Tensor
 
-from calibrated_rewards.error_messages import Message, setting
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
 from calibrated_rewards.reading.access import Access
 from calibrated_rewards.reading.body import heads_of

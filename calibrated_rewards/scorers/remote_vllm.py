@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float32, Float64
 from scipy.special import logit
 
-from calibrated_rewards.error_messages import Message, setting
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.reading.label_names import find_side
 from calibrated_rewards.reading.labels import Labels

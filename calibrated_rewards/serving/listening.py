@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import uvicorn
 
-from calibrated_rewards.error_messages import Message, setting
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.serving.connections import http_protocol, many_files
 from calibrated_rewards.serving.gate import Door
 from calibrated_rewards.serving.limits import Limits
