@@ -14,9 +14,8 @@ import numpy as np
 from environment import save
 
 from calibrated_rewards.adaptive import Adaptive
-from calibrated_rewards.bands import band
-from calibrated_rewards.scaling import scaled
-from calibrated_rewards.transforms import Exponential, Identity
+from calibrated_rewards.theory.bands import band
+from calibrated_rewards.theory.transforms import Exponential, Identity, scaled
 
 PROMPTS, SEED, WIDTHS = 2000, 0, (0.1, 0.05)
 ROUNDS = (16, 32, 64, 128)

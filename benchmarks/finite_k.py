@@ -14,13 +14,12 @@ import numpy as np
 from environment import save
 
 from calibrated_rewards import theory
-from calibrated_rewards.bands import band, dkw
-from calibrated_rewards.finite_k import values
-from calibrated_rewards.finite_k_error import bias, references_needed, rmse
-from calibrated_rewards.fixed_references import win_rate_at_kl
-from calibrated_rewards.procedures import BestOf, Standard
-from calibrated_rewards.scaling import moments
-from calibrated_rewards.transforms import Exponential, Identity, Log, NormalQuantile
+from calibrated_rewards.theory.bands import band, dkw
+from calibrated_rewards.theory.finite_k import values
+from calibrated_rewards.theory.finite_k_error import bias, references_needed, rmse
+from calibrated_rewards.theory.fixed_references import win_rate_at_kl
+from calibrated_rewards.theory.procedures import BestOf, Standard
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log, NormalQuantile, moments
 
 ESTIMATORS = ("empirical", "posterior", "unbiased", "randomised")
 SIZES = (4, 8, 16, 32, 100)

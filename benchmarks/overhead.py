@@ -30,10 +30,9 @@ from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.rewarding.lookup import Lookup
 from calibrated_rewards.rewarding.watch import measures
-from calibrated_rewards.scaling import scaled
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.table import ReferenceTable
-from calibrated_rewards.transforms import Exponential
+from calibrated_rewards.theory.transforms import Exponential, scaled
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny

@@ -15,11 +15,11 @@ from scipy.special import expit, ndtr, ndtri
 
 from calibrated_rewards.arms import ARMS, BestAtKL
 from calibrated_rewards.estimates import Samples
-from calibrated_rewards.procedures import BestOf, Standard, WorstOf
-from calibrated_rewards.quadrature import reference_law
 from calibrated_rewards.reweighted import reweighted
-from calibrated_rewards.theory import beta_for_kl, policy_law
-from calibrated_rewards.transforms import Exponential, Identity, NormalQuantile
+from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
+from calibrated_rewards.theory.quadrature import reference_law
+from calibrated_rewards.theory.tilted_policy import beta_for_kl, policy_law
+from calibrated_rewards.theory.transforms import Exponential, Identity, NormalQuantile
 
 CORRELATION = 0.6
 ROLLOUTS, KLS = (16, 32, 64, 100, 250, 1000), (0.25, 0.5, 1.0, 2.0)

@@ -18,11 +18,10 @@ from scipy import stats
 from scipy.integrate import quad
 
 from calibrated_rewards import theory
-from calibrated_rewards.choice import optimum, tune
-from calibrated_rewards.optimal import Optimal
-from calibrated_rewards.procedures import BestOf, Standard, WorstOf
-from calibrated_rewards.quadrature import reference_law, resolve
-from calibrated_rewards.transforms import Exponential, Identity, Log, NormalQuantile, Power
+from calibrated_rewards.theory.optimum import Optimal, optimum, tune
+from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
+from calibrated_rewards.theory.quadrature import reference_law, resolve
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log, NormalQuantile, Power
 
 SIZES = (1, 2, 4, 8, 16, 32, 128)
 BETAS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)

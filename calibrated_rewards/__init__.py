@@ -11,19 +11,24 @@ array([0.082])
 
 from calibrated_rewards import evaluation as evaluation, theory as theory
 from calibrated_rewards.calibrations import EmpiricalCDF as EmpiricalCDF
-from calibrated_rewards.choice import optimal_transform as optimal_transform, optimum as optimum, tune as tune
-from calibrated_rewards.procedures import BestOf as BestOf, Standard as Standard, WorstOf as WorstOf
 from calibrated_rewards.prompts import id_key as id_key, prompt_key as prompt_key
 from calibrated_rewards.reward import CalibratedReward as CalibratedReward
-from calibrated_rewards.scaling import scaled as scaled
-from calibrated_rewards.score_procedures import RewindAndRepeat as RewindAndRepeat, SoftBestOf as SoftBestOf
 from calibrated_rewards.table import ReferenceTable as ReferenceTable, UnknownPromptError as UnknownPromptError
-from calibrated_rewards.transforms import (
+from calibrated_rewards.theory.optimum import optimal_transform as optimal_transform, optimum as optimum, tune as tune
+from calibrated_rewards.theory.procedures import (
+    BestOf as BestOf,
+    RewindAndRepeat as RewindAndRepeat,
+    SoftBestOf as SoftBestOf,
+    Standard as Standard,
+    WorstOf as WorstOf,
+)
+from calibrated_rewards.theory.transforms import (
     Chain as Chain,
     Exponential as Exponential,
     Identity as Identity,
     Log as Log,
     Tabulated as Tabulated,
+    scaled as scaled,
 )
 
 __version__ = "0.1.0"

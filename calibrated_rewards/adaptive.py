@@ -6,7 +6,7 @@ only a share of delta.) Where scores tie, C moves less than F does, and a prompt
 band of order 1/K in place of 1/sqrt(K). That is what is saved, and it is worth the looks where many prompts are alike
 (always solved, never solved) and others are not; for ratings it is not (benchmarks/adaptive.py).
 
->>> from calibrated_rewards.transforms import Identity
+>>> from calibrated_rewards.theory.transforms import Identity
 >>> rows = {"no ties": range(64), "half of them solved": [0, 1] * 32, "all but two": [0, 0] + [1] * 62, "all": [1] * 64}
 >>> for name, row in rows.items():
 ...     print(f"{name:20} ± {half_width(row, Identity(), 0.05):.3f}")
@@ -29,8 +29,8 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float
 
-from calibrated_rewards.bands import Kind, band
-from calibrated_rewards.transforms import Transform
+from calibrated_rewards.theory.bands import Kind, band
+from calibrated_rewards.theory.transforms import Transform
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Counts: TypeAlias = npt.NDArray[np.int64]
@@ -62,7 +62,7 @@ class Adaptive:
     last for all, it is kept for the widest bands, as far as they can be foreseen, and among equal ones for the smaller
     keys.
 
-    >>> from calibrated_rewards.transforms import Identity
+    >>> from calibrated_rewards.theory.transforms import Identity
     >>> adaptive = Adaptive(Identity(), width=0.1, rounds=(16, 32, 64))
     >>> rows = {b"always solved": [1.0] * 32, b"never ties": list(range(32)), b"new": []}
     >>> adaptive.next(rows.items())
@@ -96,7 +96,7 @@ class Adaptive:
 
         Early bands hardly mind, for where they are narrow it is by ties; the last one is what most prompts end with.
 
-        >>> from calibrated_rewards.transforms import Identity
+        >>> from calibrated_rewards.theory.transforms import Identity
         >>> [round(Adaptive(Identity(), width=0.1, rounds=(16, 32, 64)).delta_at(K), 4) for K in (16, 20, 32, 64)]
         [0.0071, 0.0071, 0.0143, 0.0286]
         """

@@ -24,11 +24,10 @@ from calibrated_rewards.calibrations import (
     SmoothedCDF,
     ZScore,
 )
-from calibrated_rewards.choice import optimum
-from calibrated_rewards.procedures import BestOf, CalibratedProcedure, Procedure, WorstOf
-from calibrated_rewards.scaling import scaled
 from calibrated_rewards.table import ReferenceTable
-from calibrated_rewards.transforms import Exponential, Identity, Log, Transform
+from calibrated_rewards.theory.optimum import optimum
+from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Procedure, WorstOf
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log, Transform, scaled
 
 
 @runtime_checkable

@@ -30,7 +30,7 @@ from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.scorers.ensemble import identity_of
 from calibrated_rewards.scorers.protocol import fingerprint
-from calibrated_rewards.transforms import Identity
+from calibrated_rewards.theory.transforms import Identity
 
 
 @runtime_checkable

@@ -27,12 +27,12 @@ from calibrated_rewards.estimates import Estimate, Samples, Stated, difference
 from calibrated_rewards.evaluation import win_rate
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.outcomes import Difference, Evaluation, Outcome, Precision, plain_prompts_note
-from calibrated_rewards.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.prompts import Prompt, prompt_key
 from calibrated_rewards.responses import KnowsPrecision, Measure, Responses, distances, responses
 from calibrated_rewards.rollouts.sources import Asked, prompts_from
 from calibrated_rewards.samplers.protocol import Sampler
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint
+from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.wording import spoken
 
 logger = logging.getLogger(__name__)

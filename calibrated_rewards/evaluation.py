@@ -5,7 +5,7 @@ so the estimate is the two-sample U-statistic: unbiased, and less noisy than any
 (`Calibrated` alone normalises its weights itself, and is biased by O(1/m).)
 
 >>> from calibrated_rewards.estimates import Samples
->>> from calibrated_rewards.procedures import BestOf
+>>> from calibrated_rewards.theory.procedures import BestOf
 >>> policy = Samples([[0.2, 0.9, 0.6], [0.7, 0.8, 0.1]])
 >>> reference = Samples([[0.3, 0.1, 0.5], [0.4, 0.95, 0.2]])
 >>> win_rate(policy, reference, BestOf(2))
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from jaxtyping import Float
 
 from calibrated_rewards.estimates import Estimate, Influence, Samples
-from calibrated_rewards.procedures import Calibrated, CalibratedProcedure, Procedure, share_ties
+from calibrated_rewards.theory.procedures import Calibrated, CalibratedProcedure, Procedure, share_ties
 
 Array: TypeAlias = npt.NDArray[np.float64]
 

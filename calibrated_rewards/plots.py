@@ -3,7 +3,7 @@
 No state of pyplot is touched; `ax.figure.savefig(path)` keeps a figure. Lines and marks differ by shape as well as by
 colour, in a palette that the colour-blind can tell apart. Whiskers are the 95 % intervals that the numbers come with.
 
->>> from calibrated_rewards.transforms import Exponential, Identity
+>>> from calibrated_rewards.theory.transforms import Exponential, Identity
 >>> ax = transforms([Identity(), Exponential(10.0)], k=16)
 >>> ax.get_xlabel()
 'calibrated reward u'
@@ -25,14 +25,13 @@ except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(told, name=missing.name) from missing
 
 from calibrated_rewards.estimates import Stated
-from calibrated_rewards.finite_k import Estimator, values
 from calibrated_rewards.outcomes import Evaluation
-from calibrated_rewards.procedures import Procedure
 from calibrated_rewards.prospects import RELIABLE, Reweighted
-from calibrated_rewards.scaling import Scale, scaled
 from calibrated_rewards.table import ReferenceTable
-from calibrated_rewards.theory import Frontier
-from calibrated_rewards.transforms import Transform
+from calibrated_rewards.theory.finite_k import Estimator, values
+from calibrated_rewards.theory.procedures import Procedure
+from calibrated_rewards.theory.tilted_policy import Frontier
+from calibrated_rewards.theory.transforms import Scale, Transform, scaled
 from calibrated_rewards.wording import arm, formula, spoken
 
 # Okabe and Ito's, without the yellow that paper swallows and the black that a dark page does.

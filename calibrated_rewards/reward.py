@@ -26,7 +26,6 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from calibrated_rewards.calibrations import Calibration, EmpiricalCDF
-from calibrated_rewards.finite_k import Estimator
 from calibrated_rewards.prompts import Completion
 from calibrated_rewards.rewarding.checked import check
 from calibrated_rewards.rewarding.coalescing import Coalescer
@@ -41,11 +40,11 @@ from calibrated_rewards.rewarding.strangers import hint
 from calibrated_rewards.rewarding.valuing import OnMissing, Valuing
 from calibrated_rewards.rewarding.verification import Verification, verified
 from calibrated_rewards.rewarding.watch import Alarm, first_ones, measures
-from calibrated_rewards.scaling import Scale, scaled
 from calibrated_rewards.scorers.protocol import Scorer, paired, score
 from calibrated_rewards.scorers.serial import is_thread_safe
 from calibrated_rewards.table import ReferenceTable, UnknownPromptError
-from calibrated_rewards.transforms import Identity, Transform
+from calibrated_rewards.theory.finite_k import Estimator
+from calibrated_rewards.theory.transforms import Identity, Scale, Transform, scaled
 
 Directory = str | os.PathLike[str]
 # Beside transform and scorer, what changes the numbers that a reward gives, and so its name.

@@ -5,10 +5,10 @@ table with its ties and its K references a prompt.
 
 `expect` is the one place that solves for beta on a table: commands, recipes and the report have their numbers from it.
 
->>> from calibrated_rewards.procedures import BestOf
->>> from calibrated_rewards.scaling import scaled
+>>> from calibrated_rewards.theory.procedures import BestOf
+>>> from calibrated_rewards.theory.transforms import scaled
 >>> from calibrated_rewards.table import ReferenceTable
->>> from calibrated_rewards.transforms import Exponential
+>>> from calibrated_rewards.theory.transforms import Exponential
 >>> table = ReferenceTable.build([(f"prompt {i}", [0.0] * 6 + [1.0] * 4) for i in range(50)])
 >>> found = expect(table, scaled(Exponential(10.0), "unit"), kl=0.5, procedure=BestOf(4))
 >>> for line in found.lines():
@@ -23,13 +23,12 @@ from math import isfinite
 from typing import Protocol, runtime_checkable
 
 from calibrated_rewards.calibrations import Calibration, EmpiricalCDF
-from calibrated_rewards.finite_k import Estimator
-from calibrated_rewards.procedures import BestOf, Procedure, Standard, WorstOf
-from calibrated_rewards.scaling import Scale, scaled
 from calibrated_rewards.table import ReferenceTable
 from calibrated_rewards.table_laws import TableRewards, called
-from calibrated_rewards.theory import beta_for_kl, kl_of, kl_range, policy_law, win_rate_of
-from calibrated_rewards.transforms import Transform
+from calibrated_rewards.theory.finite_k import Estimator
+from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf
+from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl_of, kl_range, policy_law, win_rate_of
+from calibrated_rewards.theory.transforms import Scale, Transform, scaled
 
 # Below this a trainer has no gradient left: Adam's epsilon is 1e-8.
 SMALLEST_BETA = 1e-6

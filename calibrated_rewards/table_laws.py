@@ -24,11 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from calibrated_rewards.calibrations import EmpiricalCDF
-from calibrated_rewards.finite_k import Estimator, values
-from calibrated_rewards.fixed_references import StepPolicies
-from calibrated_rewards.procedures import Procedure, Standard
 from calibrated_rewards.table import ReferenceTable
-from calibrated_rewards.transforms import Transform
+from calibrated_rewards.theory.finite_k import Estimator, values
+from calibrated_rewards.theory.fixed_references import StepPolicies
+from calibrated_rewards.theory.procedures import Procedure, Standard
+from calibrated_rewards.theory.transforms import Transform
 
 Array: TypeAlias = npt.NDArray[np.float64]
 # Mass, reward, and whether it is an atom, of every place in every row.

@@ -1,6 +1,6 @@
 """Conformance suites: what every transform, procedure and scorer must hold, ours and yours; and scorers for tests.
 
->>> from calibrated_rewards.transforms import Exponential
+>>> from calibrated_rewards.theory.transforms import Exponential
 >>> print(check_transform(Exponential(5.0)))
 Exponential(t=5.0): 6 checks passed
 >>> check_transform(lambda u: -u)
@@ -31,11 +31,11 @@ from calibrated_rewards.checks.conformance import (
     check_scorer as check_scorer,  # noqa: PLC0414 (public here)
     titled,
 )
-from calibrated_rewards.procedures import Procedure
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, prompt_key
-from calibrated_rewards.quadrature import Law, reference_law, resolve
 from calibrated_rewards.samplers.protocol import Rollout, Seeds
-from calibrated_rewards.transforms import PreciseTransform, Transform
+from calibrated_rewards.theory.procedures import Procedure
+from calibrated_rewards.theory.quadrature import Law, reference_law, resolve
+from calibrated_rewards.theory.transforms import PreciseTransform, Transform
 
 Array: TypeAlias = npt.NDArray[np.float64]
 STEPS = 512

@@ -3,8 +3,8 @@
 import re
 
 from calibrated_rewards.estimates import FEW, Stated
-from calibrated_rewards.optimal import Optimal
-from calibrated_rewards.transforms import Chain, Exponential, Identity, Log, Transform
+from calibrated_rewards.theory.optimum import Optimal
+from calibrated_rewards.theory.transforms import Chain, Exponential, Identity, Log, Transform
 
 
 def formula(transform: Transform) -> str:

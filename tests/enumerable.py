@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from calibrated_rewards.table import ReferenceTable
 from calibrated_rewards.testing import HashScorer
-from calibrated_rewards.transforms import Exponential, Identity, Log, Transform
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log, Transform
 
 END, ALPHABET = 0, "abcdefghijklmnopqrst"
 LETTERS, BASE = 7, 1 + len(ALPHABET)

@@ -13,11 +13,11 @@ from calibrated_rewards.arms import ARMS
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.estimates import Samples
 from calibrated_rewards.evaluate import evaluate
-from calibrated_rewards.optimal import Optimal
 from calibrated_rewards.reweighted import reweighted
 from calibrated_rewards.samplers.protocol import Rollout
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
-from calibrated_rewards.transforms import Affine, Chain
+from calibrated_rewards.theory.optimum import Optimal
+from calibrated_rewards.theory.transforms import Affine, Chain
 
 NASTY = "<script>alert('prompt')</script> & \"quotes\""
 PROMPTS = [NASTY, [{"role": "user", "content": "Rate <b>this</b> café"}], *(f"Prompt number {i}" for i in range(22))]

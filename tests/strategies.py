@@ -3,9 +3,8 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from calibrated_rewards.procedures import BestOf, Standard, WorstOf
-from calibrated_rewards.score_procedures import RewindAndRepeat, SoftBestOf
-from calibrated_rewards.transforms import (
+from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, SoftBestOf, Standard, WorstOf
+from calibrated_rewards.theory.transforms import (
     Affine,
     Chain,
     Exponential,

@@ -10,9 +10,8 @@ from scipy import stats
 from strategies import transforms
 
 from calibrated_rewards.adaptive import Adaptive, Saving, half_width
-from calibrated_rewards.bands import band
-from calibrated_rewards.scaling import scaled
-from calibrated_rewards.transforms import Exponential, Identity, Log
+from calibrated_rewards.theory.bands import band
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log, scaled
 
 KINDS = ("pointwise", "simultaneous", "dkw")
 ratings = st.lists(st.integers(1, 5), min_size=1, max_size=40)

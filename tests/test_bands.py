@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 from scipy.integrate import quad
 
-from calibrated_rewards.bands import band, coverage, dkw
+from calibrated_rewards.theory.bands import band, coverage, dkw
 
 KINDS = ("dkw", "pointwise", "simultaneous")
 levels = st.floats(1e-6, 0.9)

@@ -29,7 +29,6 @@ from calibrated_rewards.divergence import Divergence
 from calibrated_rewards.estimates import Estimate, Stated
 from calibrated_rewards.evaluate import evaluate
 from calibrated_rewards.outcomes import Difference, Evaluation, Precision
-from calibrated_rewards.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.responses import distances, responses
 from calibrated_rewards.samplers.decoding import Decoding
@@ -38,6 +37,7 @@ from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Rollout
 from calibrated_rewards.scorers import load_scorer
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 
 # peft asks the model by a name that transformers is about to change.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -12,8 +12,7 @@ from scipy.stats import binom, t as student
 from calibrated_rewards.bootstrap import stated
 from calibrated_rewards.estimates import Estimate, Influence, Samples, difference
 from calibrated_rewards.evaluation import Prediction, predict, win_rate
-from calibrated_rewards.procedures import BestOf, Calibrated, Standard, WorstOf
-from calibrated_rewards.score_procedures import RewindAndRepeat, SoftBestOf
+from calibrated_rewards.theory.procedures import BestOf, Calibrated, RewindAndRepeat, SoftBestOf, Standard, WorstOf
 
 BY_RANK = [Standard(), BestOf(1), BestOf(2), BestOf(3), WorstOf(2), WorstOf(3), Calibrated(np.square, draws=2)]
 BY_SCORE = [SoftBestOf(2, 0.3), SoftBestOf(3, 0.05), RewindAndRepeat(0.5, 2), RewindAndRepeat(0.7, 3)]

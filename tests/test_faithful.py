@@ -17,7 +17,7 @@ from calibrated_rewards.faithful.check import FRAMEWORKS
 from calibrated_rewards.faithful.rewarded import span_of
 from calibrated_rewards.faithful.rules import Framework, Is, Rule, SameAs, Settings, Strength, broken
 from calibrated_rewards.testing import NumberScorer
-from calibrated_rewards.transforms import Exponential, Log
+from calibrated_rewards.theory.transforms import Exponential, Log
 
 PLAIN = {
     "use_cpu": True,

@@ -16,14 +16,13 @@ from scipy.integrate import quad
 from scipy.optimize import lsq_linear
 from strategies import procedures, transforms
 
-from calibrated_rewards.bands import band
-from calibrated_rewards.finite_k import log_partition, randomised, values
-from calibrated_rewards.finite_k_error import bias, references_needed, rmse
-from calibrated_rewards.fixed_references import win_rate_at_k, win_rate_at_kl
-from calibrated_rewards.procedures import BestOf, Standard, WorstOf
-from calibrated_rewards.score_procedures import RewindAndRepeat, SoftBestOf
-from calibrated_rewards.theory import win_rate
-from calibrated_rewards.transforms import (
+from calibrated_rewards.theory.bands import band
+from calibrated_rewards.theory.finite_k import log_partition, randomised, values
+from calibrated_rewards.theory.finite_k_error import bias, references_needed, rmse
+from calibrated_rewards.theory.fixed_references import win_rate_at_k, win_rate_at_kl
+from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, SoftBestOf, Standard, WorstOf
+from calibrated_rewards.theory.tilted_policy import win_rate
+from calibrated_rewards.theory.transforms import (
     Affine,
     Chain,
     Exponential,

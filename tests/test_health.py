@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from calibrated_rewards.finite_k_error import references_needed
 from calibrated_rewards.health.row_statistics import row_statistics
 from calibrated_rewards.health.sections import percent, precision
 from calibrated_rewards.health.table import health
 from calibrated_rewards.table import ReferenceTable
-from calibrated_rewards.transforms import Identity
+from calibrated_rewards.theory.finite_k_error import references_needed
+from calibrated_rewards.theory.transforms import Identity
 
 scores = st.lists(
     st.lists(st.sampled_from([-1e30, -2.5, -0.0, 0.0, 1.0, 1.0000001, 7.0, 3e38]), min_size=1, max_size=9), min_size=1

@@ -444,7 +444,7 @@ def test_the_reader_of_imports_reads_all_of_them() -> None:
             "import scipy.special, scipy.stats",
             "from scipy import optimize",
             "from calibrated_rewards import table",
-            "from calibrated_rewards.theory import kl",
+            "from calibrated_rewards.theory.tilted_policy import kl",
             "from . import choice",
             "from .optimal import Optimal",
             "try:",
@@ -452,7 +452,7 @@ def test_the_reader_of_imports_reads_all_of_them() -> None:
             "except ImportError: pass",
             "class A:",
             "    def f(self):",
-            "        import torch, calibrated_rewards.bands",
+            "        import torch, calibrated_rewards.theory.bands",
             "from calibrated_rewards import scorers",
             "from calibrated_rewards.reading.text import Text",
         ]

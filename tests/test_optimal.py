@@ -15,14 +15,11 @@ from scipy.optimize import minimize
 from scipy.special import softmax
 from strategies import transforms
 
-from calibrated_rewards.choice import Choice, optimal_transform, optimum, tune
-from calibrated_rewards.optimal import Optimal
-from calibrated_rewards.procedures import BestOf, Calibrated, Standard, WorstOf
-from calibrated_rewards.scaling import span
-from calibrated_rewards.score_procedures import RewindAndRepeat, SoftBestOf
 from calibrated_rewards.testing import check_picklable, check_transform
-from calibrated_rewards.theory import beta_for_kl, kl, kl_of, kl_range, policy_law, win_rate, win_rate_of
-from calibrated_rewards.transforms import Exponential
+from calibrated_rewards.theory.optimum import Choice, Optimal, optimal_transform, optimum, tune
+from calibrated_rewards.theory.procedures import BestOf, Calibrated, RewindAndRepeat, SoftBestOf, Standard, WorstOf
+from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl, kl_of, kl_range, policy_law, win_rate, win_rate_of
+from calibrated_rewards.theory.transforms import Exponential, span
 
 BETAS = [1e-3, 1e-2, 0.1, 1.0, 1e3]
 

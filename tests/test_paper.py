@@ -10,9 +10,9 @@ from hypothesis import given, settings, strategies as st
 from scipy import optimize, stats
 from scipy.special import logsumexp, softmax
 
-from calibrated_rewards.procedures import BestOf, Standard, WorstOf
-from calibrated_rewards.theory import kl, win_rate
-from calibrated_rewards.transforms import Exponential, Identity, Log
+from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
+from calibrated_rewards.theory.tilted_policy import kl, win_rate
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log
 
 sizes = st.integers(2, 8)
 

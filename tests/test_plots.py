@@ -13,13 +13,12 @@ from matplotlib.figure import Figure
 
 from calibrated_rewards import plots, theory
 from calibrated_rewards.estimates import Stated
-from calibrated_rewards.finite_k import values
 from calibrated_rewards.outcomes import Evaluation, Outcome
-from calibrated_rewards.procedures import BestOf, Standard
 from calibrated_rewards.reweighted import Point, Reweighted
-from calibrated_rewards.scaling import moments
 from calibrated_rewards.table import ReferenceTable
-from calibrated_rewards.transforms import Exponential, Identity, Log
+from calibrated_rewards.theory.finite_k import values
+from calibrated_rewards.theory.procedures import BestOf, Standard
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log, moments
 from calibrated_rewards.wording import arm, spoken
 
 ONE, FOUR = "Standard()", "BestOf(n=4)"

@@ -9,10 +9,17 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 from strategies import calibrated_procedures, procedures
 
-from calibrated_rewards.procedures import BestOf, Calibrated, Standard, WorstOf, best_of_subset
-from calibrated_rewards.quadrature import reference_law, resolve
-from calibrated_rewards.score_procedures import RewindAndRepeat, SoftBestOf
 from calibrated_rewards.testing import check_picklable, check_procedure
+from calibrated_rewards.theory.procedures import (
+    BestOf,
+    Calibrated,
+    RewindAndRepeat,
+    SoftBestOf,
+    Standard,
+    WorstOf,
+    best_of_subset,
+)
+from calibrated_rewards.theory.quadrature import reference_law, resolve
 
 scores = st.lists(st.sampled_from([0.1, 0.2, 0.5, 0.5, 0.9, 0.95]), min_size=1, max_size=6).map(np.array)
 

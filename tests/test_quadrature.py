@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 from scipy import stats
 from scipy.special import expit, log_expit
 
-from calibrated_rewards.quadrature import Grid, normalised, reference_law, resolve
+from calibrated_rewards.theory.quadrature import Grid, normalised, reference_law, resolve
 
 FLAT = resolve(np.zeros_like)
 

@@ -26,8 +26,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.calibrations import ZScore
-from calibrated_rewards.commands.transform import NamedTransform, parse_transform
-from calibrated_rewards.finite_k import values
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.recipes import command, grpo_plain, loop, opening, ppo, train_grpo, train_rloo
@@ -39,11 +37,12 @@ from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.policy import Policy
-from calibrated_rewards.scaling import scaled
 from calibrated_rewards.scorers import load_scorer
 from calibrated_rewards.testing import HashScorer, NumberScorer
-from calibrated_rewards.theory import beta_for_kl
-from calibrated_rewards.transforms import Identity, Log
+from calibrated_rewards.theory.finite_k import values
+from calibrated_rewards.theory.named import NamedTransform, parse_transform
+from calibrated_rewards.theory.tilted_policy import beta_for_kl
+from calibrated_rewards.theory.transforms import Identity, Log, scaled
 
 LOOPS = [ppo, grpo_plain]
 RECIPES = [*LOOPS, train_rloo, train_grpo]

@@ -19,17 +19,17 @@ import calibrated_rewards
 from calibrated_rewards.commands import report as command
 from calibrated_rewards.evaluate import evaluate
 from calibrated_rewards.outcomes import Evaluation
-from calibrated_rewards.procedures import BestOf
 from calibrated_rewards.report import report
 from calibrated_rewards.reporting.expected import expectation_lines, table_curve
 from calibrated_rewards.reporting.experiment import experiment
 from calibrated_rewards.reporting.fresh import fresh
 from calibrated_rewards.reporting.markup import element, raised
 from calibrated_rewards.reporting.outcome import outcome
-from calibrated_rewards.scaling import scaled
 from calibrated_rewards.table import ReferenceTable
 from calibrated_rewards.table_expectations import expect
 from calibrated_rewards.testing import NumberSampler, NumberScorer
+from calibrated_rewards.theory.procedures import BestOf
+from calibrated_rewards.theory.transforms import scaled
 
 TITLES = {
     "table": "What was calibrated",

@@ -10,7 +10,6 @@ from hypothesis import given, strategies as st
 from calibrated_rewards.estimates import Samples, Stated
 from calibrated_rewards.evaluation import win_rate
 from calibrated_rewards.outcomes import Difference, Evaluation, Outcome
-from calibrated_rewards.procedures import BestOf
 from calibrated_rewards.prospects import Point, Reweighted
 from calibrated_rewards.report import report
 from calibrated_rewards.reporting.calibrated import calibrated
@@ -20,6 +19,7 @@ from calibrated_rewards.reporting.outcome import claims, outcome
 from calibrated_rewards.reporting.page import page
 from calibrated_rewards.reporting.promised import promised
 from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.theory.procedures import BestOf
 
 FOUR = "BestOf(n=4)"
 NOTHING = Experiment(Path("nowhere"), {}, None, None, None, {}, None, None)

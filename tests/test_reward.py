@@ -33,7 +33,6 @@ from calibrated_rewards import (
     Log,
     ReferenceTable,
     UnknownPromptError,
-    finite_k,
     id_key,
     optimum,
     scaled,
@@ -44,6 +43,7 @@ from calibrated_rewards.on_the_spot import OnTheSpot
 from calibrated_rewards.rewarding.watch import measures
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.theory import finite_k
 
 PROMPTS = [f"prompt {i}" for i in range(6)]
 TRANSFORMS = [Identity(), Log(), Exponential(10.0), Exponential(-10.0), optimum(BestOf(4), kl=1.0).transform]

@@ -11,12 +11,12 @@ import tiny
 from calibrated_rewards import BestOf, CalibratedReward, WorstOf, optimum
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.cli import main
-from calibrated_rewards.commands.transform import parse_transform
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.table import ReferenceTable
 from calibrated_rewards.table_expectations import expect
 from calibrated_rewards.testing import NumberSampler
-from calibrated_rewards.theory import beta_for_kl, kl
+from calibrated_rewards.theory.named import parse_transform
+from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl
 
 PROMPTS = ["one", "two", "three"]
 
@@ -144,7 +144,7 @@ def test_what_is_not_solved_is_a_message(monkeypatch: pytest.MonkeyPatch) -> Non
     def unsolved(*_: object, **__: object) -> None:
         raise ArithmeticError("Optimal(beta=0.001) was not solved")
 
-    monkeypatch.setattr("calibrated_rewards.commands.transform.optimal_transform", unsolved)
+    monkeypatch.setattr("calibrated_rewards.theory.named.optimal_transform", unsolved)
     with pytest.raises(argparse.ArgumentTypeError, match=r"use exp:-T:0.5, which needs no solving") as refused:
         parse_transform("worst-of:2000:0.5")
     assert "beta" not in str(refused.value)

@@ -20,15 +20,14 @@ from calibrated_rewards.cli import main
 from calibrated_rewards.commands import frontier
 from calibrated_rewards.estimates import Estimate, Samples, Stated
 from calibrated_rewards.evaluation import predict
-from calibrated_rewards.procedures import BestOf, Calibrated, Standard, WorstOf
 from calibrated_rewards.prospects import ERRORS, Point, margin, told
 from calibrated_rewards.reweighted import Reweighted, reweighted
 from calibrated_rewards.rollouts.judged import references_of
-from calibrated_rewards.score_procedures import SoftBestOf
 from calibrated_rewards.table import ReferenceTable
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
-from calibrated_rewards.theory import beta_for_kl, bin_masses, win_rate
-from calibrated_rewards.transforms import Exponential, Identity, Log, NormalQuantile
+from calibrated_rewards.theory.procedures import BestOf, Calibrated, SoftBestOf, Standard, WorstOf
+from calibrated_rewards.theory.tilted_policy import beta_for_kl, bin_masses, win_rate
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log, NormalQuantile
 from calibrated_rewards.weighted_pools import WeightedPools, won
 
 PROCEDURES = (Standard(), BestOf(4), WorstOf(4))

@@ -10,8 +10,7 @@ from hypothesis import given
 from scipy.integrate import quad
 from strategies import bounded, transforms
 
-from calibrated_rewards.scaling import moments, scaled, span
-from calibrated_rewards.transforms import (
+from calibrated_rewards.theory.transforms import (
     Affine,
     Chain,
     Exponential,
@@ -21,6 +20,9 @@ from calibrated_rewards.transforms import (
     Power,
     Tabulated,
     Transform,
+    moments,
+    scaled,
+    span,
 )
 
 

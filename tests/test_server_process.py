@@ -28,7 +28,7 @@ from calibrated_rewards.scorers.remote_dialects import Native, OpenRlhf
 from calibrated_rewards.server import create_app, serve
 from calibrated_rewards.table import ReferenceTable
 from calibrated_rewards.testing import NumberScorer
-from calibrated_rewards.transforms import Exponential
+from calibrated_rewards.theory.transforms import Exponential
 
 TOKEN = "a-token-of-the-tests"
 

@@ -10,16 +10,15 @@ from scipy import stats
 
 from calibrated_rewards import CalibratedReward
 from calibrated_rewards.calibrations import EmpiricalCDF, ZScore
-from calibrated_rewards.choice import optimum
-from calibrated_rewards.finite_k import values
-from calibrated_rewards.fixed_references import win_rate_at_k
-from calibrated_rewards.procedures import BestOf, Standard, WorstOf
-from calibrated_rewards.scaling import scaled
 from calibrated_rewards.table import ReferenceTable
 from calibrated_rewards.table_expectations import check_resolved, expect, expect_of
 from calibrated_rewards.table_laws import TableRewards
 from calibrated_rewards.testing import HashScorer
-from calibrated_rewards.transforms import Exponential, Identity, Log, Transform
+from calibrated_rewards.theory.finite_k import values
+from calibrated_rewards.theory.fixed_references import win_rate_at_k
+from calibrated_rewards.theory.optimum import optimum
+from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log, Transform, scaled
 
 
 @pytest.fixture(autouse=True)

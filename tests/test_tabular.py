@@ -13,15 +13,14 @@ from scipy.optimize import minimize
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.estimates import Samples
 from calibrated_rewards.evaluation import win_rate
-from calibrated_rewards.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.recipes import grpo_plain, ppo
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.policy import Policy
-from calibrated_rewards.score_procedures import RewindAndRepeat
-from calibrated_rewards.theory import beta_for_kl, win_rate as predicted
-from calibrated_rewards.transforms import Exponential
+from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, Standard, WorstOf
+from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate as predicted
+from calibrated_rewards.theory.transforms import Exponential
 
 PROCEDURES = {repr(each): each for each in (Standard(), BestOf(4), WorstOf(4), RewindAndRepeat())}
 each_procedure = pytest.mark.parametrize("name", PROCEDURES)

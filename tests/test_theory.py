@@ -12,11 +12,9 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from strategies import betas, procedures, transforms
 
-from calibrated_rewards.procedures import BestOf, Calibrated, Standard, WorstOf
-from calibrated_rewards.quadrature import resolve
-from calibrated_rewards.scaling import scaled, span
-from calibrated_rewards.score_procedures import RewindAndRepeat, SoftBestOf
-from calibrated_rewards.theory import (
+from calibrated_rewards.theory.procedures import BestOf, Calibrated, RewindAndRepeat, SoftBestOf, Standard, WorstOf
+from calibrated_rewards.theory.quadrature import resolve
+from calibrated_rewards.theory.tilted_policy import (
     beta_for_kl,
     bin_masses,
     frontier,
@@ -28,7 +26,18 @@ from calibrated_rewards.theory import (
     win_rate,
     win_rate_of,
 )
-from calibrated_rewards.transforms import Affine, Chain, Exponential, Identity, Log, NormalQuantile, Power, Tabulated
+from calibrated_rewards.theory.transforms import (
+    Affine,
+    Chain,
+    Exponential,
+    Identity,
+    Log,
+    NormalQuantile,
+    Power,
+    Tabulated,
+    scaled,
+    span,
+)
 
 BETAS = [1e-3, 0.02, 0.3, 1.0, 30.0, 1e3]
 SIZES = [1, 2, 4, 32, 128]

@@ -28,7 +28,7 @@ from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.testing import HashScorer
-from calibrated_rewards.transforms import Identity, Log
+from calibrated_rewards.theory.transforms import Identity, Log
 
 PROMPTS = tiny.texts(3)
 ASKED = [Asked(prompt) for prompt in PROMPTS]

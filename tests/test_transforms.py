@@ -12,7 +12,7 @@ from scipy.special import expit
 from strategies import transforms
 
 from calibrated_rewards.testing import check_picklable, check_transform
-from calibrated_rewards.transforms import (
+from calibrated_rewards.theory.transforms import (
     Affine,
     Chain,
     Exponential,

@@ -18,12 +18,12 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import save
 
-from calibrated_rewards.choice import tune
-from calibrated_rewards.finite_k_error import bias
-from calibrated_rewards.fixed_references import win_rate_at_kl
-from calibrated_rewards.procedures import BestOf
-from calibrated_rewards.theory import beta_for_kl, win_rate
-from calibrated_rewards.transforms import Exponential, Identity
+from calibrated_rewards.theory.finite_k_error import bias
+from calibrated_rewards.theory.fixed_references import win_rate_at_kl
+from calibrated_rewards.theory.optimum import tune
+from calibrated_rewards.theory.procedures import BestOf
+from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate
+from calibrated_rewards.theory.transforms import Exponential, Identity
 
 FIGURE = Path(__file__).resolve().parents[2] / "docs" / "figures" / "finite_k.png"
 SIZES = (4, 8, 16, 32, 64, 100)

@@ -17,11 +17,10 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import save
 
-from calibrated_rewards.choice import optimum, tune
-from calibrated_rewards.optimal import Optimal
-from calibrated_rewards.procedures import BestOf, WorstOf
-from calibrated_rewards.theory import beta_for_kl, win_rate
-from calibrated_rewards.transforms import Exponential
+from calibrated_rewards.theory.optimum import Optimal, optimum, tune
+from calibrated_rewards.theory.procedures import BestOf, WorstOf
+from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate
+from calibrated_rewards.theory.transforms import Exponential
 
 FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
 ROUNDS = 300

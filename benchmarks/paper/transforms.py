@@ -21,10 +21,10 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import save
 
-from calibrated_rewards.choice import optimum, tune
-from calibrated_rewards.procedures import BestOf, Standard, WorstOf
-from calibrated_rewards.theory import beta_for_kl, win_rate
-from calibrated_rewards.transforms import Exponential, Identity, Log
+from calibrated_rewards.theory.optimum import optimum, tune
+from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
+from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log
 
 FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
 COLUMNS = {

@@ -23,14 +23,12 @@ import enumerable
 from environment import save
 from exact import Exact
 
-from calibrated_rewards.choice import optimum
-from calibrated_rewards.procedures import BestOf, Standard, WorstOf
-from calibrated_rewards.scaling import scaled
-from calibrated_rewards.score_procedures import RewindAndRepeat
 from calibrated_rewards.table import ReferenceTable
 from calibrated_rewards.testing import HashScorer
-from calibrated_rewards.theory import beta_for_kl, win_rate
-from calibrated_rewards.transforms import Exponential, Identity, Log, NormalQuantile, Transform
+from calibrated_rewards.theory.optimum import optimum
+from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, Standard, WorstOf
+from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log, NormalQuantile, Transform, scaled
 
 # None begins another one; of several lengths, so that batches are padded.
 PROMPTS = ("a", "ba", "bb", "bc", "cad", "cbe", "d", "ea", "ebg", "f", "ga", "gbc")

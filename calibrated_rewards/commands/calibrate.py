@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.commands import policy, reward_model
 from calibrated_rewards.commands.numbers import Real, Whole, folder
-from calibrated_rewards.commands.transform import transform
-from calibrated_rewards.transforms import Identity
+from calibrated_rewards.theory.named import transform
+from calibrated_rewards.theory.transforms import Identity
 
 if TYPE_CHECKING:
     from calibrated_rewards.adaptive import Adaptive
@@ -154,7 +154,7 @@ def adaptive(options: argparse.Namespace) -> "Adaptive | None":
     if options.k is not None:
         raise ValueError("-k: with --adaptive, --rounds say how many rollouts there are, leave it out")
     from calibrated_rewards.adaptive import Adaptive
-    from calibrated_rewards.scaling import scaled
+    from calibrated_rewards.theory.transforms import scaled
 
     unit, rounds = scaled(options.transform or Identity(), "unit"), options.rounds or (16, 32, 64, 128)
     if options.budget is not None and options.budget < rounds[0]:

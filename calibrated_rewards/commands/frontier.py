@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from calibrated_rewards.arms import ARMS, AnyKL, Arm, BestAtKL, Transformed, usual_arms
 from calibrated_rewards.commands.numbers import Real, Whole
-from calibrated_rewards.commands.transform import transform
-from calibrated_rewards.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
-from calibrated_rewards.scaling import scaled
+from calibrated_rewards.theory.named import transform
+from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
+from calibrated_rewards.theory.transforms import scaled
 
 if TYPE_CHECKING:
     from calibrated_rewards.estimates import Samples

@@ -5,8 +5,8 @@ import sys
 
 from calibrated_rewards.commands import reward_model
 from calibrated_rewards.commands.numbers import Real, folder
-from calibrated_rewards.commands.transform import NamedTransform, parse_transform
-from calibrated_rewards.transforms import Identity
+from calibrated_rewards.theory.named import NamedTransform, parse_transform
+from calibrated_rewards.theory.transforms import Identity
 
 EPILOG = """examples:
   calibrated-rewards reward table/ --reward-model ./rm --transform exp:10 --out reward/
@@ -61,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check, solve for beta, verify, write, and say what was written."""
     from calibrated_rewards.reward import CalibratedReward
-    from calibrated_rewards.scaling import scaled
     from calibrated_rewards.table import ReferenceTable
     from calibrated_rewards.table_expectations import check_resolved, expect
+    from calibrated_rewards.theory.transforms import scaled
 
     if (options.out / "reward.json").exists() and not options.force:
         raise FileExistsError(f"{options.out} is a calibrated reward already: --force writes over it")

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from calibrated_rewards.calibrate import calibrate
-from calibrated_rewards.choice import Choice, optimum
 from calibrated_rewards.demo.parts import Parts
 from calibrated_rewards.demo.scale import Scale
 from calibrated_rewards.estimates import Samples
 from calibrated_rewards.evaluate import evaluate
 from calibrated_rewards.outcomes import Evaluation
-from calibrated_rewards.procedures import BestOf, CalibratedProcedure, Standard
 from calibrated_rewards.prospects import Reweighted
 from calibrated_rewards.recipes import train_rloo
 from calibrated_rewards.recipes.raw import RawReward
@@ -27,6 +25,8 @@ from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.theory.optimum import Choice, optimum
+from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard
 
 # The policy that is trained for what it will be served with, and the one that is not.
 CALIBRATED, RAW = "calibrated", "raw"

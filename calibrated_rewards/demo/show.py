@@ -14,13 +14,13 @@ from calibrated_rewards.demo.parts import Parts
 from calibrated_rewards.demo.pipeline import CALIBRATED, RAW, Demo, betas
 from calibrated_rewards.demo.scale import Scale
 from calibrated_rewards.outcomes import Evaluation
-from calibrated_rewards.procedures import BestOf
 from calibrated_rewards.prospects import RELIABLE, Point, Reweighted, told
 from calibrated_rewards.recipes.command import outcome
 from calibrated_rewards.report import report
 from calibrated_rewards.rollouts.judged import references_of
 from calibrated_rewards.rollouts.shard_files import replacing
 from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.theory.procedures import BestOf
 
 STEPS = 7
 

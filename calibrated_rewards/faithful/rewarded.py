@@ -8,9 +8,9 @@ import numpy as np
 
 from calibrated_rewards.calibrations import EmpiricalCDF
 from calibrated_rewards.faithful.rules import Finding, Settings
-from calibrated_rewards.finite_k import values
 from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.scaling import scaled
+from calibrated_rewards.theory.finite_k import values
+from calibrated_rewards.theory.transforms import scaled
 
 # Frameworks' own clips are at 10 or 20, and their step sizes are for rewards of about 1.
 _LARGE = 10.0

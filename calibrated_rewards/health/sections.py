@@ -7,9 +7,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from calibrated_rewards.bands import band
 from calibrated_rewards.health.row_statistics import RowStatistics
 from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.theory.bands import band
 
 Lines: TypeAlias = Iterator[tuple[str, str]]
 

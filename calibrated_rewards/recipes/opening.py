@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from calibrated_rewards.commands.saved_reward import open_reward
-from calibrated_rewards.commands.transform import NamedTransform
 from calibrated_rewards.files import Message, setting as given
 from calibrated_rewards.prompts import as_key, id_key, start_of
 from calibrated_rewards.reading.fingerprint import tokenizer_digest, weights_digest, weights_of
@@ -26,6 +25,7 @@ from calibrated_rewards.rollouts.sources import Asked, prompts_from
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.table_expectations import expect_of
+from calibrated_rewards.theory.named import NamedTransform
 
 # What draws from another distribution than softmax(logits / temperature), where the KL would mean something else.
 PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "stop": []}

@@ -20,7 +20,7 @@ from calibrated_rewards.reporting.markup import (
     raised,
     table,
 )
-from calibrated_rewards.transforms import Identity
+from calibrated_rewards.theory.transforms import Identity
 from calibrated_rewards.wording import counted, formula
 
 # Shares from which on something is worth a sentence.

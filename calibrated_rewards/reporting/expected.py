@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from calibrated_rewards.calibrations import EmpiricalCDF
-from calibrated_rewards.procedures import Procedure, Standard
 from calibrated_rewards.reporting.experiment import Experiment, main_procedure, procedure_of
 from calibrated_rewards.rewarding.spelling import read
-from calibrated_rewards.scaling import scaled
 from calibrated_rewards.table_expectations import expect
 from calibrated_rewards.table_laws import TableRewards
-from calibrated_rewards.theory import Frontier
+from calibrated_rewards.theory.procedures import Procedure, Standard
+from calibrated_rewards.theory.tilted_policy import Frontier
+from calibrated_rewards.theory.transforms import scaled
 
 
 def table_rewards(of: Experiment, procedure: Procedure) -> TableRewards | None:

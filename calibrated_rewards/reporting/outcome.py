@@ -10,7 +10,7 @@ from calibrated_rewards.outcomes import Difference, Evaluation, Outcome, complet
 from calibrated_rewards.reporting.expected import table_curve
 from calibrated_rewards.reporting.experiment import Experiment, main_judge, main_procedure, procedure_of
 from calibrated_rewards.reporting.markup import Markup, Piece, Section, bullets, element, figure, figures, table
-from calibrated_rewards.transforms import Identity
+from calibrated_rewards.theory.transforms import Identity
 from calibrated_rewards.wording import caution, counted, measured, percents, points, short, spoken, tells
 
 UNKNOWN = "these data do not tell"

@@ -5,10 +5,10 @@ import re
 from hashlib import blake2b
 from typing import Any
 
-from calibrated_rewards.optimal import Optimal
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint
 from calibrated_rewards.scorers.recipe import Loaded
-from calibrated_rewards.transforms import Affine, Chain, Transform
+from calibrated_rewards.theory.optimum import Optimal
+from calibrated_rewards.theory.transforms import Affine, Chain, Transform
 
 LONGEST, KEPT = 60, 40
 
@@ -19,9 +19,9 @@ def named(transform: Transform, scorer: Scorer | None, **settings: tuple[Any, An
     `settings` are pairs of a value and its default: what differs from its default is part of the name, since TRL logs
     rewards of one name under one key.
 
-    >>> from calibrated_rewards.procedures import BestOf
+    >>> from calibrated_rewards.theory.procedures import BestOf
     >>> from calibrated_rewards.testing import NumberScorer
-    >>> from calibrated_rewards.transforms import Exponential
+    >>> from calibrated_rewards.theory.transforms import Exponential
     >>> named(Exponential(-10.0), NumberScorer())
     'calibrated_Exponential_t_minus_10_0_number'
     >>> named(Optimal(BestOf(4), beta=0.1), NumberScorer())

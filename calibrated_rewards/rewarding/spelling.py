@@ -1,8 +1,8 @@
 """Settings as JSON, and back: the library's frozen dataclasses by name and fields, functions by where they are.
 
->>> from calibrated_rewards.transforms import Affine, Chain, Exponential
+>>> from calibrated_rewards.theory.transforms import Affine, Chain, Exponential
 >>> spelled(Chain(Exponential(5.0), Affine(2.0)))["parts"][0]
-{'is': 'calibrated_rewards.transforms.Exponential', 't': 5.0}
+{'is': 'calibrated_rewards.theory.transforms.Exponential', 't': 5.0}
 >>> read(spelled(Chain(Exponential(5.0), Affine(2.0))))
 Chain(Exponential(t=5.0), Affine(scale=2.0, shift=0.0))
 
@@ -24,7 +24,7 @@ from calibrated_rewards.files import import_function
 from calibrated_rewards.scorers.remote_address import check_saved, named
 from calibrated_rewards.scorers.remote_token import token_for
 from calibrated_rewards.scorers.secret_names import is_secret
-from calibrated_rewards.transforms import Chain
+from calibrated_rewards.theory.transforms import Chain
 
 OURS = "calibrated_rewards."
 # Settings that run code that comes with a checkpoint, load kernels, or send prompts elsewhere.

@@ -9,13 +9,12 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64, Shaped
 
 from calibrated_rewards.calibrations import Calibration, EmpiricalCDF
-from calibrated_rewards.finite_k import Estimator
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.rewarding.locating import keys_of
 from calibrated_rewards.rewarding.lookup import Lookup
-from calibrated_rewards.scaling import moments
 from calibrated_rewards.table import ReferenceTable
-from calibrated_rewards.transforms import Identity, Transform
+from calibrated_rewards.theory.finite_k import Estimator
+from calibrated_rewards.theory.transforms import Identity, Transform, moments
 
 OnMissing: TypeAlias = Literal["raise", "neutral", "skip"] | Callable[[Sequence[Prompt]], ReferenceTable]
 

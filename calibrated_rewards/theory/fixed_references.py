@@ -14,9 +14,9 @@ import numpy.typing as npt
 from numpy.polynomial import legendre
 from scipy.special import xlogy
 
-from calibrated_rewards.finite_k import Estimator, values
-from calibrated_rewards.procedures import CalibratedProcedure, Procedure
-from calibrated_rewards.transforms import Transform
+from calibrated_rewards.theory.finite_k import Estimator, values
+from calibrated_rewards.theory.procedures import CalibratedProcedure, Procedure
+from calibrated_rewards.theory.transforms import Transform
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -52,8 +52,8 @@ def win_rate_at_k(
     U_(j+1), and so is the optimal policy's density. This is the worst case for finite K, a policy free to fit the noise
     of every prompt's own references. `procedure` decodes the policy, `base` the reference: the same, unless given.
 
-    >>> from calibrated_rewards.procedures import BestOf
-    >>> from calibrated_rewards.transforms import Identity
+    >>> from calibrated_rewards.theory.procedures import BestOf
+    >>> from calibrated_rewards.theory.transforms import Identity
     >>> [round(win_rate_at_k(Identity(), 0.2, BestOf(4), K, draws=200).win_rate, 2) for K in (4, 32)]
     [0.81, 0.82]
     """
@@ -75,8 +75,8 @@ def win_rate_at_kl(
 ) -> WinRateAtK:
     """`win_rate_at_k` at the beta where the mean true KL over the draws is `kl`.
 
-    >>> from calibrated_rewards.procedures import BestOf
-    >>> from calibrated_rewards.transforms import Exponential
+    >>> from calibrated_rewards.theory.procedures import BestOf
+    >>> from calibrated_rewards.theory.transforms import Exponential
     >>> at_kl = win_rate_at_kl(Exponential(10.0), 0.5, BestOf(4), 32, draws=200)
     >>> round(at_kl.win_rate, 2), round(at_kl.kl, 9)
     (0.85, 0.5)

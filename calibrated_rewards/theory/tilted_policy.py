@@ -6,8 +6,8 @@ reference, the density f(u) ~ e^{Phi(u)/beta} over the calibrated reward u. Ever
 beta means something only together with the scale of Phi, which `scaling.scaled` fixes. Functions here take Phi and beta
 as they are given.
 
->>> from calibrated_rewards.procedures import BestOf
->>> from calibrated_rewards.transforms import Exponential, Identity
+>>> from calibrated_rewards.theory.procedures import BestOf
+>>> from calibrated_rewards.theory.transforms import Exponential, Identity
 >>> for transform in Identity(), Exponential(10.0):
 ...     beta = beta_for_kl(transform, 0.5)
 ...     print(f"{win_rate(transform, beta, BestOf(4)):.4f}")
@@ -24,10 +24,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from calibrated_rewards.procedures import Procedure
-from calibrated_rewards.quadrature import Law, reference_law, resolve
-from calibrated_rewards.score_procedures import RewindAndRepeat
-from calibrated_rewards.transforms import Transform, at_logit, knots
+from calibrated_rewards.theory.procedures import Procedure, RewindAndRepeat
+from calibrated_rewards.theory.quadrature import Law, reference_law, resolve
+from calibrated_rewards.theory.transforms import Transform, at_logit, knots
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -56,7 +55,7 @@ def _outputs(procedures: Sequence[Procedure], law: Law) -> Array:
 def kl(transform: Transform, beta: float) -> float:
     """KL(pi || pi_ref) of the optimal policy (Eq. 10).
 
-    >>> from calibrated_rewards.transforms import Exponential
+    >>> from calibrated_rewards.theory.transforms import Exponential
     >>> round(kl(Exponential(10.0), 22025.0 * 0.05), 1)
     4.2
     """
@@ -95,7 +94,7 @@ def win_rate_of(law: Law, procedure: Procedure, base: Procedure | None = None) -
 def mean_tries(transform: Transform, beta: float, procedure: RewindAndRepeat) -> float:
     """Mean number of draws rewind-and-repeat makes from the optimal policy (App. G).
 
-    >>> from calibrated_rewards.transforms import Identity
+    >>> from calibrated_rewards.theory.transforms import Identity
     >>> round(mean_tries(Identity(), 1e9, RewindAndRepeat(threshold=0.85, max_tries=1000)), 3)  # the reference: 1/.15
     6.667
     """
@@ -105,8 +104,8 @@ def mean_tries(transform: Transform, beta: float, procedure: RewindAndRepeat) ->
 def bin_masses(transform: Transform, beta: float, procedure: Procedure, bins: int) -> Array:
     """Mass that the procedure on the optimal policy puts on each of `bins` equal bins of u: weights for references.
 
-    >>> from calibrated_rewards.procedures import BestOf
-    >>> from calibrated_rewards.transforms import Identity
+    >>> from calibrated_rewards.theory.procedures import BestOf
+    >>> from calibrated_rewards.theory.transforms import Identity
     >>> bin_masses(Identity(), inf, BestOf(2), 4)  # the reference's own best of two
     array([0.0625, 0.1875, 0.3125, 0.4375])
     """
@@ -123,7 +122,7 @@ def kl_range(transform: Transform) -> tuple[float, float]:
 
     A plain function is known at floats alone, the last of which before 1 leaves a share of e^-36.7.
 
-    >>> from calibrated_rewards.transforms import Tabulated
+    >>> from calibrated_rewards.theory.transforms import Tabulated
     >>> kl_range(Tabulated([0.0, 0.75, 1.0], [0.0, 1.0, 1.0]))  # flat over the top quarter
     (0.0, 1.386294361119...)
     """
@@ -140,7 +139,7 @@ def kl_range(transform: Transform) -> tuple[float, float]:
 def beta_for_kl(transform: Transform, kl: float) -> float:
     """The beta at which the optimal policy's KL is `kl`: KL falls strictly as beta rises.
 
-    >>> from calibrated_rewards.transforms import NormalQuantile
+    >>> from calibrated_rewards.theory.transforms import NormalQuantile
     >>> beta_for_kl(NormalQuantile(), 0.5)  # its KL is 1 / (2 beta^2)
     1.0
     """

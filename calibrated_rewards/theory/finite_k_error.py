@@ -19,10 +19,10 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from calibrated_rewards.bands import band
-from calibrated_rewards.finite_k import MOST_FITTED, Estimator, binomial_chances, inside, panels, values
-from calibrated_rewards.quadrature import MOST_PANELS
-from calibrated_rewards.transforms import Affine, Chain, Exponential, Identity, Power, Transform
+from calibrated_rewards.theory.bands import band
+from calibrated_rewards.theory.finite_k import MOST_FITTED, Estimator, binomial_chances, inside, panels, values
+from calibrated_rewards.theory.quadrature import MOST_PANELS
+from calibrated_rewards.theory.transforms import Affine, Chain, Exponential, Identity, Power, Transform
 
 Array: TypeAlias = npt.NDArray[np.float64]
 MOST_REFERENCES = 10**6

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
 
-from calibrated_rewards.choice import optimal_transform
-from calibrated_rewards.procedures import BestOf, Standard, WorstOf
-from calibrated_rewards.scaling import scaled
-from calibrated_rewards.transforms import Exponential, Identity, Log, Transform
+from calibrated_rewards.theory.optimum import optimal_transform
+from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log, Transform, scaled
 
 _PLAIN: dict[str, Transform] = {"identity": Identity(), "log": Log()}
 _PROCEDURES: dict[str, Callable[[int], BestOf | WorstOf]] = {"best-of": BestOf, "worst-of": WorstOf}

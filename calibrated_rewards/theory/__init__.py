@@ -1,0 +1,58 @@
+"""The paper on [0, 1]: transforms, procedures, the tilted policy and its optimum; numpy and scipy only.
+
+A *transform* maps a calibrated reward u to the reward that is trained on. A *procedure* says how the policy is served
+(best of N, ...). `win_rate`, `kl` and `frontier` say what training for a transform gives; `optimum` and `tune` pick the
+transform for a procedure; `values` and `references_needed` say what K references can tell.
+"""
+
+from calibrated_rewards.theory.bands import band as band, coverage as coverage, dkw as dkw
+from calibrated_rewards.theory.finite_k import Estimator as Estimator, values as values
+from calibrated_rewards.theory.finite_k_error import bias as bias, references_needed as references_needed, rmse as rmse
+from calibrated_rewards.theory.fixed_references import win_rate_at_k as win_rate_at_k, win_rate_at_kl as win_rate_at_kl
+from calibrated_rewards.theory.named import NamedTransform as NamedTransform, parse_transform as parse_transform
+from calibrated_rewards.theory.optimum import (
+    Choice as Choice,
+    Optimal as Optimal,
+    optimal_transform as optimal_transform,
+    optimum as optimum,
+    tune as tune,
+)
+from calibrated_rewards.theory.procedures import (
+    BestOf as BestOf,
+    Calibrated as Calibrated,
+    CalibratedProcedure as CalibratedProcedure,
+    Procedure as Procedure,
+    RewindAndRepeat as RewindAndRepeat,
+    SoftBestOf as SoftBestOf,
+    Standard as Standard,
+    WorstOf as WorstOf,
+)
+from calibrated_rewards.theory.quadrature import Law as Law, reference_law as reference_law
+from calibrated_rewards.theory.tilted_policy import (
+    Frontier as Frontier,
+    beta_for_kl as beta_for_kl,
+    bin_masses as bin_masses,
+    frontier as frontier,
+    kl as kl,
+    kl_of as kl_of,
+    kl_range as kl_range,
+    mean_tries as mean_tries,
+    policy_law as policy_law,
+    win_rate as win_rate,
+    win_rate_of as win_rate_of,
+)
+from calibrated_rewards.theory.transforms import (
+    Affine as Affine,
+    Chain as Chain,
+    Exponential as Exponential,
+    Identity as Identity,
+    Log as Log,
+    NormalQuantile as NormalQuantile,
+    Power as Power,
+    Scale as Scale,
+    Tabulated as Tabulated,
+    Transform as Transform,
+    moments as moments,
+    scaled as scaled,
+    span as span,
+)
