@@ -25,7 +25,7 @@ from scipy.special import ndtr, ndtri
 
 from calibrated_rewards.amortised import fit
 from calibrated_rewards.prompts import Prompt
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 HIDDEN, WIDTH, NOISE, UNTOLD = 8, 512, 0.5, 0.2
 FRESH, GROUP = 500, 64

@@ -52,7 +52,7 @@ class Hanging:
     @property
     def table(self) -> Any:
         """One prompt."""
-        from calibrated_rewards.table import ReferenceTable
+        from calibrated_rewards.table.reference_table import ReferenceTable
 
         return ReferenceTable.build([("2+2=", [-1.0, 0.0, 1.0])])
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from environment import save
 
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 FILLER = ("The quick brown fox jumps over the lazy dog while it rains. " * 9)[:492]
 BATCHES = (64, 4096, 1_000_000)

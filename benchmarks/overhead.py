@@ -31,7 +31,7 @@ from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.rewarding.lookup import Lookup
 from calibrated_rewards.rewarding.watch import measures
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.transforms import Exponential, scaled
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

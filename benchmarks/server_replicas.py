@@ -22,7 +22,7 @@ from ray import serve
 
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.serving.replicas import serve_replicas
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing import NumberScorer
 
 TOKEN = "a-token-of-the-benchmark"

@@ -1,6 +1,6 @@
 """What may be maximised in place of the raw score, to be compared without training: transforms, and what peers use.
 
->>> from calibrated_rewards.table import ReferenceTable
+>>> from calibrated_rewards.table.reference_table import ReferenceTable
 >>> table = ReferenceTable.build([("p", [1.0, 2.0, 4.0, 8.0])])
 >>> Transformed(Exponential(2.0))(table, table.rows(["p", "p"]), [1.0, 8.0]).round(3)
 array([1.284, 5.755])
@@ -24,7 +24,7 @@ from calibrated_rewards.calibrations import (
     SmoothedCDF,
     ZScore,
 )
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.optimum import optimum
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Procedure, WorstOf
 from calibrated_rewards.theory.transforms import Exponential, Identity, Log, Transform, scaled

@@ -28,7 +28,7 @@ from calibrated_rewards.rollouts.sources import prompts_from
 from calibrated_rewards.rollouts.work import Work
 from calibrated_rewards.samplers.protocol import Sampler
 from calibrated_rewards.scorers.protocol import Scorer
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 # The column of a reward model without a name.
 REWARD = "reward"

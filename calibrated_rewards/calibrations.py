@@ -4,7 +4,7 @@ A calibration is any callable `(table, rows, scores) -> values`, one value a sco
 each score stands among. `EmpiricalCDF` alone depends on nothing but the order of scores (Lemma 3): whatever strictly
 increasing map a reward model is put through, its values stay. Each of the others says what it does depend on.
 
->>> from calibrated_rewards.table import ReferenceTable
+>>> from calibrated_rewards.table.reference_table import ReferenceTable
 >>> table = ReferenceTable.build([("easy", [7.0, 8.0, 9.0, 9.0]), ("hard", [-3.0, -1.0, 0.0, 2.0])])
 >>> rows, scores = table.rows(["easy", "easy", "hard"]), np.array([7.5, 9.0, 1.0])
 >>> EmpiricalCDF()(table, rows, scores)
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from jaxtyping import Float, Int
 from scipy.special import expit, log_expit
 
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -45,7 +45,7 @@ class EmpiricalCDF:
     answer to reward models that give equal responses unequal scores ("Discretizing Reward Models", arXiv 2606.21795,
     has the diagnosis, and another cure: clusters by Monte-Carlo dropout).
 
-    >>> from calibrated_rewards.table import ReferenceTable
+    >>> from calibrated_rewards.table.reference_table import ReferenceTable
     >>> table = ReferenceTable.build([("p", [0.0, 1.0, 1.25, 2.0])])
     >>> EmpiricalCDF()(table, table.rows(["p"]), [1.0]), EmpiricalCDF(tolerance=0.25)(table, table.rows(["p"]), [1.0])
     (array([0.375]), array([0.5]))
@@ -76,7 +76,7 @@ class SmoothedCDF:
     of all scores changes nothing; a scale does (it is a temperature), and so does every other increasing map.
     As the temperature falls to 0 it becomes `EmpiricalCDF()`.
 
-    >>> from calibrated_rewards.table import ReferenceTable
+    >>> from calibrated_rewards.table.reference_table import ReferenceTable
     >>> table = ReferenceTable.build([("p", [0.0, 1.0])])
     >>> SmoothedCDF()(table, table.rows(["p"]), [1.0]).round(4)
     array([0.6155])
@@ -103,7 +103,7 @@ class ZScore:
     GRPO's advantage (arXiv 2402.03300) with references in place of the group. Any real number. A shift and a positive
     scale of all scores change nothing; any other increasing map does, and one stray reference shrinks all values.
 
-    >>> from calibrated_rewards.table import ReferenceTable
+    >>> from calibrated_rewards.table.reference_table import ReferenceTable
     >>> table = ReferenceTable.build([("p", [1.0, 3.0])])
     >>> ZScore()(table, table.rows(["p"]), [4.0])
     array([2.])
@@ -128,7 +128,7 @@ class MedianCentered:
     the sigmoid is a step). In [0, 1]. A shift changes nothing, with "mad" nor does a positive scale; any other
     increasing map does.
 
-    >>> from calibrated_rewards.table import ReferenceTable
+    >>> from calibrated_rewards.table.reference_table import ReferenceTable
     >>> table = ReferenceTable.build([("p", [0.0, 1.0, 5.0])])
     >>> MedianCentered()(table, table.rows(["p"]), [3.0]).round(4)
     array([0.8808])
@@ -163,7 +163,7 @@ class LogSigmoidAtQuantile:
     value in PAR's re-implementation, which takes the quantile of a fitted normal instead. In (-inf, 0]. A shift changes
     nothing; a scale does, and so does every other increasing map.
 
-    >>> from calibrated_rewards.table import ReferenceTable
+    >>> from calibrated_rewards.table.reference_table import ReferenceTable
     >>> table = ReferenceTable.build([("p", [0.0, 1.0, 2.0, 3.0])])
     >>> LogSigmoidAtQuantile(q=0.5)(table, table.rows(["p"]), [1.0]).round(4)
     array([-0.6931])

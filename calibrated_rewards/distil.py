@@ -23,7 +23,7 @@ from scipy.special import logit
 
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reading.messages import answer
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 # `center_rewards_coefficient`: how much the sum of a pair counts beside its difference.
 CENTER = 1 / 8

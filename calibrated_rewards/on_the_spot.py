@@ -21,7 +21,7 @@ from calibrated_rewards.rollouts.work import Task, Work
 from calibrated_rewards.samplers.protocol import Particular, Sampler
 from calibrated_rewards.scorers.differences import differences
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint
-from calibrated_rewards.table import ReferenceTable, Row
+from calibrated_rewards.table.reference_table import ReferenceTable, Row
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ except ModuleNotFoundError as missing:
 from calibrated_rewards.estimates import Stated
 from calibrated_rewards.outcomes import Evaluation
 from calibrated_rewards.prospects import RELIABLE, Reweighted
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator, values
 from calibrated_rewards.theory.procedures import Procedure
 from calibrated_rewards.theory.tilted_policy import Frontier

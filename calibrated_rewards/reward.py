@@ -42,7 +42,7 @@ from calibrated_rewards.rewarding.verification import Verification, verified
 from calibrated_rewards.rewarding.watch import Alarm, first_ones, measures
 from calibrated_rewards.scorers.protocol import Scorer, paired, score
 from calibrated_rewards.scorers.serial import is_thread_safe
-from calibrated_rewards.table import ReferenceTable, UnknownPromptError
+from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.transforms import Identity, Scale, Transform, scaled
 

@@ -26,7 +26,7 @@ from calibrated_rewards.bootstrap import stated
 from calibrated_rewards.calibrations import Calibration
 from calibrated_rewards.estimates import Samples, Stated
 from calibrated_rewards.prospects import Point, Reweighted
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Procedure, Standard, WorstOf
 from calibrated_rewards.weighted_pools import WeightedPools, won
 from calibrated_rewards.wording import spoken

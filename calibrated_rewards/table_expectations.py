@@ -7,7 +7,7 @@ table with its ties and its K references a prompt.
 
 >>> from calibrated_rewards.theory.procedures import BestOf
 >>> from calibrated_rewards.theory.transforms import scaled
->>> from calibrated_rewards.table import ReferenceTable
+>>> from calibrated_rewards.table.reference_table import ReferenceTable
 >>> from calibrated_rewards.theory.transforms import Exponential
 >>> table = ReferenceTable.build([(f"prompt {i}", [0.0] * 6 + [1.0] * 4) for i in range(50)])
 >>> found = expect(table, scaled(Exponential(10.0), "unit"), kl=0.5, procedure=BestOf(4))
@@ -23,7 +23,7 @@ from math import isfinite
 from typing import Protocol, runtime_checkable
 
 from calibrated_rewards.calibrations import Calibration, EmpiricalCDF
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.table_laws import TableRewards, called
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calibrated_rewards.calibrations import EmpiricalCDF
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator, values
 from calibrated_rewards.theory.fixed_references import StepPolicies
 from calibrated_rewards.theory.procedures import Procedure, Standard

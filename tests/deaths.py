@@ -22,7 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 
-import calibrated_rewards.table_writer as table_writer
+import calibrated_rewards.table.storage as table_writer
 from calibrated_rewards.calibrate import calibrate, import_rollouts
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.rollouts import shard_files

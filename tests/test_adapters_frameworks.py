@@ -23,7 +23,7 @@ from calibrated_rewards.checks.adapters import check_adapter
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.rewarding.handed_over import completion_of, loud
 from calibrated_rewards.rewarding.originals import Originals
-from calibrated_rewards.table import UnknownPromptError
+from calibrated_rewards.table.reference_table import UnknownPromptError
 from calibrated_rewards.testing import HashScorer
 
 ADAPTERS = Path(calibrated_rewards.adapters.__file__).parent

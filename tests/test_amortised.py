@@ -17,7 +17,7 @@ from calibrated_rewards.amortised.curve import curve_of
 from calibrated_rewards.amortised.judgement import LEVELS, OWN, among_others, from_uniform, pinball
 from calibrated_rewards.amortised.network import Network, trained
 from calibrated_rewards.amortised.sample import Sample, sample_of
-from calibrated_rewards.table import ReferenceTable, UnknownPromptError
+from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
 
 rng = np.random.default_rng(0)
 WEIGHTS = rng.normal(size=(8, 2)) * [0.5, 0.15]

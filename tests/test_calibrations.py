@@ -16,7 +16,7 @@ from calibrated_rewards.calibrations import (
     SmoothedCDF,
     ZScore,
 )
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 PEERS = [
     EmpiricalCDF(tolerance=0.5),

@@ -13,7 +13,7 @@ from scipy.special import log_expit, logit
 from calibrated_rewards.distil import CENTER, Pairs, calibrated_logits, distil, distillation_pairs
 from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
-from calibrated_rewards.table import ReferenceTable, UnknownPromptError
+from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
 
 
 def rollouts(scores: dict[str, list[float]]) -> tuple[ReferenceTable, list[str], list[str], list[float]]:

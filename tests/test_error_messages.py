@@ -19,7 +19,7 @@ from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.scorers.loading import load_scorer
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 RECIPES = ("train_rloo", "train_grpo", "grpo_plain", "ppo")
 # What only Python says: keyword arguments, calls of classes, its constants and containers.

@@ -10,7 +10,7 @@ from scipy import stats
 from calibrated_rewards.health.row_statistics import row_statistics
 from calibrated_rewards.health.sections import percent, precision
 from calibrated_rewards.health.table import health
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k_error import references_needed
 from calibrated_rewards.theory.transforms import Identity
 

@@ -11,7 +11,7 @@ from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.rollouts.shard import Planned, empty
 from calibrated_rewards.rollouts.shard_files import write_shard
 from calibrated_rewards.samplers.protocol import Rollout
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 
 def told(capsys, *words):
@@ -108,7 +108,7 @@ def test_a_table_of_the_hub(tmp_path, monkeypatch, capsys):
         asked.append((name, revision, options))
         return str(tmp_path / "t")
 
-    monkeypatch.setattr("calibrated_rewards.table_hub.download", download)
+    monkeypatch.setattr("calibrated_rewards.table.hub.download", download)
 
     assert told(capsys, "mine/table", "--revision", "v1")[0] == 0
     assert asked == [("mine/table", "v1", {"token": None})]

@@ -12,7 +12,7 @@ import pytest
 
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.on_the_spot import OnTheSpot
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing import NumberSampler, NumberScorer
 
 PROMPTS = [f"prompt {i}" for i in range(9)]

@@ -15,7 +15,7 @@ from calibrated_rewards import plots, theory
 from calibrated_rewards.estimates import Stated
 from calibrated_rewards.outcomes import Evaluation, Outcome
 from calibrated_rewards.reweighted import Point, Reweighted
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import values
 from calibrated_rewards.theory.procedures import BestOf, Standard
 from calibrated_rewards.theory.transforms import Exponential, Identity, Log, moments

@@ -17,7 +17,7 @@ from calibrated_rewards.reading.text import Text, TruncationWarning
 from calibrated_rewards.scorers import load_scorer, score
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 TOKENIZER, PROMPTS = tiny.tokenizer(), tiny.texts(9)
 

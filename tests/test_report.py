@@ -25,7 +25,7 @@ from calibrated_rewards.reporting.experiment import experiment
 from calibrated_rewards.reporting.fresh import fresh
 from calibrated_rewards.reporting.markup import element, raised
 from calibrated_rewards.reporting.outcome import outcome
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.table_expectations import expect
 from calibrated_rewards.testing import NumberSampler, NumberScorer
 from calibrated_rewards.theory.procedures import BestOf

@@ -18,7 +18,7 @@ from calibrated_rewards.reporting.markup import Section
 from calibrated_rewards.reporting.outcome import claims, outcome
 from calibrated_rewards.reporting.page import page
 from calibrated_rewards.reporting.promised import promised
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf
 
 FOUR = "BestOf(n=4)"

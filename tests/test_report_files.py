@@ -7,7 +7,7 @@ import pytest
 
 from calibrated_rewards.report import report
 from calibrated_rewards.reporting.experiment import experiment
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 STEP = '{"step": 0, "u": 0.5, "kl": null, "note": "anything"}\n'
 

@@ -12,7 +12,7 @@ from calibrated_rewards import BestOf, CalibratedReward, WorstOf, optimum
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.cli import main
 from calibrated_rewards.scorers.loading import load_scorer
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.table_expectations import expect
 from calibrated_rewards.testing import NumberSampler
 from calibrated_rewards.theory.named import parse_transform

@@ -23,7 +23,7 @@ from calibrated_rewards.evaluation import predict
 from calibrated_rewards.prospects import ERRORS, Point, margin, told
 from calibrated_rewards.reweighted import Reweighted, reweighted
 from calibrated_rewards.rollouts.judged import references_of
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory.procedures import BestOf, Calibrated, SoftBestOf, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, bin_masses, win_rate
@@ -196,7 +196,7 @@ def test_all_arms_spend_the_same_kl(name):
     rng = np.random.default_rng(3)
     select = [rng.normal(size=n) * (1 + n / 20) for n in (20, 31, 40)]
     (point,) = reweighted(Samples(select), {name: ARMS[name]}, [0.6], [Standard()]).points
-    from calibrated_rewards.table import ReferenceTable
+    from calibrated_rewards.table.reference_table import ReferenceTable
 
     spent, squares = [], []
     for row in select:

@@ -16,7 +16,7 @@ from calibrated_rewards.prompts import id_key
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.server import PATHS, Limits, create_app, serve
 from calibrated_rewards.serving.replicas import serve_replicas
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory.transforms import Exponential
 

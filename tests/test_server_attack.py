@@ -11,7 +11,7 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.server import PATHS, Limits, create_app
 from calibrated_rewards.serving.schema import EXAMPLES
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing import HashScorer
 
 GOOD = {"prompts": ["2+2="], "completions": ["4"]}

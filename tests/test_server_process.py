@@ -26,7 +26,7 @@ from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.scorers.remote import Remote
 from calibrated_rewards.scorers.remote_dialects import Native, OpenRlhf
 from calibrated_rewards.server import create_app, serve
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing import NumberScorer
 from calibrated_rewards.theory.transforms import Exponential
 

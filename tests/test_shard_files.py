@@ -170,7 +170,7 @@ FULL = """
 import resource, signal, sys
 from pathlib import Path
 from calibrated_rewards.rollouts.shard_files import replacing
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 folder = Path(sys.argv[1])

@@ -112,7 +112,7 @@ def test_a_file_from_elsewhere_asks_no_server_and_loads_no_kernels() -> None:
     [
         "os.system",
         "subprocess.Popen",
-        "calibrated_rewards.table.ReferenceTable",
+        "calibrated_rewards.table.reference_table.ReferenceTable",
         "calibrated_rewards.rewarding.spelling.import_module",
         "calibrated_rewards.rewarding.spelling.Any",
         "calibrated_rewards.adapters.trl_reward.reward",

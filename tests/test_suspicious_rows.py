@@ -7,7 +7,7 @@ from scipy import stats
 
 from calibrated_rewards.health.row_statistics import row_statistics
 from calibrated_rewards.health.suspicious_rows import limit, suspicions
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 P, K = 400, 40
 

@@ -16,8 +16,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from calibrated_rewards.prompts import id_key, prompt_key
-from calibrated_rewards.table import ReferenceTable, Row, UnknownPromptError
-from calibrated_rewards.table_build import build
+from calibrated_rewards.table.build import build
+from calibrated_rewards.table.reference_table import ReferenceTable, Row, UnknownPromptError
 
 HUGE = float(np.finfo(np.float32).max)
 TINY = float(np.finfo(np.float32).smallest_subnormal)
@@ -445,7 +445,7 @@ def test_building_on_disk_keeps_memory_bounded(tmp_path):
     """48 MB of scores stream through without ever being in memory together."""
     code = f"""
         import resource, numpy as np
-        from calibrated_rewards.table import ReferenceTable
+        from calibrated_rewards.table.reference_table import ReferenceTable
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         ReferenceTable.build([("warm", np.zeros(400))] , path={str(tmp_path / "warm")!r})
         before = peak()

@@ -21,9 +21,8 @@ import safetensors
 from safetensors.numpy import save_file
 
 from calibrated_rewards.prompts import id_key, prompt_key
-from calibrated_rewards.table import ReferenceTable, Row
-from calibrated_rewards.table_format import pending_summary
-from calibrated_rewards.table_writer import write_table
+from calibrated_rewards.table.reference_table import ReferenceTable, Row
+from calibrated_rewards.table.storage import pending_summary, write_table
 
 DATA, SUMMARY = "table.safetensors", "table.json"
 
@@ -344,7 +343,7 @@ def test_killed_writers_leave_a_whole_table(tmp_path):
     """Writers killed at random moments, a reader all the while: every load is one of the tables, whole."""
     writer = f"""
         import numpy as np
-        from calibrated_rewards.table import ReferenceTable
+        from calibrated_rewards.table.reference_table import ReferenceTable
         print("ready", flush=True)
         i = 0
         while True:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hub import COMMIT, serving
 
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 REPO = "someone/references"
 
@@ -26,7 +26,7 @@ def test_push_and_pull_through_the_real_client(hub, tmp_path):
     """What was pushed comes back, checked; nothing else of the repository is downloaded."""
     handler, environment = hub
     code = f"""
-        from calibrated_rewards.table import ReferenceTable
+        from calibrated_rewards.table.reference_table import ReferenceTable
         table = ReferenceTable.build([(str(i), [i, 2.0]) for i in range(100)], meta={{"scorer": "x"}})
         print(table.push_to_hub({REPO!r}, private=True, token="secret"))
         again = ReferenceTable.from_pretrained({REPO!r}, revision="main", verify=True, token="secret")

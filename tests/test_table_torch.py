@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from calibrated_rewards import table_torch
-from calibrated_rewards.table import ReferenceTable
-from calibrated_rewards.table_torch import DeviceTable, on_device
+from calibrated_rewards.table import torch_search as table_torch
+from calibrated_rewards.table.reference_table import ReferenceTable
+from calibrated_rewards.table.torch_search import DeviceTable, on_device
 
 scores = st.sampled_from([-3e38, -1.0, -1e-45, -0.0, 0.0, 1e-45, 0.1, 0.5, 1.0, 3e38])
 contents = st.lists(st.lists(scores, min_size=1, max_size=9), min_size=1, max_size=6)

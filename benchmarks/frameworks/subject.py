@@ -22,7 +22,7 @@ from calibrated_rewards.configured import PLACE, configured
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.rewarding.originals import Originals
 from calibrated_rewards.rewarding.scores import Scores
-from calibrated_rewards.table_build import Row
+from calibrated_rewards.table.build import Row
 from calibrated_rewards.testing import HashScorer
 
 ADAPTERS = Path(__file__).resolve().parents[2] / "adapters"

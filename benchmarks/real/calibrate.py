@@ -37,7 +37,7 @@ from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import sample, seeds_of
 from calibrated_rewards.scorers.protocol import score
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 FIGURE = Path(__file__).resolve().parents[2] / "docs" / "figures" / "real_calibration.png"
 SHOWN = 10

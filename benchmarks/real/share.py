@@ -33,7 +33,7 @@ from environment import save
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.calibrations import EmpiricalCDF
 from calibrated_rewards.scorers.protocol import score
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 K, PROMPTS = 100, 12
 GROUP, ROWS, STEPS = 8, 32, 5

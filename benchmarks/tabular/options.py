@@ -28,7 +28,7 @@ from calibrated_rewards.combined import And, CombinedReward, Lowest, WeightedMea
 from calibrated_rewards.on_the_spot import OnTheSpot
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.samplers.protocol import Rollout
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 SIZES, ESTIMATORS = (4, 16, 64, 256), ("empirical", "posterior", "unbiased", "randomised")
 # Each transform, and the procedure that it is for.

@@ -23,7 +23,7 @@ import enumerable
 from environment import save
 from exact import Exact
 
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing import HashScorer
 from calibrated_rewards.theory.optimum import optimum
 from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, Standard, WorstOf

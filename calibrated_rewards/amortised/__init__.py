@@ -1,7 +1,7 @@
 """Unseen prompts by prediction: a prompt's reference quantiles from its features, learnt from a table's prompts.
 
 >>> import numpy as np
->>> from calibrated_rewards.table import ReferenceTable
+>>> from calibrated_rewards.table.reference_table import ReferenceTable
 >>> rng = np.random.default_rng(0)
 >>> prompts = ["a" * n for n in range(1, 61)]
 >>> table = ReferenceTable.build([(prompt, len(prompt) + rng.normal(size=32)) for prompt in prompts])

@@ -15,7 +15,7 @@ from calibrated_rewards.amortised.ridge import directions
 from calibrated_rewards.amortised.sample import Sample, sample_of
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.scorers.protocol import fingerprint
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 
 def fit(

@@ -20,7 +20,7 @@ from calibrated_rewards.amortised.network import Network
 from calibrated_rewards.prompts import Prompt, prompt_key
 from calibrated_rewards.scorers.differences import differences
 from calibrated_rewards.scorers.protocol import fingerprint
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 DATA_FILE, SUMMARY_FILE = "amortised.safetensors", "amortised.json"
 FORMAT = 1

@@ -14,7 +14,7 @@ from calibrated_rewards.theory.transforms import Identity
 
 if TYPE_CHECKING:
     from calibrated_rewards.adaptive import Adaptive
-    from calibrated_rewards.table import ReferenceTable
+    from calibrated_rewards.table.reference_table import ReferenceTable
 
 EPILOG = """examples:
   calibrated-rewards calibrate --policy ./sft --reward-model ./rm --prompts prompts.jsonl --max-tokens 256 --out table/

@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
 def read(at: Path, select: str | None, judge: str | None) -> "tuple[Samples, str, str]":
     """The rollouts of a run by one scorer or two, or the scores of a bare table; and the scorers' names."""
     from calibrated_rewards.estimates import Samples
-    from calibrated_rewards.table import ReferenceTable
+    from calibrated_rewards.table.reference_table import ReferenceTable
 
     if not any((at / "rollouts").glob("*.parquet")):
         if (at / "reward.json").is_file():

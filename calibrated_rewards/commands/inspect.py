@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Look at each table, and at the rollouts, and say it."""
     from calibrated_rewards.health.table import health
-    from calibrated_rewards.table import ReferenceTable
+    from calibrated_rewards.table.reference_table import ReferenceTable
 
     at = Path(options.table)
     if at.is_dir():

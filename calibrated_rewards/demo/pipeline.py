@@ -24,7 +24,7 @@ from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.scorers.loading import load_scorer
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.optimum import Choice, optimum
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard
 

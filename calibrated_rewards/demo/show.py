@@ -19,7 +19,7 @@ from calibrated_rewards.recipes.command import outcome
 from calibrated_rewards.report import report
 from calibrated_rewards.rollouts.judged import references_of
 from calibrated_rewards.rollouts.shard_files import replacing
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf
 
 STEPS = 7

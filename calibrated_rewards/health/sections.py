@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 
 from calibrated_rewards.health.row_statistics import RowStatistics
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.bands import band
 
 Lines: TypeAlias = Iterator[tuple[str, str]]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calibrated_rewards.health.row_statistics import RowStatistics
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Column: TypeAlias = npt.NDArray[np.float32]

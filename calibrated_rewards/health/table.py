@@ -1,7 +1,7 @@
 """Whether a table is fit for use: how it was made, what its references tell, how far prompts are apart, what is odd.
 
 >>> import numpy as np
->>> from calibrated_rewards.table import ReferenceTable
+>>> from calibrated_rewards.table.reference_table import ReferenceTable
 >>> rng = np.random.default_rng(0)
 >>> rows = [(f"prompt {i}", rng.normal(loc=i, size=50)) for i in range(40)]
 >>> table = ReferenceTable.build([*rows, ("broken", [0.0] * 50)], meta={"seed": 7})
@@ -34,7 +34,7 @@ from calibrated_rewards.health.sections import (
     spread,
 )
 from calibrated_rewards.health.suspicious_rows import Suspicion, suspicions
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 _LONGEST = 160
 

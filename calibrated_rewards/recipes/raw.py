@@ -15,7 +15,7 @@ from calibrated_rewards.prompts import Completion
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.rewarding.locating import ids_in
 from calibrated_rewards.rewarding.watch import measures
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 
 @dataclass(frozen=True, eq=False)

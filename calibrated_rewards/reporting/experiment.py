@@ -8,7 +8,7 @@ from typing import Any
 from calibrated_rewards.outcomes import Evaluation
 from calibrated_rewards.prospects import Reweighted
 from calibrated_rewards.reporting.kept import json_object, logged
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.theory.transforms import Identity, Transform
 

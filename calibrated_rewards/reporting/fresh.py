@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from calibrated_rewards.estimates import Estimate, Stated
 from calibrated_rewards.evaluate import REFERENCE
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.wording import counted, measured
 
 Array: TypeAlias = npt.NDArray[np.float64]

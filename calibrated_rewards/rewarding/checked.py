@@ -3,7 +3,7 @@
 from math import isfinite
 from typing import Any, NoReturn
 
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 MISSING = ("raise", "neutral", "skip")
 

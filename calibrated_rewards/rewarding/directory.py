@@ -11,7 +11,7 @@ from typing import Any
 
 from calibrated_rewards.rewarding.originals import Originals, of_run
 from calibrated_rewards.rewarding.spelling import NeedsTrust, read as read_setting, spelled
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 FORMAT, VERSION = "calibrated reward", 1
 SETTINGS, TABLE, PROMPTS = "reward.json", "table", "prompts.jsonl"

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from calibrated_rewards.prompts import Prompt, as_key, id_key, start_of
-from calibrated_rewards.table import ReferenceTable, UnknownPromptError
+from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
 
 # In place of the key of a prompt of which only the id arrives.
 _NO_PROMPT = bytes(16)

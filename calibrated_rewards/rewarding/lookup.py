@@ -1,6 +1,6 @@
 """From ranks to rewards: a transform with its estimator is one vector of 2K + 1 values, for each K that a table has.
 
->>> from calibrated_rewards.table import ReferenceTable
+>>> from calibrated_rewards.table.reference_table import ReferenceTable
 >>> from calibrated_rewards.theory.transforms import Log
 >>> table = ReferenceTable.build([("p", [0.0, 1.0, 2.0, 3.0])])
 >>> lookup = Lookup(table, Log())
@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from calibrated_rewards.calibrations import EmpiricalCDF
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator, values
 from calibrated_rewards.theory.transforms import Transform
 

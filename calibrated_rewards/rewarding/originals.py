@@ -4,7 +4,7 @@ A trainer may hand over the rendered chat template, or an id. The table knows bo
 prompt itself; and a reward model that reads the policy's rendering gives other scores than the ones in the table.
 
 >>> import tempfile
->>> from calibrated_rewards.table import ReferenceTable
+>>> from calibrated_rewards.table.reference_table import ReferenceTable
 >>> chat = [{"role": "user", "content": "Hi"}]
 >>> table = ReferenceTable.build([(chat, [0.5], ["<user>Hi</user>"])])
 >>> originals = Originals.write(tempfile.mkdtemp() + "/prompts.jsonl", table, [chat])
@@ -26,7 +26,7 @@ from jaxtyping import Int64
 
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.reading.messages import plain_messages
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 
 @dataclass(frozen=True)

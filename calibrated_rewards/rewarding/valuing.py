@@ -12,7 +12,7 @@ from calibrated_rewards.calibrations import Calibration, EmpiricalCDF
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.rewarding.locating import keys_of
 from calibrated_rewards.rewarding.lookup import Lookup
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.transforms import Identity, Transform, moments
 

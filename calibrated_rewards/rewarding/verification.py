@@ -1,6 +1,6 @@
 """Is this the reward model that the table was made with? The probes in the table tell, before training starts.
 
->>> from calibrated_rewards.table import ReferenceTable
+>>> from calibrated_rewards.table.reference_table import ReferenceTable
 >>> from calibrated_rewards.testing import NumberScorer
 >>> probe = {"prompt": "2+2=", "completion": "4", "score": 4.0}
 >>> table = ReferenceTable.build([("2+2=", [1.0, 4.0])], meta={"probes": [probe]})
@@ -25,7 +25,7 @@ from calibrated_rewards.prompts import start_of
 from calibrated_rewards.rewarding.completion_form import Form, as_trainers_have_it
 from calibrated_rewards.scorers.differences import differences, tolerance_of
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, score
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 Raw = Callable[[Sequence[Any], Sequence[Any]], Float32[np.ndarray, " n"]]
 # Rows that the standard deviation is taken from.

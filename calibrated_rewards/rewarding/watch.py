@@ -17,7 +17,7 @@ from jaxtyping import Float64, Int64
 
 from calibrated_rewards.prompts import Completion
 from calibrated_rewards.rewarding.scores import Scores
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 Rows: TypeAlias = Int64[np.ndarray, " n"]
 Quantiles: TypeAlias = Float64[np.ndarray, " n"]

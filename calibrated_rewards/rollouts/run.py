@@ -21,7 +21,7 @@ from calibrated_rewards.rollouts.shard import Shard
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.rollouts.tabulation import scores_of, tabulated
 from calibrated_rewards.rollouts.work import Task, Work
-from calibrated_rewards.table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from calibrated_rewards.prompts import as_key
 from calibrated_rewards.rollouts.directory import RunDirectory
 from calibrated_rewards.rollouts.shard import Shard
 from calibrated_rewards.rollouts.shard_files import loaded, read_scores, read_table, replacing, stored
-from calibrated_rewards.table import ReferenceTable, Row
+from calibrated_rewards.table.reference_table import ReferenceTable, Row
 
 PROBED_PROMPTS = 8
 

@@ -15,7 +15,7 @@ from calibrated_rewards.prompts import KEY_BYTES, Completion, Prompt, as_key, st
 from calibrated_rewards.scorers.plain import plain
 from calibrated_rewards.scorers.protocol import fingerprint, name_of, paired, reads_messages, without_tensors
 from calibrated_rewards.scorers.serial import is_thread_safe
-from calibrated_rewards.table import UnknownPromptError
+from calibrated_rewards.table.reference_table import UnknownPromptError
 
 # How far rounding may carry a probability out of [0, 1].
 ROUNDING = 1e-5

@@ -12,7 +12,7 @@ from calibrated_rewards.rewarding.scores import Score
 from calibrated_rewards.serving.dialects import Ask
 from calibrated_rewards.serving.limits import Limits, Refused
 from calibrated_rewards.serving.metrics import Metrics
-from calibrated_rewards.table import UnknownPromptError
+from calibrated_rewards.table.reference_table import UnknownPromptError
 
 LOG = logging.getLogger("calibrated_rewards.server")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from calibrated_rewards.table_search import Content, blocks, sizes
+from calibrated_rewards.table.search import Content, blocks, sizes
 
 _CHUNK_SCORES = 1 << 20
 _POOLED_SCORES = 1 << 20

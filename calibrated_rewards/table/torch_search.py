@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-from calibrated_rewards import table_search
-from calibrated_rewards.table_search import Content
+from calibrated_rewards.table import search as table_search
+from calibrated_rewards.table.search import Content
 
 _UPLOAD_SCORES = 1 << 20
 

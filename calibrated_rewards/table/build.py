@@ -17,9 +17,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
 from calibrated_rewards.prompts import Prompt, as_key, start_of
-from calibrated_rewards.table_mapped import reopen
-from calibrated_rewards.table_search import Content, InMemory, halves, locate, starts
-from calibrated_rewards.table_writer import write_table
+from calibrated_rewards.table.search import Content, InMemory, halves, locate, starts
+from calibrated_rewards.table.storage import reopen, write_table
 
 _SPOOL_BYTES = 1 << 20
 

@@ -12,19 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 from jaxtyping import Float32, Float64, Int, Int64, Shaped
 
-from calibrated_rewards import table_build, table_search, table_summary
 from calibrated_rewards.prompts import Prompt, as_key, id_key, longest_prefix, start_of
-from calibrated_rewards.table_build import Row
-from calibrated_rewards.table_format import COLUMNS
-from calibrated_rewards.table_mapped import open_table
-from calibrated_rewards.table_search import Content
-from calibrated_rewards.table_writer import write_table
+from calibrated_rewards.table import build as table_build, search as table_search, summary as table_summary
+from calibrated_rewards.table.build import Row
+from calibrated_rewards.table.search import Content
+from calibrated_rewards.table.storage import COLUMNS, open_table, write_table
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from calibrated_rewards.table_torch import DeviceTable
+    from calibrated_rewards.table.torch_search import DeviceTable
 
 __all__ = ["ReferenceTable", "Row", "UnknownPromptError"]
 
@@ -202,7 +200,7 @@ class ReferenceTable:
 
     def on(self, device: torch.device) -> DeviceTable:
         """The scores on a torch device, copied there once, for a search that waits for nothing."""
-        from calibrated_rewards import table_torch
+        from calibrated_rewards.table import torch_search as table_torch
 
         return table_torch.on_device(self._content, device)
 
@@ -274,7 +272,7 @@ class ReferenceTable:
         """Open a table from a directory, or from the Hugging Face Hub; `table_hub.download` has the other options."""
         if os.path.isdir(name):
             return cls.load(name, verify=verify)
-        from calibrated_rewards import table_hub
+        from calibrated_rewards.table import hub as table_hub
 
         try:
             directory = table_hub.download(str(name), revision=revision, token=token, **hub)
@@ -287,7 +285,7 @@ class ReferenceTable:
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **hub: Any
     ) -> str:
         """Upload the table to the Hugging Face Hub, for the URL of the commit; `table_hub.upload` has more options."""
-        from calibrated_rewards import table_hub
+        from calibrated_rewards.table import hub as table_hub
 
         with tempfile.TemporaryDirectory() as directory:
             self.save(directory)
@@ -333,6 +331,6 @@ def _route(values: Any) -> Any:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(values, torch.Tensor):
         return table_search
-    from calibrated_rewards import table_torch
+    from calibrated_rewards.table import torch_search as table_torch
 
     return table_torch

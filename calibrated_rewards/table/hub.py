@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from calibrated_rewards.table_format import DATA_FILE, SUMMARY_FILE
+from calibrated_rewards.table.storage import DATA_FILE, SUMMARY_FILE
 
 
 def download(

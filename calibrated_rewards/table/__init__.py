@@ -1,0 +1,12 @@
+"""ReferenceTable: the sorted reference scores of each prompt, and where a new score stands among them.
+
+A table is built in bounded memory (`build`), stored as two files in a directory (`storage`), opened by mapping
+(`ReferenceTable.open`) and searched with numpy (`search`) or on a GPU (`torch_search`).
+"""
+
+from calibrated_rewards.table.build import Row as Row
+from calibrated_rewards.table.reference_table import (
+    Duplicates as Duplicates,
+    ReferenceTable as ReferenceTable,
+    UnknownPromptError as UnknownPromptError,
+)
