@@ -21,7 +21,7 @@ import torch
 from environment import save
 from tqdm import tqdm
 
-from calibrated_rewards.reading.text import Text
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.recipes import grpo_plain, ppo
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.rollouts.sources import Asked

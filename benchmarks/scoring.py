@@ -24,9 +24,9 @@ import torch
 from environment import save
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import default_budget, right_padded
-from calibrated_rewards.reading.padding import Comparison
+from calibrated_rewards.models.batches import Budget
+from calibrated_rewards.models.padding import Comparison
+from calibrated_rewards.models.parts import default_budget, right_padded
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

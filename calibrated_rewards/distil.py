@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import logit
 
+from calibrated_rewards.models.text import answer
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reading.messages import answer
 from calibrated_rewards.table.reference_table import ReferenceTable
 
 # `center_rewards_coefficient`: how much the sum of a pair counts beside its difference.

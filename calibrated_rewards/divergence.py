@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from calibrated_rewards.outcomes import Precision
-from calibrated_rewards.prompts import Prompt, start_of
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import (
+from calibrated_rewards.models.batches import Budget
+from calibrated_rewards.models.fingerprint import weights_of
+from calibrated_rewards.models.parts import (
     default_budget,
     device_of,
     dtype_of,
@@ -32,7 +31,8 @@ from calibrated_rewards.reading.body import (
     right_padded,
     unwrapped,
 )
-from calibrated_rewards.reading.fingerprint import weights_of
+from calibrated_rewards.outcomes import Precision
+from calibrated_rewards.prompts import Prompt, start_of
 from calibrated_rewards.samplers.continuous import ContinuousSampler
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.hf import HfSampler

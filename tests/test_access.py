@@ -9,10 +9,10 @@ from test_batches import Memory
 from tiny import PAD, VOCABULARY, causal, classifier, texts, tokenizer
 from torch import Tensor
 
-from calibrated_rewards.reading.access import Access
-from calibrated_rewards.reading.body import lock_of
-from calibrated_rewards.reading.decoder import Plain, Row
-from calibrated_rewards.reading.text import Text
+from calibrated_rewards.models.parts import lock_of
+from calibrated_rewards.models.reader import Access
+from calibrated_rewards.models.shared_prefix import Plain, Row
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.implicit import ImplicitReward
 
 IDS = [tokenizer()("a prompt that all share, " + text)["input_ids"] for text in texts(16, seed=3)]

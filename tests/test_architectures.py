@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny import BOS, EOS
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from calibrated_rewards.reading.body import positions_of
-from calibrated_rewards.reading.text import Text
+from calibrated_rewards.models.parts import positions_of
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.endings import Draft
 from calibrated_rewards.samplers.hf import HfSampler, Task

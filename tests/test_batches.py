@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
-from calibrated_rewards.reading.batches import Budget, progress
+from calibrated_rewards.models.batches import Budget, progress
 
 
 class Memory:

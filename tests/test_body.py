@@ -12,8 +12,9 @@ from tiny import BOS, VOCABULARY, causal, classifier, saved, tokenizer
 from torch import nn
 from transformers import AutoTokenizer
 
-from calibrated_rewards.reading import body
-from calibrated_rewards.reading.body import (
+from calibrated_rewards.models import parts as body
+from calibrated_rewards.models.fingerprint import config_digest, model_fingerprint, tokenizer_digest, weights_digest
+from calibrated_rewards.models.parts import (
     ANY_ID,
     body_of,
     check_vocabulary,
@@ -27,7 +28,6 @@ from calibrated_rewards.reading.body import (
     rope_turn,
     vocabulary,
 )
-from calibrated_rewards.reading.fingerprint import config_digest, model_fingerprint, tokenizer_digest, weights_digest
 
 
 @pytest.mark.parametrize("name", ALL)

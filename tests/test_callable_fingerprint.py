@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 
-from calibrated_rewards.scorers.callable_fingerprint import describe
+from calibrated_rewards.models.callable_fingerprint import describe
 from calibrated_rewards.scorers.differences import differences
 from calibrated_rewards.scorers.protocol import fingerprint
 

@@ -9,7 +9,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from calibrated_rewards.scorers.checkpoint import Checkpoint, checkpoint
+from calibrated_rewards.models.checkpoints import Checkpoint, checkpoint
 
 LAYERS = {f"model.layers.{i}.weight": torch.randn(4, 4) for i in range(5)}
 

@@ -20,8 +20,8 @@ from calibrated_rewards.cli import COMMANDS, FAILED, PASSED, UNUSABLE, main
 from calibrated_rewards.commands import check_scorer, evaluate
 from calibrated_rewards.commands.check_scorer import read_pairs
 from calibrated_rewards.commands.reward_model import add_arguments, labels, load, settings
-from calibrated_rewards.reading.labels import Difference, Expected, Label, Ordinal, Weighted
-from calibrated_rewards.reading.text import Text
+from calibrated_rewards.models.labels import Difference, Expected, Label, Ordinal, Weighted
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.cost import Cost
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.scorers.remote import Remote

@@ -25,7 +25,7 @@ from transformers import (
 from calibrated_rewards.checks.conformance import CHECKS, Check, Examination, answer, check_scorer
 from calibrated_rewards.checks.probes import QUESTIONS, everyday
 from calibrated_rewards.checks.subject import Outcome
-from calibrated_rewards.reading.text import Text
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.cost import Cost
 from calibrated_rewards.scorers.ensemble import Ensemble
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier

@@ -8,8 +8,8 @@ import tiny
 import torch
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from calibrated_rewards.reading.labels import Expected
-from calibrated_rewards.reading.text import Text, TruncationWarning
+from calibrated_rewards.models.labels import Expected
+from calibrated_rewards.models.text import Text, TruncationWarning
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder, flat
 
 SMALL: dict[str, Any] = {

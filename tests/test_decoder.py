@@ -11,9 +11,9 @@ from tiny import classifier, texts, tokenizer
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import body_of
-from calibrated_rewards.reading.decoder import Decoder, Plain, Row, Sharing, common_prefix, repeatable, repeated
+from calibrated_rewards.models.batches import Budget
+from calibrated_rewards.models.parts import body_of
+from calibrated_rewards.models.shared_prefix import Decoder, Plain, Row, Sharing, common_prefix, repeatable, repeated
 
 PREFIX = tokenizer()("the prompt that all completions have")["input_ids"]
 SUFFIXES = tokenizer()(texts(6, seed=4), add_special_tokens=False)["input_ids"]

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from scipy.special import log_expit, logit
 
 from calibrated_rewards.distil import CENTER, Pairs, calibrated_logits, distil, distillation_pairs
-from calibrated_rewards.reading.text import Text
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
 

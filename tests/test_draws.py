@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from calibrated_rewards.reading.draws import steady_draws
+from calibrated_rewards.models.unchanged import steady_draws
 
 
 def drawn() -> tuple[float, float]:

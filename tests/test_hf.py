@@ -21,8 +21,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from calibrated_rewards.reading.text import Text
-from calibrated_rewards.reading.unread import UnreadError
+from calibrated_rewards.models.text import Text
+from calibrated_rewards.models.unread import UnreadError
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.drawing import processors
 from calibrated_rewards.samplers.hf import HfSampler

@@ -11,8 +11,8 @@ import tiny
 import torch
 from tokenizers import models as tokenizer_models
 
-from calibrated_rewards.reading.next_token import LogProbability, logits_of
-from calibrated_rewards.reading.text import Text, TruncationWarning
+from calibrated_rewards.models.text import Text, TruncationWarning
+from calibrated_rewards.models.vocabulary_head import LogProbability, logits_of
 from calibrated_rewards.scorers.implicit import ImplicitReward
 
 

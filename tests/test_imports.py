@@ -454,7 +454,7 @@ def test_the_reader_of_imports_reads_all_of_them() -> None:
             "    def f(self):",
             "        import torch, calibrated_rewards.theory.bands",
             "from calibrated_rewards import scorers",
-            "from calibrated_rewards.reading.text import Text",
+            "from calibrated_rewards.models.text import Text",
         ]
     )
 

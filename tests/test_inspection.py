@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from calibrated_rewards.scorers.checkpoint import Checkpoint, checkpoint
-from calibrated_rewards.scorers.inspection import check_writes, is_encoder, kind_of, needs_code
+from calibrated_rewards.models.checkpoints import Checkpoint, check_writes, checkpoint, is_encoder, kind_of, needs_code
 
 ONE: dict[str, Any] = {"id2label": {"0": "good"}}
 TWO: dict[str, Any] = {}

@@ -10,9 +10,9 @@ import torch
 import transformers
 from tokenizers import processors
 
-from calibrated_rewards.reading.labels import Difference
-from calibrated_rewards.reading.question import conversation, filled
-from calibrated_rewards.reading.text import Text, TruncationWarning
+from calibrated_rewards.models.labels import Difference
+from calibrated_rewards.models.questions import conversation, filled
+from calibrated_rewards.models.text import Text, TruncationWarning
 from calibrated_rewards.scorers.judge import ExpectedRating, Judge
 from calibrated_rewards.scorers.loading import load_scorer
 

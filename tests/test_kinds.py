@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tiny
 
-from calibrated_rewards.reading.labels import Expected, Label
-from calibrated_rewards.reading.text import Text
-from calibrated_rewards.scorers.inspection import Kind
+from calibrated_rewards.models.checkpoints import Kind
+from calibrated_rewards.models.labels import Expected, Label
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.kinds import (
     CLASSES,
     check_labels,

@@ -1,6 +1,6 @@
 """What names of labels say of which is better."""
 
-from calibrated_rewards.reading.label_names import BAD, GOOD, find_number, find_side, find_values, is_unnamed
+from calibrated_rewards.models.label_names import BAD, GOOD, find_number, find_side, find_values, is_unnamed
 
 
 def test_no_word_says_both() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from calibrated_rewards.reading.labels import Difference, Expected, Label, Labels, Ordinal, Weighted
+from calibrated_rewards.models.labels import Difference, Expected, Label, Labels, Ordinal, Weighted
 
 LOGITS = np.random.default_rng(0).normal(scale=3, size=(50, 4)).astype(np.float32)
 TENSOR = torch.tensor(LOGITS, dtype=torch.float64)

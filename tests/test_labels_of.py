@@ -6,8 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibrated_rewards.reading.labels import Difference, Expected, Label, Labels, Ordinal, Weighted
-from calibrated_rewards.reading.labels_of import FIRST_PAIRS, apply_first_rules, labels_of, resolve_labels
+from calibrated_rewards.models.labels import (
+    FIRST_PAIRS,
+    Difference,
+    Expected,
+    Label,
+    Labels,
+    Ordinal,
+    Weighted,
+    apply_first_rules,
+    labels_of,
+    resolve_labels,
+)
 
 # Which is the better one is said by each of these pairs of names, good first: none but a few is in a list of pairs.
 GOOD_FIRST = [

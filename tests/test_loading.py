@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertForSequenceClassification, LlamaForTokenClassification
 
-from calibrated_rewards.reading.labels import Difference, Expected, Label, Ordinal
-from calibrated_rewards.reading.text import Text
+from calibrated_rewards.models.labels import Difference, Expected, Label, Ordinal
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.rewarding.spelling import read, spelled
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder
 from calibrated_rewards.scorers.implicit import ImplicitReward

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
 from transformers.utils import ModelOutput
 
-from calibrated_rewards.reading.labels import Label, Weighted
+from calibrated_rewards.models.labels import Label, Weighted
 from calibrated_rewards.scorers.multi_attribute import MultiAttribute
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 

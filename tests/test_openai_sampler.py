@@ -20,15 +20,14 @@ from typing import Any
 import pytest
 import tiny
 
-from calibrated_rewards.reading.text import Text
+from calibrated_rewards.models.http_client import Crew, Refused
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers import openai
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.openai import OpenAISampler
 from calibrated_rewards.samplers.openai_answer import FINISHES
 from calibrated_rewards.samplers.protocol import Particular, Rendering, Rollout, Sampler, sample
 from calibrated_rewards.scorers.protocol import Fingerprinted
-from calibrated_rewards.scorers.remote_crew import Crew
-from calibrated_rewards.scorers.remote_post import Refused
 
 CHAT = [{"role": "user", "content": "Hi"}]
 PLAIN = Decoding(max_tokens=8)

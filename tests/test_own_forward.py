@@ -10,8 +10,8 @@ from test_batches import Memory
 from tiny import EOS, PAD, texts, tokenizer
 from torch import Tensor, nn
 
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.own_forward import OwnForward, Precise, precise, taken
+from calibrated_rewards.models.batches import Budget
+from calibrated_rewards.models.own_forward import OwnForward, Precise, precise, taken
 
 ROWS = tokenizer()(texts(12, seed=5))["input_ids"]
 

@@ -12,11 +12,11 @@ from test_batches import Memory
 from tiny import EOS, PAD, VOCABULARY
 from torch import Tensor, nn
 
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import body_of
-from calibrated_rewards.reading.decoder import Decoder, Plain, Row
-from calibrated_rewards.reading.own_forward import OwnForward
-from calibrated_rewards.reading.padding import Padding, spread
+from calibrated_rewards.models.batches import Budget
+from calibrated_rewards.models.own_forward import OwnForward
+from calibrated_rewards.models.padding import Padding, spread
+from calibrated_rewards.models.parts import body_of
+from calibrated_rewards.models.shared_prefix import Decoder, Plain, Row
 
 LONG = {"max_position_embeddings": 514}
 

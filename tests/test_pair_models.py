@@ -10,7 +10,7 @@ from scipy.special import expit
 from tokenizers import processors
 from transformers import T5Config, T5ForConditionalGeneration
 
-from calibrated_rewards.reading.text import Text, TruncationWarning
+from calibrated_rewards.models.text import Text, TruncationWarning
 from calibrated_rewards.scorers.pair_models import RLHFLOW, STEAM_SHP, WHICH, PairClassifier, PairJudge
 from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, win_chances
 from calibrated_rewards.scorers.protocol import fingerprint

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from calibrated_rewards.commands import policy, reward_model
-from calibrated_rewards.reading.text import Text
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.openai import OpenAISampler

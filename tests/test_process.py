@@ -9,7 +9,7 @@ import tiny
 import torch
 import transformers
 
-from calibrated_rewards.reading.text import Text, TruncationWarning
+from calibrated_rewards.models.text import Text, TruncationWarning
 from calibrated_rewards.scorers.process import ProcessReward
 
 MARK = "[SEP]"

@@ -13,7 +13,7 @@ from transformers import BartConfig, BartForSequenceClassification
 
 from calibrated_rewards.amortised import fit
 from calibrated_rewards.amortised.prompt_features import PromptFeatures
-from calibrated_rewards.reading.text import Text, TruncationWarning
+from calibrated_rewards.models.text import Text, TruncationWarning
 from calibrated_rewards.scorers import load_scorer, score
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier

@@ -26,8 +26,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.calibrations import ZScore
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import id_key
-from calibrated_rewards.reading.text import Text
 from calibrated_rewards.recipes import command, grpo_plain, loop, opening, ppo, train_grpo, train_rloo
 from calibrated_rewards.recipes.model import reference_of, trainable
 from calibrated_rewards.recipes.raw import RawReward

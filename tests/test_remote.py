@@ -17,8 +17,8 @@ import pytest
 import tiny
 import torch
 
-from calibrated_rewards.reading.labels import Difference, Label
-from calibrated_rewards.reading.text import Text, TruncationWarning
+from calibrated_rewards.models.labels import Difference, Label
+from calibrated_rewards.models.text import Text, TruncationWarning
 from calibrated_rewards.scorers.protocol import fingerprint
 from calibrated_rewards.scorers.remote import Refused, Remote, asked_wait
 from calibrated_rewards.scorers.remote_dialects import Native, OpenRlhf

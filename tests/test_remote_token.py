@@ -9,13 +9,12 @@ import pytest
 from test_remote import QUICK, native, numbered, serving, status
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
+from calibrated_rewards.models.http_client import client
+from calibrated_rewards.models.server_address import POLICY_TOKEN, TOKEN, Address, token_for
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.openai import OpenAISampler
 from calibrated_rewards.scorers.remote import Refused, Remote
-from calibrated_rewards.scorers.remote_address import Address
 from calibrated_rewards.scorers.remote_dialects import Native
-from calibrated_rewards.scorers.remote_post import client
-from calibrated_rewards.scorers.remote_token import POLICY_TOKEN, TOKEN, token_for
 from calibrated_rewards.testing import NumberScorer
 
 SECRET = "s3cret-of-the-tests"

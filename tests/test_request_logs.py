@@ -14,8 +14,8 @@ import matplotlib
 import pytest
 from test_remote import QUICK, native, numbered, reset, serving, status
 
+from calibrated_rewards.models.server_address import shown
 from calibrated_rewards.scorers.remote import Remote
-from calibrated_rewards.scorers.remote_address import shown
 from calibrated_rewards.scorers.remote_dialects import Native
 from calibrated_rewards.scorers.remote_vllm import Vllm
 
@@ -61,7 +61,7 @@ RUN = """
     from calibrated_rewards.samplers.decoding import Decoding
     from calibrated_rewards.samplers.openai import OpenAISampler
     from calibrated_rewards.scorers.loading import load_scorer
-    from calibrated_rewards.scorers.pretrained import Placement
+    from calibrated_rewards.models.loading import Placement
     from calibrated_rewards.scorers.remote import Remote
     from calibrated_rewards.scorers.remote_dialects import Native
     from calibrated_rewards.scorers.remote_vllm import Vllm

@@ -2,7 +2,7 @@
 
 import pytest
 
-from calibrated_rewards.scorers.secret_names import is_secret, without_secrets
+from calibrated_rewards.models.server_address import is_secret, without_secrets
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,11 @@ from architectures import (
 from tiny import BOS, EOS, PAD, VOCABULARY, saved, texts, tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from calibrated_rewards.reading.body import positions_of
-from calibrated_rewards.reading.decoder import Decoder, Sharing
-from calibrated_rewards.reading.labels import Difference, Expected, Label
-from calibrated_rewards.reading.own_forward import OwnForward
-from calibrated_rewards.reading.text import Text, TruncationWarning
+from calibrated_rewards.models.labels import Difference, Expected, Label
+from calibrated_rewards.models.own_forward import OwnForward
+from calibrated_rewards.models.parts import positions_of
+from calibrated_rewards.models.shared_prefix import Decoder, Sharing
+from calibrated_rewards.models.text import Text, TruncationWarning
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 
 # The issue's bar: parts of the scores' standard deviation, in float32.

@@ -10,9 +10,9 @@ import tiny
 import torch
 from torch import nn
 
-from calibrated_rewards.reading.labels import Label
-from calibrated_rewards.reading.text import Text
-from calibrated_rewards.scorers.checkpoint import checkpoint
+from calibrated_rewards.models.checkpoints import checkpoint
+from calibrated_rewards.models.labels import Label
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.scorers.shared_base import SharedBase
 from calibrated_rewards.scorers.value_head import head_from

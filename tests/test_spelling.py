@@ -9,14 +9,13 @@ import torch
 
 from calibrated_rewards import BestOf, Exponential, Log, Tabulated, optimum, scaled
 from calibrated_rewards.combined import WeightedMean
-from calibrated_rewards.reading.labels import Expected
-from calibrated_rewards.reading.text import Text
+from calibrated_rewards.models.labels import Expected
+from calibrated_rewards.models.loading import Loaded, Placement
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.rewarding.spelling import NeedsTrust, read, spelled
 from calibrated_rewards.scorers.cost import Cost
 from calibrated_rewards.scorers.ensemble import Ensemble, Min
 from calibrated_rewards.scorers.loading import FromCheckpoint
-from calibrated_rewards.scorers.pretrained import Placement
-from calibrated_rewards.scorers.recipe import Loaded
 from calibrated_rewards.scorers.remote import Remote
 from calibrated_rewards.scorers.remote_dialects import Native
 from calibrated_rewards.scorers.remote_vllm import Vllm

@@ -13,10 +13,10 @@ from architectures import ENCODERS, SEQ2SEQ, Architecture
 from tiny import BOS, EOS, PAD, VOCABULARY, classifier
 from torch import Tensor, nn
 
-from calibrated_rewards.reading import state
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.own_forward import OwnForward
-from calibrated_rewards.reading.state import unchanging
+from calibrated_rewards.models import unchanged as state
+from calibrated_rewards.models.batches import Budget
+from calibrated_rewards.models.own_forward import OwnForward
+from calibrated_rewards.models.unchanged import unchanging
 
 SPARSE = {"block_size": 4, "num_random_blocks": 1, "attention_type": "block_sparse"}
 # Up to 7 blocks attention is full.

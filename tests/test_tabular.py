@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.estimates import Samples
 from calibrated_rewards.evaluation import win_rate
-from calibrated_rewards.reading.text import Text
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.recipes import grpo_plain, ppo
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.decoding import Decoding

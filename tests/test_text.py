@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, strategies as st
 from tiny import BOS, EOS, TEMPLATE, texts, tokenizer
 
-from calibrated_rewards.reading.text import NO_LIMIT, Text, TruncationWarning, kept
+from calibrated_rewards.models.text import NO_LIMIT, Text, TruncationWarning, kept
 
 USER, ASSISTANT, END, SEP = 4, 5, 6, 7
 TOOLS = (
@@ -341,7 +341,7 @@ def test_a_tokenizer_that_somebody_else_uses() -> None:
 
 def test_every_call_that_cuts_says_so() -> None:
     """Under Python's own filters, each time: the default would show the same warning once."""
-    code = "from calibrated_rewards.reading.text import Text\nfor _ in range(3): Text().report([9, 3], 5)"
+    code = "from calibrated_rewards.models.text import Text\nfor _ in range(3): Text().report([9, 3], 5)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
 
     assert done.stderr.count("1 of 2 inputs are longer than max_length=5 (longest: 9)") == 3

@@ -9,8 +9,8 @@ import pytest
 import tiny
 import torch
 
-from calibrated_rewards.reading.text import Text
-from calibrated_rewards.scorers.inspection import Kind
+from calibrated_rewards.models.checkpoints import Kind
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.scorers.protocol import fingerprint
 from calibrated_rewards.scorers.token_logit import TokenLogit

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.faithful.check import check_settings
-from calibrated_rewards.reading.text import Text
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.recipes import train_grpo, train_rloo, trl_run
 from calibrated_rewards.recipes.model import contiguous_head, trainable
 from calibrated_rewards.recipes.raw import RawReward

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from calibrated_rewards.reading.text import Text
-from calibrated_rewards.scorers.checkpoint import checkpoint
+from calibrated_rewards.models.checkpoints import checkpoint
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.value_head import ValueHead, head_from
 
 

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, strategies as st
 from peft import LoraConfig, get_peft_model
 
-from calibrated_rewards.reading.text import Text
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.protocol import Particular, Rendering, Rollout, Sampler, sample, seeds_of
 from calibrated_rewards.samplers.vllm import VllmSampler

@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
-from calibrated_rewards.reading.text import Text
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.recipes import command, grpo_plain, loop, ppo, train_rloo
 from calibrated_rewards.recipes.together import Together
 from calibrated_rewards.rollouts.sources import Asked

@@ -10,7 +10,7 @@ from calibrated_rewards.commands.numbers import Real, Whole
 from calibrated_rewards.samplers.decoding import Decoding
 
 if TYPE_CHECKING:
-    from calibrated_rewards.reading.text import Text
+    from calibrated_rewards.models.text import Text
     from calibrated_rewards.samplers.protocol import Sampler
 
 ENGINES = ("hf", "continuous", "vllm", "openai")
@@ -163,13 +163,13 @@ def _text(options: argparse.Namespace) -> "Text | None":
     """How prompts become tokens, if anything was said about it."""
     if options.policy_chat_template is None:
         return None
-    from calibrated_rewards.reading.text import Text
+    from calibrated_rewards.models.text import Text
 
     return Text(template=reward_model.read_text(options.policy_chat_template, "--policy-chat-template"))
 
 
 def _shown(options: argparse.Namespace) -> str:
     """Without what may be secret in a URL."""
-    from calibrated_rewards.scorers.remote_address import shown
+    from calibrated_rewards.models.server_address import shown
 
     return shown(options.policy) if server.is_url(options.policy) else str(options.policy)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.commands import server
 from calibrated_rewards.commands.numbers import Whole
-from calibrated_rewards.reading.labels import Difference, Expected, Label, Labels, Ordinal, Weighted
+from calibrated_rewards.models.labels import Difference, Expected, Label, Labels, Ordinal, Weighted
 from calibrated_rewards.scorers.cost import Cost
 
 if TYPE_CHECKING:
-    from calibrated_rewards.reading.text import Text
+    from calibrated_rewards.models.text import Text
     from calibrated_rewards.scorers.protocol import Scorer
 
 
@@ -124,7 +124,7 @@ def named(setting: str) -> tuple[str, Any]:
 
 def text(max_length: int | None, template: Path | None) -> "Text | None":
     """How text becomes tokens, if anything was said about it."""
-    from calibrated_rewards.reading.text import Text
+    from calibrated_rewards.models.text import Text
 
     if max_length is None and template is None:
         return None

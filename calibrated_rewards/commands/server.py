@@ -4,11 +4,11 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from calibrated_rewards.models.server_address import is_variable
 from calibrated_rewards.scorers.cost import Cost
-from calibrated_rewards.scorers.remote_address import is_variable
 
 if TYPE_CHECKING:
-    from calibrated_rewards.reading.text import Text
+    from calibrated_rewards.models.text import Text
     from calibrated_rewards.scorers.protocol import Scorer
     from calibrated_rewards.scorers.remote import Remote
 
@@ -50,8 +50,8 @@ def check_local(options: argparse.Namespace) -> None:
 
 def load(options: argparse.Namespace, text: "Text | None") -> "Remote":
     """The scorer that asks the server; the environment's token, if it is for that server."""
+    from calibrated_rewards.models.server_address import token_for
     from calibrated_rewards.scorers.remote import Remote
-    from calibrated_rewards.scorers.remote_token import token_for
 
     refuse(options, LOADING, "the server loads the model")
     return Remote(options.reward_model, dialect(options, text), token=token_for(options.reward_model))
@@ -99,7 +99,7 @@ def dialect(options: argparse.Namespace, text: "Text | None") -> Any:
 
 def _name_in(url: str) -> str:
     """What a model is called that only its url names."""
-    from calibrated_rewards.scorers.remote_address import HIDDEN, shown
+    from calibrated_rewards.models.server_address import HIDDEN, shown
 
     if HIDDEN in shown(url):
         raise ValueError(f"{shown(url)} may have a token in its path, so it names no model: say --served-model NAME")

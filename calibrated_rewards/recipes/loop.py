@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from calibrated_rewards.files import Message, setting as given
+from calibrated_rewards.models.parts import device_of
 from calibrated_rewards.prompts import Prompt
-from calibrated_rewards.reading.body import device_of
 from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.endings import Draft
 from calibrated_rewards.samplers.policy import Policy

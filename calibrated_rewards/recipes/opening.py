@@ -15,9 +15,9 @@ import torch
 
 from calibrated_rewards.commands.saved_reward import open_reward
 from calibrated_rewards.files import Message, setting as given
+from calibrated_rewards.models.fingerprint import tokenizer_digest, weights_digest, weights_of
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import as_key, id_key, start_of
-from calibrated_rewards.reading.fingerprint import tokenizer_digest, weights_digest, weights_of
-from calibrated_rewards.reading.text import Text
 from calibrated_rewards.recipes.model import place_of
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward import CalibratedReward

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from calibrated_rewards.models.text import answer, plain_messages
 from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.reading.messages import answer, plain_messages
 from calibrated_rewards.scorers.protocol import reads_messages
 
 Kind = Literal["text", "messages", "both"]

@@ -5,8 +5,8 @@ import re
 from hashlib import blake2b
 from typing import Any
 
+from calibrated_rewards.models.loading import Loaded
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint
-from calibrated_rewards.scorers.recipe import Loaded
 from calibrated_rewards.theory.optimum import Optimal
 from calibrated_rewards.theory.transforms import Affine, Chain, Transform
 

@@ -24,8 +24,8 @@ from uuid import uuid4
 import numpy as np
 from jaxtyping import Int64
 
+from calibrated_rewards.models.text import plain_messages
 from calibrated_rewards.prompts import Prompt
-from calibrated_rewards.reading.messages import plain_messages
 from calibrated_rewards.table.reference_table import ReferenceTable
 
 

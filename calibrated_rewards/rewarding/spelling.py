@@ -21,9 +21,7 @@ from typing import Any
 import numpy as np
 
 from calibrated_rewards.files import import_function
-from calibrated_rewards.scorers.remote_address import check_saved, named
-from calibrated_rewards.scorers.remote_token import token_for
-from calibrated_rewards.scorers.secret_names import is_secret
+from calibrated_rewards.models.server_address import check_saved, is_secret, named, token_for
 from calibrated_rewards.theory.transforms import Chain
 
 OURS = "calibrated_rewards."

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from calibrated_rewards.models.text import plain_messages
 from calibrated_rewards.prompts import Prompt
-from calibrated_rewards.reading.messages import plain_messages
 from calibrated_rewards.table.reference_table import ReferenceTable
 
 _SPECIAL = re.compile(r"^(<[^<>\s]{1,30}>|\[[A-Z]{2,8}\])+")

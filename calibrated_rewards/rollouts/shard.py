@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
+from calibrated_rewards.models.text import plain_messages
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reading.messages import plain_messages
 from calibrated_rewards.samplers.protocol import Rollout
 
 

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float32
 
+from calibrated_rewards.models.text import plain_messages
 from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.reading.messages import plain_messages
 from calibrated_rewards.rollouts.shard import Planned, Shard, State, empty
 from calibrated_rewards.samplers.protocol import Rollout
 

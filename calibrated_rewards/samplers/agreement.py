@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibrated_rewards.reading.body import device_of, dtype_of, vocabulary
-from calibrated_rewards.reading.unread import reading_errors
+from calibrated_rewards.models.parts import device_of, dtype_of, vocabulary
+from calibrated_rewards.models.unread import reading_errors
 from calibrated_rewards.samplers.drawing import ADVICE
 from calibrated_rewards.samplers.rows import Reader, contiguous_input
 

@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from calibrated_rewards.models.parts import for_scoring, lock_of, unwrapped
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt, start_of
-from calibrated_rewards.reading.body import for_scoring, lock_of, unwrapped
-from calibrated_rewards.reading.text import Text
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.endings import Draft
 from calibrated_rewards.samplers.policy import Policy

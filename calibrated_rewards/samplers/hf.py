@@ -10,18 +10,11 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from tqdm import tqdm
 
+from calibrated_rewards.models.batches import PATIENCE, Budget
+from calibrated_rewards.models.parts import default_budget, device_of, for_scoring, lock_of, unwrapped, vocabulary
+from calibrated_rewards.models.text import Text
+from calibrated_rewards.models.unread import UnreadError
 from calibrated_rewards.prompts import Prompt, start_of
-from calibrated_rewards.reading.batches import PATIENCE, Budget
-from calibrated_rewards.reading.body import (
-    default_budget,
-    device_of,
-    for_scoring,
-    lock_of,
-    unwrapped,
-    vocabulary,
-)
-from calibrated_rewards.reading.text import Text
-from calibrated_rewards.reading.unread import UnreadError
 from calibrated_rewards.samplers.agreement import Route, check_causal
 from calibrated_rewards.samplers.cache import bytes_of
 from calibrated_rewards.samplers.decoding import Decoding

@@ -10,16 +10,21 @@ from typing import Any, Literal, TypeAlias, get_args
 import transformers
 
 from calibrated_rewards.files import Message, setting
+from calibrated_rewards.models.checkpoints import (
+    Checkpoint,
+    architecture,
+    check_writes,
+    checkpoint,
+    is_encoder,
+    needs_code,
+)
+from calibrated_rewards.models.loading import LOADING, Placement, Source, source
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt
-from calibrated_rewards.reading.text import Text
 from calibrated_rewards.samplers.continuous import ContinuousSampler
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Rollout, Sampler, Seeds
-from calibrated_rewards.scorers.checkpoint import Checkpoint, checkpoint
-from calibrated_rewards.scorers.inspection import architecture, check_writes, is_encoder, needs_code
-from calibrated_rewards.scorers.pretrained import Placement, Source, source
-from calibrated_rewards.scorers.recipe import LOADING
 
 logger = logging.getLogger(__name__)
 

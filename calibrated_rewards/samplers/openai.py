@@ -10,19 +10,23 @@ from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
+from calibrated_rewards.models.batches import PATIENCE
+from calibrated_rewards.models.http_client import Crew, Post, Refused, check_numbers, client, text_fingerprint
+from calibrated_rewards.models.server_address import (
+    POLICY_TOKEN,
+    Address,
+    named,
+    shown,
+    split,
+    token_for,
+    without_secrets,
+)
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt, start_of
-from calibrated_rewards.reading.batches import PATIENCE
-from calibrated_rewards.reading.text import Text
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.logprob import of_the_draw
 from calibrated_rewards.samplers.openai_answer import SEEDS, asking, rollouts, settings
 from calibrated_rewards.samplers.protocol import Rollout, Seeds
-from calibrated_rewards.scorers.remote_address import Address, named, shown, split
-from calibrated_rewards.scorers.remote_crew import Crew
-from calibrated_rewards.scorers.remote_post import Post, Refused, check_numbers, client
-from calibrated_rewards.scorers.remote_text import text_fingerprint
-from calibrated_rewards.scorers.remote_token import POLICY_TOKEN, token_for
-from calibrated_rewards.scorers.secret_names import without_secrets
 
 TOKEN, OPENAI_TOKEN = POLICY_TOKEN, "OPENAI_API_KEY"
 Job: TypeAlias = tuple[int, Sequence[int]]

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from calibrated_rewards.models.fingerprint import model_fingerprint
+from calibrated_rewards.models.parts import check_vocabulary, lock_of, positions_of, unwrapped
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt, start_of
-from calibrated_rewards.reading.body import check_vocabulary, lock_of, positions_of, unwrapped
-from calibrated_rewards.reading.fingerprint import model_fingerprint
-from calibrated_rewards.reading.text import Text
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.endings import Endings, end_ids
 

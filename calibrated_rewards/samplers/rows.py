@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from calibrated_rewards.reading.body import device_of, rope_turn
-from calibrated_rewards.reading.unread import reading_errors
+from calibrated_rewards.models.parts import device_of, rope_turn
+from calibrated_rewards.models.unread import reading_errors
 from calibrated_rewards.samplers.cache import choose, is_roomy, roomy
 
 # What models call the cache that they take and return; recurrent ones have names of their own.

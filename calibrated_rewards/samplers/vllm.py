@@ -9,18 +9,17 @@ from typing import Any
 
 from tqdm import tqdm
 
+from calibrated_rewards.models.batches import PATIENCE
+from calibrated_rewards.models.checkpoints import Checkpoint, architecture, check_writes, checkpoint
+from calibrated_rewards.models.fingerprint import tokenizer_digest
+from calibrated_rewards.models.loading import SHORT
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt, start_of
-from calibrated_rewards.reading.batches import PATIENCE
-from calibrated_rewards.reading.fingerprint import tokenizer_digest
-from calibrated_rewards.reading.text import Text
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.endings import Draft, Endings
 from calibrated_rewards.samplers.logprob import of_the_draw
 from calibrated_rewards.samplers.protocol import Rollout, Seeds
 from calibrated_rewards.samplers.vllm_engine import Engine, Running
-from calibrated_rewards.scorers.checkpoint import Checkpoint, checkpoint
-from calibrated_rewards.scorers.inspection import architecture, check_writes
-from calibrated_rewards.scorers.pretrained import SHORT
 
 # What of a `Text` becomes a prompt's tokens.
 READ = ("chat", "template", "template_options", "special_tokens", "today")

@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 from jaxtyping import Float32
 
+from calibrated_rewards.models.fingerprint import model_fingerprint
+from calibrated_rewards.models.labels import Labels, labels_of
+from calibrated_rewards.models.loading import in_memory
+from calibrated_rewards.models.own_forward import OwnForward, check_reads
+from calibrated_rewards.models.parts import vocabulary
+from calibrated_rewards.models.reader import Access
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reading.access import Access
-from calibrated_rewards.reading.body import vocabulary
-from calibrated_rewards.reading.fingerprint import model_fingerprint
-from calibrated_rewards.reading.labels import Labels
-from calibrated_rewards.reading.labels_of import labels_of
-from calibrated_rewards.reading.own_forward import OwnForward
-from calibrated_rewards.reading.text import Text
-from calibrated_rewards.reading.trial import check_reads
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
-from calibrated_rewards.scorers.recipe import in_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

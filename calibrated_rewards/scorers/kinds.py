@@ -9,11 +9,11 @@ from typing import Any, cast, get_args
 import numpy as np
 
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.reading.labels import Label, Labels
-from calibrated_rewards.reading.text import Text
+from calibrated_rewards.models.checkpoints import Kind
+from calibrated_rewards.models.labels import Label, Labels
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder
 from calibrated_rewards.scorers.implicit import ImplicitReward
-from calibrated_rewards.scorers.inspection import Kind
 from calibrated_rewards.scorers.judge import ExpectedRating, Judge
 from calibrated_rewards.scorers.multi_attribute import MultiAttribute
 from calibrated_rewards.scorers.process import ProcessReward
@@ -71,7 +71,7 @@ def text_of(text: Any, options: Mapping[str, Any]) -> Text | None:
     if text is not None and settings:
         raise TypeError(f"load_scorer takes text= or {', '.join(settings)}, got both: put them into Text(...)")
     if text is not None and not isinstance(text, Text):
-        raise TypeError(f"load_scorer needs text= Text(...) of calibrated_rewards.reading.text, got text={text!r}")
+        raise TypeError(f"load_scorer needs text= Text(...) of calibrated_rewards.models.text, got text={text!r}")
     return Text(**settings) if settings else text
 
 
@@ -88,7 +88,7 @@ def labels_from(given: Any) -> Labels | None:
     except TypeError:
         wanted = "Label(i), Difference(good, bad), Expected(values), Ordinal() or Weighted(weights)"
         raise TypeError(
-            f"load_scorer needs labels= {wanted} of calibrated_rewards.reading.labels, got labels={given!r}"
+            f"load_scorer needs labels= {wanted} of calibrated_rewards.models.labels, got labels={given!r}"
         ) from None
 
 

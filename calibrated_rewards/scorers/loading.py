@@ -9,21 +9,22 @@ from typing import Any
 import transformers
 
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.reading.labels import Labels
-from calibrated_rewards.reading.labels_of import FIRST_RULES, RULES, apply_first_rules, resolve_labels
-from calibrated_rewards.reading.text import Text
-from calibrated_rewards.scorers.checkpoint import checkpoint
-from calibrated_rewards.scorers.cost import Cost
-from calibrated_rewards.scorers.inspection import (
+from calibrated_rewards.models.checkpoints import (
     Kind,
     architecture,
     check_writes,
+    checkpoint,
     classifies,
     is_encoder_decoder,
     kind_of,
     needs_code,
     parse_config,
 )
+from calibrated_rewards.models.labels import FIRST_RULES, RULES, Labels, apply_first_rules, resolve_labels
+from calibrated_rewards.models.loading import Loaded, Placement, Source, check_same_tokens, source
+from calibrated_rewards.models.server_address import shown
+from calibrated_rewards.models.text import Text
+from calibrated_rewards.scorers.cost import Cost
 from calibrated_rewards.scorers.kinds import (
     CLASSES,
     TEXT,
@@ -36,9 +37,6 @@ from calibrated_rewards.scorers.kinds import (
     taken,
     text_of,
 )
-from calibrated_rewards.scorers.pretrained import Placement, Source, check_same_tokens, source
-from calibrated_rewards.scorers.recipe import Loaded
-from calibrated_rewards.scorers.remote_address import shown
 
 logger = logging.getLogger(__name__)
 

@@ -10,16 +10,16 @@ import torch
 from jaxtyping import Float64
 from scipy.special import expit
 
+from calibrated_rewards.models.fingerprint import model_fingerprint
+from calibrated_rewards.models.first_token import is_encoder_decoder, read_first_token
+from calibrated_rewards.models.loading import in_memory
+from calibrated_rewards.models.questions import conversation, filled, one_token
+from calibrated_rewards.models.reader import Access
+from calibrated_rewards.models.shared_prefix import Row
+from calibrated_rewards.models.text import Text, kept
+from calibrated_rewards.models.vocabulary_head import Logits, logits_of
 from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.reading.access import Access
-from calibrated_rewards.reading.decoder import Row
-from calibrated_rewards.reading.fingerprint import model_fingerprint
-from calibrated_rewards.reading.first_token import is_encoder_decoder, read_first_token
-from calibrated_rewards.reading.next_token import Logits, logits_of
-from calibrated_rewards.reading.question import conversation, filled, one_token
-from calibrated_rewards.reading.text import Text, kept
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, finite, name_of, paired, score
-from calibrated_rewards.scorers.recipe import in_memory
 from calibrated_rewards.scorers.serial import is_thread_safe
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class PairClassifier:
 
         "<|source|>{prompt}[SEP][CLS]<|candidate1|>{first}[SEP][CLS]<|candidate2|>{second}"
 
-    A chat is written out as text, see `calibrated_rewards.reading.question.conversation`.
+    A chat is written out as text, see `calibrated_rewards.models.questions.conversation`.
     """
 
     scorer: Scorer

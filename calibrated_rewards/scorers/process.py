@@ -11,19 +11,18 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from calibrated_rewards.files import Message, setting
+from calibrated_rewards.models.fingerprint import model_fingerprint
+from calibrated_rewards.models.label_names import find_side, find_values, is_unnamed
+from calibrated_rewards.models.labels import order_names
+from calibrated_rewards.models.loading import in_memory
+from calibrated_rewards.models.parts import heads_of
+from calibrated_rewards.models.questions import filled, one_token
+from calibrated_rewards.models.reader import Access
+from calibrated_rewards.models.shared_prefix import Head, Plain, Row, cut, group_of, starts
+from calibrated_rewards.models.text import Text
+from calibrated_rewards.models.vocabulary_head import check_head, logits_of
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
-from calibrated_rewards.reading.access import Access
-from calibrated_rewards.reading.body import heads_of
-from calibrated_rewards.reading.completion_tokens import cut, starts
-from calibrated_rewards.reading.decoder import Head, Plain, Row, group_of
-from calibrated_rewards.reading.fingerprint import model_fingerprint
-from calibrated_rewards.reading.label_names import find_side, find_values, is_unnamed
-from calibrated_rewards.reading.labels_of import order_names
-from calibrated_rewards.reading.next_token import check_head, logits_of
-from calibrated_rewards.reading.question import filled, one_token
-from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
-from calibrated_rewards.scorers.recipe import in_memory
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
+from calibrated_rewards.models.callable_fingerprint import describe
 from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.scorers.callable_fingerprint import describe
 from calibrated_rewards.scorers.serial import is_thread_safe, lock_for
 
 TEXTS_OF_CHATS = (

@@ -13,9 +13,10 @@ from jaxtyping import Float32
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reading.batches import Budget, progress
-from calibrated_rewards.reading.body import (
+from calibrated_rewards.models.batches import Budget, progress
+from calibrated_rewards.models.fingerprint import model_fingerprint
+from calibrated_rewards.models.loading import in_memory
+from calibrated_rewards.models.parts import (
     check_vocabulary,
     default_budget,
     device_of,
@@ -24,12 +25,11 @@ from calibrated_rewards.reading.body import (
     positions_of,
     unwrapped,
 )
-from calibrated_rewards.reading.fingerprint import model_fingerprint
-from calibrated_rewards.reading.question import Question
-from calibrated_rewards.reading.text import Text
+from calibrated_rewards.models.questions import Question
+from calibrated_rewards.models.text import Text
+from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.judge import HOW_GOOD
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
-from calibrated_rewards.scorers.recipe import in_memory
 
 NUMBER = r"(?<![\w.])(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*\d+(?:\.\d+)?)?"
 """A number; of "8/10" and "8 out of 10" the 8, of "GPT4" none."""

@@ -9,13 +9,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
+from calibrated_rewards.models.batches import progress
+from calibrated_rewards.models.http_client import Crew, Post, Refused, asked_wait, check_numbers, client
+from calibrated_rewards.models.server_address import Address, named, shown
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reading.batches import progress
 from calibrated_rewards.scorers.protocol import paired
-from calibrated_rewards.scorers.remote_address import Address, named, shown
-from calibrated_rewards.scorers.remote_crew import Crew
-from calibrated_rewards.scorers.remote_post import Post, Refused, check_numbers, client
-from calibrated_rewards.scorers.remote_retry import asked_wait
 
 __all__ = ["Asking", "Dialect", "Refused", "Remote", "asked_wait"]
 

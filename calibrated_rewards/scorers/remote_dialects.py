@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from calibrated_rewards.models.http_client import check_plain, numbers, text_fingerprint
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.plain import plain
-from calibrated_rewards.scorers.remote_text import check_plain, numbers, text_fingerprint
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ from jaxtyping import Float32, Float64
 from scipy.special import logit
 
 from calibrated_rewards.files import Message, setting
+from calibrated_rewards.models.http_client import check_plain, numbers, text_fingerprint
+from calibrated_rewards.models.label_names import find_side
+from calibrated_rewards.models.labels import Labels, labels_of
+from calibrated_rewards.models.server_address import without_secrets
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.reading.label_names import find_side
-from calibrated_rewards.reading.labels import Labels
-from calibrated_rewards.reading.labels_of import labels_of
-from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.plain import plain
-from calibrated_rewards.scorers.remote_text import check_plain, numbers, text_fingerprint
-from calibrated_rewards.scorers.secret_names import without_secrets
 from calibrated_rewards.scorers.serial import lock_for
 
 

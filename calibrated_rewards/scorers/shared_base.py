@@ -11,16 +11,22 @@ import torch
 from jaxtyping import Float32
 from torch import nn
 
+from calibrated_rewards.models.fingerprint import (
+    adapter_layers,
+    config_digest,
+    settings_digest,
+    tokenizer_digest,
+    weights_digest,
+    weights_with,
+)
+from calibrated_rewards.models.labels import Difference, Label, Labels
+from calibrated_rewards.models.loading import in_memory
+from calibrated_rewards.models.parts import body_of, dtype_of
+from calibrated_rewards.models.reader import Access
+from calibrated_rewards.models.shared_prefix import Plain, Row, group_of
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reading.access import Access
-from calibrated_rewards.reading.adapters import adapter_layers, settings_digest, weights_with
-from calibrated_rewards.reading.body import body_of, dtype_of
-from calibrated_rewards.reading.decoder import Plain, Row, group_of
-from calibrated_rewards.reading.fingerprint import config_digest, tokenizer_digest, weights_digest
-from calibrated_rewards.reading.labels import Difference, Label, Labels
-from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
-from calibrated_rewards.scorers.recipe import in_memory
 from calibrated_rewards.scorers.value_head import beside
 
 if TYPE_CHECKING:

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
+from calibrated_rewards.models.fingerprint import model_fingerprint
+from calibrated_rewards.models.loading import in_memory
+from calibrated_rewards.models.parts import vocabulary
+from calibrated_rewards.models.reader import Access
+from calibrated_rewards.models.shared_prefix import Row, group_of
+from calibrated_rewards.models.text import Text
+from calibrated_rewards.models.vocabulary_head import Logits, logits_of
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reading.access import Access
-from calibrated_rewards.reading.body import vocabulary
-from calibrated_rewards.reading.decoder import Row, group_of
-from calibrated_rewards.reading.fingerprint import model_fingerprint
-from calibrated_rewards.reading.next_token import Logits, logits_of
-from calibrated_rewards.reading.text import Text
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
-from calibrated_rewards.scorers.recipe import in_memory
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,15 +12,15 @@ import torch
 from jaxtyping import Float32
 from torch import nn
 
+from calibrated_rewards.models.checkpoints import Checkpoint
+from calibrated_rewards.models.fingerprint import model_fingerprint, weights_digest
+from calibrated_rewards.models.loading import in_memory
+from calibrated_rewards.models.parts import body_of
+from calibrated_rewards.models.reader import Access
+from calibrated_rewards.models.shared_prefix import Plain, Row, group_of
+from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reading.access import Access
-from calibrated_rewards.reading.body import body_of
-from calibrated_rewards.reading.decoder import Plain, Row, group_of
-from calibrated_rewards.reading.fingerprint import model_fingerprint, weights_digest
-from calibrated_rewards.reading.text import Text
-from calibrated_rewards.scorers.checkpoint import Checkpoint
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
-from calibrated_rewards.scorers.recipe import in_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

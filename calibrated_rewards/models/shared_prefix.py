@@ -1,4 +1,6 @@
-"""A decoder read at chosen tokens: body, then a float32 head; rows that begin alike share their prefix's KV cache."""
+"""A decoder read at chosen tokens: body, then a float32 head; rows that begin alike share their prefix's KV cache.
+
+Which tokens of an input are the completion's, and where they are once the input is cut."""
 
 import copy
 import inspect
@@ -6,7 +8,7 @@ import logging
 import math
 import threading
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -15,9 +17,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from calibrated_rewards.prompts import Prompt, prompt_key
-from calibrated_rewards.reading.batches import Budget, progress
-from calibrated_rewards.reading.body import (
+from calibrated_rewards.models.batches import Budget, progress
+from calibrated_rewards.models.padding import Comparison, Padding, Rounding, moved_by_rounding, stacked
+from calibrated_rewards.models.parts import (
     check_vocabulary,
     device_of,
     for_scoring,
@@ -25,10 +27,10 @@ from calibrated_rewards.reading.body import (
     right_padded,
     rope_turn,
 )
-from calibrated_rewards.reading.padding import Comparison, Padding, stacked
-from calibrated_rewards.reading.rounding import Rounding, moved_by_rounding
-from calibrated_rewards.reading.state import StateKeeper
-from calibrated_rewards.reading.unread import RAISED, UnreadError, reading_errors
+from calibrated_rewards.models.text import Text, kept
+from calibrated_rewards.models.unchanged import StateKeeper
+from calibrated_rewards.models.unread import RAISED, UnreadError, reading_errors
+from calibrated_rewards.prompts import Prompt, prompt_key
 
 logger = logging.getLogger(__name__)
 
@@ -305,3 +307,29 @@ def _grouped(groups: Sequence[Hashable]) -> list[list[int]]:
 def _fill(found: list[Tensor | None], at: Sequence[int], tensors: Sequence[Tensor]) -> None:
     for i, tensor in zip(at, tensors, strict=True):
         found[i] = tensor
+
+
+def starts(text: Text, tokenizer: Any, prompts: Sequence[Prompt], rows: Sequence[list[int]]) -> list[int]:
+    """How many tokens of each whole input come before its completion: those that it shares with its prompt's opening.
+
+    Where the tokenizer merges the prompt's end with the completion's beginning, the merged token is the completion's.
+    """
+    distinct = {group_of(prompt): prompt for prompt in prompts}
+    openings = {key: text.opening(tokenizer, prompt) for key, prompt in distinct.items()}
+    # An empty prompt may have no tokens at all, which is no input.
+    told = {key: opening for key, opening in openings.items() if opening[0]}
+    ids = replace(text, append_eos=False).tokens(tokenizer, list(told.values()))
+    opened = dict(zip(told, ids, strict=True))
+    pairs = zip(rows, map(group_of, prompts), strict=True)
+    return [common_prefix([row, opened.get(key, [])]) for row, key in pairs]
+
+
+def cut(row: list[int], limit: int, tokenizer: Any) -> tuple[list[int], int]:
+    """The tokens that the model reads, and how many are left out: what stood at p, if it is there, stands at p - out.
+
+    >>> from types import SimpleNamespace
+    >>> cut([0, 5, 6, 7, 8], 3, SimpleNamespace(bos_token_id=0, cls_token_id=None))
+    ([0, 7, 8], 2)
+    """
+    read = kept(row, limit, tokenizer)
+    return read, len(row) - len(read)

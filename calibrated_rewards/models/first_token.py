@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibrated_rewards.reading.access import Access
-from calibrated_rewards.reading.body import in_float32, unwrapped
-from calibrated_rewards.reading.own_forward import precise
+from calibrated_rewards.models.own_forward import precise
+from calibrated_rewards.models.parts import in_float32, unwrapped
+from calibrated_rewards.models.reader import Access
 
 
 class FirstToken(nn.Module):

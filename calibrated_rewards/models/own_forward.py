@@ -1,10 +1,14 @@
-"""A model read through its own forward, head in float32: encoders, encoder-decoders, all that is built otherwise."""
+"""A model read through its own forward, head in float32: encoders, encoder-decoders, all that is built otherwise.
+
+Run heads in float32 where a model's own code allows it; the first real inputs show whether it does.
+
+Made-up tokens that a model reads once, so that one that cannot be used is refused before its first text."""
 
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,21 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.reading.batches import Budget, progress
-from calibrated_rewards.reading.body import (
+from calibrated_rewards.models.batches import Budget, progress
+from calibrated_rewards.models.padding import Comparison, Padding
+from calibrated_rewards.models.parts import (
+    body_of,
     check_vocabulary,
     device_of,
+    dtype_of,
     for_scoring,
     full_attention_up_to,
     heads_of,
     in_float32,
     right_padded,
     rope_turn,
+    vocabulary,
 )
-from calibrated_rewards.reading.draws import steady_draws
-from calibrated_rewards.reading.padding import Comparison, Padding
-from calibrated_rewards.reading.state import StateKeeper
-from calibrated_rewards.reading.unread import UnreadError, reading_errors
+from calibrated_rewards.models.unchanged import StateKeeper, steady_draws
+from calibrated_rewards.models.unread import UnreadError, reading_errors
 
 logger = logging.getLogger(__name__)
 
@@ -198,3 +204,71 @@ def taken(outputs: Any, output: str | int | None) -> Tensor:
 
 def _widened(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@dataclass
+class HeadPrecision:
+    """What the first real inputs showed. Made-up ids would not do: published code refuses inputs without its tokens."""
+
+    known: bool = False
+    float32: bool = True
+
+
+def fit_precision(reader: OwnForward, rows: Sequence[list[int]], precision: HeadPrecision) -> OwnForward:
+    """Return the reader with float32 heads, or, if the model's code fails with them, in the model's own precision."""
+    if not precision.known and dtype_of(reader.model) != torch.float32:
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        try:
+            reader([min(rows, key=len)])
+        except RuntimeError as error:
+            if should_reduce_batch_size(error):
+                raise
+            # Its code goes on to compute with 16 bits.
+            replace(reader, model=Whole(reader.model))([min(rows, key=len)])
+            precision.float32 = False
+    precision.known = True
+    return reader if precision.float32 else replace(reader, model=Whole(reader.model))
+
+
+class Whole(nn.Module):
+    """A model as a body without heads, for code that does not bear a head in another precision."""
+
+    base_model_prefix = "inner"
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embeddings of the model."""
+        return body_of(self.inner).get_input_embeddings()  # type: ignore[no-any-return, operator]
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        """What the model gives."""
+        return self.inner(**inputs)
+
+
+# More than any model needs as a fewest; some fail at lengths that their settings do not divide.
+TOKENS = 17
+# Words from all over the vocabulary: its first tokens are often ones that no text has.
+STEP = 97
+# Numbers as near as this, as a part of the largest, are the same but for rounding. Fresh weights are this insensitive:
+# with BERT's, scores of the two inputs are a few millionths apart.
+SAME = 1e-7
+
+
+def check_reads(reader: OwnForward, limit: int) -> None:
+    """Refuse a model that does not read token ids alone, or gives the same numbers whatever they are."""
+    size = min(vocabulary(reader.model), 2**14)
+    end = [] if reader.separate is None else [reader.separate]
+    middle = range(1, min(TOKENS, limit) - 1 - len(end))
+    # Their first and last tokens, where heads read, are the same: what is between has to be read from there.
+    made_up = [[3 % size, *((first + STEP * i) % size for i in middle), 5 % size] for first in (3, 11)]
+    numbers = reader([[token for token in row if token not in end] + end for row in made_up])
+    if float((numbers[0] - numbers[1]).abs().max()) <= SAME * float(numbers.abs().max()):
+        name = type(reader.model).__name__
+        raise ValueError(
+            f"a reward model gives different inputs different numbers, {name} gives {numbers[0].tolist()} to two: its "
+            "head is empty, or it lacks a kernel without which it reads nothing (MRA outside CUDA)"
+        )

@@ -1,18 +1,22 @@
-"""One request to a server, tried again with care: what may pass is waited for, what would not is an error at once."""
+"""How long a request that failed waits before it is tried again.
+
+One request to a server, tried again with care: what may pass is waited for, what would not is an error at once.
+
+Several requests in flight: threads that work through a list of jobs, and their results as they come.
+
+What the dialects share: `Text` where a server may make the tokens, and numbers as servers write them."""
 
 import json
 import math
+import random
 import ssl
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import Any
-
-from calibrated_rewards.prompts import start_of
-from calibrated_rewards.scorers.remote_address import PORTS, Address, origin, shown
-from calibrated_rewards.scorers.remote_retry import asked_wait, pause
-from calibrated_rewards.scorers.remote_token import unsent
 
 try:
     import httpx
@@ -21,7 +25,35 @@ except ImportError as error:
         "a server is asked by httpx, it is not installed: pip install 'calibrated-rewards[http]'"
     ) from error
 
-from calibrated_rewards.scorers.request_logs import hide
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict
+from queue import Empty, SimpleQueue
+
+from calibrated_rewards.models.server_address import PORTS, Address, hide, origin, shown, unsent
+from calibrated_rewards.models.text import Text
+from calibrated_rewards.prompts import start_of
+
+# Nobody waits longer than this many seconds between two tries, whatever a server asks for.
+LONGEST_WAIT = 60.0
+
+
+def pause(backoff: float, tried: int) -> float:
+    """Twice as long each time, and shaken, so that many clients do not come back together."""
+    return min(LONGEST_WAIT, backoff * 2.0 ** min(tried, 60)) * random.uniform(0.5, 1.0)
+
+
+def asked_wait(said: str) -> float:
+    """How many seconds a server asks to wait by a Retry-After, a number or a date; 0 if it does not ask.
+
+    >>> asked_wait("7"), asked_wait("Wed, 21 Oct 2015 07:28:00 GMT"), asked_wait("")
+    (7.0, 0.0, 0.0)
+    """
+    try:
+        seconds = float(said) if said.isdigit() else (parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds()
+    except (TypeError, ValueError):
+        return 0.0
+    return min(LONGEST_WAIT, max(0.0, seconds))
+
 
 REQUEST_TIMEOUT, TOO_MANY_REQUESTS, NOT_IMPLEMENTED = 408, 429, 501
 # How much of an answer an error shows.
@@ -135,3 +167,92 @@ def final(error: httpx.RequestError) -> bool:
             return True
         cause = cause.__cause__ or cause.__context__
     return False
+
+
+@dataclass(frozen=True, eq=False)
+class Crew:
+    """Threads that live as long as a call.
+
+    Not a pool of concurrent.futures: that one is waited for, at the latest when Python ends, and a request may take
+    minutes. After an error or Ctrl-C nobody waits for these, nor do they ask for more.
+    """
+
+    work: Callable[[Any], Any]
+    """What is done with a job."""
+    jobs: Sequence[Any]
+    size: int
+    """How many work at once."""
+    stop: threading.Event
+    """Set after an error: whatever waits inside of `work` gives up."""
+    close: Callable[[], object]
+    """Called after the last of them, wherever that is."""
+
+    def results(self) -> Generator[tuple[int, Any], None, None]:
+        """The number of each job and what its work gave; the first trouble ends it."""
+        todo: SimpleQueue[int] = SimpleQueue()
+        for number in range(len(self.jobs)):
+            todo.put(number)
+        done: SimpleQueue[Any] = SimpleQueue()
+        count = min(self.size, len(self.jobs))
+        threads = [threading.Thread(target=self._work, args=(todo, done), daemon=True) for _ in range(count)]
+        try:
+            for thread in threads:
+                thread.start()
+            for _ in self.jobs:
+                number, found, trouble = done.get()
+                if trouble is not None:
+                    raise trouble
+                yield number, found
+        except BaseException:
+            self.stop.set()
+            # Whoever still waits for an answer needs what is closed; it is closed after the last of them.
+            threading.Thread(target=self._close_after, args=(threads,), daemon=True).start()
+            raise
+        self._close_after(threads)
+
+    def _work(self, todo: "SimpleQueue[int]", done: "SimpleQueue[Any]") -> None:
+        while not self.stop.is_set():
+            try:
+                number = todo.get_nowait()
+            except Empty:
+                return
+            try:
+                done.put((number, self.work(self.jobs[number]), None))
+            except BaseException as trouble:  # noqa: BLE001 (it is raised where the results are waited for)
+                done.put((number, None, trouble))
+
+    def _close_after(self, threads: list[threading.Thread]) -> None:
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        self.close()
+
+
+def check_plain(text: Text) -> None:
+    """Refuse settings that need a tokenizer, where there is none: only `strip` and `chat` do not."""
+    if text != Text(strip=text.strip, chat=text.chat):
+        raise ValueError(f"without a tokenizer the server makes tokens its own way, got {text}: give tokenizer=")
+
+
+def text_fingerprint(text: Text, tokenizer: Any) -> dict[str, Any]:
+    """The settings; with a tokenizer, what it does to text."""
+    if tokenizer is None:
+        return asdict(text)
+    from calibrated_rewards.models.fingerprint import tokenizer_digest
+
+    return {**text.fingerprint(tokenizer), "tokenizer": tokenizer_digest(tokenizer)}
+
+
+def numbers(said: Any) -> list[float]:
+    """A JSON list of numbers, each alone or in a list of its own; a ValueError for anything that only looks like one.
+
+    >>> numbers([1, [2.5]])
+    [1.0, 2.5]
+    >>> numbers("12")
+    Traceback (most recent call last):
+    ValueError: scores are a list of numbers, got '12'
+    """
+    inside = [x[0] if isinstance(x, list) and len(x) == 1 else x for x in said] if isinstance(said, list) else [said]
+    if not isinstance(said, list) or any(isinstance(x, bool) or not isinstance(x, int | float) for x in inside):
+        raise ValueError(f"scores are a list of numbers, got {start_of(said)}")
+    return [float(x) for x in inside]

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from calibrated_rewards.models.text import Text, kept
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
-from calibrated_rewards.reading.text import Text, kept
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import body_of, device_of, dtype_of, for_scoring, in_float32, vocabulary
-from calibrated_rewards.reading.decoder import Decoder, Head, Row, Sharing
-from calibrated_rewards.reading.state import unchanging
+from calibrated_rewards.models.batches import Budget
+from calibrated_rewards.models.parts import body_of, device_of, dtype_of, for_scoring, in_float32, vocabulary
+from calibrated_rewards.models.shared_prefix import Decoder, Head, Row, Sharing
+from calibrated_rewards.models.unchanged import unchanging
 
 # Logits that LogProbability holds at a time: 256 MB.
 CELLS = 2**26

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from calibrated_rewards.models.batches import Budget
+from calibrated_rewards.models.own_forward import Fewest, OwnForward
+from calibrated_rewards.models.padding import Padding
+from calibrated_rewards.models.parts import body_of, default_budget, lock_of, positions_of, vocabulary
+from calibrated_rewards.models.shared_prefix import Decoder, Head, Sharing
+from calibrated_rewards.models.text import Text
+from calibrated_rewards.models.unchanged import StateKeeper
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reading.batches import Budget
-from calibrated_rewards.reading.body import body_of, default_budget, lock_of, positions_of, vocabulary
-from calibrated_rewards.reading.decoder import Decoder, Head, Sharing
-from calibrated_rewards.reading.own_forward import Fewest, OwnForward
-from calibrated_rewards.reading.padding import Padding
-from calibrated_rewards.reading.state import StateKeeper
-from calibrated_rewards.reading.text import Text
 
 
 @dataclass(frozen=True, eq=False)

@@ -322,7 +322,7 @@ def _of_torch(value: Any) -> str | None:
     torch = sys.modules.get("torch")
     if torch is None:
         return None
-    from calibrated_rewards.reading.fingerprint import config_digest, tokenizer_digest, weights_digest
+    from calibrated_rewards.models.fingerprint import config_digest, tokenizer_digest, weights_digest
 
     if isinstance(value, torch.Tensor):
         return weights_digest({"": value})

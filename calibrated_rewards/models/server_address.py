@@ -1,13 +1,62 @@
-"""Where a server is, and what is secret in that: the token, and of the url all but scheme, host, port, known words."""
+"""Names of settings that hold a secret: tokens, keys and passwords, which no file, fingerprint or message shows.
 
+>>> [name for name in ("use_auth_token", "apiKey", "max_tokens", "eos_token", "tokenizer") if is_secret(name)]
+['use_auth_token', 'apiKey']
+
+Where a server is, and what is secret in that: the token, and of the url all but scheme, host, port, known words.
+
+The environment's token, bound to the server that it is for.
+
+`CALIBRATED_REWARDS_TOKEN` is sent to the scheme, host and port of `CALIBRATED_REWARDS_TOKEN_URL` and nowhere else,
+whatever url a saved reward names. Several servers that share a token are separated by commas.
+
+Keep secrets out of what httpx and httpcore log: the whole url of each request, the headers of each answer."""
+
+import logging
 import os
 import re
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import SplitResult, unquote, unquote_plus, urlsplit
 
+import httpx
+
 from calibrated_rewards.prompts import start_of
+
+_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|-")
+# "token" alone, or after who gives it or what it is for: eos_token and step_token are words of a text.
+_SECRET = re.compile(
+    r"""(?x)
+    (.*_)?(auth|authorization|proxy_authorization|cookies?|credentials?)
+    | .*(password|passwd|passphrase|secret|api_?key|apikey).*
+    | (.*_)?(access|private|signing|encryption|account|subscription|hf|openai|auth)_key(_id)?
+    | (.*_)?((use_)?auth|access|api|hf|hub|hugging_?face(_hub)?|bearer|refresh|id|session|security|user|write|read
+        |github|openai|wandb|server|jwt|rewards|policy)_token
+    | token | jwt | bearer
+    """
+)
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting of this name holds a secret, in whatever case and style it is written."""
+    return _SECRET.fullmatch(_WORD.sub("_", name).lower()) is not None
+
+
+def without_secrets(value: Any) -> Any:
+    """A value without the settings that hold secrets, inside of mappings and lists too.
+
+    >>> without_secrets({"task": "score", "extra": [{"api_key": "k", "n": 1}]})
+    {'task': 'score', 'extra': [{'n': 1}]}
+    """
+    if isinstance(value, Mapping):
+        kept = {name: each for name, each in value.items() if not (isinstance(name, str) and is_secret(name))}
+        return {name: without_secrets(each) for name, each in kept.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(without_secrets, value)) if type(value) in (list, tuple) else value
+    return value
+
 
 # Of a query or a path, only longer values are looked for in texts: "1" is in every text.
 SECRET = 4
@@ -165,3 +214,84 @@ def split(url: str) -> SplitResult:
             "or letters beyond ASCII in its host (which has a form in ASCII, xn--...)"
         )
     return parts
+
+
+TOKEN, POLICY_TOKEN = "CALIBRATED_REWARDS_TOKEN", "CALIBRATED_REWARDS_POLICY_TOKEN"
+STATUSES = (401, 403)
+
+
+def token_for(url: str, variable: str = TOKEN) -> str | None:
+    """The token of an environment variable, if it is for this server; an url with a user gets none."""
+    token = os.environ.get(variable)
+    if not token or split(url).username is not None:
+        return None
+    return token if origin(url) in map(origin, servers_of(variable)) else None
+
+
+def servers_of(variable: str) -> list[str]:
+    """The servers that the token in a variable is for; ValueError if nothing says which."""
+    servers = [each.strip() for each in os.environ.get(f"{variable}_URL", "").split(",")]
+    usable = [each for each in servers if each.lower().startswith(("http://", "https://"))]
+    if not usable or len(usable) < len(servers):
+        # What stands there is not shown: it may be the token, in the wrong variable.
+        got = "it does not begin with http:// or https://" if any(servers) else "it is not set"
+        raise ValueError(
+            f"the token in {variable} is sent to one server only: say which in {variable}_URL, as in "
+            f"{variable}_URL=http://rm:8000 (scheme, host and port count); {got}"
+        )
+    return usable
+
+
+def unsent(status: int, url: str, token: str | None) -> str:
+    """Tell, after a server has asked for a token, whether one was sent, and which ones of the environment were not."""
+    if status not in STATUSES:
+        return ""
+    others = [name for name in (TOKEN, POLICY_TOKEN) if os.environ.get(name) and token_for(url, name) is None]
+    told = [f"{name} is for {', '.join(map(shown, servers_of(name)))}, and was not sent" for name in others]
+    if not told and token is None:
+        told = [
+            f"no token was sent: set {TOKEN} ({POLICY_TOKEN} for a policy's server), and the address that it is for in "
+            f"{TOKEN}_URL ({POLICY_TOKEN}_URL)"
+        ]
+    return f"; {'; '.join(told or ['a token was sent'])}"
+
+
+LOGGERS = ("httpx", *(f"httpcore.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")))
+
+
+@dataclass(frozen=True, eq=False)
+class Redacting:
+    """A filter of loggers: addresses that are asked are shown without their secrets."""
+
+    places: set[Address] = field(default_factory=set)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record where it has a secret; it is logged in any case."""
+        if isinstance(record.args, tuple):
+            record.args = tuple(map(self._shown, record.args))
+        said = message = record.getMessage()
+        for place in tuple(self.places):
+            said = place.redacted(said)
+        if said != message:
+            record.msg, record.args = said, ()
+        return True
+
+    def _shown(self, value: Any) -> Any:
+        """An url of httpx as errors show it, if its host is one of ours."""
+        if not isinstance(value, httpx.URL):
+            return value
+        ours = any(split(place.url).hostname == value.host for place in tuple(self.places))
+        return shown(str(value)) if ours else value
+
+
+_REDACTING = Redacting()
+
+
+def hide(place: Address) -> None:
+    """Redact from now on what is secret in an address."""
+    place = Address(resolved(place.url), place.token)  # a variable of the environment may change
+    if place in _REDACTING.places:
+        return
+    _REDACTING.places.add(place)
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(_REDACTING)
