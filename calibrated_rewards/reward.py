@@ -40,8 +40,7 @@ from calibrated_rewards.rewarding.strangers import hint
 from calibrated_rewards.rewarding.valuing import OnMissing, Valuing
 from calibrated_rewards.rewarding.verification import Verification, verified
 from calibrated_rewards.rewarding.watch import Alarm, first_ones, measures
-from calibrated_rewards.scorers.protocol import Scorer, paired, score
-from calibrated_rewards.scorers.serial import is_thread_safe
+from calibrated_rewards.scorers.protocol import Scorer, is_thread_safe, paired, score
 from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.transforms import Identity, Scale, Transform, scaled

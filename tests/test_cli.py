@@ -22,10 +22,9 @@ from calibrated_rewards.commands.check_scorer import read_pairs
 from calibrated_rewards.commands.reward_model import add_arguments, labels, load, settings
 from calibrated_rewards.models.labels import Difference, Expected, Label, Ordinal, Weighted
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.scorers.cost import Cost
+from calibrated_rewards.scorers.ensemble import Cost
 from calibrated_rewards.scorers.loading import load_scorer
-from calibrated_rewards.scorers.remote import Remote
-from calibrated_rewards.scorers.remote_dialects import Native, OpenRlhf
+from calibrated_rewards.scorers.remote import Native, OpenRlhf, Remote
 from calibrated_rewards.scorers.remote_vllm import Vllm, VllmScore
 
 MODULE = [sys.executable, "-m", "calibrated_rewards"]

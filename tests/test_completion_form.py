@@ -9,9 +9,7 @@ from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibrate import calibrate, import_rollouts
 from calibrated_rewards.combined import CombinedReward
 from calibrated_rewards.rewarding.completion_form import Form
-from calibrated_rewards.scorers.cost import Cost
-from calibrated_rewards.scorers.ensemble import Ensemble
-from calibrated_rewards.scorers.function import Function
+from calibrated_rewards.scorers.ensemble import Cost, Ensemble, Function
 from calibrated_rewards.testing import HashScorer, NumberScorer
 
 CHATS = [[{"role": "user", "content": f"Say {word}"}] for word in ("one", "two", "three")]

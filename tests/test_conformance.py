@@ -26,8 +26,7 @@ from calibrated_rewards.checks.conformance import CHECKS, Check, Examination, an
 from calibrated_rewards.checks.probes import QUESTIONS, everyday
 from calibrated_rewards.checks.subject import Outcome
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.scorers.cost import Cost
-from calibrated_rewards.scorers.ensemble import Ensemble
+from calibrated_rewards.scorers.ensemble import Cost, Ensemble
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.testing import HashScorer, NumberScorer, check_picklable, check_transform
 

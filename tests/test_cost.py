@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibrated_rewards.scorers.cost import Cost
+from calibrated_rewards.scorers.ensemble import Cost
 from calibrated_rewards.scorers.protocol import fingerprint, score
 
 

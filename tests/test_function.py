@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from calibrated_rewards.scorers.function import Function
+from calibrated_rewards.scorers.ensemble import Function
 from calibrated_rewards.scorers.protocol import fingerprint, score
 
 

@@ -13,8 +13,7 @@ from calibrated_rewards.calibrate import calibrate, import_rollouts
 from calibrated_rewards.rollouts.directory import RunDirectory
 from calibrated_rewards.rollouts.identity import RunIdentity
 from calibrated_rewards.rollouts.work import Task, Work
-from calibrated_rewards.scorers.ensemble import Ensemble
-from calibrated_rewards.scorers.function import Function
+from calibrated_rewards.scorers.ensemble import Ensemble, Function
 from calibrated_rewards.testing import NumberSampler, NumberScorer
 
 PROMPTS = [f"prompt {i}" for i in range(4)]

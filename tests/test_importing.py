@@ -20,7 +20,7 @@ from calibrated_rewards.configured import configured
 from calibrated_rewards.files import import_function, without_current_folder
 from calibrated_rewards.recipes import train_rloo
 from calibrated_rewards.rewarding.spelling import NeedsTrust
-from calibrated_rewards.scorers.function import Function
+from calibrated_rewards.scorers.ensemble import Function
 from calibrated_rewards.testing import NumberSampler, NumberScorer
 
 BIN = Path(sys.executable).parent
@@ -61,14 +61,14 @@ def checkpoint(**placement: Any) -> dict[str, Any]:
 
 
 def server(url: str) -> dict[str, Any]:
-    native = {"is": "calibrated_rewards.scorers.remote_dialects.Native", "model": "rm"}
+    native = {"is": "calibrated_rewards.scorers.remote.Native", "model": "rm"}
     return {"is": "calibrated_rewards.scorers.remote.Remote", "url": url, "dialect": native}
 
 
 RISKY = {
     "function": {"function": "pty:spawn"},
     "function inside of the library's own": {
-        "is": "calibrated_rewards.scorers.function.Function",
+        "is": "calibrated_rewards.scorers.ensemble.Function",
         "function": {"function": "os:system"},
         "name": "x",
     },

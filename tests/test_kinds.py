@@ -10,7 +10,7 @@ import tiny
 from calibrated_rewards.models.checkpoints import Kind
 from calibrated_rewards.models.labels import Expected, Label
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.scorers.kinds import (
+from calibrated_rewards.scorers.loading import (
     CLASSES,
     check_labels,
     check_options,

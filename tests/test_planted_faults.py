@@ -30,8 +30,7 @@ from calibrated_rewards.checks.odd_inputs import characters
 from calibrated_rewards.checks.positions import LENGTHS, passage
 from calibrated_rewards.checks.process_state import RANDOM, changed, process_state
 from calibrated_rewards.commands.check_scorer import EPILOG
-from calibrated_rewards.scorers.cost import Cost
-from calibrated_rewards.scorers.ensemble import Ensemble
+from calibrated_rewards.scorers.ensemble import Cost, Ensemble
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.testing import HashScorer, NumberScorer
 

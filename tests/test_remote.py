@@ -20,8 +20,7 @@ import torch
 from calibrated_rewards.models.labels import Difference, Label
 from calibrated_rewards.models.text import Text, TruncationWarning
 from calibrated_rewards.scorers.protocol import fingerprint
-from calibrated_rewards.scorers.remote import Refused, Remote, asked_wait
-from calibrated_rewards.scorers.remote_dialects import Native, OpenRlhf
+from calibrated_rewards.scorers.remote import Native, OpenRlhf, Refused, Remote, asked_wait
 from calibrated_rewards.scorers.remote_vllm import Vllm, VllmScore, by_index, log_odds
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 
@@ -304,7 +303,7 @@ def test_nobody_waits_for_what_is_in_flight(ending) -> None:
     code = """
 import os, signal, sys, threading, time
 from calibrated_rewards.scorers.remote import Remote
-from calibrated_rewards.scorers.remote_dialects import Native
+from calibrated_rewards.scorers.remote import Native
 if sys.argv[2] == "interrupt":
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 start = time.monotonic()
@@ -403,7 +402,7 @@ def test_settings_of_another_type() -> None:
     """What is no number, or no whole one, is refused by name, also where nobody checks types."""
     code = """
 from calibrated_rewards.scorers.remote import Remote
-from calibrated_rewards.scorers.remote_dialects import Native
+from calibrated_rewards.scorers.remote import Native
 for name, value in dict(timeout="5", backoff=None, retries=1.5, batch_size=True, concurrency="8").items():
     try: Remote("http://rm", Native("rm"), **{name: value})
     except ValueError as error: print(f"{name}={value!r}" in str(error))

@@ -13,8 +13,7 @@ from calibrated_rewards.models.http_client import client
 from calibrated_rewards.models.server_address import POLICY_TOKEN, TOKEN, Address, token_for
 from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.openai import OpenAISampler
-from calibrated_rewards.scorers.remote import Refused, Remote
-from calibrated_rewards.scorers.remote_dialects import Native
+from calibrated_rewards.scorers.remote import Native, Refused, Remote
 from calibrated_rewards.testing import NumberScorer
 
 SECRET = "s3cret-of-the-tests"
@@ -100,7 +99,7 @@ def test_a_saved_reward_sends_it_to_nobody_else(tmp_path: Path, monkeypatch: pyt
     with serving(native, None, status(401, b"who are you?")) as evil, serving(native) as good:
         bind(monkeypatch, good.url)
         for server, token in ((evil, None), (good, SECRET)):
-            dialect = {"is": "calibrated_rewards.scorers.remote_dialects.Native", "model": "rm"}
+            dialect = {"is": "calibrated_rewards.scorers.remote.Native", "model": "rm"}
             own = {"is": "calibrated_rewards.scorers.remote.Remote", "url": server.url, "dialect": dialect}
             settings = json.loads((tmp_path / "reward.json").read_text())
             scorer = {**own, "show_progress": False, "backoff": 0.001, "token": "from the file"}

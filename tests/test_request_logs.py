@@ -15,8 +15,7 @@ import pytest
 from test_remote import QUICK, native, numbered, reset, serving, status
 
 from calibrated_rewards.models.server_address import shown
-from calibrated_rewards.scorers.remote import Remote
-from calibrated_rewards.scorers.remote_dialects import Native
+from calibrated_rewards.scorers.remote import Native, Remote
 from calibrated_rewards.scorers.remote_vllm import Vllm
 
 PLANTED = {
@@ -63,7 +62,7 @@ RUN = """
     from calibrated_rewards.scorers.loading import load_scorer
     from calibrated_rewards.models.loading import Placement
     from calibrated_rewards.scorers.remote import Remote
-    from calibrated_rewards.scorers.remote_dialects import Native
+    from calibrated_rewards.scorers.remote import Native
     from calibrated_rewards.scorers.remote_vllm import Vllm
     host, option = sys.argv[1], {"api_key": "option-zq7"}
     secret = f"http://user-zq1:pass-zq2@{host}/path-zq4/score?key=query%2Fzq3"

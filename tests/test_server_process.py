@@ -23,8 +23,7 @@ import uvicorn
 
 from calibrated_rewards.cli import main
 from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.scorers.remote import Remote
-from calibrated_rewards.scorers.remote_dialects import Native, OpenRlhf
+from calibrated_rewards.scorers.remote import Native, OpenRlhf, Remote
 from calibrated_rewards.server import create_app, serve
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing import NumberScorer

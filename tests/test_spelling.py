@@ -13,11 +13,9 @@ from calibrated_rewards.models.labels import Expected
 from calibrated_rewards.models.loading import Loaded, Placement
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.rewarding.spelling import NeedsTrust, read, spelled
-from calibrated_rewards.scorers.cost import Cost
-from calibrated_rewards.scorers.ensemble import Ensemble, Min
+from calibrated_rewards.scorers.ensemble import Cost, Ensemble, Min
 from calibrated_rewards.scorers.loading import FromCheckpoint
-from calibrated_rewards.scorers.remote import Remote
-from calibrated_rewards.scorers.remote_dialects import Native
+from calibrated_rewards.scorers.remote import Native, Remote
 from calibrated_rewards.scorers.remote_vllm import Vllm
 from calibrated_rewards.testing import HashScorer, NumberScorer
 

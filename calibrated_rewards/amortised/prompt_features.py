@@ -17,8 +17,8 @@ from calibrated_rewards.models.padding import Padding
 from calibrated_rewards.models.parts import body_of, default_budget, lock_of, positions_of, unwrapped, vocabulary
 from calibrated_rewards.models.text import Text, kept
 from calibrated_rewards.prompts import Prompt
-from calibrated_rewards.scorers.cost import Cost
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder, flat
+from calibrated_rewards.scorers.ensemble import Cost
 from calibrated_rewards.scorers.protocol import fingerprint, name_of
 
 Pool = Literal["last", "first", "mean"]

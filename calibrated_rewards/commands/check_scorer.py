@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from calibrated_rewards.commands import reward_model, server
 from calibrated_rewards.commands.numbers import Real, Whole
 from calibrated_rewards.prompts import start_of
-from calibrated_rewards.scorers.plain import plain
+from calibrated_rewards.scorers.protocol import plain
 
 if TYPE_CHECKING:
     from calibrated_rewards.checks.conformance import Examination

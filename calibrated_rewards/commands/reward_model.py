@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from calibrated_rewards.commands import server
 from calibrated_rewards.commands.numbers import Whole
 from calibrated_rewards.models.labels import Difference, Expected, Label, Labels, Ordinal, Weighted
-from calibrated_rewards.scorers.cost import Cost
+from calibrated_rewards.scorers.ensemble import Cost
 
 if TYPE_CHECKING:
     from calibrated_rewards.models.text import Text

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.models.server_address import is_variable
-from calibrated_rewards.scorers.cost import Cost
+from calibrated_rewards.scorers.ensemble import Cost
 
 if TYPE_CHECKING:
     from calibrated_rewards.models.text import Text
@@ -77,7 +77,7 @@ def reach(scorer: "Scorer", prompt: Any, completion: Any) -> None:
 
 def dialect(options: argparse.Namespace, text: "Text | None") -> Any:
     """How the server is asked."""
-    from calibrated_rewards.scorers.remote_dialects import Native, OpenRlhf
+    from calibrated_rewards.scorers.remote import Native, OpenRlhf
     from calibrated_rewards.scorers.remote_vllm import Vllm, VllmScore
 
     server = options.server or SPOKEN[0]

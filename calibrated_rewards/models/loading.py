@@ -23,9 +23,8 @@ from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.checkpoints import Checkpoint, checkpoint
 from calibrated_rewards.models.parts import vocabulary
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.scorers.cost import Cost
-from calibrated_rewards.scorers.protocol import Scorer, fingerprint, finite, name_of, paired
-from calibrated_rewards.scorers.serial import is_thread_safe
+from calibrated_rewards.scorers.ensemble import Cost
+from calibrated_rewards.scorers.protocol import Scorer, fingerprint, finite, is_thread_safe, name_of, paired
 
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.scorers.protocol import call, fingerprint, reads_messages
-from calibrated_rewards.scorers.serial import is_thread_safe
+from calibrated_rewards.scorers.protocol import call, fingerprint, is_thread_safe, reads_messages
 
 
 @dataclass

@@ -7,20 +7,41 @@ Reward models have a file a kind; `load_scorer` looks at a checkpoint and picks 
 array([6., 7.], dtype=float32)
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.scorers.protocol import Scorer as Scorer, fingerprint as fingerprint, score as score
 
 if TYPE_CHECKING:
+    from calibrated_rewards.scorers.ensemble import (
+        Cost as Cost,
+        Ensemble as Ensemble,
+        Function as Function,
+        LowerBound as LowerBound,
+        Mean as Mean,
+        Min as Min,
+    )
     from calibrated_rewards.scorers.loading import load_scorer as load_scorer
+    from calibrated_rewards.scorers.remote import Remote as Remote
+
+# Loaded when they are asked for: they bring heavy libraries.
+LAZY = {
+    "load_scorer": "loading",
+    "Cost": "ensemble",
+    "Ensemble": "ensemble",
+    "Function": "ensemble",
+    "LowerBound": "ensemble",
+    "Mean": "ensemble",
+    "Min": "ensemble",
+    "Remote": "remote",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """`load_scorer`, when it is asked for: it brings torch and transformers, which a plain function does not need."""
-    if name != "load_scorer":
+    """Import a public name of `LAZY` from its module."""
+    if name not in LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from calibrated_rewards.scorers.loading import load_scorer
+        return getattr(import_module(f"{__name__}.{LAZY[name]}"), name)
     except ModuleNotFoundError as missing:
-        raise ImportError(f"load_scorer needs {missing.name}: pip install 'calibrated-rewards[hf]'") from missing
-    return load_scorer
+        raise ImportError(f"{name} needs {missing.name}: pip install 'calibrated-rewards[hf]'") from missing

@@ -19,8 +19,7 @@ from calibrated_rewards.models.shared_prefix import Row
 from calibrated_rewards.models.text import Text, kept
 from calibrated_rewards.models.vocabulary_head import Logits, logits_of
 from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.scorers.protocol import Scorer, fingerprint, finite, name_of, paired, score
-from calibrated_rewards.scorers.serial import is_thread_safe
+from calibrated_rewards.scorers.protocol import Scorer, fingerprint, finite, is_thread_safe, name_of, paired, score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

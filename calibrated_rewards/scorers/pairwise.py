@@ -12,9 +12,15 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from calibrated_rewards.prompts import KEY_BYTES, Completion, Prompt, as_key, start_of
-from calibrated_rewards.scorers.plain import plain
-from calibrated_rewards.scorers.protocol import fingerprint, name_of, paired, reads_messages, without_tensors
-from calibrated_rewards.scorers.serial import is_thread_safe
+from calibrated_rewards.scorers.protocol import (
+    fingerprint,
+    is_thread_safe,
+    name_of,
+    paired,
+    plain,
+    reads_messages,
+    without_tensors,
+)
 from calibrated_rewards.table.reference_table import UnknownPromptError
 
 # How far rounding may carry a probability out of [0, 1].

@@ -1,18 +1,88 @@
-"""What a scorer is, and the one place where its answer is checked."""
+"""Call a scorer from one thread at a time, unless it says that several may call it at once.
 
+A scorer says so by an attribute, `thread_safe = True`. Every call that goes through `scorers.score` comes by here:
+those of `CalibratedReward`, of `calibrate` and of the members of an ensemble.
+
+Prompts and completions in the one form that JSON has for them.
+
+What a scorer is, and the one place where its answer is checked."""
+
+import json
+import os
+import threading
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from inspect import Parameter, iscoroutine, signature
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakValueDictionary
 
 import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.models.callable_fingerprint import describe
-from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.scorers.serial import is_thread_safe, lock_for
+from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
+
+
+class _Lock:
+    """A reentrant lock that can be referred to weakly."""
+
+    def __init__(self, owner: object) -> None:
+        self.owner, self.lock = owner, threading.RLock()
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
+
+
+def is_thread_safe(scorer: object) -> bool:
+    """Whether a scorer says that several threads may call it at once; one that says nothing may not.
+
+    >>> is_thread_safe(len)
+    False
+    """
+    if isinstance(scorer, partial):
+        return is_thread_safe(scorer.func)
+    return getattr(scorer, "thread_safe", False) is True
+
+
+class _Registry:
+    """The locks of scorers by id, each for as long as a call uses it; its caller holds the scorer, so the id is its."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew, in a forked process: nobody there releases the locks of its parent's threads."""
+        self.guard, self.locks = threading.Lock(), WeakValueDictionary[int, _Lock]()
+
+    def lock_for(self, scorer: object) -> _Lock:
+        """The lock that all who call this scorer at this moment share."""
+        with self.guard:
+            lock = self.locks.get(id(scorer))
+            if lock is None:
+                lock = self.locks[id(scorer)] = _Lock(scorer)
+            return lock
+
+
+_registry = _Registry()
+lock_for = _registry.lock_for
+os.register_at_fork(after_in_child=_registry.forget)
+
+
+def plain(said: Prompt | Completion) -> Any:
+    """A text as it is; messages as lists and dicts, the same for all ways to write the same messages.
+
+    >>> plain([{"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": None}])
+    [{'content': 'Hi', 'role': 'user'}]
+    """
+    if isinstance(said, str):
+        return said
+    return json.loads(canonical_chat(said)) if len(said) else []
+
 
 TEXTS_OF_CHATS = (
     "completions are texts here, also where prompts are messages: a function that reads completion[0]['content'], as "

@@ -15,8 +15,7 @@ from calibrated_rewards.models.labels import Labels, labels_of
 from calibrated_rewards.models.server_address import without_secrets
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.scorers.plain import plain
-from calibrated_rewards.scorers.serial import lock_for
+from calibrated_rewards.scorers.protocol import lock_for, plain
 
 
 @dataclass(frozen=True)
