@@ -104,8 +104,8 @@ def models() -> tuple[Any, Any]:
     import tiny
     import torch
 
-    from calibrated_rewards.samplers.decoding import Decoding
     from calibrated_rewards.samplers.hf import HfSampler
+    from calibrated_rewards.samplers.protocol import Decoding
     from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 
     torch.set_num_threads(1)

@@ -39,8 +39,8 @@ def one(prompts: int, k: int) -> dict[str, float]:
     import torch
 
     from calibrated_rewards.calibrate import calibrate
-    from calibrated_rewards.samplers.decoding import Decoding
     from calibrated_rewards.samplers.hf import HfSampler
+    from calibrated_rewards.samplers.protocol import Decoding
     from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 
     torch.set_num_threads(1)

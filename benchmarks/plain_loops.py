@@ -25,8 +25,8 @@ from calibrated_rewards.models.text import Text
 from calibrated_rewards.recipes import grpo_plain, ppo
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.rollouts.sources import Asked
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.samplers.protocol import Decoding
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import enumerable

@@ -28,9 +28,9 @@ from scoring import seconds, text
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from calibrated_rewards.samplers.continuous import ContinuousSampler
-from calibrated_rewards.samplers.decoding import Decoding
+from calibrated_rewards.samplers.generation import contiguous_input
 from calibrated_rewards.samplers.hf import HfSampler
-from calibrated_rewards.samplers.rows import contiguous_input
+from calibrated_rewards.samplers.protocol import Decoding
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import tokenizer

@@ -32,10 +32,9 @@ from transformers.generation import logits_process as warpers
 
 from calibrated_rewards.prompts import Prompt, prompt_key
 from calibrated_rewards.samplers import openai
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.openai import OpenAISampler
-from calibrated_rewards.samplers.protocol import Rollout, Sampler, sample, seeds_of
+from calibrated_rewards.samplers.protocol import Decoding, Rollout, Sampler, sample, seeds_of
 from calibrated_rewards.samplers.vllm import VllmSampler
 from calibrated_rewards.samplers.vllm_engine import Engine, installed
 

@@ -34,12 +34,11 @@ from calibrated_rewards.models.parts import (
 from calibrated_rewards.outcomes import Precision
 from calibrated_rewards.prompts import Prompt, start_of
 from calibrated_rewards.samplers.continuous import ContinuousSampler
-from calibrated_rewards.samplers.decoding import Decoding
+from calibrated_rewards.samplers.generation import contiguous_input
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.loading import LoadedSampler
 from calibrated_rewards.samplers.policy import Policy
-from calibrated_rewards.samplers.protocol import Rollout, Sampler
-from calibrated_rewards.samplers.rows import contiguous_input
+from calibrated_rewards.samplers.protocol import Decoding, Rollout, Sampler
 from calibrated_rewards.scorers.protocol import fingerprint
 
 logger = logging.getLogger(__name__)

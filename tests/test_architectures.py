@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from calibrated_rewards.models.parts import positions_of
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.samplers.decoding import Decoding
-from calibrated_rewards.samplers.endings import Draft
 from calibrated_rewards.samplers.hf import HfSampler, Task
 from calibrated_rewards.samplers.loading import load_sampler
+from calibrated_rewards.samplers.policy import Draft
+from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.scorers.value_head import ValueHead

@@ -6,7 +6,7 @@ from tiny import causal
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from calibrated_rewards.samplers.cache import Roomy, bytes_of, choose, is_roomy, roomy
+from calibrated_rewards.samplers.generation import Roomy, bytes_of, choose, is_roomy, roomy
 
 # Grow by so many tokens, or keep these rows.
 steps = st.lists(st.one_of(st.integers(1, 60), st.lists(st.integers(0, 1), min_size=2, max_size=3)), max_size=8)

@@ -10,8 +10,8 @@ from calibrated_rewards import ReferenceTable, id_key
 from calibrated_rewards.calibrate import calibrate
 from calibrated_rewards.cli import main
 from calibrated_rewards.commands import policy, reward_model
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.hf import HfSampler
+from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 
 CHATS = [[{"role": "user", "content": f"question {i}"}] for i in range(3)]

@@ -11,8 +11,8 @@ from test_hf import ids_of, spread, words
 from tiny import causal
 
 from calibrated_rewards.samplers.continuous import ContinuousSampler
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.hf import HfSampler
+from calibrated_rewards.samplers.protocol import Decoding
 
 SMALL = {"num_blocks": 32, "max_batch_tokens": 64, "page_size": 32}
 

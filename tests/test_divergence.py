@@ -16,9 +16,8 @@ from scipy.special import rel_entr, softmax
 from calibrated_rewards import divergence
 from calibrated_rewards.divergence import Divergence, _terms, between
 from calibrated_rewards.outcomes import Precision
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.hf import HfSampler
-from calibrated_rewards.samplers.protocol import Rollout
+from calibrated_rewards.samplers.protocol import Decoding, Rollout
 from calibrated_rewards.testing import NumberSampler
 
 CHAT = [{"role": "user", "content": "Hi"}]

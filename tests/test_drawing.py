@@ -8,8 +8,8 @@ from scipy import special, stats
 from tiny import causal
 from transformers import GenerationConfig
 
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.drawing import HALVINGS, draw, processors, uniforms
+from calibrated_rewards.samplers.protocol import Decoding
 
 
 def drawn(scores: list[float], number: int, first_seed: int = 0) -> np.ndarray:

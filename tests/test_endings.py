@@ -9,8 +9,8 @@ from tiny import EOS, tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from calibrated_rewards.samplers.decoding import Decoding
-from calibrated_rewards.samplers.endings import Draft, Endings, end_ids
+from calibrated_rewards.samplers.policy import Draft, Endings, end_ids
+from calibrated_rewards.samplers.protocol import Decoding
 
 
 def ids(text: str) -> list[int]:

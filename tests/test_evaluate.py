@@ -31,10 +31,9 @@ from calibrated_rewards.evaluate import evaluate
 from calibrated_rewards.outcomes import Difference, Evaluation, Precision
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.responses import distances, responses
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.loading import load_sampler
-from calibrated_rewards.samplers.protocol import Rollout
+from calibrated_rewards.samplers.protocol import Decoding, Rollout
 from calibrated_rewards.scorers import load_scorer
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf

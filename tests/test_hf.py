@@ -23,10 +23,9 @@ from transformers import (
 
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.models.unread import UnreadError
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.drawing import processors
 from calibrated_rewards.samplers.hf import HfSampler
-from calibrated_rewards.samplers.protocol import Particular, Rendering, Rollout, Sampler, sample
+from calibrated_rewards.samplers.protocol import Decoding, Particular, Rendering, Rollout, Sampler, sample
 from calibrated_rewards.scorers.protocol import Fingerprinted
 
 WORDS = 24

@@ -13,10 +13,9 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers.continuous import ContinuousSampler
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.loading import LoadedSampler, load_sampler
-from calibrated_rewards.samplers.protocol import Particular, Rendering, Sampler
+from calibrated_rewards.samplers.protocol import Decoding, Particular, Rendering, Sampler
 
 # peft asks the model by a name that transformers is about to change.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

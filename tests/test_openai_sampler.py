@@ -23,10 +23,8 @@ import tiny
 from calibrated_rewards.models.http_client import Crew, Refused
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers import openai
-from calibrated_rewards.samplers.decoding import Decoding
-from calibrated_rewards.samplers.openai import OpenAISampler
-from calibrated_rewards.samplers.openai_answer import FINISHES
-from calibrated_rewards.samplers.protocol import Particular, Rendering, Rollout, Sampler, sample
+from calibrated_rewards.samplers.openai import FINISHES, OpenAISampler
+from calibrated_rewards.samplers.protocol import Decoding, Particular, Rendering, Rollout, Sampler, sample
 from calibrated_rewards.scorers.protocol import Fingerprinted
 
 CHAT = [{"role": "user", "content": "Hi"}]

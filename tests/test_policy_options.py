@@ -12,10 +12,9 @@ import tiny
 
 from calibrated_rewards.commands import policy, reward_model
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.openai import OpenAISampler
-from calibrated_rewards.samplers.protocol import sample
+from calibrated_rewards.samplers.protocol import Decoding, sample
 from calibrated_rewards.samplers.vllm import VllmSampler
 
 SHORT = ["--max-tokens", "4"]

@@ -11,8 +11,8 @@ import torch
 from calibrated_rewards.models.checkpoints import checkpoint
 from calibrated_rewards.models.loading import Placement, adapted, own_device
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.loading import load_sampler
+from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.loading import load_scorer
 
 

@@ -34,9 +34,9 @@ from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.recipes.run_folder import RunFolder
 from calibrated_rewards.recipes.together import Together, learned
 from calibrated_rewards.rollouts.sources import Asked
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers import load_scorer
 from calibrated_rewards.testing import HashScorer, NumberScorer
 from calibrated_rewards.theory.finite_k import values

@@ -57,7 +57,7 @@ RUN = """
     logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)
     from calibrated_rewards import CalibratedReward, ReferenceTable
     from calibrated_rewards.cli import main
-    from calibrated_rewards.samplers.decoding import Decoding
+    from calibrated_rewards.samplers.protocol import Decoding
     from calibrated_rewards.samplers.openai import OpenAISampler
     from calibrated_rewards.scorers.loading import load_scorer
     from calibrated_rewards.models.loading import Placement

@@ -377,8 +377,8 @@ def test_what_looks_like_a_special_token_is_told_once(caplog: pytest.LogCaptureF
 def test_a_run_knows_its_own_prompts(tmp_path: Path) -> None:
     """A table in its calibration run's directory needs no originals; what is saved has them in a file."""
     policy, words = tiny.causal(), tiny.tokenizer()
-    from calibrated_rewards.samplers.decoding import Decoding
     from calibrated_rewards.samplers.hf import HfSampler
+    from calibrated_rewards.samplers.protocol import Decoding
 
     sampler = HfSampler(policy, words, Decoding(max_tokens=4))
     table = calibrate([CHAT, "plain"], sampler, reads, k=3, out=tmp_path / "run")

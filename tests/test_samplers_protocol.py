@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from calibrated_rewards import prompt_key
-from calibrated_rewards.samplers.decoding import Decoding
-from calibrated_rewards.samplers.protocol import Particular, Rendering, Rollout, Sampler, sample, seeds_of
+from calibrated_rewards.samplers.protocol import Decoding, Particular, Rendering, Rollout, Sampler, sample, seeds_of
 from calibrated_rewards.testing import NumberSampler
 
 

@@ -16,8 +16,8 @@ from calibrated_rewards.evaluation import win_rate
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.recipes import grpo_plain, ppo
 from calibrated_rewards.rollouts.sources import Asked
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate as predicted
 from calibrated_rewards.theory.transforms import Exponential

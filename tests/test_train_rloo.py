@@ -24,9 +24,9 @@ from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.recipes.run_folder import RunFolder
 from calibrated_rewards.recipes.timing import TimedReward
 from calibrated_rewards.rollouts.sources import Asked
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.loading import load_sampler
+from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.testing import HashScorer
 from calibrated_rewards.theory.transforms import Identity, Log
 

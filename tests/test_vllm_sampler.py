@@ -19,8 +19,7 @@ from hypothesis import given, strategies as st
 from peft import LoraConfig, get_peft_model
 
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.samplers.decoding import Decoding
-from calibrated_rewards.samplers.protocol import Particular, Rendering, Rollout, Sampler, sample, seeds_of
+from calibrated_rewards.samplers.protocol import Decoding, Particular, Rendering, Rollout, Sampler, sample, seeds_of
 from calibrated_rewards.samplers.vllm import VllmSampler
 from calibrated_rewards.samplers.vllm_engine import Engine, files_digest
 from calibrated_rewards.scorers.protocol import Fingerprinted

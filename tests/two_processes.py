@@ -15,8 +15,8 @@ from calibrated_rewards.models.text import Text
 from calibrated_rewards.recipes import command, grpo_plain, loop, ppo, train_rloo
 from calibrated_rewards.recipes.together import Together
 from calibrated_rewards.rollouts.sources import Asked
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.testing import HashScorer
 
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calibrated_rewards.demo.assets import language_model
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.hf import HfSampler
+from calibrated_rewards.samplers.protocol import Decoding
 
 DECODING = Decoding(max_tokens=24, temperature=0.8)
 

@@ -35,8 +35,8 @@ from calibrated_rewards.models.text import Text
 from calibrated_rewards.recipes import grpo_plain, ppo
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.rollouts.sources import Asked
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.samplers.protocol import Decoding
 
 GROUP, RATE = 32, 0.15
 STEPS = {name: 1600 if KLS[name] < 0.5 else 800 for name in TRANSFORMS}

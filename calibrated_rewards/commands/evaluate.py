@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.commands import policy, reward_model, saved_reward
 from calibrated_rewards.commands.numbers import Whole, folder
-from calibrated_rewards.samplers.decoding import Decoding
+from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from calibrated_rewards.commands import reward_model, server
 from calibrated_rewards.commands.error_text import error_text
 from calibrated_rewards.commands.numbers import Real, Whole
-from calibrated_rewards.samplers.decoding import Decoding
+from calibrated_rewards.samplers.protocol import Decoding
 
 if TYPE_CHECKING:
     from calibrated_rewards.models.text import Text

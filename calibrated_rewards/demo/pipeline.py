@@ -21,8 +21,8 @@ from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.reweighted import reweighted
 from calibrated_rewards.rollouts.sources import Asked
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.loading import load_sampler
+from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.optimum import Choice, optimum

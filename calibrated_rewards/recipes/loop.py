@@ -17,8 +17,7 @@ from calibrated_rewards.files import Message, setting as given
 from calibrated_rewards.models.parts import device_of
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.rollouts.sources import Asked
-from calibrated_rewards.samplers.endings import Draft
-from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.samplers.policy import Draft, Policy
 
 # What settings of a recipe may be at the least; rates are above 0.
 LEAST = dict.fromkeys(("completions", "epochs", "minibatches", "prompts_a_step", "rows", "save_steps", "steps"), 1)

@@ -22,8 +22,8 @@ from calibrated_rewards.recipes.model import place_of
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.rollouts.sources import Asked, prompts_from
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.table_expectations import expect_of
 from calibrated_rewards.theory.named import NamedTransform
 

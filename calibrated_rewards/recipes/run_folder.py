@@ -24,7 +24,7 @@ from calibrated_rewards.recipes.model import place_of
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.rollouts.sources import Asked
-from calibrated_rewards.samplers.decoding import Decoding
+from calibrated_rewards.samplers.protocol import Decoding
 
 # The last file that transformers' Trainer writes of a checkpoint: one without it was cut short.
 LAST_WRITTEN = "trainer_state.json"

@@ -32,7 +32,7 @@ from calibrated_rewards.recipes.timing import TimedDrawing, TimedReward
 from calibrated_rewards.recipes.together import Together
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.rollouts.sources import Asked
-from calibrated_rewards.samplers.decoding import Decoding
+from calibrated_rewards.samplers.protocol import Decoding
 
 # Seconds between the lines that stand for a bar where there is no terminal.
 BETWEEN_LINES = 30.0

@@ -1,1 +1,38 @@
-"""Samplers: K completions of the reference policy for a prompt. A file an engine; a plain function is one too."""
+"""Samplers: K completions of the reference policy for each prompt. A plain function is one.
+
+`load_sampler` loads a policy in the engine that is asked for: transformers, continuous batching, or vLLM;
+`OpenAISampler` asks a server.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from calibrated_rewards.samplers.protocol import (
+    Decoding as Decoding,
+    Rollout as Rollout,
+    Sampler as Sampler,
+    sample as sample,
+)
+
+if TYPE_CHECKING:
+    from calibrated_rewards.samplers.continuous import ContinuousSampler as ContinuousSampler
+    from calibrated_rewards.samplers.hf import HfSampler as HfSampler
+    from calibrated_rewards.samplers.loading import load_sampler as load_sampler
+    from calibrated_rewards.samplers.openai import OpenAISampler as OpenAISampler
+    from calibrated_rewards.samplers.vllm import VllmSampler as VllmSampler
+
+# Loaded when they are asked for: they bring heavy libraries.
+LAZY = {
+    "load_sampler": "loading",
+    "HfSampler": "hf",
+    "OpenAISampler": "openai",
+    "VllmSampler": "vllm",
+    "ContinuousSampler": "continuous",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name of `LAZY` from its module."""
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{LAZY[name]}"), name)

@@ -12,10 +12,8 @@ import torch
 from calibrated_rewards.models.parts import for_scoring, lock_of, unwrapped
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt, start_of
-from calibrated_rewards.samplers.decoding import Decoding
-from calibrated_rewards.samplers.endings import Draft
-from calibrated_rewards.samplers.policy import Policy
-from calibrated_rewards.samplers.protocol import Rollout, Seeds
+from calibrated_rewards.samplers.policy import Draft, Policy
+from calibrated_rewards.samplers.protocol import Decoding, Rollout, Seeds
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from calibrated_rewards.samplers.decoding import Decoding
+from calibrated_rewards.samplers.protocol import Decoding
 
 # Numbers that are set aside for each token: one for each halving of the vocabulary.
 HALVINGS = 32

@@ -22,9 +22,8 @@ from calibrated_rewards.models.loading import LOADING, Placement, Source, source
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.continuous import ContinuousSampler
-from calibrated_rewards.samplers.decoding import Decoding
 from calibrated_rewards.samplers.hf import HfSampler
-from calibrated_rewards.samplers.protocol import Rollout, Sampler, Seeds
+from calibrated_rewards.samplers.protocol import Decoding, Rollout, Sampler, Seeds
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from calibrated_rewards.samplers.decoding import Decoding
+from calibrated_rewards.samplers.protocol import Decoding
 
 
 def of_the_draw(told: float | None, decoding: Decoding, processed: bool) -> float | None:

@@ -1,16 +1,91 @@
-"""A causal language model as the policy that writes: prompts to tokens, tokens to completions, and what it is."""
+"""How a completion ends: by a token of the model's, by a text that was asked for, or cut.
+
+A causal language model as the policy that writes: prompts to tokens, tokens to completions, and what it is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.parts import check_vocabulary, lock_of, positions_of, unwrapped
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt, start_of
-from calibrated_rewards.samplers.decoding import Decoding
-from calibrated_rewards.samplers.endings import Endings, end_ids
+from calibrated_rewards.samplers.protocol import Decoding, Rollout
+
+# Tokens beyond the bytes of a stop text that are looked at, for those that write nothing.
+SLACK = 8
+
+
+@dataclass
+class Draft:
+    """A completion that is being written."""
+
+    ids: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    end: Literal["token", "text"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Endings:
+    """What ends a completion."""
+
+    tokenizer: Any
+    ids: frozenset[int]
+    stop: tuple[str, ...] = ()
+
+    def mark(self, drafts: Sequence[Draft]) -> None:
+        """Say of each draft whether its last token ends it."""
+        for draft in drafts:
+            if draft.ids[-1] in self.ids:
+                draft.end = "token"
+        if self.stop:
+            self._mark_texts([draft for draft in drafts if draft.end is None])
+
+    def rollouts(self, drafts: Sequence[Draft]) -> list[Rollout]:
+        """The drafts as completions: without the token or the text that ended them."""
+        # Special tokens are left out anyway; a token that is not special may be set to end a completion too.
+        written = [draft.ids[:-1] if draft.end == "token" else draft.ids for draft in drafts]
+        rollouts = []
+        for draft, text in zip(drafts, self._texts(written), strict=True):
+            cut = self._cut(text)
+            finish: Literal["stop", "length"] = "length" if draft.end is None and cut == text else "stop"
+            rollouts.append(Rollout(cut, len(draft.ids), finish, draft.logprob))
+        return rollouts
+
+    def _mark_texts(self, drafts: Sequence[Draft]) -> None:
+        """A look at the last tokens is enough to rule a stop text out; whether it is there, the whole text says."""
+        last = max(len(text.encode()) for text in self.stop) + SLACK
+        tails = self._texts([draft.ids[-last:] for draft in drafts])
+        seen = [draft for draft, tail in zip(drafts, tails, strict=True) if self._cut(tail) != tail]
+        for draft, text in zip(seen, self._texts([draft.ids for draft in seen]), strict=True):
+            if self._cut(text) != text:
+                draft.end = "text"
+
+    def _texts(self, rows: list[list[int]]) -> list[str]:
+        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True)) if rows else []
+
+    def _cut(self, text: str) -> str:
+        found = [at for at in map(text.find, self.stop) if at >= 0]
+        return text[: min(found)] if found else text
+
+
+def end_ids(model: Any, tokenizer: Any, decoding: Decoding) -> frozenset[int]:
+    """The tokens at which a trainer would stop: the generation config's, the tokenizer's, and those asked for."""
+    own: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = own.tolist() if hasattr(own, "tolist") else own  # a tensor, of one or of many
+    told = own if isinstance(own, list | tuple) else [own]
+    asked = (*decoding.stop_token_ids, *_stop_tokens(tokenizer, decoding.stop))
+    return frozenset(int(i) for i in (*told, tokenizer.eos_token_id, *asked) if i is not None)
+
+
+def _stop_tokens(tokenizer: Any, stop: Sequence[str]) -> list[int]:
+    """The stop texts that are tokens of their own: special ones are left out of the text, where none would be found."""
+    if not stop:
+        return []
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    own = {**tokenizer.get_added_vocab(), **special}
+    return [own[text] for text in stop if text in own]
 
 
 @dataclass(frozen=True, eq=False)

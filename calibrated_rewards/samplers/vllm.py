@@ -15,10 +15,9 @@ from calibrated_rewards.models.fingerprint import tokenizer_digest
 from calibrated_rewards.models.loading import SHORT
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt, start_of
-from calibrated_rewards.samplers.decoding import Decoding
-from calibrated_rewards.samplers.endings import Draft, Endings
 from calibrated_rewards.samplers.logprob import of_the_draw
-from calibrated_rewards.samplers.protocol import Rollout, Seeds
+from calibrated_rewards.samplers.policy import Draft, Endings
+from calibrated_rewards.samplers.protocol import Decoding, Rollout, Seeds
 from calibrated_rewards.samplers.vllm_engine import Engine, Running
 
 # What of a `Text` becomes a prompt's tokens.
