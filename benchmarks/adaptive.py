@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from environment import save
 
-from calibrated_rewards.adaptive import Adaptive
+from calibrated_rewards.calibration.adaptive import Adaptive
 from calibrated_rewards.theory.bands import band
 from calibrated_rewards.theory.transforms import Exponential, Identity, scaled
 

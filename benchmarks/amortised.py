@@ -23,7 +23,7 @@ import numpy as np
 from environment import save
 from scipy.special import ndtr, ndtri
 
-from calibrated_rewards.amortised import fit
+from calibrated_rewards.calibration.prediction import fit
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.table.reference_table import ReferenceTable
 
@@ -134,8 +134,8 @@ def known(cases: Sequence[tuple[int, int]]) -> dict[str, Any]:
 
 def real(table: Path, model: str, kind: str | None) -> dict[str, Any]:
     """The report of a fit on a calibrated directory, with the states of its reward model as features."""
-    from calibrated_rewards.amortised.prompt_features import PromptFeatures
-    from calibrated_rewards.rollouts.directory import RunDirectory
+    from calibrated_rewards.calibration.prediction.prompt_features import PromptFeatures
+    from calibrated_rewards.calibration.run_directory import RunDirectory
     from calibrated_rewards.scorers import load_scorer
 
     run = RunDirectory(table)

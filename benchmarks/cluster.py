@@ -33,8 +33,8 @@ import deaths
 from deaths import Noted, NotedScorer, notes, sampled
 from environment import save
 
-from calibrated_rewards.calibrate import calibrate
-from calibrated_rewards.rollouts import run as run_module
+from calibrated_rewards.calibration import run as run_module
+from calibrated_rewards.calibration.calibrate import calibrate
 
 PROMPTS = [f"prompt {i}" for i in range(80)]
 PER_SHARD, PAUSE = 2, 0.1
@@ -138,7 +138,7 @@ def on_ray(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _by_ray(folder: Path, name: str, at: dict[int, Any]) -> dict[str, Any]:
-    from calibrated_rewards.samplers.ray import RayCluster
+    from calibrated_rewards.calibration.cluster import RayCluster
 
     log = f"{folder / name}.log"
 

@@ -35,7 +35,7 @@ import deaths
 from deaths import Noted, NotedScorer, note, notes, sampled
 from environment import save
 
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 
 PROMPTS = [f"prompt {i}" for i in range(24)]
 PER_SHARD = 4

@@ -38,7 +38,7 @@ def one(prompts: int, k: int) -> dict[str, float]:
     import tiny
     import torch
 
-    from calibrated_rewards.calibrate import calibrate
+    from calibrated_rewards.calibration.calibrate import calibrate
     from calibrated_rewards.samplers.hf import HfSampler
     from calibrated_rewards.samplers.protocol import Decoding
     from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier

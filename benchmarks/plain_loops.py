@@ -21,10 +21,10 @@ import torch
 from environment import save
 from tqdm import tqdm
 
+from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.recipes import grpo_plain, ppo
 from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 

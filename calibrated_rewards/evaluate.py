@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
+from calibrated_rewards.calibration.sources import Asked, prompts_from
 from calibrated_rewards.estimates import Estimate, Samples, Stated, difference
 from calibrated_rewards.evaluation import win_rate
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.outcomes import Difference, Evaluation, Outcome, Precision, plain_prompts_note
 from calibrated_rewards.prompts import Prompt, prompt_key
 from calibrated_rewards.responses import KnowsPrecision, Measure, Responses, distances, responses
-from calibrated_rewards.rollouts.sources import Asked, prompts_from
 from calibrated_rewards.samplers.protocol import Sampler
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint
 from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf

@@ -96,7 +96,7 @@ class Evaluation:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a file, as JSON."""
-        from calibrated_rewards.rollouts.shard_files import replacing
+        from calibrated_rewards.calibration.shards import replacing
 
         with replacing(Path(path)) as file:
             file.write(json.dumps(self.as_json(), indent=2).encode() + b"\n")

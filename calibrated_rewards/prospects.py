@@ -94,7 +94,7 @@ class Reweighted:
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file, in one step."""
-        from calibrated_rewards.rollouts.shard_files import replacing
+        from calibrated_rewards.calibration.shards import replacing
 
         with replacing(Path(path)) as file:
             file.write((json.dumps(self.as_json(), indent=1) + "\n").encode())

@@ -7,6 +7,7 @@ directory of an experiment, and of what is not there, nothing. Every number come
 import os
 from pathlib import Path
 
+from calibrated_rewards.calibration.shards import replacing
 from calibrated_rewards.reporting.calibrated import calibrated
 from calibrated_rewards.reporting.examples import examples
 from calibrated_rewards.reporting.experiment import experiment, titled
@@ -15,7 +16,6 @@ from calibrated_rewards.reporting.outcome import outcome
 from calibrated_rewards.reporting.page import page
 from calibrated_rewards.reporting.promised import promised
 from calibrated_rewards.reporting.trained import trained
-from calibrated_rewards.rollouts.shard_files import replacing
 
 PARTS = (calibrated, promised, trained, outcome, examples, made)
 

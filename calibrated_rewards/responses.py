@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 from tqdm import tqdm
 
+from calibrated_rewards.calibration.run_directory import RunDirectory
+from calibrated_rewards.calibration.shards import read_table, replacing
 from calibrated_rewards.outcomes import Precision
 from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.rollouts.directory import RunDirectory
-from calibrated_rewards.rollouts.shard_files import read_table, replacing
 from calibrated_rewards.samplers.protocol import Rollout
 from calibrated_rewards.scorers.protocol import fingerprint
 

@@ -17,8 +17,8 @@ from typing import Any
 import deaths
 from deaths import Noted, NotedScorer, note, notes, sampled
 
-from calibrated_rewards.calibrate import calibrate
-from calibrated_rewards.rollouts import run as run_module
+from calibrated_rewards.calibration import run as run_module
+from calibrated_rewards.calibration.calibrate import calibrate
 
 PROMPTS = [f"prompt {i}" for i in range(12)]
 PER_SHARD, K = 2, 4

@@ -23,9 +23,9 @@ from typing import Any
 import pyarrow as pa
 
 import calibrated_rewards.table.storage as table_writer
-from calibrated_rewards.calibrate import calibrate, import_rollouts
+from calibrated_rewards.calibration import shards as shard_files
+from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
 from calibrated_rewards.prompts import prompt_key
-from calibrated_rewards.rollouts import shard_files
 from calibrated_rewards.samplers.protocol import seeds_of
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from calibrated_rewards import BestOf, CalibratedReward
 from calibrated_rewards.arms import ARMS
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.estimates import Samples
 from calibrated_rewards.evaluate import evaluate
 from calibrated_rewards.reweighted import reweighted

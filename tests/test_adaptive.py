@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 from strategies import transforms
 
-from calibrated_rewards.adaptive import Adaptive, Saving, half_width
+from calibrated_rewards.calibration.adaptive import Adaptive, Saving, half_width
 from calibrated_rewards.theory.bands import band
 from calibrated_rewards.theory.transforms import Exponential, Identity, Log, scaled
 

@@ -11,12 +11,11 @@ import torch
 from hypothesis import given, strategies as st
 from scipy import stats
 
-from calibrated_rewards.amortised import Amortised, Errors, fit
-from calibrated_rewards.amortised.conditional import moved
-from calibrated_rewards.amortised.curve import curve_of
-from calibrated_rewards.amortised.judgement import LEVELS, OWN, among_others, from_uniform, pinball
-from calibrated_rewards.amortised.network import Network, trained
-from calibrated_rewards.amortised.sample import Sample, sample_of
+from calibrated_rewards.calibration.prediction import Amortised, Errors, fit
+from calibrated_rewards.calibration.prediction.conditional import moved
+from calibrated_rewards.calibration.prediction.curves import Sample, curve_of, sample_of
+from calibrated_rewards.calibration.prediction.judgement import LEVELS, OWN, among_others, from_uniform, pinball
+from calibrated_rewards.calibration.prediction.regression import Network, trained
 from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
 
 rng = np.random.default_rng(0)

@@ -15,10 +15,10 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from calibrated_rewards import Identity, ReferenceTable, id_key, prompt_key
-from calibrated_rewards.adaptive import Adaptive
-from calibrated_rewards.calibrate import calibrate, import_rollouts
-from calibrated_rewards.rollouts.directory import RunDirectory
-from calibrated_rewards.rollouts.sources import Asked
+from calibrated_rewards.calibration.adaptive import Adaptive
+from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
+from calibrated_rewards.calibration.run_directory import RunDirectory
+from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.samplers.protocol import Rollout, seeds_of
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
 

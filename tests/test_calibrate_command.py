@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from calibrated_rewards import ReferenceTable, id_key
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import main
 from calibrated_rewards.commands import policy, reward_model
 from calibrated_rewards.samplers.hf import HfSampler
@@ -144,7 +144,7 @@ def test_ctrl_c_is_no_crash(models, tmp_path, capsys, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("calibrated_rewards.rollouts.run.Filling.here", stopped)
+    monkeypatch.setattr("calibrated_rewards.calibration.run.Filling.here", stopped)
     assert main(asked(models, tmp_path / "t", "--quiet")) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "calibrated-rewards calibrate: stopped"
 

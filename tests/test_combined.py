@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from scipy import stats
 
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibrations import ZScore
 from calibrated_rewards.combined import And, CombinedReward, Lowest, Or, WeightedMean
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer

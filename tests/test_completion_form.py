@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
-from calibrated_rewards.calibrate import calibrate, import_rollouts
+from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
 from calibrated_rewards.combined import CombinedReward
 from calibrated_rewards.rewarding.completion_form import Form
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble, Function

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from calibrated_rewards import CalibratedReward
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.configured import configured
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
 

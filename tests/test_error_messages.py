@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import UNUSABLE, main
 from calibrated_rewards.commands.error_text import EXTRAS
 from calibrated_rewards.reward import CalibratedReward

@@ -23,7 +23,7 @@ from scipy.special import rel_entr
 from transformers import AutoModelForCausalLM
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import COMMANDS, main
 from calibrated_rewards.divergence import Divergence
 from calibrated_rewards.estimates import Estimate, Stated

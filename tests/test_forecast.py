@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from calibrated_rewards.calibrate import calibrate
-from calibrated_rewards.rollouts.directory import RunDirectory
-from calibrated_rewards.rollouts.forecast import WARM_UP, forecast
-from calibrated_rewards.rollouts.sources import prompts_from
-from calibrated_rewards.rollouts.work import Work
+from calibrated_rewards.calibration.calibrate import calibrate
+from calibrated_rewards.calibration.dry_run import WARM_UP, forecast
+from calibrated_rewards.calibration.run_directory import RunDirectory
+from calibrated_rewards.calibration.sources import prompts_from
+from calibrated_rewards.calibration.work import Work
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
 
 PROMPTS = [f"prompt {i}" for i in range(10)]

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from calibrated_rewards.health.row_statistics import row_statistics
-from calibrated_rewards.health.sections import percent, precision
-from calibrated_rewards.health.table import health
+from calibrated_rewards.calibration.inspect_table import health, percent, precision
+from calibrated_rewards.calibration.suspicious_rows import row_statistics
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k_error import references_needed
 from calibrated_rewards.theory.transforms import Identity
@@ -140,7 +139,7 @@ def test_a_large_table_is_sampled(monkeypatch):
     """Pooled quantiles come from every n-th prompt where there are many scores, and hardly change."""
     rows = np.random.default_rng(0).normal(size=(3000, 10)) + np.random.default_rng(1).normal(size=(3000, 1))
     whole = health(table_of(rows)).spread
-    monkeypatch.setattr("calibrated_rewards.health.sections._POOLED_SCORES", 9000)
+    monkeypatch.setattr("calibrated_rewards.calibration.inspect_table._POOLED_SCORES", 9000)
     sampled = health(table_of(rows)).spread
 
     assert sampled.medians_in_top_tenth == pytest.approx(whole.medians_in_top_tenth, abs=0.02)

@@ -9,10 +9,10 @@ from functools import partial
 
 import pytest
 
-from calibrated_rewards.calibrate import calibrate, import_rollouts
-from calibrated_rewards.rollouts.directory import RunDirectory
-from calibrated_rewards.rollouts.identity import RunIdentity
-from calibrated_rewards.rollouts.work import Task, Work
+from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
+from calibrated_rewards.calibration.run_directory import RunDirectory
+from calibrated_rewards.calibration.run_identity import RunIdentity
+from calibrated_rewards.calibration.work import Task, Work
 from calibrated_rewards.scorers.ensemble import Ensemble, Function
 from calibrated_rewards.testing import NumberSampler, NumberScorer
 

@@ -13,10 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from calibrated_rewards.calibration.importing import Imported, imported
+from calibrated_rewards.calibration.shards import Planned, Shard, write_shard
 from calibrated_rewards.prompts import prompt_key
-from calibrated_rewards.rollouts.imported import Imported, imported
-from calibrated_rewards.rollouts.shard import Planned, Shard
-from calibrated_rewards.rollouts.shard_files import write_shard
 from calibrated_rewards.samplers.protocol import Rollout
 
 ANSWER = {"role": "assistant", "content": "4"}

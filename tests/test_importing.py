@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import main
 from calibrated_rewards.commands import saved_reward
 from calibrated_rewards.configured import configured

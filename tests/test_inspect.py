@@ -6,10 +6,9 @@ from argparse import ArgumentParser
 import numpy as np
 import pytest
 
+from calibrated_rewards.calibration.shards import Planned, empty, write_shard
 from calibrated_rewards.commands import inspect
 from calibrated_rewards.prompts import prompt_key
-from calibrated_rewards.rollouts.shard import Planned, empty
-from calibrated_rewards.rollouts.shard_files import write_shard
 from calibrated_rewards.samplers.protocol import Rollout
 from calibrated_rewards.table.reference_table import ReferenceTable
 

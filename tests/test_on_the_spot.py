@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibrated_rewards.calibrate import calibrate
-from calibrated_rewards.on_the_spot import OnTheSpot
+from calibrated_rewards.calibration.calibrate import calibrate
+from calibrated_rewards.calibration.on_demand import OnTheSpot
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing import NumberSampler, NumberScorer
 

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from calibrated_rewards.rollouts import progress
-from calibrated_rewards.rollouts.progress import EVERY, Progress
+from calibrated_rewards.calibration import run as progress
+from calibrated_rewards.calibration.run import EVERY, Progress
 
 
 class Clock:

@@ -11,8 +11,8 @@ import torch
 from architectures import Architecture
 from transformers import BartConfig, BartForSequenceClassification
 
-from calibrated_rewards.amortised import fit
-from calibrated_rewards.amortised.prompt_features import PromptFeatures
+from calibrated_rewards.calibration.prediction import fit
+from calibrated_rewards.calibration.prediction.prompt_features import PromptFeatures
 from calibrated_rewards.models.text import Text, TruncationWarning
 from calibrated_rewards.scorers import load_scorer, score
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, GPTNeoXModel
 
 from calibrated_rewards import CalibratedReward
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import FAILED, UNUSABLE, main
 from calibrated_rewards.rewarding.spelling import read, spelled
 from calibrated_rewards.scorers.loading import load_scorer

@@ -13,8 +13,8 @@ import ray
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
-from calibrated_rewards.calibrate import calibrate
-from calibrated_rewards.samplers.ray import RayCluster
+from calibrated_rewards.calibration.calibrate import calibrate
+from calibrated_rewards.calibration.cluster import RayCluster
 from calibrated_rewards.testing import NumberSampler, NumberScorer
 
 pytestmark = [

@@ -24,7 +24,8 @@ from scipy.stats import entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
+from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.calibrations import ZScore
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import id_key
@@ -33,7 +34,6 @@ from calibrated_rewards.recipes.model import reference_of, trainable
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.recipes.run_folder import RunFolder
 from calibrated_rewards.recipes.together import Together, learned
-from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding

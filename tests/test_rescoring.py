@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibrated_rewards.calibrate import calibrate, import_rollouts
-from calibrated_rewards.rollouts.directory import RunDirectory
-from calibrated_rewards.rollouts.forecast import forecast
-from calibrated_rewards.rollouts.rescoring import Kept
-from calibrated_rewards.rollouts.work import Work
+from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
+from calibrated_rewards.calibration.dry_run import forecast
+from calibrated_rewards.calibration.run_directory import RunDirectory
+from calibrated_rewards.calibration.run_identity import Kept
+from calibrated_rewards.calibration.work import Work
 from calibrated_rewards.samplers.protocol import Rollout
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
 

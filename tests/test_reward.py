@@ -37,9 +37,9 @@ from calibrated_rewards import (
     optimum,
     scaled,
 )
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
+from calibrated_rewards.calibration.on_demand import OnTheSpot
 from calibrated_rewards.calibrations import SmoothedCDF, ZScore
-from calibrated_rewards.on_the_spot import OnTheSpot
 from calibrated_rewards.rewarding.watch import measures
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer

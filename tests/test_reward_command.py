@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from calibrated_rewards import BestOf, CalibratedReward, WorstOf, optimum
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import main
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.table.reference_table import ReferenceTable

@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 from calibrated_rewards.arms import ARMS, AnyKL, BestAtKL, Transformed, Uncalibrated
 from calibrated_rewards.bootstrap import stated
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import main
 from calibrated_rewards.commands import frontier
 from calibrated_rewards.estimates import Estimate, Samples, Stated

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from calibrated_rewards.amortised.ridge import directions, penalties, ridge
+from calibrated_rewards.calibration.prediction.regression import directions, penalties, ridge
 
 
 def solved(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
@@ -59,7 +59,7 @@ def test_many_features_become_few_directions(monkeypatch: pytest.MonkeyPatch) ->
     rng = np.random.default_rng(2)
     few = rng.normal(size=(1100, 3)).astype(np.float32)
     features = np.hstack([few @ rng.normal(size=(3, 150)), rng.normal(size=(1100, 150))]).astype(np.float32)
-    monkeypatch.setattr("calibrated_rewards.amortised.ridge.MOST_DIRECTIONS", 20)
+    monkeypatch.setattr("calibrated_rewards.calibration.prediction.regression.MOST_DIRECTIONS", 20)
     axes = directions(features)
     assert axes.basis.shape == (300, 20)
     fitted = ridge(axes(features)[:, :3], few.astype(np.float64))

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from calibrated_rewards.health.rollouts import rollout_health
+from calibrated_rewards.calibration.inspect_rollouts import rollout_health
+from calibrated_rewards.calibration.shards import Planned, empty, write_shard
 from calibrated_rewards.prompts import prompt_key
-from calibrated_rewards.rollouts.shard import Planned, empty
-from calibrated_rewards.rollouts.shard_files import write_shard
 from calibrated_rewards.samplers.protocol import Rollout
 
 NOTHING = [" \n", [], [{"role": "assistant", "content": ""}], [{"role": "assistant", "content": "  "}]]

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.server import PATHS, Limits, create_app, serve

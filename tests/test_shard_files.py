@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from calibrated_rewards.prompts import prompt_key
-from calibrated_rewards.rollouts.shard import Planned, Shard, empty
-from calibrated_rewards.rollouts.shard_files import (
+from calibrated_rewards.calibration.shards import (
+    Planned,
+    Shard,
+    empty,
     read_keys,
     read_prompts,
     read_scores,
@@ -25,6 +26,7 @@ from calibrated_rewards.rollouts.shard_files import (
     write_prompts,
     write_shard,
 )
+from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import Rollout
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -169,7 +171,7 @@ def test_a_state_that_does_not_fit_its_rows_names_the_file(tmp_path: Path) -> No
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from calibrated_rewards.rollouts.shard_files import replacing
+from calibrated_rewards.calibration.shards import replacing
 from calibrated_rewards.table.reference_table import ReferenceTable
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

@@ -20,11 +20,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+from calibrated_rewards.calibration.records import rows
+from calibrated_rewards.calibration.shards import Planned, write_prompts
+from calibrated_rewards.calibration.sources import Asked, prompts_from
 from calibrated_rewards.prompts import prompt_key
-from calibrated_rewards.rollouts.rows import rows
-from calibrated_rewards.rollouts.shard import Planned
-from calibrated_rewards.rollouts.shard_files import write_prompts
-from calibrated_rewards.rollouts.sources import Asked, prompts_from
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
 spoken = st.text(st.characters(codec="utf-8"), max_size=12).filter(str.strip)
@@ -371,7 +370,7 @@ def test_rows_need_no_arrow_and_no_datasets() -> None:
     """Lines and iterables are read where neither is installed: nothing of them is imported for those."""
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['pyarrow', 'datasets', 'pandas']));"
-        "from calibrated_rewards.rollouts.sources import prompts_from; print(next(prompts_from(['Hi'])))"
+        "from calibrated_rewards.calibration.sources import prompts_from; print(next(prompts_from(['Hi'])))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "Asked(prompt='Hi', id=None)"

@@ -113,7 +113,7 @@ def test_a_file_from_elsewhere_asks_no_server_and_loads_no_kernels() -> None:
         "calibrated_rewards.rewarding.spelling.import_module",
         "calibrated_rewards.rewarding.spelling.Any",
         "calibrated_rewards.adapters.trl_reward.reward",
-        "calibrated_rewards.on_the_spot.OnTheSpot",
+        "calibrated_rewards.calibration.on_demand.OnTheSpot",
         "calibrated_rewards.theory.transforms.np",
         "calibrated_rewards.theory.transforms.Exponential",
         "calibrated_rewards.nowhere.Thing",

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from calibrated_rewards.health.row_statistics import row_statistics
-from calibrated_rewards.health.suspicious_rows import limit, suspicions
+from calibrated_rewards.calibration.suspicious_rows import limit, row_statistics, suspicions
 from calibrated_rewards.table.reference_table import ReferenceTable
 
 P, K = 400, 40

@@ -11,11 +11,11 @@ from exact import OUTPUTS, Exact, best_of, rewind, worst_of
 from scipy.optimize import minimize
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
+from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.estimates import Samples
 from calibrated_rewards.evaluation import win_rate
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.recipes import grpo_plain, ppo
-from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, Standard, WorstOf

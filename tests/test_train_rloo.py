@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
+from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.faithful.check import check_settings
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.recipes import train_grpo, train_rloo, trl_run
@@ -23,7 +24,6 @@ from calibrated_rewards.recipes.model import contiguous_head, trainable
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.recipes.run_folder import RunFolder
 from calibrated_rewards.recipes.timing import TimedReward
-from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding

@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable, UnknownPromptError
 from calibrated_rewards.adapters import trl_reward
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.checks.adapters import check_adapter
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.rewarding.originals import Originals
@@ -336,7 +336,7 @@ import tiny
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 from calibrated_rewards.adapters import trl_reward
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 from test_trl_adapter import CHATS, SMALL, Recorded
 
 policy, out = sys.argv[1:]

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.rewarding.verification import verified
 from calibrated_rewards.scorers.loading import load_scorer

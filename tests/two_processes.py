@@ -11,10 +11,10 @@ import torch
 from torch import distributed
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
+from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.recipes import command, grpo_plain, loop, ppo, train_rloo
 from calibrated_rewards.recipes.together import Together
-from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.testing import HashScorer

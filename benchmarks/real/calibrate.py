@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import save
 
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import sample, seeds_of
 from calibrated_rewards.scorers.protocol import score

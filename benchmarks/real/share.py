@@ -30,7 +30,7 @@ from calibrated_rewards.demo.reward_models import prompts, reward_model
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import save
 
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibrations import EmpiricalCDF
 from calibrated_rewards.scorers.protocol import score
 from calibrated_rewards.table.reference_table import ReferenceTable

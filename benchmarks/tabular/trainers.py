@@ -30,11 +30,11 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from world import KLS, LENGTH, LETTERS, PROMPTS, TRANSFORMS, World, enumerable, laws, save
 
+from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.faithful.trl_settings import grpo_settings, rloo_settings
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.recipes import grpo_plain, ppo
 from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 

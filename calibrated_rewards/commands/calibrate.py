@@ -13,7 +13,7 @@ from calibrated_rewards.theory.named import transform
 from calibrated_rewards.theory.transforms import Identity
 
 if TYPE_CHECKING:
-    from calibrated_rewards.adaptive import Adaptive
+    from calibrated_rewards.calibration.adaptive import Adaptive
     from calibrated_rewards.table.reference_table import ReferenceTable
 
 EPILOG = """examples:
@@ -108,8 +108,8 @@ def told(table: "ReferenceTable") -> str:
 
 
 def _calibrated(options: argparse.Namespace) -> Any:
-    from calibrated_rewards.calibrate import calibrate
-    from calibrated_rewards.rollouts.sources import prompts_from
+    from calibrated_rewards.calibration.calibrate import calibrate
+    from calibrated_rewards.calibration.sources import prompts_from
 
     refuse(options, ("completions", "scores"), "they belong to --rollouts")
     rounds = adaptive(options)
@@ -129,9 +129,9 @@ def check_prompts(place: str, source: dict[str, Any]) -> tuple[Any, dict[str, An
 
     A file is read twice. What comes from the Hub is kept in memory, since it would be downloaded twice.
     """
+    from calibrated_rewards.calibration.plan import Ids, checked
+    from calibrated_rewards.calibration.sources import prompts_from
     from calibrated_rewards.prompts import prompt_key
-    from calibrated_rewards.rollouts.planning import Ids, checked
-    from calibrated_rewards.rollouts.sources import prompts_from
 
     kept, ids, empty = [], Ids({}), True
     is_here = os.path.exists(place)
@@ -153,7 +153,7 @@ def adaptive(options: argparse.Namespace) -> "Adaptive | None":
         return None
     if options.k is not None:
         raise ValueError("-k: with --adaptive, --rounds say how many rollouts there are, leave it out")
-    from calibrated_rewards.adaptive import Adaptive
+    from calibrated_rewards.calibration.adaptive import Adaptive
     from calibrated_rewards.theory.transforms import scaled
 
     unit, rounds = scaled(options.transform or Identity(), "unit"), options.rounds or (16, 32, 64, 128)
@@ -178,10 +178,10 @@ def rounds(given: str) -> tuple[int, ...]:
 
 
 def _foretell(options: argparse.Namespace, asked: Any, sampler: Any) -> None:
-    from calibrated_rewards.calibrate import REWARD
-    from calibrated_rewards.rollouts.directory import RunDirectory
-    from calibrated_rewards.rollouts.forecast import forecast
-    from calibrated_rewards.rollouts.work import Work
+    from calibrated_rewards.calibration.calibrate import REWARD
+    from calibrated_rewards.calibration.dry_run import forecast
+    from calibrated_rewards.calibration.run_directory import RunDirectory
+    from calibrated_rewards.calibration.work import Work
 
     scorers = reward_model.load_several(options)
     work = Work(sampler, scorers if isinstance(scorers, dict) else {REWARD: scorers}, options.seed)
@@ -192,8 +192,8 @@ def _foretell(options: argparse.Namespace, asked: Any, sampler: Any) -> None:
 
 
 def _imported(options: argparse.Namespace) -> Any:
-    from calibrated_rewards.calibrate import import_rollouts
-    from calibrated_rewards.rollouts.imported import imported
+    from calibrated_rewards.calibration.calibrate import import_rollouts
+    from calibrated_rewards.calibration.importing import imported
 
     refuse(options, ("prompts", "policy", "limit", "k", "dry_run"), "--rollouts has the prompts, and nothing is drawn")
     columns = {"prompt": options.column, "completions": options.completions}
@@ -220,7 +220,7 @@ def _columns(given: list[str]) -> str | dict[str, str] | None:
 def _common(options: argparse.Namespace) -> dict[str, Any]:
     cluster = None
     if options.ray is not None:
-        from calibrated_rewards.samplers.ray import RayCluster
+        from calibrated_rewards.calibration.cluster import RayCluster
 
         cluster = RayCluster(options.ray, num_gpus=options.ray_gpus)
     return {

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from calibrated_rewards.commands.numbers import Whole
 
 if TYPE_CHECKING:
-    from calibrated_rewards.health.rollouts import RolloutHealth
-    from calibrated_rewards.health.table import Health
+    from calibrated_rewards.calibration.inspect_rollouts import RolloutHealth
+    from calibrated_rewards.calibration.inspect_table import Health
 
 EPILOG = """examples:
   calibrated-rewards inspect table/
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Look at each table, and at the rollouts, and say it."""
-    from calibrated_rewards.health.table import health
+    from calibrated_rewards.calibration.inspect_table import health
     from calibrated_rewards.table.reference_table import ReferenceTable
 
     at = Path(options.table)
@@ -69,7 +69,7 @@ def told_of_rollouts(at: Path, most: int, keys: set[str]) -> "RolloutHealth | No
     above = at.absolute().parent
     folder = (above if (above / "run.json").is_file() else at) / "rollouts"
     if at.is_dir() and any(folder.glob("*.parquet")):
-        from calibrated_rewards.health.rollouts import rollout_health
+        from calibrated_rewards.calibration.inspect_rollouts import rollout_health
 
         return rollout_health(folder, most, keys)
     return None
@@ -82,7 +82,7 @@ def with_starts(one: "Health", starts: dict[str, str]) -> "Health":
 
 def say(found: "list[Health]", rollouts: "RolloutHealth | None", as_json: bool) -> None:
     """All of it, on standard output."""
-    from calibrated_rewards.health.table import section
+    from calibrated_rewards.calibration.inspect_table import section
 
     if as_json:
         told = {"tables": [one.as_json() for one in found], "rollouts": rollouts and rollouts.as_json()}

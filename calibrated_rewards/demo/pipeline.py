@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from calibrated_rewards.calibrate import calibrate
+from calibrated_rewards.calibration.calibrate import calibrate
+from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.demo.parts import Parts
 from calibrated_rewards.demo.scale import Scale
 from calibrated_rewards.estimates import Samples
@@ -20,7 +21,6 @@ from calibrated_rewards.recipes import train_rloo
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward import CalibratedReward
 from calibrated_rewards.reweighted import reweighted
-from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.loading import load_scorer

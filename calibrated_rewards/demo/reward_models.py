@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
+from calibrated_rewards.calibration.shards import replacing
 from calibrated_rewards.demo.assets import MOVIES, Rated, encoder, made, ratings
 from calibrated_rewards.models.parts import right_padded
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.rollouts.shard_files import replacing
 
 HELD_OUT = 1_500
 BATCH, RATE, WARM_UP, LONGEST = 32, 1e-4, 0.1, 128

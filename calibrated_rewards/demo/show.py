@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrated_rewards import __version__
+from calibrated_rewards.calibration.shards import replacing
 from calibrated_rewards.demo.parts import Parts
 from calibrated_rewards.demo.pipeline import CALIBRATED, RAW, Demo, betas
 from calibrated_rewards.demo.scale import Scale
@@ -18,7 +19,6 @@ from calibrated_rewards.prospects import RELIABLE, Point, Reweighted, told
 from calibrated_rewards.recipes.command import outcome
 from calibrated_rewards.report import report
 from calibrated_rewards.rollouts.judged import references_of
-from calibrated_rewards.rollouts.shard_files import replacing
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf
 

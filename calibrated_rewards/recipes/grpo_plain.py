@@ -28,6 +28,7 @@ from jaxtyping import Float32
 from torch import Tensor
 from tqdm import tqdm
 
+from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.files import Message, setting as given
 from calibrated_rewards.recipes import command, loop
 from calibrated_rewards.recipes.loop import Episodes, setting
@@ -35,7 +36,6 @@ from calibrated_rewards.recipes.model import reference_of, trainable
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.recipes.together import Together, learned
 from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.policy import Policy
 
 

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
+from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.files import Message, setting as given
 from calibrated_rewards.models.parts import device_of
 from calibrated_rewards.prompts import Prompt
-from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.policy import Draft, Policy
 
 # What settings of a recipe may be at the least; rates are above 0.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from calibrated_rewards.calibration.sources import Asked, prompts_from
 from calibrated_rewards.commands.saved_reward import open_reward
 from calibrated_rewards.files import Message, setting as given
 from calibrated_rewards.models.fingerprint import tokenizer_digest, weights_digest, weights_of
@@ -21,7 +22,6 @@ from calibrated_rewards.prompts import as_key, id_key, start_of
 from calibrated_rewards.recipes.model import place_of
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.rollouts.sources import Asked, prompts_from
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.table_expectations import expect_of

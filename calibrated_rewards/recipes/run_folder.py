@@ -18,12 +18,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.files import claim
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.recipes.model import place_of
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.protocol import Decoding
 
 # The last file that transformers' Trainer writes of a checkpoint: one without it was cut short.
@@ -106,7 +106,7 @@ class RunFolder:
 
     def begin(self, about: Mapping[str, Any]) -> None:
         """Write down what the run is; what was cut short goes, since no run can go on from it."""
-        from calibrated_rewards.rollouts.shard_files import replacing  # needs pyarrow, as the plain loops do not
+        from calibrated_rewards.calibration.shards import replacing  # needs pyarrow, as the plain loops do not
 
         _remove(self.unfinished_model)
         for each in self.checkpoints.glob("checkpoint-*"):
@@ -129,7 +129,7 @@ class RunFolder:
 
     def write_log(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """The log of the steps so far, in place of what was there."""
-        from calibrated_rewards.rollouts.shard_files import replacing
+        from calibrated_rewards.calibration.shards import replacing
 
         with replacing(self.log) as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.faithful.check import Report, check_settings
 from calibrated_rewards.files import Message, setting as given
 from calibrated_rewards.recipes import command, opening
@@ -31,7 +32,6 @@ from calibrated_rewards.recipes.run_folder import RunFolder, about
 from calibrated_rewards.recipes.timing import TimedDrawing, TimedReward
 from calibrated_rewards.recipes.together import Together
 from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.protocol import Decoding
 
 # Seconds between the lines that stand for a bar where there is no terminal.

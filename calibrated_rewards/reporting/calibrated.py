@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from calibrated_rewards import plots
-from calibrated_rewards.health.sections import percent
-from calibrated_rewards.health.table import Health, health
+from calibrated_rewards.calibration.inspect_table import Health, health, percent
 from calibrated_rewards.reporting.expected import expectation_lines
 from calibrated_rewards.reporting.experiment import Experiment, named
 from calibrated_rewards.reporting.fresh import Fresh, fresh
@@ -160,7 +159,7 @@ def _worries(found: Mapping[str, Health]) -> Iterator[str]:
 def _rollouts(of: Experiment) -> Any:
     if of.rollouts is None:
         return None
-    from calibrated_rewards.health.rollouts import rollout_health
+    from calibrated_rewards.calibration.inspect_rollouts import rollout_health
 
     return rollout_health(of.rollouts)
 

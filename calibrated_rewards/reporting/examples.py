@@ -44,7 +44,7 @@ def examples(of: Experiment) -> Section | None:
 
 def selected(folder: Path, by: str, n: int) -> dict[bytes, Selected]:
     """The best of the first n completions of each prompt of the first file, in its order."""
-    from calibrated_rewards.rollouts.shard_files import SCORE, loaded, read_table
+    from calibrated_rewards.calibration.shards import SCORE, loaded, read_table
 
     files = sorted(folder.glob("*.parquet"))
     best: dict[bytes, Selected] = {}

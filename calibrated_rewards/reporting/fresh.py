@@ -64,7 +64,7 @@ def fresh(table: ReferenceTable, evaluated: Path, scorer: str) -> Fresh | None:
 
 
 def _scored(path: Path, scorer: str) -> tuple[list[bytes], Array]:
-    from calibrated_rewards.rollouts.shard_files import SCORE, read_table
+    from calibrated_rewards.calibration.shards import SCORE, read_table
 
     columns = read_table(path)
     name = SCORE + scorer

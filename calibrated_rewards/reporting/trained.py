@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calibrated_rewards import plots
-from calibrated_rewards.health.sections import percent
+from calibrated_rewards.calibration.inspect_table import percent
 from calibrated_rewards.reporting.experiment import Experiment, TrainingRun
 from calibrated_rewards.reporting.markup import Piece, Section, element, figure, figures, raised, table
 from calibrated_rewards.wording import counted, formula_in

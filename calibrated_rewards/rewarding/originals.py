@@ -95,8 +95,8 @@ class OfRun:
 
     def prompts(self) -> Iterator[tuple[bytes, Prompt]]:
         """Key and prompt of each."""
-        from calibrated_rewards.rollouts.directory import RunDirectory
-        from calibrated_rewards.rollouts.shard_files import loaded, stored
+        from calibrated_rewards.calibration.run_directory import RunDirectory
+        from calibrated_rewards.calibration.shards import loaded, stored
 
         run = RunDirectory(self.directory)
         planned = (each for name in run.names() for each in run.prompts(name))

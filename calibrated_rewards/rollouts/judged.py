@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64
 
+from calibrated_rewards.calibration.shards import SCORE, read_table
 from calibrated_rewards.estimates import Samples
-from calibrated_rewards.rollouts.shard_files import SCORE, read_table
 
 
 def scorers_of(run: Path) -> list[str]:

@@ -13,7 +13,6 @@ array([[59., 60., 61.]])
 '+ location'
 """
 
-from calibrated_rewards.amortised.features import Features as Features
-from calibrated_rewards.amortised.fit import fit as fit
-from calibrated_rewards.amortised.judgement import Errors as Errors
-from calibrated_rewards.amortised.prediction import Amortised as Amortised
+from calibrated_rewards.calibration.prediction.fit import fit as fit
+from calibrated_rewards.calibration.prediction.judgement import Errors as Errors
+from calibrated_rewards.calibration.prediction.prediction import Amortised as Amortised, Features as Features

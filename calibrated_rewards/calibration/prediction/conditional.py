@@ -5,10 +5,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
-from calibrated_rewards.amortised.curve import Curve, curve_of
-from calibrated_rewards.amortised.network import Network, trained
-from calibrated_rewards.amortised.ridge import Directions, Ridge, ridge
-from calibrated_rewards.amortised.sample import Sample
+from calibrated_rewards.calibration.prediction.curves import Curve, Sample, curve_of
+from calibrated_rewards.calibration.prediction.regression import Directions, Network, Ridge, ridge, trained
 
 # How much of the distribution the features tell, step by step; the first is the same for all prompts.
 STEPS = ("pooled", "+ location", "+ scale", "+ network")

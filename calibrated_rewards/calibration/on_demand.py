@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from calibrated_rewards.calibration.shards import Planned, empty
+from calibrated_rewards.calibration.work import Task, Work
 from calibrated_rewards.prompts import Prompt, prompt_key
-from calibrated_rewards.rollouts.shard import Planned, empty
-from calibrated_rewards.rollouts.work import Task, Work
 from calibrated_rewards.samplers.protocol import Particular, Sampler
 from calibrated_rewards.scorers.differences import differences
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint

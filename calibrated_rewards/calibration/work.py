@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
+from calibrated_rewards.calibration.shards import Shard, State, as_scored
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.rollouts.shard import Shard, State, as_scored
 from calibrated_rewards.samplers.protocol import Rollout, Sampler, sample, seeds_of
 from calibrated_rewards.scorers.protocol import Scorer, score
 

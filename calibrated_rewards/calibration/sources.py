@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from calibrated_rewards.calibration.records import Row, rows
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.prompts import KEY_BYTES, Prompt, canonical_chat, start_of
-from calibrated_rewards.rollouts.rows import Row, rows
 
 ID_COLUMN = "prompt_id"
 _IMAGES = ("image", "images")

@@ -23,9 +23,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from calibrated_rewards.files import claim
-from calibrated_rewards.rollouts.shard import Planned, Shard, State
-from calibrated_rewards.rollouts.shard_files import (
+from calibrated_rewards.calibration.shards import (
+    Planned,
+    Shard,
+    State,
     read_keys,
     read_prompts,
     read_shard,
@@ -37,6 +38,7 @@ from calibrated_rewards.rollouts.shard_files import (
     write_prompts,
     write_shard,
 )
+from calibrated_rewards.files import claim
 from calibrated_rewards.scorers.differences import Difference, differences, merge
 
 FORMAT, VERSION = "calibrated-rewards run", 1

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from tqdm import tqdm
 
-from calibrated_rewards.health.sections import Lines, percent
+from calibrated_rewards.calibration.inspect_table import Lines, percent
+from calibrated_rewards.calibration.shards import SCORE, loaded, read_table
 from calibrated_rewards.prompts import start_of
-from calibrated_rewards.rollouts.shard_files import SCORE, loaded, read_table
 
 # From which share of its rollouts on a prompt is worth a look.
 CUT, REPEATED, EMPTY = 0.5, 0.5, 0.1

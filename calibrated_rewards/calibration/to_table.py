@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from calibrated_rewards.calibration.run_directory import RunDirectory
+from calibrated_rewards.calibration.shards import Shard, loaded, read_scores, read_table, replacing, stored
 from calibrated_rewards.prompts import as_key
-from calibrated_rewards.rollouts.directory import RunDirectory
-from calibrated_rewards.rollouts.shard import Shard
-from calibrated_rewards.rollouts.shard_files import loaded, read_scores, read_table, replacing, stored
 from calibrated_rewards.table.reference_table import ReferenceTable, Row
 
 PROBED_PROMPTS = 8

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from calibrated_rewards.calibration.run_directory import RunDirectory
+from calibrated_rewards.calibration.shards import Planned, stored
+from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.prompts import Prompt, id_key, prompt_key, start_of
-from calibrated_rewards.rollouts.directory import RunDirectory
-from calibrated_rewards.rollouts.shard import Planned
-from calibrated_rewards.rollouts.shard_files import stored
-from calibrated_rewards.rollouts.sources import Asked
 from calibrated_rewards.samplers.protocol import Particular, Rendering, Sampler
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from calibrated_rewards.calibration.plan import Ids, checked
+from calibrated_rewards.calibration.run_directory import RunDirectory
+from calibrated_rewards.calibration.run_identity import RunIdentity
+from calibrated_rewards.calibration.shards import Planned, Shard, empty, write_shard
+from calibrated_rewards.calibration.sources import Asked
+from calibrated_rewards.calibration.work import Task, Work
 from calibrated_rewards.prompts import Prompt, prompt_key
-from calibrated_rewards.rollouts.directory import RunDirectory
-from calibrated_rewards.rollouts.identity import RunIdentity
-from calibrated_rewards.rollouts.planning import Ids, checked
-from calibrated_rewards.rollouts.shard import Planned, Shard, empty
-from calibrated_rewards.rollouts.shard_files import write_shard
-from calibrated_rewards.rollouts.sources import Asked
-from calibrated_rewards.rollouts.work import Task, Work
 
 # Rollouts of the first call, which is slower than all that follow, and does not count.
 WARM_UP = 4

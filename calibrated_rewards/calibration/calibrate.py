@@ -16,16 +16,14 @@ from typing import Any, overload
 
 import numpy as np
 
-from calibrated_rewards.adaptive import Adaptive
+from calibrated_rewards.calibration.adaptive import Adaptive
+from calibrated_rewards.calibration.importing import adopt, imported
+from calibrated_rewards.calibration.run import Cluster, Settings, run
+from calibrated_rewards.calibration.run_directory import RunDirectory, check_name
+from calibrated_rewards.calibration.run_identity import RunIdentity
+from calibrated_rewards.calibration.sources import prompts_from
+from calibrated_rewards.calibration.work import Work
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.rollouts.adoption import adopt
-from calibrated_rewards.rollouts.cluster import Cluster
-from calibrated_rewards.rollouts.directory import RunDirectory, check_name
-from calibrated_rewards.rollouts.identity import RunIdentity
-from calibrated_rewards.rollouts.imported import imported
-from calibrated_rewards.rollouts.run import Settings, run
-from calibrated_rewards.rollouts.sources import prompts_from
-from calibrated_rewards.rollouts.work import Work
 from calibrated_rewards.samplers.protocol import Sampler
 from calibrated_rewards.scorers.protocol import Scorer
 from calibrated_rewards.table.reference_table import ReferenceTable

@@ -1,4 +1,6 @@
-"""Amortised: the predicted reference quantiles of any prompt, as quantiles, as a cdf, or as a table of its own."""
+"""What describes a prompt: any function from prompts to rows of numbers, and the check of what it gives.
+
+Amortised: the predicted reference quantiles of any prompt, as quantiles, as a cdf, or as a table of its own."""
 
 import json
 import os
@@ -6,21 +8,42 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float
 
-from calibrated_rewards.amortised.conditional import Conditional
-from calibrated_rewards.amortised.curve import Curve
-from calibrated_rewards.amortised.features import Features, features_of
-from calibrated_rewards.amortised.judgement import Errors
-from calibrated_rewards.amortised.network import Network
-from calibrated_rewards.prompts import Prompt, prompt_key
+from calibrated_rewards.calibration.prediction.conditional import Conditional
+from calibrated_rewards.calibration.prediction.curves import Curve
+from calibrated_rewards.calibration.prediction.judgement import Errors
+from calibrated_rewards.calibration.prediction.regression import Network
+from calibrated_rewards.prompts import Prompt, prompt_key, start_of
 from calibrated_rewards.scorers.differences import differences
-from calibrated_rewards.scorers.protocol import fingerprint
+from calibrated_rewards.scorers.protocol import fingerprint, name_of, without_tensors
 from calibrated_rewards.table.reference_table import ReferenceTable
+
+
+@runtime_checkable
+class Features(Protocol):
+    """Describes prompts: `features(prompts)` gives each one a row of numbers, all of one width."""
+
+    def __call__(self, prompts: Sequence[Prompt], /) -> Any:
+        """An array, or a tensor, of shape (prompts, width)."""
+
+
+def features_of(features: Features, prompts: Sequence[Prompt], width: int | None = None) -> Float[np.ndarray, "P d"]:
+    """The features of prompts, checked: a row for each, of finite numbers, as many as expected."""
+    found, who = np.asarray(without_tensors(features(list(prompts)))), name_of(features)
+    if found.ndim != 2 or len(found) != len(prompts) or found.dtype.kind not in "fiub" or not found.shape[1]:
+        raise ValueError(f"{who} gives {len(prompts)} prompts a row of numbers each, got {found.dtype} {found.shape}")
+    if width is not None and found.shape[1] != width:
+        raise ValueError(f"the calibrator was fitted on features of width {width}, {who} gave width {found.shape[1]}")
+    if not np.isfinite(found).all():
+        row = int(np.flatnonzero(~np.isfinite(found).all(axis=1))[0])
+        raise ValueError(f"features are finite numbers, {who} gave others for {start_of(prompts[row])}")
+    return found if found.dtype.kind == "f" and found.itemsize >= 4 else found.astype(np.float32)
+
 
 DATA_FILE, SUMMARY_FILE = "amortised.safetensors", "amortised.json"
 FORMAT = 1

@@ -7,12 +7,11 @@ from importlib.util import find_spec
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from calibrated_rewards.amortised.conditional import STEPS, Steps, steps_of
-from calibrated_rewards.amortised.features import Features, features_of
-from calibrated_rewards.amortised.judgement import DECILES, LEVELS, OWN, Errors, Judged, error_of, judged
-from calibrated_rewards.amortised.prediction import Amortised
-from calibrated_rewards.amortised.ridge import directions
-from calibrated_rewards.amortised.sample import Sample, sample_of
+from calibrated_rewards.calibration.prediction.conditional import STEPS, Steps, steps_of
+from calibrated_rewards.calibration.prediction.curves import Sample, sample_of
+from calibrated_rewards.calibration.prediction.judgement import DECILES, LEVELS, OWN, Errors, Judged, error_of, judged
+from calibrated_rewards.calibration.prediction.prediction import Amortised, Features, features_of
+from calibrated_rewards.calibration.prediction.regression import directions
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.scorers.protocol import fingerprint
 from calibrated_rewards.table.reference_table import ReferenceTable

@@ -1,0 +1,27 @@
+"""Calibration: prompts, a sampler and scorers to a ReferenceTable, at scale and resumable.
+
+`calibrate` draws, scores and sorts; `import_rollouts` takes rollouts made elsewhere. A run is a directory of shards
+that any number of processes fill. `inspect_table` and `inspect_rollouts` say whether the result is fit for use;
+`on_demand` and `prediction` serve prompts that no table has.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from calibrated_rewards.calibration.adaptive import Adaptive as Adaptive
+from calibrated_rewards.calibration.calibrate import calibrate as calibrate, import_rollouts as import_rollouts
+from calibrated_rewards.calibration.on_demand import OnTheSpot as OnTheSpot
+from calibrated_rewards.calibration.sources import Asked as Asked, prompts_from as prompts_from
+
+if TYPE_CHECKING:
+    from calibrated_rewards.calibration.cluster import RayCluster as RayCluster
+
+# Loaded when they are asked for: they bring heavy libraries.
+LAZY = {"RayCluster": "cluster"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name of `LAZY` from its module."""
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{LAZY[name]}"), name)

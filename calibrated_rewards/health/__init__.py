@@ -1,1 +1,0 @@
-"""What a table and its rollouts are like: resolution, precision, spread, and what stands out."""
