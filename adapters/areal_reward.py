@@ -14,8 +14,7 @@ entropy bonus. AReaL logs nothing beside the reward.
 
 from typing import Any
 
-from calibrated_rewards.configured import configured
-from calibrated_rewards.rewarding.handed_over import identifier, loud, number
+from calibrated_rewards.reward.frameworks import configured, identifier, loud, number
 
 SECONDS = 15  # what AsyncRewardWrapper waits
 

@@ -21,8 +21,7 @@ import ray
 import torch
 from nemo_rl.environments.interfaces import EnvironmentInterface, EnvironmentReturn
 
-from calibrated_rewards.configured import configured
-from calibrated_rewards.rewarding.handed_over import details, identifier, loud, number
+from calibrated_rewards.reward.frameworks import configured, details, identifier, loud, number
 
 
 @ray.remote

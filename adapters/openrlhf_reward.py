@@ -15,8 +15,7 @@ Faithful to E[R] - beta KL: `--algo.advantage.estimator rloo --algo.kl.init_coef
 
 from typing import Any
 
-from calibrated_rewards.configured import configured
-from calibrated_rewards.rewarding.handed_over import completion_of, details, identifier, loud, number
+from calibrated_rewards.reward.frameworks import completion_of, configured, details, identifier, loud, number
 
 
 def reward_func(queries: list[str], prompts: list[str], labels: list[Any], **_: Any) -> dict[str, Any]:

@@ -16,8 +16,7 @@ from typing import Any
 
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 
-from calibrated_rewards.configured import configured
-from calibrated_rewards.rewarding.handed_over import details, identifier, loud, number
+from calibrated_rewards.reward.frameworks import configured, details, identifier, loud, number
 
 
 class CalibratedEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym ships no types

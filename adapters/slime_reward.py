@@ -14,8 +14,7 @@ is `--disable-grpo-std-normalization --use-kl-loss --kl-loss-coef BETA --kl-loss
 import asyncio
 from typing import Any
 
-from calibrated_rewards.configured import configured
-from calibrated_rewards.rewarding.handed_over import details, identifier, loud, number
+from calibrated_rewards.reward.frameworks import configured, details, identifier, loud, number
 
 
 async def reward(args: Any, sample: Any, **_: Any) -> Any:

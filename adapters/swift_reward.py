@@ -17,8 +17,7 @@ from typing import Any
 
 from swift.rewards import orms, rm_plugins
 
-from calibrated_rewards.configured import configured
-from calibrated_rewards.rewarding.handed_over import identifier, loud
+from calibrated_rewards.reward.frameworks import configured, identifier, loud
 
 
 @dataclass(frozen=True)

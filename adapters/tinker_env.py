@@ -17,8 +17,7 @@ import tinker
 from tinker_cookbook.renderers import Renderer, get_text_content
 from tinker_cookbook.rl.types import Env, EnvGroupBuilder, StepResult, Trajectory
 
-from calibrated_rewards.configured import configured
-from calibrated_rewards.rewarding.handed_over import details, number
+from calibrated_rewards.reward.frameworks import configured, details, number
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ reference; give a loss of your own (`trainer.loss.type = "custom"`).
 from collections.abc import Sequence
 from typing import Any
 
-from calibrated_rewards.configured import configured
-from calibrated_rewards.rewarding.handed_over import identifier, loud, number
+from calibrated_rewards.reward.frameworks import configured, identifier, loud, number
 
 
 async def reward(task: Any, trace: Any) -> float:

@@ -20,8 +20,7 @@ from typing import Any
 
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
-from calibrated_rewards.configured import configured
-from calibrated_rewards.rewarding.handed_over import details, identifier, loud, number
+from calibrated_rewards.reward.frameworks import configured, details, identifier, loud, number
 
 
 async def compute_score(*, solution_str: str, extra_info: dict[str, Any] | None = None, **_: Any) -> dict[str, float]:

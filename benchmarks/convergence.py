@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from calibrated_rewards.faithful.trl_settings import grpo_settings, rloo_settings
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.transforms import Exponential, Identity, Log
 

@@ -27,9 +27,9 @@ import torch
 from environment import save
 
 from calibrated_rewards.prompts import prompt_key
-from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.rewarding.lookup import Lookup
-from calibrated_rewards.rewarding.watch import measures
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.reward.lookup import Lookup
+from calibrated_rewards.reward.monitoring import measures
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.transforms import Exponential, scaled

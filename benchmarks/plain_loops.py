@@ -24,7 +24,7 @@ from tqdm import tqdm
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.recipes import grpo_plain, ppo
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 

@@ -20,7 +20,7 @@ import ray
 from environment import save
 from ray import serve
 
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.serving.replicas import serve_replicas
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing import NumberScorer

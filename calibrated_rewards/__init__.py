@@ -10,9 +10,9 @@ array([0.082])
 """
 
 from calibrated_rewards import evaluation as evaluation, theory as theory
-from calibrated_rewards.calibrations import EmpiricalCDF as EmpiricalCDF
 from calibrated_rewards.prompts import id_key as id_key, prompt_key as prompt_key
-from calibrated_rewards.reward import CalibratedReward as CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward as CalibratedReward
+from calibrated_rewards.reward.calibrators import EmpiricalCDF as EmpiricalCDF
 from calibrated_rewards.table.reference_table import (
     ReferenceTable as ReferenceTable,
     UnknownPromptError as UnknownPromptError,

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float
 
-from calibrated_rewards.calibrations import (
+from calibrated_rewards.reward.calibrators import (
     Calibration,
     EmpiricalCDF,
     LogSigmoidAtQuantile,

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from calibrated_rewards.arms import Arm, usual_arms
 from calibrated_rewards.bootstrap import stated
-from calibrated_rewards.calibrations import Calibration
 from calibrated_rewards.estimates import Samples, Stated
 from calibrated_rewards.prospects import Point, Reweighted
+from calibrated_rewards.reward.calibrators import Calibration
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Procedure, Standard, WorstOf
 from calibrated_rewards.weighted_pools import WeightedPools, won

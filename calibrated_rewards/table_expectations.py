@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Protocol, runtime_checkable
 
-from calibrated_rewards.calibrations import Calibration, EmpiricalCDF
+from calibrated_rewards.reward.calibrators import Calibration, EmpiricalCDF
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.table_laws import TableRewards, called
 from calibrated_rewards.theory.finite_k import Estimator

@@ -23,7 +23,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from calibrated_rewards.calibrations import EmpiricalCDF
+from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator, values
 from calibrated_rewards.theory.fixed_references import StepPolicies

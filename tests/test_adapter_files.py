@@ -18,7 +18,7 @@ from calibrated_rewards.adapters import verifiers_reward
 from calibrated_rewards.adapters.trl_ppo_module import RewardModule
 from calibrated_rewards.checks.adapters import check_adapter
 from calibrated_rewards.prompts import id_key
-from calibrated_rewards.rewarding.originals import Originals
+from calibrated_rewards.reward.originals import Originals
 from calibrated_rewards.testing import HashScorer
 
 FILES = sorted(Path(adapters.__path__[0]).glob("*.py"))

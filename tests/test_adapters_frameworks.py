@@ -21,8 +21,8 @@ import calibrated_rewards.adapters
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
 from calibrated_rewards.checks.adapters import check_adapter
 from calibrated_rewards.prompts import id_key
-from calibrated_rewards.rewarding.handed_over import completion_of, loud
-from calibrated_rewards.rewarding.originals import Originals
+from calibrated_rewards.reward.frameworks import completion_of, loud
+from calibrated_rewards.reward.originals import Originals
 from calibrated_rewards.table.reference_table import UnknownPromptError
 from calibrated_rewards.testing import HashScorer
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from calibrated_rewards.calibrations import (
+from calibrated_rewards.reward.calibrators import (
     Calibration,
     EmpiricalCDF,
     LogSigmoidAtQuantile,

@@ -11,7 +11,7 @@ import torch
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
 from calibrated_rewards.checks.adapters import check_adapter
 from calibrated_rewards.prompts import id_key
-from calibrated_rewards.rewarding.originals import Originals
+from calibrated_rewards.reward.originals import Originals
 from calibrated_rewards.testing import HashScorer
 
 PROMPTS = ["Hi", "Ho", "Hi", "Hum", "Hi", "Ho"]

@@ -10,7 +10,7 @@ from typing import Any
 import jaxtyping
 import pytest
 
-from calibrated_rewards.rewarding.coalescing import Coalescer, Full
+from calibrated_rewards.reward.batching import Coalescer, Full
 
 
 def squares(items: list[int]) -> list[int]:

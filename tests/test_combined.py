@@ -11,8 +11,8 @@ from scipy import stats
 
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.calibrations import ZScore
-from calibrated_rewards.combined import And, CombinedReward, Lowest, Or, WeightedMean
+from calibrated_rewards.reward.calibrators import ZScore
+from calibrated_rewards.reward.combined import And, CombinedReward, Lowest, Or, WeightedMean
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
 
 PROMPTS = ["one", "two"]

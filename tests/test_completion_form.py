@@ -7,8 +7,8 @@ import pytest
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
-from calibrated_rewards.combined import CombinedReward
-from calibrated_rewards.rewarding.completion_form import Form
+from calibrated_rewards.reward.combined import CombinedReward
+from calibrated_rewards.reward.verification import Form
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble, Function
 from calibrated_rewards.testing import HashScorer, NumberScorer
 

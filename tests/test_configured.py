@@ -7,7 +7,7 @@ import pytest
 
 from calibrated_rewards import CalibratedReward
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.configured import configured
+from calibrated_rewards.reward.frameworks import configured
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
 
 

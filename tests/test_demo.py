@@ -18,7 +18,7 @@ from calibrated_rewards.demo.scale import QUICK
 from calibrated_rewards.demo.show import foreseen
 from calibrated_rewards.outcomes import Evaluation
 from calibrated_rewards.prospects import Reweighted
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 
 COMMAND = [sys.executable, "-m", "calibrated_rewards", "demo", "--quick", "--out"]
 

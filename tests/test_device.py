@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from calibrated_rewards import Exponential, Log, ReferenceTable, scaled
-from calibrated_rewards.rewarding.device import OnDevice
-from calibrated_rewards.rewarding.lookup import Lookup
+from calibrated_rewards.reward.device import OnDevice
+from calibrated_rewards.reward.lookup import Lookup
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaForToke
 
 from calibrated_rewards.models.labels import Difference, Expected, Label, Ordinal
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.rewarding.spelling import read, spelled
+from calibrated_rewards.reward.saving import read, spelled
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder
 from calibrated_rewards.scorers.implicit import ImplicitReward
 from calibrated_rewards.scorers.judge import ExpectedRating, Judge

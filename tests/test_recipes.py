@@ -26,7 +26,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.sources import Asked
-from calibrated_rewards.calibrations import ZScore
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.recipes import command, grpo_plain, loop, opening, ppo, train_grpo, train_rloo
@@ -34,6 +33,7 @@ from calibrated_rewards.recipes.model import reference_of, trainable
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.recipes.run_folder import RunFolder
 from calibrated_rewards.recipes.together import Together, learned
+from calibrated_rewards.reward.calibrators import ZScore
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding

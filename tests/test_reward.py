@@ -39,8 +39,8 @@ from calibrated_rewards import (
 )
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.on_demand import OnTheSpot
-from calibrated_rewards.calibrations import SmoothedCDF, ZScore
-from calibrated_rewards.rewarding.watch import measures
+from calibrated_rewards.reward.calibrators import SmoothedCDF, ZScore
+from calibrated_rewards.reward.monitoring import measures
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory import finite_k
@@ -259,7 +259,7 @@ def test_the_reward_model_reads_what_was_calibrated(tmp_path: Path) -> None:
         lost.score(["Hi there"], ["Hello"], ids=["a"])
     assert lost([CHAT], ["Hello"]) == lost.score([CHAT], ["Hello"], ids=["a"]).reward == [5 / 6]
 
-    from calibrated_rewards.rewarding.originals import Originals
+    from calibrated_rewards.reward.originals import Originals
 
     found = CalibratedReward(reads, table, originals=Originals.write(tmp_path / "prompts.jsonl", table, [CHAT]))
     assert found(["<user>Hi</user>"], ["Hello"]) == [5 / 6]
@@ -274,7 +274,7 @@ def test_the_reward_model_reads_what_was_calibrated(tmp_path: Path) -> None:
 
 def test_prompts_of_another_table_are_not_read(tmp_path: Path) -> None:
     """The file goes by rows: with a table of other rows it is an error, never somebody else's prompt."""
-    from calibrated_rewards.rewarding.originals import Originals
+    from calibrated_rewards.reward.originals import Originals
 
     chats = [[{"role": "user", "content": text}] for text in "abcd"]
     rows = [(chat, [0.0, 1.0], [f"<user>{text}"]) for chat, text in zip(chats, "abcd", strict=True)]
@@ -683,7 +683,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
             other.save_pretrained(tmp_path / "reward")
     assert CalibratedReward.from_pretrained(tmp_path / "reward").name == "first"
     with monkeypatch.context() as patched:
-        patched.setattr("calibrated_rewards.rewarding.directory._write_prompts", full)
+        patched.setattr("calibrated_rewards.reward.saving._write_prompts", full)
         with pytest.raises(OSError, match="no space"):
             other.save_pretrained(tmp_path / "reward")
     with pytest.raises(ValueError, match="not of one save"):

@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
-from calibrated_rewards.combined import CombinedReward
+from calibrated_rewards.reward.combined import CombinedReward
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble, Function
 from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References
 from calibrated_rewards.scorers.protocol import is_thread_safe, lock_for, score

@@ -13,7 +13,7 @@ import pytest
 
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.prompts import id_key
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.server import PATHS, Limits, create_app, serve
 from calibrated_rewards.serving.replicas import serve_replicas
 from calibrated_rewards.table.reference_table import ReferenceTable

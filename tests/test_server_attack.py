@@ -8,7 +8,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings, strategies as st
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.server import PATHS, Limits, create_app
 from calibrated_rewards.serving.schema import EXAMPLES
 from calibrated_rewards.table.reference_table import ReferenceTable

@@ -22,7 +22,7 @@ import pytest
 import uvicorn
 
 from calibrated_rewards.cli import main
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.scorers.remote import Native, OpenRlhf, Remote
 from calibrated_rewards.server import create_app, serve
 from calibrated_rewards.table.reference_table import ReferenceTable

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from calibrated_rewards import BestOf, Exponential, Log, Tabulated, optimum, scaled
-from calibrated_rewards.combined import WeightedMean
 from calibrated_rewards.models.labels import Expected
 from calibrated_rewards.models.loading import Loaded, Placement
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.rewarding.spelling import NeedsTrust, read, spelled
+from calibrated_rewards.reward.combined import WeightedMean
+from calibrated_rewards.reward.saving import NeedsTrust, read, spelled
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble, Min
 from calibrated_rewards.scorers.loading import FromCheckpoint
 from calibrated_rewards.scorers.remote import Native, Remote
@@ -110,8 +110,8 @@ def test_a_file_from_elsewhere_asks_no_server_and_loads_no_kernels() -> None:
         "os.system",
         "subprocess.Popen",
         "calibrated_rewards.table.reference_table.ReferenceTable",
-        "calibrated_rewards.rewarding.spelling.import_module",
-        "calibrated_rewards.rewarding.spelling.Any",
+        "calibrated_rewards.reward.saving.import_module",
+        "calibrated_rewards.reward.saving.Any",
         "calibrated_rewards.adapters.trl_reward.reward",
         "calibrated_rewards.calibration.on_demand.OnTheSpot",
         "calibrated_rewards.theory.transforms.np",

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from calibrated_rewards import CalibratedReward
-from calibrated_rewards.calibrations import EmpiricalCDF, ZScore
+from calibrated_rewards.reward.calibrators import EmpiricalCDF, ZScore
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.table_expectations import check_resolved, expect, expect_of
 from calibrated_rewards.table_laws import TableRewards

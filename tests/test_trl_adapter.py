@@ -21,7 +21,7 @@ from calibrated_rewards.adapters import trl_reward
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.checks.adapters import check_adapter
 from calibrated_rewards.prompts import id_key
-from calibrated_rewards.rewarding.originals import Originals
+from calibrated_rewards.reward.originals import Originals
 from calibrated_rewards.testing import HashScorer
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"

@@ -10,7 +10,7 @@ import torch
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.rewarding.verification import verified
+from calibrated_rewards.reward.verification import verified
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
-from calibrated_rewards.rewarding.watch import Alarm, drift, log_drift
+from calibrated_rewards.reward.monitoring import Alarm, drift, log_drift
 from calibrated_rewards.testing import NumberScorer
 
 

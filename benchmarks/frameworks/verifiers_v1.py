@@ -52,7 +52,7 @@ def main() -> None:
             name = f"{'ids' if ids else 'no ids'}, {'messages' if as_messages else 'a text'}"
             worst[name] = asked.worst(asyncio.run(all_of(asked, ids, as_messages)))
     spaced = [f"  {said}\n" for said in asked.completions]
-    from calibrated_rewards.configured import configured
+    from calibrated_rewards.reward.frameworks import configured
 
     wanted = configured().score(asked.chats, spaced, asked.ids).reward
     pairs = [(row(c, u, as_messages=True), s) for c, s, u in zip(asked.chats, spaced, asked.ids, strict=True)]

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import save
 
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.calibrations import EmpiricalCDF
+from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.scorers.protocol import score
 from calibrated_rewards.table.reference_table import ReferenceTable
 

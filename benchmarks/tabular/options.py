@@ -25,8 +25,8 @@ from trainers import TRAINERS, known
 from world import KLS, PROMPTS, TRANSFORMS, RoundedScorer, World, laws, save
 
 from calibrated_rewards.calibration.on_demand import OnTheSpot
-from calibrated_rewards.combined import And, CombinedReward, Lowest, WeightedMean
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.reward.combined import And, CombinedReward, Lowest, WeightedMean
 from calibrated_rewards.samplers.protocol import Rollout
 from calibrated_rewards.table.reference_table import ReferenceTable
 

@@ -15,7 +15,7 @@ from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf
 
 if TYPE_CHECKING:
-    from calibrated_rewards.reward import CalibratedReward
+    from calibrated_rewards.reward.calibrated_reward import CalibratedReward
     from calibrated_rewards.samplers.protocol import Sampler
     from calibrated_rewards.scorers.protocol import Scorer
 

@@ -4,10 +4,10 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from calibrated_rewards.rewarding.spelling import NeedsTrust
+from calibrated_rewards.reward.saving import NeedsTrust
 
 if TYPE_CHECKING:
-    from calibrated_rewards.reward import CalibratedReward
+    from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 
 HELP = "run the code and ask the servers that the saved reward names: functions, checkpoints with own code, URLs"
 
@@ -19,7 +19,7 @@ def add_argument(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") ->
 
 def open_reward(place: str | os.PathLike[str], *, trust: bool, **settings: Any) -> "CalibratedReward":
     """`CalibratedReward.from_pretrained`; what needs trust and has none is a ValueError that names the option."""
-    from calibrated_rewards.reward import CalibratedReward
+    from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 
     try:
         return CalibratedReward.from_pretrained(place, trust_remote_code=trust, **settings)

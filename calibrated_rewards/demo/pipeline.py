@@ -19,7 +19,7 @@ from calibrated_rewards.outcomes import Evaluation
 from calibrated_rewards.prospects import Reweighted
 from calibrated_rewards.recipes import train_rloo
 from calibrated_rewards.recipes.raw import RawReward
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reweighted import reweighted
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding

@@ -24,7 +24,7 @@ from calibrated_rewards.faithful.spelled import misspelled, unreadable
 from calibrated_rewards.faithful.swift_settings import SWIFT
 from calibrated_rewards.faithful.trl_rules import ASYNC_GRPO, GRPO, ONLINE_DPO, RLOO
 from calibrated_rewards.faithful.verl_settings import VERL
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 
 FRAMEWORKS = (RLOO, GRPO, ASYNC_GRPO, ONLINE_DPO, OPENRLHF, VERL, SWIFT, SKYRL, SLIME, AREAL, NEMO, LIGHTRFT)
 # The package and class of a configuration that can be of one framework only.

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from calibrated_rewards.calibrations import EmpiricalCDF
 from calibrated_rewards.faithful.rules import Finding, Settings
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.theory.finite_k import values
 from calibrated_rewards.theory.transforms import scaled
 

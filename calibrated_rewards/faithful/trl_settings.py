@@ -7,7 +7,7 @@ from typing import Any
 
 from calibrated_rewards.faithful.sampled import decoding_of
 from calibrated_rewards.faithful.trl_rules import COMMON, RLOO
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 
 
 def rloo_settings(

@@ -35,7 +35,7 @@ from calibrated_rewards.recipes.loop import Episodes, setting
 from calibrated_rewards.recipes.model import reference_of, trainable
 from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.recipes.together import Together, learned
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.policy import Policy
 
 

@@ -21,7 +21,7 @@ from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import as_key, id_key, start_of
 from calibrated_rewards.recipes.model import place_of
 from calibrated_rewards.recipes.raw import RawReward
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.table_expectations import expect_of

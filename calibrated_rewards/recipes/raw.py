@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from calibrated_rewards.prompts import Completion
-from calibrated_rewards.reward import CalibratedReward
-from calibrated_rewards.rewarding.locating import ids_in
-from calibrated_rewards.rewarding.watch import measures
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.reward.find_prompts import ids_in
+from calibrated_rewards.reward.monitoring import measures
 from calibrated_rewards.table.reference_table import ReferenceTable
 
 

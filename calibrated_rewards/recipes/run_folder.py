@@ -23,7 +23,7 @@ from calibrated_rewards.files import claim
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.recipes.model import place_of
 from calibrated_rewards.recipes.raw import RawReward
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.protocol import Decoding
 
 # The last file that transformers' Trainer writes of a checkpoint: one without it was cut short.

@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import Any
 
 from calibrated_rewards.recipes.raw import RawReward
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.scorers.protocol import call, fingerprint, is_thread_safe, reads_messages
 
 

@@ -31,7 +31,7 @@ from calibrated_rewards.recipes.model import contiguous_head, lora, place_of, qu
 from calibrated_rewards.recipes.run_folder import RunFolder, about
 from calibrated_rewards.recipes.timing import TimedDrawing, TimedReward
 from calibrated_rewards.recipes.together import Together
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.protocol import Decoding
 
 # Seconds between the lines that stand for a bar where there is no terminal.

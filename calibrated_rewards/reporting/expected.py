@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from calibrated_rewards.calibrations import EmpiricalCDF
 from calibrated_rewards.reporting.experiment import Experiment, main_procedure, procedure_of
-from calibrated_rewards.rewarding.spelling import read
+from calibrated_rewards.reward.calibrators import EmpiricalCDF
+from calibrated_rewards.reward.saving import read
 from calibrated_rewards.table_expectations import expect
 from calibrated_rewards.table_laws import TableRewards
 from calibrated_rewards.theory.procedures import Procedure, Standard

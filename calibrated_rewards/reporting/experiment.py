@@ -51,7 +51,7 @@ class Experiment:
     @property
     def transform(self) -> Transform:
         """That of the reward, as far as it is one of the library's; else none at all."""
-        from calibrated_rewards.rewarding.spelling import read
+        from calibrated_rewards.reward.saving import read
 
         try:
             found = read((self.reward or {})["transform"])

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from calibrated_rewards.rewarding.coalescing import Coalescer, Full
-from calibrated_rewards.rewarding.scores import Score
+from calibrated_rewards.reward.batching import Coalescer, Full
+from calibrated_rewards.reward.scores import Score
 from calibrated_rewards.serving.dialects import Ask
 from calibrated_rewards.serving.limits import Limits, Refused
 from calibrated_rewards.serving.metrics import Metrics

@@ -10,8 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 from uuid import uuid4
 
 from calibrated_rewards.prompts import start_of
-from calibrated_rewards.rewarding import handed_over
-from calibrated_rewards.rewarding.scores import Score
+from calibrated_rewards.reward.calibrated_reward import frameworks as handed_over
+from calibrated_rewards.reward.scores import Score
 from calibrated_rewards.serving import fields
 from calibrated_rewards.serving.limits import Limits, Refused
 

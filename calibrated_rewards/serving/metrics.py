@@ -6,7 +6,7 @@ from functools import cached_property
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
 
-from calibrated_rewards.rewarding.scores import Score
+from calibrated_rewards.reward.scores import Score
 
 PREFIX = "calibrated_reward"
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibrated_rewards.rewarding.lookup import Lookup
+from calibrated_rewards.reward.lookup import Lookup
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,8 @@
-"""CalibratedReward: a reward model, the table of its reference scores, and a transform, as one reward for any trainer.
+"""The settings of a calibrated reward: each error names the setting, the rule, and what came.
+
+Name a reward for a trainer's log: its transform, its reward model, and the settings that change its numbers.
+
+CalibratedReward: a reward model, the table of its reference scores, and a transform, as one reward for any trainer.
 
 >>> from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
 >>> from calibrated_rewards.testing import NumberScorer
@@ -14,36 +18,124 @@ array([[0. , 0.5, 1. ]])
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from hashlib import blake2b
+from math import isfinite
+from typing import Any, NoReturn
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from calibrated_rewards.calibrations import Calibration, EmpiricalCDF
+from calibrated_rewards.models.loading import Loaded
 from calibrated_rewards.prompts import Completion
-from calibrated_rewards.rewarding.checked import check
-from calibrated_rewards.rewarding.coalescing import Coalescer
-from calibrated_rewards.rewarding.completion_form import Form
-from calibrated_rewards.rewarding.endings import EndingsWatch, without
-from calibrated_rewards.rewarding.locating import Located, Reading, ids_in, keys_of, located, rows_of, split_texts
-from calibrated_rewards.rewarding.naming import named
-from calibrated_rewards.rewarding.originals import Originals, of_run
-from calibrated_rewards.rewarding.raw_scores import RawScores, are_rows, are_tensor
-from calibrated_rewards.rewarding.scores import Score, Scores
-from calibrated_rewards.rewarding.strangers import hint
-from calibrated_rewards.rewarding.valuing import OnMissing, Valuing
-from calibrated_rewards.rewarding.verification import Verification, verified
-from calibrated_rewards.rewarding.watch import Alarm, first_ones, measures
-from calibrated_rewards.scorers.protocol import Scorer, is_thread_safe, paired, score
+from calibrated_rewards.reward.batching import Coalescer
+from calibrated_rewards.reward.calibrators import Calibration, EmpiricalCDF
+from calibrated_rewards.reward.find_prompts import (
+    Located,
+    Reading,
+    hint,
+    ids_in,
+    keys_of,
+    located,
+    rows_of,
+    split_texts,
+)
+from calibrated_rewards.reward.lookup import OnMissing, Valuing
+from calibrated_rewards.reward.monitoring import Alarm, EndingsWatch, first_ones, measures, without
+from calibrated_rewards.reward.originals import Originals, of_run
+from calibrated_rewards.reward.raw_scores import RawScores, are_rows, are_tensor
+from calibrated_rewards.reward.scores import Score, Scores
+from calibrated_rewards.reward.verification import Form, Verification, verified
+from calibrated_rewards.scorers.protocol import Scorer, fingerprint, is_thread_safe, paired, score
 from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
 from calibrated_rewards.theory.finite_k import Estimator
-from calibrated_rewards.theory.transforms import Identity, Scale, Transform, scaled
+from calibrated_rewards.theory.optimum import Optimal
+from calibrated_rewards.theory.transforms import Affine, Chain, Identity, Scale, Transform, scaled
+
+MISSING = ("raise", "neutral", "skip")
+
+
+def check(reward: Any) -> None:
+    """TypeError or ValueError for what makes no sense, before anything is scored."""
+    if not isinstance(reward.table, ReferenceTable):
+        _refuse("table", "a ReferenceTable", reward.table)
+    if reward.scorer is not None and not callable(reward.scorer):
+        _refuse("scorer", "called with prompts and completions", reward.scorer)
+    if not callable(reward.transform):
+        _refuse("transform", "called with quantiles, as Exponential(10.0) is", reward.transform)
+    if not callable(reward.calibration):
+        _refuse("calibration", "called, as EmpiricalCDF() is", reward.calibration)
+    if not callable(reward.on_missing) and reward.on_missing not in MISSING:
+        raise ValueError(f"on_missing is one of {MISSING} or a function, got {reward.on_missing!r:.80}")
+    for name in ("name", "id_column"):
+        if not isinstance(getattr(reward, name), str | None):
+            _refuse(name, "a text or None", getattr(reward, name))
+    if isinstance(reward.endings, str) or not all(isinstance(ending, str) for ending in reward.endings):
+        _refuse("endings", "a tuple of texts", reward.endings)
+    _check_numbers(reward.batch_size, reward.beta)
+
+
+def _check_numbers(batch_size: Any, beta: Any) -> None:
+    if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
+        raise ValueError(f"CalibratedReward needs a whole batch_size >= 1, or None, got batch_size={batch_size!r}")
+    if beta is not None and not (isinstance(beta, int | float) and isfinite(beta) and beta > 0):
+        raise ValueError(f"CalibratedReward needs a finite beta > 0, or None, got beta={beta!r}")
+
+
+def _refuse(setting: str, rule: str, got: Any) -> NoReturn:
+    raise TypeError(f"CalibratedReward: {setting} is {rule}, got {got!r:.80}")
+
+
+LONGEST, KEPT = 60, 40
+
+
+def named(transform: Transform, scorer: Scorer | None, **settings: tuple[Any, Any]) -> str:
+    """A name that is as good as an identifier: of many words the first ones, and a digest of all.
+
+    `settings` are pairs of a value and its default: what differs from its default is part of the name, since TRL logs
+    rewards of one name under one key.
+
+    >>> from calibrated_rewards.theory.procedures import BestOf
+    >>> from calibrated_rewards.testing import NumberScorer
+    >>> from calibrated_rewards.theory.transforms import Exponential
+    >>> named(Exponential(-10.0), NumberScorer())
+    'calibrated_Exponential_t_minus_10_0_number'
+    >>> named(Optimal(BestOf(4), beta=0.1), NumberScorer())
+    'calibrated_optimal_BestOf_n_4_number'
+    >>> named(Exponential(5.0), NumberScorer(), estimator=("unbiased", "empirical"), scale=("unit", "unit"))
+    'calibrated_Exponential_t_5_0_number_estimator_unbiased'
+    """
+    changed = [
+        f"{name} {value if isinstance(value, str) else repr(value)}"
+        for name, (value, default) in settings.items()
+        if value != default
+    ]
+    words = " ".join(["calibrated", _said(transform), _scorer_name(scorer), *changed])
+    name = re.sub(r"\W+", "_", re.sub(r"-(?=\d)", "minus ", words)).strip("_")
+    return name if len(name) <= LONGEST else f"{name[:KEPT]}_{blake2b(words.encode(), digest_size=4).hexdigest()}"
+
+
+def _said(transform: Transform) -> str:
+    """Its repr; of the optimal transform, the question; without a change of scale."""
+    match transform:
+        case Chain(parts=(*head, Affine())) if head:
+            return " ".join(map(_said, head))
+        case Optimal(procedure=procedure):
+            return f"optimal {procedure!r}"
+    return repr(transform)
+
+
+def _scorer_name(scorer: Scorer | None) -> str:
+    if isinstance(scorer, Loaded):
+        return os.path.basename(os.path.normpath(scorer.recipe.name))
+    return str(fingerprint(scorer).get("kind", "")) if scorer is not None else ""
+
 
 Directory = str | os.PathLike[str]
 # Beside transform and scorer, what changes the numbers that a reward gives, and so its name.
@@ -212,7 +304,7 @@ class CalibratedReward:
 
     def save_pretrained(self, save_directory: Directory) -> None:
         """Write scorer (how it is loaded), table, transform and settings to a directory."""
-        from calibrated_rewards.rewarding import directory
+        from calibrated_rewards.reward import saving as directory
 
         directory.write(self, save_directory)
 
@@ -232,14 +324,16 @@ class CalibratedReward:
         A function, a checkpoint with code of its own or with options for loading it, and a server are loaded only with
         `trust_remote_code=True`, from a directory as from the Hub. Functions are not imported from the current folder.
         """
-        from calibrated_rewards.rewarding import directory
+        from calibrated_rewards.reward import saving as directory
 
-        read: CalibratedReward = directory.read(cls, name, scorer, revision, token, trust_remote_code, changes)
+        read: CalibratedReward = directory.read_of_directory(
+            cls, name, scorer, revision, token, trust_remote_code, changes
+        )
         return read
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
         """Upload what `save_pretrained` writes, for the URL of the commit; the reward model has a repository itself."""
-        from calibrated_rewards.rewarding import directory
+        from calibrated_rewards.reward import saving as directory
 
         return directory.push(self, repo_id, private, token)
 

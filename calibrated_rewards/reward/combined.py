@@ -25,9 +25,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float64
 
-from calibrated_rewards.calibrations import EmpiricalCDF
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.scorers.ensemble import identity_of
 from calibrated_rewards.scorers.protocol import fingerprint
 from calibrated_rewards.theory.transforms import Identity
@@ -174,7 +174,7 @@ class CombinedReward:
             return values
         import torch
 
-        from calibrated_rewards.rewarding.device import like
+        from calibrated_rewards.reward.device import like
 
         return like(torch.from_numpy(values).to(first.device), first)
 

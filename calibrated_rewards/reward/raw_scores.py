@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from calibrated_rewards.prompts import Prompt
-from calibrated_rewards.rewarding.valuing import Valuing
+from calibrated_rewards.reward.lookup import Valuing
 
 
 def are_rows(prompts: Any) -> bool:
@@ -43,7 +43,7 @@ class RawScores:
             return self._values(_host(rows), raw, prompts)
         import torch
 
-        from calibrated_rewards.rewarding.device import OnDevice, like
+        from calibrated_rewards.reward.device import OnDevice, like
 
         if raw.device.type == "cuda" and self.valuing.by_rank and not self.valuing.lookup.tolerance:
             if raw.device not in self._devices:
