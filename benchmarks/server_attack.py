@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from test_server_attack import BODIES, GOOD, an_app
 
 from calibrated_rewards.server import PATHS
-from calibrated_rewards.testing import HashScorer
+from calibrated_rewards.testing.suites import HashScorer
 
 SECONDS = 10.0
 

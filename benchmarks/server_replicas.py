@@ -23,7 +23,7 @@ from ray import serve
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.serving.replicas import serve_replicas
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.testing import NumberScorer
+from calibrated_rewards.testing.suites import NumberScorer
 
 TOKEN = "a-token-of-the-benchmark"
 REQUESTS = 200

@@ -2,7 +2,7 @@
 
 Everything is kept in one directory, as in calibration: a run that was killed goes on where it was.
 
->>> from calibrated_rewards.testing import NumberSampler, NumberScorer
+>>> from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 >>> found = evaluate({"same": NumberSampler()}, NumberSampler(), ["2+2=", "Hi"], {"reward": NumberScorer()}, m=8)
 >>> found.policies[0].win_rates["reward"]["BestOf(n=4)"].prompts
 2

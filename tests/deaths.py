@@ -27,7 +27,7 @@ from calibrated_rewards.calibration import shards as shard_files
 from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import seeds_of
-from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 
 PROMPTS = [*(f"prompt {i}" for i in range(4)), [{"role": "user", "content": "Hi"}]]
 PER_SHARD = 3

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.testing import HashScorer
+from calibrated_rewards.testing.suites import HashScorer
 from calibrated_rewards.theory.transforms import Exponential, Identity, Log, Transform
 
 END, ALPHABET = 0, "abcdefghijklmnopqrst"

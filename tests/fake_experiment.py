@@ -15,7 +15,7 @@ from calibrated_rewards.estimates import Samples
 from calibrated_rewards.evaluate import evaluate
 from calibrated_rewards.reweighted import reweighted
 from calibrated_rewards.samplers.protocol import Rollout
-from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory.optimum import Optimal
 from calibrated_rewards.theory.transforms import Affine, Chain
 

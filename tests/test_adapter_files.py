@@ -16,10 +16,10 @@ import torch
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable, adapters
 from calibrated_rewards.adapters import verifiers_reward
 from calibrated_rewards.adapters.trl_ppo_module import RewardModule
-from calibrated_rewards.checks.adapters import check_adapter
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.reward.originals import Originals
-from calibrated_rewards.testing import HashScorer
+from calibrated_rewards.testing.check_adapter import check_adapter
+from calibrated_rewards.testing.suites import HashScorer
 
 FILES = sorted(Path(adapters.__path__[0]).glob("*.py"))
 SHIPPED = [file for file in FILES if file.stem != "__init__"]

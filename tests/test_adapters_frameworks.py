@@ -19,12 +19,12 @@ import torch
 
 import calibrated_rewards.adapters
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
-from calibrated_rewards.checks.adapters import check_adapter
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.reward.frameworks import completion_of, loud
 from calibrated_rewards.reward.originals import Originals
 from calibrated_rewards.table.reference_table import UnknownPromptError
-from calibrated_rewards.testing import HashScorer
+from calibrated_rewards.testing.check_adapter import check_adapter
+from calibrated_rewards.testing.suites import HashScorer
 
 ADAPTERS = Path(calibrated_rewards.adapters.__file__).parent
 END, PAD = "<|im_end|>", "<pad>"

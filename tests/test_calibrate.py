@@ -20,7 +20,7 @@ from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
 from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.samplers.protocol import Rollout, seeds_of
-from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 
 PROMPTS = [f"prompt {i}" for i in range(10)]
 CHAT = [{"role": "user", "content": "Hi"}]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
-from calibrated_rewards.checks.adapters import check_adapter
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.reward.originals import Originals
-from calibrated_rewards.testing import HashScorer
+from calibrated_rewards.testing.check_adapter import check_adapter
+from calibrated_rewards.testing.suites import HashScorer
 
 PROMPTS = ["Hi", "Ho", "Hi", "Hum", "Hi", "Ho"]
 COMPLETIONS = ["one", "two", "three", "four", "five", "six"]

@@ -15,7 +15,6 @@ import tiny
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import calibrated_rewards
-from calibrated_rewards.checks.conformance import CHECKS, Examination
 from calibrated_rewards.cli import COMMANDS, FAILED, PASSED, UNUSABLE, main
 from calibrated_rewards.commands import check_scorer, evaluate
 from calibrated_rewards.commands.check_scorer import read_pairs
@@ -26,6 +25,7 @@ from calibrated_rewards.scorers.ensemble import Cost
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.scorers.remote import Native, OpenRlhf, Remote
 from calibrated_rewards.scorers.remote_vllm import Vllm, VllmScore
+from calibrated_rewards.testing.check_scorer import CHECKS, Examination
 
 MODULE = [sys.executable, "-m", "calibrated_rewards"]
 

@@ -13,7 +13,7 @@ from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.reward.calibrators import ZScore
 from calibrated_rewards.reward.combined import And, CombinedReward, Lowest, Or, WeightedMean
-from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 
 PROMPTS = ["one", "two"]
 COMPLETIONS = ["0.3", "-2.5"]

@@ -10,7 +10,7 @@ from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
 from calibrated_rewards.reward.combined import CombinedReward
 from calibrated_rewards.reward.verification import Form
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble, Function
-from calibrated_rewards.testing import HashScorer, NumberScorer
+from calibrated_rewards.testing.suites import HashScorer, NumberScorer
 
 CHATS = [[{"role": "user", "content": f"Say {word}"}] for word in ("one", "two", "three")]
 WORDS = ["the cat", "a dog", "then", "no"]

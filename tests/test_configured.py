@@ -8,7 +8,7 @@ import pytest
 from calibrated_rewards import CalibratedReward
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.reward.frameworks import configured
-from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 
 
 def saved(at: Path, scorer: object = None) -> str:

@@ -22,13 +22,13 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
-from calibrated_rewards.checks.conformance import CHECKS, Check, Examination, answer, check_scorer
-from calibrated_rewards.checks.probes import QUESTIONS, everyday
-from calibrated_rewards.checks.subject import Outcome
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
-from calibrated_rewards.testing import HashScorer, NumberScorer, check_picklable, check_transform
+from calibrated_rewards.testing.check_scorer import CHECKS, Check, Examination, answer, check_scorer
+from calibrated_rewards.testing.probes import QUESTIONS, everyday
+from calibrated_rewards.testing.subject import Outcome
+from calibrated_rewards.testing.suites import HashScorer, NumberScorer, check_picklable, check_transform
 
 Scores = Callable[[Sequence[Any], Sequence[Any]], Any]
 GOOD = {question.good for question in QUESTIONS}

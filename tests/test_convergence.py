@@ -11,7 +11,7 @@ from trl import RLOOConfig, RLOOTrainer
 from calibrated_rewards import CalibratedReward, Log, ReferenceTable
 from calibrated_rewards.faithful.check import check_settings
 from calibrated_rewards.faithful.trl_settings import rloo_settings
-from calibrated_rewards.testing import NumberScorer
+from calibrated_rewards.testing.suites import NumberScorer
 
 DIGITS = "0123456"
 PROMPTS = ("01", "23", "45")

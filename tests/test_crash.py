@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.testing import NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 
 CASES = {
     "fresh:killed:37": -signal.SIGKILL,

@@ -18,7 +18,7 @@ from calibrated_rewards.divergence import Divergence, _terms, between
 from calibrated_rewards.outcomes import Precision
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding, Rollout
-from calibrated_rewards.testing import NumberSampler
+from calibrated_rewards.testing.suites import NumberSampler
 
 CHAT = [{"role": "user", "content": "Hi"}]
 LENGTH = 2

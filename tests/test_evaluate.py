@@ -35,7 +35,7 @@ from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding, Rollout
 from calibrated_rewards.scorers import load_scorer
-from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 
 # peft asks the model by a name that transformers is about to change.

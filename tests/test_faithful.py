@@ -16,7 +16,7 @@ from calibrated_rewards.faithful.check import FRAMEWORKS
 from calibrated_rewards.faithful.rewarded import span_of
 from calibrated_rewards.faithful.rules import Framework, Is, Rule, SameAs, Settings, Strength, broken
 from calibrated_rewards.reward.calibrators import ZScore
-from calibrated_rewards.testing import NumberScorer
+from calibrated_rewards.testing.suites import NumberScorer
 from calibrated_rewards.theory.transforms import Exponential, Log
 
 PLAIN = {

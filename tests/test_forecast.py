@@ -10,7 +10,7 @@ from calibrated_rewards.calibration.dry_run import WARM_UP, forecast
 from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.calibration.sources import prompts_from
 from calibrated_rewards.calibration.work import Work
-from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 
 PROMPTS = [f"prompt {i}" for i in range(10)]
 DRAWN: Counter = Counter()

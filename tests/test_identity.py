@@ -14,7 +14,7 @@ from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.calibration.run_identity import RunIdentity
 from calibrated_rewards.calibration.work import Task, Work
 from calibrated_rewards.scorers.ensemble import Ensemble, Function
-from calibrated_rewards.testing import NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 
 PROMPTS = [f"prompt {i}" for i in range(4)]
 

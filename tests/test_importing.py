@@ -21,7 +21,7 @@ from calibrated_rewards.recipes import train_rloo
 from calibrated_rewards.reward.frameworks import configured
 from calibrated_rewards.reward.saving import NeedsTrust
 from calibrated_rewards.scorers.ensemble import Function
-from calibrated_rewards.testing import NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 
 BIN = Path(sys.executable).parent
 # What a module leaves behind when it is imported, and when it is called.

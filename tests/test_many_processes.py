@@ -16,7 +16,7 @@ import pytest
 
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import seeds_of
-from calibrated_rewards.testing import NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 
 KILLED = -signal.SIGKILL
 SCENES = {

@@ -13,7 +13,7 @@ import pytest
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.on_demand import OnTheSpot
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.testing import NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 
 PROMPTS = [f"prompt {i}" for i in range(9)]
 WHOLE = calibrate(PROMPTS, NumberSampler(), NumberScorer(), k=6, seed=3)

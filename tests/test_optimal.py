@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from scipy.special import softmax
 from strategies import transforms
 
-from calibrated_rewards.testing import check_picklable, check_transform
+from calibrated_rewards.testing.suites import check_picklable, check_transform
 from calibrated_rewards.theory.optimum import Choice, Optimal, optimal_transform, optimum, tune
 from calibrated_rewards.theory.procedures import BestOf, Calibrated, RewindAndRepeat, SoftBestOf, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl, kl_of, kl_range, policy_law, win_rate, win_rate_of

@@ -25,14 +25,14 @@ import pytest
 import tiny
 import torch
 
-from calibrated_rewards.checks.conformance import CHECKS, IGNORABLE, Examination, answer, check_scorer
-from calibrated_rewards.checks.odd_inputs import characters
-from calibrated_rewards.checks.positions import LENGTHS, passage
-from calibrated_rewards.checks.process_state import RANDOM, changed, process_state
 from calibrated_rewards.commands.check_scorer import EPILOG
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
-from calibrated_rewards.testing import HashScorer, NumberScorer
+from calibrated_rewards.testing.check_reading import LENGTHS, passage
+from calibrated_rewards.testing.check_scorer import CHECKS, IGNORABLE, Examination, answer, check_scorer
+from calibrated_rewards.testing.check_texts import characters
+from calibrated_rewards.testing.process_state import RANDOM, changed, process_state
+from calibrated_rewards.testing.suites import HashScorer, NumberScorer
 
 Scorer = Callable[[Sequence[Any], Sequence[Any]], Any]
 PROMPTS, COMPLETIONS = "prompts", "completions"

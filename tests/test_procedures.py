@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 from strategies import calibrated_procedures, procedures
 
-from calibrated_rewards.testing import check_picklable, check_procedure
+from calibrated_rewards.testing.suites import check_picklable, check_procedure
 from calibrated_rewards.theory.procedures import (
     BestOf,
     Calibrated,

@@ -21,7 +21,7 @@ from calibrated_rewards.reward.saving import read, spelled
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.scorers.multi_attribute import MultiAttribute
 from calibrated_rewards.scorers.pair_models import PairClassifier
-from calibrated_rewards.testing import NumberSampler
+from calibrated_rewards.testing.suites import NumberSampler
 
 CHATS = [[{"role": "user", "content": text}] for text in tiny.texts(6, 0)]
 COMPLETIONS = tiny.texts(6, 1)

@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.cluster import RayCluster
-from calibrated_rewards.testing import NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 
 pytestmark = [
     # Ray leaves sockets and processes to the garbage collector, and says what its next versions will change.

@@ -38,7 +38,7 @@ from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers import load_scorer
-from calibrated_rewards.testing import HashScorer, NumberScorer
+from calibrated_rewards.testing.suites import HashScorer, NumberScorer
 from calibrated_rewards.theory.finite_k import values
 from calibrated_rewards.theory.named import NamedTransform, parse_transform
 from calibrated_rewards.theory.tilted_policy import beta_for_kl

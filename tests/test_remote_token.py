@@ -14,7 +14,7 @@ from calibrated_rewards.models.server_address import POLICY_TOKEN, TOKEN, Addres
 from calibrated_rewards.samplers.openai import OpenAISampler
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.remote import Native, Refused, Remote
-from calibrated_rewards.testing import NumberScorer
+from calibrated_rewards.testing.suites import NumberScorer
 
 SECRET = "s3cret-of-the-tests"
 

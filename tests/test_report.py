@@ -27,7 +27,7 @@ from calibrated_rewards.reporting.markup import element, raised
 from calibrated_rewards.reporting.outcome import outcome
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.table_expectations import expect
-from calibrated_rewards.testing import NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 from calibrated_rewards.theory.procedures import BestOf
 from calibrated_rewards.theory.transforms import scaled
 

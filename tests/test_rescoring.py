@@ -13,7 +13,7 @@ from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.calibration.run_identity import Kept
 from calibrated_rewards.calibration.work import Work
 from calibrated_rewards.samplers.protocol import Rollout
-from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 
 PROMPTS = [f"prompt {i}" for i in range(6)]
 DRAWN = {"prompt": "another", "completions": ["1", "2"]}

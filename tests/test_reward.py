@@ -42,7 +42,7 @@ from calibrated_rewards.calibration.on_demand import OnTheSpot
 from calibrated_rewards.reward.calibrators import SmoothedCDF, ZScore
 from calibrated_rewards.reward.monitoring import measures
 from calibrated_rewards.scorers.loading import load_scorer
-from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory import finite_k
 
 PROMPTS = [f"prompt {i}" for i in range(6)]
@@ -628,7 +628,7 @@ def through_the_hub(code: str, home: Path) -> tuple[Any, list[str]]:
     setup = """
         import json
         from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
-        from calibrated_rewards.testing import NumberScorer
+        from calibrated_rewards.testing.suites import NumberScorer
         table = ReferenceTable.build([("p", [1.0, 2.0, 3.0])])
     """
     with serving("someone/reward", "", home) as (hub, environment):

@@ -24,7 +24,7 @@ from calibrated_rewards.prospects import ERRORS, Point, margin, told
 from calibrated_rewards.reweighted import Reweighted, reweighted
 from calibrated_rewards.rollouts.judged import references_of
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory.procedures import BestOf, Calibrated, SoftBestOf, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, bin_masses, win_rate
 from calibrated_rewards.theory.transforms import Exponential, Identity, Log, NormalQuantile

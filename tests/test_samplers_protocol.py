@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from calibrated_rewards import prompt_key
 from calibrated_rewards.samplers.protocol import Decoding, Particular, Rendering, Rollout, Sampler, sample, seeds_of
-from calibrated_rewards.testing import NumberSampler
+from calibrated_rewards.testing.suites import NumberSampler
 
 
 @given(st.integers(), st.binary(min_size=16, max_size=16), st.integers(0, 50), st.integers(0, 50))

@@ -21,7 +21,7 @@ from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References
 from calibrated_rewards.scorers.protocol import is_thread_safe, lock_for, score
 from calibrated_rewards.scorers.remote import Native, Remote
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
-from calibrated_rewards.testing import HashScorer, NumberScorer
+from calibrated_rewards.testing.suites import HashScorer, NumberScorer
 
 TABLE = ReferenceTable.build([(f"p{i}", [0.0, 4.0, 8.0]) for i in range(16)])
 THREADS = 8

@@ -17,7 +17,7 @@ from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.server import PATHS, Limits, create_app, serve
 from calibrated_rewards.serving.replicas import serve_replicas
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory.transforms import Exponential
 
 REFERENCES = {"2+2=": [1.0, 2.0, 3.0, 5.0], "2+2=4, ": [0.0, 7.0], "Hello": [-1.0, 0.0, 1.0]}

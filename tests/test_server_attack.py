@@ -12,7 +12,7 @@ from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.server import PATHS, Limits, create_app
 from calibrated_rewards.serving.schema import EXAMPLES
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.testing import HashScorer
+from calibrated_rewards.testing.suites import HashScorer
 
 GOOD = {"prompts": ["2+2="], "completions": ["4"]}
 # All letters that JSON can say, halves of characters too.

@@ -17,7 +17,7 @@ from calibrated_rewards.scorers.ensemble import Cost, Ensemble, Min
 from calibrated_rewards.scorers.loading import FromCheckpoint
 from calibrated_rewards.scorers.remote import Native, Remote
 from calibrated_rewards.scorers.remote_vllm import Vllm
-from calibrated_rewards.testing import HashScorer, NumberScorer
+from calibrated_rewards.testing.suites import HashScorer, NumberScorer
 
 OPTIONS = {"labels": Expected((1.0, 2.0)), "text": Text(max_length=5, strip=("</s>",))}
 SETTINGS = [

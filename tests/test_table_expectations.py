@@ -13,7 +13,7 @@ from calibrated_rewards.reward.calibrators import EmpiricalCDF, ZScore
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.table_expectations import check_resolved, expect, expect_of
 from calibrated_rewards.table_laws import TableRewards
-from calibrated_rewards.testing import HashScorer
+from calibrated_rewards.testing.suites import HashScorer
 from calibrated_rewards.theory.finite_k import values
 from calibrated_rewards.theory.fixed_references import win_rate_at_k
 from calibrated_rewards.theory.optimum import optimum

@@ -27,7 +27,7 @@ from calibrated_rewards.recipes.timing import TimedReward
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding
-from calibrated_rewards.testing import HashScorer
+from calibrated_rewards.testing.suites import HashScorer
 from calibrated_rewards.theory.transforms import Identity, Log
 
 PROMPTS = tiny.texts(3)

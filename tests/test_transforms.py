@@ -11,7 +11,7 @@ from scipy.interpolate import PchipInterpolator
 from scipy.special import expit
 from strategies import transforms
 
-from calibrated_rewards.testing import check_picklable, check_transform
+from calibrated_rewards.testing.suites import check_picklable, check_transform
 from calibrated_rewards.theory.transforms import (
     Affine,
     Chain,

@@ -19,10 +19,10 @@ from datasets import Dataset
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable, UnknownPromptError
 from calibrated_rewards.adapters import trl_reward
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.checks.adapters import check_adapter
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.reward.originals import Originals
-from calibrated_rewards.testing import HashScorer
+from calibrated_rewards.testing.check_adapter import check_adapter
+from calibrated_rewards.testing.suites import HashScorer
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 # What TRL and transformers have to say of each other's arguments is not about us.

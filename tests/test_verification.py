@@ -12,7 +12,7 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.reward.verification import verified
 from calibrated_rewards.scorers.loading import load_scorer
-from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 
 PROMPTS = [[{"role": "user", "content": text}] for text in tiny.texts(12, seed=5)]
 OTHER_TEMPLATE = tiny.TEMPLATE.replace("<|end|>", "")

@@ -8,7 +8,7 @@ import pytest
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.reward.monitoring import Alarm, drift, log_drift
-from calibrated_rewards.testing import NumberScorer
+from calibrated_rewards.testing.suites import NumberScorer
 
 
 def test_the_standard_error_is_that_of_mann_and_whitney() -> None:

@@ -17,7 +17,7 @@ from calibrated_rewards.recipes import command, grpo_plain, loop, ppo, train_rlo
 from calibrated_rewards.recipes.together import Together
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
-from calibrated_rewards.testing import HashScorer
+from calibrated_rewards.testing.suites import HashScorer
 
 
 def same_gradient(together: Together) -> None:

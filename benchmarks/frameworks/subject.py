@@ -23,7 +23,7 @@ from calibrated_rewards.reward.frameworks import PLACE, configured
 from calibrated_rewards.reward.originals import Originals
 from calibrated_rewards.reward.scores import Scores
 from calibrated_rewards.table.build import Row
-from calibrated_rewards.testing import HashScorer
+from calibrated_rewards.testing.suites import HashScorer
 
 ADAPTERS = Path(__file__).resolve().parents[2] / "adapters"
 END = "<|end|>"

@@ -24,7 +24,7 @@ from environment import save
 from exact import Exact
 
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.testing import HashScorer
+from calibrated_rewards.testing.suites import HashScorer
 from calibrated_rewards.theory.optimum import optimum
 from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate

@@ -3,7 +3,7 @@
 Everything is kept in one directory, shard by shard: a run that was killed goes on where it was, processes that are
 given the same directory share the work, and what was sampled once is never sampled again.
 
->>> from calibrated_rewards.testing import NumberSampler, NumberScorer
+>>> from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 >>> calibrate(["2+2=", "Hello"], NumberSampler(), NumberScorer(), k=4)
 ReferenceTable(2 prompts, 8 references, in memory)
 """

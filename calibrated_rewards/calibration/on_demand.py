@@ -1,6 +1,6 @@
 """Unseen prompts, calibrated when they come: the rollouts and scores that `calibrate` would have given them.
 
->>> from calibrated_rewards.testing import NumberSampler, NumberScorer
+>>> from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 >>> spot = OnTheSpot(None, NumberSampler(), NumberScorer(), k=4, seed=0)
 >>> spot(["2+2=", "Hello"])
 ReferenceTable(2 prompts, 8 references, in memory)

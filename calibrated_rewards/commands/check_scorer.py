@@ -15,8 +15,8 @@ from calibrated_rewards.prompts import start_of
 from calibrated_rewards.scorers.protocol import plain
 
 if TYPE_CHECKING:
-    from calibrated_rewards.checks.conformance import Examination
-    from calibrated_rewards.checks.subject import Subject
+    from calibrated_rewards.testing.check_scorer import Examination
+    from calibrated_rewards.testing.subject import Subject
 
 EPILOG = """examples:
   calibrated-rewards check-scorer --reward-model Skywork/Skywork-Reward-V2-Qwen3-0.6B
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Load the model, ask it everything, and say so line by line."""
-    from calibrated_rewards.checks.conformance import CHECKS
+    from calibrated_rewards.testing.check_scorer import CHECKS
 
     examination = asked(options)
     subject = examination.subject
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
 
 def asked(options: argparse.Namespace) -> "Examination":
     """The model, and what it will be asked."""
-    from calibrated_rewards.checks.conformance import LONG_WORDS, SPARE_SECONDS, Examination
+    from calibrated_rewards.testing.check_scorer import LONG_WORDS, SPARE_SECONDS, Examination
 
     prompts, completions = read_pairs(options.prompts) if options.prompts else (None, None)
     return Examination(
@@ -148,7 +148,7 @@ def told(fingerprint: dict[str, Any]) -> list[str]:
 
 def speed(subject: "Subject") -> str:
     """How many completions it scores in a second, all pairs in one call; and tokens, where the model shows them."""
-    from calibrated_rewards.checks.edge_inputs import ids_read
+    from calibrated_rewards.testing.check_inputs import ids_read
 
     with ids_read(subject.model) as batches:
         start = time.perf_counter()

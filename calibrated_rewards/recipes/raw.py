@@ -1,7 +1,7 @@
 """The raw scores of a calibrated reward as a reward themselves: what calibration is compared with.
 
 >>> from calibrated_rewards import CalibratedReward, ReferenceTable
->>> from calibrated_rewards.testing import NumberScorer
+>>> from calibrated_rewards.testing.suites import NumberScorer
 >>> reward = CalibratedReward(NumberScorer(), ReferenceTable.build([("2+2=", [1.0, 2.0, 3.0, 5.0])]))
 >>> reward(["2+2="], ["4"]), RawReward(reward)(["2+2="], ["4"])
 ([0.75], [4.0])

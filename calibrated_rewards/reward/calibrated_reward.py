@@ -5,7 +5,7 @@ Name a reward for a trainer's log: its transform, its reward model, and the sett
 CalibratedReward: a reward model, the table of its reference scores, and a transform, as one reward for any trainer.
 
 >>> from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
->>> from calibrated_rewards.testing import NumberScorer
+>>> from calibrated_rewards.testing.suites import NumberScorer
 >>> table = ReferenceTable.build([("2+2=", [1.0, 2.0, 3.0, 5.0])])
 >>> reward = CalibratedReward(NumberScorer(), table)
 >>> reward(["2+2=", "2+2="], ["It is 4", "It is 5"])
@@ -102,7 +102,7 @@ def named(transform: Transform, scorer: Scorer | None, **settings: tuple[Any, An
     rewards of one name under one key.
 
     >>> from calibrated_rewards.theory.procedures import BestOf
-    >>> from calibrated_rewards.testing import NumberScorer
+    >>> from calibrated_rewards.testing.suites import NumberScorer
     >>> from calibrated_rewards.theory.transforms import Exponential
     >>> named(Exponential(-10.0), NumberScorer())
     'calibrated_Exponential_t_minus_10_0_number'

@@ -4,7 +4,7 @@ Each component has its own reward model and table, and says how good a completio
 a weight means what it says, and the lowest of several is the aspect that is worst, not the one with the lowest scale.
 
 >>> from calibrated_rewards import ReferenceTable
->>> from calibrated_rewards.testing import NumberScorer
+>>> from calibrated_rewards.testing.suites import NumberScorer
 >>> table = ReferenceTable.build([("2+2=", [1.0, 2.0, 3.0, 5.0])])
 >>> length = ReferenceTable.build([("2+2=", [-9.0, -5.0, -3.0, -2.0])])
 >>> brief = CalibratedReward(lambda prompts, completions: [-len(c) for c in completions], length)

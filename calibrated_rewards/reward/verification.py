@@ -13,7 +13,7 @@ ValueError: the table was calibrated with completions that are texts, and comple
 Is this the reward model that the table was made with? The probes in the table tell, before training starts.
 
 >>> from calibrated_rewards.table.reference_table import ReferenceTable
->>> from calibrated_rewards.testing import NumberScorer
+>>> from calibrated_rewards.testing.suites import NumberScorer
 >>> probe = {"prompt": "2+2=", "completion": "4", "score": 4.0}
 >>> table = ReferenceTable.build([("2+2=", [1.0, 4.0])], meta={"probes": [probe]})
 >>> print(verified(NumberScorer(), table))

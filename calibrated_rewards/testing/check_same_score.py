@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.checks.probes import (
+from calibrated_rewards.scorers.protocol import call, score
+from calibrated_rewards.testing.probes import (
     ODD,
     SPECIAL_TOKENS,
     Pairs,
@@ -22,8 +23,7 @@ from calibrated_rewards.checks.probes import (
     message,
     two_turns,
 )
-from calibrated_rewards.checks.subject import PADS, Embedding, Outcome, Subject, in_units
-from calibrated_rewards.scorers.protocol import call, score
+from calibrated_rewards.testing.subject import PADS, Embedding, Outcome, Subject, in_units
 
 # Words of the long prompt whose completions may share it; the first that the scorer reads whole is taken.
 LONG = (400, 60, 12)

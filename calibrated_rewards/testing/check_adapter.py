@@ -9,9 +9,9 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.checks.conformance import titled
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.scorers.protocol import without_tensors
+from calibrated_rewards.testing.check_scorer import titled
 
 Call: TypeAlias = Callable[[list[Prompt], list[Completion], list[Any] | None], Any]
 """Drives an adapter as its framework does: prompts, completions, ids or None; a reward for each, in their order."""
@@ -55,7 +55,7 @@ def check_adapter(
     apart are asked about too.
 
     >>> from calibrated_rewards import CalibratedReward, ReferenceTable
-    >>> from calibrated_rewards.testing import HashScorer
+    >>> from calibrated_rewards.testing.suites import HashScorer
     >>> reward = CalibratedReward(HashScorer(), ReferenceTable.build([("Hi", [0.0, 1.2]), ("Ho", [0.0])]))
     >>> def ours(prompts, completions, ids):
     ...     return reward(prompts=prompts, completions=completions)

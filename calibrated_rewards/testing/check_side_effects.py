@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from calibrated_rewards.checks.process_state import GROWS, RANDOM, changed, process_state, put_back
-from calibrated_rewards.checks.subject import Outcome, Subject
 from calibrated_rewards.prompts import start_of
 from calibrated_rewards.scorers.protocol import Fingerprinted, call, checked, fingerprint, name_of, score
+from calibrated_rewards.testing.process_state import GROWS, RANDOM, changed, process_state, put_back
+from calibrated_rewards.testing.subject import Outcome, Subject
 
 THREADS, EACH, CALLS = 8, 3, 6
 # Pairs that a copy, or a scorer with another setting, is asked about.

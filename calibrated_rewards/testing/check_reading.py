@@ -12,9 +12,9 @@ from functools import cached_property
 
 import numpy as np
 
-from calibrated_rewards.checks.probes import QUESTIONS, Pairs, asked
-from calibrated_rewards.checks.subject import Outcome, Subject, values_of
 from calibrated_rewards.prompts import start_of
+from calibrated_rewards.testing.probes import QUESTIONS, Pairs, asked
+from calibrated_rewards.testing.subject import Outcome, Subject, values_of
 
 # Characters of the texts, and how many places of each are tried at least. Of the shortest every one is.
 LENGTHS = {60: 60, 240: 28, 1_200: 32, 4_200: 16}

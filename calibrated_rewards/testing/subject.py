@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.checks.probes import Pairs, answers, long_prompt
-from calibrated_rewards.checks.process_state import process_state
 from calibrated_rewards.prompts import start_of
 from calibrated_rewards.scorers.protocol import Scorer, call, fingerprint, score
+from calibrated_rewards.testing.probes import Pairs, answers, long_prompt
+from calibrated_rewards.testing.process_state import process_state
 
 # Equal scores are this near, in standard deviations: the farthest pair of float32. Arithmetic of 16 bits rounds
 # otherwise for each batch shape, which makes some pair stray far: there it is the root mean square (rms) that counts.

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from calibrated_rewards.checks.positions import passage, reads_letters, replaced
-from calibrated_rewards.checks.probes import QUESTIONS, Pairs
-from calibrated_rewards.checks.subject import Outcome, Subject, values_of
+from calibrated_rewards.testing.check_reading import passage, reads_letters, replaced
+from calibrated_rewards.testing.probes import QUESTIONS, Pairs
+from calibrated_rewards.testing.subject import Outcome, Subject, values_of
 
 Talk = list[dict[str, Any]]
 

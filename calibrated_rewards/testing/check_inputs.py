@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.checks.positions import reads_letters
-from calibrated_rewards.checks.probes import BLANK, QUESTIONS, Pairs, asked, message, soup, two_turns
-from calibrated_rewards.checks.subject import PADS, UNREAD, Embedding, Outcome, Subject, in_units
 from calibrated_rewards.prompts import start_of
 from calibrated_rewards.scorers.protocol import call
+from calibrated_rewards.testing.check_reading import reads_letters
+from calibrated_rewards.testing.probes import BLANK, QUESTIONS, Pairs, asked, message, soup, two_turns
+from calibrated_rewards.testing.subject import PADS, UNREAD, Embedding, Outcome, Subject, in_units
 
 # Of scores that differ, at most so many may look alike.
 DISTINCT = 0.95

@@ -7,21 +7,21 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from calibrated_rewards.checks import (
-    characters,
-    conversations,
-    edge_inputs,
-    odd_inputs,
-    positions,
-    same_score,
-    side_effects,
-    whole_input,
-)
-from calibrated_rewards.checks.characters import MUST
-from calibrated_rewards.checks.probes import Pairs, everyday
-from calibrated_rewards.checks.subject import Outcome, Spare, Subject, values_of
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import Scorer
+from calibrated_rewards.testing import (
+    check_conversations as conversations,
+    check_inputs as edge_inputs,
+    check_reading as positions,
+    check_same_score as same_score,
+    check_side_effects as side_effects,
+    check_texts as characters,
+    check_texts as odd_inputs,
+    check_texts as whole_input,
+)
+from calibrated_rewards.testing.check_texts import MUST
+from calibrated_rewards.testing.probes import Pairs, everyday
+from calibrated_rewards.testing.subject import Outcome, Spare, Subject, values_of
 
 # Of more pairs of the user's, so many are taken.
 PAIRS = 64
@@ -70,7 +70,7 @@ CHECKS = (
     Check("empty list", edge_inputs.empty_list, compares=False),
     Check("conversation", edge_inputs.conversation),
     Check("the prompt is read", whole_input.prompt),
-    Check("the first and the last word are read", whole_input.words),
+    Check("the first and the last word are read", whole_input.words_of_whole_input),
     Check("all turns of a conversation are read", whole_input.turns),
     Check("roles are read", conversations.roles),
     Check("every message of a long conversation is read", conversations.every_message),
