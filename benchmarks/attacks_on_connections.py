@@ -35,8 +35,8 @@ def guarded(port: int, hangs: bool, files: int) -> None:
 
     from test_server_attack import an_app
 
-    from calibrated_rewards.server import Limits, create_app
-    from calibrated_rewards.serving.listening import listen
+    from calibrated_rewards.server.app import Limits, create_app
+    from calibrated_rewards.server.listening import listen
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     app = create_app(Hanging(), token=TOKEN, verify=False) if hangs else an_app(TOKEN)

@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from test_server_attack import BODIES, GOOD, an_app
 
-from calibrated_rewards.server import PATHS
+from calibrated_rewards.server.app import PATHS
 from calibrated_rewards.testing.suites import HashScorer
 
 SECONDS = 10.0
@@ -39,8 +39,8 @@ SECONDS = 10.0
 
 def served(port: int) -> None:
     """The server's process."""
-    from calibrated_rewards.serving.limits import Limits
-    from calibrated_rewards.serving.listening import listen
+    from calibrated_rewards.server.limits import Limits
+    from calibrated_rewards.server.listening import listen
 
     listen(an_app(), "127.0.0.1", port, Limits())
 

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 from test_server_process import TOKEN, a_reward, served
 
-from calibrated_rewards.server import Limits, create_app
-from calibrated_rewards.serving.connections import Newcomers, http_protocol
-from calibrated_rewards.serving.listening import server_of
+from calibrated_rewards.server.app import Limits, create_app
+from calibrated_rewards.server.listening import Newcomers, http_protocol, server_of
 
 KEY = f"Authorization: Bearer {TOKEN}\r\n".encode()
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n" + KEY + b"\r\n"
@@ -271,9 +270,9 @@ def test_no_answer_repeats_the_host(token: str | None) -> None:
 def test_newcomers_are_as_many_as_files_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of what is left of the files, the limit at most, and one at least."""
     for files, most in ((256, 96), (10**6, 1024), (10, 1)):
-        monkeypatch.setattr("calibrated_rewards.serving.connections.open_files", lambda files=files: files)
+        monkeypatch.setattr("calibrated_rewards.server.listening.open_files", lambda files=files: files)
         made = []
-        monkeypatch.setattr("calibrated_rewards.serving.connections.Newcomers", lambda n, made=made: made.append(n))
+        monkeypatch.setattr("calibrated_rewards.server.listening.Newcomers", lambda n, made=made: made.append(n))
         http_protocol(Limits())
         assert made == [most]
     assert Newcomers(3).waiting == {}

@@ -14,8 +14,8 @@ import pytest
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
-from calibrated_rewards.server import PATHS, Limits, create_app, serve
-from calibrated_rewards.serving.replicas import serve_replicas
+from calibrated_rewards.server.app import PATHS, Limits, create_app, serve
+from calibrated_rewards.server.replicas import serve_replicas
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory.transforms import Exponential

@@ -24,7 +24,7 @@ import uvicorn
 from calibrated_rewards.cli import main
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.scorers.remote import Native, OpenRlhf, Remote
-from calibrated_rewards.server import create_app, serve
+from calibrated_rewards.server.app import create_app, serve
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import NumberScorer
 from calibrated_rewards.theory.transforms import Exponential

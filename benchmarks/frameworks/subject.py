@@ -105,7 +105,7 @@ def served() -> Iterator[str]:
     """The reward server, and its address."""
     import uvicorn
 
-    from calibrated_rewards.server import create_app
+    from calibrated_rewards.server.app import create_app
 
     server = uvicorn.Server(uvicorn.Config(create_app(configured()), log_level="warning"))
     with socket.socket() as bound:

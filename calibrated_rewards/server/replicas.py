@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from calibrated_rewards.server import create_app
-from calibrated_rewards.serving.gate import check_token
-from calibrated_rewards.serving.limits import Limits
-from calibrated_rewards.serving.listening import check_address
+from calibrated_rewards.server.access import check_token
+from calibrated_rewards.server.app import create_app
+from calibrated_rewards.server.limits import Limits
+from calibrated_rewards.server.listening import check_address
 
 NAME = "calibrated-rewards"
 

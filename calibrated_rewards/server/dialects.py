@@ -1,4 +1,6 @@
-"""What the frameworks' clients send, and what they read of the answer: five dialects, told apart by a field's name.
+"""The fields of a request, checked: each error names the field, the rule, and what came.
+
+What the frameworks' clients send, and what they read of the answer: five dialects, told apart by a field's name.
 
 >>> dialect_of({"query": ["2+2=4"], "prompts": ["2+2="], "labels": [""]})
 OpenRlhf(name='openrlhf', field='query')
@@ -9,11 +11,111 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 from uuid import uuid4
 
-from calibrated_rewards.prompts import start_of
-from calibrated_rewards.reward.calibrated_reward import frameworks as handed_over
+from calibrated_rewards.prompts import canonical_chat, start_of
+from calibrated_rewards.reward import frameworks as handed_over
 from calibrated_rewards.reward.scores import Score
-from calibrated_rewards.serving import fields
-from calibrated_rewards.serving.limits import Limits, Refused
+from calibrated_rewards.server.limits import Limits, Refused
+
+
+def texts(payload: dict[str, Any], name: str, limits: Limits) -> list[str]:
+    """A list of texts."""
+    return [text(each, f"{name}[{at}]", limits) for at, each in enumerate(several(payload, name, limits))]
+
+
+def chats(payload: dict[str, Any], name: str, limits: Limits) -> list[Any]:
+    """A list whose items are texts or lists of messages."""
+    return [chat(each, f"{name}[{at}]", limits) for at, each in enumerate(several(payload, name, limits))]
+
+
+def several(payload: dict[str, Any], name: str, limits: Limits) -> list[Any]:
+    """A list, not too long."""
+    given = payload.get(name)
+    if not isinstance(given, list):
+        raise Refused(422, f"{name} is a list, got {_shown(given)}")
+    if len(given) > limits.pairs:
+        raise Refused(413, f"a request has at most {limits.pairs} completions, got {len(given)} {name}")
+    return given
+
+
+def text(given: Any, name: str, limits: Limits) -> str:
+    """A text, not too long, of whole characters."""
+    if not isinstance(given, str):
+        raise Refused(422, f"{name} is a text, got {_shown(given)}")
+    if len(given) > limits.text:
+        raise Refused(413, f"{name} has at most {limits.text} characters, got {len(given)}")
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(422, f"{name} has half a character (a lone surrogate) at {error.start}") from None
+    return given
+
+
+def chat(given: Any, name: str, limits: Limits) -> Any:
+    """A text, or a list of messages."""
+    if isinstance(given, str):
+        return text(given, name, limits)
+    if not isinstance(given, list) or not given:
+        raise Refused(422, f"{name} is a text or a list of messages, got {_shown(given)}")
+    for at, message in enumerate(given):
+        check_message(message, f"{name}[{at}]")
+    try:
+        text(canonical_chat(given), name, limits)
+    except (TypeError, ValueError) as error:
+        raise Refused(422, f"{name}: {error}") from None
+    return given
+
+
+def check_message(message: Any, name: str) -> None:
+    """Refuse what no chat template reads."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise Refused(422, f"{name} is a message with a role and content, got {_shown(message)}")
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    if not isinstance(content, str | list | None) or not all(map(_part, parts)):
+        raise Refused(422, f"{name}.content is a text or a list of parts with a type, got {_shown(content)}")
+    calls = message.get("tool_calls")
+    if not (calls is None or (isinstance(calls, list) and all(isinstance(call, dict) for call in calls))):
+        raise Refused(422, f"{name}.tool_calls is a list of objects, got {_shown(calls)}")
+
+
+def as_many(given: Sequence[Any], name: str, as_: str, count: int) -> None:
+    """Refuse lists of different lengths."""
+    if len(given) != count:
+        raise Refused(422, f"{name} has an item for each of {as_}, got {len(given)} for {count}")
+
+
+def each_of(payload: dict[str, Any], name: str, as_: str, count: int) -> list[Any]:
+    """A list of anything, as long as another one; of nothing where it is not there."""
+    if payload.get(name) is None:
+        return [None] * count
+    given = payload[name]
+    if not isinstance(given, list):
+        raise Refused(422, f"{name} is a list, got {_shown(given)}")
+    as_many(given, name, as_, count)
+    return given
+
+
+def identifier(given: Any) -> str | int | None:
+    """An id: a text or a whole number; None for all else.
+
+    >>> [identifier(given) for given in ("p7", 7, "", None, 0.5, True, [7])]
+    ['p7', 7, None, None, None, None, None]
+    """
+    if isinstance(given, str):
+        try:
+            given.encode()
+        except UnicodeEncodeError:
+            return None
+        return given or None
+    return given if isinstance(given, int) and not isinstance(given, bool) else None
+
+
+def _part(part: Any) -> bool:
+    return isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("type"), str))
+
+
+def _shown(given: Any) -> str:
+    return "nothing" if given is None else f"{type(given).__name__} {start_of(given)}"
 
 
 @dataclass(frozen=True)
@@ -53,10 +155,10 @@ class Native:
 
     def asks(self, payload: dict[str, Any], limits: Limits, id_column: str | None) -> list[Ask]:
         """Pairs, and ids if there are any, which are ids whatever the reward's `id_column`."""
-        completions = fields.chats(payload, "completions", limits)
-        prompts = fields.chats(payload, "prompts", limits)
-        fields.as_many(prompts, "prompts", "completions", len(completions))
-        ids = map(fields.identifier, fields.each_of(payload, "ids", "completions", len(completions)))
+        completions = chats(payload, "completions", limits)
+        prompts = chats(payload, "prompts", limits)
+        as_many(prompts, "prompts", "completions", len(completions))
+        ids = map(identifier, each_of(payload, "ids", "completions", len(completions)))
         return [Ask(*each) for each in zip(prompts, completions, ids, strict=True)]
 
     def answer(self, payload: dict[str, Any], scores: Sequence[Score]) -> dict[str, Any]:
@@ -106,9 +208,9 @@ class Slime:
 
     def asks(self, payload: dict[str, Any], limits: Limits, id_column: str | None) -> list[Ask]:
         """One pair."""
-        prompt = fields.chat(payload.get("prompt"), "prompt", limits)
-        response = fields.text(payload.get("response"), "response", limits)
-        return [Ask(prompt, response, identifier(payload.get("label"), id_column))]
+        prompt = chat(payload.get("prompt"), "prompt", limits)
+        response = text(payload.get("response"), "response", limits)
+        return [Ask(prompt, response, identifier_of_dialects(payload.get("label"), id_column))]
 
     def answer(self, payload: dict[str, Any], scores: Sequence[Score]) -> float:
         """A bare number."""
@@ -124,7 +226,7 @@ class LlamaFactory:
 
     def asks(self, payload: dict[str, Any], limits: Limits, id_column: str | None) -> list[Ask]:
         """Texts without a prompt."""
-        return [Ask(None, each) for each in fields.texts(payload, "messages", limits)]
+        return [Ask(None, each) for each in texts(payload, "messages", limits)]
 
     def answer(self, payload: dict[str, Any], scores: Sequence[Score]) -> dict[str, Any]:
         """Scores, in what its own server wraps them in."""
@@ -170,13 +272,13 @@ def numbers(scores: Sequence[Score]) -> list[float]:
 
 def glued(payload: dict[str, Any], name: str, limits: Limits, id_column: str | None) -> list[Ask]:
     """Texts that have their prompts in them, and labels that may hold ids."""
-    queries = fields.texts(payload, name, limits)
-    labels = fields.each_of(payload, "labels", name, len(queries))
+    queries = texts(payload, name, limits)
+    labels = each_of(payload, "labels", name, len(queries))
     if payload.get("prompts") is None:
         return [Ask(None, query) for query in queries]
-    prompts = fields.texts(payload, "prompts", limits)
-    fields.as_many(prompts, "prompts", name, len(queries))
-    ids = [identifier(label, id_column) for label in labels]
+    prompts = texts(payload, "prompts", limits)
+    as_many(prompts, "prompts", name, len(queries))
+    ids = [identifier_of_dialects(label, id_column) for label in labels]
     completions = [completion_of(*each, f"{name}[{at}]") for at, each in enumerate(zip(queries, prompts, strict=True))]
     return [Ask(*each) for each in zip(prompts, completions, ids, strict=True)]
 
@@ -189,10 +291,10 @@ def completion_of(query: str, prompt: str, name: str) -> str:
         raise Refused(422, f"{name}: {error}") from None
 
 
-def identifier(label: Any, id_column: str | None) -> str | int | None:
+def identifier_of_dialects(label: Any, id_column: str | None) -> str | int | None:
     """The id that a label holds, as the adapters read it; none where it is no text and no whole number.
 
     >>> [identifier(label, "uid") for label in ("p7", {"uid": 7, "answer": 3}, {"answer": 3}, 0.5)], identifier(7, None)
     (['p7', 7, None, None], None)
     """
-    return fields.identifier(handed_over.identifier(label, id_column))
+    return identifier(handed_over.identifier(label, id_column))

@@ -10,8 +10,8 @@ from hashlib import blake2b
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from calibrated_rewards.serving.limits import Limits
-from calibrated_rewards.serving.metrics import Metrics
+from calibrated_rewards.server.limits import Limits
+from calibrated_rewards.server.metrics import Metrics
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[Any], Awaitable[None]]

@@ -1,1 +1,0 @@
-"""A calibrated reward behind HTTP: dialects, limits, metrics, replicas."""
