@@ -19,9 +19,9 @@ import numpy as np
 from environment import save
 from matplotlib.figure import Figure
 
-from calibrated_rewards import plots
-from calibrated_rewards.outcomes import Evaluation
-from calibrated_rewards.prospects import Reweighted
+from calibrated_rewards.evaluation import plots
+from calibrated_rewards.evaluation.outcomes import Evaluation
+from calibrated_rewards.evaluation.prospects import Reweighted
 
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "demo.png"
 PARTS = ("seconds_drawing", "seconds_scoring", "seconds_lookup")

@@ -18,8 +18,7 @@ import numpy as np
 from environment import save
 from scipy import stats
 
-from calibrated_rewards.bootstrap import stated
-from calibrated_rewards.estimates import small_sample_factor
+from calibrated_rewards.evaluation.estimates import small_sample_factor, stated
 
 PROMPTS = (5, 12, 20, 24, 30, 50, 100)
 DRAWS, PART, LEVEL = 4_000, 500, 0.95

@@ -13,9 +13,9 @@ import numpy as np
 from environment import save
 from scipy.special import expit, ndtr, ndtri
 
-from calibrated_rewards.arms import ARMS, BestAtKL
-from calibrated_rewards.estimates import Samples
-from calibrated_rewards.reweighted import reweighted
+from calibrated_rewards.evaluation.estimates import Samples
+from calibrated_rewards.evaluation.frontier import reweighted
+from calibrated_rewards.evaluation.objectives import ARMS, BestAtKL
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.theory.quadrature import reference_law
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, policy_law

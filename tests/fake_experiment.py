@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from calibrated_rewards import BestOf, CalibratedReward
-from calibrated_rewards.arms import ARMS
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.estimates import Samples
-from calibrated_rewards.evaluate import evaluate
-from calibrated_rewards.reweighted import reweighted
+from calibrated_rewards.evaluation.estimates import Samples
+from calibrated_rewards.evaluation.frontier import reweighted
+from calibrated_rewards.evaluation.objectives import ARMS
+from calibrated_rewards.evaluation.policies import evaluate
 from calibrated_rewards.samplers.protocol import Rollout
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory.optimum import Optimal

@@ -16,8 +16,8 @@ from calibrated_rewards.demo import miniature, reward_models
 from calibrated_rewards.demo.assets import Rated, made
 from calibrated_rewards.demo.scale import QUICK
 from calibrated_rewards.demo.show import foreseen
-from calibrated_rewards.outcomes import Evaluation
-from calibrated_rewards.prospects import Reweighted
+from calibrated_rewards.evaluation.outcomes import Evaluation
+from calibrated_rewards.evaluation.prospects import Reweighted
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 
 COMMAND = [sys.executable, "-m", "calibrated_rewards", "demo", "--quick", "--out"]

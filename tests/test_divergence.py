@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, strategies as st
 from scipy.special import rel_entr, softmax
 
-from calibrated_rewards import divergence
-from calibrated_rewards.divergence import Divergence, _terms, between
-from calibrated_rewards.outcomes import Precision
+from calibrated_rewards.evaluation import kl as divergence
+from calibrated_rewards.evaluation.kl import Divergence, _terms, between
+from calibrated_rewards.evaluation.outcomes import Precision
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding, Rollout
 from calibrated_rewards.testing.suites import NumberSampler

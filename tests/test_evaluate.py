@@ -25,12 +25,12 @@ from transformers import AutoModelForCausalLM
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import COMMANDS, main
-from calibrated_rewards.divergence import Divergence
-from calibrated_rewards.estimates import Estimate, Stated
-from calibrated_rewards.evaluate import evaluate
-from calibrated_rewards.outcomes import Difference, Evaluation, Precision
+from calibrated_rewards.evaluation.estimates import Estimate, Stated
+from calibrated_rewards.evaluation.kl import Divergence
+from calibrated_rewards.evaluation.outcomes import Difference, Evaluation, Precision
+from calibrated_rewards.evaluation.policies import evaluate
+from calibrated_rewards.evaluation.responses import distances, responses
 from calibrated_rewards.prompts import prompt_key
-from calibrated_rewards.responses import distances, responses
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding, Rollout

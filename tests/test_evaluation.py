@@ -9,9 +9,8 @@ from hypothesis import given, settings, strategies as st
 from scipy.special import ndtr, ndtri
 from scipy.stats import binom, t as student
 
-from calibrated_rewards.bootstrap import stated
-from calibrated_rewards.estimates import Estimate, Influence, Samples, difference
-from calibrated_rewards.evaluation import Prediction, predict, win_rate
+from calibrated_rewards.evaluation.estimates import Estimate, Influence, Samples, difference, stated
+from calibrated_rewards.evaluation.win_rate import Prediction, predict, win_rate
 from calibrated_rewards.theory.procedures import BestOf, Calibrated, RewindAndRepeat, SoftBestOf, Standard, WorstOf
 
 BY_RANK = [Standard(), BestOf(1), BestOf(2), BestOf(3), WorstOf(2), WorstOf(3), Calibrated(np.square, draws=2)]

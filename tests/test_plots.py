@@ -11,15 +11,16 @@ from hypothesis import given, strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from calibrated_rewards import plots, theory
-from calibrated_rewards.estimates import Stated
-from calibrated_rewards.outcomes import Evaluation, Outcome
-from calibrated_rewards.reweighted import Point, Reweighted
+from calibrated_rewards import theory
+from calibrated_rewards.evaluation import plots
+from calibrated_rewards.evaluation.estimates import Stated
+from calibrated_rewards.evaluation.frontier import Point, Reweighted
+from calibrated_rewards.evaluation.outcomes import Evaluation, Outcome
+from calibrated_rewards.evaluation.wording import arm, spoken
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import values
 from calibrated_rewards.theory.procedures import BestOf, Standard
 from calibrated_rewards.theory.transforms import Exponential, Identity, Log, moments
-from calibrated_rewards.wording import arm, spoken
 
 ONE, FOUR = "Standard()", "BestOf(n=4)"
 ARMS = ["raw", "identity", "log", "exp:10", "best-of:4", "par", "log-sigmoid", "$ _^{"]
@@ -128,7 +129,7 @@ def test_without_matplotlib_it_says_what_to_install():
     code = """import sys
 sys.modules["matplotlib"] = None
 try:
-    import calibrated_rewards.plots
+    import calibrated_rewards.evaluation.plots
 except ModuleNotFoundError as error:
     print(error.name, error)"""
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout

@@ -17,16 +17,16 @@ from hypothesis import given, strategies as st
 
 import calibrated_rewards
 from calibrated_rewards.commands import report as command
-from calibrated_rewards.evaluate import evaluate
-from calibrated_rewards.outcomes import Evaluation
-from calibrated_rewards.report import report
-from calibrated_rewards.reporting.expected import expectation_lines, table_curve
-from calibrated_rewards.reporting.experiment import experiment
-from calibrated_rewards.reporting.fresh import fresh
-from calibrated_rewards.reporting.markup import element, raised
-from calibrated_rewards.reporting.outcome import outcome
+from calibrated_rewards.evaluation.expectations import expect
+from calibrated_rewards.evaluation.outcomes import Evaluation
+from calibrated_rewards.evaluation.policies import evaluate
+from calibrated_rewards.evaluation.report.calibration_section import fresh
+from calibrated_rewards.evaluation.report.expected import expectation_lines, table_curve
+from calibrated_rewards.evaluation.report.experiment import experiment
+from calibrated_rewards.evaluation.report.markup import element, raised
+from calibrated_rewards.evaluation.report.outcome_section import outcome
+from calibrated_rewards.evaluation.report.report import report
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.table_expectations import expect
 from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 from calibrated_rewards.theory.procedures import BestOf
 from calibrated_rewards.theory.transforms import scaled

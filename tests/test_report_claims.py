@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from calibrated_rewards.estimates import Samples, Stated
-from calibrated_rewards.evaluation import win_rate
-from calibrated_rewards.outcomes import Difference, Evaluation, Outcome
-from calibrated_rewards.prospects import Point, Reweighted
-from calibrated_rewards.report import report
-from calibrated_rewards.reporting.calibrated import calibrated
-from calibrated_rewards.reporting.experiment import Experiment, experiment, titled
-from calibrated_rewards.reporting.markup import Section
-from calibrated_rewards.reporting.outcome import claims, outcome
-from calibrated_rewards.reporting.page import page
-from calibrated_rewards.reporting.promised import promised
+from calibrated_rewards.evaluation.estimates import Samples, Stated
+from calibrated_rewards.evaluation.outcomes import Difference, Evaluation, Outcome
+from calibrated_rewards.evaluation.prospects import Point, Reweighted
+from calibrated_rewards.evaluation.report.calibration_section import calibrated
+from calibrated_rewards.evaluation.report.experiment import Experiment, experiment, titled
+from calibrated_rewards.evaluation.report.frontier_section import promised
+from calibrated_rewards.evaluation.report.markup import Section, page
+from calibrated_rewards.evaluation.report.outcome_section import claims, outcome
+from calibrated_rewards.evaluation.report.report import report
+from calibrated_rewards.evaluation.win_rate import win_rate
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf
 

@@ -11,9 +11,9 @@ import tiny
 from calibrated_rewards import BestOf, CalibratedReward, WorstOf, optimum
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import main
+from calibrated_rewards.evaluation.expectations import expect
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.table_expectations import expect
 from calibrated_rewards.testing.suites import NumberSampler
 from calibrated_rewards.theory.named import parse_transform
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl

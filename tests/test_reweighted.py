@@ -13,22 +13,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from calibrated_rewards.arms import ARMS, AnyKL, BestAtKL, Transformed, Uncalibrated
-from calibrated_rewards.bootstrap import stated
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import main
 from calibrated_rewards.commands import frontier
-from calibrated_rewards.estimates import Estimate, Samples, Stated
-from calibrated_rewards.evaluation import predict
-from calibrated_rewards.prospects import ERRORS, Point, margin, told
-from calibrated_rewards.reweighted import Reweighted, reweighted
-from calibrated_rewards.rollouts.judged import references_of
+from calibrated_rewards.evaluation.estimates import Estimate, Samples, Stated, stated
+from calibrated_rewards.evaluation.frontier import Reweighted, references_of, reweighted
+from calibrated_rewards.evaluation.objectives import ARMS, AnyKL, BestAtKL, Transformed, Uncalibrated
+from calibrated_rewards.evaluation.prospects import ERRORS, Point, margin, told
+from calibrated_rewards.evaluation.weighted_rollouts import WeightedPools, won
+from calibrated_rewards.evaluation.win_rate import predict
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory.procedures import BestOf, Calibrated, SoftBestOf, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, bin_masses, win_rate
 from calibrated_rewards.theory.transforms import Exponential, Identity, Log, NormalQuantile
-from calibrated_rewards.weighted_pools import WeightedPools, won
 
 PROCEDURES = (Standard(), BestOf(4), WorstOf(4))
 

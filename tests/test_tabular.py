@@ -12,8 +12,8 @@ from scipy.optimize import minimize
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.sources import Asked
-from calibrated_rewards.estimates import Samples
-from calibrated_rewards.evaluation import win_rate
+from calibrated_rewards.evaluation.estimates import Samples
+from calibrated_rewards.evaluation.win_rate import win_rate
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.recipes import grpo_plain, ppo
 from calibrated_rewards.samplers.policy import Policy

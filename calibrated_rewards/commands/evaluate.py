@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out needs a folder, new or of an evaluation before, got the file {options.out}")
-    from calibrated_rewards.evaluate import evaluate
+    from calibrated_rewards.evaluation.policies import evaluate
 
     reward = _reward(options)
     named = dict(map(_named, options.policy))

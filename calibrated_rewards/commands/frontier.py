@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibrated_rewards.arms import ARMS, AnyKL, Arm, BestAtKL, Transformed, usual_arms
 from calibrated_rewards.commands.numbers import Real, Whole
+from calibrated_rewards.evaluation.objectives import ARMS, AnyKL, Arm, BestAtKL, Transformed, usual_arms
 from calibrated_rewards.theory.named import transform
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
 from calibrated_rewards.theory.transforms import scaled
 
 if TYPE_CHECKING:
-    from calibrated_rewards.estimates import Samples
-    from calibrated_rewards.prospects import Reweighted
+    from calibrated_rewards.evaluation.estimates import Samples
+    from calibrated_rewards.evaluation.prospects import Reweighted
 
 OPTIMA: dict[str, Callable[[int], CalibratedProcedure]] = {"best-of": BestOf, "worst-of": WorstOf}
 EPILOG = """examples:
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     for name, path in (("--out", options.out), ("--plot", options.plot)):
         if path is not None and path.is_dir():
             raise ValueError(f"{name} needs a file, got the folder {path}")
-    from calibrated_rewards.reweighted import reweighted
+    from calibrated_rewards.evaluation.frontier import reweighted
 
     references, select, judge = read(options.table, options.select, options.judge)
     asked = procedures(options)
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
 
 def read(at: Path, select: str | None, judge: str | None) -> "tuple[Samples, str, str]":
     """The rollouts of a run by one scorer or two, or the scores of a bare table; and the scorers' names."""
-    from calibrated_rewards.estimates import Samples
+    from calibrated_rewards.evaluation.estimates import Samples
     from calibrated_rewards.table.reference_table import ReferenceTable
 
     if not any((at / "rollouts").glob("*.parquet")):
@@ -113,7 +113,7 @@ def read(at: Path, select: str | None, judge: str | None) -> "tuple[Samples, str
         if select is not None or judge is not None:
             raise ValueError(f"{at} is a bare table: --select and --judge need a run with rollouts, got none.")
         return Samples([scores for _, scores in ReferenceTable.load(at).items()]), "reward", "judge"
-    from calibrated_rewards.rollouts.judged import references_of, scorers_of
+    from calibrated_rewards.evaluation.frontier import references_of, scorers_of
 
     names = scorers_of(at)
     select = select or _default(names, at)
@@ -132,7 +132,7 @@ def draw(found: "Reweighted", path: Path) -> None:
     """A figure: a row a judge, a panel a procedure."""
     from matplotlib.figure import Figure
 
-    from calibrated_rewards import plots
+    from calibrated_rewards.evaluation import plots
 
     judges, count = list(found.points[0].win_rates), len(found.procedures)
     figure = Figure(figsize=(4.2 * count, 3.6 * len(judges)), layout="constrained")

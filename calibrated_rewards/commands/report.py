@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write it, and say where."""
-    from calibrated_rewards.report import report
+    from calibrated_rewards.evaluation.report.report import report
 
     sys.stdout.write(f"{report(options.directory, options.out, options.title)}\n")
     return 0

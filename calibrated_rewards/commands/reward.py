@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Check, solve for beta, verify, write, and say what was written."""
+    from calibrated_rewards.evaluation.expectations import check_resolved, expect
     from calibrated_rewards.reward.calibrated_reward import CalibratedReward
     from calibrated_rewards.table.reference_table import ReferenceTable
-    from calibrated_rewards.table_expectations import check_resolved, expect
     from calibrated_rewards.theory.transforms import scaled
 
     if (options.out / "reward.json").exists() and not options.force:

@@ -14,11 +14,11 @@ from calibrated_rewards.calibration.shards import replacing
 from calibrated_rewards.demo.parts import Parts
 from calibrated_rewards.demo.pipeline import CALIBRATED, RAW, Demo, betas
 from calibrated_rewards.demo.scale import Scale
-from calibrated_rewards.outcomes import Evaluation
-from calibrated_rewards.prospects import RELIABLE, Point, Reweighted, told
+from calibrated_rewards.evaluation.frontier import references_of
+from calibrated_rewards.evaluation.outcomes import Evaluation
+from calibrated_rewards.evaluation.prospects import RELIABLE, Point, Reweighted, told
+from calibrated_rewards.evaluation.report.report import report
 from calibrated_rewards.recipes.command import outcome
-from calibrated_rewards.report import report
-from calibrated_rewards.rollouts.judged import references_of
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from calibrated_rewards.commands.error_text import error_text
 from calibrated_rewards.commands.numbers import Real, Whole, folder
+from calibrated_rewards.evaluation.expectations import expect_of
 from calibrated_rewards.recipes import opening
 from calibrated_rewards.recipes.run_folder import RunFolder, about
 from calibrated_rewards.recipes.together import Together
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.table.reference_table import UnknownPromptError
-from calibrated_rewards.table_expectations import expect_of
 from calibrated_rewards.theory.named import parse_transform
 
 # What a user can do something about; the rest comes with its traceback.

@@ -15,6 +15,7 @@ import torch
 
 from calibrated_rewards.calibration.sources import Asked, prompts_from
 from calibrated_rewards.commands.saved_reward import open_reward
+from calibrated_rewards.evaluation.expectations import expect_of
 from calibrated_rewards.files import Message, setting as given
 from calibrated_rewards.models.fingerprint import tokenizer_digest, weights_digest, weights_of
 from calibrated_rewards.models.text import Text
@@ -24,7 +25,6 @@ from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
-from calibrated_rewards.table_expectations import expect_of
 from calibrated_rewards.theory.named import NamedTransform
 
 # What draws from another distribution than softmax(logits / temperature), where the KL would mean something else.

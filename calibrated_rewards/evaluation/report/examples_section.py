@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibrated_rewards.evaluate import REFERENCE
-from calibrated_rewards.reporting.experiment import Experiment, main_procedure, procedure_of
-from calibrated_rewards.reporting.markup import Markup, Section, element
+from calibrated_rewards.evaluation.policies import REFERENCE
+from calibrated_rewards.evaluation.report.experiment import Experiment, main_procedure, procedure_of
+from calibrated_rewards.evaluation.report.markup import Markup, Section, element
+from calibrated_rewards.evaluation.wording import counted, short
 from calibrated_rewards.theory.procedures import BestOf
-from calibrated_rewards.wording import counted, short
 
 PROMPTS, LONGEST = 3, 800
 

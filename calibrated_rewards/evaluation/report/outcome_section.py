@@ -4,14 +4,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from calibrated_rewards import plots, theory
-from calibrated_rewards.estimates import Stated
-from calibrated_rewards.outcomes import Difference, Evaluation, Outcome, completion_notes, precision_notes
-from calibrated_rewards.reporting.expected import table_curve
-from calibrated_rewards.reporting.experiment import Experiment, main_judge, main_procedure, procedure_of
-from calibrated_rewards.reporting.markup import Markup, Piece, Section, bullets, element, figure, figures, table
+from calibrated_rewards import theory
+from calibrated_rewards.evaluation import plots
+from calibrated_rewards.evaluation.estimates import Stated
+from calibrated_rewards.evaluation.outcomes import Difference, Evaluation, Outcome, completion_notes, precision_notes
+from calibrated_rewards.evaluation.report.expected import table_curve
+from calibrated_rewards.evaluation.report.experiment import Experiment, main_judge, main_procedure, procedure_of
+from calibrated_rewards.evaluation.report.markup import Markup, Piece, Section, bullets, element, figure, figures, table
+from calibrated_rewards.evaluation.wording import caution, counted, measured, percents, points, short, spoken, tells
 from calibrated_rewards.theory.transforms import Identity
-from calibrated_rewards.wording import caution, counted, measured, percents, points, short, spoken, tells
 
 UNKNOWN = "these data do not tell"
 

@@ -24,16 +24,16 @@ from jaxtyping import Float
 
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.sources import Asked, prompts_from
-from calibrated_rewards.estimates import Estimate, Samples, Stated, difference
-from calibrated_rewards.evaluation import win_rate
+from calibrated_rewards.evaluation.estimates import Estimate, Samples, Stated, difference
+from calibrated_rewards.evaluation.outcomes import Difference, Evaluation, Outcome, Precision, plain_prompts_note
+from calibrated_rewards.evaluation.responses import KnowsPrecision, Measure, Responses, distances, responses
+from calibrated_rewards.evaluation.win_rate import win_rate
+from calibrated_rewards.evaluation.wording import spoken
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.outcomes import Difference, Evaluation, Outcome, Precision, plain_prompts_note
 from calibrated_rewards.prompts import Prompt, prompt_key
-from calibrated_rewards.responses import KnowsPrecision, Measure, Responses, distances, responses
 from calibrated_rewards.samplers.protocol import Sampler
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint
 from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf
-from calibrated_rewards.wording import spoken
 
 logger = logging.getLogger(__name__)
 REFERENCE = "reference"
@@ -152,7 +152,7 @@ def _between(policy: Sampler, reference: Sampler) -> Measure | None:
     # Without torch there is nothing that has log-probabilities, and no need to load it.
     if "torch" not in sys.modules:
         return None
-    from calibrated_rewards.divergence import between
+    from calibrated_rewards.evaluation.kl import between
 
     return between(policy, reference)
 

@@ -2,7 +2,7 @@
 
 import re
 
-from calibrated_rewards.estimates import FEW, Stated
+from calibrated_rewards.evaluation.estimates import FEW, Stated
 from calibrated_rewards.theory.optimum import Optimal
 from calibrated_rewards.theory.transforms import Chain, Exponential, Identity, Log, Transform
 

@@ -1,13 +1,28 @@
-"""What was trained: each run's reward, length and speed, and its curves."""
+"""What was trained: each run's reward, length and speed, and its curves.
 
-from collections.abc import Mapping, Sequence
+How it was made: versions, seeds, settings and fingerprints, as they are kept."""
+
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from calibrated_rewards import plots
 from calibrated_rewards.calibration.inspect_table import percent
-from calibrated_rewards.reporting.experiment import Experiment, TrainingRun
-from calibrated_rewards.reporting.markup import Piece, Section, element, figure, figures, raised, table
-from calibrated_rewards.wording import counted, formula_in
+from calibrated_rewards.evaluation import plots
+from calibrated_rewards.evaluation.report.experiment import Experiment, TrainingRun
+from calibrated_rewards.evaluation.report.markup import (
+    Markup,
+    Piece,
+    Section,
+    element,
+    figure,
+    figures,
+    folded,
+    raised,
+    table,
+)
+from calibrated_rewards.evaluation.wording import counted, formula_in
 
 # The share of the steps at either end whose mean is stated: single steps are noise.
 END = 0.1
@@ -98,3 +113,49 @@ def _at_end(rows: Sequence[Mapping[str, Any]], name: str, first: bool = False) -
     few = max(1, round(END * len(known)))
     end = known[:few] if first else known[-few:]
     return sum(end) / len(end) if end else None
+
+
+PACKAGES = ("calibrated-rewards", "numpy", "scipy", "torch", "transformers", "trl", "peft")
+
+
+def made(of: Experiment) -> Section:
+    """The section."""
+    blocks = [
+        element(
+            "p",
+            "This page was made by ",
+            element("code", f"calibrated-rewards report {of.at}"),
+            ", with:",
+        ),
+        table(("", ""), _versions()),
+        *_kept(of),
+    ]
+    return Section("How it was made", tuple(blocks))
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "Python", platform.python_version()
+    for package in PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            continue
+
+
+def _kept(of: Experiment) -> Iterator[Markup]:
+    if of.demo:
+        yield folded("The demo: its sizes, and the seconds of its steps", _json(of.demo))
+    for name, references in of.tables.items():
+        meta = references.meta
+        probes = meta.get("probes")
+        shown = {**meta, "probes": f"{len(probes)} pairs"} if isinstance(probes, list) else meta
+        yield folded(f"Calibration: {name}", _json(shown))
+    if of.reward is not None:
+        yield folded("Calibrated reward", _json(of.reward))
+    for name, run in of.runs.items():
+        if run.settings:
+            yield folded(f"Training: {name}", _json(run.settings))
+
+
+def _json(what: object) -> Markup:
+    return element("pre", json.dumps(what, indent=2, ensure_ascii=False), tabindex="0")

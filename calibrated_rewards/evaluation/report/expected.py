@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from calibrated_rewards.reporting.experiment import Experiment, main_procedure, procedure_of
+from calibrated_rewards.evaluation.expectations import expect
+from calibrated_rewards.evaluation.report.experiment import Experiment, main_procedure, procedure_of
+from calibrated_rewards.evaluation.table_laws import TableRewards
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.reward.saving import read
-from calibrated_rewards.table_expectations import expect
-from calibrated_rewards.table_laws import TableRewards
 from calibrated_rewards.theory.procedures import Procedure, Standard
 from calibrated_rewards.theory.tilted_policy import Frontier
 from calibrated_rewards.theory.transforms import scaled

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Protocol, runtime_checkable
 
+from calibrated_rewards.evaluation.table_laws import TableRewards, called
 from calibrated_rewards.reward.calibrators import Calibration, EmpiricalCDF
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.table_laws import TableRewards, called
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl_of, kl_range, policy_law, win_rate_of

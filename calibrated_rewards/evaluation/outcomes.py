@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from calibrated_rewards.estimates import FEW, Stated
+from calibrated_rewards.evaluation.estimates import FEW, Stated
 
 UNKNOWN = "-"
 WIDTH = 1e-9

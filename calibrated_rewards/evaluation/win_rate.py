@@ -4,7 +4,7 @@ Nothing is simulated: a procedure's `pool_weights` are the exact probabilities t
 so the estimate is the two-sample U-statistic: unbiased, and less noisy than any split of the pools into blocks of N.
 (`Calibrated` alone normalises its weights itself, and is biased by O(1/m).)
 
->>> from calibrated_rewards.estimates import Samples
+>>> from calibrated_rewards.evaluation.estimates import Samples
 >>> from calibrated_rewards.theory.procedures import BestOf
 >>> policy = Samples([[0.2, 0.9, 0.6], [0.7, 0.8, 0.1]])
 >>> reference = Samples([[0.3, 0.1, 0.5], [0.4, 0.95, 0.2]])
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float
 
-from calibrated_rewards.estimates import Estimate, Influence, Samples
+from calibrated_rewards.evaluation.estimates import Estimate, Influence, Samples
 from calibrated_rewards.theory.procedures import Calibrated, CalibratedProcedure, Procedure, share_ties
 
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -146,7 +146,7 @@ def predict(references: Samples, policy_mass: npt.ArrayLike, base_mass: npt.Arra
     The i-th smallest reference stands for its bin, and no reference for both sides at once:
     W = sum_{i != j} A_i B_j w(i, j) / sum_{i != j} A_i B_j.
 
-    >>> from calibrated_rewards.estimates import Samples
+    >>> from calibrated_rewards.evaluation.estimates import Samples
     >>> references = Samples(select=[[0.3, 0.1, 0.7, 0.5]], judge=[[1.0, 2.0, 3.0, 4.0]])
     >>> predict(references, [0.0, 0.0, 0.5, 0.5], [0.25, 0.25, 0.25, 0.25])
     Prediction(win_rate=Estimate(0.833 over 1 prompt), ess=2.0)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from calibrated_rewards.evaluation.outcomes import Precision
 from calibrated_rewards.models.batches import Budget
 from calibrated_rewards.models.fingerprint import weights_of
 from calibrated_rewards.models.parts import (
@@ -31,7 +32,6 @@ from calibrated_rewards.models.parts import (
     right_padded,
     unwrapped,
 )
-from calibrated_rewards.outcomes import Precision
 from calibrated_rewards.prompts import Prompt, start_of
 from calibrated_rewards.samplers.continuous import ContinuousSampler
 from calibrated_rewards.samplers.generation import contiguous_input

@@ -7,7 +7,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
-from calibrated_rewards.estimates import FEW, Stated
+from calibrated_rewards.evaluation.estimates import FEW, Stated
 
 RELIABLE = 5
 """The effective number of rollouts below which docs/frontier.md found win rates off by more than .02."""

@@ -24,15 +24,15 @@ except ModuleNotFoundError as missing:
     told = "figures need matplotlib: pip install 'calibrated-rewards[plots]'"
     raise ModuleNotFoundError(told, name=missing.name) from missing
 
-from calibrated_rewards.estimates import Stated
-from calibrated_rewards.outcomes import Evaluation
-from calibrated_rewards.prospects import RELIABLE, Reweighted
+from calibrated_rewards.evaluation.estimates import Stated
+from calibrated_rewards.evaluation.outcomes import Evaluation
+from calibrated_rewards.evaluation.prospects import RELIABLE, Reweighted
+from calibrated_rewards.evaluation.wording import arm, formula, spoken
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator, values
 from calibrated_rewards.theory.procedures import Procedure
 from calibrated_rewards.theory.tilted_policy import Frontier
 from calibrated_rewards.theory.transforms import Scale, Transform, scaled
-from calibrated_rewards.wording import arm, formula, spoken
 
 # Okabe and Ito's, without the yellow that paper swallows and the black that a dark page does.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

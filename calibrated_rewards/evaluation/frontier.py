@@ -1,9 +1,11 @@
-"""The frontier without training: the optimum for any reward is a reweighting of the reference's own rollouts.
+"""The rollouts of a run with the scores that two reward models gave them: one to select by, one to judge.
+
+The frontier without training: the optimum for any reward is a reweighting of the reference's own rollouts.
 
 pi*(y) ~ pi_ref(y) e^{v(y)/beta}, so that K rollouts of a prompt with weights ~ e^{v/beta} stand for it, whatever v is:
 a transform of the quantile, the raw score, what a peer makes of it. All are brought to one KL and compared.
 
->>> from calibrated_rewards.arms import ARMS
+>>> from calibrated_rewards.evaluation.objectives import ARMS
 >>> rng = np.random.default_rng(0)
 >>> found = reweighted(Samples(rng.normal(size=(50, 64))), {name: ARMS[name] for name in ("raw", "exp:10")}, kls=[0.5])
 >>> for point in found.points:
@@ -14,22 +16,60 @@ exp:10 0.869 [0.869, 0.869]
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from tqdm import tqdm
 
-from calibrated_rewards.arms import Arm, usual_arms
-from calibrated_rewards.bootstrap import stated
-from calibrated_rewards.estimates import Samples, Stated
-from calibrated_rewards.prospects import Point, Reweighted
+from calibrated_rewards.calibration.shards import SCORE, read_table
+from calibrated_rewards.evaluation.estimates import Samples, Stated, stated
+from calibrated_rewards.evaluation.objectives import Arm, usual_arms
+from calibrated_rewards.evaluation.prospects import Point, Reweighted
+from calibrated_rewards.evaluation.weighted_rollouts import WeightedPools, won
+from calibrated_rewards.evaluation.wording import spoken
 from calibrated_rewards.reward.calibrators import Calibration
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Procedure, Standard, WorstOf
-from calibrated_rewards.weighted_pools import WeightedPools, won
-from calibrated_rewards.wording import spoken
+
+
+def scorers_of(run: Path) -> list[str]:
+    """The names of the reward models whose scores a run's rollouts have."""
+    names = (name for path in _files(run)[:1] for name in read_table(path).column_names)
+    return [name.removeprefix(SCORE) for name in names if name.startswith(SCORE)]
+
+
+def references_of(run: Path, select: str, judge: str | None = None) -> Samples:
+    """All rollouts, prompt by prompt, by both scores; by one where no judge is named."""
+    known, asked = scorers_of(run), [select, *([judge] if judge is not None and judge != select else [])]
+    for name in asked:
+        if name not in known:
+            raise ValueError(
+                f"the rollouts of {run} have scores of {', '.join(known) or 'nobody'}, got {name!r}. Another scorer is "
+                f"added by `calibrated-rewards calibrate --reward-model NAME=PATH --out {run}`, drawing nothing."
+            )
+    parts: dict[bytes, list[Float64[np.ndarray, "scorers _"]]] = {}
+    for path in _files(run):
+        table = read_table(path, ["key", *(SCORE + name for name in asked)])
+        keys = table.column("key").to_pylist()
+        scores = np.array([table.column(SCORE + name).to_numpy() for name in asked], np.float64)
+        if not np.isfinite(scores).all():
+            raise ValueError(f"{path} needs a score for each rollout, got some without: calibrate again.")
+        starts = [place for place in range(len(keys)) if place == 0 or keys[place] != keys[place - 1]]
+        for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
+            parts.setdefault(keys[start], []).append(scores[:, start:end])
+    rows = [np.hstack(own) for own in parts.values()]
+    return Samples([row[0] for row in rows], [row[1] for row in rows] if len(asked) > 1 else None)
+
+
+def _files(run: Path) -> list[Path]:
+    found = sorted((run / "rollouts").glob("*.parquet"))
+    if not found:
+        raise ValueError(f"{run} needs rollouts/*.parquet, got none: not calibrated yet?")
+    return found
+
 
 Array: TypeAlias = npt.NDArray[np.float64]
 KLS = (0.25, 0.5, 1.0, 2.0)

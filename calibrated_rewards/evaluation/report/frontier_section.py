@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from calibrated_rewards import plots
-from calibrated_rewards.prospects import RELIABLE, Point, Reweighted, ess_of_gain, told
-from calibrated_rewards.reporting.experiment import Experiment, main_judge, main_procedure
-from calibrated_rewards.reporting.markup import (
+from calibrated_rewards.evaluation import plots
+from calibrated_rewards.evaluation.prospects import RELIABLE, Point, Reweighted, ess_of_gain, told
+from calibrated_rewards.evaluation.report.experiment import Experiment, main_judge, main_procedure
+from calibrated_rewards.evaluation.report.markup import (
     Markup,
     Piece,
     Section,
@@ -17,7 +17,7 @@ from calibrated_rewards.reporting.markup import (
     raised,
     table,
 )
-from calibrated_rewards.wording import arm, caution, counted, percents, points, spoken
+from calibrated_rewards.evaluation.wording import arm, caution, counted, percents, points, spoken
 
 
 def promised(of: Experiment) -> Section | None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.calibration.shards import read_table, replacing
-from calibrated_rewards.outcomes import Precision
+from calibrated_rewards.evaluation.outcomes import Precision
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.samplers.protocol import Rollout
 from calibrated_rewards.scorers.protocol import fingerprint

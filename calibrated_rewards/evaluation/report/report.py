@@ -8,14 +8,13 @@ import os
 from pathlib import Path
 
 from calibrated_rewards.calibration.shards import replacing
-from calibrated_rewards.reporting.calibrated import calibrated
-from calibrated_rewards.reporting.examples import examples
-from calibrated_rewards.reporting.experiment import experiment, titled
-from calibrated_rewards.reporting.made import made
-from calibrated_rewards.reporting.outcome import outcome
-from calibrated_rewards.reporting.page import page
-from calibrated_rewards.reporting.promised import promised
-from calibrated_rewards.reporting.trained import trained
+from calibrated_rewards.evaluation.report.calibration_section import calibrated
+from calibrated_rewards.evaluation.report.examples_section import examples
+from calibrated_rewards.evaluation.report.experiment import experiment, titled
+from calibrated_rewards.evaluation.report.frontier_section import promised
+from calibrated_rewards.evaluation.report.markup import page
+from calibrated_rewards.evaluation.report.outcome_section import outcome
+from calibrated_rewards.evaluation.report.training_section import made, trained
 
 PARTS = (calibrated, promised, trained, outcome, examples, made)
 

@@ -3,7 +3,7 @@
 K rollouts of a prompt stand for the reference with weights 1/K, and for any other policy with weights of their own.
 Rows of unequal length are filled up with places of no weight; scores, values and weights are all (P, K).
 
->>> from calibrated_rewards.estimates import Samples
+>>> from calibrated_rewards.evaluation.estimates import Samples
 >>> from calibrated_rewards.theory.procedures import BestOf
 >>> pools = WeightedPools(Samples(select=[[0.3, 0.1, 0.7]]))
 >>> pools.output(pools.uniform, BestOf(2)).round(3)  # 5/9 of all pairs, drawn with replacement, hold the largest
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Bool, Float, Int
 
-from calibrated_rewards.estimates import Samples
+from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.theory.procedures import CalibratedProcedure
 
 Array: TypeAlias = npt.NDArray[np.float64]
