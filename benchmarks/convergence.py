@@ -29,10 +29,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from calibrated_rewards.faithful.trl_settings import grpo_settings, rloo_settings
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.transforms import Exponential, Identity, Log
+from calibrated_rewards.training.check_settings.trl import grpo_settings, rloo_settings
 
 LETTERS = "abcdefg"
 EOS = len(LETTERS)

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.recipes import grpo_plain, ppo
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
+from calibrated_rewards.training.online import grpo as grpo_plain, ppo
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import enumerable

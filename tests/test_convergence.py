@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import RLOOConfig, RLOOTrainer
 
 from calibrated_rewards import CalibratedReward, Log, ReferenceTable
-from calibrated_rewards.faithful.check import check_settings
-from calibrated_rewards.faithful.trl_settings import rloo_settings
 from calibrated_rewards.testing.suites import NumberScorer
+from calibrated_rewards.training.check_settings.check import check_settings
+from calibrated_rewards.training.check_settings.trl import rloo_settings
 
 DIGITS = "0123456"
 PROMPTS = ("01", "23", "45")

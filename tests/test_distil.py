@@ -10,10 +10,16 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import minimize
 from scipy.special import log_expit, logit
 
-from calibrated_rewards.distil import CENTER, Pairs, calibrated_logits, distil, distillation_pairs
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
+from calibrated_rewards.training.offline.reward_model import (
+    CENTER,
+    Pairs,
+    calibrated_logits,
+    distil,
+    distillation_pairs,
+)
 
 
 def rollouts(scores: dict[str, list[float]]) -> tuple[ReferenceTable, list[str], list[str], list[float]]:

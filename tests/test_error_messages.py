@@ -216,7 +216,7 @@ def test_a_recipe_speaks_of_its_options(recipe, words, here, monkeypatch, capsys
     monkeypatch.chdir(here)
     usual = ["--policy", "policy", "--reward", "reward", "--prompts", "prompts.jsonl", "--out", "new-run"]
     try:
-        code = import_module(f"calibrated_rewards.recipes.{recipe}").main([*usual, *words.split()])
+        code = import_module(f"calibrated_rewards.training.online.{recipe}").main([*usual, *words.split()])
     except SystemExit as usage:
         code = usage.code
     message = complaint(capsys.readouterr().err)
@@ -245,8 +245,8 @@ def without_extras(folder: Path, *words: str) -> "subprocess.CompletedProcess[st
 @pytest.mark.parametrize(
     ("words", "extras"),
     [
-        ("calibrated_rewards.recipes.train_rloo --help", "calibrate,hf,trl"),
-        ("calibrated_rewards.recipes.ppo --help", "hf"),
+        ("calibrated_rewards.training.online.train_rloo --help", "calibrate,hf,trl"),
+        ("calibrated_rewards.training.online.ppo --help", "hf"),
         (
             "calibrated_rewards calibrate --out x --policy p --max-tokens 4 --prompts x.jsonl --reward-model rm",
             "calibrate,hf",

@@ -11,13 +11,12 @@ from hypothesis import given, strategies as st
 from trl import GRPOConfig, RLOOConfig
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
-from calibrated_rewards.faithful import check_settings, grpo_settings, rloo_settings
-from calibrated_rewards.faithful.check import FRAMEWORKS
-from calibrated_rewards.faithful.rewarded import span_of
-from calibrated_rewards.faithful.rules import Framework, Is, Rule, SameAs, Settings, Strength, broken
 from calibrated_rewards.reward.calibrators import ZScore
 from calibrated_rewards.testing.suites import NumberScorer
 from calibrated_rewards.theory.transforms import Exponential, Log
+from calibrated_rewards.training.check_settings import check_settings, grpo_settings, rloo_settings
+from calibrated_rewards.training.check_settings.check import FRAMEWORKS, span_of
+from calibrated_rewards.training.check_settings.rules import Framework, Is, Rule, SameAs, Settings, Strength, broken
 
 PLAIN = {
     "use_cpu": True,

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from trl import GRPOConfig, RLOOConfig
 
-from calibrated_rewards.faithful.check import FRAMEWORKS
+from calibrated_rewards.training.check_settings.check import FRAMEWORKS
 
 # Names and defaults as the frameworks' own sources have them, taken out by a parser of those sources, not from ours.
 SOURCES: dict[str, dict[str, object]] = {

@@ -17,11 +17,11 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import main
 from calibrated_rewards.commands import saved_reward
 from calibrated_rewards.files import import_function, without_current_folder
-from calibrated_rewards.recipes import train_rloo
 from calibrated_rewards.reward.frameworks import configured
 from calibrated_rewards.reward.saving import NeedsTrust
 from calibrated_rewards.scorers.ensemble import Function
 from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
+from calibrated_rewards.training.online import train_rloo
 
 BIN = Path(sys.executable).parent
 # What a module leaves behind when it is imported, and when it is called.

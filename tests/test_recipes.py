@@ -28,11 +28,6 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import id_key
-from calibrated_rewards.recipes import command, grpo_plain, loop, opening, ppo, train_grpo, train_rloo
-from calibrated_rewards.recipes.model import reference_of, trainable
-from calibrated_rewards.recipes.raw import RawReward
-from calibrated_rewards.recipes.run_folder import RunFolder
-from calibrated_rewards.recipes.together import Together, learned
 from calibrated_rewards.reward.calibrators import ZScore
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.policy import Policy
@@ -43,6 +38,12 @@ from calibrated_rewards.theory.finite_k import values
 from calibrated_rewards.theory.named import NamedTransform, parse_transform
 from calibrated_rewards.theory.tilted_policy import beta_for_kl
 from calibrated_rewards.theory.transforms import Identity, Log, scaled
+from calibrated_rewards.training import launch as command, loop, opening
+from calibrated_rewards.training.online import grpo as grpo_plain, ppo, train_grpo, train_rloo
+from calibrated_rewards.training.policy_model import reference_of, trainable
+from calibrated_rewards.training.raw import RawReward
+from calibrated_rewards.training.run_folder import RunFolder
+from calibrated_rewards.training.together import Together, learned
 
 LOOPS = [ppo, grpo_plain]
 RECIPES = [*LOOPS, train_rloo, train_grpo]
@@ -475,7 +476,7 @@ def test_ctrl_c_in_the_imports_is_no_traceback(error: str, told: str, tmp_path: 
     (tmp_path / "trl").mkdir()
     (tmp_path / "trl/__init__.py").write_text(f"raise {error}")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    words = [sys.executable, "-m", "calibrated_rewards.recipes.train_rloo", "--help"]
+    words = [sys.executable, "-m", "calibrated_rewards.training.online.train_rloo", "--help"]
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)
     stopped = error == "KeyboardInterrupt"
     assert done.returncode == (-signal.SIGINT if stopped else 1)

@@ -15,12 +15,12 @@ from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.evaluation.win_rate import win_rate
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.recipes import grpo_plain, ppo
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate as predicted
 from calibrated_rewards.theory.transforms import Exponential
+from calibrated_rewards.training.online import grpo as grpo_plain, ppo
 
 PROCEDURES = {repr(each): each for each in (Standard(), BestOf(4), WorstOf(4), RewindAndRepeat())}
 each_procedure = pytest.mark.parametrize("name", PROCEDURES)

@@ -17,18 +17,18 @@ from transformers import AutoModelForCausalLM
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.sources import Asked
-from calibrated_rewards.faithful.check import check_settings
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.recipes import train_grpo, train_rloo, trl_run
-from calibrated_rewards.recipes.model import contiguous_head, trainable
-from calibrated_rewards.recipes.raw import RawReward
-from calibrated_rewards.recipes.run_folder import RunFolder
-from calibrated_rewards.recipes.timing import TimedReward
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.testing.suites import HashScorer
 from calibrated_rewards.theory.transforms import Identity, Log
+from calibrated_rewards.training.callbacks import TimedReward
+from calibrated_rewards.training.check_settings.check import check_settings
+from calibrated_rewards.training.online import train_grpo, train_rloo, trl as trl_run
+from calibrated_rewards.training.policy_model import contiguous_head, trainable
+from calibrated_rewards.training.raw import RawReward
+from calibrated_rewards.training.run_folder import RunFolder
 
 PROMPTS = tiny.texts(3)
 ASKED = [Asked(prompt) for prompt in PROMPTS]

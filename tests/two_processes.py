@@ -13,11 +13,12 @@ from torch import distributed
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.recipes import command, grpo_plain, loop, ppo, train_rloo
-from calibrated_rewards.recipes.together import Together
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.testing.suites import HashScorer
+from calibrated_rewards.training import launch as command, loop
+from calibrated_rewards.training.online import grpo as grpo_plain, ppo, train_rloo
+from calibrated_rewards.training.together import Together
 
 
 def same_gradient(together: Together) -> None:

@@ -31,12 +31,12 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from world import KLS, LENGTH, LETTERS, PROMPTS, TRANSFORMS, World, enumerable, laws, save
 
 from calibrated_rewards.calibration.sources import Asked
-from calibrated_rewards.faithful.trl_settings import grpo_settings, rloo_settings
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.recipes import grpo_plain, ppo
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
+from calibrated_rewards.training.check_settings.trl import grpo_settings, rloo_settings
+from calibrated_rewards.training.online import grpo as grpo_plain, ppo
 
 GROUP, RATE = 32, 0.15
 STEPS = {name: 1600 if KLS[name] < 0.5 else 800 for name in TRANSFORMS}

@@ -90,5 +90,5 @@ def run(options: argparse.Namespace) -> int:
     sys.stdout.write(f"{options.out}: {reward.__name__}, {len(reward.table)} prompts, {reward.transform!r}\n")
     if expected:
         sys.stdout.write("".join(f"{line}\n" for line in (f"train with beta={expected.beta:.4g}", *expected.lines())))
-    sys.stderr.write(f"next: python -m calibrated_rewards.recipes.train_rloo --reward {options.out} --help\n")
+    sys.stderr.write(f"next: python -m calibrated_rewards.training.online.train_rloo --reward {options.out} --help\n")
     return 0

@@ -18,8 +18,6 @@ from calibrated_rewards.evaluation.frontier import reweighted
 from calibrated_rewards.evaluation.outcomes import Evaluation
 from calibrated_rewards.evaluation.policies import evaluate
 from calibrated_rewards.evaluation.prospects import Reweighted
-from calibrated_rewards.recipes import train_rloo
-from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding
@@ -27,6 +25,8 @@ from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.optimum import Choice, optimum
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard
+from calibrated_rewards.training.online import train_rloo
+from calibrated_rewards.training.raw import RawReward
 
 # The policy that is trained for what it will be served with, and the one that is not.
 CALIBRATED, RAW = "calibrated", "raw"

@@ -18,9 +18,9 @@ from calibrated_rewards.evaluation.frontier import references_of
 from calibrated_rewards.evaluation.outcomes import Evaluation
 from calibrated_rewards.evaluation.prospects import RELIABLE, Point, Reweighted, told
 from calibrated_rewards.evaluation.report.report import report
-from calibrated_rewards.recipes.command import outcome
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf
+from calibrated_rewards.training.launch import outcome
 
 STEPS = 7
 

@@ -1,6 +1,6 @@
 """verl's settings, read in 0.9.1: RLOO with the KL in the reward is exact; GRPO with it in the loss is close."""
 
-from calibrated_rewards.faithful.rules import Case, Framework, Is, Off, OneOf, Positive, Rule, Strength
+from calibrated_rewards.training.check_settings.rules import Case, Framework, Is, Off, OneOf, Positive, Rule, Strength
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 _IN_REWARD: tuple[Case, ...] = (("algorithm.use_kl_in_reward", Is(True)),)

@@ -1,6 +1,6 @@
 """slime's settings, read at 624b824a8 (2026-08-21): PPO has the KL in its rewards, GRPO in its loss at best."""
 
-from calibrated_rewards.faithful.rules import Case, Framework, Is, Off, OneOf, Positive, Rule, Strength
+from calibrated_rewards.training.check_settings.rules import Case, Framework, Is, Off, OneOf, Positive, Rule, Strength
 
 _GROUPED: tuple[Case, ...] = (
     ("advantage_estimator", OneOf(("grpo", "gspo", "cispo", "reinforce_plus_plus_baseline"))),

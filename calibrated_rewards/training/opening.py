@@ -20,12 +20,12 @@ from calibrated_rewards.files import Message, setting as given
 from calibrated_rewards.models.fingerprint import tokenizer_digest, weights_digest, weights_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import as_key, id_key, start_of
-from calibrated_rewards.recipes.model import place_of
-from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.theory.named import NamedTransform
+from calibrated_rewards.training.policy_model import place_of
+from calibrated_rewards.training.raw import RawReward
 
 # What draws from another distribution than softmax(logits / temperature), where the KL would mean something else.
 PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "stop": []}

@@ -1,6 +1,6 @@
 """OpenRLHF's settings, read in 0.11.2: RLOO with a k1 penalty in the reward is exact, once its clipping is opened."""
 
-from calibrated_rewards.faithful.rules import (
+from calibrated_rewards.training.check_settings.rules import (
     Case,
     Framework,
     Given,

@@ -23,16 +23,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from calibrated_rewards.calibration.sources import Asked
-from calibrated_rewards.faithful.check import Report, check_settings
 from calibrated_rewards.files import Message, setting as given
-from calibrated_rewards.recipes import command, opening
-from calibrated_rewards.recipes.loop import check_numbers, setting, turns
-from calibrated_rewards.recipes.model import contiguous_head, lora, place_of, quiet
-from calibrated_rewards.recipes.run_folder import RunFolder, about
-from calibrated_rewards.recipes.timing import TimedDrawing, TimedReward
-from calibrated_rewards.recipes.together import Together
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.protocol import Decoding
+from calibrated_rewards.training import launch as command, opening
+from calibrated_rewards.training.callbacks import TimedDrawing, TimedReward
+from calibrated_rewards.training.check_settings.check import Report, check_settings
+from calibrated_rewards.training.loop import check_numbers, setting, turns
+from calibrated_rewards.training.policy_model import contiguous_head, lora, place_of, quiet
+from calibrated_rewards.training.run_folder import RunFolder, about
+from calibrated_rewards.training.together import Together
 
 # Seconds between the lines that stand for a bar where there is no terminal.
 BETWEEN_LINES = 30.0

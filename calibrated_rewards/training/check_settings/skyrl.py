@@ -1,6 +1,6 @@
 """SkyRL's settings, read at a9564572e (2026-08-21): RLOO with a k1 penalty in the reward is exact."""
 
-from calibrated_rewards.faithful.rules import Case, Framework, Is, Off, OneOf, Positive, Rule, Strength
+from calibrated_rewards.training.check_settings.rules import Case, Framework, Is, Off, OneOf, Positive, Rule, Strength
 
 _ALGORITHM = "trainer.algorithm"
 _IN_REWARD: tuple[Case, ...] = ((f"{_ALGORITHM}.use_kl_in_reward", Is(True)),)

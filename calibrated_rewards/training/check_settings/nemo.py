@@ -1,6 +1,6 @@
 """NeMo-RL's settings, read in 0.6.0 (7ea279abf): no exact setting; GRPO without division and a k2 KL comes close."""
 
-from calibrated_rewards.faithful.rules import Case, Framework, Is, Off, OneOf, Positive, Rule, Strength
+from calibrated_rewards.training.check_settings.rules import Case, Framework, Is, Off, OneOf, Positive, Rule, Strength
 
 _IN_LOSS: tuple[Case, ...] = (("loss_fn.use_kl_in_reward", Off()),)
 

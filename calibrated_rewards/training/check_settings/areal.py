@@ -1,6 +1,6 @@
 """AReaL's settings, read in 2.0.0 (cbff54d64): KL in the reward, exact once its clip is open and it has a reference."""
 
-from calibrated_rewards.faithful.rules import Framework, Given, Is, Off, Positive, Rule, Strength
+from calibrated_rewards.training.check_settings.rules import Framework, Given, Is, Off, Positive, Rule, Strength
 
 AREAL = Framework(
     name="areal",

@@ -21,10 +21,10 @@ from typing import Any
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.files import claim
 from calibrated_rewards.prompts import prompt_key
-from calibrated_rewards.recipes.model import place_of
-from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.protocol import Decoding
+from calibrated_rewards.training.policy_model import place_of
+from calibrated_rewards.training.raw import RawReward
 
 # The last file that transformers' Trainer writes of a checkpoint: one without it was cut short.
 LAST_WRITTEN = "trainer_state.json"

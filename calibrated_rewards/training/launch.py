@@ -12,12 +12,12 @@ from typing import Any
 from calibrated_rewards.commands.error_text import error_text
 from calibrated_rewards.commands.numbers import Real, Whole, folder
 from calibrated_rewards.evaluation.expectations import expect_of
-from calibrated_rewards.recipes import opening
-from calibrated_rewards.recipes.run_folder import RunFolder, about
-from calibrated_rewards.recipes.together import Together
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.table.reference_table import UnknownPromptError
 from calibrated_rewards.theory.named import parse_transform
+from calibrated_rewards.training import opening
+from calibrated_rewards.training.run_folder import RunFolder, about
+from calibrated_rewards.training.together import Together
 
 # What a user can do something about; the rest comes with its traceback.
 TOLD = (ValueError, TypeError, OSError, ImportError, UnknownPromptError)

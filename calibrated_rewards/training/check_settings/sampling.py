@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from math import isclose
 from typing import Any
 
-from calibrated_rewards.faithful.rules import Finding, Settings
+from calibrated_rewards.training.check_settings.rules import Finding, Settings
 
 # What leaves the model's own distribution alone, as `Decoding` writes it.
 _NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}

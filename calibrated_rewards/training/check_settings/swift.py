@@ -1,6 +1,6 @@
 """ms-swift's settings for `--rlhf_type grpo`, read in 4.6.0: its RLOO with the KL in the reward is exact."""
 
-from calibrated_rewards.faithful.rules import Framework, Is, Off, OneOf, Positive, Rule, SameAs, Strength
+from calibrated_rewards.training.check_settings.rules import Framework, Is, Off, OneOf, Positive, Rule, SameAs, Strength
 
 SWIFT = Framework(
     name="ms-swift",

@@ -1,6 +1,6 @@
 """LightRFT's settings, read at 49e62cb (2026-03-05): RLOO with a k1 penalty in the reward, as in OpenRLHF."""
 
-from calibrated_rewards.faithful.rules import Case, Framework, Is, Off, OneOf, Positive, Rule, Strength
+from calibrated_rewards.training.check_settings.rules import Case, Framework, Is, Off, OneOf, Positive, Rule, Strength
 
 _IN_REWARD: tuple[Case, ...] = (("init_kl_coef", Positive()), ("use_kl_loss", Off()))
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
-from calibrated_rewards.recipes.raw import RawReward
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.scorers.protocol import call, fingerprint, is_thread_safe, reads_messages
+from calibrated_rewards.training.raw import RawReward
 
 
 @dataclass

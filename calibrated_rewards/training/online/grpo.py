@@ -1,6 +1,6 @@
 """GRPO in plain PyTorch, without what makes its optimum another one: groups of completions, a baseline, a gradient.
 
-    python -m calibrated_rewards.recipes.grpo_plain --policy ./sft --reward reward/ --prompts prompts.jsonl --out run/
+    python -m calibrated_rewards.training.online.grpo --policy ./sft --reward reward/ --prompts prompts.jsonl --out run/
 
 For each prompt a group of completions is drawn and scored; `CalibratedReward.from_scores` makes of the raw scores, a
 row a prompt, what is to be maximised. From it goes beta times the log-ratio of policy and reference, summed over the
@@ -14,7 +14,7 @@ comes after them. From the paper (InfAlign-CTRL, algorithm 1), which uses PPO, i
 function.
 
 All weights are trained, or LoRA adapters (--lora-rank 16 --lr 1e-4), below which the reference is. On several GPUs:
-`accelerate launch --num_processes 4 -m calibrated_rewards.recipes.grpo_plain ...`; each process draws for its own
+`accelerate launch --num_processes 4 -m calibrated_rewards.training.online.grpo ...`; each process draws for its own
 prompts. --raw trains on the raw scores, for comparison.
 """
 
@@ -30,13 +30,13 @@ from tqdm import tqdm
 
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.files import Message, setting as given
-from calibrated_rewards.recipes import command, loop
-from calibrated_rewards.recipes.loop import Episodes, setting
-from calibrated_rewards.recipes.model import reference_of, trainable
-from calibrated_rewards.recipes.raw import RawReward
-from calibrated_rewards.recipes.together import Together, learned
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.training import launch as command, loop
+from calibrated_rewards.training.loop import Episodes, setting
+from calibrated_rewards.training.policy_model import reference_of, trainable
+from calibrated_rewards.training.raw import RawReward
+from calibrated_rewards.training.together import Together, learned
 
 
 @dataclass(frozen=True)

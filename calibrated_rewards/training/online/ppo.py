@@ -1,6 +1,6 @@
 """PPO in plain PyTorch: a policy, a value head, GAE, the KL to the reference in the reward of each token, clipping.
 
-    python -m calibrated_rewards.recipes.ppo --policy ./sft --reward reward/ --prompts prompts.jsonl --out run/
+    python -m calibrated_rewards.training.online.ppo --policy ./sft --reward reward/ --prompts prompts.jsonl --out run/
 
 The algorithm of the paper (InfAlign-CTRL, algorithm 1): the reward of a completion is what `CalibratedReward` gives,
 paid at its last token; each token pays beta times its log-ratio of policy and reference. With the defaults that
@@ -13,7 +13,7 @@ since the KL is whitened with them. The value head is linear, reads the policy's
 it.
 
 All weights are trained, or LoRA adapters (--lora-rank 16 --lr 1e-4), below which the reference is. On several GPUs:
-`accelerate launch --num_processes 4 -m calibrated_rewards.recipes.ppo ...`; each process draws for its own prompts.
+`accelerate launch --num_processes 4 -m calibrated_rewards.training.online.ppo ...`; each process draws for its own prompts.
 --raw trains on the raw scores, for comparison.
 """
 
@@ -29,13 +29,13 @@ from tqdm import tqdm
 
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.files import Message, setting as given
-from calibrated_rewards.recipes import command, loop
-from calibrated_rewards.recipes.loop import Episodes, setting
-from calibrated_rewards.recipes.model import reference_of, trainable
-from calibrated_rewards.recipes.raw import RawReward
-from calibrated_rewards.recipes.together import Together, learned
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.training import launch as command, loop
+from calibrated_rewards.training.loop import Episodes, setting
+from calibrated_rewards.training.policy_model import reference_of, trainable
+from calibrated_rewards.training.raw import RawReward
+from calibrated_rewards.training.together import Together, learned
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,0 @@
-"""Settings under which a trainer maximises E[reward] - beta KL, framework by framework."""
-
-from calibrated_rewards.faithful.check import Report, check_settings
-from calibrated_rewards.faithful.trl_settings import grpo_settings, rloo_settings
-
-__all__ = ["Report", "check_settings", "grpo_settings", "rloo_settings"]
