@@ -4,6 +4,6 @@ from calibrated_rewards.files import leave_current_folder
 
 if __name__ == "__main__":
     leave_current_folder()
-    from calibrated_rewards.cli import main
+    from calibrated_rewards.cli.main import main
 
     raise SystemExit(main())

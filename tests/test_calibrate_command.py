@@ -8,8 +8,8 @@ import tiny
 
 from calibrated_rewards import ReferenceTable, id_key
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.cli import main
-from calibrated_rewards.commands import policy, reward_model
+from calibrated_rewards.cli import model_options as reward_model, policy_options as policy
+from calibrated_rewards.cli.main import main
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier

@@ -15,10 +15,10 @@ import tiny
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import calibrated_rewards
-from calibrated_rewards.cli import COMMANDS, FAILED, PASSED, UNUSABLE, main
-from calibrated_rewards.commands import check_scorer, evaluate
-from calibrated_rewards.commands.check_scorer import read_pairs
-from calibrated_rewards.commands.reward_model import add_arguments, labels, load, settings
+from calibrated_rewards.cli import check_scorer, evaluate
+from calibrated_rewards.cli.check_scorer import read_pairs
+from calibrated_rewards.cli.main import COMMANDS, FAILED, PASSED, UNUSABLE, main
+from calibrated_rewards.cli.model_options import add_arguments_of_reward_model, labels, load_of_reward_model, settings
 from calibrated_rewards.models.labels import Difference, Expected, Label, Ordinal, Weighted
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.ensemble import Cost
@@ -265,7 +265,7 @@ def test_a_server_that_is_not_there(capsys):
 def test_an_empty_token_is_none(monkeypatch):
     """An environment variable that is set to nothing; a password is not what the model is called."""
     monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN", "")
-    scorer = load(parsed("--reward-model", "http://me:password@rm:8000/?key=secret"))
+    scorer = load_of_reward_model(parsed("--reward-model", "http://me:password@rm:8000/?key=secret"))
 
     assert scorer.token is None
     assert scorer.dialect == Native("http://rm:8000/")
@@ -345,9 +345,9 @@ def test_the_judge_of_an_evaluation_has_a_sign_of_its_own(model):
 
 def test_a_server_may_serve_a_cost():
     """Its scores are turned round here."""
-    scorer = load(parsed("--reward-model", "http://rm:8000", "--cost"))
+    scorer = load_of_reward_model(parsed("--reward-model", "http://rm:8000", "--cost"))
     assert isinstance(scorer, Cost)
-    assert scorer.scorer == load(parsed("--reward-model", "http://rm:8000"))
+    assert scorer.scorer == load_of_reward_model(parsed("--reward-model", "http://rm:8000"))
 
 
 def test_what_is_being_checked_is_shown(monkeypatch, capsys):
@@ -441,8 +441,8 @@ def test_a_server(words, asked, monkeypatch):
     monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN", "secret")
     monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN_URL", "http://rm:8000")
     parser = ArgumentParser()
-    add_arguments(parser)
-    scorer = load(parser.parse_args(["--reward-model", "http://rm:8000", *words]))
+    add_arguments_of_reward_model(parser)
+    scorer = load_of_reward_model(parser.parse_args(["--reward-model", "http://rm:8000", *words]))
 
     assert scorer == Remote("http://rm:8000", asked, token="secret")
     assert "secret" not in repr(scorer)
@@ -451,9 +451,9 @@ def test_a_server(words, asked, monkeypatch):
 def test_a_server_that_renders_text_itself():
     """What would have no effect is refused."""
     parser = ArgumentParser()
-    add_arguments(parser)
+    add_arguments_of_reward_model(parser)
     with pytest.raises(ValueError, match="renders text itself"):
-        load(parser.parse_args(["--reward-model", "http://rm:8000", "--max-length", "99"]))
+        load_of_reward_model(parser.parse_args(["--reward-model", "http://rm:8000", "--max-length", "99"]))
 
 
 def test_every_command_has_its_module():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from calibrated_rewards import adapters
-from calibrated_rewards.commands import cp, path
+from calibrated_rewards.cli import cp, path
 
 SHIPPED = sorted(Path(adapters.__path__[0]).glob("[!_]*.py"))
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.cli import COMMANDS, main
+from calibrated_rewards.cli.main import COMMANDS, main
 from calibrated_rewards.evaluation.estimates import Estimate, Stated
 from calibrated_rewards.evaluation.kl import Divergence
 from calibrated_rewards.evaluation.outcomes import Difference, Evaluation, Precision

@@ -14,8 +14,8 @@ import pytest
 
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.cli import main
-from calibrated_rewards.commands import saved_reward
+from calibrated_rewards.cli import saved_reward
+from calibrated_rewards.cli.main import main
 from calibrated_rewards.files import import_function, without_current_folder
 from calibrated_rewards.reward.frameworks import configured
 from calibrated_rewards.reward.saving import NeedsTrust

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from calibrated_rewards.calibration.shards import Planned, empty, write_shard
-from calibrated_rewards.commands import inspect
+from calibrated_rewards.cli import inspect
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import Rollout
 from calibrated_rewards.table.reference_table import ReferenceTable

@@ -25,7 +25,7 @@ import pytest
 import tiny
 import torch
 
-from calibrated_rewards.commands.check_scorer import EPILOG
+from calibrated_rewards.cli.check_scorer import EPILOG
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.testing.check_reading import LENGTHS, passage

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 
-from calibrated_rewards.commands import policy, reward_model
+from calibrated_rewards.cli import model_options as reward_model, policy_options as policy
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.openai import OpenAISampler
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def parsed(*words: str, required: bool = True) -> argparse.Namespace:
     """Beside the options of a reward model, as `calibrate` has them."""
     parser = argparse.ArgumentParser()
-    reward_model.add_arguments(parser)
+    reward_model.add_arguments_of_reward_model(parser)
     policy.add_arguments(parser, required)
     return parser.parse_args(["--reward-model", "rm", *words])
 

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, GPTNeoXM
 
 from calibrated_rewards import CalibratedReward
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.cli import FAILED, UNUSABLE, main
+from calibrated_rewards.cli.main import FAILED, UNUSABLE, main
 from calibrated_rewards.reward.saving import read, spelled
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.scorers.multi_attribute import MultiAttribute

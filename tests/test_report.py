@@ -16,7 +16,7 @@ from fake_experiment import NASTY, SAID, Shifted, make
 from hypothesis import given, strategies as st
 
 import calibrated_rewards
-from calibrated_rewards.commands import report as command
+from calibrated_rewards.cli import report as command
 from calibrated_rewards.evaluation.expectations import expect
 from calibrated_rewards.evaluation.outcomes import Evaluation
 from calibrated_rewards.evaluation.policies import evaluate

@@ -10,7 +10,7 @@ import tiny
 
 from calibrated_rewards import BestOf, CalibratedReward, WorstOf, optimum
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.cli import main
+from calibrated_rewards.cli.main import main
 from calibrated_rewards.evaluation.expectations import expect
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.table.reference_table import ReferenceTable

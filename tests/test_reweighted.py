@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.cli import main
-from calibrated_rewards.commands import frontier
+from calibrated_rewards.cli import frontier
+from calibrated_rewards.cli.main import main
 from calibrated_rewards.evaluation.estimates import Estimate, Samples, Stated, stated
 from calibrated_rewards.evaluation.frontier import Reweighted, references_of, reweighted
 from calibrated_rewards.evaluation.objectives import ARMS, AnyKL, BestAtKL, Transformed, Uncalibrated

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import uvicorn
 
-from calibrated_rewards.cli import main
+from calibrated_rewards.cli.main import main
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.scorers.remote import Native, OpenRlhf, Remote
 from calibrated_rewards.server.app import create_app, serve

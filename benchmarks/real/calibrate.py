@@ -24,8 +24,8 @@ from reward_models import load
 from scipy import stats
 from watch import Watch, Watched
 
-from calibrated_rewards.demo.assets import CACHE
-from calibrated_rewards.demo.reward_models import judge, prompts, reward_model
+from calibrated_rewards.cli.demo.assets import CACHE
+from calibrated_rewards.cli.demo.reward_models import judge, prompts, reward_model
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -19,8 +19,8 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import save
 
-from calibrated_rewards.demo.assets import CACHE, Rated
-from calibrated_rewards.demo.reward_models import judge, reward_model, split
+from calibrated_rewards.cli.demo.assets import CACHE, Rated
+from calibrated_rewards.cli.demo.reward_models import judge, reward_model, split
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.scorers.protocol import score
 

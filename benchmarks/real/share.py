@@ -24,8 +24,8 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 from watch import Watch, Watched
 
-from calibrated_rewards.demo.assets import CACHE, language_model
-from calibrated_rewards.demo.reward_models import prompts, reward_model
+from calibrated_rewards.cli.demo.assets import CACHE, language_model
+from calibrated_rewards.cli.demo.reward_models import prompts, reward_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import save

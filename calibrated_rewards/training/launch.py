@@ -9,8 +9,7 @@ from inspect import getfile
 from pathlib import Path
 from typing import Any
 
-from calibrated_rewards.commands.error_text import error_text
-from calibrated_rewards.commands.numbers import Real, Whole, folder
+from calibrated_rewards.cli.errors import Real, Whole, error_text, folder
 from calibrated_rewards.evaluation.expectations import expect_of
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.table.reference_table import UnknownPromptError

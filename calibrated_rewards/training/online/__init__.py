@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from calibrated_rewards.commands.error_text import NEEDED, missing_text
+from calibrated_rewards.cli.errors import NEEDED, missing_text
 
 
 def _stopped(kind: Any, error: Any, traceback: Any) -> None:

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Protocol, cast
 
 from calibrated_rewards import __version__
-from calibrated_rewards.commands.error_text import error_text, extras_of
+from calibrated_rewards.cli.errors import error_text, extras_of
 
 COMMANDS = {
     "demo": "the whole machine on a real language model: calibrate, foresee, train, evaluate, report",

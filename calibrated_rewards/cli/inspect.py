@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibrated_rewards.commands.numbers import Whole
+from calibrated_rewards.cli.errors import Whole
 
 if TYPE_CHECKING:
     from calibrated_rewards.calibration.inspect_rollouts import RolloutHealth

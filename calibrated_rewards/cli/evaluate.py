@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibrated_rewards.commands import policy, reward_model, saved_reward
-from calibrated_rewards.commands.numbers import Whole, folder
+from calibrated_rewards.cli import model_options as reward_model, policy_options as policy, saved_reward
+from calibrated_rewards.cli.errors import Whole, folder
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf
 
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--column", help="the column of the prompts, where it is not what TRL would read")
     group.add_argument("--split", help="of a dataset")
     group.add_argument("--limit", type=Whole(1), metavar="N", help="the first N prompts only")
-    reward_model.add_arguments(parser, several=True)
+    reward_model.add_arguments_of_reward_model(parser, several=True)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -161,7 +161,7 @@ def _scorers(options: argparse.Namespace, reward: "CalibratedReward | None") -> 
         if "judge" in found:
             raise ValueError("--judge is named judge, give the --reward-model of that name another one")
         judge = {**vars(options), "reward_model": options.judge, "cost": options.judge_cost}
-        found["judge"] = reward_model.load(argparse.Namespace(**judge))
+        found["judge"] = reward_model.load_of_reward_model(argparse.Namespace(**judge))
     if not found:
         raise ValueError("an evaluation needs --reward DIR or --reward-model PATH|ID|URL, and better a --judge too")
     return dict(found)

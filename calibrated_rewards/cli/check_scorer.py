@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibrated_rewards.commands import reward_model, server
-from calibrated_rewards.commands.numbers import Real, Whole
+from calibrated_rewards.cli import model_options as reward_model, model_options as server
+from calibrated_rewards.cli.errors import Real, Whole
 from calibrated_rewards.prompts import start_of
 from calibrated_rewards.scorers.protocol import plain
 
@@ -33,7 +33,7 @@ line counts the pairs that were scored. Exit code: 0 all well, 1 a check failed,
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    reward_model.add_arguments(parser)
+    reward_model.add_arguments_of_reward_model(parser)
     group = parser.add_argument_group("checks")
     group.add_argument(
         "--prompts", type=Path, metavar="FILE.jsonl", help="pairs of yours in place of the built-in ones"
@@ -92,7 +92,7 @@ def asked(options: argparse.Namespace) -> "Examination":
 
     prompts, completions = read_pairs(options.prompts) if options.prompts else (None, None)
     return Examination(
-        reward_model.load(options),
+        reward_model.load_of_reward_model(options),
         prompts,
         completions,
         tolerance=options.tolerance,

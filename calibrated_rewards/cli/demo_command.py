@@ -5,7 +5,7 @@ import os
 import warnings
 from pathlib import Path
 
-from calibrated_rewards.commands.numbers import Whole
+from calibrated_rewards.cli.errors import Whole
 
 EPILOG = """examples:
   calibrated-rewards demo                  # minutes; fetches some 180 MB the first time
@@ -37,9 +37,9 @@ def run(options: argparse.Namespace) -> int:
 
     import transformers
 
-    from calibrated_rewards.demo import parts
-    from calibrated_rewards.demo.scale import FULL, QUICK
-    from calibrated_rewards.demo.show import show
+    from calibrated_rewards.cli.demo import parts
+    from calibrated_rewards.cli.demo.parts import FULL, QUICK
+    from calibrated_rewards.cli.demo.show import show
 
     # Its bars and reports are of many small loads; ours say how far the demo is.
     spoken: Any = transformers.logging

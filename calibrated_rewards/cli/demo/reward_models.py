@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
 from calibrated_rewards.calibration.shards import replacing
-from calibrated_rewards.demo.assets import MOVIES, Rated, encoder, made, ratings
+from calibrated_rewards.cli.demo.assets import MOVIES, Rated, encoder, made, ratings
 from calibrated_rewards.models.parts import right_padded
 from calibrated_rewards.models.text import Text
 

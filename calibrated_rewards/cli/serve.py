@@ -3,8 +3,8 @@
 import argparse
 import os
 
-from calibrated_rewards.commands import saved_reward
-from calibrated_rewards.commands.numbers import Real, Whole
+from calibrated_rewards.cli import saved_reward
+from calibrated_rewards.cli.errors import Real, Whole
 
 EPILOG = """examples:
   calibrated-rewards serve reward/

@@ -11,9 +11,8 @@ from typing import Any
 
 from calibrated_rewards import __version__
 from calibrated_rewards.calibration.shards import replacing
-from calibrated_rewards.demo.parts import Parts
-from calibrated_rewards.demo.pipeline import CALIBRATED, RAW, Demo, betas
-from calibrated_rewards.demo.scale import Scale
+from calibrated_rewards.cli.demo.parts import Parts, Scale
+from calibrated_rewards.cli.demo.pipeline import CALIBRATED, RAW, Demo, betas
 from calibrated_rewards.evaluation.frontier import references_of
 from calibrated_rewards.evaluation.outcomes import Evaluation
 from calibrated_rewards.evaluation.prospects import RELIABLE, Point, Reweighted, told

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibrated_rewards.commands.numbers import Real, Whole
+from calibrated_rewards.cli.errors import Real, Whole
 from calibrated_rewards.evaluation.objectives import ARMS, AnyKL, Arm, BestAtKL, Transformed, usual_arms
 from calibrated_rewards.theory.named import transform
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard, WorstOf

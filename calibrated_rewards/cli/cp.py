@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from calibrated_rewards.commands.path import adapter, listed
+from calibrated_rewards.cli.path import adapter, listed
 
 EPILOG = """examples:
   calibrated-rewards cp --list                 the names of all adapters, and what each is for

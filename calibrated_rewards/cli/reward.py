@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from calibrated_rewards.commands import reward_model
-from calibrated_rewards.commands.numbers import Real, folder
+from calibrated_rewards.cli import model_options as reward_model
+from calibrated_rewards.cli.errors import Real, folder
 from calibrated_rewards.theory.named import NamedTransform, parse_transform
 from calibrated_rewards.theory.transforms import Identity
 
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--name", help="what a trainer's log calls it")
     group.add_argument("--tolerance", type=Real(0.0), metavar="SD", help="of the probes, in standard deviations")
     group.add_argument("--no-verify", action="store_true", help="do not score the table's probes first")
-    reward_model.add_arguments(parser)
+    reward_model.add_arguments_of_reward_model(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     check_resolved(table, trained, **settings)
     expected = named.kl and expect(table, trained, kl=named.kl, procedure=named.procedure, **settings)
     reward = CalibratedReward(
-        reward_model.load(options),
+        reward_model.load_of_reward_model(options),
         table,
         named.transform,
         beta=expected.beta if expected else None,

@@ -7,8 +7,8 @@ import sys
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from calibrated_rewards.commands import policy, reward_model
-from calibrated_rewards.commands.numbers import Real, Whole, folder
+from calibrated_rewards.cli import model_options as reward_model, policy_options as policy
+from calibrated_rewards.cli.errors import Real, Whole, folder
 from calibrated_rewards.theory.named import transform
 from calibrated_rewards.theory.transforms import Identity
 
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scores", action="append", default=[], metavar="[NAME=]COLUMN", help="of --rollouts: the column of the scores"
     )
     policy.add_arguments(parser, required=False)
-    reward_model.add_arguments(parser, several=True)
+    reward_model.add_arguments_of_reward_model(parser, several=True)
 
 
 def run(options: argparse.Namespace) -> int:

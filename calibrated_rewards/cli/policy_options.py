@@ -4,9 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibrated_rewards.commands import reward_model, server
-from calibrated_rewards.commands.error_text import error_text
-from calibrated_rewards.commands.numbers import Real, Whole
+from calibrated_rewards.cli import model_options as reward_model, model_options as server
+from calibrated_rewards.cli.errors import Real, Whole, error_text
 from calibrated_rewards.samplers.protocol import Decoding
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from typing import Any
 
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.sources import Asked
-from calibrated_rewards.demo.parts import Parts
-from calibrated_rewards.demo.scale import Scale
+from calibrated_rewards.cli.demo.parts import Parts, Scale
 from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.evaluation.frontier import reweighted
 from calibrated_rewards.evaluation.outcomes import Evaluation

@@ -1,0 +1,1 @@
+"""The whole library on a real language model in one command: calibrate, choose, train, measure, report."""
