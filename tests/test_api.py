@@ -38,7 +38,7 @@ PUBLIC = {
 }
 DESCRIPTORS = (property, cached_property, classmethod, staticmethod)
 PACKAGE = Path(cr.__file__).parent
-# Not the adapters, which an installed package has in a folder of its own: tests/test_adapter_files.py has them.
+# Not the adapters, which an installed package has in a folder of its own: test_adapter_files.py has them.
 HERE = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE / "adapters"]
 FILES = [path.with_suffix("") for path in HERE if path.stem != "__init__"]
 MODULES = sorted(".".join(path.parts) for path in FILES)

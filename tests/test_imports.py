@@ -356,7 +356,7 @@ SECONDS = 0.4
 
 
 OURS = re.compile(r"calibrated_rewards\.").match
-# Not the adapters, which an installed package has in a folder of its own: tests/test_adapter_files.py has them.
+# Not the adapters, which an installed package has in a folder of its own: test_adapter_files.py has them.
 HERE = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE / "adapters"]
 FILES = [path.with_suffix("") for path in HERE]
 MODULES = sorted({".".join(path.parts).removesuffix("__init__").rstrip(".") for path in FILES} - {""})

@@ -194,7 +194,7 @@ TESTED_WITH = {
 # A helper lives in the file that uses it; used by two, it is a noun that has no file yet.
 NO_NOUNS = {"base", "common", "config", "constants", "errors", "helpers", "misc", "registry", "types", "utils"}
 
-# Not the adapters, which an installed package has in a folder of its own: tests/test_adapter_files.py has them.
+# Not the adapters, which an installed package has in a folder of its own: test_adapter_files.py has them.
 HERE = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE / "adapters")
 FILES = {path.relative_to(PACKAGE).with_suffix(""): path for path in HERE}
 # By dotted name; a folder's __init__ is called as the folder.

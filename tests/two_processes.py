@@ -1,4 +1,4 @@
-"""What tests/test_train_rloo.py starts in two processes: a gradient, a plain loop and TRL's."""
+"""What tests/training/test_train_rloo.py starts in two processes: a gradient, a plain loop and TRL's."""
 
 import sys
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
 """The command line, `calibrated-rewards COMMAND ...`: finds the command's module, and turns errors into messages.
 
-A sub-command is a module of `calibrated_rewards.commands` and a line below. The module is not imported before its
+A sub-command is a module of `calibrated_rewards.cli` and a line below. The module is not imported before its
 command is called, and imports what is heavy (torch, transformers) when it runs.
 """
 
@@ -31,7 +31,7 @@ PASSED, FAILED, UNUSABLE, STOPPED = 0, 1, 2, 130
 
 
 class Command(Protocol):
-    """A module of `calibrated_rewards.commands`."""
+    """A module of `calibrated_rewards.cli`."""
 
     EPILOG: str
     """What stands under its options: examples."""
@@ -46,7 +46,7 @@ class Command(Protocol):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 passed, 1 failed, 2 wrong usage or something that cannot be loaded."""
     chosen, rest = split(sys.argv[1:] if arguments is None else arguments)
-    command = cast(Command, import_module(f"calibrated_rewards.commands.{chosen.replace('-', '_')}"))
+    command = cast(Command, import_module(f"calibrated_rewards.cli.{chosen.replace('-', '_')}"))
     parser = argparse.ArgumentParser(
         prog=f"calibrated-rewards {chosen}",
         description=sentence(COMMANDS[chosen]),

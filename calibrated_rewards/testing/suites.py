@@ -28,8 +28,7 @@ from scipy.special import expit, logit, ndtri
 
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, prompt_key
 from calibrated_rewards.samplers.protocol import Rollout, Seeds
-from calibrated_rewards.testing.check_adapter import check_adapter as check_adapter  # noqa: PLC0414 (public here)
-from calibrated_rewards.testing.check_scorer import check_scorer as check_scorer, titled
+from calibrated_rewards.testing.check_scorer import titled
 from calibrated_rewards.theory.procedures import Procedure
 from calibrated_rewards.theory.quadrature import Law, reference_law, resolve
 from calibrated_rewards.theory.transforms import PreciseTransform, Transform

@@ -13,8 +13,8 @@ since the KL is whitened with them. The value head is linear, reads the policy's
 it.
 
 All weights are trained, or LoRA adapters (--lora-rank 16 --lr 1e-4), below which the reference is. On several GPUs:
-`accelerate launch --num_processes 4 -m calibrated_rewards.training.online.ppo ...`; each process draws for its own prompts.
---raw trains on the raw scores, for comparison.
+`accelerate launch --num_processes 4 -m calibrated_rewards.training.online.ppo ...`; each process draws for its
+own prompts. --raw trains on the raw scores, for comparison.
 """
 
 import time

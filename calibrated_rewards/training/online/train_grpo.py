@@ -1,6 +1,6 @@
 """GRPO with TRL's trainer, set so that it comes close to the optimum pi_ref(y) e^{Phi(C)/beta} / Z.
 
-    python -m calibrated_rewards.training.online.train_grpo --policy ./sft --reward reward/ --prompts prompts.jsonl --out run/
+    python -m calibrated_rewards.training.online.train_grpo --policy ./sft --reward reward/ --prompts p.jsonl --out run/
 
 As train_rloo.py, but for the trainer: its KL is a term of each token's loss, so that a token has no credit for the KL
 of those that come after it, and the optimum is another one: nearly the same for one token, further off the longer

@@ -1,6 +1,6 @@
 """RLOO with TRL's trainer, set so that its optimum is exact: pi_ref(y) e^{Phi(C)/beta} / Z.
 
-    python -m calibrated_rewards.training.online.train_rloo --policy ./sft --reward reward/ --prompts prompts.jsonl --out run/
+    python -m calibrated_rewards.training.online.train_rloo --policy ./sft --reward reward/ --prompts p.jsonl --out run/
 
 For each prompt a group of completions is drawn and scored by the calibrated reward; beta times the log-ratio of policy
 and reference, summed over the completion, goes from it; what is left, less the mean of the others of its group, says

@@ -370,7 +370,7 @@ def test_end_tokens_of_the_table_end_completions(policy: Path, tmp_path: Path) -
 
 def test_two_processes_train_as_one(policy: Path, tmp_path: Path) -> None:
     """By `accelerate launch`: gradients are those of one process on all, both loops write one log and one model."""
-    script = Path(__file__).parent / "two_processes.py"
+    script = Path(__file__).parents[1] / "two_processes.py"
     words = [
         "-m",
         "accelerate.commands.launch",

@@ -23,7 +23,7 @@ from calibrated_rewards.testing.suites import HashScorer
 
 FILES = sorted(Path(adapters.__path__[0]).glob("*.py"))
 SHIPPED = [file for file in FILES if file.stem != "__init__"]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FRAMEWORKS = {"trl", "verl", "openrlhf", "swift", "slime", "skyrl", "areal", "verifiers", "tinker", "lightrft", "nemo"}
 
 SYSTEM = {"role": "system", "content": "Be brief."}

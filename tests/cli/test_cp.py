@@ -79,7 +79,7 @@ def test_list_needs_no_name_and_all_else_does(capsys):
 def test_no_framework_is_imported():
     """Neither to list the adapters nor to find one: their frameworks may not be installed."""
     code = (
-        "import sys; from calibrated_rewards.commands import path; path.listed(); path.adapter('trl_reward');"
+        "import sys; from calibrated_rewards.cli import path; path.listed(); path.adapter('trl_reward');"
         "print([name for name in sys.modules if name.startswith('calibrated_rewards.adapters.') or name == 'torch'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

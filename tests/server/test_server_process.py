@@ -1,6 +1,6 @@
 """The reward server as a process: SIGTERM under load, its log, and what speaks to it over a real connection.
 
-`python tests/test_server_process.py FILE [TOKEN]` serves on a free port, and notes in FILE what it has scored.
+`python tests/server/test_server_process.py FILE [TOKEN]` serves on a free port, and notes in FILE what it has scored.
 """
 
 import logging

@@ -140,7 +140,7 @@ def test_every_process_says_the_same(tmp_path: Path) -> None:
         "import json, scorers; from calibrated_rewards.scorers.protocol import fingerprint;"
         "print(json.dumps({name: fingerprint(each) for name, each in scorers.SCORERS.items()}, sort_keys=True))"
     )
-    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
     environments = [{**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": seed} for seed in ("1", "2")]
     runs = [
         subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)

@@ -119,7 +119,7 @@ def test_help_teaches(capsys):
 def test_help_loads_nothing_heavy(tmp_path):
     """Neither torch nor transformers, to tell the options of a command."""
     code = (
-        "import sys\nfrom calibrated_rewards.cli import main\ntry: main(['check-scorer', '--help'])\n"
+        "import sys\nfrom calibrated_rewards.cli.main import main\ntry: main(['check-scorer', '--help'])\n"
         "except SystemExit: print({'torch', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -273,7 +273,8 @@ def test_an_empty_token_is_none(monkeypatch):
 
 def without(library: str, *words: str) -> str:
     code = (
-        f"import sys; sys.modules[{library!r}] = None; from calibrated_rewards.cli import main; main({list(words)!r})"
+        f"import sys; sys.modules[{library!r}] = None\n"
+        f"from calibrated_rewards.cli.main import main; main({list(words)!r})"
     )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr
 
@@ -322,7 +323,7 @@ def test_names_of_labels_are_asked_about_and_costs_are_turned_round(tmp_path, ca
 @pytest.mark.parametrize("command", ["calibrate", "check-scorer", "evaluate", "reward"])
 def test_each_command_that_takes_a_reward_model_takes_a_cost(command):
     """And an example in its help shows it."""
-    module = import_module(f"calibrated_rewards.commands.{command.replace('-', '_')}")
+    module = import_module(f"calibrated_rewards.cli.{command.replace('-', '_')}")
     parser = ArgumentParser()
     module.add_arguments(parser)
     assert {"--cost", "--no-cost"} <= {*parser._option_string_actions}
@@ -458,6 +459,10 @@ def test_a_server_that_renders_text_itself():
 
 def test_every_command_has_its_module():
     """What the help lists is there."""
-    folder = Path(calibrated_rewards.__file__).parent / "commands"
+    folder = Path(calibrated_rewards.__file__).parent / "cli"
 
-    assert [name for name in COMMANDS if not (folder / f"{name.replace('-', '_')}.py").is_file()] == []
+    assert [
+        name
+        for name in COMMANDS
+        if not (folder / f"{name.replace('-', '_')}.py").is_file() and not (folder / name / "__init__.py").is_file()
+    ] == []

@@ -56,7 +56,7 @@ RUN = """
     from pathlib import Path
     logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)
     from calibrated_rewards import CalibratedReward, ReferenceTable
-    from calibrated_rewards.cli import main
+    from calibrated_rewards.cli.main import main
     from calibrated_rewards.samplers.protocol import Decoding
     from calibrated_rewards.samplers.openai import OpenAISampler
     from calibrated_rewards.scorers.loading import load_scorer

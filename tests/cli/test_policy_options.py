@@ -121,9 +121,9 @@ def test_every_setting_of_a_decoding_has_an_option():
 def test_options_load_nothing():
     """Help and parsing take neither torch nor transformers."""
     code = (
-        "import argparse, sys\nfrom calibrated_rewards.commands import policy\n"
+        "import argparse, sys\nfrom calibrated_rewards.cli import policy_options as policy\n"
         "policy.add_arguments(argparse.ArgumentParser())\n"
         "sys.exit(not {'torch', 'transformers', 'httpx', 'vllm'}.isdisjoint(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0

@@ -25,7 +25,7 @@ from calibrated_rewards.testing.suites import NumberSampler
 
 CHATS = [[{"role": "user", "content": text}] for text in tiny.texts(6, 0)]
 COMPLETIONS = tiny.texts(6, 1)
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -358,7 +358,8 @@ def test_ranks_give_what_one_gives(reward, policy, tmp_path):
         port = str(free.getsockname()[1])
     # What torchrun would set, without a third process that imports torch.
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
     started = []
     for rank in ("0", "1"):
         env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": paths}
