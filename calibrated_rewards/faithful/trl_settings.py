@@ -1,6 +1,6 @@
 """What to write in TRL: RLOO with which the optimum is exact, GRPO that comes close, drawn as the table's references.
 
-Measured with the trainers themselves, see docs/faithful.md and benchmarks/convergence.py.
+Measured with the trainers themselves, see docs/evidence/results.md and benchmarks/convergence.py.
 """
 
 from typing import Any
