@@ -173,3 +173,11 @@ def test_every_page_is_in_the_index() -> None:
     linked = set(re.findall(r"\]\((docs/[\w/.-]+\.md)\b", (ROOT / "README.md").read_text()))
 
     assert linked == {page.relative_to(ROOT).as_posix() for page in PAGES}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_limits_are_said_once(page: Path) -> None:
+    """Each page has one section of that name, and it is the last."""
+    sections = re.findall(r"^## (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+
+    assert [section for section in sections if section == "Limits"] == sections[-1:]
