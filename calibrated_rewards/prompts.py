@@ -1,7 +1,7 @@
 """A prompt, text or messages, to one stable 16-byte key: the fact that two processes must agree on.
 
-The canonical form that is hashed is specified in docs/table_format.md, so that a program in another language can
-compute the same keys. Whatever changes it is a new format version.
+The canonical form that is hashed is specified in docs/reference/table_format.md, so that a program in another language
+can compute the same keys. Whatever changes it is a new format version.
 """
 
 from __future__ import annotations

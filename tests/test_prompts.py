@@ -66,7 +66,7 @@ def rewritten(value: object) -> object:
 
 
 def reference_key(tag: str, text: str) -> bytes:
-    """A key by the letter of docs/table_format.md."""
+    """A key by the letter of docs/reference/table_format.md."""
     return blake2b(f"{tag}:{text}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -329,8 +329,8 @@ def test_start_of_is_short():
 
 
 def test_documented_keys():
-    """The keys that docs/table_format.md shows are the hashes of what it says is hashed."""
-    page = (Path(__file__).parents[1] / "docs" / "table_format.md").read_text()
+    """The keys that docs/reference/table_format.md shows are the hashes of what it says is hashed."""
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "table_format.md").read_text()
     for text, key in [
         ("text:Hi", prompt_key("Hi")),
         ('chat:[{"content":"Hi","role":"user"}]', prompt_key([{"role": "user", "content": "Hi"}])),

@@ -3,8 +3,8 @@
 import contextlib
 import io
 import re
-from collections.abc import Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,14 @@ import calibrated_rewards
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(calibrated_rewards.__file__).parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "AGENTS.md", *PAGES]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Comments on lines of their own, right below a print, are what it prints.
 PROMISE = re.compile(r"^ *print\(.*\n((?:# .+\n)+)", re.MULTILINE)
 FILE_ENDINGS = {".py", ".md", ".toml", ".txt", ".json", ".safetensors", ".png"}
-each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+ROOM = re.compile(r"^\| `([\w.]+)/?` \| (.+) \|$", re.MULTILINE)
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
 def blocks(text: str, *languages: str) -> list[str]:
@@ -75,19 +77,21 @@ def test_the_readme_has_an_example() -> None:
 def test_named_tests_exist(document: Path) -> None:
     """Every `test_file.py::test_name` is a test; `::test_name` alone is one of the file named before it."""
     file = ""
-    for named, test in re.findall(r"`(?:tests/)?(test_\w+\.py)?(?:::(test_\w+))?`", document.read_text()):
+    for named, test in re.findall(r"`(?:tests/(?:\w+/)?)?(test_\w+\.py)?(?:::(test_\w+))?`", document.read_text()):
         file = named or file
-        assert not file or f"def {test}" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+        sources = [path.read_text() for path in (ROOT / "tests").rglob(file)] if file else []
+        assert not file or any(f"def {test}" in source for source in sources), f"{file}::{test}"
 
 
 @each_document
 def test_named_functions_exist(document: Path) -> None:
-    """Every `module.name` of a module of the package is in it."""
+    """Every `room.name` of a room of the package is in it, or is a file of it."""
     # `reward` is an object of every document, and a setting of verl's.
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"reward"}
-    for module, name in re.findall(r"`(\w+)\.([A-Za-z]\w*)", document.read_text()):
-        if module in modules and f".{name}" not in FILE_ENDINGS:
-            assert name in vars(import_module(f"calibrated_rewards.{module}")), f"{module}.{name}"
+    names = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"reward"}
+    for room, name in re.findall(r"`(\w+)\.([A-Za-z]\w*)", document.read_text()):
+        if room in names and f".{name}" not in FILE_ENDINGS:
+            module = f"calibrated_rewards.{room}"
+            assert hasattr(import_module(module), name) or find_spec(f"{module}.{name}"), f"{room}.{name}"
 
 
 @each_document
@@ -140,41 +144,40 @@ def located(path: str) -> Path:
     return PACKAGE / rest if head == "calibrated_rewards" else ROOT / path
 
 
-def found(pattern: str) -> list[str]:
-    """The files that a name of the tree, or a pattern such as `table_*.py`, stands for."""
-    place = located(pattern)
-    return [pattern.replace(place.name, path.name) for path in place.parent.glob(place.name)]
+def rooms_of(readme: str) -> dict[str, str]:
+    """The captions of the rooms that a README lists, by name."""
+    return dict(ROOM.findall(readme.partition("\n## The rooms\n")[2].partition("\n## ")[0]))
 
 
-def tree(text: str) -> Iterator[str]:
-    """The paths of an indented file tree: a name that ends with a slash holds the deeper lines below it."""
-    folders: list[tuple[int, str]] = []
-    for line in text.splitlines():
-        name, depth = line.split(maxsplit=1)[0] if line.strip() else "", len(line) - len(line.lstrip())
-        while folders and depth <= folders[-1][0]:
-            folders.pop()
-        path = (folders[-1][1] if folders else "") + name
-        if name.endswith("/"):
-            folders.append((depth, path))
-        if name.endswith("/") or Path(name).suffix in FILE_ENDINGS:
-            yield path
+def test_the_readme_lists_the_rooms() -> None:
+    """A line a room: each folder of the package, its files beside them, and the adapters, which lie at the top."""
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} | {"adapters"}
+    files = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
+
+    assert sorted(rooms_of((ROOT / "README.md").read_text())) == sorted(folders | files)
 
 
-def test_the_file_tree_is_the_tree() -> None:
-    """What README's file tree names is there, and no module of the package is left out of it."""
-    shown = {
-        path for block in blocks((ROOT / "README.md").read_text(), "", "text") if "/" in block for path in tree(block)
+def test_a_room_needs_a_caption() -> None:
+    """A line without one, and a table of another section, list no room."""
+    table = "| room | what |\n|---|---|\n| `a/` | the a |\n| `b.py` | the b |\n| `c/` |  |\n"
+
+    assert rooms_of(f"# It\n\n## The rooms\n\n{table}\n## More\n\n| `d/` | no room |\n") == {
+        "a": "the a",
+        "b.py": "the b",
     }
-    here = (path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE / "adapters")  # which lie at the top
-    names = [path.relative_to(PACKAGE).as_posix() for path in here if path.name != "__init__.py"]
-    modules = {f"calibrated_rewards/{name}" for name in names}
-
-    assert sorted(pattern for pattern in shown if not found(pattern)) == []
-    assert sorted(modules - {path for pattern in shown for path in found(pattern)}) == []
+    assert rooms_of(f"# It\n\n{table}") == {}
 
 
-def test_the_reader_of_trees_reads_them() -> None:
-    """Folders nest by indentation, and captions are left alone."""
-    text = "README.md   see docs/x.md\na/          the a\n  b.py      uses c.py\n  d/\n    e.json\nf.toml\n"
+def test_every_page_is_in_the_index() -> None:
+    """The README links to each page of docs/, so that none is lost."""
+    linked = set(re.findall(r"\]\((docs/[\w/.-]+\.md)\b", (ROOT / "README.md").read_text()))
 
-    assert list(tree(text)) == ["README.md", "a/", "a/b.py", "a/d/", "a/d/e.json", "f.toml"]
+    assert linked == {page.relative_to(ROOT).as_posix() for page in PAGES}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_limits_are_said_once(page: Path) -> None:
+    """Each page has one section of that name, and it is the last."""
+    sections = re.findall(r"^## (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+
+    assert [section for section in sections if section == "Limits"] == sections[-1:]

@@ -31,7 +31,7 @@ judge. Of a bare table the scores themselves judge.
 An arm is raw, z-score, par (arXiv 2502.18770), median, log-sigmoid (arXiv 2402.00742), or a transform as --transform
 has it elsewhere: identity, log, exp:T, best-of:N and worst-of:N (the optimum at each KL). Gains are over the first.
 
-K rollouts reach a KL well below log K. What rests on too few is marked; docs/frontier.md says how far it is off.
+K rollouts reach a KL well below log K. What rests on too few is marked; docs/evidence/results.md has measured errors.
 Exit code: 0 done, 2 wrong usage, or something that cannot be read."""
 
 

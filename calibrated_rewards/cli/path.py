@@ -10,7 +10,7 @@ EPILOG = """examples:
   calibrated-rewards path openrlhf_reward      the file, for --reward.remote_url
   swift rlhf --external_plugins $(calibrated-rewards path swift_reward) ...
 
-docs/adapters.md says which framework takes which, and how to switch it on."""
+docs/guides/train.md says which framework takes which, and how to switch it on."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

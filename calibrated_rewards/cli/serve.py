@@ -11,9 +11,9 @@ EPILOG = """examples:
   REWARD_TOKEN=$(openssl rand -hex 16) calibrated-rewards serve reward/ --host 0.0.0.0 --token-env REWARD_TOKEN
   curl -d '{"prompts": ["2+2="], "completions": ["4"]}' http://127.0.0.1:8900/score
 
-It speaks the dialects of OpenRLHF, LightRFT, slime and LLaMA-Factory, and its own: docs/server.md shows each. The token
-is sent as a header, or by clients that cannot in the URL: http://HOST:PORT/t/TOKEN/get_reward. On SIGTERM it takes no
-more connections, answers what it has accepted, and exits with 0."""
+It speaks the dialects of OpenRLHF, LightRFT, slime and LLaMA-Factory, and its own: docs/guides/serve.md shows each. The
+token is sent as a header, or by clients that cannot in the URL: http://HOST:PORT/t/TOKEN/get_reward. On SIGTERM it
+takes no more connections, answers what it has accepted, and exits with 0."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from calibrated_rewards.evaluation.estimates import FEW, Stated
 
 RELIABLE = 5
-"""The effective number of rollouts below which docs/frontier.md found win rates off by more than .02."""
+"""The effective number of rollouts below which docs/evidence/results.md found win rates off by more than .02."""
 ERRORS = (
     (1.5, 0.137, 0.113),
     (3.0, 0.072, 0.062),
@@ -50,7 +50,7 @@ class Point:
 def margin(ess: float) -> float:
     """How far off a gain was, at the most, where it rested on this many effective rollouts of a prompt.
 
-    Found on one model of scores (docs/frontier.md): a measure of what too small a K does, no bound.
+    Found on one model of scores (docs/evidence/results.md): a measure of what too small a K does, no bound.
 
     >>> margin(2.0), margin(100.0)
     (0.062, 0.002)
@@ -140,7 +140,7 @@ def _notes(found: Reweighted) -> Iterator[str]:
         yield (
             f"\n~ rests on an ESS below {RELIABLE}. Where the truth is known, win rates were off by up to {highest:g} "
             f"at an ESS of\n{mid:g} to {high:g}, {middle:g} at {low:g} to {mid:g}, {lowest:g} below "
-            "(docs/frontier.md). A larger K helps."
+            "(docs/evidence/results.md). A larger K helps."
         )
     if any(len({each.arm for each in found.points}) > 1 and point.gains for point in found.points):
         yield (

@@ -165,7 +165,8 @@ class CalibratedReward:
     """The paper's, or one of its peers' (`calibrations`)."""
     on_missing: OnMissing = "raise"
     """A prompt without references raises; or is worth the mean under the reference ("neutral"); or None, for trainers
-    that leave such rows out ("skip"); or is calibrated now, by a function such as `OnTheSpot` (docs/unseen.md)."""
+    that leave such rows out ("skip"); or is calibrated now, by a function such as
+    `OnTheSpot` (docs/guides/calibrate.md)."""
     id_column: str | None = None
     """The dataset column with the id by which the table knows a prompt."""
     name: str | None = None

@@ -2,7 +2,7 @@
 
 CalibratedReward over HTTP: one endpoint that speaks the dialects of the frameworks' clients, by their fields.
 
-`calibrated-rewards serve reward/` starts it; docs/server.md tells what each client sends and reads.
+`calibrated-rewards serve reward/` starts it; docs/guides/serve.md tells what each client sends and reads.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """The format of a table on disk, `table.safetensors` beside `table.json`: what its header says, and its digests.
 
-docs/table_format.md is the specification; `table_mapped` reads it and `table_writer` writes it.
+docs/reference/table_format.md is the specification; `table_mapped` reads it and `table_writer` writes it.
 
 Writing a table so that a reader sees the old one or the new one, and so that a kill at any moment does no harm.
 

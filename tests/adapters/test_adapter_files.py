@@ -73,7 +73,7 @@ def test_it_says_how_it_is_used(file):
     assert re.search(r"^    \S", told, re.MULTILINE)
     assert "\nPrompt's key: " in told
     assert re.search(r"\nFaithful to E\[R\] - beta KL: ", told)
-    assert f"`{file.stem}`" in (ROOT / "docs" / "adapters.md").read_text()
+    assert f"`{file.stem}`" in (ROOT / "docs" / "guides" / "train.md").read_text()
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)

@@ -326,7 +326,7 @@ def test_an_async_worker_scores_with_its_pickle(reward):
 
     wanted = np.array(reward.score([CHATS[0]] * 4, answers).reward)
     assert [sample.metrics["rewards/ours"] for sample in samples] == wanted.tolist()
-    # It always divides by the spread, which docs/adapters.md says it cannot help.
+    # It always divides by the spread, which docs/guides/train.md says it cannot help.
     np.testing.assert_allclose([s.advantage for s in samples], (wanted - wanted.mean()) / wanted.std(), rtol=1e-6)
 
 

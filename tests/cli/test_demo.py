@@ -11,11 +11,11 @@ import tiny
 import torch
 from transformers import BertConfig, BertModel
 
+from calibrated_rewards.cli.demo import miniature, reward_models
 from calibrated_rewards.cli.demo.assets import Rated, made
 from calibrated_rewards.cli.demo.parts import QUICK
 from calibrated_rewards.cli.demo.show import foreseen
 from calibrated_rewards.cli.main import main
-from calibrated_rewards.cli.demo import miniature, reward_models
 from calibrated_rewards.evaluation.outcomes import Evaluation
 from calibrated_rewards.evaluation.prospects import Reweighted
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward

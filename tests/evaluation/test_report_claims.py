@@ -114,7 +114,7 @@ def frontier(gain, ess, arms=("raw", "identity", "best-of:4"), prompts=50, judge
 
 
 def test_a_gain_is_claimed_where_it_is_larger_than_the_error_of_so_few_completions():
-    """docs/frontier.md: gains were off by up to .062 at an ESS of 2, by .002 at 100; marks are on gains too."""
+    """docs/evidence/results.md: gains were off by up to .062 at an ESS of 2, by .002 at 100; marks are on gains too."""
     gain = Stated(0.05, 0.03, 0.07, 0.01, 50)
     few, many = promised(frontier(gain, 2.0)), promised(frontier(gain, 100.0))
     assert "do not tell the two apart" in few.told[0]

@@ -53,7 +53,7 @@ def test_safetensors_reads_it(tmp_path, ragged):
 
 
 def test_a_reader_by_the_letter_of_the_documentation(tmp_path):
-    """docs/table_format.md is enough: bytes, struct, json and a hash find a prompt's scores."""
+    """docs/reference/table_format.md is enough: bytes, struct, json and a hash find a prompt's scores."""
     rows = some_rows()
     ReferenceTable.build(rows, path=tmp_path)
     data = (tmp_path / DATA).read_bytes()

@@ -25,7 +25,7 @@ PLAIN = {
     "report_to": [],
     "per_device_train_batch_size": 8,
 }
-# What docs/faithful.md says to write, setting by setting.
+# What docs/reference/settings.md says to write, setting by setting.
 FAITHFUL = {
     "openrlhf": {
         "algo.advantage.estimator": "rloo",

@@ -1,10 +1,6 @@
 """TRL's settings, read in 1.16: RLOO is exact, GRPO close if told to be; AsyncGRPO and OnlineDPO have other objectives.
 
-Measured with the trainers themselves, see docs/faithful.md and benchmarks/convergence.py.
-
-What to write in TRL: RLOO with which the optimum is exact, GRPO that comes close, drawn as the table's references.
-
-Measured with the trainers themselves, see docs/faithful.md and benchmarks/convergence.py.
+Measured with the trainers themselves, see docs/evidence/results.md and benchmarks/convergence.py.
 """
 
 from typing import Any

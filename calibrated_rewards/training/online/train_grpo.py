@@ -4,7 +4,7 @@
 
 As train_rloo.py, but for the trainer: its KL is a term of each token's loss, so that a token has no credit for the KL
 of those that come after it, and the optimum is another one: nearly the same for one token, further off the longer
-completions are and the smaller beta is (docs/faithful.md has numbers). The settings are those of
+completions are and the smaller beta is (docs/evidence/results.md has numbers). The settings are those of
 `faithful.grpo_settings`, which do not divide rewards by their group's standard deviation; what `check_settings` says of
 them is printed. The log's KL is TRL's estimate of it, which is never negative, per token times their mean number.
 
