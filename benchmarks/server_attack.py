@@ -6,8 +6,8 @@
 What hypothesis makes of the strategies in tests/server/test_server_attack.py, what schemathesis makes of the server's
 own schema (bodies that it allows, and bodies that it does not), and what is no HTTP. Counted are answers by status,
 answers that took more than ten seconds, good requests that were not answered as they should be, and what the server's
-memory has grown by. Then what is done before a request is authenticated, `attacks_on_connections.py`: headers without an end,
-slow ones, tokens that are wrong, bodies that nobody wants, and two SIGTERMs while the reward model hangs.
+memory has grown by. Then what is done before a request is authenticated, `attacks_on_connections.py`: headers without
+an end, slow ones, tokens that are wrong, bodies that nobody wants, and two SIGTERMs while the reward model hangs.
 """
 
 from __future__ import annotations

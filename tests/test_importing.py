@@ -57,7 +57,7 @@ def strangers(at: Path, scorer: Any, probe: Any = None) -> Path:
 def checkpoint(**placement: Any) -> dict[str, Any]:
     placed = {"is": "calibrated_rewards.models.loading.Placement", **placement}
     recipe = {"is": "calibrated_rewards.scorers.loading.FromCheckpoint", "name": "someone/model", "placement": placed}
-    return {"is": "calibrated_rewards.models.loading.Loaded", "recipe": recipe}
+    return {"is": "calibrated_rewards.scorers.lazy.Loaded", "recipe": recipe}
 
 
 def server(url: str) -> dict[str, Any]:

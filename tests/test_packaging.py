@@ -31,7 +31,7 @@ HERE = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE /
 FILES = {path.relative_to(PACKAGE).with_suffix(""): path for path in HERE}
 # By dotted name; a folder's __init__ is called as the folder.
 SOURCES = {".".join(name.parts).removesuffix(".__init__"): path.read_text() for name, path in FILES.items()}
-TESTS = {path.stem: path.read_text() for path in sorted((ROOT / "tests").glob("*.py"))}
+TESTS = {path.stem: path.read_text() for path in sorted((ROOT / "tests").rglob("*.py"))}
 
 
 LEFT_OUT = {"skip", "skipif", "xfail", "importorskip"}

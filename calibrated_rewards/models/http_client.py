@@ -7,12 +7,13 @@ Several requests in flight: threads that work through a list of jobs, and their 
 What the dialects share: `Text` where a server may make the tokens, and numbers as servers write them."""
 
 import json
+import logging
 import math
 import random
 import ssl
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -29,9 +30,50 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
 from queue import Empty, SimpleQueue
 
-from calibrated_rewards.models.server_address import PORTS, Address, hide, origin, shown, unsent
+from calibrated_rewards.models.server_address import PORTS, Address, origin, resolved, shown, split, unsent
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import start_of
+
+LOGGERS = ("httpx", *(f"httpcore.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")))
+
+
+@dataclass(frozen=True, eq=False)
+class Redacting:
+    """A filter of loggers: addresses that are asked are shown without their secrets."""
+
+    places: set[Address] = field(default_factory=set)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record where it has a secret; it is logged in any case."""
+        if isinstance(record.args, tuple):
+            record.args = tuple(map(self._shown, record.args))
+        said = message = record.getMessage()
+        for place in tuple(self.places):
+            said = place.redacted(said)
+        if said != message:
+            record.msg, record.args = said, ()
+        return True
+
+    def _shown(self, value: Any) -> Any:
+        """An url of httpx as errors show it, if its host is one of ours."""
+        if not isinstance(value, httpx.URL):
+            return value
+        ours = any(split(place.url).hostname == value.host for place in tuple(self.places))
+        return shown(str(value)) if ours else value
+
+
+_REDACTING = Redacting()
+
+
+def hide(place: Address) -> None:
+    """Redact from now on what is secret in an address."""
+    place = Address(resolved(place.url), place.token)  # a variable of the environment may change
+    if place in _REDACTING.places:
+        return
+    _REDACTING.places.add(place)
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(_REDACTING)
+
 
 # Nobody waits longer than this many seconds between two tries, whatever a server asks for.
 LONGEST_WAIT = 60.0

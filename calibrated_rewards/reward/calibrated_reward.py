@@ -32,7 +32,6 @@ from typing import Any, NoReturn
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from calibrated_rewards.models.loading import Loaded
 from calibrated_rewards.prompts import Completion
 from calibrated_rewards.reward.batching import Coalescer
 from calibrated_rewards.reward.calibrators import Calibration, EmpiricalCDF
@@ -52,6 +51,7 @@ from calibrated_rewards.reward.originals import Originals, of_run
 from calibrated_rewards.reward.raw_scores import RawScores, are_rows, are_tensor
 from calibrated_rewards.reward.scores import Score, Scores
 from calibrated_rewards.reward.verification import Form, Verification, verified
+from calibrated_rewards.scorers.lazy import Loaded
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, is_thread_safe, paired, score
 from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
 from calibrated_rewards.theory.finite_k import Estimator

@@ -18,12 +18,13 @@ from calibrated_rewards.models.checkpoints import (
     is_encoder,
     needs_code,
 )
-from calibrated_rewards.models.loading import LOADING, Placement, Source, source
+from calibrated_rewards.models.loading import Placement, Source, source
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.continuous import ContinuousSampler
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding, Rollout, Sampler, Seeds
+from calibrated_rewards.scorers.lazy import LOADING
 
 logger = logging.getLogger(__name__)
 

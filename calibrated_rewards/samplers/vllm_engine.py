@@ -8,7 +8,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
-from calibrated_rewards.models.loading import LOADING
+from calibrated_rewards.scorers.lazy import LOADING
 
 # What of a file of weights is read for its digest: this many pieces, evenly spread, of so many bytes.
 PIECES, PIECE = 1024, 4096

@@ -10,13 +10,13 @@ import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.models.fingerprint import model_fingerprint
-from calibrated_rewards.models.loading import in_memory
 from calibrated_rewards.models.parts import lock_of, positions_of, vocabulary
 from calibrated_rewards.models.reader import Access
 from calibrated_rewards.models.shared_prefix import Row, cut, group_of, starts
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.models.vocabulary_head import LogProbability, logits_of
 from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.scorers.lazy import in_memory
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
 
 Writer: TypeAlias = tuple[Access, LogProbability]

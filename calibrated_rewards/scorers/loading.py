@@ -25,13 +25,14 @@ from calibrated_rewards.models.checkpoints import (
     parse_config,
 )
 from calibrated_rewards.models.labels import FIRST_RULES, RULES, Label, Labels, apply_first_rules, resolve_labels
-from calibrated_rewards.models.loading import Loaded, Placement, Source, check_same_tokens, source
+from calibrated_rewards.models.loading import Placement, Source, check_same_tokens, source
 from calibrated_rewards.models.server_address import shown
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder
 from calibrated_rewards.scorers.ensemble import Cost
 from calibrated_rewards.scorers.implicit import ImplicitReward
 from calibrated_rewards.scorers.judge import ExpectedRating, Judge
+from calibrated_rewards.scorers.lazy import Loaded
 from calibrated_rewards.scorers.multi_attribute import MultiAttribute
 from calibrated_rewards.scorers.process import ProcessReward
 from calibrated_rewards.scorers.rated_judge import RatedJudge

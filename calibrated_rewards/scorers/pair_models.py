@@ -12,13 +12,13 @@ from scipy.special import expit
 
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.first_token import is_encoder_decoder, read_first_token
-from calibrated_rewards.models.loading import in_memory
 from calibrated_rewards.models.questions import conversation, filled, one_token
 from calibrated_rewards.models.reader import Access
 from calibrated_rewards.models.shared_prefix import Row
 from calibrated_rewards.models.text import Text, kept
 from calibrated_rewards.models.vocabulary_head import Logits, logits_of
 from calibrated_rewards.prompts import Completion, Prompt, start_of
+from calibrated_rewards.scorers.lazy import in_memory
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, finite, is_thread_safe, name_of, paired, score
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.label_names import find_side, find_values, is_unnamed
 from calibrated_rewards.models.labels import order_names
-from calibrated_rewards.models.loading import in_memory
 from calibrated_rewards.models.parts import heads_of
 from calibrated_rewards.models.questions import filled, one_token
 from calibrated_rewards.models.reader import Access
@@ -22,6 +21,7 @@ from calibrated_rewards.models.shared_prefix import Head, Plain, Row, cut, group
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.models.vocabulary_head import check_head, logits_of
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
+from calibrated_rewards.scorers.lazy import in_memory
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
 
 

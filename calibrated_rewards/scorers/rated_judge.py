@@ -15,7 +15,6 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from calibrated_rewards.models.batches import Budget, progress
 from calibrated_rewards.models.fingerprint import model_fingerprint
-from calibrated_rewards.models.loading import in_memory
 from calibrated_rewards.models.parts import (
     check_vocabulary,
     default_budget,
@@ -29,6 +28,7 @@ from calibrated_rewards.models.questions import Question
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.judge import HOW_GOOD
+from calibrated_rewards.scorers.lazy import in_memory
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
 
 NUMBER = r"(?<![\w.])(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*\d+(?:\.\d+)?)?"

@@ -12,13 +12,13 @@ from jaxtyping import Float32
 
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.labels import Labels, labels_of
-from calibrated_rewards.models.loading import in_memory
 from calibrated_rewards.models.own_forward import HeadPrecision, OwnForward, check_reads, fit_precision
 from calibrated_rewards.models.parts import body_of, heads_of, unwrapped, vocabulary
 from calibrated_rewards.models.reader import Access
 from calibrated_rewards.models.shared_prefix import Decoder, Plain, Row, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.scorers.lazy import in_memory
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
 
 if TYPE_CHECKING:

@@ -20,12 +20,12 @@ from calibrated_rewards.models.fingerprint import (
     weights_with,
 )
 from calibrated_rewards.models.labels import Difference, Label, Labels
-from calibrated_rewards.models.loading import in_memory
 from calibrated_rewards.models.parts import body_of, dtype_of
 from calibrated_rewards.models.reader import Access
 from calibrated_rewards.models.shared_prefix import Plain, Row, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.scorers.lazy import in_memory
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
 from calibrated_rewards.scorers.value_head import beside
 

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float32
 
 from calibrated_rewards.models.fingerprint import model_fingerprint
-from calibrated_rewards.models.loading import in_memory
 from calibrated_rewards.models.parts import vocabulary
 from calibrated_rewards.models.reader import Access
 from calibrated_rewards.models.shared_prefix import Row, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.models.vocabulary_head import Logits, logits_of
 from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.scorers.lazy import in_memory
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
 
 

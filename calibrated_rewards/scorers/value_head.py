@@ -14,12 +14,12 @@ from torch import nn
 
 from calibrated_rewards.models.checkpoints import Checkpoint
 from calibrated_rewards.models.fingerprint import model_fingerprint, weights_digest
-from calibrated_rewards.models.loading import in_memory
 from calibrated_rewards.models.parts import body_of
 from calibrated_rewards.models.reader import Access
 from calibrated_rewards.models.shared_prefix import Plain, Row, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.scorers.lazy import in_memory
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
 
 if TYPE_CHECKING:

@@ -60,7 +60,7 @@ RUN = """
     from calibrated_rewards.samplers.protocol import Decoding
     from calibrated_rewards.samplers.openai import OpenAISampler
     from calibrated_rewards.scorers.loading import load_scorer
-    from calibrated_rewards.models.loading import Placement
+    from calibrated_rewards.models.loading import (Placement)
     from calibrated_rewards.scorers.remote import Remote
     from calibrated_rewards.scorers.remote import Native
     from calibrated_rewards.scorers.remote_vllm import Vllm

@@ -9,11 +9,12 @@ import torch
 
 from calibrated_rewards import BestOf, Exponential, Log, Tabulated, optimum, scaled
 from calibrated_rewards.models.labels import Expected
-from calibrated_rewards.models.loading import Loaded, Placement
+from calibrated_rewards.models.loading import Placement
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.reward.combined import WeightedMean
 from calibrated_rewards.reward.saving import NeedsTrust, read, spelled
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble, Min
+from calibrated_rewards.scorers.lazy import Loaded
 from calibrated_rewards.scorers.loading import FromCheckpoint
 from calibrated_rewards.scorers.remote import Native, Remote
 from calibrated_rewards.scorers.remote_vllm import Vllm

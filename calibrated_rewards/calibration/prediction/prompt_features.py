@@ -11,7 +11,6 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from calibrated_rewards.models.batches import Budget
-from calibrated_rewards.models.loading import Loaded
 from calibrated_rewards.models.own_forward import OwnForward
 from calibrated_rewards.models.padding import Padding
 from calibrated_rewards.models.parts import body_of, default_budget, lock_of, positions_of, unwrapped, vocabulary
@@ -19,6 +18,7 @@ from calibrated_rewards.models.text import Text, kept
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder, flat
 from calibrated_rewards.scorers.ensemble import Cost
+from calibrated_rewards.scorers.lazy import Loaded
 from calibrated_rewards.scorers.protocol import fingerprint, name_of
 
 Pool = Literal["last", "first", "mean"]
