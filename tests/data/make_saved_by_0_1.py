@@ -35,7 +35,6 @@ from calibrated_rewards import (  # noqa: E402
     CalibratedReward,
     Chain,
     Exponential,
-    Identity,
     Log,
     ReferenceTable,
     Standard,
@@ -106,7 +105,7 @@ class Among:
     score: float
 
     @property
-    def K(self) -> int:  # noqa: N802 (as in the paper)
+    def K(self) -> int:
         """How many."""
         return len(self.references)
 
@@ -152,7 +151,7 @@ def with_ties(whole: Callable[[int, int], float]) -> Formula:
 
 def falling(p: int) -> Callable[[int, int], float]:
     """binom(j, p) / binom(K, p), the unbiased estimate of C^p; for K < p there is none."""
-    return lambda j, K: comb(j, p) / comb(K, p)  # noqa: N803
+    return lambda j, K: comb(j, p) / comb(K, p)
 
 
 def shot(g: Callable[[float], float], beta: float) -> Callable[[float], float]:
@@ -163,7 +162,7 @@ def shot(g: Callable[[float], float], beta: float) -> Callable[[float], float]:
 
     def down(log_density: float) -> Any:
         def slope(t: float, state: np.ndarray) -> list[float]:
-            u, (F, phi) = 1 - t, state  # noqa: N806
+            u, (F, phi) = 1 - t, state
             return [-exp(log_density + phi / beta), -g(min(max(F, 0.0), 1.0)) * g(u)]
 
         return integrate.solve_ivp(
@@ -268,16 +267,16 @@ def rewards() -> Iterator[tuple[str, dict[str, Any], Formula]]:
     # C itself: what is unbiased for it is what K draws say.
     yield "unbiased", {"estimator": "unbiased", "transform": Power(1.0)}, with_ties(falling(1))
 
-    def series(j: int, K: int) -> float:  # noqa: N803
+    def series(j: int, K: int) -> float:
         return sum(5.0**m / factorial(m) * comb(j, m) / comb(K, m) for m in range(j + 1))
 
     unbiased_e5 = {"estimator": "unbiased", "transform": Exponential(5.0), "scale": "raw"}
     yield "unbiased-exponential", unbiased_e5, with_ties(series)
     randomised = {"estimator": "randomised"}
-    yield "randomised", randomised, with_ties(lambda j, K: (j + 0.5) / (K + 1))  # noqa: N803
+    yield "randomised", randomised, with_ties(lambda j, K: (j + 0.5) / (K + 1))
     of_power = {"estimator": "randomised", "transform": Power(2.0)}
 
-    def third(j: int, K: int) -> float:  # noqa: N803
+    def third(j: int, K: int) -> float:
         return ((j + 1) ** 3 - j**3) / (3 * (K + 1) ** 2)
 
     yield "randomised-power", of_power, with_ties(third)
@@ -353,8 +352,8 @@ def scorers() -> Iterator[tuple[str, Any]]:
     yield "checkpoint-ordinal-cost", checkpoint("ordinal", cost=True, options={"labels": Ordinal()})
     lasting = {"base": "/checkpoints/base", "tokenizer": "/checkpoints/tokenizer"}
     yield "checkpoint-adapter", checkpoint("adapter", **lasting)
-    # As it was saved before names of labels were read: a file without "rules".
-    yield "checkpoint-first-rules", Loaded(FromCheckpoint("/checkpoints/classifier", rules=1))
+    # Saved before names of labels were read: `make_scorers` takes "rules" and "cost" out of the file.
+    yield "checkpoint-first-rules", Loaded(FromCheckpoint("/checkpoints/first-rules", rules=1))
 
 
 def write_json(at: Path, what: Any) -> None:
@@ -406,6 +405,11 @@ def make_scorers(table: ReferenceTable) -> None:
     """A reward.json each."""
     for name, scorer in scorers():
         keep(CalibratedReward(scorer, table), OUT / "scorers" / f"{name}.json")
+    first = OUT / "scorers" / "checkpoint-first-rules.json"
+    said = json.loads(first.read_text())
+    for newer in ("rules", "cost"):
+        del said["scorer"]["recipe"][newer]
+    first.write_text(json.dumps(said, indent=2) + "\n")
 
 
 # A calibration of two reward models: three shards of two prompts, K = 6; a chat and ids among them.
@@ -520,6 +524,26 @@ def make_predictors() -> None:
     fit(table, prompts, Length(), levels=20, network=False).save(OUT / "predictor")
 
 
+def make_training_run() -> None:
+    """A run of two steps that is finished, less the model: what a report reads, and by which a run is known again."""
+    import tiny
+
+    from calibrated_rewards.recipes import train_rloo
+    from calibrated_rewards.rollouts.sources import Asked
+    from calibrated_rewards.samplers.decoding import Decoding
+
+    reward = CalibratedReward.from_pretrained(OUT / "experiment" / "reward")
+    asked = [Asked(prompt) for prompt in PROMPTS if isinstance(prompt, str)]
+    settings = train_rloo.Settings(steps=2, prompts_a_step=2, completions=2, lr=1e-3, rows=2)
+    at = OUT / "experiment" / "trained"
+    with TemporaryDirectory() as folder:
+        policy = tiny.saved(tiny.causal(), Path(folder, "policy"), tiny.tokenizer())
+        train_rloo.train(policy, reward, asked, Decoding(5, temperature=0.9), settings, at, show_progress=False)
+        said = (at / "settings.json").read_text()
+        (at / "settings.json").write_text(said.replace(policy, "/checkpoints/policy"))
+    shutil.rmtree(at / "model")
+
+
 def main() -> int:
     """All of it, anew."""
     shutil.rmtree(OUT, ignore_errors=True)
@@ -529,6 +553,7 @@ def main() -> int:
     make_scorers(table)
     make_interrupted()
     make_experiment()
+    make_training_run()
     make_predictors()
     for lock in OUT.rglob(".lock"):
         lock.unlink()
