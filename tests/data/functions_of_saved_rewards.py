@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 
-def length(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float]:
+def length(_prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float]:
     """A scorer as it stands: the number of characters."""
     return [float(len(completion)) for completion in completions]
 
 
-def exclamations(prompt: Any, completion: str) -> float:
+def exclamations(_prompt: Any, completion: str) -> float:
     """A scorer of one pair, for `Function`."""
     return float(completion.count("!"))
 
@@ -21,12 +21,12 @@ def median(members: np.ndarray) -> np.ndarray:
     return np.asarray(np.median(members, axis=0))
 
 
-def longer(prompts: Sequence[Any], firsts: Sequence[str], seconds: Sequence[str]) -> list[float]:
+def longer(_prompts: Sequence[Any], firsts: Sequence[str], seconds: Sequence[str]) -> list[float]:
     """A preference, for `MeanWin`: certain that the longer one is better."""
     return [0.5 * (1 + np.sign(len(a) - len(b))) for a, b in zip(firsts, seconds, strict=True)]
 
 
-def two_answers(prompt: Any) -> tuple[str, ...]:
+def two_answers(_prompt: Any) -> tuple[str, ...]:
     """The references of each prompt, for `MeanWin`."""
     return ("12", "1234")
 

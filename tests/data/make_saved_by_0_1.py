@@ -337,17 +337,19 @@ def scorers() -> Iterator[tuple[str, Any]]:
     kinds: dict[str, dict[str, Any]] = {
         "sequence-classifier": {"labels": Expected((1.0, 2.0, 3.0)), "text": Text(max_length=24), "batch_tokens": 99},
         "cross-encoder": {"labels": Label(0)},
-        "multi-attribute": {"output": "logits", "labels": Weighted((1.0, -0.5))},
+        "multi-attribute": {"output": "score", "labels": Weighted((1.0, -0.5))},
         "value-head": {},
         "process": {"mark": "<|end|>", "label": 1, "reduce": "min"},
         "judge": {"good": "a", "bad": "b"},
         "expected-rating": {"high": 3},
         "rated-judge": {"unparsed": 0.5, "max_new_tokens": 2},
-        "token-logit": {"token": 70},
+        "token-logit": {},  # a token that is told is taken for a secret, and left out: files have the first one
         "implicit": {"share_prefixes": False, "beta": 0.5},
     }
     for kind, options in kinds.items():
-        lasting = {"reference": "/checkpoints/reference"} if kind == "implicit" else {}
+        lasting: dict[str, Any] = {"reference": "/checkpoints/reference"} if kind == "implicit" else {}
+        if kind == "multi-attribute":
+            lasting["placement"] = Placement(trust_remote_code=True)
         yield f"checkpoint-{kind}", checkpoint(kind, kind=kind, options=options, **lasting)
     yield "checkpoint-ordinal-cost", checkpoint("ordinal", cost=True, options={"labels": Ordinal()})
     lasting = {"base": "/checkpoints/base", "tokenizer": "/checkpoints/tokenizer"}
@@ -395,7 +397,7 @@ def make_rewards(table: ReferenceTable) -> None:
         known = [formula(Among(np.array(ROWS[at][1]), score)) for at, score in ASKED]
         given = reward.from_scores([ROWS[at][0] for at, _ in ASKED], [score for _, score in ASKED])
         worst = float(np.abs(given - known).max())
-        print(f"{name:28} {worst:.1e}")
+        sys.stdout.write(f"{name:28} {worst:.1e}\n")
         np.testing.assert_allclose(given, known, rtol=1e-8, atol=1e-8, err_msg=name)
         expected[name] = known
     write_json(OUT / "rewards.expected.json", {"asked": ASKED, "rewards": expected})
