@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
+from importlib import import_module
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -477,6 +478,17 @@ def test_a_reward_model_is_added_to_a_run(tmp_path: Path) -> None:
     at = copied("unscored", tmp_path / "run")
     calibrate(RECORDS, None, {"judge": HashScorer(5)}, at, **CALIBRATION)
     check_same_run(at, SAVED / "experiment" / "table")
+
+
+def test_a_scorer_with_names_of_the_package_in_it(tmp_path: Path) -> None:
+    """A function of the user's that calls the package is the same scorer, wherever the package's modules are by now."""
+    at = copied("callable", tmp_path / "run")
+    scorer = import_module("functions_of_saved_rewards").risen
+    found = calibrate(None, Unasked(), {"risen": scorer}, at, k=2, seed=3, show_progress=False)["risen"]
+    u = [sorted(1 / (1 + len(row["completion"])) for row in rows) for rows in rollouts_of(at).values()]
+    expected = np.expm1(2 * np.sort(u, axis=0)) / np.expm1(2)
+    scores = [found.scores(row).tolist() for row in range(2)]
+    np.testing.assert_allclose(np.sort(scores, axis=0), expected, rtol=1e-6)
 
 
 def test_an_import(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from calibrated_rewards import Exponential, scaled
+
 
 def length(_prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float]:
     """A scorer as it stands: the number of characters."""
@@ -39,3 +41,8 @@ def rising(c: Any) -> Any:
 def half(u: Any) -> Any:
     """A transform of one's own: u / (2 - u)."""
     return np.asarray(u, np.float64) / (2 - np.asarray(u, np.float64))
+
+
+def risen(_prompts: Sequence[Any], completions: Sequence[str]) -> Any:
+    """A scorer with names of the package in its code, of which a calibration keeps a digest."""
+    return scaled(Exponential(2.0), "unit")([1 / (1 + len(completion)) for completion in completions])

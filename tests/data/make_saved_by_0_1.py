@@ -479,6 +479,12 @@ def make_interrupted() -> None:
     import_rollouts(rollouts, OUT / "imported", scores="scores", show_progress=False)
 
 
+def make_callable() -> None:
+    """A run whose scorer is a function with names of the package in it: run.json has digests of what they lead to."""
+    small: dict[str, Any] = {**CALIBRATION, "k": 2}
+    calibrate(RECORDS[:2], NumberSampler(), {"risen": functions.risen}, OUT / "callable", **small)
+
+
 def make_experiment() -> None:
     """What a demo leaves: a calibration, a frontier, a reward, a training run, an evaluation."""
     at = OUT / "experiment"
@@ -554,6 +560,7 @@ def main() -> int:
     make_rewards(table)
     make_scorers(table)
     make_interrupted()
+    make_callable()
     make_experiment()
     make_training_run()
     make_predictors()
