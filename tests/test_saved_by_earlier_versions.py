@@ -22,26 +22,24 @@ import pytest
 import tiny
 import torch
 from safetensors.numpy import load_file
-from safetensors.torch import load_file as load_weights
-from safetensors.torch import save_file
+from safetensors.torch import load_file as load_weights, save_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaForTokenClassification
 
 # All that is taken from inside the package, for who moves it.
 from calibrated_rewards import BestOf, CalibratedReward, ReferenceTable, Standard
-from calibrated_rewards.amortised import Amortised
-from calibrated_rewards.calibrate import calibrate
-from calibrated_rewards.evaluate import evaluate
-from calibrated_rewards.outcomes import Evaluation
-from calibrated_rewards.prospects import Reweighted
-from calibrated_rewards.recipes import train_rloo
-from calibrated_rewards.report import report
-from calibrated_rewards.rollouts.sources import Asked
-from calibrated_rewards.samplers.decoding import Decoding
+from calibrated_rewards.calibration import Asked, calibrate
+from calibrated_rewards.calibration.prediction import Amortised
+from calibrated_rewards.evaluation.outcomes import Evaluation
+from calibrated_rewards.evaluation.policies import evaluate
+from calibrated_rewards.evaluation.prospects import Reweighted
+from calibrated_rewards.evaluation.report import report
+from calibrated_rewards.samplers import Decoding
 from calibrated_rewards.scorers.implicit import ImplicitReward
 from calibrated_rewards.scorers.judge import ExpectedRating, Judge
 from calibrated_rewards.scorers.process import ProcessReward
 from calibrated_rewards.scorers.rated_judge import RatedJudge
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.training.online import train_rloo
 
 DATA = Path(__file__).parent / "data"
 SAVED = DATA / "saved_by_0_1"
