@@ -1,32 +1,16 @@
 """A scorer that is remembered by how it is loaded: it pickles as that, not as its weights."""
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any, NoReturn
 
 import numpy as np
 from jaxtyping import Float32
 
+from calibrated_rewards.models.lazy import Lazy, Recipe, fields_only
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.ensemble import Cost
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, finite, is_thread_safe, name_of, paired
-
-# One at a time: two threads that ask first would otherwise load the weights twice.
-LOADING = threading.RLock()
-
-
-@runtime_checkable
-class Recipe(Protocol):
-    """How a scorer is loaded: small, and the same in every process."""
-
-    @property
-    def name(self) -> str:
-        """Where it comes from."""
-
-    def load(self) -> Any:
-        """The scorer itself, with its weights."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,17 +18,17 @@ class Loaded:
     """A scorer and its recipe. In another process, after pickling, it loads again when it is first called."""
 
     recipe: Recipe
+    __getstate__ = fields_only
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """The score of each pair, each a finite number."""
         asked, answered = paired(prompts, completions)
         return finite(self.scorer(asked, answered), asked, answered, name_of(self.scorer))
 
-    @property
+    @Lazy
     def scorer(self) -> Scorer:
-        """The scorer that does the work, of the kind that the recipe leads to; the same one from then on."""
-        with LOADING:
-            return self._scorer  # type: ignore[no-any-return]
+        """Load the scorer that does the work, of the kind that the recipe leads to; the same one from then on."""
+        return self.recipe.load()  # type: ignore[no-any-return]
 
     @property
     def thread_safe(self) -> bool:
@@ -68,13 +52,6 @@ class Loaded:
     def __hash__(self) -> int:
         """By name: a recipe may hold options that have no hash."""
         return hash(self.recipe.name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"recipe": self.recipe}
-
-    @cached_property
-    def _scorer(self) -> Any:
-        return self.recipe.load()
 
 
 def in_memory(scorer: object) -> NoReturn:

@@ -21,7 +21,11 @@ from weakref import WeakValueDictionary
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.models.callable_fingerprint import describe
+from calibrated_rewards.models.callable_fingerprint import (
+    describe,
+    name_of as name_of,  # noqa: PLC0414 (scorers import it from here)
+    place_free_name,
+)
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
 
 
@@ -239,7 +243,7 @@ def fingerprint(scorer: object) -> dict[str, Any]:
     named = scorer
     while isinstance(named, partial):
         named = named.func
-    return {"kind": "callable", "name": name_of(named), **describe(scorer)}
+    return {"kind": "callable", "name": place_free_name(named), **describe(scorer)}
 
 
 def without_tensors(answer: Any) -> Any:
@@ -247,20 +251,6 @@ def without_tensors(answer: Any) -> Any:
     if type(answer).__module__.partition(".")[0] == "torch":
         return answer.detach().to("cpu").float().numpy()
     return [without_tensors(each) for each in answer] if isinstance(answer, list | tuple) else answer
-
-
-def name_of(scorer: object) -> str:
-    """What errors call a scorer: the function's or the class's name."""
-    named = scorer if isinstance(scorer, type | FunctionLike) else type(scorer)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-@runtime_checkable
-class FunctionLike(Protocol):
-    """What has a name of its own: functions, methods, classes."""
-
-    __module__: str
-    __qualname__: str
 
 
 def _as_array(answer: Any, who: str) -> Float32[np.ndarray, "..."]:

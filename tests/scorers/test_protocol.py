@@ -198,7 +198,7 @@ def test_fingerprints() -> None:
     assert fingerprint(Answers(1))["name"] == f"{__name__}.Answers"
     assert fingerprint(Answers(1))["state"] == {"answer": 1} != fingerprint(Answers(2))["state"]
     logits = fingerprint(made.logits)
-    assert logits["name"] == "calibrated_rewards.scorers.sequence_classifier.SequenceClassifier.logits"
+    assert logits["name"] == "calibrated_rewards.SequenceClassifier.logits"
     other = SequenceClassifier(classifier(seed=1), tokenizer(), show_progress=False)
     assert logits["state"] != fingerprint(other.logits)["state"]
     assert fingerprint(functools.partial(lengths, x=1))["name"] == said["name"]
