@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 import calibrated_rewards.files as one_step
 import calibrated_rewards.table.storage as table_writer
@@ -178,6 +179,7 @@ def warm() -> None:
     A kill does not lose what the kernel has: it is a loss of power that fsync is for.
     """
     pa.array(["a"])
+    _ = pq.ParquetFile
     os.fsync = lambda fd: None
 
 

@@ -137,7 +137,7 @@ class Adaptive:
         return goals
 
     def _steps(self, groups: Counts) -> Iterator[tuple[float, int, int]]:
-        """List the rounds ahead of a prompt, should its ties stay what they are: the band before each, its K, its cost."""
+        """List the rounds ahead of a prompt, if its ties stay as they are: the band before each, its K, its cost."""
         have = int(groups.sum())
         for goal in self.rounds[bisect_right(self.rounds, have) :]:
             new = have < self.rounds[0]

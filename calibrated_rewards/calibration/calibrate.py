@@ -86,7 +86,8 @@ def calibrate(
     A prompt's rollouts depend on `seed`, its key and the sampler; not on the other prompts, on who draws them or when.
     """
     by_name = _by_name(scorers)
-    k, seed = (int(number) if isinstance(number, np.integer) else number for number in (k, seed))
+    k = int(k) if isinstance(k, np.integer) else k
+    seed = int(seed) if isinstance(seed, np.integer) else seed
     _check(by_name, 1 if k is None else k, prompts_per_shard)
     if k is not None and adaptive is not None:
         raise ValueError(f"with adaptive=, its rounds say how many rollouts there are; got k={k} too")
@@ -284,7 +285,10 @@ def build_table(directory: RunDirectory, column: str, path: Path) -> ReferenceTa
 
 
 def _rows(directory: RunDirectory, column: str) -> Iterator[Row]:
-    """Yield a row for each prompt. A text that several become for the policy leads to the one it is, or to the first."""
+    """Yield a row for each prompt.
+
+    A text that several prompts become for the policy is an alias of the prompt that is this text, or of the first.
+    """
     ids: dict[bytes, list[bytes]] = {}
     for alias, key in directory.aliases().items():
         ids.setdefault(key, []).append(alias)
@@ -321,7 +325,11 @@ def _choose_probes(directory: RunDirectory, column: str) -> list[dict[str, Any]]
                 shard = directory.load(name)
                 prompt, rollouts = decode_text(*encode_text(shard.prompts[at].prompt)), shard.rollouts[at]
                 probes[key] = [
-                    {"prompt": prompt, "completion": rollouts[i].completion, "score": float(shard.scores[column][at][i])}
+                    {
+                        "prompt": prompt,
+                        "completion": rollouts[i].completion,
+                        "score": float(shard.scores[column][at][i]),
+                    }
                     for i in shard.find_extremes(at, column)
                 ]
     return [probe for key in sorted(probes) for probe in probes[key]]

@@ -37,7 +37,7 @@ class RayCluster:
     num_gpus: float = 0
     resources: Mapping[str, float] | None = None
     address: str | None = None
-    """The address of a running cluster; None: the one that Ray is connected to, or finds, or a new one on this machine."""
+    """The address of a running cluster; None: the one Ray is connected to, or finds, or a new one on this machine."""
     max_restarts: int = 3
     """Times that a task whose worker died is begun again, before the task is taken to be what kills them."""
     runtime_env: Mapping[str, Any] | None = None
@@ -151,7 +151,7 @@ class _Crew:
         return bool(self.waiting)
 
     def _note_death(self, job: _Job, error: RayError) -> int:
-        """Put the task of a dead worker first in the queue; count the deaths at the start that its successor inherits."""
+        """Put the task of a dead worker first in the queue; count the workers that have died as they started."""
         ray.kill(job.actor)
         if job.deaths >= self.cluster.max_restarts:
             what = "came to life" if job.task is None else "outlived the same task"

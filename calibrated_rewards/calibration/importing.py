@@ -184,9 +184,7 @@ def _parse_rollout(completion: Any, *details: Any, place: str) -> Rollout:
     """Read a completion in any of its forms; details within it go before those of the row's columns."""
     if isinstance(completion, Mapping):
         names = [_first_with_value(completion, each) for each in _DETAILS]
-        details = tuple(
-            value if name is None else completion[name] for name, value in zip(names, details, strict=True)
-        )
+        details = tuple(value if name is None else completion[name] for name, value in zip(names, details, strict=True))
         if "role" in completion:
             completion = [{name: completion[name] for name in completion if name not in names}]
         else:

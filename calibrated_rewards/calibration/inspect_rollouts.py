@@ -12,7 +12,7 @@ from jaxtyping import Float64, Int64
 from tqdm import tqdm
 
 from calibrated_rewards.calibration.inspect_table import Lines, percent
-from calibrated_rewards.calibration.shards import SCORE, loaded, read_table
+from calibrated_rewards.calibration.shards import SCORE, decode_text, read_table
 from calibrated_rewards.prompts import start_of
 
 # From which share of its rollouts on a prompt is worth a look.
@@ -195,7 +195,7 @@ def _texts(
     nothing = np.array([not text.strip() for text in texts])[codes]
     short = np.array([len(text) <= 200 for text in texts])[codes]
     for place in np.flatnonzero(chat & short):  # longer messages say something
-        nothing[place] = not any(_says(message) for message in loaded(texts[codes[place]], True))
+        nothing[place] = not any(_says(message) for message in decode_text(texts[codes[place]], True))
     distinct = np.unique(prompt * len(texts) + codes) // len(texts)
     lengths = np.array([len(text) for text in texts], np.float64)[codes]
     return np.bincount(prompt, nothing), np.bincount(prompt) - np.bincount(distinct), lengths
@@ -207,5 +207,5 @@ def _says(message: dict[str, Any]) -> bool:
 
 
 def _start(table: Any, place: int) -> str:
-    prompt = loaded(table.column("prompt")[place].as_py(), table.column("chat")[place].as_py())
+    prompt = decode_text(table.column("prompt")[place].as_py(), table.column("chat")[place].as_py())
     return start_of(prompt)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrated_rewards.calibration.shards import Planned, empty
+from calibrated_rewards.calibration.shards import Planned, new_shard
 from calibrated_rewards.calibration.work import Task, Work
 from calibrated_rewards.prompts import Prompt, prompt_key
 from calibrated_rewards.samplers.protocol import Particular, Sampler
@@ -120,7 +120,7 @@ class OnTheSpot:
             self.sampler.check(list(asked.values()))
         planned = [Planned(key, prompt) for key, prompt in asked.items()]
         work = Work(self.sampler, {"reward": self.scorer}, int(self.seed or 0))
-        shard = work(Task("", empty(planned), [int(self.k or 0)] * len(planned))).shard
+        shard = work(Task("", new_shard(planned), [int(self.k or 0)] * len(planned))).shard
         done, drawn = shard.scores["reward"], [rollout.completion for own in shard.rollouts for rollout in own]
         for what, values in (("prompts", [*asked.values()]), ("completions", drawn)):
             kinds = {"text" if isinstance(value, str) else "messages" for value in values}

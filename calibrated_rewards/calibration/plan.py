@@ -130,6 +130,6 @@ def undo_on_error(directory: RunDirectory) -> Iterator[None]:
         raise
 
 
-def show_bar(items: Iterable[Any], title: str, unit: str, show: bool = True) -> Iterable[Any]:
+def show_bar(items: Iterable[Any], title: str, unit: str, show: bool = True) -> Iterator[Any]:
     """Show a progress bar on a terminal for what takes more than three seconds."""
-    return tqdm(items, desc=title, unit=unit, delay=3, disable=None if show else True)
+    return iter(tqdm(items, desc=title, unit=unit, delay=3, disable=None if show else True))

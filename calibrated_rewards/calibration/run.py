@@ -137,7 +137,10 @@ class Filling:
             waiting = held
 
     def fill_in_rounds(self, adaptive: Adaptive) -> None:
-        """Draw as many rollouts as each prompt needs. A late process goes through the same rounds, and finds them done."""
+        """Draw as many rollouts as each prompt needs.
+
+        A process that comes late goes through the same rounds, and finds them done.
+        """
         (column,) = self.work.scorers
         goals = adaptive.next((key, []) for name in self.names for key in self.directory.keys_of(name))
         while True:

@@ -96,15 +96,19 @@ class RunDirectory:
         there = self.settings() if self.names() else {}
         policy = {} if sampler is None else {"seed": seed, "sampler": sampler}
         here = json.loads(json.dumps({**policy, "scorers": scorers}))
-        apart = [f"{place} is {_short(old)} there and {_short(new)} here" for place, old, new in self._compare(there, here)]
+        apart = [
+            f"{place} is {_short(old)} there and {_short(new)} here" for place, old, new in self._compare(there, here)
+        ]
         if apart:
-            # The part of a callable's state that differs may be none that its scores depend on.
-            stateful = any(".state." in each for each in apart)
-            hint = ". A state that no score depends on is left out by a fingerprint() method of the scorer's own"
-            raise ValueError(
+            message = (
                 f"{self.path} is of a run with other settings: {'; '.join(apart[:4])}. Say the settings of that "
-                f"run, another directory, or, for another reward model, another name (NAME=PATH){hint if stateful else ''}"
+                "run, another directory, or, for another reward model, another name (NAME=PATH)"
             )
+            if any(".state." in each for each in apart):
+                message += (
+                    ". A state that no score depends on is left out by a fingerprint() method of the scorer's own"
+                )
+            raise ValueError(message)
         known = there.get("scorers", {})
         merged = {name: merge(known.get(name), scorer) for name, scorer in here["scorers"].items()}
         drawn = {"sampler": merge(there.get("sampler"), here["sampler"])} if policy else {}

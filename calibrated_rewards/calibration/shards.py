@@ -117,9 +117,7 @@ def prompt_schema() -> Any:
     """The columns of a file of prompts."""
     import pyarrow as pa
 
-    return pa.schema(
-        [("key", pa.binary(16)), ("prompt", pa.string()), ("chat", pa.bool_()), ("rendered", pa.string())]
-    )
+    return pa.schema([("key", pa.binary(16)), ("prompt", pa.string()), ("chat", pa.bool_()), ("rendered", pa.string())])
 
 
 def write_table(path: Path, schema: Any, columns: Sequence[Sequence[Any]], **options: Any) -> None:
@@ -202,7 +200,9 @@ def read_prompts(path: Path) -> list[Planned]:
     """Read the prompts of a shard."""
     with readable(path):
         columns = _read_prompt_columns(path, ["key", "prompt", "chat", "rendered"])
-        return [Planned(key, decode_text(text, chat), rendered) for key, text, chat, rendered in zip(*columns)]
+        return [
+            Planned(key, decode_text(text, chat), rendered) for key, text, chat, rendered in zip(*columns, strict=True)
+        ]
 
 
 def read_keys(path: Path) -> list[bytes]:

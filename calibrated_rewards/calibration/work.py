@@ -130,7 +130,9 @@ class RunIdentity:
         directory.merge_settings(self.seed, self.sampler, self.scorers)
         known = directory.settings().get("scorers", {}) if directory.names() else {}
         for name in sorted(directory.find_scored({*known} & {*work.scorers})):
-            scored = [each for each in directory.names() if (s := directory.state(each)) and sum(s.scored.get(name, []))]
+            scored = [
+                each for each in directory.names() if (s := directory.state(each)) and sum(s.scored.get(name, []))
+            ]
             # From all over the run.
             shards = [directory.load(scored[place]) for place in _spread(len(scored))]
             if (kept := Kept.choose(shards, name)) is not None:

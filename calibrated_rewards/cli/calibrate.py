@@ -129,7 +129,7 @@ def check_prompts(place: str, source: dict[str, Any]) -> tuple[Any, dict[str, An
 
     A file is read twice. What comes from the Hub is kept in memory, since it would be downloaded twice.
     """
-    from calibrated_rewards.calibration.plan import Ids, checked
+    from calibrated_rewards.calibration.plan import Ids, plan_prompts
     from calibrated_rewards.calibration.sources import prompts_from
     from calibrated_rewards.prompts import prompt_key
 
@@ -138,7 +138,7 @@ def check_prompts(place: str, source: dict[str, Any]) -> tuple[Any, dict[str, An
     for each in prompts_from(place, **source):
         empty = False
         ids.add(each, prompt_key(each.prompt))
-        checked([each.prompt], None)
+        plan_prompts([each.prompt], None)
         if not is_here:
             kept.append(each)
     if empty:
@@ -193,13 +193,13 @@ def _foretell(options: argparse.Namespace, asked: Any, sampler: Any) -> None:
 
 def _imported(options: argparse.Namespace) -> Any:
     from calibrated_rewards.calibration.calibrate import import_rollouts
-    from calibrated_rewards.calibration.importing import imported
+    from calibrated_rewards.calibration.importing import read_rollouts
 
     refuse(options, ("prompts", "policy", "limit", "k", "dry_run"), "--rollouts has the prompts, and nothing is drawn")
     columns = {"prompt": options.column, "completions": options.completions}
     source = {**columns, "id_column": options.id_column, "split": options.split}
     scores = _columns(options.scores)
-    if options.reward_model and not sum(1 for _ in imported(options.rollouts, scores=scores or {}, **source)):
+    if options.reward_model and not sum(1 for _ in read_rollouts(options.rollouts, scores=scores or {}, **source)):
         raise ValueError(f"--rollouts {options.rollouts} has no rollouts")
     scorers = reward_model.load_several(options) if options.reward_model else None
     return import_rollouts(options.rollouts, options.out, scorers, scores=scores, **_common(options), **source)

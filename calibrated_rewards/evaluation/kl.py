@@ -266,7 +266,7 @@ def _policy(sampler: Any) -> Policy:
 
 
 def _decoding(sampler: Any) -> Decoding:
-    found: Decoding = (sampler.recipe if isinstance(sampler, LoadedSampler) else sampler).decoding
+    found: Decoding = sampler.decoding
     return found
 
 

@@ -94,11 +94,11 @@ class OfRun:
     def prompts(self) -> Iterator[tuple[bytes, Prompt]]:
         """Key and prompt of each."""
         from calibrated_rewards.calibration.run_directory import RunDirectory
-        from calibrated_rewards.calibration.shards import loaded, stored
+        from calibrated_rewards.calibration.shards import decode_text, encode_text
 
         run = RunDirectory(self.directory)
         planned = (each for name in run.names() for each in run.prompts(name))
-        return ((each.key, loaded(*stored(each.prompt))) for each in planned)
+        return ((each.key, decode_text(*encode_text(each.prompt))) for each in planned)
 
     @cached_property
     def _prompts(self) -> dict[bytes, Prompt]:

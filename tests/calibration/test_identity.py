@@ -11,8 +11,7 @@ import pytest
 
 from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
 from calibrated_rewards.calibration.run_directory import RunDirectory
-from calibrated_rewards.calibration.run_identity import RunIdentity
-from calibrated_rewards.calibration.work import Task, Work
+from calibrated_rewards.calibration.work import RunIdentity, Task, Work
 from calibrated_rewards.scorers.ensemble import Ensemble, Function
 from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 
@@ -308,11 +307,11 @@ def test_a_folder_that_is_removed_is_made_by_the_next(tmp_path):
     directory, done = RunDirectory(tmp_path / "run"), []
 
     def second():
-        with RunDirectory(tmp_path / "run").locked():
+        with RunDirectory(tmp_path / "run").lock():
             done.append((tmp_path / "run" / ".lock").exists())
 
     thread = threading.Thread(target=second)
-    with contextlib.suppress(RuntimeError), directory.locked():
+    with contextlib.suppress(RuntimeError), directory.lock():
         thread.start()
         thread.join(0.2)
         raise RuntimeError

@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 import numpy as np
 import pytest
 
-from calibrated_rewards.calibration.shards import Planned, empty, write_shard
+from calibrated_rewards.calibration.shards import Planned, new_shard, write_shard
 from calibrated_rewards.cli import inspect
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import Rollout
@@ -34,7 +34,7 @@ def run_at(path, names=()):
     (path / "run.json").write_text("{}")
     planned = [Planned(prompt_key(prompt), prompt) for prompt, _ in rows(2)]
     drawn = [[Rollout(f"{j}", 3, "stop") for j in range(12)] for _ in planned]
-    shard = empty(planned).drawn(drawn, [[*range(12)]] * len(planned))
+    shard = new_shard(planned).add_rollouts(drawn, [[*range(12)]] * len(planned))
     write_shard(path / "rollouts" / "00000.parquet", shard)
 
 

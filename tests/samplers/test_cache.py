@@ -6,7 +6,7 @@ from tiny import causal
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from calibrated_rewards.samplers.generation import Roomy, bytes_of, choose, is_roomy, roomy
+from calibrated_rewards.samplers.generation import Roomy, add_room, bytes_of, has_room
 
 # Grow by so many tokens, or keep these rows.
 steps = st.lists(st.one_of(st.integers(1, 60), st.lists(st.integers(0, 1), min_size=2, max_size=3)), max_size=8)
@@ -25,11 +25,11 @@ def test_it_holds_what_transformers_own_layer_holds(does: list[int | list[int]])
     first = states(3, rows, generator)
     plain.update(*first)
     cache.update(*first, 0)
-    cache = roomy(cache)
+    cache = add_room(cache)
     for step in does:
         if isinstance(step, list):
             plain.reorder_cache(torch.tensor(step))
-            choose(cache, torch.tensor(step))
+            cache.reorder_cache(torch.tensor(step))
             rows = len(step)
             continue
         new = states(step, rows, generator)
@@ -47,7 +47,7 @@ def test_a_token_more_is_written_where_there_is_room() -> None:
     """Not copied with all the others: the tensors lie where they lay."""
     cache, generator = DynamicCache(), torch.Generator().manual_seed(0)
     cache.update(*states(3, 2, generator), 0)
-    cache = roomy(cache)
+    cache = add_room(cache)
     cache.update(*states(1, 2, generator), 0)
     at = cache.layers[0].keys.data_ptr()
     for _ in range(20):
@@ -63,8 +63,8 @@ def test_windows_stay_windows() -> None:
     cache = model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
     cache.layers[1] = DynamicSlidingWindowLayer(4)
 
-    assert [type(layer) for layer in roomy(cache).layers] == [Roomy, DynamicSlidingWindowLayer]
-    assert not is_roomy(cache)
-    assert is_roomy(roomy(model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values))
-    assert roomy(None) is None
+    assert [type(layer) for layer in add_room(cache).layers] == [Roomy, DynamicSlidingWindowLayer]
+    assert not has_room(cache)
+    assert has_room(add_room(model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values))
+    assert add_room(None) is None
     assert bytes_of("state") == 0

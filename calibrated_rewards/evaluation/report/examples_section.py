@@ -44,7 +44,7 @@ def examples(of: Experiment) -> Section | None:
 
 def selected(folder: Path, by: str, n: int) -> dict[bytes, Selected]:
     """The best of the first n completions of each prompt of the first file, in its order."""
-    from calibrated_rewards.calibration.shards import SCORE, loaded, read_table
+    from calibrated_rewards.calibration.shards import SCORE, decode_text, read_table
 
     files = sorted(folder.glob("*.parquet"))
     best: dict[bytes, Selected] = {}
@@ -54,7 +54,8 @@ def selected(folder: Path, by: str, n: int) -> dict[bytes, Selected]:
             continue
         before = best.get(row["key"])
         if before is None or scores[by] > before.scores[by]:
-            prompt, said = loaded(row["prompt"], row["chat"]), loaded(row["completion"], row["completion_chat"])
+            prompt = decode_text(row["prompt"], row["chat"])
+            said = decode_text(row["completion"], row["completion_chat"])
             best[row["key"]] = Selected(as_text(prompt), as_text(said), scores)
     return best
 
