@@ -50,8 +50,6 @@ ABOUT_THEM = {
     "reward.device": {"torch"},
     "calibration.cluster": {"ray"},
     "calibration.prediction.prompt_features": {"torch"},
-    "calibration.run_directory": {"pyarrow"},
-    "calibration.shards": {"pyarrow"},
     "evaluation.kl": {"torch"},
     "evaluation.responses": {"pyarrow"},
     "evaluation.report.markup": {"matplotlib"},

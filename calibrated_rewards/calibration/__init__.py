@@ -2,7 +2,7 @@
 
 `calibrate.py` has the two calls: `calibrate` draws, scores and sorts, `import_rollouts` takes rollouts made elsewhere
 (`importing.py`). A run is a directory of shards that any number of processes fill: `sources.py` reads prompts,
-`plan.py` puts them into shards, `work.py` draws and scores, `run.py` does so for all shards, `cluster.py` on Ray;
+`run.py` puts them into shards and fills these, `work.py` draws and scores, `cluster.py` does so on Ray;
 `run_directory.py` and `shards.py` are the files. `adaptive.py` decides K by prompt, `dry_run.py` forecasts the cost.
 
 `inspect_table.py`, `inspect_rollouts.py` and `suspicious_rows.py` check the result. `on_demand.py` and `prediction/`

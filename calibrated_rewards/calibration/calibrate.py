@@ -23,8 +23,7 @@ import numpy as np
 
 from calibrated_rewards.calibration.adaptive import Adaptive
 from calibrated_rewards.calibration.importing import add_imported, read_rollouts
-from calibrated_rewards.calibration.plan import add_prompts, replan
-from calibrated_rewards.calibration.run import Cluster, Filling, Progress
+from calibrated_rewards.calibration.run import Cluster, Filling, Progress, add_prompts, replan
 from calibrated_rewards.calibration.run_directory import RESERVED_NAMES, RunDirectory
 from calibrated_rewards.calibration.shards import decode_text, encode_text, read_table
 from calibrated_rewards.calibration.sources import Asked, prompts_from

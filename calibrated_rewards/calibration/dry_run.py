@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from calibrated_rewards.calibration.plan import NewPrompts, plan_prompts
+from calibrated_rewards.calibration.run import NewPrompts, plan_prompts
 from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.calibration.shards import Planned, new_shard, write_shard
 from calibrated_rewards.calibration.sources import Asked

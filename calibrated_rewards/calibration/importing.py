@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.calibration.plan import Ids, plan_prompts, show_bar, undo_on_error
+from calibrated_rewards.calibration.run import Ids, plan_prompts, show_bar, undo_on_error
 from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.calibration.shards import SCORE, new_shard
 from calibrated_rewards.calibration.sources import (

@@ -129,7 +129,7 @@ def check_prompts(place: str, source: dict[str, Any]) -> tuple[Any, dict[str, An
 
     A file is read twice. What comes from the Hub is kept in memory, since it would be downloaded twice.
     """
-    from calibrated_rewards.calibration.plan import Ids, plan_prompts
+    from calibrated_rewards.calibration.run import Ids, plan_prompts
     from calibrated_rewards.calibration.sources import prompts_from
     from calibrated_rewards.prompts import prompt_key
 

@@ -183,7 +183,7 @@ class HfSampler:
             _ = self._route
 
     @cached_property
-    def _route(self) -> Route:
+    def _route(self) -> "Route":
         check_causal(self._model)
         return Route(self.share_prefill)
 
