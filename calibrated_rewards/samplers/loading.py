@@ -12,12 +12,12 @@ from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.checkpoints import (
     architecture,
     check_writes,
-    checkpoint,
+    find_checkpoint,
     is_encoder,
     needs_code,
 )
 from calibrated_rewards.models.lazy import Lazy, fields_only
-from calibrated_rewards.models.loading import Placement, Source, source
+from calibrated_rewards.models.loading import Placement, Source, find_source
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.continuous import ContinuousSampler
@@ -58,7 +58,7 @@ def load_sampler(
     """
     if engine not in get_args(Engine):
         raise ValueError(f"load_sampler needs engine= one of {', '.join(get_args(Engine))}, got engine={engine!r}")
-    words, at = (None if each is None else checkpoint(os.fspath(each)).name for each in (tokenizer, base))
+    words, at = (None if each is None else find_checkpoint(os.fspath(each)).name for each in (tokenizer, base))
     devices = {"device": device, "device_map": device_map, "quantization_config": quantization_config}
     if engine == "vllm":
         from calibrated_rewards.samplers.vllm import VllmSampler
@@ -77,7 +77,7 @@ def load_sampler(
         raise TypeError(
             Message(f"the engine {engine} takes no {setting(unknown[0])}; it takes {', '.join(sorted(known))}")
         )
-    found = checkpoint(os.fspath(name_or_path), revision)
+    found = find_checkpoint(os.fspath(name_or_path), revision)
     placement = Placement(
         dtype=dtype, trust_remote_code=trust_remote_code, model_options=dict(model_options or {}), **devices
     )
@@ -104,7 +104,7 @@ class LoadedSampler:
     @property
     def source(self) -> Source:
         """The checkpoint, and the base of an adapter's."""
-        return source(self.name, self.revision, self.base, self.placement, self.tokenizer)
+        return find_source(self.name, self.revision, self.base, self.placement, self.tokenizer)
 
     @Lazy
     def sampler(self) -> Any:

@@ -11,13 +11,20 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 
 from calibrated_rewards.models.batches import PATIENCE
-from calibrated_rewards.models.http_client import Crew, Post, Refused, check_numbers, client, text_fingerprint
+from calibrated_rewards.models.http_client import (
+    Post,
+    Refused,
+    RequestThreads,
+    check_numbers,
+    open_client,
+    text_fingerprint,
+)
 from calibrated_rewards.models.server_address import (
     POLICY_TOKEN,
     Address,
-    named,
-    shown,
-    split,
+    format_url,
+    redact_url,
+    split_url,
     token_for,
     without_secrets,
 )
@@ -129,8 +136,9 @@ class OpenAISampler:
         _ = self._place, self.address
 
     def __repr__(self) -> str:
-        tokenizer = "" if self.tokenizer is None else f", tokenizer={type(self.tokenizer).__name__}"
-        return f"OpenAISampler({named(self.url)!r}, {self.model!r}, {self.decoding!r}, api={self.api!r}{tokenizer})"
+        url, tokenizer = format_url(self.url), type(self.tokenizer).__name__
+        end = "" if self.tokenizer is None else f", tokenizer={tokenizer}"
+        return f"OpenAISampler({url!r}, {self.model!r}, {self.decoding!r}, api={self.api!r}{end})"
 
     def __hash__(self) -> int:
         return hash((self.url, self.model))
@@ -204,7 +212,7 @@ class OpenAISampler:
     @property
     def _token(self) -> str | None:
         """The token argument, or the environment's for this server; no second one beside an url's user."""
-        parts = split(self.url)
+        parts = split_url(self.url)
         if self.token is not None or parts.username is not None:
             return self.token
         is_openai = parts.scheme == "https" and f".{parts.hostname or ''}".endswith(".openai.com")
@@ -212,11 +220,11 @@ class OpenAISampler:
 
     def _under(self, path: str) -> str:
         """Join a path to the API's part of the url."""
-        parts = split(self.url)
+        parts = split_url(self.url)
         base = parts.path.rstrip("/")
         whole = next((api for api in ("chat", "completions") if base.endswith(PATHS[api])), None)  # chat ends both ways
         if whole not in (None, self.api):
-            raise ValueError(f"the url {shown(self.url)} is that of api={whole!r}, got api={self.api!r}")
+            raise ValueError(f"the url {redact_url(self.url)} is that of api={whole!r}, got api={self.api!r}")
         base = base.removesuffix(PATHS[self.api]) if whole else base
         return parts._replace(path=(base or "/v1") + path, fragment="").geturl()
 
@@ -251,7 +259,7 @@ class OpenAISampler:
         stop = threading.Event()
         post = self._post(stop)
         work = partial(self._request_one, post, prompts, contents)
-        return Crew(work, jobs, self.concurrency, stop, post.client.close).results()
+        return RequestThreads(work, jobs, self.concurrency, stop, post.client.close).results()
 
     def _request_one(self, post: Post, prompts: Sequence[Prompt], contents: Sequence[Any], job: Job) -> list[Rollout]:
         prompt, payload = prompts[job[0]], self._payload(contents[job[0]], job[1])
@@ -264,14 +272,14 @@ class OpenAISampler:
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             why = self._place.redacted(f"{error}" if isinstance(error, ValueError) else repr(error))
             raise ValueError(
-                f"{shown(self.address)} gave no completions of {start_of(prompt)} that can be used, {why}: "
+                f"{redact_url(self.address)} gave no completions of {start_of(prompt)} that can be used, {why}: "
                 f"{post.said(response)}"
             ) from None
         processed = self.logprobs == "processed"
         return [each._replace(logprob=logprob_of_draw(each.logprob, self.decoding, processed)) for each in rollouts]
 
     def _post(self, stop: threading.Event) -> Post:
-        connected = client(self._place, self.timeout, self.concurrency)
+        connected = open_client(self._place, self.timeout, self.concurrency)
         return Post(self._place, connected, self.retries, self.backoff, stop)
 
     @cached_property

@@ -13,13 +13,11 @@ import torch
 from jaxtyping import Float32
 
 from calibrated_rewards.models.fingerprint import model_fingerprint
-from calibrated_rewards.models.first_token import is_encoder_decoder, read_first_token
 from calibrated_rewards.models.labels import Difference, Expected
-from calibrated_rewards.models.questions import Question, one_token
-from calibrated_rewards.models.reader import Access
+from calibrated_rewards.models.reader import ModelReader
 from calibrated_rewards.models.shared_prefix import Row, group_of
-from calibrated_rewards.models.text import Text
-from calibrated_rewards.models.vocabulary_head import Logits, logits_of
+from calibrated_rewards.models.text import Question, Text, find_token
+from calibrated_rewards.models.vocabulary_head import Logits, is_encoder_decoder, logits_of, read_first_token
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.lazy import in_memory
 from calibrated_rewards.scorers.protocol import finite, name_of, paired
@@ -85,7 +83,7 @@ class Judge:
         values = {"good": self.good.strip(), "bad": self.bad.strip()}
         question = Question(self.tokenizer, self.question, self.text, values, is_encoder_decoder(self.model))
         options = (self.batch_tokens, self.share_prefixes, self.show_progress)
-        access = Access(self.model, self.tokenizer, self.text, *options)
+        access = ModelReader(self.model, self.tokenizer, self.text, *options)
         return Answers(access, question, (self.good, self.bad))
 
 
@@ -137,7 +135,7 @@ class ExpectedRating:
         values = {"low": str(self.low), "high": str(self.high)}
         question = Question(self.tokenizer, self.question, self.text, values, is_encoder_decoder(self.model))
         options = (self.batch_tokens, self.share_prefixes, self.show_progress)
-        access = Access(self.model, self.tokenizer, self.text, *options)
+        access = ModelReader(self.model, self.tokenizer, self.text, *options)
         return Answers(access, question, tuple(map(str, self._ratings)))
 
 
@@ -145,7 +143,7 @@ class ExpectedRating:
 class Answers:
     """The logits of some answers, each one token, right behind a question."""
 
-    access: Access
+    access: ModelReader
     question: Question
     answers: tuple[str, ...]
 
@@ -171,7 +169,7 @@ class Answers:
 
     @cached_property
     def _tokens(self) -> list[int]:
-        return [one_token(self.access.tokenizer, answer, "an answer") for answer in self.answers]
+        return [find_token(self.access.tokenizer, answer, "an answer") for answer in self.answers]
 
     @cached_property
     def _head(self) -> Logits:

@@ -17,16 +17,16 @@ from calibrated_rewards.models.checkpoints import (
     Kind,
     architecture,
     check_writes,
-    checkpoint,
     classifies,
+    detect_kind,
+    find_checkpoint,
     is_encoder_decoder,
-    kind_of,
     needs_code,
     parse_config,
 )
 from calibrated_rewards.models.labels import FIRST_RULES, RULES, Label, Labels, apply_first_rules, resolve_labels
-from calibrated_rewards.models.loading import Placement, Source, check_same_tokens, source
-from calibrated_rewards.models.server_address import shown
+from calibrated_rewards.models.loading import Placement, Source, check_same_tokens, find_source
+from calibrated_rewards.models.server_address import redact_url
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder
 from calibrated_rewards.scorers.ensemble import Cost
@@ -201,8 +201,10 @@ def load_scorer(
     # Another process, which may stand in another directory, gets the same folder or the same commit.
     others = {"base": base, "reference": reference, "tokenizer": tokenizer}
     lasting: dict[str, Any] = {"cost": cost, "rules": RULES}
-    lasting |= {what: None if other is None else checkpoint(path(other, what)).name for what, other in others.items()}
-    found, chosen = checkpoint(place, revision), {**given, **sharing, **own}
+    lasting |= {
+        what: None if other is None else find_checkpoint(path(other, what)).name for what, other in others.items()
+    }
+    found, chosen = find_checkpoint(place, revision), {**given, **sharing, **own}
     recipe = FromCheckpoint(found.name, found.revision, named(kind), **lasting, placement=placement, options=chosen)
     loaded = Loaded(recipe)
     logger.info("%s: %s", place, type(loaded.scorer).__name__)
@@ -233,8 +235,8 @@ class FromCheckpoint:
         return Cost(scorer) if self.cost else scorer
 
     def _load(self) -> Any:
-        at = source(self.name, self.revision, self.base, self.placement, self.tokenizer)
-        kind = self.kind or kind_of(at.checkpoint, at.base, self.placement.trust_remote_code)
+        at = find_source(self.name, self.revision, self.base, self.placement, self.tokenizer)
+        kind = self.kind or detect_kind(at.checkpoint, at.base, self.placement.trust_remote_code)
         if kind == "sequence-classifier" and "output" in self.options:
             kind = "multi-attribute"
         if self.rules >= RULES:
@@ -292,7 +294,7 @@ class FromCheckpoint:
         model, tokenizer = _writer(at, "implicit")
         given = {}
         if self.reference is not None:
-            tuned_from = source(self.reference, None, None, self.placement)
+            tuned_from = find_source(self.reference, None, None, self.placement)
             given["reference"] = tuned_from.model(transformers.AutoModelForCausalLM)
             check_same_tokens(tokenizer, tuned_from, given["reference"])
         return CLASSES["implicit"](model, tokenizer, **given, **options)
@@ -301,8 +303,8 @@ class FromCheckpoint:
 def _refuse_server(place: str) -> None:
     if place.lower().startswith(("http:", "https:")):
         raise ValueError(
-            f"a server is no checkpoint, got {shown(place)!r}: calibrated_rewards.scorers.remote.Remote asks it, in "
-            "the dialect that it speaks"
+            f"a server is no checkpoint, got {redact_url(place)!r}: calibrated_rewards.scorers.remote.Remote asks it, "
+            "in the dialect that it speaks"
         )
 
 

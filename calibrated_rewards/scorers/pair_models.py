@@ -11,12 +11,10 @@ from jaxtyping import Float64
 from scipy.special import expit
 
 from calibrated_rewards.models.fingerprint import model_fingerprint
-from calibrated_rewards.models.first_token import is_encoder_decoder, read_first_token
-from calibrated_rewards.models.questions import conversation, filled, one_token
-from calibrated_rewards.models.reader import Access
+from calibrated_rewards.models.reader import ModelReader
 from calibrated_rewards.models.shared_prefix import Row
-from calibrated_rewards.models.text import Text, kept
-from calibrated_rewards.models.vocabulary_head import Logits, logits_of
+from calibrated_rewards.models.text import Text, fill_in, find_token, format_conversation, truncate
+from calibrated_rewards.models.vocabulary_head import Logits, is_encoder_decoder, logits_of, read_first_token
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.scorers.lazy import in_memory
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, finite, is_thread_safe, name_of, paired, score
@@ -64,7 +62,7 @@ class PairClassifier:
 
         "<|source|>{prompt}[SEP][CLS]<|candidate1|>{first}[SEP][CLS]<|candidate2|>{second}"
 
-    A chat is written out as text, see `calibrated_rewards.models.questions.conversation`.
+    A chat is written out as text, see `calibrated_rewards.models.text.format_conversation`.
     """
 
     scorer: Scorer
@@ -80,8 +78,8 @@ class PairClassifier:
         (prompts, firsts), (_, seconds) = paired(prompts, firsts), paired(prompts, seconds)
         cut = max(self.template.index(place) for place in PLACES)
         told = [places(*parts) for parts in zip(prompts, firsts, seconds, strict=True)]
-        openings = [filled(self.template[:cut], values) for values in told]
-        ends = [filled(self.template[cut:], values) for values in told]
+        openings = [fill_in(self.template[:cut], values) for values in told]
+        ends = [fill_in(self.template[cut:], values) for values in told]
         return np.asarray(expit(score(self.scorer, openings, ends).astype(np.float64)))
 
     @property
@@ -167,14 +165,14 @@ class PairJudge:
 
     def _encoded(self, told: Sequence[dict[str, str]]) -> list[list[int]]:
         with self._access.lock:  # fast tokenizers do not bear two threads
-            rows = self.text.tokens(self.tokenizer, [self._asked(filled(self.question, values)) for values in told])
+            rows = self.text.tokens(self.tokenizer, [self._asked(fill_in(self.question, values)) for values in told])
         if not self.bos:
             rows = [row[1:] if len(row) > 1 and row[0] == self.tokenizer.bos_token_id else row for row in rows]
         if not self._templated and not is_encoder_decoder(self.model):
             # A tokenizer that ends plain text with EOS would have the judge answer after its end.
             rows = [row[:-1] if len(row) > 1 and row[-1] == self.tokenizer.eos_token_id else row for row in rows]
         self.text.report([len(row) for row in rows], self._access.limit)
-        return [kept(row, self._access.limit, self.tokenizer) for row in rows]
+        return [truncate(row, self._access.limit, self.tokenizer) for row in rows]
 
     def _asked(self, question: str) -> tuple[str, bool]:
         if not self._templated:
@@ -190,7 +188,7 @@ class PairJudge:
     def _context(self, prompt: Prompt) -> str:
         """The prompt as it stands in the question."""
         if self.context is None:
-            return conversation(prompt, "user")
+            return format_conversation(prompt, "user")
         writer = replace(self.text, template=self.context, chat=None)
         return writer.render(self.tokenizer, writer.messages(prompt), [])[0]
 
@@ -207,15 +205,17 @@ class PairJudge:
 
     @cached_property
     def _tokens(self) -> list[int]:
-        return [one_token(self.tokenizer, answer, "an answer") for answer in self.answers]
+        return [find_token(self.tokenizer, answer, "an answer") for answer in self.answers]
 
     @cached_property
     def _head(self) -> Logits:
         return logits_of(self.model, self._access.lock, self._tokens)
 
     @cached_property
-    def _access(self) -> Access:
-        return Access(self.model, self.tokenizer, self.text, self.batch_tokens, self.share_prefixes, self.show_progress)
+    def _access(self) -> ModelReader:
+        return ModelReader(
+            self.model, self.tokenizer, self.text, self.batch_tokens, self.share_prefixes, self.show_progress
+        )
 
 
 def check_places(template: str) -> None:
@@ -226,5 +226,5 @@ def check_places(template: str) -> None:
 
 def places(prompt: Prompt, first: Completion, second: Completion) -> dict[str, str]:
     """What fills a template, as text."""
-    said = {"first": conversation(first, "assistant"), "second": conversation(second, "assistant")}
-    return {"prompt": conversation(prompt, "user"), **said}
+    said = {"first": format_conversation(first, "assistant"), "second": format_conversation(second, "assistant")}
+    return {"prompt": format_conversation(prompt, "user"), **said}

@@ -13,7 +13,7 @@ from jaxtyping import Float32
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from calibrated_rewards.models.batches import Budget, progress
+from calibrated_rewards.models.batches import Budget, progress_bar
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.parts import (
     check_vocabulary,
@@ -22,10 +22,9 @@ from calibrated_rewards.models.parts import (
     for_scoring,
     lock_of,
     positions_of,
-    unwrapped,
+    unwrap,
 )
-from calibrated_rewards.models.questions import Question
-from calibrated_rewards.models.text import Text
+from calibrated_rewards.models.text import Question, Text
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.judge import HOW_GOOD
 from calibrated_rewards.scorers.lazy import in_memory
@@ -85,7 +84,7 @@ class RatedJudge:
         with (
             for_scoring(self.model, self._lock),
             generating(self.model, self._settings),
-            progress(len(rows), self.show_progress) as bar,
+            progress_bar(len(rows), self.show_progress) as bar,
         ):
             for batch in self._budget.batches(costs):
                 written = self._budget.run(lambda at: self._written([rows[i] for i in at]), batch, costs)
@@ -178,7 +177,7 @@ def generating(model: Any, settings: GenerationConfig) -> Iterator[None]:
 
     That may forbid repetitions or suppress tokens. PEFT's wrapper hands on the settings of the model in it.
     """
-    outer = unwrapped(model)
+    outer = unwrap(model)
     inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
     owners = [owner for owner in {outer, inner} if "generation_config" in vars(owner)]
     before = [owner.generation_config for owner in owners]

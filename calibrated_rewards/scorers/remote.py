@@ -11,19 +11,18 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.models.batches import progress
+from calibrated_rewards.models.batches import progress_bar
 from calibrated_rewards.models.http_client import (
-    Crew,
     Post,
     Refused,
-    asked_wait,
+    RequestThreads,
     check_numbers,
     check_plain,
-    client,
-    numbers,
+    open_client,
+    parse_numbers,
     text_fingerprint,
 )
-from calibrated_rewards.models.server_address import Address, named, shown
+from calibrated_rewards.models.server_address import Address, format_url, redact_url
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.scorers.protocol import paired, plain
@@ -62,7 +61,7 @@ class OpenRlhf:
 
     def scores(self, answer: Any, count: int) -> Sequence[float]:
         """The rewards, each a number or a list of one."""
-        return numbers(answer["rewards"])
+        return parse_numbers(answer["rewards"])
 
     def doubt(self, answer: Any) -> str:
         """None."""
@@ -104,7 +103,7 @@ class Native:
 
     def scores(self, answer: Any, count: int) -> Sequence[float]:
         """The raw scores."""
-        return numbers(answer["raw"])
+        return parse_numbers(answer["raw"])
 
     def doubt(self, answer: Any) -> str:
         """None."""
@@ -115,7 +114,7 @@ class Native:
         return {"dialect": "native", "model": self.model}
 
 
-__all__ = ["Asking", "Dialect", "Refused", "Remote", "asked_wait"]
+__all__ = ["Asking", "Dialect", "Refused", "Remote"]
 
 # A call fails if so many inputs, and all that came before them, had answers that a dialect doubts.
 ENOUGH = 4
@@ -186,7 +185,7 @@ class Remote:
         changed = "".join(
             f", {name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value
         )
-        return f"Remote({named(self.url)!r}, {self.dialect!r}{changed})"
+        return f"Remote({format_url(self.url)!r}, {self.dialect!r}{changed})"
 
     def __hash__(self) -> int:
         return hash(self.url)
@@ -200,7 +199,7 @@ class Remote:
         if not batches:
             return scores
         doubtful, trusted = 0, False
-        with progress(len(items), self.show_progress) as bar, closing(self._answers(items, batches)) as answers:
+        with progress_bar(len(items), self.show_progress) as bar, closing(self._answers(items, batches)) as answers:
             for number, (found, doubt) in answers:
                 batch = batches[number]
                 scores[batch] = found
@@ -222,7 +221,7 @@ class Remote:
     @property
     def shown(self) -> str:
         """The address as errors show it."""
-        return shown(self.address)
+        return redact_url(self.address)
 
     def redacted(self, said: str) -> str:
         """A text less the secrets that this side has sent, which servers may quote."""
@@ -234,10 +233,10 @@ class Remote:
 
     def _answers(self, items: list[Any], batches: list[list[int]]) -> Generator[tuple[int, Any], None, None]:
         """The number of each batch with its scores and what is to be doubted of them, as they come."""
-        stop, connected = threading.Event(), client(self._place, self.timeout, self.concurrency)
+        stop, connected = threading.Event(), open_client(self._place, self.timeout, self.concurrency)
         post = Post(self._place, connected, self.retries, self.backoff, stop)
         asked = [[items[i] for i in batch] for batch in batches]
-        return Crew(Asking(self, post), asked, self.concurrency, stop, connected.close).results()
+        return RequestThreads(Asking(self, post), asked, self.concurrency, stop, connected.close).results()
 
     def _batches(self, items: list[Any]) -> Iterator[list[int]]:
         together = []

@@ -21,8 +21,8 @@ from calibrated_rewards.models.fingerprint import (
 )
 from calibrated_rewards.models.labels import Difference, Label, Labels
 from calibrated_rewards.models.parts import body_of, dtype_of
-from calibrated_rewards.models.reader import Access
-from calibrated_rewards.models.shared_prefix import Plain, Row, group_of
+from calibrated_rewards.models.reader import ModelReader
+from calibrated_rewards.models.shared_prefix import ModuleHead, Row, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.lazy import in_memory
@@ -90,7 +90,7 @@ class SharedBase:
             ids = self.text.encode(self.tokenizer, prompts, completions, self._access.limit)
             rows = [Row(row, [len(row) - 1]) for row in ids]
             with active(self.policy, self.adapter):
-                decoder = self._access.decoder(Plain(beside(body_of(self.policy), self.head)))
+                decoder = self._access.decoder(ModuleHead(beside(body_of(self.policy), self.head)))
                 return torch.cat(decoder(rows, [group_of(prompt) for prompt in prompts])).numpy()
 
     def fingerprint(self) -> dict[str, Any]:
@@ -112,9 +112,9 @@ class SharedBase:
         in_memory(self)
 
     @cached_property
-    def _access(self) -> Access:
+    def _access(self) -> ModelReader:
         options = (self.batch_tokens, self.share_prefixes, self.show_progress)
-        return Access(self.policy, self.tokenizer, self.text, *options)
+        return ModelReader(self.policy, self.tokenizer, self.text, *options)
 
 
 @contextmanager

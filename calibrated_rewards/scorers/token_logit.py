@@ -11,7 +11,7 @@ from jaxtyping import Float32
 
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.parts import vocabulary
-from calibrated_rewards.models.reader import Access
+from calibrated_rewards.models.reader import ModelReader
 from calibrated_rewards.models.shared_prefix import Row, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.models.vocabulary_head import Logits, logits_of
@@ -68,5 +68,7 @@ class TokenLogit:
         return logits_of(self.model, self._access.lock, [self.token])
 
     @cached_property
-    def _access(self) -> Access:
-        return Access(self.model, self.tokenizer, self.text, self.batch_tokens, self.share_prefixes, self.show_progress)
+    def _access(self) -> ModelReader:
+        return ModelReader(
+            self.model, self.tokenizer, self.text, self.batch_tokens, self.share_prefixes, self.show_progress
+        )

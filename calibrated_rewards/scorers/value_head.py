@@ -15,8 +15,8 @@ from torch import nn
 from calibrated_rewards.models.checkpoints import Checkpoint
 from calibrated_rewards.models.fingerprint import model_fingerprint, weights_digest
 from calibrated_rewards.models.parts import body_of
-from calibrated_rewards.models.reader import Access
-from calibrated_rewards.models.shared_prefix import Plain, Row, group_of
+from calibrated_rewards.models.reader import ModelReader
+from calibrated_rewards.models.shared_prefix import ModuleHead, Row, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.lazy import in_memory
@@ -66,7 +66,7 @@ class ValueHead:
             return np.empty(0, np.float32)
         ids = self._access.encode(prompts, completions)
         rows = [Row(row, [len(row) - 1]) for row in ids]
-        decoder = self._access.decoder(Plain(beside(body_of(self.model), self.head)))
+        decoder = self._access.decoder(ModuleHead(beside(body_of(self.model), self.head)))
         values = torch.cat(decoder(rows, [group_of(prompt) for prompt in prompts]))
         scores = ((only(values) - self.mean) / self.std).numpy()
         return finite(scores, prompts, completions, name_of(self))
@@ -85,8 +85,10 @@ class ValueHead:
         in_memory(self)
 
     @cached_property
-    def _access(self) -> Access:
-        return Access(self.model, self.tokenizer, self.text, self.batch_tokens, self.share_prefixes, self.show_progress)
+    def _access(self) -> ModelReader:
+        return ModelReader(
+            self.model, self.tokenizer, self.text, self.batch_tokens, self.share_prefixes, self.show_progress
+        )
 
 
 def only(values: torch.Tensor) -> torch.Tensor:

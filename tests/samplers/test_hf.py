@@ -15,8 +15,8 @@ from tiny import EOS, TEMPLATE, causal, classifier, tokenizer
 from transformers import AutoModelForCausalLM, MambaConfig, T5Config, T5ForConditionalGeneration
 from words import WORDS, ids_of, spread, words
 
+from calibrated_rewards.models.parts import UnreadError
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.models.unread import UnreadError
 from calibrated_rewards.samplers.drawing import processors
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding, Particular, Rendering, Rollout, Sampler, sample
