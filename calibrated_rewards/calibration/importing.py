@@ -24,7 +24,7 @@ from calibrated_rewards.calibration.sources import (
     read_rows,
     to_json,
 )
-from calibrated_rewards.prompts import Completion, Prompt, prompt_key, start_of
+from calibrated_rewards.prompts import Prompt, prompt_key, start_of
 from calibrated_rewards.samplers.protocol import Finish, Rollout
 
 logger = logging.getLogger(__name__)
@@ -131,20 +131,16 @@ def _gather(rows: Iterator[Row], source: Any, split: str | None, reader: _Reader
         waiting.setdefault(key, []).append(item)
         left[key] -= 1
         if left[key] == 0:
-            yield _merge(waiting.pop(key), row.place)
+            parts = waiting.pop(key)
+            ids = {part.id for part in parts} - {None}
+            if len(ids) > 1:
+                prompt = start_of(asked.prompt)
+                raise ValueError(f"{row.place}: a prompt has one id, {prompt} got {len(ids)}: {start_of(ids)}")
+            scores = {model: np.concatenate([part.scores[model] for part in parts]) for model in models}
+            rollouts = [rollout for part in parts for rollout in part.rollouts]
+            yield Imported(parts[0].prompt, next(iter(ids), None), rollouts, scores)
     if any(left.values()):
         raise ValueError(f"{start_of(source)} gave other rows when it was read again: give what stays, or an iterator")
-
-
-def _merge(parts: list[Imported], place: str) -> Imported:
-    """Join the rows of one prompt."""
-    first = parts[0]
-    ids = {part.id for part in parts} - {None}
-    if len(ids) > 1:
-        raise ValueError(f"{place}: a prompt has one id, {start_of(first.prompt)} got {len(ids)}: {start_of(ids)}")
-    scores = {model: np.concatenate([part.scores[model] for part in parts]) for model in first.scores}
-    rollouts = [rollout for part in parts for rollout in part.rollouts]
-    return Imported(first.prompt, next(iter(ids), None), rollouts, scores)
 
 
 def _is_list_of_completions(value: Any, place: str) -> bool:
@@ -191,52 +187,33 @@ def _parse_rollout(completion: Any, *details: Any, place: str) -> Rollout:
             completion = completion.get(_first_with_value(completion, ("text", "content", "message")))
         if isinstance(completion, Mapping):
             completion = [completion]  # a choice of OpenAI's has a message
+    if isinstance(completion, str):
+        completion = str(to_json(completion, place))
+    elif not isinstance(completion, list | tuple | np.ndarray) or len(completion) == 0:
+        raise TypeError(f"{place}: a completion is a text or a list of messages, got {start_of(completion)}")
+    else:
+        completion = parse_messages(completion, place)
     tokens, finish, logprob = details
-    return Rollout(
-        _parse_completion(completion, place),
-        _parse_tokens(tokens, place),
-        _parse_finish(finish, place),
-        _parse_logprob(logprob, place),
-    )
-
-
-def _parse_completion(value: Any, place: str) -> Completion:
-    if isinstance(value, str):
-        return str(to_json(value, place))
-    if not isinstance(value, list | tuple | np.ndarray) or not len(value):
-        raise TypeError(f"{place}: a completion is a text or a list of messages, got {start_of(value)}")
-    return parse_messages(value, place)
-
-
-def _parse_tokens(value: Any, place: str) -> int | None:
-    """Read a number of tokens, or count a list of them."""
-    if isinstance(value, list | tuple | np.ndarray):
-        return len(value)
-    number = _parse_number(value, "a count of tokens", place)
-    if math.isnan(number):
-        return None
-    if number < 0 or not number.is_integer():
-        raise ValueError(f"{place}: a count of tokens is a whole number >= 0, got {value}")
-    return int(number)
-
-
-def _parse_finish(value: Any, place: str) -> Finish | None:
-    reason = value.get("type") if isinstance(value, Mapping) else value
-    if not has_value(reason) or reason == "":
-        return None
-    if reason not in _FINISHES:
+    is_list = isinstance(tokens, list | tuple | np.ndarray)
+    count = float(len(tokens)) if is_list else _parse_number(tokens, "a count of tokens", place)
+    if not math.isnan(count) and (count < 0 or not count.is_integer()):
+        raise ValueError(f"{place}: a count of tokens is a whole number >= 0, got {tokens}")
+    reason = finish.get("type") if isinstance(finish, Mapping) else finish
+    ended = has_value(reason) and reason != ""
+    if ended and reason not in _FINISHES:
         raise ValueError(
             f"{place}: a completion ended by itself or was cut ({', '.join(_FINISHES)}), and what was broken off "
             f"otherwise is no rollout, got finish {start_of(reason)}"
         )
-    return _FINISHES[reason]
-
-
-def _parse_logprob(value: Any, place: str) -> float | None:
-    number = _parse_number(value, "a sum of log-probabilities", place)
-    if math.isinf(number):
-        raise ValueError(f"{place}: a sum of log-probabilities is finite, got {value}")
-    return None if math.isnan(number) else number
+    total = _parse_number(logprob, "a sum of log-probabilities", place)
+    if math.isinf(total):
+        raise ValueError(f"{place}: a sum of log-probabilities is finite, got {logprob}")
+    return Rollout(
+        completion,
+        None if math.isnan(count) else int(count),
+        _FINISHES[reason] if ended else None,
+        None if math.isnan(total) else total,
+    )
 
 
 def _parse_scores(values: Sequence[Any] | np.ndarray, model: str, place: str) -> Float32[np.ndarray, " K"]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrated_rewards.models.batches import PATIENCE, Budget
+from calibrated_rewards.models.batches import Budget
 from calibrated_rewards.models.parts import (
     UnreadError,
     default_budget,
@@ -32,7 +32,7 @@ from calibrated_rewards.prompts import Prompt, start_of
 from calibrated_rewards.samplers.drawing import ADVICE, processors
 from calibrated_rewards.samplers.generation import Reader, Writer, bytes_of, contiguous_input
 from calibrated_rewards.samplers.policy import Draft, Policy
-from calibrated_rewards.samplers.protocol import Decoding, Rollout, Seeds
+from calibrated_rewards.samplers.protocol import PATIENCE, Decoding, Rollout, Seeds
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
-from calibrated_rewards.models.batches import PATIENCE
 from calibrated_rewards.models.http_client import (
     Post,
     Refused,
@@ -31,6 +30,7 @@ from calibrated_rewards.models.server_address import (
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.samplers.protocol import (
+    PATIENCE,
     Decoding,
     Finish,
     Rollout,

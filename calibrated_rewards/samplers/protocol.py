@@ -12,6 +12,9 @@ from calibrated_rewards.models.callable_fingerprint import name_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 
+# Seconds after which a progress bar is shown.
+PATIENCE = 3.0
+
 
 @dataclass(frozen=True)
 class Decoding:

@@ -9,14 +9,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from calibrated_rewards.models.batches import PATIENCE
-from calibrated_rewards.models.checkpoints import architecture, check_writes
+from calibrated_rewards.models.checkpoints import architecture, check_writes, find_checkpoint
 from calibrated_rewards.models.fingerprint import tokenizer_digest
 from calibrated_rewards.models.loading import SHORT
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt, start_of
 from calibrated_rewards.samplers.policy import Draft, Endings
 from calibrated_rewards.samplers.protocol import (
+    PATIENCE,
     Decoding,
     Rollout,
     Seeds,
