@@ -143,25 +143,29 @@ def sample(sampler: Sampler, prompts: Iterable[Prompt], seeds: Seeds) -> list[li
         raise ValueError(f"each prompt needs its seeds, got {len(prompts)} prompts and seeds for {len(seeds)}")
     # Copies: a sampler may change its arguments.
     answer = sampler(deepcopy(prompts), [[*own] for own in seeds]) if prompts else []
-    name = name_of(sampler)
     if not isinstance(answer, Sequence) or isinstance(answer, str) or len(answer) != len(prompts):
         raise ValueError(
-            f"a sampler gives a list of completions for each of {len(prompts)} prompts, {name} gave {start_of(answer)}"
+            f"a sampler gives a list of completions for each of {len(prompts)} prompts, {name_of(sampler)} gave "
+            f"{start_of(answer)}"
         )
     rollouts = []
     for prompt, own, drawn in zip(prompts, seeds, answer, strict=True):
         if not isinstance(drawn, Sequence) or isinstance(drawn, str) or len(drawn) != len(own):
-            raise ValueError(f"{name} gives {len(own)} completions for {start_of(prompt)}, got {start_of(drawn)}")
-        rollouts.append([_check_rollout(each, prompt, name) for each in drawn])
+            raise ValueError(
+                f"{name_of(sampler)} gives {len(own)} completions for {start_of(prompt)}, got {start_of(drawn)}"
+            )
+        rollouts.append([_check_rollout(each, prompt, sampler) for each in drawn])
     return rollouts
 
 
-def _check_rollout(drawn: Any, prompt: Prompt, name: str) -> Rollout:
+def _check_rollout(drawn: Any, prompt: Prompt, sampler: Sampler) -> Rollout:
     rollout = drawn if isinstance(drawn, Rollout) else Rollout(drawn)
     completion, tokens, finish, logprob = rollout
     if not isinstance(completion, str | list | tuple):
-        kind = type(completion).__name__
-        raise TypeError(f"a completion is a text or a list of messages, {name} gave {kind} for {start_of(prompt)}")
+        raise TypeError(
+            f"a completion is a text or a list of messages, {name_of(sampler)} gave {type(completion).__name__} for "
+            f"{start_of(prompt)}"
+        )
     rules = {
         "tokens is a count": tokens is None or 0 <= tokens < 2**31,
         'finish is "stop", "length" or None': finish in ("stop", "length", None),
@@ -169,7 +173,7 @@ def _check_rollout(drawn: Any, prompt: Prompt, name: str) -> Rollout:
     }
     for rule, holds in rules.items():
         if not holds:
-            raise ValueError(f"of a rollout, {rule}; {name} gave {rollout!r:.120} for {start_of(prompt)}")
+            raise ValueError(f"of a rollout, {rule}; {name_of(sampler)} gave {rollout!r:.120} for {start_of(prompt)}")
     if isinstance(completion, str):
         # Half a character, which JSON can bring and UTF-8 cannot keep, becomes what tokenizers write for invalid bytes.
         completion = completion.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
