@@ -134,7 +134,7 @@ class PairJudge:
         (prompts, firsts), (_, seconds) = paired(prompts, firsts), paired(prompts, seconds)
         if not prompts:
             return np.empty(0)
-        firsts, seconds = ([self.text.stripped(c) for c in completions] for completions in (firsts, seconds))
+        firsts, seconds = ([self.text.strip_ends(c) for c in completions] for completions in (firsts, seconds))
         told = [
             {**places(*parts), "prompt": self._context(parts[0])}
             for parts in zip(prompts, firsts, seconds, strict=True)

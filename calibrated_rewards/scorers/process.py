@@ -122,7 +122,7 @@ class ProcessReward:
     def _marked(self, completion: Completion) -> tuple[Completion, int]:
         """A completion with a mark behind each step, and how many steps it has; of messages, the assistant's."""
         if isinstance(completion, str):
-            parts = self._split(str(self.text.stripped(completion)))
+            parts = self._split(str(self.text.strip_ends(completion)))
             marked: Completion = self._written(parts)
             steps = len(parts)
         else:
