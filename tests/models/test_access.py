@@ -10,8 +10,7 @@ from tiny import PAD, VOCABULARY, causal, classifier, texts, tokenizer
 from torch import Tensor
 
 from calibrated_rewards.models.parts import lock_of
-from calibrated_rewards.models.reader import ModelReader
-from calibrated_rewards.models.shared_prefix import ModuleHead, Row
+from calibrated_rewards.models.shared_prefix import ModelReader, ModuleHead, Row
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.implicit import ImplicitReward
 
