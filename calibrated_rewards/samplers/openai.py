@@ -273,7 +273,7 @@ class OpenAISampler:
             why = self._place.redacted(f"{error}" if isinstance(error, ValueError) else repr(error))
             raise ValueError(
                 f"{redact_url(self.address)} gave no completions of {start_of(prompt)} that can be used, {why}: "
-                f"{post.said(response)}"
+                f"{post.quote(response)}"
             ) from None
         processed = self.logprobs == "processed"
         return [each._replace(logprob=logprob_of_draw(each.logprob, self.decoding, processed)) for each in rollouts]

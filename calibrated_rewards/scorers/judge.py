@@ -14,8 +14,7 @@ from jaxtyping import Float32
 
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.labels import Difference, Expected
-from calibrated_rewards.models.reader import ModelReader
-from calibrated_rewards.models.shared_prefix import Row, group_of
+from calibrated_rewards.models.shared_prefix import ModelReader, Row, group_of
 from calibrated_rewards.models.text import Question, Text, find_token
 from calibrated_rewards.models.vocabulary_head import Logits, is_encoder_decoder, logits_of, read_first_token
 from calibrated_rewards.prompts import Completion, Prompt

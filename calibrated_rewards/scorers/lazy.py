@@ -40,7 +40,7 @@ class Loaded:
         return fingerprint(self.scorer)
 
     def __repr__(self) -> str:
-        if "_scorer" not in self.__dict__:
+        if "scorer" not in self.__dict__:
             return f"Loaded({self.recipe.name!r})"
         says, kind = self.fingerprint(), type(self.scorer).__name__
         if isinstance(self.scorer, Cost):

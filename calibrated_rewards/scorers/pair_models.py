@@ -11,8 +11,7 @@ from jaxtyping import Float64
 from scipy.special import expit
 
 from calibrated_rewards.models.fingerprint import model_fingerprint
-from calibrated_rewards.models.reader import ModelReader
-from calibrated_rewards.models.shared_prefix import Row
+from calibrated_rewards.models.shared_prefix import ModelReader, Row
 from calibrated_rewards.models.text import Text, fill_in, find_token, format_conversation, truncate
 from calibrated_rewards.models.vocabulary_head import Logits, is_encoder_decoder, logits_of, read_first_token
 from calibrated_rewards.prompts import Completion, Prompt, start_of
@@ -134,7 +133,7 @@ class PairJudge:
         (prompts, firsts), (_, seconds) = paired(prompts, firsts), paired(prompts, seconds)
         if not prompts:
             return np.empty(0)
-        firsts, seconds = ([self.text.stripped(c) for c in completions] for completions in (firsts, seconds))
+        firsts, seconds = ([self.text.strip_ends(c) for c in completions] for completions in (firsts, seconds))
         told = [
             {**places(*parts), "prompt": self._context(parts[0])}
             for parts in zip(prompts, firsts, seconds, strict=True)

@@ -259,7 +259,7 @@ class Asking:
     def __call__(self, items: list[Any]) -> tuple[Float32[np.ndarray, " n"], str]:
         """The scores, checked, and what is to be doubted of them."""
         response = self.post(self.remote.address, self.remote.dialect.payload(items))
-        said = self.post.said(response)
+        said = self.post.quote(response)
         try:
             answer = response.json()
             with np.errstate(over="ignore"):

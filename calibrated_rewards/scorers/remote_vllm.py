@@ -210,7 +210,7 @@ def _text_or_chat(text: Text, prompt: Prompt, completion: Completion) -> Any:
 
 def _answer(text: Text, completion: Completion) -> list[dict[str, Any]]:
     if isinstance(completion, str):
-        return [{"role": "assistant", "content": text.stripped(completion)}]
+        return [{"role": "assistant", "content": text.strip_ends(completion)}]
     return list(plain(completion))
 
 

@@ -21,8 +21,7 @@ from calibrated_rewards.models.fingerprint import (
 )
 from calibrated_rewards.models.labels import Difference, Label, Labels
 from calibrated_rewards.models.parts import body_of, dtype_of
-from calibrated_rewards.models.reader import ModelReader
-from calibrated_rewards.models.shared_prefix import ModuleHead, Row, group_of
+from calibrated_rewards.models.shared_prefix import ModelReader, ModuleHead, Row, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.lazy import in_memory

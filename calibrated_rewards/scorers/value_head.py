@@ -15,8 +15,7 @@ from torch import nn
 from calibrated_rewards.models.checkpoints import Checkpoint
 from calibrated_rewards.models.fingerprint import model_fingerprint, weights_digest
 from calibrated_rewards.models.parts import body_of
-from calibrated_rewards.models.reader import ModelReader
-from calibrated_rewards.models.shared_prefix import ModuleHead, Row, group_of
+from calibrated_rewards.models.shared_prefix import ModelReader, ModuleHead, Row, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.lazy import in_memory
