@@ -6,8 +6,13 @@ transform for a procedure; `values` and `references_needed` say what K reference
 """
 
 from calibrated_rewards.theory.bands import band as band, coverage as coverage, dkw as dkw
-from calibrated_rewards.theory.finite_k import Estimator as Estimator, values as values
-from calibrated_rewards.theory.finite_k_error import bias as bias, references_needed as references_needed, rmse as rmse
+from calibrated_rewards.theory.finite_k import (
+    Estimator as Estimator,
+    bias as bias,
+    references_needed as references_needed,
+    rmse as rmse,
+    values as values,
+)
 from calibrated_rewards.theory.fixed_references import win_rate_at_k as win_rate_at_k, win_rate_at_kl as win_rate_at_kl
 from calibrated_rewards.theory.named import NamedTransform as NamedTransform, parse_transform as parse_transform
 from calibrated_rewards.theory.optimum import (

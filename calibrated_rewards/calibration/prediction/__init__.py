@@ -13,6 +13,9 @@ array([[59., 60., 61.]])
 '+ location'
 """
 
-from calibrated_rewards.calibration.prediction.fit import fit as fit
 from calibrated_rewards.calibration.prediction.judgement import Errors as Errors
-from calibrated_rewards.calibration.prediction.prediction import Amortised as Amortised, Features as Features
+from calibrated_rewards.calibration.prediction.prediction import (
+    Amortised as Amortised,
+    Features as Features,
+    fit as fit,
+)
