@@ -198,7 +198,7 @@ def _parse_rollout(completion: Any, *details: Any, place: str) -> Rollout:
     count = float(len(tokens)) if is_list else _parse_number(tokens, "a count of tokens", place)
     if not math.isnan(count) and (count < 0 or not count.is_integer()):
         raise ValueError(f"{place}: a count of tokens is a whole number >= 0, got {tokens}")
-    reason = finish.get("type") if isinstance(finish, Mapping) else finish
+    reason: Any = finish.get("type") if isinstance(finish, Mapping) else finish
     ended = has_value(reason) and reason != ""
     if ended and reason not in _FINISHES:
         raise ValueError(

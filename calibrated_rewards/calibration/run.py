@@ -224,7 +224,7 @@ class Progress:
         tokens = f", {self.tokens / seconds:.3g} tokens/s" if self.tokens else ""
         return f"{self.completions / seconds:.3g} completions/s{tokens}"
 
-    def left(self) -> str:
+    def time_left(self) -> str:
         """Format the time that the rest takes, at the pace so far."""
         done = self.done - self._before
         if not done:
@@ -234,7 +234,7 @@ class Progress:
     def _log(self) -> None:
         self._logged = time.monotonic()
         share = f"{self.done} of {self.prompts} prompts ({self.done / max(self.prompts, 1):.0%})"
-        sys.stderr.write(f"calibrating: {share}, {self.rates()}, {self.left()} left\n")
+        sys.stderr.write(f"calibrating: {share}, {self.rates()}, {self.time_left()} left\n")
         sys.stderr.flush()
 
 

@@ -205,7 +205,7 @@ def tolerance(there: Mapping[str, Any], here: Mapping[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class Kept:
-    """Some pairs of a run with the scores that they have."""
+    """Pairs of a run with the scores that they have, to be scored again."""
 
     prompts: list[Prompt]
     completions: list[Completion]
@@ -261,5 +261,5 @@ class Kept:
 
 
 def _spread(count: int) -> list[int]:
-    """Some places of so many, evenly spread."""
+    """Choose up to PROMPTS evenly spread places among so many."""
     return np.unique(np.linspace(0, count - 1, PROMPTS).astype(np.int64)).tolist() if count else []

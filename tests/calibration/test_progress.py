@@ -72,9 +72,9 @@ def test_a_pace_is_known_when_something_is_done(clock):
     """What was done before this process began says nothing of it."""
     with Progress(10, shown=False, done=5) as told:
         clock.now += 5
-        assert told.left() == "unknown"
+        assert told.time_left() == "unknown"
         told.add(prompts=1)
-        assert told.left() == "00:20"
+        assert told.time_left() == "00:20"
 
 
 def test_what_others_did_says_nothing_of_the_pace(clock, monkeypatch):
@@ -84,4 +84,4 @@ def test_what_others_did_says_nothing_of_the_pace(clock, monkeypatch):
         clock.now += 10
         told.skip(20)
         told.add(prompts=10)
-        assert (told.done, told._bar.n, told._bar.initial, told.left()) == (30, 30, 20, "00:10")
+        assert (told.done, told._bar.n, told._bar.initial, told.time_left()) == (30, 30, 20, "00:10")
