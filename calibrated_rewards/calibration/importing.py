@@ -136,7 +136,7 @@ def _gather(rows: Iterator[Row], source: Any, split: str | None, reader: _Reader
             if len(ids) > 1:
                 prompt = start_of(asked.prompt)
                 raise ValueError(f"{row.place}: a prompt has one id, {prompt} got {len(ids)}: {start_of(ids)}")
-            scores = {model: np.concatenate([part.scores[model] for part in parts]) for model in models}
+            scores = {model: np.concatenate([part.scores[model] for part in parts]) for model in parts[0].scores}
             rollouts = [rollout for part in parts for rollout in part.rollouts]
             yield Imported(parts[0].prompt, next(iter(ids), None), rollouts, scores)
     if any(left.values()):
