@@ -308,9 +308,11 @@ def _describe_form(directory: RunDirectory) -> dict[str, str]:
     chats: dict[str, set[bool]] = {"chat": set(), "completion_chat": set()}
     for file in _rollout_files(directory):
         columns = read_table(file, [*chats])
-        for name, own in chats.items():
-            own.update(columns.column(name).unique().to_pylist())
-    kinds = {name: "both" if len(own) != 1 else "messages" if True in own else "text" for name, own in chats.items()}
+        for name, flags in chats.items():
+            flags.update(columns.column(name).unique().to_pylist())
+    kinds = {
+        name: "both" if len(flags) != 1 else "messages" if True in flags else "text" for name, flags in chats.items()
+    }
     return {"prompts": kinds["chat"], "completions": kinds["completion_chat"]}
 
 
@@ -341,8 +343,8 @@ def _rollout_files(directory: RunDirectory) -> list[Path]:
 def _stamp(directory: RunDirectory, column: str) -> str:
     """Digest what the table depends on: it changes whenever a shard, an id or a setting does."""
     settings = directory.settings()
-    own = [column, settings["scorers"][column], settings.get("sampler"), settings.get("seed")]
-    digest = blake2b(json.dumps(own, sort_keys=True).encode(), digest_size=16)
+    inputs = [column, settings["scorers"][column], settings.get("sampler"), settings.get("seed")]
+    digest = blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=16)
     for file in [*_rollout_files(directory), *directory.alias_files()]:
         stat = file.stat()
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode())

@@ -145,9 +145,11 @@ def write_shard(path: Path, shard: Shard) -> None:
     columns: list[Sequence[Any]] = [*zip(*rows, strict=True)] if rows else [()] * len(schema)
     for name, scores in shard.scores.items():
         # Null where a rollout waits for its score.
-        padded = [[*own.tolist(), *[None] * (len(r) - len(own))] for own, r in zip(scores, shard.rollouts, strict=True)]
+        padded = [
+            [*each.tolist(), *[None] * (len(r) - len(each))] for each, r in zip(scores, shard.rollouts, strict=True)
+        ]
         schema = schema.append(pa.field(SCORE + name, pa.float32()))
-        columns.append([score for own in padded for score in own])
+        columns.append([score for each in padded for score in each])
     state = json.dumps(shard.state._asdict(), separators=(",", ":"))
     schema = schema.with_metadata({_STATE: state.encode()})
     write_table(path, schema, columns, compression="zstd", write_page_checksum=True)
@@ -279,7 +281,7 @@ def _read_state(path: Path, file: Any) -> State:
     state = State(**json.loads(metadata[_STATE]))
     # This text has no checksum in the file, so its counts are compared with the rows.
     counts = [state.drawn, *state.scored.values()]
-    fitting = all(0 <= have <= drawn for own in counts for have, drawn in zip(own, state.drawn, strict=True))
+    fitting = all(0 <= have <= drawn for each in counts for have, drawn in zip(each, state.drawn, strict=True))
     if not fitting or sum(state.drawn) != file.metadata.num_rows:
         raise ValueError(f"{path} must say how many rollouts it has, got {state} for {file.metadata.num_rows} rows")
     return state

@@ -83,7 +83,7 @@ class Work:
             seeds_of(self.seed, prompt.key, have, max(have, goal))
             for prompt, have, goal in zip(shard.prompts, shard.state.drawn, goals, strict=True)
         ]
-        lacking = [i for i, own in enumerate(seeds) if own]
+        lacking = [i for i, each in enumerate(seeds) if each]
         drawn = sample(self.sampler, [shard.prompts[i].prompt for i in lacking], [seeds[i] for i in lacking])
         more: list[list[Rollout]] = [[] for _ in seeds]
         for i, rollouts in zip(lacking, drawn, strict=True):
@@ -94,8 +94,8 @@ class Work:
 def _score(shard: Shard, name: str, scorer: Scorer) -> Shard:
     scored = shard.state.scored.get(name, [0] * len(shard.prompts))
     lacking = [rollouts[done:] for rollouts, done in zip(shard.rollouts, scored, strict=True)]
-    prompts = [planned.prompt for planned, own in zip(shard.prompts, lacking, strict=True) for _ in own]
-    scores = score(scorer, prompts, [get_completion(rollout) for own in lacking for rollout in own])
+    prompts = [planned.prompt for planned, rollouts in zip(shard.prompts, lacking, strict=True) for _ in rollouts]
+    scores = score(scorer, prompts, [get_completion(rollout) for rollouts in lacking for rollout in rollouts])
     more: list[Float32[np.ndarray, " _"]] = np.split(scores, np.cumsum([*map(len, lacking)])[:-1])
     return shard.add_scores(name, more)
 
@@ -135,8 +135,8 @@ class RunIdentity:
             ]
             # From all over the run.
             shards = [directory.load(scored[place]) for place in _spread(len(scored))]
-            if (kept := Kept.choose(shards, name)) is not None:
-                kept.check(name, work.scorers[name], tolerance(known[name], self.scorers[name]))
+            if (pairs := Kept.choose(shards, name)) is not None:
+                pairs.check(name, work.scorers[name], tolerance(known[name], self.scorers[name]))
 
     def settings(self, directory: RunDirectory) -> dict[str, Any]:
         """Merge the run's settings with this sampler, and with the reward models of which a score is kept."""
@@ -155,8 +155,8 @@ class RunIdentity:
             directory.save(name, shard)
             return
         for each in sorted(new - {""}):
-            if (kept := Kept.choose([shard], each)) is not None:
-                kept.check(each, work.scorers[each], tolerance(self.scorers[each], self.scorers[each]))
+            if (pairs := Kept.choose([shard], each)) is not None:
+                pairs.check(each, work.scorers[each], tolerance(self.scorers[each], self.scorers[each]))
         sampler, scorers = self._mark_changing(work)
         with directory.lock():
             # Another process may have been first, with another sampler or reward model.
@@ -191,11 +191,13 @@ class RunIdentity:
 
 def fingerprint_as_json(what: str, of: object) -> dict[str, Any]:
     """Fingerprint a sampler or scorer; refuse a fingerprint that JSON cannot hold, and so no table."""
-    own = fingerprint(of)
+    content = fingerprint(of)
     try:
-        return dict(json.loads(json.dumps(own, allow_nan=False)))
+        return dict(json.loads(json.dumps(content, allow_nan=False)))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"a fingerprint is a mapping of what JSON can say, {what} gives {own!r:.80}: {error}") from None
+        raise TypeError(
+            f"a fingerprint is a mapping of what JSON can say, {what} gives {content!r:.80}: {error}"
+        ) from None
 
 
 def tolerance(there: Mapping[str, Any], here: Mapping[str, Any]) -> float:
@@ -216,7 +218,9 @@ class Kept:
     @classmethod
     def choose(cls, shards: list[Shard], column: str) -> "Kept | None":
         """Choose the lowest and the highest rollout of some prompts, preferring those with a spread; None without."""
-        rows = [(shard, at) for shard in shards for at, own in enumerate(shard.scores.get(column, ())) if len(own)]
+        rows = [
+            (shard, at) for shard in shards for at, scores in enumerate(shard.scores.get(column, ())) if len(scores)
+        ]
         if not rows:
             return None
         spreads = [float(np.std(shard.scores[column][at], dtype=np.float64)) for shard, at in rows]

@@ -47,8 +47,8 @@ class ContinuousSampler:
         # The engine works in a thread of its own, which cannot use tensors that are made in inference mode.
         with for_scoring(unwrap(self.model), lock_of(self.model)), torch.inference_mode(False):
             # The engine writes equally many completions of all prompts of a call.
-            for number in sorted({len(own) for own in seeds} - {0}):
-                at = [i for i, own in enumerate(seeds) if len(own) == number]
+            for number in sorted({len(each) for each in seeds} - {0}):
+                at = [i for i, each in enumerate(seeds) if len(each) == number]
                 outputs = self._generate([rows[i] for i in at], number, _join_seeds([seeds[i] for i in at]))
                 for i, drafts in zip(at, self._check_outputs(outputs, [prompts[i] for i in at], number), strict=True):
                     rollouts[i] = self._policy.endings.rollouts(drafts)
@@ -113,5 +113,5 @@ class ContinuousSampler:
 
 def _join_seeds(seeds: Seeds) -> int:
     """Digest all seeds of a call into one."""
-    text = ",".join(str(seed) for own in seeds for seed in own)
+    text = ",".join(str(seed) for each in seeds for seed in each)
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -92,7 +92,7 @@ class HfSampler:
         if len(prompts) != len(seeds):
             raise ValueError(f"each prompt needs its seeds, got {len(prompts)} prompts and seeds for {len(seeds)}")
         rows = self._policy.check(prompts)
-        tasks = [Task(prompt, seed) for prompt, own in enumerate(seeds) for seed in own]
+        tasks = [Task(prompt, seed) for prompt, each in enumerate(seeds) for seed in each]
         drafts: list[Draft | None] = [None] * len(tasks)
         hidden = None if self.show_progress else True
         bar = tqdm(total=len(tasks), desc="sampling", unit=" completions", delay=PATIENCE, leave=False, disable=hidden)
@@ -107,7 +107,7 @@ class HfSampler:
                     drafts[i] = draft
                 bar.update(len(batch))
         rollouts = iter(self._policy.endings.rollouts([draft for draft in drafts if draft is not None]))
-        return [[next(rollouts) for _ in own] for own in seeds]
+        return [[next(rollouts) for _ in each] for each in seeds]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Refuse a prompt without tokens, or too long for the model with its completion: ValueError."""
@@ -149,7 +149,7 @@ class HfSampler:
         costs = [len(rows[task.prompt]) + self.decoding.max_tokens for task in tasks]
         if len(set(costs)) > 1 and not (self._route.pads and self._reader.pads):
             alone = [[task for task in tasks if task.prompt == at] for at in _distinct(task.prompt for task in tasks)]
-            return [draft for own in alone for draft in self._write(rows, own)]
+            return [draft for each in alone for draft in self._write(rows, each)]
         padded, every = len(set(costs)) > 1, list(range(len(tasks)))
         try:
             drafts = self._budget.run(lambda at: self._write_at_once(rows, [tasks[i] for i in at]), every, costs)

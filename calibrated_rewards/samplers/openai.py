@@ -149,7 +149,7 @@ class OpenAISampler:
     def __call__(self, prompts: Sequence[Prompt], seeds: Seeds) -> list[list[Rollout]]:
         """Draw a rollout for each seed of each prompt."""
         most = self.most_at_once
-        jobs = [(i, own[at : at + most]) for i, own in enumerate(seeds) for at in range(0, len(own), most)]
+        jobs = [(i, each[at : at + most]) for i, each in enumerate(seeds) for at in range(0, len(each), most)]
         drawn: dict[int, list[Rollout]] = {}
         if jobs:
             _ = self._served  # in this thread, once

@@ -141,7 +141,7 @@ def sample(sampler: Sampler, prompts: Iterable[Prompt], seeds: Seeds) -> list[li
     if len(prompts) != len(seeds):
         raise ValueError(f"each prompt needs its seeds, got {len(prompts)} prompts and seeds for {len(seeds)}")
     # Copies: a sampler may change its arguments.
-    answer = sampler(deepcopy(prompts), [[*own] for own in seeds]) if prompts else []
+    answer = sampler(deepcopy(prompts), [[*each] for each in seeds]) if prompts else []
     if not isinstance(answer, Sequence) or isinstance(answer, str) or len(answer) != len(prompts):
         raise ValueError(
             f"a sampler gives a list of completions for each of {len(prompts)} prompts, {name_of(sampler)} gave "

@@ -102,9 +102,9 @@ class VllmSampler:
         """Draw a rollout for each seed of each prompt."""
         rows = self._tokens(prompts)
         self._check_lengths(prompts, rows, self._engine.limit)
-        requests = [(i, seed) for i, own in enumerate(seeds) for seed in own]
+        requests = [(i, seed) for i, each in enumerate(seeds) for seed in each]
         drawn = iter(self._rollouts(prompts, rows, requests))
-        return [[next(drawn) for _ in own] for own in seeds]
+        return [[next(drawn) for _ in each] for each in seeds]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Refuse a prompt without tokens, too long with its completion, or refused by the template: ValueError."""

@@ -123,9 +123,9 @@ class Engine:
         """Describe the weights by a folder's files, or a repository's commit; and the settings that change them."""
         over = {} if self.adapter is None else {"adapter": weights(self.adapter, None)}
         changing = ("quantization", "kv_cache_dtype", "hf_overrides", "rope_scaling")
-        given = {name: str(self.options[name]) for name in changing if name in self.options}
+        options = {name: str(self.options[name]) for name in changing if name in self.options}
         dtype = str(self._settings["dtype"]).removeprefix("torch.")
-        return {**self._weights, **over, "dtype": dtype, **given, "vllm": installed()}
+        return {**self._weights, **over, "dtype": dtype, **options, "vllm": installed()}
 
     @cached_property
     def _weights(self) -> dict[str, Any]:
