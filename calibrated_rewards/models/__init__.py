@@ -13,10 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calibrated_rewards.models.batches import Budget as Budget
+    from calibrated_rewards.models.labels import (
+        Difference as Difference,
+        Expected as Expected,
+        Label as Label,
+        Ordinal as Ordinal,
+        Weighted as Weighted,
+    )
+    from calibrated_rewards.models.loading import Placement as Placement
     from calibrated_rewards.models.text import Text as Text
 
-# Loaded when they are asked for: they bring heavy libraries.
-LAZY = {"Text": "text", "Budget": "batches"}
+# Imported when they are asked for: some bring heavy libraries.
+LAZY = {"Text": "text", "Budget": "batches", "Placement": "loading"}
+LAZY |= dict.fromkeys(("Difference", "Expected", "Label", "Ordinal", "Weighted"), "labels")
 
 
 def __getattr__(name: str) -> Any:

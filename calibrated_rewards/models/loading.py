@@ -240,7 +240,7 @@ def _parse_dtype(dtype: Any) -> Any:
 def default_device() -> torch.device:
     """Return the GPU that torchrun or accelerate gave to this process, or the first; without any, the CPU.
 
-    >>> own_device().type in ("cuda", "cpu")
+    >>> default_device().type in ("cuda", "cpu")
     True
     """
     if not torch.cuda.is_available():
