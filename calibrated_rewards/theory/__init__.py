@@ -1,8 +1,9 @@
 """The paper on [0, 1]: transforms, procedures, the tilted policy and its optimum; numpy and scipy only.
 
-A *transform* maps a calibrated reward u to the reward that is trained on. A *procedure* says how the policy is served
-(best of N, ...). `win_rate`, `kl` and `frontier` say what training for a transform gives; `optimum` and `tune` pick the
-transform for a procedure; `values` and `references_needed` say what K references can tell.
+A *transform* (`transforms`) maps a calibrated reward u to the reward that is trained on. A *procedure* (`procedures`)
+is the way the policy is served, such as best of N. `tilted_policy` computes what training for a transform gives,
+`optimum` the best transform for a procedure, `named` reads the names of both. `finite_k`, `fixed_references` and
+`bands` say what K references can tell, `quadrature` integrates over u.
 """
 
 from calibrated_rewards.theory.bands import band as band, coverage as coverage, dkw as dkw
