@@ -11,7 +11,7 @@ calibrated_rewards.server.limits.Refused: query[1] is a text, got int 7
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol, Self, TypeAlias
+from typing import Annotated, Any, ClassVar, Protocol, Self, TypeAlias, runtime_checkable
 from uuid import uuid4
 
 from pydantic import (
@@ -129,6 +129,7 @@ class Pair:
     id: str | int | None = None
 
 
+@runtime_checkable
 class Dialect(Protocol):
     """The request of one kind of client."""
 
