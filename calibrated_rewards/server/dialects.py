@@ -11,7 +11,7 @@ calibrated_rewards.server.limits.Refused: query[1] is a text, got int 7
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol, Self, TypeAlias, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 from uuid import uuid4
 
 from pydantic import (
@@ -91,6 +91,17 @@ def check_chat(messages: list[Any], info: ValidationInfo) -> list[Any]:
     return messages
 
 
+def check_same_length(request: Any) -> Any:
+    """Refuse a request with a list that is not as long as that of its dialect's own field."""
+    count = len(getattr(request, request.field))
+    for name in ("prompts", "ids", "labels"):
+        items = getattr(request, name, None)
+        if items is not None and len(items) != count:
+            message = f"{name} has an item for each of {request.field}, got {len(items)} for {count}"
+            raise PydanticCustomError("length", message)
+    return request
+
+
 def _choose_form(value: Any) -> str | None:
     return "text" if isinstance(value, str) else "messages" if isinstance(value, list) and value else None
 
@@ -155,11 +166,7 @@ class Native(BaseModel):
     completions: Chats
     ids: Ids = None
 
-    @model_validator(mode="after")
-    def check_lengths(self) -> Self:
-        """Refuse lists of different lengths."""
-        check_same_length(self, "completions", "prompts", "ids")
-        return self
+    check_lengths = model_validator(mode="after")(check_same_length)
 
     def pairs(self, id_column: str | None) -> list[Pair]:
         """List pairs, and ids if there are any, which are ids whatever the reward's `id_column`."""
@@ -181,11 +188,7 @@ class OpenRlhf(BaseModel):
     prompts: Texts | None = None
     labels: Annotated[list[Any] | None, Field(description=LABEL)] = None
 
-    @model_validator(mode="after")
-    def check_lengths(self) -> Self:
-        """Refuse lists of different lengths."""
-        check_same_length(self, "query", "prompts", "labels")
-        return self
+    check_lengths = model_validator(mode="after")(check_same_length)
 
     def pairs(self, id_column: str | None) -> list[Pair]:
         """Split texts after their prompts; where there are no prompts, they start with the longest known one."""
@@ -207,11 +210,7 @@ class LightRft(BaseModel):
     prompts: Texts | None = None
     labels: Annotated[list[Any] | None, Field(description=LABEL)] = None
 
-    @model_validator(mode="after")
-    def check_lengths(self) -> Self:
-        """Refuse lists of different lengths."""
-        check_same_length(self, "queries", "prompts", "labels")
-        return self
+    check_lengths = model_validator(mode="after")(check_same_length)
 
     def pairs(self, id_column: str | None) -> list[Pair]:
         """Split texts after their prompts, which may come after padding."""
@@ -287,16 +286,6 @@ def parse_request(payload: dict[str, Any], limits: Limits) -> Dialect:
     if error["msg"] == "is a text or a list of messages":
         message += value
     raise Refused(413 if error["type"] == TOO_LARGE else 422, f"{name} {message}".strip())
-
-
-def check_same_length(request: Any, reference: str, *names: str) -> None:
-    """Refuse lists of a request that are not as long as the reference."""
-    count = len(getattr(request, reference))
-    for name in names:
-        items = getattr(request, name)
-        if items is not None and len(items) != count:
-            message = f"{name} has an item for each of {reference}, got {len(items)} for {count}"
-            raise PydanticCustomError("length", message)
 
 
 def split_queries(
