@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from calibrated_rewards.prompts import Completion
+from calibrated_rewards.prompts import Completion, UnknownPromptError
 from calibrated_rewards.reward.calibrators import Calibration, EmpiricalCDF, Uncalibrated
 from calibrated_rewards.reward.find_prompts import (
     CompletionForm,
@@ -45,7 +45,7 @@ from calibrated_rewards.reward.monitoring import Alarm, compute_metrics, drop_re
 from calibrated_rewards.reward.originals import Originals, RunPrompts
 from calibrated_rewards.reward.verification import Verification, verify_scorer
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, is_thread_safe, paired, score
-from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.optimum import Optimal
 from calibrated_rewards.theory.transforms import Affine, Chain, Identity, Scale, Transform, scaled

@@ -31,9 +31,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from calibrated_rewards.models.text import answer, plain_messages
-from calibrated_rewards.prompts import Completion, Prompt, as_key, id_key, start_of
+from calibrated_rewards.prompts import Completion, Prompt, UnknownPromptError, as_key, id_key, start_of
 from calibrated_rewards.scorers.protocol import reads_messages
-from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 logger = logging.getLogger("calibrated_rewards")
 # In place of the key of a prompt of which only the id arrives.

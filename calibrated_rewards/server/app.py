@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
+from calibrated_rewards.prompts import UnknownPromptError
 from calibrated_rewards.reward.batching import Coalescer, Full
 from calibrated_rewards.reward.lookup import Score
 from calibrated_rewards.server.access import AccessControl, Shutdown, check_address, check_token
@@ -21,7 +22,6 @@ from calibrated_rewards.server.dialects import Pair, parse_request, request_sche
 from calibrated_rewards.server.limits import Bodies, Limits, Refused, parse_json
 from calibrated_rewards.server.listening import listen
 from calibrated_rewards.server.metrics import Metrics
-from calibrated_rewards.table.reference_table import UnknownPromptError
 
 LOG = logging.getLogger("calibrated_rewards.server.app")
 PATHS = ("/", "/get_reward", "/score", "/v1/score/evaluation", "/reward")
