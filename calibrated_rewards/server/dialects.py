@@ -23,7 +23,6 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
-    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
@@ -45,9 +44,9 @@ RULES = {
 TOO_LARGE = "too_large"
 
 
-def check_text(text: str, info: ValidationInfo) -> str:
+def check_text(text: str, info: Any) -> str:
     """Refuse a text that is too long, or has half a character."""
-    limits: Limits = info.context  # type: ignore[assignment]
+    limits: Limits = info.context
     if len(text) > limits.text:
         raise PydanticCustomError(TOO_LARGE, f"has at most {limits.text} characters, got {len(text)}")
     try:
@@ -57,9 +56,9 @@ def check_text(text: str, info: ValidationInfo) -> str:
     return text
 
 
-def check_count(items: Any, info: ValidationInfo) -> Any:
+def check_count(items: Any, info: Any) -> Any:
     """Refuse a list that is too long, before its items are looked at."""
-    limits: Limits = info.context  # type: ignore[assignment]
+    limits: Limits = info.context
     if isinstance(items, list) and len(items) > limits.pairs:
         raise PydanticCustomError(TOO_LARGE, f"has at most {limits.pairs} completions, got {len(items)}")
     return items
@@ -81,7 +80,7 @@ def check_message(message: dict[Any, Any]) -> dict[Any, Any]:
     return message
 
 
-def check_chat(messages: list[Any], info: ValidationInfo) -> list[Any]:
+def check_chat(messages: list[Any], info: Any) -> list[Any]:
     """Refuse messages that have no canonical form, or a too long one."""
     try:
         text = canonical_chat(messages)
