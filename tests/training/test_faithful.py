@@ -445,7 +445,9 @@ def test_a_framework_needs_the_default_of_what_it_names():
 def test_conditions_see_the_other_settings():
     """SameAs compares two settings, and does so with defaults."""
     toy = Framework("toy", "1", (Rule("a", SameAs("b"), "a=b", "x"),), {"a": None, "b": 4})
-    assert [len(find_broken_rules(FrameworkSettings(each, toy))) for each in ({}, {"a": 4}, {"a": 5}, {"a": 5, "b": 5})] == [0, 0, 1, 0]
+    assert [
+        len(find_broken_rules(FrameworkSettings(each, toy))) for each in ({}, {"a": 4}, {"a": 5}, {"a": 5, "b": 5})
+    ] == [0, 0, 1, 0]
 
 
 def test_all_frameworks_have_their_own_name():
