@@ -11,6 +11,7 @@ from calibrated_rewards.reward.calibrators import (
     LogSigmoidAtQuantile as LogSigmoidAtQuantile,
     MedianCentered as MedianCentered,
     SmoothedCDF as SmoothedCDF,
+    Uncalibrated as Uncalibrated,
     ZScore as ZScore,
 )
 from calibrated_rewards.reward.combined import (

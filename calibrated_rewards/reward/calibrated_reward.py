@@ -34,7 +34,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from calibrated_rewards.prompts import Completion, UnknownPromptError
 from calibrated_rewards.reward.batching import Coalescer
-from calibrated_rewards.reward.calibrators import Calibration, EmpiricalCDF
+from calibrated_rewards.reward.calibrators import Calibration, EmpiricalCDF, Uncalibrated
 from calibrated_rewards.reward.find_prompts import (
     Located,
     Reading,
@@ -191,6 +191,10 @@ class CalibratedReward:
         if self.name:
             return self.name
         settings = {each.name: (getattr(self, each.name), each.default) for each in fields(self)}
+        if isinstance(self.calibration, Uncalibrated):
+            # Beside the calibrated reward in a log, and named after it.
+            calibrated = named(self.transform, self.scorer, **{name: settings[name] for name in NAMED_SETTINGS[:2]})
+            return f"raw_{calibrated}"
         return named(self.transform, self.scorer, **{name: settings[name] for name in NAMED_SETTINGS})
 
     @property
@@ -348,7 +352,7 @@ class CalibratedReward:
         place = self._located(asked, ids)
         raw = self.raw(place.prompts, answered)
         found = self._valuing(place.rows, raw, place.prompts.__getitem__)
-        if listen is not None and self.alarm:
+        if listen is not None and self.alarm and not isinstance(self.calibration, Uncalibrated):
             self._alarm.hear(*first_ones(place.rows, found.u, answered), trained=not listen)
         rewards: list[float | None] = found.value.tolist()
         if self.on_missing == "skip":

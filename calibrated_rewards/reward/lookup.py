@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64, Shaped
 
 from calibrated_rewards.prompts import Prompt
-from calibrated_rewards.reward.calibrators import Calibration, EmpiricalCDF
+from calibrated_rewards.reward.calibrators import Calibration, EmpiricalCDF, Uncalibrated
 from calibrated_rewards.reward.find_prompts import keys_of
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator, values
@@ -101,7 +101,7 @@ class Valuing:
     on_missing: OnMissing
 
     def __post_init__(self) -> None:
-        if isinstance(self.calibration, EmpiricalCDF):
+        if isinstance(self.calibration, EmpiricalCDF | Uncalibrated):
             return
         if self.estimator != "empirical":
             raise ValueError(f'{self.calibration!r} needs estimator="empirical": the others are of ranks')
@@ -132,7 +132,9 @@ class Valuing:
             return Valued(*self._of(self.lookup, rows, raw), known)
         if not np.isfinite(raw).all():
             raise ValueError(f"raw scores are finite, got {raw[~np.isfinite(raw)].ravel()[0]}")
-        value, u = np.full(raw.shape, self.neutral), np.full(raw.shape, 0.5)
+        uncalibrated = isinstance(self.calibration, Uncalibrated)
+        value = raw.astype(np.float64) if uncalibrated else np.full(raw.shape, self.neutral)
+        u = np.full(raw.shape, 0.5)
         value[known], u[known] = self._of(self.lookup, rows[known], raw[known])
         if callable(self.on_missing):
             asked = [prompts(int(at)) for at in np.flatnonzero(~known)]
@@ -146,6 +148,8 @@ class Valuing:
         u = lookup.u(rows, index)
         if self.by_rank:
             return lookup.values(rows, index), u
+        if isinstance(self.calibration, Uncalibrated):
+            return raw.astype(np.float64), u
         each = raw[0].size if len(raw) else 1
         placed = self.calibration(lookup.table, np.repeat(rows, each), raw.ravel())
         if not isinstance(self.transform, Identity) and not ((placed >= 0) & (placed <= 1)).all():

@@ -11,6 +11,7 @@ import textwrap
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from calibrated_rewards import (
 )
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.on_demand import OnTheSpot
-from calibrated_rewards.reward.calibrators import SmoothedCDF, ZScore
+from calibrated_rewards.reward.calibrators import SmoothedCDF, Uncalibrated, ZScore
 from calibrated_rewards.reward.monitoring import measures
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
@@ -703,3 +704,44 @@ def test_a_reward_on_the_hub_needs_a_reward_model_on_the_hub(tmp_path: Path) -> 
     """A folder of this machine is nobody else's."""
     with pytest.raises(ValueError, match="folder of this machine"):
         model_reward(tmp_path).push_to_hub("someone/reward")
+
+
+@pytest.mark.parametrize("transform", [Identity(), Exponential(10.0)])
+@pytest.mark.parametrize("estimator", ["empirical", "unbiased"])
+@pytest.mark.parametrize("scale", ["unit", "standard"])
+def test_without_calibration(transform: Any, estimator: Any, scale: Any) -> None:
+    """The raw score is the reward, whatever transform was there; names, quantiles and misses stay what they were."""
+    calibrated = reward_of(transform, estimator=estimator, scale=scale, on_missing="neutral", beta=0.1)
+    raw = replace(calibrated, calibration=Uncalibrated(), beta=None)
+    prompts, numbers = [*PROMPTS[:3], "unknown"], [-1e6, 0.125, 3.5, 1e6]
+    completions = [str(number) for number in numbers]
+    logs: dict[str, float] = {}
+    assert raw(prompts, completions, log_metric=logs.__setitem__) == numbers
+    assert raw.__name__ == f"raw_{calibrated.__name__}"
+    expected = measures(calibrated.score(prompts, completions))
+    assert logs == {f"{raw.__name__}/{name}": value for name, value in expected.items()}
+    assert raw.calibrated(prompts, completions).tolist() == calibrated.calibrated(prompts, completions).tolist()
+    exact = np.array([[0.1, 1 / 3], [-2.0, 1e-9]])
+    assert np.array_equal(raw.from_scores(PROMPTS[:2], exact), exact)
+    tensor = torch.tensor(exact, dtype=torch.bfloat16)
+    found = raw.from_scores(PROMPTS[:2], tensor)
+    assert (found.dtype, found.tolist()) == (torch.float32, tensor.float().tolist())
+    assert replace(raw, on_missing="skip")(prompts, completions) == [*numbers[:3], None]
+    with pytest.raises(UnknownPromptError):
+        replace(raw, on_missing="raise")(prompts, completions)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite"):
+            raw.from_scores(PROMPTS[:1], [bad])
+        with pytest.raises(ValueError, match="finite"):
+            raw.from_scores(["unknown"], [bad])
+
+
+def test_without_calibration_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
+    """A run on raw scores is not warned of responses that are better than the references."""
+    table = ReferenceTable.build([(f"p{i}", np.arange(8.0)) for i in range(64)])
+    raw = CalibratedReward(NumberScorer(), table, calibration=Uncalibrated())
+    prompts = [f"p{i % 64}" for i in range(300)]
+    raw(prompts, [f"{8 + i}" for i in range(300)])
+    assert caplog.text == ""
+    replace(raw, calibration=EmpiricalCDF())(prompts, [f"{8 + i}" for i in range(300)])
+    assert "standard errors" in caplog.text
