@@ -25,6 +25,7 @@ from calibrated_rewards.calibration.shards import (
     write_prompts,
     write_shard,
 )
+from calibrated_rewards.files import replace_file
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import Rollout
 
