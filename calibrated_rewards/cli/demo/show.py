@@ -19,7 +19,7 @@ from calibrated_rewards.evaluation.report.report import report
 from calibrated_rewards.files import write_file
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf
-from calibrated_rewards.training.launch import outcome
+from calibrated_rewards.training.launch import summarise_steps
 
 STEPS = 7
 
@@ -139,7 +139,7 @@ def _cell(point: Point | None, procedure: str) -> str:
 
 def trained(log: Path) -> str:
     """The first steps of a run and the last, in words."""
-    return outcome([json.loads(line) for line in log.read_text().splitlines()]).rstrip()
+    return summarise_steps([json.loads(line) for line in log.read_text().splitlines()]).rstrip()
 
 
 def reached(found: Evaluation, scale: Scale) -> str:

@@ -6,8 +6,8 @@
 
     train_rloo("./sft", reward, prompts, Decoding(max_tokens=64), TRLSettings(beta=0.1), "run/")
 
-`trl.py` has `train_rloo` and `train_grpo`; `grpo.py` and `ppo.py` are the plain loops, each with its `train`. Copy one to
-change it.
+`trl.py` has `train_rloo` and `train_grpo`; `grpo.py` and `ppo.py` are the plain loops, each with its `train`. Copy one
+to change it.
 """
 
 from importlib import import_module
