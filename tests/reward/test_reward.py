@@ -40,8 +40,9 @@ from calibrated_rewards import (
 )
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.on_demand import OnTheSpot
+from calibrated_rewards.reward.batching import ascore, ascore_one, score_one
 from calibrated_rewards.reward.calibrators import SmoothedCDF, Uncalibrated, ZScore
-from calibrated_rewards.reward.monitoring import measures
+from calibrated_rewards.reward.monitoring import compute_metrics
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory import finite_k
@@ -108,12 +109,12 @@ def test_every_way_of_asking_gives_the_same(transform: Any) -> None:
 
     async def alone() -> list[Any]:
         pairs = zip(prompts, completions, strict=True)
-        return list(await asyncio.gather(*(reward.ascore_one(*pair) for pair in pairs)))
+        return list(await asyncio.gather(*(ascore_one(reward, *pair) for pair in pairs)))
 
     assert reward.score(prompts, completions).reward == expected
-    assert [reward.score_one(p, c).reward for p, c in zip(prompts, completions, strict=True)] == expected
+    assert [score_one(reward, p, c).reward for p, c in zip(prompts, completions, strict=True)] == expected
     assert [score.reward for score in asyncio.run(alone())] == expected
-    assert asyncio.run(reward.ascore(prompts, completions)).reward == expected
+    assert asyncio.run(ascore(reward, prompts, completions)).reward == expected
     assert reward.from_scores(prompts, raw).tolist() == expected
     assert reward.from_scores(reward.rows(prompts), raw).tolist() == expected
     glued = [f"{p} {c}" for p, c in zip(prompts, completions, strict=True)]
@@ -358,7 +359,7 @@ def test_texts_without_a_known_prompt_are_unknown_prompts() -> None:
 
 def test_more_pairs_than_may_wait_are_scored_all_the_same() -> None:
     """A large batch is a batch, and waits in no queue."""
-    found = asyncio.run(reward_of().ascore(["prompt 1"] * 10_000, ["0.3"] * 10_000))
+    found = asyncio.run(ascore(reward_of(), ["prompt 1"] * 10_000, ["0.3"] * 10_000))
     assert found.reward == reward_of()(["prompt 1"], ["0.3"]) * 10_000
 
 
@@ -446,7 +447,7 @@ def test_what_is_logged() -> None:
     assert metrics["calm/log_u"] == pytest.approx(np.log(np.maximum(u, 1e-3)).mean())
     assert metrics["calm/misses"] == 0
     assert extra["calm/u"] == pytest.approx(u)
-    nobody = measures(reward_of(on_missing="neutral").score(["stranger"], ["1"]))
+    nobody = compute_metrics(reward_of(on_missing="neutral").score(["stranger"], ["1"]))
     assert {*nobody} == {name.removeprefix("calm/") for name in metrics}
     assert nobody["misses"] == 1
 
@@ -553,7 +554,7 @@ def test_thirty_two_threads_give_the_same_rewards(tmp_path: Path) -> None:
 
     def one(at: int) -> tuple[float | None, list[Any]]:
         barrier.wait()
-        alone = reward.score_one(prompts[at], completions[at]).reward
+        alone = score_one(reward, prompts[at], completions[at]).reward
         return alone, reward(prompts[at : at + 3], completions[at : at + 3])
 
     with ThreadPoolExecutor(32) as pool:
@@ -684,7 +685,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
             other.save_pretrained(tmp_path / "reward")
     assert CalibratedReward.from_pretrained(tmp_path / "reward").name == "first"
     with monkeypatch.context() as patched:
-        patched.setattr("calibrated_rewards.reward.saving._write_prompts", full)
+        patched.setattr("calibrated_rewards.reward.saving._save_prompts", full)
         with pytest.raises(OSError, match="no space"):
             other.save_pretrained(tmp_path / "reward")
     with pytest.raises(ValueError, match="not of one save"):
@@ -718,7 +719,7 @@ def test_without_calibration(transform: Any, estimator: Any, scale: Any) -> None
     logs: dict[str, float] = {}
     assert raw(prompts, completions, log_metric=logs.__setitem__) == numbers
     assert raw.__name__ == f"raw_{calibrated.__name__}"
-    expected = measures(calibrated.score(prompts, completions))
+    expected = compute_metrics(calibrated.score(prompts, completions))
     assert logs == {f"{raw.__name__}/{name}": value for name, value in expected.items()}
     assert raw.calibrated(prompts, completions).tolist() == calibrated.calibrated(prompts, completions).tolist()
     exact = np.array([[0.1, 1 / 3], [-2.0, 1e-9]])
