@@ -176,8 +176,7 @@ def save(reward: Any, to: str | os.PathLike[str]) -> None:
     reward.table.save(at / TABLE)
     _save_prompts(reward, at / PROMPTS)
     text = json.dumps({"format": FORMAT, "version": VERSION, "table": _read_digest(at), **settings}, indent=2)
-    write_file(at / SETTINGS, text + "
-")
+    write_file(at / SETTINGS, text + "\n")
 
 
 def _setting_to_json(reward: Any, name: str) -> Any:
