@@ -33,7 +33,6 @@ from calibrated_rewards.reward.frameworks import configured
 from calibrated_rewards.reward.saving import NeedsTrust
 from calibrated_rewards.scorers.ensemble import Function
 from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
-from calibrated_rewards.training.online import train_rloo
 
 HOLDER = """
 import sys
@@ -301,7 +300,7 @@ def test_a_local_directory_is_trusted_no_more_than_the_hub(
     policy = ["--policy", "./no-such-policy", "--prompts", "no-such-file.jsonl", "--out", str(tmp_path / "out")]
     assert main(["serve", str(at)]) == 2
     assert main(["evaluate", "--reward", str(at), "--reference", "./none", *policy]) == 2
-    assert train_rloo.main(["--reward", str(at), *policy]) == 2
+    assert main(["train", "rloo", "--reward", str(at), *policy]) == 2
     complaints = capsys.readouterr().err.splitlines()
     assert sum("then allow it with --trust-remote-code" in line for line in complaints) == 3
     assert CalibratedReward.from_pretrained(at, scorer=NumberScorer())(["2+2="], ["4"])
