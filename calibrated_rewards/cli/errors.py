@@ -27,17 +27,17 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
     "vllm": ("vllm",),
 }
-# The extras that a command needs whatever its options are; of those that load models, see `extras_of`.
+# The extras that a command or recipe needs whatever its options are; of those that load models, see `extras_of`.
 NEEDED: dict[str, tuple[str, ...]] = {
     "calibrate": ("calibrate",),
     "evaluate": ("calibrate",),
     "serve": ("serve",),
     "report": ("plots", "calibrate"),
     "demo": ("hf", "calibrate", "trl", "plots"),
-    "train rloo": ("hf", "trl", "calibrate"),
-    "train grpo": ("hf", "trl", "calibrate"),
-    "train grpo --plain": ("hf",),
-    "train ppo": ("hf",),
+    "grpo_plain": ("hf",),
+    "ppo": ("hf",),
+    "train_grpo": ("hf", "trl", "calibrate"),
+    "train_rloo": ("hf", "trl", "calibrate"),
 }
 OPTIONS = {
     "column": "--column NAME",
@@ -89,7 +89,7 @@ def extras_of(command: str, options: argparse.Namespace) -> set[str]:
     named = ("policy", "reference", "reward_model", "judge")
     given = [value for name in named for value in _listed(getattr(options, name, None))]
     urls = [any(part.startswith(("http://", "https://")) for part in (each, each.partition("=")[2])) for each in given]
-    extras = {*NEEDED.get(" ".join(filter(None, (command, getattr(options, "trainer", None)))), ())}
+    extras = {*NEEDED.get(command, ())}
     extras |= {"http"} if any(urls) else set()
     extras |= {"hf"} if not all(urls) else set()
     extras |= {"plots"} if getattr(options, "plot", None) is not None else set()

@@ -18,7 +18,6 @@ COMMANDS = {
     "calibrate": "draw rollouts of the reference policy for each prompt, score them, and make the table of references",
     "frontier": "say what training for each reward would come to, by reweighting the rollouts of a calibration",
     "reward": "make the directory that trainers load: table, reward model and transform, verified",
-    "train": "train a policy for a saved reward: RLOO or GRPO by TRL, GRPO or PPO in plain PyTorch",
     "serve": "answer a calibrated reward over HTTP, in the dialects of OpenRLHF, LightRFT, slime and LLaMA-Factory",
     "evaluate": "draw from policies and their reference, judge, and compare: win rates and KL, with their errors",
     "report": "one page of HTML that says what was calibrated, whether it is good, what was trained, what came out",
@@ -67,8 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # whatever went wrong is shown, without a traceback
         if options.debug:
             raise
-        other = getattr(command, "OTHER_OPTION", "--option {name}={value}")
-        said = error_text(error, other, extras=extras_of(chosen, options))
+        said = error_text(error, extras=extras_of(chosen, options))
         end = "\n" if "\n" in said else " "
         sys.stderr.write(f"{parser.prog}: error: {said}{end}(--debug shows where)\n")
         return UNUSABLE

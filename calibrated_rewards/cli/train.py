@@ -10,7 +10,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from importlib import import_module
 from typing import Any
 
-from calibrated_rewards.cli.errors import Real, Whole, folder
+from calibrated_rewards.cli.errors import Real, Whole, folder, missing_text
 from calibrated_rewards.prompts import UnknownPromptError
 from calibrated_rewards.reward.saving import NeedsTrust
 from calibrated_rewards.theory.named import parse_transform
@@ -48,11 +48,15 @@ class Trainer:
     module: str
     settings: str
     function: str
+    extras: tuple[str, ...] = ("hf",)
     plain: bool = False
     """A loop of ours in PyTorch, which begins anew instead of going on, on any device."""
 
     def load(self) -> tuple[str, type[Any], Callable[..., None]]:
-        """Import the trainer: its help, settings and function."""
+        """Import the trainer: its help, settings and function; ImportError names all libraries that are missing."""
+        missing = missing_text({*self.extras})
+        if missing is not None:
+            raise ImportError(missing)
         module = import_module(f"calibrated_rewards.training.online.{self.module}")
         run: Any = module
         for name in self.function.split("."):
@@ -60,10 +64,10 @@ class Trainer:
         return str(module.__doc__), getattr(module, self.settings), run
 
 
-# `cli.errors.NEEDED` has the libraries of each.
+TRL = ("hf", "trl", "calibrate")
 TRAINERS = {
-    "rloo": Trainer("trl", "TRLSettings", "train_rloo.run"),
-    "grpo": Trainer("trl", "TRLSettings", "train_grpo.run"),
+    "rloo": Trainer("trl", "TRLSettings", "train_rloo.run", TRL),
+    "grpo": Trainer("trl", "TRLSettings", "train_grpo.run", TRL),
     "grpo --plain": Trainer("grpo", "GRPOSettings", "run", plain=True),
     "ppo": Trainer("ppo", "PPOSettings", "run", plain=True),
 }
@@ -103,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
         # Wrong settings are refused before anything is loaded.
         train(launch=read_fields(options, Launch), settings=read_fields(options, settings))
     except NeedsTrust as error:
-        raise ValueError(f"{error.what}: read it, then allow it with --trust-remote-code") from None
+        raise ValueError(f"{error.reason}: read it, then allow it with --trust-remote-code") from None
     except KeyboardInterrupt:
         sys.stderr.write(f"\n{parser.prog}: stopped; its files so far are in {options.out}\n")
         return STOPPED

@@ -35,6 +35,7 @@ from calibrated_rewards.training.check_settings.rules import (
     Finding,
     Framework,
     FrameworkSettings,
+    Severity,
     find_broken_rules,
     find_strength,
     is_set,
@@ -217,7 +218,7 @@ def _check_decoding(settings: FrameworkSettings, meta: Mapping[str, Any]) -> Ite
         unknown = settings[setting] is None and name == "max_tokens"
         if name == "max_tokens" and not unknown:
             why = f"the calibration cut at {decoding[name]} tokens, the trainer at {settings[setting]}"
-        severity = "warning" if unknown else "error"
+        severity: Severity = "warning" if unknown else "error"
         yield Finding(settings.describe(setting), why, f"{setting}={decoding[name]!r}", severity)
 
 

@@ -174,7 +174,7 @@ def rloo_settings(
     >>> rloo_settings(0.05)["normalize_advantages"]
     False
     """
-    own = {"beta": _choose_beta(beta, num_generations, reward), "num_generations": num_generations}
+    own: dict[str, Any] = {"beta": _choose_beta(beta, num_generations, reward), "num_generations": num_generations}
     own |= {"normalize_advantages": False, "reward_clip_range": None}
     return {**own, **COMMON, **_copy_decoding(reward), **more}
 
@@ -190,7 +190,7 @@ def grpo_settings(
     0.06
     """
     written = _choose_beta(beta, num_generations, reward) * (num_generations - 1) / num_generations
-    own = {"beta": written, "num_generations": num_generations}
+    own: dict[str, Any] = {"beta": written, "num_generations": num_generations}
     own |= {"scale_rewards": "none", "multi_objective_aggregation": "sum_then_normalize", "loss_type": "dr_grpo"}
     own |= {"use_bias_correction_kl": True, "importance_sampling_level": "token"}
     own |= {"top_entropy_quantile": 1.0, "entropy_coef": 0.0, "delta": None, "off_policy_mask_threshold": None}
