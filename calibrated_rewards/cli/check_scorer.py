@@ -148,9 +148,9 @@ def told(fingerprint: dict[str, Any]) -> list[str]:
 
 def speed(subject: "Subject") -> str:
     """How many completions it scores in a second, all pairs in one call; and tokens, where the model shows them."""
-    from calibrated_rewards.testing.check_inputs import ids_read
+    from calibrated_rewards.testing.check_inputs import record_ids
 
-    with ids_read(subject.model) as batches:
+    with record_ids(subject.model) as batches:
         start = time.perf_counter()
         subject.score(subject.pairs)
         seconds = time.perf_counter() - start
