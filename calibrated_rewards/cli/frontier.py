@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from calibrated_rewards.cli.errors import Real, Whole
 from calibrated_rewards.evaluation.objectives import ARMS, AnyKL, Arm, BestAtKL, Transformed, usual_arms
-from calibrated_rewards.theory.named import transform
+from calibrated_rewards.theory.named import parse_transform
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
 from calibrated_rewards.theory.transforms import scaled
 
@@ -65,7 +65,7 @@ def arm(name: str) -> tuple[str, Arm]:
     try:
         if kind in OPTIMA and len(numbers) == 1:
             return name, BestAtKL(OPTIMA[kind](int(numbers[0])))
-        return name, AnyKL(Transformed(scaled(transform(name), "unit")))
+        return name, AnyKL(Transformed(scaled(parse_transform(name).transform, "unit")))
     except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(
             f"an arm is {', '.join(ARMS)}, exp:T, best-of:N or worst-of:N, got {name!r}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrated_rewards.evaluation.estimates import FEW, Stated
+from calibrated_rewards.files import write_file
 
 UNKNOWN = "-"
 WIDTH = 1e-9
@@ -96,10 +97,7 @@ class Evaluation:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a file, as JSON."""
-        from calibrated_rewards.calibration.shards import replacing
-
-        with replacing(Path(path)) as file:
-            file.write(json.dumps(self.as_json(), indent=2).encode() + b"\n")
+        write_file(path, json.dumps(self.as_json(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Evaluation":

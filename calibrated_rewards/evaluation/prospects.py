@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calibrated_rewards.evaluation.estimates import FEW, Stated
+from calibrated_rewards.files import write_file
 
 RELIABLE = 5
 """The effective number of rollouts below which docs/evidence/results.md found win rates off by more than .02."""
@@ -94,10 +95,7 @@ class Reweighted:
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file, in one step."""
-        from calibrated_rewards.calibration.shards import replacing
-
-        with replacing(Path(path)) as file:
-            file.write((json.dumps(self.as_json(), indent=1) + "\n").encode())
+        write_file(path, json.dumps(self.as_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Reweighted":

@@ -17,8 +17,9 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from calibrated_rewards.calibration.run_directory import RunDirectory
-from calibrated_rewards.calibration.shards import read_table, replacing
+from calibrated_rewards.calibration.shards import read_table
 from calibrated_rewards.evaluation.outcomes import Precision
+from calibrated_rewards.files import replace_file
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.samplers.protocol import Rollout
 from calibrated_rewards.scorers.protocol import fingerprint
@@ -129,5 +130,5 @@ def _write(file: Path, said: str, kept: Mapping[bytes, Sequence[tuple[float, boo
         for key, own in kept.items()
         for number, (kl, same) in enumerate(own)
     ]
-    with replacing(file) as handle:
+    with replace_file(file) as handle:
         pq.write_table(pa.Table.from_pylist(rows, _KEPT.with_metadata({_OF: said})), handle, compression="zstd")

@@ -23,10 +23,11 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any, TypeAlias
-from uuid import uuid4
 
 import numpy as np
 from jaxtyping import Float32, Int, Shaped
+
+from calibrated_rewards.files import lock_file, open_temporary_file
 
 FORMAT, VERSION, KEYS = "calibrated-rewards table", "1", "blake2b-128 of canonical prompt 1"
 DATA_FILE, SUMMARY_FILE = "table.safetensors", "table.json"
@@ -175,10 +176,14 @@ def write_table(
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     given = {name: np.ascontiguousarray(columns[name], DTYPES[COLUMNS[name]]) for name in COLUMNS if name in columns}
-    with _temporary_file(path) as (file, name):
+    with contextlib.ExitStack() as closing:
+        with _locked(path):
+            _recover(path)
+            file = closing.enter_context(open_temporary_file(path / DATA_FILE))
+            _try_lock(file.fileno())  # so that others can tell it from what a dead writer left behind
         header = _write_data(file, given, total, meta, read)
         os.fsync(file.fileno())
-        _commit(path, name, header)
+        _commit(path, Path(file.name), header)
     return hex_digest(header.encode())
 
 
@@ -213,23 +218,6 @@ def _bytes(array: np.ndarray) -> memoryview:
     return array.data.cast("B")
 
 
-@contextlib.contextmanager
-def _temporary_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
-    """A new file that its writer keeps locked, so that others can tell it from what a dead writer left behind."""
-    name = path / f".{DATA_FILE}.{uuid4().hex}"
-    with _locked(path):
-        _recover(path)
-        file = open(name, "xb")  # noqa: SIM115 (closed below, when the table is in place)
-        _try_lock(file.fileno())
-    try:
-        with file:
-            yield file, name
-    except OSError as error:  # a full disk does not say of which file
-        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path / DATA_FILE)) from error
-    finally:
-        name.unlink(missing_ok=True)
-
-
 def _commit(path: Path, data: Path, header: Header) -> None:
     digest = hex_digest(header.encode())
     pending = path / pending_summary(digest)
@@ -260,25 +248,19 @@ def _recover(path: Path) -> None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[int]:
     """One writer at a time, for the moment of the moves; some network file systems know no locks, and go without."""
-    import fcntl
-
     fd = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            lock_file(fd, wait=True)
         yield fd
     finally:
         os.close(fd)
 
 
 def _try_lock(fd: int) -> bool:
-    import fcntl
-
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    with contextlib.suppress(OSError):
+        return lock_file(fd)
+    return False
 
 
 _READ_BYTES = 1 << 20

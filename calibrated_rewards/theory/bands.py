@@ -19,7 +19,8 @@ import numpy.typing as npt
 from jaxtyping import Float
 from scipy.special import betaincinv, gammaln, xlogy
 
-Array: TypeAlias = npt.NDArray[np.float64]
+from calibrated_rewards.theory.quadrature import Array
+
 Kind: TypeAlias = Literal["dkw", "pointwise", "simultaneous"]
 
 

@@ -28,10 +28,9 @@ import numpy.typing as npt
 from jaxtyping import Float
 from scipy.special import digamma, gammaln, log_expit, logit, logsumexp, xlog1py, xlogy
 
-from calibrated_rewards.theory.quadrature import MOST_PANELS, ORDER, WINDOW, Grid
+from calibrated_rewards.theory.quadrature import MOST_PANELS, ORDER, WINDOW, Array, Grid
 from calibrated_rewards.theory.transforms import Affine, Chain, Exponential, Identity, Log, Power, Transform, knots
 
-Array: TypeAlias = npt.NDArray[np.float64]
 Estimator: TypeAlias = Literal["empirical", "posterior", "unbiased", "randomised"]
 # The least-squares fit behind "unbiased" takes up to a second at this K, and much longer soon after.
 MOST_FITTED = 1000

@@ -14,17 +14,15 @@ randomised  bias at C = 1/2 +44.7%  rmse 1747
 from functools import partial
 from itertools import count
 from math import ceil, isfinite, sqrt
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from calibrated_rewards.theory.bands import band
 from calibrated_rewards.theory.finite_k import MOST_FITTED, Estimator, binomial_chances, inside, panels, values
-from calibrated_rewards.theory.quadrature import MOST_PANELS
+from calibrated_rewards.theory.quadrature import MOST_PANELS, Array
 from calibrated_rewards.theory.transforms import Affine, Chain, Exponential, Identity, Power, Transform
 
-Array: TypeAlias = npt.NDArray[np.float64]
 MOST_REFERENCES = 10**6
 # The exact band takes some tenths of a second at this K, and much longer soon after.
 MOST_BANDED = 1000

@@ -7,7 +7,6 @@ case for finite K, computed exactly for each draw of references and averaged ove
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, exp, isfinite, log, sqrt
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +15,8 @@ from scipy.special import xlogy
 
 from calibrated_rewards.theory.finite_k import Estimator, values
 from calibrated_rewards.theory.procedures import CalibratedProcedure, Procedure
+from calibrated_rewards.theory.quadrature import Array
 from calibrated_rewards.theory.transforms import Transform
-
-Array: TypeAlias = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -25,18 +25,15 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from math import asinh, exp, expm1, inf, isfinite, log, log1p, sinh
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, logit
 
 from calibrated_rewards.theory.procedures import CalibratedProcedure, Procedure, Rank
-from calibrated_rewards.theory.quadrature import WINDOW, Grid, Law, normalised, reference_law
+from calibrated_rewards.theory.quadrature import WINDOW, Array, Grid, Law, normalised, reference_law
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl_of, win_rate, win_rate_of
 from calibrated_rewards.theory.transforms import Exponential, Identity, Transform, Values, scaled, span
-
-Array: TypeAlias = npt.NDArray[np.float64]
 
 SMALLEST_BETA = 1e-4
 # The shots go from this logit to minus it, in steps of this at most.

@@ -21,13 +21,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import isfinite
-from typing import Any, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import gammaln
 
-Array: TypeAlias = npt.NDArray[np.float64]
+from calibrated_rewards.theory.quadrature import Array
+
 # Quantiles one by one (an ODE solver asks for millions of them) or as an array.
 Rank = TypeVar("Rank", float, npt.NDArray[np.float64])
 

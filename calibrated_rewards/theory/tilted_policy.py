@@ -19,16 +19,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import exp, inf, log, nan
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from calibrated_rewards.theory.procedures import Procedure, RewindAndRepeat
-from calibrated_rewards.theory.quadrature import Law, reference_law, resolve
+from calibrated_rewards.theory.quadrature import Array, Law, reference_law, resolve
 from calibrated_rewards.theory.transforms import Transform, at_logit, knots
-
-Array: TypeAlias = npt.NDArray[np.float64]
 
 
 def _log_weight(transform: Transform, beta: float, s: Array) -> Array:

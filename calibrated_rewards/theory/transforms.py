@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, log_expit, ndtri, ndtri_exp
 
-from calibrated_rewards.theory.quadrature import Law, resolve
+from calibrated_rewards.theory.quadrature import Array, Law, resolve
 
 if TYPE_CHECKING:
     from scipy.interpolate import PPoly
@@ -293,7 +293,6 @@ def knots(transform: Transform) -> tuple[float, ...]:
             return ()
 
 
-Array: TypeAlias = npt.NDArray[np.float64]
 Scale: TypeAlias = Literal["unit", "standard", "raw"]
 
 

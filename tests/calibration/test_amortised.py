@@ -16,7 +16,8 @@ from calibrated_rewards.calibration.prediction.conditional import moved
 from calibrated_rewards.calibration.prediction.curves import Sample, curve_of, sample_of
 from calibrated_rewards.calibration.prediction.judgement import LEVELS, OWN, among_others, from_uniform, pinball
 from calibrated_rewards.calibration.prediction.regression import Network, trained
-from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
+from calibrated_rewards.prompts import UnknownPromptError
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 rng = np.random.default_rng(0)
 WEIGHTS = rng.normal(size=(8, 2)) * [0.5, 0.15]

@@ -18,6 +18,7 @@ from calibrated_rewards.calibration.prediction.conditional import Conditional
 from calibrated_rewards.calibration.prediction.curves import Curve
 from calibrated_rewards.calibration.prediction.judgement import Errors
 from calibrated_rewards.calibration.prediction.regression import Network
+from calibrated_rewards.files import write_file
 from calibrated_rewards.prompts import Prompt, prompt_key, start_of
 from calibrated_rewards.scorers.differences import differences
 from calibrated_rewards.scorers.protocol import fingerprint, name_of, without_tensors
@@ -98,7 +99,6 @@ class Amortised:
         from safetensors.numpy import save
 
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
         data = save(_arrays(self.model))
         said = {
             "format": FORMAT,
@@ -110,9 +110,7 @@ class Amortised:
             "features": dict(self.features_fingerprint),
         }
         for name, content in (DATA_FILE, data), (SUMMARY_FILE, json.dumps(said, indent=2).encode()):
-            part = folder / f".{name}.part"
-            part.write_bytes(content)
-            part.replace(folder / name)
+            write_file(folder / name, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], features: Features) -> "Amortised":

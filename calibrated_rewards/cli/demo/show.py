@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from calibrated_rewards import __version__
-from calibrated_rewards.calibration.shards import replacing
 from calibrated_rewards.cli.demo.parts import Parts, Scale
 from calibrated_rewards.cli.demo.pipeline import CALIBRATED, RAW, Demo, betas
 from calibrated_rewards.evaluation.frontier import references_of
 from calibrated_rewards.evaluation.outcomes import Evaluation
 from calibrated_rewards.evaluation.prospects import RELIABLE, Point, Reweighted, told
 from calibrated_rewards.evaluation.report.report import report
+from calibrated_rewards.files import write_file
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf
 from calibrated_rewards.training.launch import outcome
@@ -57,8 +57,7 @@ class Diary:
 
     def save(self) -> None:
         """Write it down."""
-        with replacing(self.path) as file:
-            file.write(json.dumps({"about": self.about, "seconds": self.seconds}, indent=2).encode())
+        write_file(self.path, json.dumps({"about": self.about, "seconds": self.seconds}, indent=2))
 
 
 def say(text: str) -> None:

@@ -7,7 +7,6 @@ directory of an experiment, and of what is not there, nothing. Every number come
 import os
 from pathlib import Path
 
-from calibrated_rewards.calibration.shards import replacing
 from calibrated_rewards.evaluation.report.calibration_section import calibrated
 from calibrated_rewards.evaluation.report.examples_section import examples
 from calibrated_rewards.evaluation.report.experiment import experiment, titled
@@ -15,6 +14,7 @@ from calibrated_rewards.evaluation.report.frontier_section import promised
 from calibrated_rewards.evaluation.report.markup import page
 from calibrated_rewards.evaluation.report.outcome_section import outcome
 from calibrated_rewards.evaluation.report.training_section import made, trained
+from calibrated_rewards.files import write_file
 
 PARTS = (calibrated, promised, trained, outcome, examples, made)
 
@@ -34,8 +34,7 @@ def report(
     found = experiment(at)
     sections = [section for part in PARTS if (section := part(found)) is not None]
     text = page(title or titled(found), sections)
-    with replacing(to) as file:
-        file.write(text.encode("utf-8", "xmlcharrefreplace"))
+    write_file(to, text.encode("utf-8", "xmlcharrefreplace"))
     return to
 
 
