@@ -28,7 +28,7 @@ from calibrated_rewards.testing.probes import (
 )
 from calibrated_rewards.testing.subject import Outcome, Subject, find_values
 
-Place: TypeAlias = Callable[[Sequence[str]], Pairs]
+Place: TypeAlias = Callable[..., Pairs]
 Chat: TypeAlias = list[dict[str, Any]]
 # Characters of the texts, and the fewest places of each that are tried. Of the shortest text every place is.
 LENGTHS = {60: 60, 240: 28, 1_200: 32, 4_200: 16}
@@ -185,13 +185,16 @@ def check_differences(subject: Subject) -> Outcome:
 
 
 def find_unseen(subject: Subject, kind: DifferenceKind, as_pairs: Place) -> Iterator[tuple[str, str]]:
-    """Find pairs of texts of one family that have the same score, each in a call of its own."""
+    """Find pairs of texts of one family that have the same score, each in a call of its own, beside two other texts.
+
+    Two scores of one context may be equal by chance: a family of 26 letters has 325 pairs.
+    """
     texts = sorted({text for family in kind.families for text in family})
     scores = dict(zip(texts, subject.score(as_pairs(texts)).astype(np.float64), strict=True))
     couples = [couple for family in kind.families for couple in combinations(dict.fromkeys(family), 2)]
     alike = [(one, other) for one, other in couples if abs(scores[one] - scores[other]) <= ALIKE * subject.sd]
     for one, other in alike[:LOOKS]:
-        if subject.measure_gap(as_pairs([one]), as_pairs([other])) == 0:
+        if all(subject.measure_gap(as_pairs([one], number), as_pairs([other], number)) == 0 for number in (0, 2)):
             yield one, other
 
 

@@ -16,7 +16,7 @@ from calibrated_rewards.testing import (
     check_side_effects as side_effects,
 )
 from calibrated_rewards.testing.probes import MUST_SEE, Pairs, everyday
-from calibrated_rewards.testing.subject import Outcome, Spare, Subject, find_values, describe
+from calibrated_rewards.testing.subject import Outcome, Spare, Subject, describe, find_values
 
 # The most pairs of the user's that are taken.
 PAIRS = 64

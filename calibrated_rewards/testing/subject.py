@@ -186,14 +186,14 @@ class Subject:
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (one, other)]
         return bool(ids[0] == ids[1])
 
-    def as_completions(self, texts: Sequence[str]) -> Pairs:
-        """Pair texts, as completions, with a short prompt."""
-        return Pairs([as_prompt(QUESTIONS[0].prompt, self.chat)] * len(texts), texts)
+    def as_completions(self, texts: Sequence[str], question: int = 0) -> Pairs:
+        """Pair texts, as completions, with the prompt of a question."""
+        return Pairs([as_prompt(QUESTIONS[question].prompt, self.chat)] * len(texts), texts)
 
-    def as_prompts(self, texts: Sequence[str]) -> Pairs:
-        """Pair texts, as prompts with nothing appended, with a short completion."""
+    def as_prompts(self, texts: Sequence[str], question: int = 0) -> Pairs:
+        """Pair texts, as prompts with nothing appended, with the good answer of a question."""
         prompts = [as_prompt(text, True) if self.chat else text for text in texts]
-        return Pairs(prompts, [QUESTIONS[0].good] * len(texts))
+        return Pairs(prompts, [QUESTIONS[question].good] * len(texts))
 
     @cached_property
     def reads_letters(self) -> bool:

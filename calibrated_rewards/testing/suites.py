@@ -6,6 +6,7 @@ Exponential(t=5.0): 6 checks passed
 >>> check_transform(lambda u: -u)
 Traceback (most recent call last):
 AssertionError: <lambda> does not rise with u: Phi(0) = -0.0 is above Phi(1/512) = -0.001953125
+>>> from calibrated_rewards.testing.check_scorer import check_scorer
 >>> print(check_scorer(HashScorer(), sign=False))  # a line a check; here the first two
 HashScorer(seed=0)
   ok    one finite number for each completion: 64 scores, ...

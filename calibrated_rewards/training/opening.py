@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from calibrated_rewards.calibration.sources import Asked, prompts_from
-from calibrated_rewards.cli.saved_reward import open_reward
+from calibrated_rewards.cli.options import open_reward
 from calibrated_rewards.evaluation.expectations import expect_of
 from calibrated_rewards.files import Message, setting as given
 from calibrated_rewards.models.fingerprint import tokenizer_digest, weights_digest, weights_of
