@@ -19,8 +19,8 @@ import pytest
 
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.cli import saved_reward
 from calibrated_rewards.cli.main import main
+from calibrated_rewards.cli.options import open_reward
 from calibrated_rewards.files import (
     check_folder_name,
     claim,
@@ -293,7 +293,7 @@ def test_a_local_directory_is_trusted_no_more_than_the_hub(
     with pytest.raises(NeedsTrust, match=r"reward\.json: .*trust_remote_code=True, or give the scorer, scorer="):
         CalibratedReward.from_pretrained(at)
     with pytest.raises(ValueError, match="--trust-remote-code"):
-        saved_reward.open_reward(at, trust=False)
+        open_reward(at, trust=False)
     monkeypatch.setenv("CALIBRATED_REWARD", str(at))
     with pytest.raises(ValueError, match="CALIBRATED_REWARD_TRUST_REMOTE_CODE=1"):
         configured()

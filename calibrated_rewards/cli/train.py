@@ -10,7 +10,8 @@ from dataclasses import MISSING, Field, dataclass, fields
 from importlib import import_module
 from typing import Any
 
-from calibrated_rewards.cli.errors import Real, Whole, folder, missing_text
+from calibrated_rewards.cli.errors import missing_text
+from calibrated_rewards.cli.options import Real, Whole, parse_folder
 from calibrated_rewards.prompts import UnknownPromptError
 from calibrated_rewards.reward.saving import NeedsTrust
 from calibrated_rewards.theory.named import parse_transform
@@ -132,7 +133,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transform", type=parse_transform, metavar="NAME", help=TRANSFORM)
     parser.add_argument("--raw", action="store_true", help="train on the raw scores, not calibrated; wants --beta")
     parser.add_argument("--prompts", required=True, metavar="FILE|FOLDER|ID", help="JSONL or what else calibrate reads")
-    parser.add_argument("--out", required=True, type=folder, metavar="DIR", help="for model/ and log.jsonl")
+    parser.add_argument("--out", required=True, type=parse_folder, metavar="DIR", help="for model/ and log.jsonl")
     parser.add_argument("--column", metavar="NAME", help="the prompts' column, where it is not what TRL would read")
     parser.add_argument("--max-tokens", type=Whole(1), metavar="N", help="of a completion; by default the table's")
     parser.add_argument("--temperature", type=Real(1e-4), metavar="FLOAT", help="by default the table's")
