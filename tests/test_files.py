@@ -19,8 +19,8 @@ import pytest
 
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.cli import saved_reward
 from calibrated_rewards.cli.main import main
+from calibrated_rewards.cli.options import open_reward
 from calibrated_rewards.files import (
     check_folder_name,
     claim,
@@ -33,7 +33,6 @@ from calibrated_rewards.reward.frameworks import configured
 from calibrated_rewards.reward.saving import NeedsTrust
 from calibrated_rewards.scorers.ensemble import Function
 from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
-from calibrated_rewards.training.online import train_rloo
 
 HOLDER = """
 import sys
@@ -294,14 +293,14 @@ def test_a_local_directory_is_trusted_no_more_than_the_hub(
     with pytest.raises(NeedsTrust, match=r"reward\.json: .*trust_remote_code=True, or give the scorer, scorer="):
         CalibratedReward.from_pretrained(at)
     with pytest.raises(ValueError, match="--trust-remote-code"):
-        saved_reward.open_reward(at, trust=False)
+        open_reward(at, trust=False)
     monkeypatch.setenv("CALIBRATED_REWARD", str(at))
     with pytest.raises(ValueError, match="CALIBRATED_REWARD_TRUST_REMOTE_CODE=1"):
         configured()
     policy = ["--policy", "./no-such-policy", "--prompts", "no-such-file.jsonl", "--out", str(tmp_path / "out")]
     assert main(["serve", str(at)]) == 2
     assert main(["evaluate", "--reward", str(at), "--reference", "./none", *policy]) == 2
-    assert train_rloo.main(["--reward", str(at), *policy]) == 2
+    assert main(["train", "rloo", "--reward", str(at), *policy]) == 2
     complaints = capsys.readouterr().err.splitlines()
     assert sum("then allow it with --trust-remote-code" in line for line in complaints) == 3
     assert CalibratedReward.from_pretrained(at, scorer=NumberScorer())(["2+2="], ["4"])

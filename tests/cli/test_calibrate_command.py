@@ -8,7 +8,7 @@ import tiny
 
 from calibrated_rewards import ReferenceTable, id_key
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.cli import model_options as reward_model, policy_options as policy
+from calibrated_rewards.cli import model_options
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding
@@ -175,8 +175,8 @@ def test_prompts_are_checked_before_models_are_loaded(models, tmp_path, capsys, 
     def load(*_):
         raise AssertionError("a model was loaded before the prompts were read")
 
-    monkeypatch.setattr(policy, "load", load)
-    monkeypatch.setattr(reward_model, "load_several", load)
+    monkeypatch.setattr(model_options, "load_policy", load)
+    monkeypatch.setattr(model_options, "load_reward_models", load)
     good = (models / "prompts.jsonl").read_text() if line else ""
     (tmp_path / "bad.jsonl").write_text(f"{good}{line}")
     for more in [], ["--dry-run"]:

@@ -443,9 +443,9 @@ def test_the_command_on_a_bare_table(run, capsys, tmp_path):
 
 def test_arms_by_name():
     """As transforms are called elsewhere; what is none is refused with the list."""
-    assert frontier.arm("worst-of:3") == ("worst-of:3", BestAtKL(WorstOf(3)))
+    assert frontier.parse_objective("worst-of:3") == ("worst-of:3", BestAtKL(WorstOf(3)))
     with pytest.raises(ArgumentTypeError, match="an arm is raw, z-score"):
-        frontier.arm("best-of:zero")
+        frontier.parse_objective("best-of:zero")
 
 
 @dataclass(frozen=True)
