@@ -179,7 +179,7 @@ def make_text(template: Path | None, option: str, max_length: int | None = None)
 
 def choose_dialect(options: argparse.Namespace) -> Any:
     """Choose the API of a reward model's server."""
-    from calibrated_rewards.models.server_address import HIDDEN, shown
+    from calibrated_rewards.models.server_address import HIDDEN, redact_url
     from calibrated_rewards.scorers.remote import Native, OpenRlhf
     from calibrated_rewards.scorers.remote_vllm import Vllm, VllmScore
 
@@ -188,7 +188,7 @@ def choose_dialect(options: argparse.Namespace) -> Any:
     if server.startswith("vllm") and not options.served_model:
         raise ValueError("vLLM asks for the name that a model is served under: say --served-model NAME")
     check_server_options(options, server, text)
-    url = shown(options.reward_model)
+    url = redact_url(options.reward_model)
     if not options.served_model and HIDDEN in url:
         raise ValueError(f"{url} may have a token in its path, so it names no model: say --served-model NAME")
     name = options.served_model or url
@@ -288,9 +288,9 @@ def load_policy(options: argparse.Namespace, place: str | None = None, decoding:
     decoding, url = decoding or build_decoding(options), is_url(place)
     engine: Any = options.engine or ("openai" if url else "hf")
     if url != (engine == "openai"):
-        from calibrated_rewards.models.server_address import shown
+        from calibrated_rewards.models.server_address import redact_url
 
-        name = shown(place) if url else place  # a URL may hold a secret
+        name = redact_url(place) if url else place  # a URL may hold a secret
         raise ValueError(f"--engine openai and a URL belong together, got --policy {name} --engine {engine}")
     text = make_text(options.policy_chat_template, "--policy-chat-template")
     if url:

@@ -30,7 +30,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Int64
 
-from calibrated_rewards.models.text import answer, plain_messages
+from calibrated_rewards.models.text import completion_messages, plain_messages
 from calibrated_rewards.prompts import Completion, Prompt, UnknownPromptError, as_key, id_key, start_of
 from calibrated_rewards.scorers.protocol import reads_messages
 from calibrated_rewards.table.reference_table import ReferenceTable
@@ -253,7 +253,7 @@ class CompletionForm:
         prompts = [_as_stored(prompt) for prompt in prompts]
         if self.completions == "text":
             return prompts, [self._as_text(scorer, number, each) for number, each in enumerate(completions)]
-        return prompts, [answer(each) if self.completions == "messages" else each for each in completions]
+        return prompts, [completion_messages(each) if self.completions == "messages" else each for each in completions]
 
     def _as_text(self, scorer: Any, number: int, completion: Completion) -> Completion:
         if isinstance(completion, str):

@@ -22,7 +22,7 @@ from jaxtyping import Float32
 
 from calibrated_rewards.models.text import completion_messages, plain_messages
 from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.models.text import answer
+from calibrated_rewards.models.text import completion_messages
 from calibrated_rewards.prompts import start_of
 from calibrated_rewards.reward.find_prompts import CompletionForm
 from calibrated_rewards.scorers.differences import differences, tolerance_of
@@ -75,7 +75,7 @@ def verify_scorer(
     limit = tolerance if tolerance is not None else tolerance_of(then, now)
     prompts = [probe["prompt"] for probe in probes]
     completions = [
-        probe["completion"] if isinstance(probe["prompt"], str) else answer(probe["completion"]) for probe in probes
+        probe["completion"] if isinstance(probe["prompt"], str) else completion_messages(probe["completion"]) for probe in probes
     ]
     if raw is not None:
         scores = raw(prompts, completions)
