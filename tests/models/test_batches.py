@@ -38,14 +38,14 @@ def test_batches_are_as_large_as_can_be(costs: list[int], tokens: int) -> None:
         assert (len(batch) + 1) * costs[batch[0]] > tokens
 
 
-FULL = [
+MEMORY_ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried 64 bytes"),
     RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)."),
 ]
 
 
-@pytest.mark.parametrize("error", FULL, ids=["cuda", "cpu", "mps"])
+@pytest.mark.parametrize("error", MEMORY_ERRORS, ids=["cuda", "cpu", "mps"])
 @pytest.mark.parametrize("fits", [1, 3, 8])
 def test_halves(error: RuntimeError, fits: int, caplog: pytest.LogCaptureFixture) -> None:
     """A batch that does not fit is run in halves, in order; the budget then is one that fits, and not far below."""
@@ -77,14 +77,16 @@ def test_halves_without_costs() -> None:
 
     def forward(indices: list[int]) -> list[Tensor]:
         if len(indices) > 4:
-            raise FULL[0]
+            raise MEMORY_ERRORS[0]
         return [torch.tensor(i) for i in indices]
 
     assert [int(x) for x in budget.run(forward, list(range(8)))] == list(range(8))
     assert budget.tokens == 500
 
 
-@pytest.mark.parametrize(("error", "size"), [(FULL[0], 1), (RuntimeError("mat1 and mat2 cannot be multiplied"), 8)])
+@pytest.mark.parametrize(
+    ("error", "size"), [(MEMORY_ERRORS[0], 1), (RuntimeError("mat1 and mat2 cannot be multiplied"), 8)]
+)
 def test_what_halving_does_not_mend(error: RuntimeError, size: int) -> None:
     """A row that is alone, and errors of another kind, are the caller's at once; the budget stays."""
     tried: list[int] = []
