@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from calibrated_rewards.cli import model_options as reward_model, model_options as server
 from calibrated_rewards.cli.errors import Real, Whole
 from calibrated_rewards.prompts import start_of
-from calibrated_rewards.scorers.protocol import plain
+from calibrated_rewards.scorers.protocol import to_plain
 
 if TYPE_CHECKING:
     from calibrated_rewards.testing.check_scorer import Examination
@@ -185,7 +185,7 @@ def pairs_in(line: str, where: str) -> tuple[Any, list[Any]]:
         if not isinstance(said, str | list):
             raise ValueError(f"{where} needs a {name} that is a text or a list of messages, got {start_of(said)}")
         try:
-            plain(said)
+            to_plain(said)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where} has no {name}: {error}") from error
     if row["prompt"] == []:

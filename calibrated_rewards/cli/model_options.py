@@ -67,7 +67,8 @@ def load(options: argparse.Namespace, text: "Text | None") -> "Remote":
 def reach(scorer: "Scorer", prompt: Any, completion: Any) -> None:
     """Ask a server once, soon: one that is not there, or that refuses us, is no model that fails its checks."""
     try:
-        from calibrated_rewards.scorers.remote import Refused, Remote
+        from calibrated_rewards.models.http_client import Refused
+        from calibrated_rewards.scorers.remote import Remote
     except ImportError:
         return
     if isinstance(scorer, Cost):

@@ -1,15 +1,18 @@
 """How scorers get at a model: its lock, the most tokens of an input, and what was found out in earlier calls."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from calibrated_rewards.models.batches import Budget
 from calibrated_rewards.models.own_forward import Fewest, OwnForward
 from calibrated_rewards.models.padding import Padding
 from calibrated_rewards.models.parts import body_of, default_budget, lock_of, positions_of, vocabulary
-from calibrated_rewards.models.shared_prefix import Decoder, Head, Sharing
+from calibrated_rewards.models.shared_prefix import Decoder, Head, Row, Sharing
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.models.unchanged import StateKeeper
 from calibrated_rewards.prompts import Completion, Prompt
@@ -92,6 +95,10 @@ class Access:
         """Reads with this head behind the model's body."""
         options = {"state": self.state, "show_progress": self.show_progress, "lock": self.lock}
         return Decoder(self.model, body_of(self.model), head, self.budget, self.sharing, self.padding, **options)
+
+    def read_last(self, head: Head, rows: Sequence[list[int]], groups: Sequence[Hashable]) -> Tensor:
+        """Read each row at its last token, `(rows, numbers)`; rows of one group share their prefix."""
+        return torch.cat(self.decoder(head)([Row(row, [len(row) - 1]) for row in rows], groups))
 
     def own_forward(self, pad: int | None, **options: Any) -> OwnForward:
         """Reads through the model's own forward; without an id to pad with, one by one."""

@@ -52,7 +52,7 @@ from calibrated_rewards.reward.raw_scores import RawScores, are_rows, are_tensor
 from calibrated_rewards.reward.scores import Score, Scores
 from calibrated_rewards.reward.verification import Form, Verification, verified
 from calibrated_rewards.scorers.lazy import Loaded
-from calibrated_rewards.scorers.protocol import Scorer, fingerprint, is_thread_safe, paired, score
+from calibrated_rewards.scorers.protocol import Scorer, fingerprint, is_thread_safe, check_pairs, score
 from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.optimum import Optimal
@@ -235,7 +235,7 @@ class CalibratedReward:
         self, prompts: Sequence[Any], completions: Sequence[Completion], ids: Sequence[Any] | None = None
     ) -> Scores:
         """`score` for asyncio: tasks that ask at the same time share batches, and the event loop goes on."""
-        asked, answered = paired(prompts, completions)
+        asked, answered = check_pairs(prompts, completions)
         if len(asked) > self._coalescer.max_batch:
             return await asyncio.to_thread(self._score, asked, answered, ids, listen=True)
         named = [None] * len(asked) if ids is None else list(ids)
@@ -261,7 +261,7 @@ class CalibratedReward:
         """What the reward model says, without gradients."""
         if self.scorer is None:
             raise ValueError("this reward has no scorer: give it one, or raw scores to from_scores")
-        asked, answered = self._form.read(self.scorer, *paired(prompts, completions))
+        asked, answered = self._form.read(self.scorer, *check_pairs(prompts, completions))
         answered = [without(self.endings, completion) for completion in answered]
         self._endings_watch.look(self.__name__, answered)
         step = self.batch_size or max(1, len(asked))
@@ -344,7 +344,7 @@ class CalibratedReward:
     def _score(
         self, prompts: Sequence[Any], completions: Sequence[Completion], ids: Any = None, *, listen: bool | None = None
     ) -> Scores:
-        asked, answered = paired(prompts, completions)
+        asked, answered = check_pairs(prompts, completions)
         place = self._located(asked, ids)
         raw = self.raw(place.prompts, answered)
         found = self._valuing(place.rows, raw, place.prompts.__getitem__)

@@ -11,7 +11,7 @@ from jaxtyping import Float32
 
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.ensemble import Cost
-from calibrated_rewards.scorers.protocol import Scorer, fingerprint, finite, is_thread_safe, name_of, paired
+from calibrated_rewards.scorers.protocol import Scorer, check_finite, check_pairs, fingerprint, is_thread_safe, name_of
 
 # One at a time: two threads that ask first would otherwise load the weights twice.
 LOADING = threading.RLock()
@@ -37,8 +37,8 @@ class Loaded:
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """The score of each pair, each a finite number."""
-        asked, answered = paired(prompts, completions)
-        return finite(self.scorer(asked, answered), asked, answered, name_of(self.scorer))
+        asked, answered = check_pairs(prompts, completions)
+        return check_finite(self.scorer(asked, answered), asked, answered, name_of(self.scorer))
 
     @property
     def scorer(self) -> Scorer:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 from jaxtyping import Float32, Float64, Int, Int64, Shaped
 
-from calibrated_rewards.prompts import Prompt, as_key, id_key, longest_prefix, start_of
+from calibrated_rewards.prompts import Prompt, UnknownPromptError, as_key, id_key, longest_prefix, start_of
 from calibrated_rewards.table import build as table_build, search as table_search, summary as table_summary
 from calibrated_rewards.table.build import Row
 from calibrated_rewards.table.search import Content
@@ -24,17 +24,10 @@ if TYPE_CHECKING:
 
     from calibrated_rewards.table.torch_search import DeviceTable
 
-__all__ = ["ReferenceTable", "Row", "UnknownPromptError"]
+__all__ = ["ReferenceTable", "Row"]
 
 Duplicates = Literal["error", "pool"]
 Directory = str | os.PathLike[str]
-
-
-class UnknownPromptError(KeyError):
-    """A prompt that the table has no references for."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])  # KeyError would show the message in quotes
 
 
 class ReferenceTable:

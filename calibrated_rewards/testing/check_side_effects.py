@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from calibrated_rewards.prompts import start_of
-from calibrated_rewards.scorers.protocol import Fingerprinted, call, checked, fingerprint, name_of, score
+from calibrated_rewards.scorers.protocol import Fingerprinted, call, check_scores, fingerprint, name_of, score
 from calibrated_rewards.testing.process_state import GROWS, RANDOM, changed, process_state, put_back
 from calibrated_rewards.testing.subject import Outcome, Subject
 
@@ -164,7 +164,7 @@ def _at_once(subject: Subject, groups: list[list[int]], late: int) -> list[Any]:
             with _interrupted(home, late * THREADS + place):
                 answer = call(subject.scorer, given.prompts, given.completions)
                 time.sleep(ASIDE)
-            answers[place] = checked(answer, given.prompts, given.completions, name_of(subject.scorer))
+            answers[place] = check_scores(answer, given.prompts, given.completions, name_of(subject.scorer))
         except Exception as error:  # noqa: BLE001 (whatever another thread causes here is the finding)
             answers[place] = error
 

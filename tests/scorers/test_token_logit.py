@@ -11,9 +11,9 @@ import torch
 
 from calibrated_rewards.models.checkpoints import Kind
 from calibrated_rewards.models.text import Text
+from calibrated_rewards.scorers.judge import TokenLogit
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.scorers.protocol import fingerprint
-from calibrated_rewards.scorers.token_logit import TokenLogit
 
 CHATS = [[{"role": "user", "content": text}] for text in tiny.texts(5, 0)]
 COMPLETIONS = tiny.texts(5, 1)
