@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import isfinite
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -36,6 +36,10 @@ CLIENTS = (
     *("queue", "requests", "selectors", "socket", "ssl", "tempfile", "threading", "urllib3"),
 )
 _LIBRARY = tuple(f"{sysconfig.get_path(name)}/" for name in ("stdlib", "platstdlib"))
+# The package's own objects are digested by their bare names, so that its modules may move. Release 0.1, whose
+# fingerprints have no "layout", digested module paths: a digest is compared with those of its own layout alone.
+LAYOUT = 2
+PACKAGE = __name__.partition(".")[0]
 # Where functions are within a property, or under a decorator.
 _WITHIN = ("fget", "fset", "func", "__func__", "__wrapped__")
 # Values that are read at most: enough for any scorer, and no end where a module leads to all of a program.
@@ -49,10 +53,36 @@ def describe(thing: Any) -> dict[str, Any]:
     """
     reader = _Reader()
     code, parts = reader.parts(thing)
-    described: dict[str, Any] = {"python": f"{sys.version_info.major}.{sys.version_info.minor}", "code": code.hex()}
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    described: dict[str, Any] = {"layout": LAYOUT, "python": python, "code": code.hex()}
     if parts:
         described["state"] = {name: reader.shown(name, value) for name, value in sorted(parts.items())}
     return described | ({"unread": sorted({*reader.unread})} if reader.unread else {})
+
+
+@runtime_checkable
+class _Named(Protocol):
+    """A function, a method or a class: it has a name of its own."""
+
+    __module__: str
+    __qualname__: str
+
+
+def name_of(thing: object) -> str:
+    """Return the name of a function or class, or of an object's class, with its module: what errors call it."""
+    named = thing if isinstance(thing, type | _Named) else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def place_free_name(thing: object) -> str:
+    """Return what fingerprints call a thing: its `name_of`, of the package's own without the path inside the package.
+
+    >>> from calibrated_rewards.theory import Log
+    >>> place_free_name(Log), place_free_name(json.dumps)
+    ('calibrated_rewards.Log', 'json.dumps')
+    """
+    named = thing if isinstance(thing, type | _Named) else type(thing)
+    return f"{PACKAGE if _is_ours(named.__module__) else named.__module__}.{named.__qualname__}"
 
 
 @dataclass
@@ -125,7 +155,8 @@ class _Reader:
         if isinstance(value, CodeType):
             return self._code(value)
         if isinstance(value, ModuleType):
-            return _hash(f"module:{value.__name__}".encode())
+            last = value.__name__.rpartition(".")[2]
+            return _hash(f"module:{f'{PACKAGE}.{last}' if _is_ours(value.__name__) else value.__name__}".encode())
         return self._class(value) if isinstance(value, type) else None
 
     def _array_or_object(self, value: Any) -> bytes:
@@ -144,7 +175,7 @@ class _Reader:
             name = f"{value.__module__}.{value.__qualname__}"
             return _hash(name.encode(), b"" if isinstance(owner, ModuleType | None) else self.digest(owner))
         if isinstance(value, FunctionType) and _is_installed(value.__module__):
-            return _hash(f"function:{value.__module__}.{value.__qualname__}".encode())
+            return _hash(f"function:{place_free_name(value)}".encode())
         if isinstance(value, FunctionType | MethodType | functools.partial):
             code, parts = self.parts(value)
             return _hash(b"callable:", code, self._mapping(parts))
@@ -159,7 +190,7 @@ class _Reader:
 
     def _cannot_read(self, value: Any) -> bytes:
         self.unread.append(f"{self._part} ({type(value).__name__})" if self._part else type(value).__name__)
-        return _hash(f"unread:{type(value).__module__}.{type(value).__qualname__}".encode())
+        return _hash(f"unread:{place_free_name(type(value))}".encode())
 
     def _instance(self, thing: Any) -> dict[str, Any]:
         """The state of an object, as pickling it would write it: attributes by name, and all else."""
@@ -194,7 +225,7 @@ class _Reader:
         codes, parts = [], dict[str, Any]()
         for base in kind.__mro__:
             if _is_installed(base.__module__):
-                codes.append(f"class:{base.__module__}.{base.__qualname__}".encode())
+                codes.append(f"class:{place_free_name(base)}".encode())
                 continue
             for name, member in sorted(vars(base).items()):
                 functions = [each for each in _functions_of(member) if _is_written(name, each)]
@@ -227,7 +258,7 @@ class _Reader:
     def _class(self, kind: type) -> bytes:
         """A class by its name, and one of the user's by the code and values in it too."""
         if _is_installed(kind.__module__):
-            return _hash(f"class:{kind.__module__}.{kind.__qualname__}".encode())
+            return _hash(f"class:{place_free_name(kind)}".encode())
         if id(kind) in self._done:
             return self._done[id(kind)][1]
         if id(kind) in self._open and self._open[-1] != id(kind):
@@ -339,9 +370,14 @@ def _of_torch(value: Any) -> str | None:
 def _is_installed(module: str | None) -> bool:
     """Whether a module is of Python, of this library or of an installed package: known by its name, not by its code."""
     top = (module or "").partition(".")[0]
-    if top in sys.stdlib_module_names or top == "calibrated_rewards":
+    if top in sys.stdlib_module_names or top == PACKAGE:
         return top != "__main__"
     return _is_installed_file(getattr(sys.modules.get(module or ""), "__file__", None) or "")
+
+
+def _is_ours(module: str | None) -> bool:
+    """Return whether a module is of this package."""
+    return (module or "").partition(".")[0] == PACKAGE
 
 
 def _is_installed_file(place: str) -> bool:

@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from typing import Any, Literal, TypeAlias, get_args
 
 import transformers
@@ -18,13 +17,13 @@ from calibrated_rewards.models.checkpoints import (
     is_encoder,
     needs_code,
 )
+from calibrated_rewards.models.lazy import Lazy, fields_only
 from calibrated_rewards.models.loading import Placement, Source, source
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.continuous import ContinuousSampler
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding, Rollout, Sampler, Seeds
-from calibrated_rewards.scorers.lazy import LOADING
 
 logger = logging.getLogger(__name__)
 
@@ -118,16 +117,16 @@ class LoadedSampler:
     """A sampler and its recipe: it loads when it is first used, and again in another process, after pickling."""
 
     recipe: FromCheckpoint
+    __getstate__ = fields_only
 
     def __call__(self, prompts: Sequence[Prompt], seeds: Seeds) -> list[list[Rollout]]:
         """For each prompt a rollout for each of its seeds."""
         return self.sampler(prompts, seeds)  # type: ignore[no-any-return]
 
-    @property
+    @Lazy
     def sampler(self) -> Any:
-        """The sampler that does the work; the same one from then on."""
-        with LOADING:
-            return self._sampler
+        """Load the sampler that does the work; the same one from then on."""
+        return self.recipe.load()
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """ValueError for a prompt without tokens, or too long for the model with its completion."""
@@ -147,13 +146,6 @@ class LoadedSampler:
     def __hash__(self) -> int:
         """By name: a recipe may hold options that have no hash."""
         return hash(self.recipe.name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"recipe": self.recipe}
-
-    @cached_property
-    def _sampler(self) -> Any:
-        return self.recipe.load()
 
 
 def check_policy(at: Source) -> None:

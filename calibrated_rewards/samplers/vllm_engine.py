@@ -8,7 +8,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
-from calibrated_rewards.scorers.lazy import LOADING
+from calibrated_rewards.models.lazy import Lazy, fields_only
 
 # What of a file of weights is read for its digest: this many pieces, evenly spread, of so many bytes.
 PIECES, PIECE = 1024, 4096
@@ -68,24 +68,29 @@ class Engine:
     """The folder of a LoRA adapter on top of it."""
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """What else `vllm.LLM` takes; they may hold tokens, so no repr shows them."""
+    __getstate__ = fields_only
 
     def __hash__(self) -> int:
         return hash((self.name, self.revision))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("name", "revision", "adapter", "options")}
-
-    @property
+    @Lazy
     def llm(self) -> Any:
-        """The engine; the same one from then on."""
-        with LOADING:
-            return self._llm
+        """Start the engine; the same one from then on."""
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ImportError(f"VllmSampler needs vllm, which does not load ({error}): pip install vllm") from error
+        return LLM(model=self.name, **self._settings)
 
-    @property
+    @Lazy
     def tokenizer(self) -> Any:
-        """The one that is saved beside the model, or that `tokenizer=` names."""
-        with LOADING:
-            return self._tokenizer
+        """Load the tokenizer that is saved beside the model, or that `tokenizer=` names."""
+        from transformers import AutoTokenizer
+
+        name = self._settings.get("tokenizer")
+        code = bool(self._settings.get("trust_remote_code", False))
+        of_the_model = {} if name else self._own
+        return AutoTokenizer.from_pretrained(name or self.name, **{"trust_remote_code": code, **of_the_model})
 
     @cached_property
     def limit(self) -> int | None:
@@ -125,23 +130,6 @@ class Engine:
     @cached_property
     def _weights(self) -> dict[str, Any]:
         return weights(self.name, self.revision)
-
-    @cached_property
-    def _llm(self) -> Any:
-        try:
-            from vllm import LLM
-        except ImportError as error:
-            raise ImportError(f"VllmSampler needs vllm, which does not load ({error}): pip install vllm") from error
-        return LLM(model=self.name, **self._settings)
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        name = self._settings.get("tokenizer")
-        code = bool(self._settings.get("trust_remote_code", False))
-        of_the_model = {} if name else self._own
-        return AutoTokenizer.from_pretrained(name or self.name, **{"trust_remote_code": code, **of_the_model})
 
     @property
     def _own(self) -> dict[str, Any]:

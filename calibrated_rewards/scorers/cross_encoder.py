@@ -15,8 +15,7 @@ from calibrated_rewards.models.parts import vocabulary
 from calibrated_rewards.models.reader import Access
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.scorers.lazy import in_memory
-from calibrated_rewards.scorers.protocol import check_pairs, score_with
+from calibrated_rewards.scorers.protocol import check_pairs, refuse_pickle, score_with
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +51,7 @@ class CrossEncoder:
     show_progress: bool = True
 
     thread_safe = True  # each call takes the model's lock
-    __reduce__ = in_memory
+    __reduce__ = refuse_pickle
 
     def __post_init__(self) -> None:
         plain = Text(max_length=self.text.max_length, on_long=self.text.on_long, strip=self.text.strip)

@@ -4,7 +4,7 @@
 [Difference(place='scorers.reward.seed', there=0, here=1)]
 
 A plain callable is the same if its code and its state are, wherever it stands. Where that cannot be compared (another
-version of Python, a fingerprint of a release that had no digest of the state), only its name is.
+version of Python, another layout of the digests, a release that had no digest of the state), only its name is.
 """
 
 from collections.abc import Iterator, Mapping
@@ -92,8 +92,8 @@ def mark_changing(before: Any, after: Any) -> Any:
 
 
 def _between_callables(there: Mapping[str, Any], here: Mapping[str, Any], place: str) -> Iterator[Difference]:
-    if there.get("python") is None or there.get("python") != here.get("python"):
-        yield from _unlike(there.get("name"), here.get("name"), f"{place}.name")
+    if not _have_comparable_digests(there, here):
+        yield from _unlike(_place_free(there.get("name")), _place_free(here.get("name")), f"{place}.name")
         return
     if there["code"] != here["code"]:
         yield from _unlike(there.get("name"), here.get("name"), f"{place}.name")
@@ -108,9 +108,19 @@ def _uncompared(there: Mapping[str, Any], here: Mapping[str, Any]) -> set[str]:
     if not ("function" in there and "function" in here):
         return {"function"}
     both = there["function"], here["function"]
-    known = all(isinstance(each, Mapping) and "python" in each for each in both)
-    same = known and both[0]["python"] == both[1]["python"] and not [*differences(*both)]
-    return {"name"} if same else set()
+    mappings = all(isinstance(each, Mapping) for each in both)
+    return {"name"} if mappings and _have_comparable_digests(*both) and not [*differences(*both)] else set()
+
+
+def _have_comparable_digests(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Return whether two callables were digested by the same Python and in the same layout (0.1 names none)."""
+    return there.get("python") is not None and all(there.get(name) == here.get(name) for name in ("python", "layout"))
+
+
+def _place_free(name: Any) -> Any:
+    """Return a callable's name; of one of the package's own without the module that it stood in, as 0.1 wrote it."""
+    ours = isinstance(name, str) and name.startswith("calibrated_rewards.")
+    return f"calibrated_rewards.{name.rpartition('.')[2]}" if ours else name
 
 
 def _unlike(there: Any, here: Any, place: str) -> Iterator[Difference]:

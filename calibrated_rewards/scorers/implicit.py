@@ -16,8 +16,7 @@ from calibrated_rewards.models.shared_prefix import Row, cut, group_of, starts
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.models.vocabulary_head import LogProbability, logits_of
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.scorers.lazy import in_memory
-from calibrated_rewards.scorers.protocol import check_pairs, score_with
+from calibrated_rewards.scorers.protocol import check_pairs, refuse_pickle, score_with
 
 Writer: TypeAlias = tuple[Access, LogProbability]
 """A causal LM, and its head, which is measured once."""
@@ -48,7 +47,7 @@ class ImplicitReward:
     show_progress: bool = True
 
     thread_safe = True  # each call takes the model's lock
-    __reduce__ = in_memory
+    __reduce__ = refuse_pickle
 
     def __post_init__(self) -> None:
         if not self.beta > 0:

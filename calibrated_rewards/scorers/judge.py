@@ -28,8 +28,7 @@ from calibrated_rewards.models.shared_prefix import group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.models.vocabulary_head import Logits, logits_of
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.scorers.lazy import in_memory
-from calibrated_rewards.scorers.protocol import check_pairs, score_with
+from calibrated_rewards.scorers.protocol import check_pairs, refuse_pickle, score_with
 
 GOOD_OR_BAD = """[Prompt]
 {prompt}
@@ -104,7 +103,7 @@ class Judge:
     show_progress: bool = True
 
     thread_safe = True  # each call takes the model's lock
-    __reduce__ = in_memory
+    __reduce__ = refuse_pickle
 
     def __post_init__(self) -> None:
         if self.good == self.bad:
@@ -153,7 +152,7 @@ class ExpectedRating:
     show_progress: bool = True
 
     thread_safe = True  # each call takes the model's lock
-    __reduce__ = in_memory
+    __reduce__ = refuse_pickle
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
@@ -200,7 +199,7 @@ class TokenLogit:
     show_progress: bool = True
 
     thread_safe = True  # each call takes the model's lock
-    __reduce__ = in_memory
+    __reduce__ = refuse_pickle
 
     def __post_init__(self) -> None:
         if not 0 <= self.token < vocabulary(self.model):
@@ -253,7 +252,7 @@ class RatedJudge:
     show_progress: bool = True
 
     thread_safe = True  # each call takes the model's lock
-    __reduce__ = in_memory
+    __reduce__ = refuse_pickle
 
     def __post_init__(self) -> None:
         if not self.low < self.high:

@@ -15,8 +15,7 @@ from calibrated_rewards.models.own_forward import HeadPrecision, fit_precision
 from calibrated_rewards.models.reader import Access
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.scorers.lazy import in_memory
-from calibrated_rewards.scorers.protocol import check_pairs, score_with
+from calibrated_rewards.scorers.protocol import check_pairs, refuse_pickle, score_with
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +41,7 @@ class MultiAttribute:
     show_progress: bool = True
 
     thread_safe = True  # each call takes the model's lock
-    __reduce__ = in_memory
+    __reduce__ = refuse_pickle
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """Score each pair."""

@@ -16,9 +16,16 @@ from calibrated_rewards.models.reader import Access
 from calibrated_rewards.models.text import Text, kept
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.scorers.judge import Answers
-from calibrated_rewards.scorers.lazy import in_memory
 from calibrated_rewards.scorers.pairwise import check_comparisons
-from calibrated_rewards.scorers.protocol import Scorer, check_finite, fingerprint, is_thread_safe, name_of, score
+from calibrated_rewards.scorers.protocol import (
+    Scorer,
+    check_finite,
+    fingerprint,
+    is_thread_safe,
+    name_of,
+    refuse_pickle,
+    score,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,7 +122,7 @@ class PairJudge:
     show_progress: bool = True
 
     thread_safe = True  # each call takes the model's lock
-    __reduce__ = in_memory
+    __reduce__ = refuse_pickle
 
     def __post_init__(self) -> None:
         check_places(self.question)

@@ -21,8 +21,7 @@ from calibrated_rewards.models.shared_prefix import Head, Plain, Row, cut, group
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.models.vocabulary_head import check_head, logits_of
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
-from calibrated_rewards.scorers.lazy import in_memory
-from calibrated_rewards.scorers.protocol import check_finite, check_pairs, name_of, score_with
+from calibrated_rewards.scorers.protocol import check_finite, check_pairs, name_of, refuse_pickle, score_with
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +53,7 @@ class ProcessReward:
     show_progress: bool = True
 
     thread_safe = True  # each call takes the model's lock
-    __reduce__ = in_memory
+    __reduce__ = refuse_pickle
 
     def __post_init__(self) -> None:
         if self.reduce not in ("min", "product", "last", "mean"):

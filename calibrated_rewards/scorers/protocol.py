@@ -12,13 +12,17 @@ from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from inspect import Parameter, iscoroutine, signature
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.models.callable_fingerprint import describe
+from calibrated_rewards.models.callable_fingerprint import (
+    describe,
+    name_of as name_of,  # noqa: PLC0414 (scorers import it from here)
+    place_free_name,
+)
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
 
 TEXTS_OF_CHATS = (
@@ -187,7 +191,7 @@ def fingerprint(scorer: object) -> dict[str, Any]:
     function = scorer
     while isinstance(function, partial):
         function = function.func
-    return {"kind": "callable", "name": name_of(function), **describe(scorer)}
+    return {"kind": "callable", "name": place_free_name(function), **describe(scorer)}
 
 
 def reads_messages(scorer: object) -> bool:
@@ -250,15 +254,9 @@ def without_tensors(answer: Any) -> Any:
     return [without_tensors(each) for each in answer] if isinstance(answer, list | tuple) else answer
 
 
-def name_of(scorer: object) -> str:
-    """What errors call a scorer: the function's or the class's name."""
-    named = scorer if isinstance(scorer, type | FunctionLike) else type(scorer)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-@runtime_checkable
-class FunctionLike(Protocol):
-    """What has a name of its own: functions, methods, classes."""
-
-    __module__: str
-    __qualname__: str
+def refuse_pickle(scorer: object) -> NoReturn:
+    """Refuse to pickle a scorer whose model was given as an object: nothing says how another process would load it."""
+    raise TypeError(
+        f"{type(scorer).__name__} holds a model in memory and is not pickled with its weights; "
+        "save the model and use load_scorer(name_or_path, ...), which pickles as how to load it"
+    )

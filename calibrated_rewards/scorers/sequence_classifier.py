@@ -18,8 +18,7 @@ from calibrated_rewards.models.reader import Access
 from calibrated_rewards.models.shared_prefix import Decoder, Plain, Row, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.scorers.lazy import in_memory
-from calibrated_rewards.scorers.protocol import score_with
+from calibrated_rewards.scorers.protocol import refuse_pickle, score_with
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +48,7 @@ class SequenceClassifier:
     show_progress: bool = True
 
     thread_safe = True  # each call takes the model's lock
-    __reduce__ = in_memory
+    __reduce__ = refuse_pickle
 
     def __post_init__(self) -> None:
         if self.pool not in ("model", "last"):

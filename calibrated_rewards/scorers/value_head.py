@@ -33,8 +33,7 @@ from calibrated_rewards.models.reader import Access
 from calibrated_rewards.models.shared_prefix import Plain, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.scorers.lazy import in_memory
-from calibrated_rewards.scorers.protocol import check_pairs, score_with
+from calibrated_rewards.scorers.protocol import check_pairs, refuse_pickle, score_with
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -68,7 +67,7 @@ class ValueHead:
     show_progress: bool = True
 
     thread_safe = True  # each call takes the model's lock
-    __reduce__ = in_memory
+    __reduce__ = refuse_pickle
 
     def __post_init__(self) -> None:
         if not self.std > 0:
@@ -129,7 +128,7 @@ class SharedBase:
     show_progress: bool = True
 
     thread_safe = True  # each call takes the model's lock
-    __reduce__ = in_memory
+    __reduce__ = refuse_pickle
 
     def __post_init__(self) -> None:
         known = sorted(self.policy.peft_config)
