@@ -223,7 +223,7 @@ def test_a_comparison_is_of_lists() -> None:
     """One of each, as many firsts as seconds."""
     with pytest.raises(TypeError, match="completions are a list"):
         judge()(["a"], ["b"], "c")
-    with pytest.raises(ValueError, match="got 1 prompts and 2 completions"):
+    with pytest.raises(ValueError, match="a prompt and two completions, got 1, 1 and 2"):
         judge()(["a"], ["b"], ["c", "d"])
     broken = judge()
     broken(["a"], ["b"], ["c"])
