@@ -107,11 +107,13 @@ def dialect(options: argparse.Namespace, text: "Text | None") -> Any:
 
 def _name_in(url: str) -> str:
     """What a model is called that only its url names."""
-    from calibrated_rewards.models.server_address import HIDDEN, shown
+    from calibrated_rewards.models.server_address import HIDDEN, redact_url
 
-    if HIDDEN in shown(url):
-        raise ValueError(f"{shown(url)} may have a token in its path, so it names no model: say --served-model NAME")
-    return shown(url)
+    if HIDDEN in redact_url(url):
+        raise ValueError(
+            f"{redact_url(url)} may have a token in its path, so it names no model: say --served-model NAME"
+        )
+    return redact_url(url)
 
 
 def check_applicable(options: argparse.Namespace, server: str, text: "Text | None") -> None:

@@ -169,6 +169,6 @@ def _text(options: argparse.Namespace) -> "Text | None":
 
 def _shown(options: argparse.Namespace) -> str:
     """Without what may be secret in a URL."""
-    from calibrated_rewards.models.server_address import shown
+    from calibrated_rewards.models.server_address import redact_url
 
-    return shown(options.policy) if server.is_url(options.policy) else str(options.policy)
+    return redact_url(options.policy) if server.is_url(options.policy) else str(options.policy)

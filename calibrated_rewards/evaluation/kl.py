@@ -23,15 +23,7 @@ from torch import Tensor
 from calibrated_rewards.evaluation.outcomes import Precision
 from calibrated_rewards.models.batches import Budget
 from calibrated_rewards.models.fingerprint import weights_of
-from calibrated_rewards.models.parts import (
-    default_budget,
-    device_of,
-    dtype_of,
-    for_scoring,
-    lock_of,
-    right_padded,
-    unwrapped,
-)
+from calibrated_rewards.models.parts import default_budget, device_of, dtype_of, for_scoring, lock_of, pad_right, unwrap
 from calibrated_rewards.prompts import Prompt, start_of
 from calibrated_rewards.samplers.continuous import ContinuousSampler
 from calibrated_rewards.samplers.generation import contiguous_input
@@ -91,7 +83,7 @@ class Divergence:
         with ExitStack() as after:
             _widen(after, ours.model, theirs.model)
             for each in (ours, theirs):
-                after.enter_context(for_scoring(unwrapped(each.model), lock_of(each.model)))
+                after.enter_context(for_scoring(unwrap(each.model), lock_of(each.model)))
             return [self._of(ours, theirs, p, own) for p, own in zip(prompts, rollouts, strict=True)]
 
     def fingerprint(self) -> dict[str, Any]:
@@ -102,7 +94,7 @@ class Divergence:
 
     def precision(self) -> Precision:
         """The dtype that the models are read in, and whether they are one model saved in two dtypes."""
-        ours, theirs = (unwrapped(_policy(each).model) for each in (self.policy, self.reference))
+        ours, theirs = (unwrap(_policy(each).model) for each in (self.policy, self.reference))
         with ExitStack() as after:
             _widen(after, ours, theirs)
             read_in = {_name(dtype_of(each)) for each in (ours, theirs)}
@@ -144,13 +136,13 @@ class Divergence:
 
     def _most_tokens(self, model: Any) -> int:
         """Of a batch."""
-        size = int(unwrapped(model).get_output_embeddings().weight.shape[0])
+        size = int(unwrap(model).get_output_embeddings().weight.shape[0])
         return max(1, min(default_budget(model), self._cells(model) // size))
 
 
 def _widen(after: ExitStack, ours: Any, theirs: Any) -> None:
     """Hold both models in float32 until `after` ends; where memory does not suffice, in the wider of their dtypes."""
-    models = [unwrapped(ours), unwrapped(theirs)]
+    models = [unwrap(ours), unwrap(theirs)]
     for model in models:
         after.enter_context(lock_of(model))
     try:
@@ -205,7 +197,7 @@ def rounding_between(ours: Any, theirs: Any) -> str | None:
     None where a weight differs by more, and where no weight differs. A model that was trained differs by more: weights
     near 0 have room for hardly any rounding.
     """
-    a, b = weights_of(unwrapped(ours)), weights_of(unwrapped(theirs))
+    a, b = weights_of(unwrap(ours)), weights_of(unwrap(theirs))
     if a.keys() != b.keys() or any(a[name].shape != b[name].shape for name in a):
         return None
     found: str | None = None
@@ -299,9 +291,9 @@ def _ids(policy: Policy, text: str) -> list[int]:
 
 def _logits(model: Any, opening: list[int], fed: list[list[int]]) -> Tensor:
     """The logits of each token of the completions, in the model's precision: [n, L, V]."""
-    model = unwrapped(model)
+    model = unwrap(model)
     rows, steps = [opening + ids for ids in fed], max(map(len, fed)) + 1
-    ids, mask = right_padded(rows, opening[0], device_of(model))
+    ids, mask = pad_right(rows, opening[0], device_of(model))
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     keeps = "logits_to_keep" in inspect.signature(inner.forward).parameters
     options = {"logits_to_keep": steps} if keeps else {}

@@ -1,10 +1,14 @@
 """Batches by a budget of tokens: longest first, little padding, and half the size where memory does not suffice."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 T = TypeVar("T")
@@ -46,7 +50,6 @@ class Budget:
         self, forward: Callable[[list[int]], list[T]], indices: list[int], costs: Sequence[int] | None = None
     ) -> list[T]:
         """What `forward` gives for each index; in halves if it runs out of memory."""
-        import torch
         from accelerate.utils.memory import should_reduce_batch_size
 
         try:
@@ -67,6 +70,268 @@ class Budget:
         return self.run(forward, indices[:half], costs) + self.run(forward, indices[half:], costs)
 
 
-def progress(total: int, shown: bool, unit: str = "completions") -> "tqdm[Any]":
+def progress_bar(total: int, shown: bool, unit: str = "completions") -> "tqdm[Any]":
     """A bar that appears when the work takes more than some seconds and somebody is watching."""
     return tqdm(total=total, unit=f" {unit}", desc="scoring", delay=PATIENCE, disable=None if shown else True)
+
+
+# Equal without a further look, in standard deviations of the rows.
+EQUAL = {torch.float32: 1e-4, torch.float64: 1e-4}
+EQUAL_16_BIT = 0.01
+# In 16 bits rounding may move a single row twice as far as it is measured to, and as far again; but not the latter if
+# that is so many standard deviations: such a row is ranked among other rows.
+FARTHEST_16_BIT = 0.25
+# The standard deviation of fewer rows than this says little about how far rows are apart.
+ROWS_FOR_SPREAD = 4
+# Moving all embeddings by one rounding moves the scores about as far as another shape of batch does: 0.02 to 1.2 times
+# as far in the encoders of tests/architectures.py, with 2 layers of 32 and with 8 of 256. Rows may be twice as far
+# apart, and more if few of them were measured.
+ROUNDINGS = 2.0
+# The same in float32, where near-equal scores of a first few rows round otherwise than their embeddings do, and where
+# so little is no matter.
+ROUNDINGS_FLOAT32 = 32.0
+# So many rows, and numbers of each, are remembered.
+MOST_ROWS, MOST_NUMBERS = 64, 1024
+
+
+@dataclass
+class Rounding:
+    """What is known of a model's numbers: their spread from row to row, and how far rounding alone moves them."""
+
+    rows: list[Tensor] = field(default_factory=list)
+    """Numbers of single, unpadded rows."""
+    moves: list[Tensor] = field(default_factory=list)
+    """How far rounding moved the numbers of some of them."""
+    farthest: float = FARTHEST_16_BIT
+    """Standard deviations above which a single row of 16 bits has less leeway, and twice which none excuses."""
+
+    def excess(self, numbers: Tensor, alone: Tensor, rounded: Callable[[], tuple[Tensor, Tensor]], model: Any) -> float:
+        """How many times farther (n, numbers) are from the same rows alone than equal rows may be: above 1 they differ.
+
+        `rounded` gives the numbers of some rows alone, and again with each embedding moved by one rounding. It costs
+        forwards, and is called only where the difference is not within `EQUAL`.
+        """
+        if numbers.shape != alone.shape or not torch.equal(numbers.isfinite(), alone.isfinite()):
+            return math.inf
+        numbers, alone = (each[:, :MOST_NUMBERS].nan_to_num(0, 0, 0).double() for each in (numbers, alone))
+        self._remember(self.rows, alone)
+        kind, spread = coarsest(model), self.spread
+        gap = (numbers - alone).abs()
+        equal = EQUAL.get(kind, EQUAL_16_BIT) * spread
+        if bool((gap <= equal).all()):
+            return 0.0
+        before, after = (each[:, :MOST_NUMBERS].nan_to_num(0, 0, 0).double() for each in rounded())
+        # A number may happen not to move, and is rounded all the same: by its last bit.
+        last_bit = torch.finfo(kind).eps * before.square().mean(0).sqrt()
+        self._remember(self.moves, torch.maximum((after - before).abs(), last_bit))
+        roundings = ROUNDINGS_FLOAT32 if kind in EQUAL else ROUNDINGS
+        few = math.sqrt(1 + math.log(gap.shape[1]))
+        typical = gap.square().mean(0).sqrt() / self._allowed(roundings * (1 + few / math.sqrt(len(gap))), equal)
+        single = gap / self._allowed(roundings * (1 + few), equal)
+        if kind not in EQUAL and len(self.rows) >= ROWS_FOR_SPREAD:
+            strict = gap / self._allowed(roundings * (0.25 + few), equal)
+            single = torch.where(gap > self.farthest * spread, strict, single)
+            # However badly the model rounds, twice that is no agreement.
+            hard = gap / (2 * self.farthest * spread).clamp(min=1e-30)
+            single = torch.where(spread > 0, torch.maximum(single, hard), single)
+        return max(float(typical.max()), float(single.max()))
+
+    @property
+    def spread(self) -> Tensor:
+        """The standard deviation of each number over the rows."""
+        return torch.stack(self.rows).std(0, correction=0)
+
+    def _allowed(self, roundings: float, equal: Tensor) -> Tensor:
+        """So many roundings of each number. Numbers round alike, measured by their spread: they are taken together."""
+        moves, spread = torch.stack(self.moves).square().mean(0).sqrt(), self.spread
+        varied = spread > 0
+        shared = float((moves[varied] / spread[varied]).square().mean().sqrt()) if bool(varied.any()) else 0.0
+        return (equal + roundings * torch.where(varied, shared * spread, moves)).clamp(min=1e-30)
+
+    @staticmethod
+    def _remember(kept: list[Tensor], rows: Tensor) -> None:
+        kept += list(rows)
+        del kept[:-MOST_ROWS]
+
+
+def coarsest(model: nn.Module) -> torch.dtype:
+    """The dtype with the fewest bits among a model's weights, of those with 16 bits and more."""
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1}
+    return max(kinds, key=lambda kind: torch.finfo(kind).eps, default=torch.float32)
+
+
+@contextmanager
+def moved_by_rounding(model: nn.Module) -> Iterator[None]:
+    """While it runs, each embedding is a next number up or down: as far as a single rounding moves it."""
+    nudge = Nudge(torch.finfo(coarsest(model)).eps, torch.Generator().manual_seed(0))
+    with ExitStack() as after:
+        for part in model.modules():
+            if isinstance(part, nn.Embedding):
+                after.callback(part.register_forward_hook(nudge).remove)
+        yield
+
+
+@dataclass(frozen=True, eq=False)
+class Nudge:
+    """A forward hook that multiplies each number of an output by 1 + size or 1 - size, at random."""
+
+    size: float
+    generator: torch.Generator
+
+    def __call__(self, _: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """The output, moved; the dtype stays."""
+        signs = torch.randint(0, 2, output.shape, generator=self.generator).mul_(2).sub_(1)
+        return output * (1 + self.size * signs).to(output.device, output.dtype)
+
+
+# Models that pool by fours are disturbed at three lengths of four: rows of several lengths are compared.
+CHECKED_ROWS = 8
+# The longest row costs most and is padded least: lengths up to this part of it are compared.
+LONGEST_PART = 1 / 3
+# So many of the shortest rows tell how far rounding moves a number.
+ROUNDED_ROWS = 4
+
+# Reads the rows with these indices as one padded batch: numbers for each, or for several positions of each.
+Read = Callable[[list[int]], list[Tensor]]
+
+
+@dataclass
+class Padding:
+    """Whether rows are padded, and what that was found on; one for all calls of a scorer."""
+
+    allowed: bool = True
+    lengths: set[int] = field(default_factory=set)
+    """Lengths of rows that were compared."""
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+    """Length and padded length of rows that agreed; longer rows in less padding need no comparison."""
+    rounding: Rounding = field(default_factory=Rounding)
+
+    @property
+    def checked(self) -> int:
+        """Of how many lengths rows were compared."""
+        return len(self.lengths)
+
+    def pieces(self, batch: list[int], lengths: Sequence[int]) -> list[list[int]]:
+        """The batch as it is; for a model that padding disturbs, its rows by length, which are not padded."""
+        if self.allowed:
+            return [batch]
+        return [[i for i in batch if lengths[i] == n] for n in sorted({lengths[i] for i in batch})]
+
+    def covers(self, shortest: int, longest: int) -> bool:
+        """Whether a row so short, or shorter, was compared in so long a batch, or a longer one."""
+        return any(short <= shortest and longest <= long for short, long in self.ranges)
+
+    def add(self, shortest: int, longest: int) -> None:
+        """Note that rows of this length agreed when they were padded to that one."""
+        if not self.covers(shortest, longest):
+            inside = [(a, b) for a, b in self.ranges if shortest <= a and b <= longest]
+            self.ranges = [*(pair for pair in self.ranges if pair not in inside), (shortest, longest)]
+
+
+@dataclass(eq=False)
+class Comparison:
+    """The rows of one call that are compared: each is read alone once, and again in the batch that it belongs to."""
+
+    model: Any
+    padding: Padding
+    read: Read
+    lengths: Sequence[int]
+    kinds: Sequence[int]
+    """Rows of different kinds are never in one batch."""
+    budget: Budget
+    alone: dict[int, Tensor] = field(default_factory=dict)
+    due: list[tuple[int, int]] = field(default_factory=list)
+    """The shortest and the longest row of each kind that has something to compare."""
+
+    def prepare(self) -> bool:
+        """Read the chosen rows alone; False if the shortest row is another one when padded to the longest."""
+        chosen: list[int] = []
+        for kind in sorted(set(self.kinds)):
+            members = [i for i, of in enumerate(self.kinds) if of == kind and self._may_be_padded(i)]
+            rows = self._choose(members)
+            if rows:
+                chosen += rows
+                self.due.append((rows[0], max(members, key=lambda i: self.lengths[i])))
+        self.alone = {i: self.read([i])[0] for i in chosen}
+        return all(self._bears_most(shortest, longest) for shortest, longest in self.due)
+
+    def agrees(self, batch: Sequence[int], numbers: Sequence[Tensor]) -> bool:
+        """Whether the chosen rows among these have the numbers that they have alone."""
+        padded_to = max(self.lengths[i] for i in batch)
+        found = {
+            i: row for i, row in zip(batch, numbers, strict=True) if i in self.alone and self.lengths[i] < padded_to
+        }
+        return not found or self._equal(found)
+
+    def finish(self) -> None:
+        """Note that all agreed."""
+        self.padding.lengths |= {self.lengths[i] for i in self.alone}
+        for shortest, longest in self.due:
+            if self._may_be_padded(longest):  # memory may not have sufficed for two of its length
+                self.padding.add(self.lengths[shortest], self.lengths[longest])
+
+    def _may_be_padded(self, row: int) -> bool:
+        """Whether a batch holds two rows of this length, or others beside it."""
+        return 2 * self.lengths[row] <= self.budget.tokens
+
+    def _choose(self, members: Sequence[int]) -> list[int]:
+        """The shortest row, if none so short was compared in so long a batch; at first others of spread lengths too."""
+        by_length = {self.lengths[i]: i for i in members}
+        known = sorted(by_length)
+        if len(known) < 2:
+            return []
+        several = choose_lengths(known, CHECKED_ROWS) if self.padding.checked < CHECKED_ROWS else []
+        new = {n for n in several if n not in self.padding.lengths}
+        if not self.padding.covers(known[0], known[-1]):
+            new.add(known[0])
+        return [by_length[n] for n in sorted(new)]
+
+    def _bears_most(self, shortest: int, longest: int) -> bool:
+        """The shortest row with as much padding as any row of its kind has, before batches with less are read."""
+        if self.lengths[longest] * self.kinds.count(self.kinds[longest]) <= self.budget.tokens:
+            return True  # they are one batch, in which it is compared
+        return self._equal({shortest: self.read([longest, shortest])[1]})
+
+    def _equal(self, found: dict[int, Tensor]) -> bool:
+        rows = sorted(found, key=lambda i: self.lengths[i])
+        numbers, alone = (stack_means([each[i] for i in rows]) for each in (found, self.alone))
+        excess = self.padding.rounding.excess(numbers, alone, lambda: self._rounded(rows[:ROUNDED_ROWS]), self.model)
+        if not excess <= 1:
+            at = int((numbers - alone).abs().nan_to_num(torch.inf).amax(1).argmax())
+            logger.warning(
+                "%s gives a padded row of %d tokens other numbers than alone, such as %.6g for %.6g: not padding, "
+                "which is slower",
+                type(self.model).__name__, self.lengths[rows[at]], float(numbers[at, 0]), float(alone[at, 0]),
+            )  # fmt: skip
+            self.padding.allowed = False
+        return excess <= 1
+
+    def _rounded(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        with moved_by_rounding(self.model):
+            moved = [self.read([i])[0] for i in rows]
+        return stack_means([self.alone[i] for i in rows]), stack_means(moved)
+
+
+def stack_means(rows: Sequence[Tensor]) -> Tensor:
+    """(n, numbers); of rows with several positions, the means over those."""
+    return torch.stack([row if row.ndim == 1 else row.sum(0) / max(1, len(row)) for row in rows])
+
+
+def choose_lengths(lengths: Sequence[int], most: int) -> list[int]:
+    """At most so many of the lengths: the shortest, and others in even ratios up to `LONGEST_PART` of the longest.
+
+    >>> choose_lengths([30, 31, 40, 60, 90, 120, 240, 300, 480], 3)
+    [30, 60, 120]
+    >>> choose_lengths([3, 5, 8], 4)
+    [3, 5, 8]
+    """
+    if len(lengths) <= most:
+        return list(lengths)
+    first, last = lengths[0], max(lengths[1], LONGEST_PART * lengths[-1])
+    chosen: list[int] = []
+    for step in range(most):
+        goal = first * (last / first) ** (step / (most - 1))
+        rest = [n for n in lengths if n not in chosen and n <= last]
+        if rest:
+            chosen.append(min(rest, key=lambda n: abs(n - goal)))
+    return sorted(chosen)

@@ -131,7 +131,7 @@ class Checkpoint:
         return path
 
 
-def checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoint:
+def find_checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoint:
     """The folder of that name, or else the repository on the Hub (offline: in the local cache)."""
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
@@ -209,7 +209,7 @@ KINDS_WITHOUT_HEAD = (
 )
 
 
-def kind_of(checkpoint: Checkpoint, base: Checkpoint, trust_remote_code: bool = False) -> Kind:
+def detect_kind(checkpoint: Checkpoint, base: Checkpoint, trust_remote_code: bool = False) -> Kind:
     """The kind that a checkpoint can only be, or a ValueError that says what to choose; `base` for adapters."""
     what = architecture(base)
     task = checkpoint.adapter.get("task_type")

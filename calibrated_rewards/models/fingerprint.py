@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibrated_rewards.models.parts import dtype_of, unwrapped
+from calibrated_rewards.models.parts import dtype_of, unwrap
 
 # Where an adapter came from, and whether it may be trained.
 NOT_OF_THE_SCORES = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
@@ -79,7 +79,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def model_fingerprint(model: Any, tokenizer: Any) -> dict[str, Any]:
     """What a model and its tokenizer are: its class, its precision, and digests of what they hold."""
-    model = unwrapped(model)
+    model = unwrap(model)
     return {
         "model": type(model).__name__,
         "weights": weights_digest(weights_of(model)),

@@ -30,7 +30,15 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
 from queue import Empty, SimpleQueue
 
-from calibrated_rewards.models.server_address import PORTS, Address, origin, resolved, shown, split, unsent
+from calibrated_rewards.models.server_address import (
+    PORTS,
+    Address,
+    explain_token,
+    origin_of,
+    redact_url,
+    resolve_url,
+    split_url,
+)
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import start_of
 
@@ -58,8 +66,8 @@ class Redacting:
         """An url of httpx as errors show it, if its host is one of ours."""
         if not isinstance(value, httpx.URL):
             return value
-        ours = any(split(place.url).hostname == value.host for place in tuple(self.places))
-        return shown(str(value)) if ours else value
+        ours = any(split_url(place.url).hostname == value.host for place in tuple(self.places))
+        return redact_url(str(value)) if ours else value
 
 
 _REDACTING = Redacting()
@@ -67,7 +75,7 @@ _REDACTING = Redacting()
 
 def hide(place: Address) -> None:
     """Redact from now on what is secret in an address."""
-    place = Address(resolved(place.url), place.token)  # a variable of the environment may change
+    place = Address(resolve_url(place.url), place.token)  # a variable of the environment may change
     if place in _REDACTING.places:
         return
     _REDACTING.places.add(place)
@@ -84,11 +92,11 @@ def pause(backoff: float, tried: int) -> float:
     return min(LONGEST_WAIT, backoff * 2.0 ** min(tried, 60)) * random.uniform(0.5, 1.0)
 
 
-def asked_wait(said: str) -> float:
+def parse_retry_after(said: str) -> float:
     """How many seconds a server asks to wait by a Retry-After, a number or a date; 0 if it does not ask.
 
-    >>> asked_wait("7"), asked_wait("Wed, 21 Oct 2015 07:28:00 GMT"), asked_wait("")
-    (7.0, 0.0, 0.0)
+    >>> [parse_retry_after(text) for text in ("7", "Wed, 21 Oct 2015 07:28:00 GMT", "")]
+    [7.0, 0.0, 0.0]
     """
     try:
         seconds = float(said) if said.isdigit() else (parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds()
@@ -130,18 +138,20 @@ class Post:
             except httpx.RequestError as error:
                 trouble = self.place.redacted(f"{type(error).__name__}: {error}")
                 if final(error):
-                    raise ConnectionError(f"{shown(address)} cannot be asked, {trouble}") from None
+                    raise ConnectionError(f"{redact_url(address)} cannot be asked, {trouble}") from None
             else:
                 if response.is_success:
                     return response
                 trouble = f"status {response.status_code}, {self.said(response)}"
-                wait = asked_wait(response.headers.get("Retry-After", ""))
+                wait = parse_retry_after(response.headers.get("Retry-After", ""))
                 if not may_pass(response.status_code):
-                    told = self._elsewhere(response) + unsent(response.status_code, self.place.url, self.place.token)
-                    raise Refused(f"{shown(address)} refuses the request: {trouble}{told}")
+                    told = self._elsewhere(response) + explain_token(
+                        response.status_code, self.place.url, self.place.token
+                    )
+                    raise Refused(f"{redact_url(address)} refuses the request: {trouble}{told}")
             if tried == self.retries or self.stop.wait(max(wait, pause(self.backoff, tried))):
                 break
-        raise ConnectionError(f"{shown(address)} gave no answer in {tried + 1} tries, {trouble}")
+        raise ConnectionError(f"{redact_url(address)} gave no answer in {tried + 1} tries, {trouble}")
 
     def said(self, response: httpx.Response) -> str:
         """The start of an answer, for an error."""
@@ -149,20 +159,22 @@ class Post:
 
     def _elsewhere(self, response: httpx.Response) -> str:
         try:
-            place = self.place.redacted(shown(response.headers.get("Location", "")))
+            place = self.place.redacted(redact_url(response.headers.get("Location", "")))
         except ValueError:
             return ""
         return f"; it points to {place}, give that address if it is right" if place else ""
 
 
-def client(place: Address, timeout: float, connections: int) -> httpx.Client:
+def open_client(place: Address, timeout: float, connections: int) -> httpx.Client:
     """A client for JSON that sends the token as `Authorization: Bearer`, follows no redirect and logs no secret."""
     headers = {"Content-Type": "application/json"}
     if place.token is not None:
         headers["Authorization"] = f"Bearer {place.token}"
-    asked, meant = httpx.URL(place.posted("/")), origin(place.url)
+    asked, meant = httpx.URL(place.posted("/")), origin_of(place.url)
     if (asked.scheme, asked.host, asked.port or PORTS[asked.scheme]) != meant:
-        raise ValueError(f"{shown(place.url)} is read as another server by httpx, {asked.host}: write it otherwise")
+        raise ValueError(
+            f"{redact_url(place.url)} is read as another server by httpx, {asked.host}: write it otherwise"
+        )
     hide(place)
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
     return httpx.Client(headers=headers, timeout=timeout, limits=limits, verify=_certificates(), follow_redirects=False)
@@ -212,7 +224,7 @@ def final(error: httpx.RequestError) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Crew:
+class RequestThreads:
     """Threads that live as long as a call.
 
     Not a pool of concurrent.futures: that one is waited for, at the latest when Python ends, and a request may take
@@ -285,12 +297,12 @@ def text_fingerprint(text: Text, tokenizer: Any) -> dict[str, Any]:
     return {**text.fingerprint(tokenizer), "tokenizer": tokenizer_digest(tokenizer)}
 
 
-def numbers(said: Any) -> list[float]:
+def parse_numbers(said: Any) -> list[float]:
     """A JSON list of numbers, each alone or in a list of its own; a ValueError for anything that only looks like one.
 
-    >>> numbers([1, [2.5]])
+    >>> parse_numbers([1, [2.5]])
     [1.0, 2.5]
-    >>> numbers("12")
+    >>> parse_numbers("12")
     Traceback (most recent call last):
     ValueError: scores are a list of numbers, got '12'
     """

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, AutoTokenizer
 
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.models.checkpoints import Checkpoint, checkpoint
+from calibrated_rewards.models.checkpoints import Checkpoint, find_checkpoint
 from calibrated_rewards.models.parts import vocabulary
 
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
@@ -45,7 +45,7 @@ class Placement:
     def options(self) -> dict[str, Any]:
         """The keyword arguments for `from_pretrained`."""
         quantised = {"quantization_config": self.quantization_config} if self.quantization_config is not None else {}
-        placed = self.device_map if self.device_map is not None else {"": torch.device(self.device or own_device())}
+        placed = self.device_map if self.device_map is not None else {"": torch.device(self.device or default_device())}
         known = {"dtype": self.dtype, "device_map": placed, "trust_remote_code": self.trust_remote_code}
         return {**known, **quantised, **self.model_options}
 
@@ -68,10 +68,10 @@ class Source:
             options["num_labels"] = self.checkpoint.labels
         if stored:
             with _quietly():
-                model = complete(auto, self.base, stored, **options)
-            model = adapted(model, self.checkpoint)
+                model = load_complete(auto, self.base, stored, **options)
+            model = add_adapter(model, self.checkpoint)
         else:
-            model = complete(auto, self.base, **options)
+            model = load_complete(auto, self.base, **options)
         return model.eval().requires_grad_(False)
 
     def tokenizer(self, model: nn.Module) -> Any:
@@ -101,15 +101,15 @@ class Source:
         return tokenizer
 
 
-def source(
+def find_source(
     name: str, revision: str | None, base: str | None, placement: Placement, tokenizer: str | None = None
 ) -> Source:
     """The checkpoint of that name; for an adapter with the base that it names, or with the one given."""
-    found = checkpoint(name, revision)
-    words = None if tokenizer is None else checkpoint(tokenizer)
+    found = find_checkpoint(name, revision)
+    words = None if tokenizer is None else find_checkpoint(tokenizer)
     if found.adapter:
         under = base or found.adapter["base_model_name_or_path"]
-        return Source(found, checkpoint(under, None if base else found.adapter.get("revision")), placement, words)
+        return Source(found, find_checkpoint(under, None if base else found.adapter.get("revision")), placement, words)
     if base is not None:
         raise ValueError(f"base= is for adapters, and {name} has no adapter_config.json; got base={base!r}")
     if not found.config:
@@ -117,7 +117,7 @@ def source(
     return Source(found, found, placement, words)
 
 
-def complete(auto: Any, base: Checkpoint, stored: Collection[str] = (), **options: Any) -> Any:
+def load_complete(auto: Any, base: Checkpoint, stored: Collection[str] = (), **options: Any) -> Any:
     """A model of which every weight came from the checkpoint, or will come (`stored`) from an adapter's."""
     revision = {} if base.revision is None else {"revision": base.revision}
     if (config := find_body_config(base)) is not None:
@@ -179,7 +179,7 @@ def advise_on_error(auto: Any, base: Checkpoint, error: Exception) -> str | None
     )
 
 
-def adapted(model: Any, adapter: Checkpoint) -> Any:
+def add_adapter(model: Any, adapter: Checkpoint) -> Any:
     """A base model with an adapter on it."""
     try:
         from peft import PeftModel
@@ -239,7 +239,7 @@ def _precision(dtype: Any) -> Any:
     return name
 
 
-def own_device() -> torch.device:
+def default_device() -> torch.device:
     """The GPU that torchrun or accelerate gave to this process, or the first; without any, the CPU.
 
     >>> own_device().type in ("cuda", "cpu")

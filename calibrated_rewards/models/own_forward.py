@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.models.batches import Budget, progress
-from calibrated_rewards.models.padding import Comparison, Padding
+from calibrated_rewards.models.batches import Budget, Comparison, Padding, progress_bar
 from calibrated_rewards.models.parts import (
+    UnreadError,
     body_of,
     check_vocabulary,
     device_of,
@@ -27,12 +27,12 @@ from calibrated_rewards.models.parts import (
     full_attention_up_to,
     heads_of,
     in_float32,
-    right_padded,
+    pad_right,
+    reading_errors,
     rope_turn,
     vocabulary,
 )
 from calibrated_rewards.models.unchanged import StateKeeper, steady_draws
-from calibrated_rewards.models.unread import UnreadError, reading_errors
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class OwnForward:
         """(n, numbers) in float32 on the CPU; `types` are token types, for pairs."""
         check_vocabulary(list(rows), self.model)
         self._check_ends(rows)
-        with for_scoring(self.model, self.lock), self._heads(), progress(len(rows), self.show_progress) as bar:
+        with for_scoring(self.model, self.lock), self._heads(), progress_bar(len(rows), self.show_progress) as bar:
             numbers = self._read(rows, types, bar)
             if numbers is None:
                 bar.reset()
@@ -130,13 +130,13 @@ class OwnForward:
         self, at: list[int], rows: Sequence[list[int]], types: Sequence[list[int]] | None, fewest: int
     ) -> list[Tensor]:
         device = device_of(self.model)
-        ids, mask = right_padded([rows[i] for i in at], self.pad_id, device, fewest)
+        ids, mask = pad_right([rows[i] for i in at], self.pad_id, device, fewest)
         extra = {}
         if types is not None:
-            extra["token_type_ids"] = right_padded([types[i] for i in at], 0, device, fewest)[0]
+            extra["token_type_ids"] = pad_right([types[i] for i in at], 0, device, fewest)[0]
         with reading_errors(self.model, ids.shape[1]), steady_draws(device):
             answer = self.state.run(self.model, lambda: self.model(input_ids=ids, attention_mask=mask, **extra))
-        numbers = taken(answer, self.output).float().cpu()
+        numbers = pick_output(answer, self.output).float().cpu()
         return list(numbers.reshape(len(at), -1))
 
     @contextmanager
@@ -180,7 +180,7 @@ class Precise:
         return self.forward(*map(_widened, args), **{name: _widened(value) for name, value in options.items()})
 
 
-def taken(outputs: Any, output: str | int | None) -> Tensor:
+def pick_output(outputs: Any, output: str | int | None) -> Tensor:
     """One of a model's outputs, by key, index, or as it is."""
     if output is None:
         return outputs  # type: ignore[no-any-return]

@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from calibrated_rewards.files import Message, setting
+
 # Tokens in a batch, padding included, unless the user says otherwise.
 ON_CPU, ON_GPU = 8_192, 65_536
 # Of models without a table of embeddings, such as Canine, which hashes characters.
@@ -24,7 +26,7 @@ def lock_of(model: Any) -> threading.RLock:
         return _locks.setdefault(body_of(model), threading.RLock())
 
 
-def unwrapped(model: Any) -> Any:
+def unwrap(model: Any) -> Any:
     """The model inside torch.compile's or a data-parallel wrapper."""
     while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
         model = inner
@@ -33,7 +35,7 @@ def unwrapped(model: Any) -> Any:
 
 def body_of(model: Any) -> nn.Module:
     """The transformer without its head; under PEFT, with the adapter in it."""
-    model = unwrapped(model)
+    model = unwrap(model)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     body: Any = getattr(inner, inner.base_model_prefix, inner)
     # Llama 4 keeps its body under another name than the one it gives.
@@ -43,7 +45,7 @@ def body_of(model: Any) -> nn.Module:
 
 def heads_of(model: Any) -> dict[str, nn.Module]:
     """The parts beside the body that have weights, by name: score, classifier, pooler, ..."""
-    model = unwrapped(model)
+    model = unwrap(model)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     body = body_of(model)
     beside = [(name, part) for name, part in inner.named_children() if part is not body]
@@ -145,7 +147,7 @@ def _train(parts: list[nn.Module]) -> None:
         part.training = True
 
 
-def right_padded(rows: list[list[int]], pad_id: int, device: torch.device, fewest: int = 1) -> tuple[Tensor, Tensor]:
+def pad_right(rows: list[list[int]], pad_id: int, device: torch.device, fewest: int = 1) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, padded on the right: positions then count from the first token, in every model."""
     longest = max(fewest, *map(len, rows))
     ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows])
@@ -162,3 +164,33 @@ def check_vocabulary(rows: list[list[int]], model: nn.Module) -> None:
             f"the tokenizer gives id {largest}, the reward model has {size} embeddings: it is another model's "
             "tokenizer, or tokens were added without resize_token_embeddings"
         )
+
+
+class UnreadError(ValueError, RuntimeError):
+    """A model's forward failed on token ids alone; also a RuntimeError, as torch would have raised it."""
+
+
+# What the forward of a model raises that needs something else, or more: a language, an image, a longer input.
+RAISED = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@contextmanager
+def reading_errors(model: Any, tokens: int) -> Iterator[None]:
+    """Raise what the model's forward raises as an UnreadError; running out of memory stays what it is."""
+    try:
+        yield
+    except RAISED as error:
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        if should_reduce_batch_size(error):
+            raise
+        name = type(getattr(model, "inner", model)).__name__
+        raise UnreadError(
+            Message(
+                f"{name} does not read an input of {tokens} tokens: {type(error).__name__}: {error}. One that looks "
+                "for the tokens of its chat template needs prompts that are lists of messages, or "
+                f"{setting('chat', 'True', option='--option chat=true')} for prompts that are text, and a max_length "
+                "that leaves these tokens in. A setting that its config lacks goes into config.json. What needs more "
+                "than token ids is scored by a callable of yours that runs its forward"
+            )
+        ) from error

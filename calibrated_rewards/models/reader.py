@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibrated_rewards.models.batches import Budget
+from calibrated_rewards.models.batches import Budget, Padding
 from calibrated_rewards.models.own_forward import Fewest, OwnForward
-from calibrated_rewards.models.padding import Padding
 from calibrated_rewards.models.parts import body_of, default_budget, lock_of, positions_of, vocabulary
 from calibrated_rewards.models.shared_prefix import Decoder, Head, Row, Sharing
 from calibrated_rewards.models.text import Text
@@ -19,7 +18,7 @@ from calibrated_rewards.prompts import Completion, Prompt
 
 
 @dataclass(frozen=True, eq=False)
-class Access:
+class ModelReader:
     """A model, and what its readers have in common, which are made anew for each call, of the parts it has now."""
 
     model: Any

@@ -103,9 +103,9 @@ class Address:
     token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        parts = split(self.url)
+        parts = split_url(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"Remote needs an url such as http://host:8000, got url={start_of(shown(self.url))}")
+            raise ValueError(f"Remote needs an url such as http://host:8000, got url={start_of(redact_url(self.url))}")
         token = self.token
         if token is None:
             return
@@ -116,7 +116,7 @@ class Address:
 
     def posted(self, path: str) -> str:
         """Where requests go: the url as it stands; of a bare host the path, with the url's query."""
-        parts = split(self.url)
+        parts = split_url(self.url)
         return parts._replace(path=path if parts.path in ("", "/") else parts.path, fragment="").geturl()
 
     def redacted(self, said: str) -> str:
@@ -127,7 +127,7 @@ class Address:
 
     def _secrets(self) -> Iterator[str]:
         """The token, user and password, and what is long enough of query and path, as written and as meant."""
-        parts = split(self.url)
+        parts = split_url(self.url)
         user, password = parts.username or "", parts.password or ""
         if parts.username is not None:
             yield b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()
@@ -139,31 +139,31 @@ class Address:
             yield from (form for form in (part, unquote_plus(part), unquote(part)) if len(form) >= SECRET)
 
 
-def shown(url: str) -> str:
+def redact_url(url: str) -> str:
     """An url as messages show it: no user, password or query, and of the path only words that are no secrets.
 
-    >>> shown("https://me:pass@rm:8000/score?key=1"), shown("http://rm:8000/t/0123456789/score")
+    >>> redact_url("https://me:pass@rm:8000/score?key=1"), redact_url("http://rm:8000/t/0123456789/score")
     ('https://rm:8000/score', 'http://rm:8000/t/[...]/score')
     """
-    parts = split(url)
+    parts = split_url(url)
     path = "/".join(part if part in WORDS else HIDDEN for part in parts.path.split("/"))
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], path=path, query="", fragment="").geturl()
 
 
-def named(url: str) -> str:
+def format_url(url: str) -> str:
     """An url in a repr: `shown`, or the variable that holds it."""
-    return url if is_variable(url) else shown(url)
+    return url if is_variable(url) else redact_url(url)
 
 
 def check_saved(url: str) -> None:
     """Refuse to write an url that may hold a secret; whoever reads the file would have it."""
     if is_variable(url):
         return
-    parts = split(url)
-    if parts.query or parts.fragment or "@" in parts.netloc or HIDDEN in shown(url):
+    parts = split_url(url)
+    if parts.query or parts.fragment or "@" in parts.netloc or HIDDEN in redact_url(url):
         raise ValueError(
             "a url that is saved holds no password and no query, nor parts of a path that may be a token, got "
-            f"{shown(url)}: put the url into an environment variable and give its name, url='$REWARD_MODEL_URL'; "
+            f"{redact_url(url)}: put the url into an environment variable and give its name, url='$REWARD_MODEL_URL'; "
             "a token goes into CALIBRATED_REWARDS_TOKEN, and its server into CALIBRATED_REWARDS_TOKEN_URL"
         )
 
@@ -173,7 +173,7 @@ def is_variable(url: str) -> bool:
     return _VARIABLE.fullmatch(url) is not None
 
 
-def resolved(url: str) -> str:
+def resolve_url(url: str) -> str:
     """An url as it stands, or the one in the environment variable that $NAME names."""
     if not is_variable(url):
         return url
@@ -182,22 +182,22 @@ def resolved(url: str) -> str:
     return os.environ[url[1:]]
 
 
-def origin(url: str) -> tuple[str, str, int | None]:
+def origin_of(url: str) -> tuple[str, str, int | None]:
     """Scheme, host and port of an url: what a token is bound to.
 
-    >>> origin("HTTPS://RM.example/score") == origin("https://rm.example:443")
+    >>> origin_of("HTTPS://RM.example/score") == origin_of("https://rm.example:443")
     True
     """
-    parts = split(url)
+    parts = split_url(url)
     return parts.scheme, parts.hostname or "", parts.port or PORTS.get(parts.scheme)
 
 
-def split(url: str) -> SplitResult:
+def split_url(url: str) -> SplitResult:
     """The parts of an url; of what cannot be one, an error.
 
     Characters that libraries read in different ways are refused, or a token could go where nobody looked.
     """
-    url = resolved(url)
+    url = resolve_url(url)
     try:
         parts = urlsplit(url)
         _ = parts.port
@@ -220,9 +220,9 @@ STATUSES = (401, 403)
 def token_for(url: str, variable: str = TOKEN) -> str | None:
     """The token of an environment variable, if it is for this server; an url with a user gets none."""
     token = os.environ.get(variable)
-    if not token or split(url).username is not None:
+    if not token or split_url(url).username is not None:
         return None
-    return token if origin(url) in map(origin, servers_of(variable)) else None
+    return token if origin_of(url) in map(origin_of, servers_of(variable)) else None
 
 
 def servers_of(variable: str) -> list[str]:
@@ -239,12 +239,12 @@ def servers_of(variable: str) -> list[str]:
     return usable
 
 
-def unsent(status: int, url: str, token: str | None) -> str:
+def explain_token(status: int, url: str, token: str | None) -> str:
     """Tell, after a server has asked for a token, whether one was sent, and which ones of the environment were not."""
     if status not in STATUSES:
         return ""
     others = [name for name in (TOKEN, POLICY_TOKEN) if os.environ.get(name) and token_for(url, name) is None]
-    told = [f"{name} is for {', '.join(map(shown, servers_of(name)))}, and was not sent" for name in others]
+    told = [f"{name} is for {', '.join(map(redact_url, servers_of(name)))}, and was not sent" for name in others]
     if not told and token is None:
         told = [
             f"no token was sent: set {TOKEN} ({POLICY_TOKEN} for a policy's server), and the address that it is for in "

@@ -17,19 +17,28 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from calibrated_rewards.models.batches import Budget, progress
-from calibrated_rewards.models.padding import Comparison, Padding, Rounding, moved_by_rounding, stacked
+from calibrated_rewards.models.batches import (
+    Budget,
+    Comparison,
+    Padding,
+    Rounding,
+    moved_by_rounding,
+    progress_bar,
+    stack_means,
+)
 from calibrated_rewards.models.parts import (
+    RAISED,
+    UnreadError,
     check_vocabulary,
     device_of,
     for_scoring,
     in_float32,
-    right_padded,
+    pad_right,
+    reading_errors,
     rope_turn,
 )
-from calibrated_rewards.models.text import Text, kept
+from calibrated_rewards.models.text import Text, truncate
 from calibrated_rewards.models.unchanged import StateKeeper
-from calibrated_rewards.models.unread import RAISED, UnreadError, reading_errors
 from calibrated_rewards.prompts import Prompt, prompt_key
 
 logger = logging.getLogger(__name__)
@@ -58,7 +67,7 @@ class Head(Protocol):
 
 
 @dataclass(frozen=True)
-class Plain:
+class ModuleHead:
     """A head that is a module and does not mind what follows."""
 
     module: nn.Module
@@ -117,7 +126,7 @@ class Decoder:
         check_vocabulary([row.ids for row in rows], self.model)
         found: list[Tensor | None] = [None] * len(rows)
         alone: list[int] = []
-        with for_scoring(self.model, self.lock), progress(len(rows), self.show_progress) as bar:
+        with for_scoring(self.model, self.lock), progress_bar(len(rows), self.show_progress) as bar:
             for members in _grouped(groups):
                 shared = self._prefix([rows[i] for i in members])
                 if shared and self._agrees([rows[i] for i in members], shared):
@@ -169,7 +178,7 @@ class Decoder:
 
     def _forward(self, rows: list[Row], cache: Cache | None = None) -> list[Tensor]:
         """One batch, right-padded; behind a cached prefix where there is one."""
-        ids, mask = right_padded([row.ids for row in rows], 0, device_of(self.model))
+        ids, mask = pad_right([row.ids for row in rows], 0, device_of(self.model))
         past = cache.get_seq_length() if cache is not None else 0
         options: dict[str, Any] = {"use_cache": False}
         if cache is not None:
@@ -232,7 +241,7 @@ class Decoder:
             return False
         alone = self._alone(rows)
         try:
-            sharing = stacked(self._shared(rows, shared))
+            sharing = stack_means(self._shared(rows, shared))
         except UnreadError as error:
             logger.warning("%s fails behind a shared prefix: not sharing; %s", self.name, error)
             return False
@@ -245,7 +254,7 @@ class Decoder:
         return excess <= 1
 
     def _alone(self, rows: list[Row]) -> Tensor:
-        return stacked([self._forward([row])[0] for row in rows])
+        return stack_means([self._forward([row])[0] for row in rows])
 
     def _moved(self, rows: list[Row]) -> Tensor:
         with moved_by_rounding(self.model):
@@ -309,7 +318,9 @@ def _fill(found: list[Tensor | None], at: Sequence[int], tensors: Sequence[Tenso
         found[i] = tensor
 
 
-def starts(text: Text, tokenizer: Any, prompts: Sequence[Prompt], rows: Sequence[list[int]]) -> list[int]:
+def find_completion_starts(
+    text: Text, tokenizer: Any, prompts: Sequence[Prompt], rows: Sequence[list[int]]
+) -> list[int]:
     """How many tokens of each whole input come before its completion: those that it shares with its prompt's opening.
 
     Where the tokenizer merges the prompt's end with the completion's beginning, the merged token is the completion's.
@@ -331,5 +342,5 @@ def cut(row: list[int], limit: int, tokenizer: Any) -> tuple[list[int], int]:
     >>> cut([0, 5, 6, 7, 8], 3, SimpleNamespace(bos_token_id=0, cls_token_id=None))
     ([0, 7, 8], 2)
     """
-    read = kept(row, limit, tokenizer)
+    read = truncate(row, limit, tokenizer)
     return read, len(row) - len(read)

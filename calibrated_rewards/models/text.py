@@ -3,13 +3,13 @@
 A prompt and its completion to the token ids that the reward model reads: template, special tokens, truncation."""
 
 import copy
+import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
-from json import loads
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -40,11 +40,11 @@ def plain_messages(messages: Any) -> list[dict[str, Any]]:
                 _check_text(message.get("content"), f"message {i}")
     canonical = canonical_chat(given)  # refuses what is no chat
     if not all(isinstance(message, Mapping) for message in given):
-        given = loads(canonical)
+        given = json.loads(canonical)
     return [_plain(message) for message in given]
 
 
-def answer(completion: Completion) -> list[dict[str, Any]]:
+def completion_messages(completion: Completion) -> list[dict[str, Any]]:
     """The messages of a completion; a text is what the assistant says."""
     if isinstance(completion, str):
         return [{"role": "assistant", "content": completion}]
@@ -63,11 +63,11 @@ def dated(template: str, today: str) -> str:
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    kept: dict[str, Any] = _without_none(message)
-    content = kept.get("content", "")
+    message_fields: dict[str, Any] = _without_none(message)
+    content = message_fields.get("content", "")
     text = content if isinstance(content, str) else "".join(map(_text_of, content))
-    rest = {name: member for name, member in kept.items() if name not in ("role", "content")}
-    return {"role": kept["role"], "content": text, **rest}
+    rest = {name: member for name, member in message_fields.items() if name not in ("role", "content")}
+    return {"role": message_fields["role"], "content": text, **rest}
 
 
 def _without_none(value: Any) -> Any:
@@ -177,7 +177,7 @@ class Text:
                     "Text(chat=True) makes the prompt a user's message"
                 )
             return prompt + completion, False
-        return self._rendered(tokenizer, self.messages(prompt) + answer(completion)), True
+        return self._rendered(tokenizer, self.messages(prompt) + completion_messages(completion)), True
 
     def messages(self, prompt: Prompt) -> list[dict[str, Any]]:
         """A prompt as messages; a text, as a user's."""
@@ -215,7 +215,7 @@ class Text:
         texts = [self.render(tokenizer, p, c) for p, c in zip(prompts, completions, strict=True)]
         ids = self.tokens(tokenizer, texts)
         self.report([len(row) for row in ids], limit)
-        return [kept(row, limit, tokenizer) for row in ids]
+        return [truncate(row, limit, tokenizer) for row in ids]
 
     def report(self, lengths: Sequence[int], limit: int) -> None:
         """Say that inputs are longer than the limit, if some are: as a warning, or as an error."""
@@ -235,7 +235,7 @@ class Text:
         return completion
 
     def _last_stripped(self, completion: Completion) -> Completion:
-        said = answer(completion)
+        said = completion_messages(completion)
         return [*said[:-1], {**said[-1], "content": self.stripped(said[-1]["content"])}]
 
     def _rendered(self, tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], **options: Any) -> str:
@@ -270,11 +270,11 @@ class Text:
         return row
 
 
-def kept(row: list[int], limit: int, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def truncate(row: list[int], limit: int, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The tokens of a row that the model reads: the first if it opens every text, and the last.
 
     >>> from types import SimpleNamespace
-    >>> kept([0, 5, 6, 7, 8], 3, SimpleNamespace(bos_token_id=0, cls_token_id=None))
+    >>> truncate([0, 5, 6, 7, 8], 3, SimpleNamespace(bos_token_id=0, cls_token_id=None))
     [0, 7, 8]
     """
     if len(row) <= limit:
@@ -296,3 +296,104 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], add_special_tok
         bad = next((text for text in texts if any("\ud800" <= c <= "\udfff" for c in text)), texts[0])
         raise ValueError(f"the tokenizer cannot read {start_of(bad)}: {error}") from error
     return ids
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a judge is asked, with {prompt} and {completion} in it, and how that becomes tokens.
+
+    It is a user's message in the judge's own chat template, with the opening of the answer; plain text for a judge that
+    has no template, or with `Text(chat=False)`. A chat in it is written `User: ...`, an empty line, `Assistant: ...`;
+    a prompt of one user's message, and a completion of one assistant's, as they are. Put {prompt} first: completions of
+    one prompt then share its cache, and of what is too long the prompt's beginning goes.
+    """
+
+    tokenizer: Any
+    wording: str
+    text: Text
+    values: Mapping[str, str] = field(default_factory=dict)
+    """What else is filled in: names that stand in braces."""
+    closes: bool = False
+    """Whether a question that is text keeps the EOS of its tokenizer: an encoder reads to it, a decoder goes on."""
+
+    def __post_init__(self) -> None:
+        if "{completion}" not in self.wording:
+            raise ValueError(f"a question holds {{completion}}, and mostly {{prompt}}, got {start_of(self.wording)}")
+        if self.text.append_eos:
+            raise ValueError("a question goes on with its answer: it takes no EOS, got Text(append_eos=True)")
+
+    def written(self, prompt: Prompt, completion: Completion) -> str:
+        """The question about one completion."""
+        if isinstance(completion, str):
+            completion = self.text.stripped(completion)
+        told = {
+            "prompt": format_conversation(prompt, "user"),
+            "completion": format_conversation(completion, "assistant"),
+        }
+        return fill_in(self.wording, {**self.values, **told})
+
+    def tokens(self, prompts: Sequence[Prompt], completions: Sequence[Completion], limit: int) -> list[list[int]]:
+        """The ids of the questions, ready for their answers and cut to `limit`, which is reported."""
+        asked = [self.written(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        text = replace(self.text, chat=self._templated)
+        rows = text.tokens(self.tokenizer, [text.opening(self.tokenizer, question) for question in asked])
+        if not self._templated and not self.closes:
+            # A tokenizer that ends plain text with EOS would have the judge answer after its end.
+            rows = [row[:-1] if len(row) > 1 and row[-1] == self.tokenizer.eos_token_id else row for row in rows]
+        text.report([len(row) for row in rows], limit)
+        return [truncate(row, limit, self.tokenizer) for row in rows]
+
+    def fingerprint(self, limit: int) -> dict[str, Any]:
+        """What the tokens depend on, but for the tokenizer."""
+        settings = {**self.text.fingerprint(self.tokenizer), "max_length": limit, "chat": self._templated}
+        return {"question": fill_in(self.wording, self.values), "text": settings}
+
+    @property
+    def _templated(self) -> bool:
+        if self.text.chat is not None:
+            return self.text.chat
+        return (self.text.template or self.tokenizer.chat_template) is not None
+
+
+def fill_in(wording: str, values: Mapping[str, str]) -> str:
+    """The values in place of their names in braces; what a value itself has in braces stays.
+
+    >>> fill_in("{a} {b} {c}", {"a": "{b}", "b": "1"})
+    '{b} 1 {c}'
+    """
+    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), wording)
+
+
+def format_conversation(messages: Prompt | Completion, by: str) -> str:
+    """Messages as text: the only one, if it is `by` this role, as it is; else each with its role.
+
+    >>> format_conversation([{"role": "user", "content": "Hi"}], "user")
+    'Hi'
+    >>> format_conversation([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}], "user")
+    'User: Hi\\n\\nAssistant: Yes?'
+    """
+    if isinstance(messages, str):
+        return messages
+    turns = json.loads(canonical_chat(messages)) if len(messages) else []
+    if [turn["role"] for turn in turns] == [by] and not turns[0].get("tool_calls"):
+        return _said(turns[0])
+    return "\n\n".join(f"{turn['role'].capitalize()}: {_said(turn)}" for turn in turns)
+
+
+def find_token(tokenizer: Any, text: str, what: str) -> int:
+    """The id of a text that is a single token."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise ValueError(
+            f"{what} is one token of the model's, got {text!r}, which is {tokenizer.convert_ids_to_tokens(ids)}"
+        )
+    return int(ids[0])
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    """A message's content, and the calls it makes, as JSON."""
+    content = turn.get("content") or ""
+    if not isinstance(content, str):
+        raise TypeError(f"a judge reads messages that are text, got {start_of(content)}")
+    calls = turn.get("tool_calls")
+    return "\n".join([content] * bool(content) + [json.dumps(calls, ensure_ascii=False)] * bool(calls))

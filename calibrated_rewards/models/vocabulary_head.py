@@ -1,14 +1,16 @@
 """Heads over the vocabulary: the next token's logits, and the log-probability of the token that follows, in float32."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from calibrated_rewards.models.batches import Budget
-from calibrated_rewards.models.parts import body_of, device_of, dtype_of, for_scoring, in_float32, vocabulary
+from calibrated_rewards.models.own_forward import precise
+from calibrated_rewards.models.parts import body_of, device_of, dtype_of, for_scoring, in_float32, unwrap, vocabulary
+from calibrated_rewards.models.reader import ModelReader
 from calibrated_rewards.models.shared_prefix import Decoder, Head, Row, Sharing
 from calibrated_rewards.models.unchanged import unchanging
 
@@ -151,3 +153,40 @@ def _scale(read: Tensor, own: Tensor, cap: float | None) -> float:
     scale = float(read @ own) / max(float(read @ read), 1e-30)
     # 16 bits leave this much doubt, and no model scales by so little.
     return 1.0 if abs(scale - 1) < 0.01 else scale
+
+
+class FirstToken(nn.Module):
+    """A model as one that gives the logits of some tokens in the first place of its answer, head in float32."""
+
+    base_model_prefix = "inner"
+
+    def __init__(self, inner: Any, tokens: Sequence[int]) -> None:
+        super().__init__()
+        self.inner, self.config, self.tokens = inner, inner.config, list(tokens)
+        if self.config.decoder_start_token_id is None:
+            raise ValueError(
+                f"{type(inner).__name__} needs a decoder_start_token_id in its config, with which its answers begin"
+            )
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embeddings of the model."""
+        return self.inner.get_input_embeddings()  # type: ignore[no-any-return]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(inputs, tokens)."""
+        start = torch.full_like(input_ids[:, :1], self.config.decoder_start_token_id)
+        head = self.inner.get_output_embeddings()
+        with precise(head, in_float32(head)):
+            outputs = self.inner(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=start)
+        return outputs.logits[:, 0, self.tokens]  # type: ignore[no-any-return]
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Return whether an encoder reads the input and a decoder writes the answer: T5, BART."""
+    return bool(unwrap(model).config.is_encoder_decoder)
+
+
+def read_first_token(access: ModelReader, rows: Sequence[list[int]], tokens: Sequence[int]) -> Tensor:
+    """Read the logits of these tokens at the first place of the answer to each row, `(n, tokens)`."""
+    reader = access.own_forward(access.pad, output=None)
+    return replace(reader, model=FirstToken(unwrap(access.model), tokens))(rows)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from calibrated_rewards.files import import_function
-from calibrated_rewards.models.server_address import check_saved, is_secret, named, token_for
+from calibrated_rewards.models.server_address import check_saved, format_url, is_secret, token_for
 from calibrated_rewards.reward.originals import Originals, of_run
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.transforms import Chain
@@ -98,7 +98,7 @@ def _risk(name: str, value: Any) -> str:
     """What a setting would do that needs trust; of a url as much as messages show."""
     if name != "url":
         return f"{name} may run code that comes with a checkpoint"
-    return f"prompts and completions would be sent to the server {named(str(value))}"
+    return f"prompts and completions would be sent to the server {format_url(str(value))}"
 
 
 def _fields(thing: Any) -> Iterator[tuple[str, Any]]:

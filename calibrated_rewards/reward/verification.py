@@ -33,7 +33,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.models.text import answer, plain_messages
+from calibrated_rewards.models.text import completion_messages, plain_messages
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.scorers.differences import differences, tolerance_of
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, reads_messages, score
@@ -69,7 +69,7 @@ class Form:
         if self.completions == "text":
             return asked, [self._as_text(scorer, number, each) for number, each in enumerate(completions)]
         if self.completions == "messages":
-            return asked, [answer(each) for each in completions]
+            return asked, [completion_messages(each) for each in completions]
         return asked, [*completions]
 
     def _as_text(self, scorer: Any, number: int, completion: Completion) -> Completion:
@@ -98,7 +98,7 @@ def as_trainers_have_it(prompt: Prompt, completion: Completion) -> Completion:
     >>> as_trainers_have_it([{"role": "user", "content": "Hi"}], "Hello!")
     [{'role': 'assistant', 'content': 'Hello!'}]
     """
-    return completion if isinstance(prompt, str) else answer(completion)
+    return completion if isinstance(prompt, str) else completion_messages(completion)
 
 
 def _plain(prompt: Prompt) -> Prompt:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from calibrated_rewards.models.parts import for_scoring, lock_of, unwrapped
+from calibrated_rewards.models.parts import for_scoring, lock_of, unwrap
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt, start_of
 from calibrated_rewards.samplers.policy import Draft, Policy
@@ -45,7 +45,7 @@ class ContinuousSampler:
         rows = self._policy.check(prompts)
         found: list[list[Rollout]] = [[] for _ in prompts]
         # The engine works in a thread of its own, which cannot use tensors that are made in inference mode.
-        with for_scoring(unwrapped(self.model), lock_of(self.model)), torch.inference_mode(False):
+        with for_scoring(unwrap(self.model), lock_of(self.model)), torch.inference_mode(False):
             # The engine writes equally many completions of all prompts of a call.
             for number in sorted({len(own) for own in seeds} - {0}):
                 at = [i for i, own in enumerate(seeds) if len(own) == number]
@@ -90,7 +90,7 @@ class ContinuousSampler:
         batching = ContinuousBatchingConfig(**{**self.batching, "return_logprobs": True, "seed": seed})
         options = {"generation_config": drawing, "continuous_batching_config": batching}
         watched = self.show_progress and sys.stderr.isatty()
-        return list(unwrapped(self.model).generate_batch(rows, progress_bar=watched, **options).values())
+        return list(unwrap(self.model).generate_batch(rows, progress_bar=watched, **options).values())
 
     def _whole(self, outputs: Sequence[Any], prompts: Sequence[Prompt], number: int) -> list[list[Draft]]:
         """The completions of each prompt, if all are there and whole: the engine itself only logs what fails."""

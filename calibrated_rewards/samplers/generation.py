@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
-from calibrated_rewards.models.parts import device_of, rope_turn
-from calibrated_rewards.models.unread import reading_errors
+from calibrated_rewards.models.parts import device_of, reading_errors, rope_turn
 from calibrated_rewards.samplers.drawing import HALVINGS, Drawn, draw, uniforms
 from calibrated_rewards.samplers.policy import Draft, Endings
 

@@ -15,16 +15,17 @@ from tqdm import tqdm
 
 from calibrated_rewards.models.batches import PATIENCE, Budget
 from calibrated_rewards.models.parts import (
+    UnreadError,
     default_budget,
     device_of,
     dtype_of,
     for_scoring,
     lock_of,
-    unwrapped,
+    reading_errors,
+    unwrap,
     vocabulary,
 )
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.models.unread import UnreadError, reading_errors
 from calibrated_rewards.prompts import Prompt, start_of
 from calibrated_rewards.samplers.drawing import ADVICE, processors
 from calibrated_rewards.samplers.generation import Reader, Writer, bytes_of, contiguous_input
@@ -297,7 +298,7 @@ class HfSampler:
 
     @property
     def _model(self) -> Any:
-        return unwrapped(self.model)
+        return unwrap(self.model)
 
     @cached_property
     def _policy(self) -> Policy:

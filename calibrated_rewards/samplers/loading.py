@@ -13,12 +13,12 @@ from calibrated_rewards.models.checkpoints import (
     Checkpoint,
     architecture,
     check_writes,
-    checkpoint,
+    find_checkpoint,
     is_encoder,
     needs_code,
 )
 from calibrated_rewards.models.lazy import Lazy, fields_only
-from calibrated_rewards.models.loading import Placement, Source, source
+from calibrated_rewards.models.loading import Placement, Source, find_source
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.continuous import ContinuousSampler
@@ -63,7 +63,9 @@ def load_sampler(
     if engine not in get_args(Engine):
         raise ValueError(f"load_sampler needs engine= one of {', '.join(get_args(Engine))}, got engine={engine!r}")
     lasting = {"base": base, "tokenizer": tokenizer}
-    others = {what: None if other is None else checkpoint(os.fspath(other)).name for what, other in lasting.items()}
+    others = {
+        what: None if other is None else find_checkpoint(os.fspath(other)).name for what, other in lasting.items()
+    }
     placed = {"device": device, "device_map": device_map, "quantization_config": quantization_config}
     if engine == "vllm":
         told = {**placed, "model_options": model_options, "base": base}
@@ -71,7 +73,7 @@ def load_sampler(
         known = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code, **words}
         return _in_vllm(place, decoding, text, told, {**known, **options})
     _check_options(engine, options)
-    found = checkpoint(place, revision)
+    found = find_checkpoint(place, revision)
     placement = Placement(
         dtype=dtype, trust_remote_code=trust_remote_code, model_options=dict(model_options or {}), **placed
     )
@@ -99,7 +101,7 @@ class FromCheckpoint:
     @property
     def source(self) -> Source:
         """The checkpoint, and the base of an adapter's."""
-        return source(self.name, self.revision, self.base, self.placement, self.tokenizer)
+        return find_source(self.name, self.revision, self.base, self.placement, self.tokenizer)
 
     def load(self) -> Any:
         """The sampler, with its weights in memory."""

@@ -13,13 +13,20 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 
 from calibrated_rewards.models.batches import PATIENCE
-from calibrated_rewards.models.http_client import Crew, Post, Refused, check_numbers, client, text_fingerprint
+from calibrated_rewards.models.http_client import (
+    Post,
+    Refused,
+    RequestThreads,
+    check_numbers,
+    open_client,
+    text_fingerprint,
+)
 from calibrated_rewards.models.server_address import (
     POLICY_TOKEN,
     Address,
-    named,
-    shown,
-    split,
+    format_url,
+    redact_url,
+    split_url,
     token_for,
     without_secrets,
 )
@@ -205,7 +212,7 @@ class OpenAISampler:
 
     def __repr__(self) -> str:
         read = "" if self.tokenizer is None else f", tokenizer={type(self.tokenizer).__name__}"
-        return f"OpenAISampler({named(self.url)!r}, {self.model!r}, {self.decoding!r}, api={self.api!r}{read})"
+        return f"OpenAISampler({format_url(self.url)!r}, {self.model!r}, {self.decoding!r}, api={self.api!r}{read})"
 
     def __hash__(self) -> int:
         return hash((self.url, self.model))
@@ -272,7 +279,7 @@ class OpenAISampler:
     @property
     def _token(self) -> str | None:
         """As given; of the environment only what belongs to this server, and no second one beside an url's user."""
-        parts = split(self.url)
+        parts = split_url(self.url)
         if self.token is not None or parts.username is not None:
             return self.token
         host = f".{parts.hostname or ''}"
@@ -281,11 +288,11 @@ class OpenAISampler:
 
     def _under(self, path: str) -> str:
         """An address beside those of the API that the url names."""
-        parts = split(self.url)
+        parts = split_url(self.url)
         base = parts.path.rstrip("/")
         whole = next((api for api in ("chat", "completions") if base.endswith(PATHS[api])), None)  # chat ends both ways
         if whole not in (None, self.api):
-            raise ValueError(f"the url {shown(self.url)} is that of api={whole!r}, got api={self.api!r}")
+            raise ValueError(f"the url {redact_url(self.url)} is that of api={whole!r}, got api={self.api!r}")
         base = base.removesuffix(PATHS[self.api]) if whole else base
         return parts._replace(path=(base or "/v1") + path, fragment="").geturl()
 
@@ -314,7 +321,7 @@ class OpenAISampler:
         stop = threading.Event()
         post = self._post(stop)
         work = partial(self._drawn, post, prompts, asked)
-        return Crew(work, jobs, self.concurrency, stop, post.client.close).results()
+        return RequestThreads(work, jobs, self.concurrency, stop, post.client.close).results()
 
     def _drawn(self, post: Post, prompts: Sequence[Prompt], asked: Sequence[Any], job: Job) -> list[Rollout]:
         """The rollouts of one request."""
@@ -331,13 +338,13 @@ class OpenAISampler:
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             why = self._place.redacted(f"{error}" if isinstance(error, ValueError) else repr(error))
             raise ValueError(
-                f"{shown(self.address)} gave no completions of {start_of(prompt)} that can be used, {why}: "
+                f"{redact_url(self.address)} gave no completions of {start_of(prompt)} that can be used, {why}: "
                 f"{post.said(response)}"
             ) from None
         return [r._replace(logprob=of_the_draw(r.logprob, self.decoding, self.logprobs == "processed")) for r in drawn]
 
     def _post(self, stop: threading.Event) -> Post:
-        connected = client(self._place, self.timeout, self.concurrency)
+        connected = open_client(self._place, self.timeout, self.concurrency)
         return Post(self._place, connected, self.retries, self.backoff, stop)
 
     @cached_property

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from calibrated_rewards.models.fingerprint import model_fingerprint
-from calibrated_rewards.models.parts import check_vocabulary, lock_of, positions_of, unwrapped
+from calibrated_rewards.models.parts import check_vocabulary, lock_of, positions_of, unwrap
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt, start_of
 from calibrated_rewards.samplers.protocol import Decoding, Rollout
@@ -102,10 +102,10 @@ class Policy:
     text: Text
 
     def __post_init__(self) -> None:
-        name = type(unwrapped(self.model)).__name__
+        name = type(unwrap(self.model)).__name__
         if self.model.config.is_encoder_decoder:
             raise TypeError(f"a policy is a causal language model, got {name}, which is an encoder-decoder")
-        if unwrapped(self.model).get_output_embeddings() is None:
+        if unwrap(self.model).get_output_embeddings() is None:
             raise TypeError(
                 f"a policy is a causal language model, got {name}, which has no output layer over the vocabulary: "
                 "a reward model scores completions and cannot write them"
@@ -137,7 +137,7 @@ class Policy:
     @cached_property
     def limit(self) -> int | None:
         """How many tokens the model has positions for."""
-        known = [n for n in (self.text.max_length, positions_of(unwrapped(self.model))) if n is not None]
+        known = [n for n in (self.text.max_length, positions_of(unwrap(self.model))) if n is not None]
         return min(known, default=None)
 
     @cached_property

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from calibrated_rewards.models.batches import PATIENCE
-from calibrated_rewards.models.checkpoints import Checkpoint, architecture, check_writes, checkpoint
+from calibrated_rewards.models.checkpoints import Checkpoint, architecture, check_writes, find_checkpoint
 from calibrated_rewards.models.fingerprint import tokenizer_digest
 from calibrated_rewards.models.loading import SHORT
 from calibrated_rewards.models.text import Text
@@ -64,7 +64,7 @@ class VllmSampler:
         The engine starts at the first call, once in each process. `engine_options` go to `vllm.LLM`: dtype,
         max_model_len, gpu_memory_utilization, tensor_parallel_size, quantization, trust_remote_code, tokenizer, ...
         """
-        found = checkpoint(os.fspath(name_or_path), revision)
+        found = find_checkpoint(os.fspath(name_or_path), revision)
         if isinstance(dtype := engine_options.get("dtype"), str):
             engine_options["dtype"] = SHORT.get(dtype, dtype)
         if not found.adapter:
@@ -72,7 +72,7 @@ class VllmSampler:
             return cls(
                 Engine(found.name, found.revision, None, engine_options), decoding, text or Text(), show_progress
             )
-        base = checkpoint(found.adapter["base_model_name_or_path"], found.adapter.get("revision"))
+        base = find_checkpoint(found.adapter["base_model_name_or_path"], found.adapter.get("revision"))
         _check_writes(found, base)
         rank = {"max_lora_rank": max(8, 1 << (int(found.adapter["r"]) - 1).bit_length())}
         own = {"tokenizer": str(found.folder)} if (found.folder / "tokenizer_config.json").exists() else {}

@@ -11,14 +11,14 @@ from jaxtyping import Float32
 
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.parts import lock_of, positions_of, vocabulary
-from calibrated_rewards.models.reader import Access
-from calibrated_rewards.models.shared_prefix import Row, cut, group_of, starts
+from calibrated_rewards.models.reader import ModelReader
+from calibrated_rewards.models.shared_prefix import Row, cut, find_completion_starts, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.models.vocabulary_head import LogProbability, logits_of
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import check_pairs, refuse_pickle, score_with
 
-Writer: TypeAlias = tuple[Access, LogProbability]
+Writer: TypeAlias = tuple[ModelReader, LogProbability]
 """A causal LM, and its head, which is measured once."""
 
 
@@ -77,8 +77,8 @@ class ImplicitReward:
         with lock_of(self.model):  # fast tokenizers do not bear two threads
             whole = self.text.encode(self.tokenizer, prompts, completions)
             self.text.report([len(row) for row in whole], self._limit)
-            rows = []
-            for row, start in zip(whole, starts(self.text, self.tokenizer, prompts, whole), strict=True):
+            rows, openings = [], find_completion_starts(self.text, self.tokenizer, prompts, whole)
+            for row, start in zip(whole, openings, strict=True):
                 ids, out = cut(row, self._limit, self.tokenizer)
                 # A token is read where it is predicted: one before it stands.
                 rows.append(Row(ids, list(range(max(1, start - out) - 1, len(ids) - 1))))
@@ -145,5 +145,5 @@ class ImplicitReward:
 
     def _writer(self, model: Any) -> Writer:
         options = (self.batch_tokens, self.share_prefixes, self.show_progress)
-        access = Access(model, self.tokenizer, self.text, *options)
+        access = ModelReader(model, self.tokenizer, self.text, *options)
         return access, LogProbability(logits_of(model, access.lock), vocabulary(model))

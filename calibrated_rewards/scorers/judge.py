@@ -17,16 +17,14 @@ from jaxtyping import Float32
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from calibrated_rewards.models.batches import progress
+from calibrated_rewards.models.batches import progress_bar
 from calibrated_rewards.models.fingerprint import model_fingerprint
-from calibrated_rewards.models.first_token import is_encoder_decoder, read_first_token
 from calibrated_rewards.models.labels import Difference, Expected
-from calibrated_rewards.models.parts import check_vocabulary, device_of, for_scoring, unwrapped, vocabulary
-from calibrated_rewards.models.questions import Question, one_token
-from calibrated_rewards.models.reader import Access
+from calibrated_rewards.models.parts import check_vocabulary, device_of, for_scoring, unwrap, vocabulary
+from calibrated_rewards.models.reader import ModelReader
 from calibrated_rewards.models.shared_prefix import group_of
-from calibrated_rewards.models.text import Text
-from calibrated_rewards.models.vocabulary_head import Logits, logits_of
+from calibrated_rewards.models.text import Question, Text, find_token
+from calibrated_rewards.models.vocabulary_head import Logits, is_encoder_decoder, logits_of, read_first_token
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import check_pairs, refuse_pickle, score_with
 
@@ -53,7 +51,7 @@ NUMBER = r"(?<![\w.])(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*\d+(?:\.\d+)?)?"
 class Answers:
     """The possible answers of a language model, each one token, and their logits where its answer begins."""
 
-    access: Access
+    access: ModelReader
     words: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -62,7 +60,7 @@ class Answers:
     @cached_property
     def tokens(self) -> dict[str, int]:
         """The token of each answer."""
-        return {word: one_token(self.access.tokenizer, word, "an answer") for word in self.words}
+        return {word: find_token(self.access.tokenizer, word, "an answer") for word in self.words}
 
     def logits(self, ids: list[list[int]], groups: Sequence[Hashable]) -> Tensor:
         """Read the logits behind each question, `(questions, answers)`; questions of one group share their prefix."""
@@ -129,7 +127,7 @@ class Judge:
     @cached_property
     def _answers(self) -> Answers:
         options = (self.batch_tokens, self.share_prefixes, self.show_progress)
-        return Answers(Access(self.model, self.tokenizer, self.text, *options), (self.good, self.bad))
+        return Answers(ModelReader(self.model, self.tokenizer, self.text, *options), (self.good, self.bad))
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +177,7 @@ class ExpectedRating:
     def _answers(self) -> Answers:
         options = (self.batch_tokens, self.share_prefixes, self.show_progress)
         words = tuple(map(str, range(self.low, self.high + 1)))
-        return Answers(Access(self.model, self.tokenizer, self.text, *options), words)
+        return Answers(ModelReader(self.model, self.tokenizer, self.text, *options), words)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,8 +223,9 @@ class TokenLogit:
         return logits_of(self.model, self._access.lock, [self.token])
 
     @cached_property
-    def _access(self) -> Access:
-        return Access(self.model, self.tokenizer, self.text, self.batch_tokens, self.share_prefixes, self.show_progress)
+    def _access(self) -> ModelReader:
+        options = (self.batch_tokens, self.share_prefixes, self.show_progress)
+        return ModelReader(self.model, self.tokenizer, self.text, *options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,7 +290,7 @@ class RatedJudge:
         with (
             for_scoring(self.model, self._access.lock),
             generate_with(self.model, settings),
-            progress(len(rows), self.show_progress) as bar,
+            progress_bar(len(rows), self.show_progress) as bar,
         ):
             for batch in budget.batches(costs):
                 written = budget.run(lambda at: self._generate([rows[i] for i in at]), batch, costs)
@@ -346,8 +345,8 @@ class RatedJudge:
         return Question(self.tokenizer, self.question, self.text, {"low": f"{self.low:g}", "high": f"{self.high:g}"})
 
     @cached_property
-    def _access(self) -> Access:
-        return Access(self.model, self.tokenizer, self.text, self.batch_tokens)
+    def _access(self) -> ModelReader:
+        return ModelReader(self.model, self.tokenizer, self.text, self.batch_tokens)
 
     @cached_property
     def _limit(self) -> int:
@@ -367,7 +366,7 @@ def generate_with(model: Any, settings: GenerationConfig) -> Iterator[None]:
 
     That may forbid repetitions or suppress tokens. PEFT's wrapper hands on the settings of the model in it.
     """
-    outer = unwrapped(model)
+    outer = unwrap(model)
     inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
     owners = [owner for owner in {outer, inner} if "generation_config" in vars(owner)]
     before = [owner.generation_config for owner in owners]

@@ -18,16 +18,16 @@ from calibrated_rewards.models.checkpoints import (
     Kind,
     architecture,
     check_writes,
-    checkpoint,
     classifies,
+    detect_kind,
+    find_checkpoint,
     is_encoder_decoder,
-    kind_of,
     needs_code,
     parse_config,
 )
 from calibrated_rewards.models.labels import FIRST_RULES, RULES, Label, Labels, apply_first_rules, resolve_labels
-from calibrated_rewards.models.loading import Placement, Source, check_same_tokens, source
-from calibrated_rewards.models.server_address import shown
+from calibrated_rewards.models.loading import Placement, Source, check_same_tokens, find_source
+from calibrated_rewards.models.server_address import redact_url
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder
 from calibrated_rewards.scorers.ensemble import Cost
@@ -96,8 +96,8 @@ def load_scorer(
     where = parse_path(name_or_path, "name_or_path")
     if where.lower().startswith(("http:", "https:")):
         raise ValueError(
-            f"a server is no checkpoint, got {shown(where)!r}: calibrated_rewards.scorers.remote.Remote asks it, in "
-            "the dialect that it speaks"
+            f"a server is no checkpoint, got {redact_url(where)!r}: calibrated_rewards.scorers.remote.Remote asks it, "
+            "in the dialect that it speaks"
         )
     placement = Placement(dtype, device, device_map, quantization_config, trust_remote_code, dict(model_options or {}))
     settings = {
@@ -112,9 +112,9 @@ def load_scorer(
     # Another process, which may stand in another directory, gets the same folder or the same commit.
     others = {"base": base, "reference": reference, "tokenizer": tokenizer}
     names = {
-        name: None if other is None else checkpoint(parse_path(other, name)).name for name, other in others.items()
+        name: None if other is None else find_checkpoint(parse_path(other, name)).name for name, other in others.items()
     }
-    at = checkpoint(where, revision)
+    at = find_checkpoint(where, revision)
     recipe = FromCheckpoint(
         at.name,
         at.revision,
@@ -240,8 +240,8 @@ class FromCheckpoint:
 
     def load(self) -> Any:
         """Load the scorer, with its weights in memory; of a cost model, minus that."""
-        at = source(self.name, self.revision, self.base, self.placement, self.tokenizer)
-        kind = self.kind or kind_of(at.checkpoint, at.base, self.placement.trust_remote_code)
+        at = find_source(self.name, self.revision, self.base, self.placement, self.tokenizer)
+        kind = self.kind or detect_kind(at.checkpoint, at.base, self.placement.trust_remote_code)
         if kind == "sequence-classifier" and "output" in self.options:
             kind = "multi-attribute"
         if self.rules >= RULES:
@@ -300,7 +300,7 @@ class FromCheckpoint:
         model, tokenizer = _load_writer(at, "implicit")
         reference = None
         if self.reference is not None:
-            tuned_from = source(self.reference, None, None, self.placement)
+            tuned_from = find_source(self.reference, None, None, self.placement)
             reference = tuned_from.model(transformers.AutoModelForCausalLM)
             check_same_tokens(tokenizer, tuned_from, reference)
         return ImplicitReward(model, tokenizer, reference, **options)

@@ -12,7 +12,7 @@ from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.labels import Label, Labels
 from calibrated_rewards.models.own_forward import HeadPrecision, fit_precision
-from calibrated_rewards.models.reader import Access
+from calibrated_rewards.models.reader import ModelReader
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import check_pairs, refuse_pickle, score_with
@@ -86,8 +86,8 @@ class MultiAttribute:
         }
 
     @cached_property
-    def _access(self) -> Access:
-        return Access(self.model, self.tokenizer, self.text, self.batch_tokens, show_progress=self.show_progress)
+    def _access(self) -> ModelReader:
+        return ModelReader(self.model, self.tokenizer, self.text, self.batch_tokens, show_progress=self.show_progress)
 
     @cached_property
     def _precision(self) -> HeadPrecision:

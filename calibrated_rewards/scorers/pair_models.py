@@ -10,10 +10,9 @@ from jaxtyping import Float64
 from scipy.special import expit
 
 from calibrated_rewards.models.fingerprint import model_fingerprint
-from calibrated_rewards.models.first_token import is_encoder_decoder
-from calibrated_rewards.models.questions import conversation, filled
-from calibrated_rewards.models.reader import Access
-from calibrated_rewards.models.text import Text, kept
+from calibrated_rewards.models.reader import ModelReader
+from calibrated_rewards.models.text import Text, fill_in, format_conversation, truncate
+from calibrated_rewards.models.vocabulary_head import is_encoder_decoder
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.scorers.judge import Answers
 from calibrated_rewards.scorers.pairwise import check_comparisons
@@ -70,7 +69,7 @@ class PairClassifier:
 
         "<|source|>{prompt}[SEP][CLS]<|candidate1|>{first}[SEP][CLS]<|candidate2|>{second}"
 
-    A chat is written out as text, see `calibrated_rewards.models.questions.conversation`.
+    A chat is written out as text, see `calibrated_rewards.models.text.format_conversation`.
     """
 
     scorer: Scorer
@@ -87,8 +86,8 @@ class PairClassifier:
         """Return sigmoid(score) of each comparison."""
         cut = max(self.template.index(place) for place in PLACES)
         texts = [write_places(*parts) for parts in zip(*check_comparisons(prompts, firsts, seconds), strict=True)]
-        openings = [filled(self.template[:cut], values) for values in texts]
-        ends = [filled(self.template[cut:], values) for values in texts]
+        openings = [fill_in(self.template[:cut], values) for values in texts]
+        ends = [fill_in(self.template[cut:], values) for values in texts]
         return np.asarray(expit(score(self.scorer, openings, ends).astype(np.float64)))
 
     def fingerprint(self) -> dict[str, Any]:
@@ -113,7 +112,7 @@ class PairJudge:
     opening: bool = True
     """Whether the template opens the assistant's message before the answer."""
     context: str | None = None
-    """A chat template (Jinja) that writes the prompt's messages where {prompt} stands; None: as `conversation` does."""
+    """A chat template (Jinja) that writes the prompt's messages at {prompt}; None: see `format_conversation`."""
     bos: bool = True
     """False: without BOS, which is deleted wherever the template writes it."""
     text: Text = field(default_factory=Text)
@@ -145,7 +144,7 @@ class PairJudge:
         ]
         # Comparisons of one completion with many share all that stands before the second.
         groups = [(values["prompt"], values["first"]) for values in texts]
-        logits = self._answers.logits(self._encode([filled(self.question, values) for values in texts]), groups)
+        logits = self._answers.logits(self._encode([fill_in(self.question, values) for values in texts]), groups)
         odds = (logits[:, 0].double() - logits[:, 1].double()).numpy()
         check_finite(odds.astype(np.float32), prompts, firsts, name_of(self))
         return np.asarray(expit(odds))
@@ -176,7 +175,7 @@ class PairJudge:
             # A tokenizer that ends plain text with EOS would have the judge answer after its end.
             rows = [row[:-1] if len(row) > 1 and row[-1] == self.tokenizer.eos_token_id else row for row in rows]
         self.text.report([len(row) for row in rows], access.limit)
-        return [kept(row, access.limit, self.tokenizer) for row in rows]
+        return [truncate(row, access.limit, self.tokenizer) for row in rows]
 
     def _render(self, question: str) -> tuple[str, bool]:
         if not self._templated:
@@ -192,7 +191,7 @@ class PairJudge:
     def _write_context(self, prompt: Prompt) -> str:
         """Write the prompt as it stands in the question."""
         if self.context is None:
-            return conversation(prompt, "user")
+            return format_conversation(prompt, "user")
         writer = replace(self.text, template=self.context, chat=None)
         return writer.render(self.tokenizer, writer.messages(prompt), [])[0]
 
@@ -203,7 +202,7 @@ class PairJudge:
     @cached_property
     def _answers(self) -> Answers:
         options = (self.batch_tokens, self.share_prefixes, self.show_progress)
-        return Answers(Access(self.model, self.tokenizer, self.text, *options), self.answers)
+        return Answers(ModelReader(self.model, self.tokenizer, self.text, *options), self.answers)
 
 
 def check_places(template: str) -> None:
@@ -214,5 +213,5 @@ def check_places(template: str) -> None:
 
 def write_places(prompt: Prompt, first: Completion, second: Completion) -> dict[str, str]:
     """Write as text the prompt and the completions that fill a template."""
-    completions = {"first": conversation(first, "assistant"), "second": conversation(second, "assistant")}
-    return {"prompt": conversation(prompt, "user"), **completions}
+    completions = {"first": format_conversation(first, "assistant"), "second": format_conversation(second, "assistant")}
+    return {"prompt": format_conversation(prompt, "user"), **completions}

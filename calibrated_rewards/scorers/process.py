@@ -15,10 +15,9 @@ from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.label_names import find_side, find_values, is_unnamed
 from calibrated_rewards.models.labels import order_names
 from calibrated_rewards.models.parts import heads_of
-from calibrated_rewards.models.questions import filled, one_token
-from calibrated_rewards.models.reader import Access
-from calibrated_rewards.models.shared_prefix import Head, Plain, Row, cut, group_of, starts
-from calibrated_rewards.models.text import Text
+from calibrated_rewards.models.reader import ModelReader
+from calibrated_rewards.models.shared_prefix import Head, ModuleHead, Row, cut, find_completion_starts, group_of
+from calibrated_rewards.models.text import Text, fill_in, find_token
 from calibrated_rewards.models.vocabulary_head import check_head, logits_of
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
 from calibrated_rewards.scorers.protocol import check_finite, check_pairs, name_of, refuse_pickle, score_with
@@ -102,7 +101,7 @@ class ProcessReward:
         limit, pairs = self._access.limit, [self._write_marks(completion) for completion in completions]
         whole = self.text.encode(self.tokenizer, prompts, [marked for marked, _ in pairs])
         self.text.report([len(row) for row in whole], limit)
-        openings = starts(self.text, self.tokenizer, prompts, whole)
+        openings = find_completion_starts(self.text, self.tokenizer, prompts, whole)
         rows = []
         for row, start, (completion, steps) in zip(whole, openings, pairs, strict=True):
             # What the template writes behind the completion may hold more of them.
@@ -140,7 +139,7 @@ class ProcessReward:
         return marked, steps
 
     def _join(self, parts: list[str]) -> str:
-        return "".join(filled(self.layout, {"step": part, "mark": self.mark}) for part in parts)
+        return "".join(fill_in(self.layout, {"step": part, "mark": self.mark}) for part in parts)
 
     def _split(self, text: str) -> list[str]:
         """Split a text into steps. A mark in one would be read as the end of a step: a special token is taken out."""
@@ -158,11 +157,11 @@ class ProcessReward:
 
     @cached_property
     def _mark(self) -> int:
-        return one_token(self.tokenizer, self.mark, "the mark of a step")
+        return find_token(self.tokenizer, self.mark, "the mark of a step")
 
     @cached_property
     def _answers(self) -> list[int] | None:
-        return self.answers and [one_token(self.tokenizer, answer, "an answer") for answer in self.answers]
+        return self.answers and [find_token(self.tokenizer, answer, "an answer") for answer in self.answers]
 
     @property
     def _head(self) -> Head:
@@ -178,18 +177,19 @@ class ProcessReward:
         return head
 
     @property
-    def _only_head(self) -> Plain:
+    def _only_head(self) -> ModuleHead:
         heads = heads_of(self.model)
         if len(heads) != 1 or self.model.get_output_embeddings() is not None:
             raise TypeError(
                 f"a process reward model has one head over labels, {type(self.model).__name__} has {list(heads)}; of a "
                 'causal LM say the answers it gives to a step, answers=("+", "-")'
             )
-        return Plain(*heads.values())
+        return ModuleHead(*heads.values())
 
     @cached_property
-    def _access(self) -> Access:
-        return Access(self.model, self.tokenizer, self.text, self.batch_tokens, self.share_prefixes, self.show_progress)
+    def _access(self) -> ModelReader:
+        options = (self.batch_tokens, self.share_prefixes, self.show_progress)
+        return ModelReader(self.model, self.tokenizer, self.text, *options)
 
 
 def find_good_label(label: int | None, config: Any) -> int:

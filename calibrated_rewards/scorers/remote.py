@@ -13,17 +13,17 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.models.batches import progress
+from calibrated_rewards.models.batches import progress_bar
 from calibrated_rewards.models.http_client import (
-    Crew,
     Post,
+    RequestThreads,
     check_numbers,
     check_plain,
-    client,
-    numbers,
+    open_client,
+    parse_numbers,
     text_fingerprint,
 )
-from calibrated_rewards.models.server_address import Address, named, shown
+from calibrated_rewards.models.server_address import Address, format_url, redact_url
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.scorers.protocol import check_pairs, to_plain
@@ -97,7 +97,7 @@ class Remote:
         changed = "".join(
             f", {name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value
         )
-        return f"Remote({named(self.url)!r}, {self.dialect!r}{changed})"
+        return f"Remote({format_url(self.url)!r}, {self.dialect!r}{changed})"
 
     def __hash__(self) -> int:
         return hash(self.url)
@@ -110,12 +110,12 @@ class Remote:
         batches = list(self._batches(items))
         if not batches:
             return scores
-        stop, connected = threading.Event(), client(self._place, self.timeout, self.concurrency)
+        stop, connected = threading.Event(), open_client(self._place, self.timeout, self.concurrency)
         request = Request(self, Post(self._place, connected, self.retries, self.backoff, stop))
         jobs = [[items[i] for i in batch] for batch in batches]
-        answers = Crew(request, jobs, self.concurrency, stop, connected.close).results()
+        answers = RequestThreads(request, jobs, self.concurrency, stop, connected.close).results()
         doubtful, trusted = 0, False
-        with progress(len(items), self.show_progress) as bar, closing(answers):
+        with progress_bar(len(items), self.show_progress) as bar, closing(answers):
             for job, (answer, doubt) in answers:
                 batch = batches[job]
                 scores[batch] = answer
@@ -137,7 +137,7 @@ class Remote:
     @property
     def shown(self) -> str:
         """The address as errors show it."""
-        return shown(self.address)
+        return redact_url(self.address)
 
     @property
     def _place(self) -> Address:
@@ -221,7 +221,7 @@ class OpenRlhf:
 
     def scores(self, answer: Any, count: int) -> Sequence[float]:
         """Read the rewards, each a number or a list of one."""
-        return numbers(answer["rewards"])
+        return parse_numbers(answer["rewards"])
 
     def doubt(self, answer: Any) -> str:
         """Return "": one number has no such sign."""
@@ -255,7 +255,7 @@ class Native:
 
     def scores(self, answer: Any, count: int) -> Sequence[float]:
         """Read the raw scores."""
-        return numbers(answer["raw"])
+        return parse_numbers(answer["raw"])
 
     def doubt(self, answer: Any) -> str:
         """Return "": one number has no such sign."""

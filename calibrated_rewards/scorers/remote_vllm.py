@@ -9,7 +9,7 @@ from jaxtyping import Float64
 from scipy.special import logit
 
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.models.http_client import check_plain, numbers, text_fingerprint
+from calibrated_rewards.models.http_client import check_plain, parse_numbers, text_fingerprint
 from calibrated_rewards.models.label_names import find_side
 from calibrated_rewards.models.labels import Labels, labels_of
 from calibrated_rewards.models.server_address import without_secrets
@@ -143,7 +143,7 @@ class VllmScore:
 
     def scores(self, answer: Any, count: int) -> Sequence[float]:
         """Read the scores as they come, or as log-odds."""
-        scores = np.array([numbers([row["score"]]) for row in sort_rows(answer["data"], count)], np.float64)
+        scores = np.array([parse_numbers([row["score"]]) for row in sort_rows(answer["data"], count)], np.float64)
         return [float(x) for x in (to_log_odds(scores) if self.probabilities else scores)[:, 0]]
 
     def doubt(self, answer: Any) -> str:

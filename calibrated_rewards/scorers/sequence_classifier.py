@@ -13,9 +13,9 @@ from jaxtyping import Float32
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.labels import Labels, labels_of
 from calibrated_rewards.models.own_forward import HeadPrecision, OwnForward, check_reads, fit_precision
-from calibrated_rewards.models.parts import body_of, heads_of, unwrapped, vocabulary
-from calibrated_rewards.models.reader import Access
-from calibrated_rewards.models.shared_prefix import Decoder, Plain, Row, group_of
+from calibrated_rewards.models.parts import body_of, heads_of, unwrap, vocabulary
+from calibrated_rewards.models.reader import ModelReader
+from calibrated_rewards.models.shared_prefix import Decoder, ModuleHead, Row, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import refuse_pickle, score_with
@@ -103,7 +103,7 @@ class SequenceClassifier:
         model, heads = self._model, list(heads_of(self._model).values())
         if len(heads) != 1 or model.config.is_encoder_decoder or body_of(model) is model:
             return None
-        return self._access.decoder(Plain(heads[0]))
+        return self._access.decoder(ModuleHead(heads[0]))
 
     @property
     def _own_forward(self) -> OwnForward:
@@ -142,10 +142,10 @@ class SequenceClassifier:
         return HeadPrecision()
 
     @cached_property
-    def _access(self) -> Access:
+    def _access(self) -> ModelReader:
         options = (self.batch_tokens, self.share_prefixes, self.show_progress)
-        return Access(self._model, self.tokenizer, self.text, *options)
+        return ModelReader(self._model, self.tokenizer, self.text, *options)
 
     @property
     def _model(self) -> Any:
-        return unwrapped(self.model)
+        return unwrap(self.model)

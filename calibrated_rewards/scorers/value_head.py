@@ -29,8 +29,8 @@ from calibrated_rewards.models.fingerprint import (
 )
 from calibrated_rewards.models.labels import Difference, Label, Labels
 from calibrated_rewards.models.parts import body_of, dtype_of
-from calibrated_rewards.models.reader import Access
-from calibrated_rewards.models.shared_prefix import Plain, group_of
+from calibrated_rewards.models.reader import ModelReader
+from calibrated_rewards.models.shared_prefix import ModuleHead, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import check_pairs, refuse_pickle, score_with
@@ -99,8 +99,9 @@ class ValueHead:
         }
 
     @cached_property
-    def _access(self) -> Access:
-        return Access(self.model, self.tokenizer, self.text, self.batch_tokens, self.share_prefixes, self.show_progress)
+    def _access(self) -> ModelReader:
+        options = (self.batch_tokens, self.share_prefixes, self.show_progress)
+        return ModelReader(self.model, self.tokenizer, self.text, *options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +109,7 @@ class SharedBase:
     """A scorer made of the policy's base, the reward's adapter and its head, read at the last token.
 
         policy.load_adapter("my-reward-adapter", "reward")
-        reward = SharedBase(policy, tokenizer, load_head(checkpoint("my-reward-adapter"), "score"))
+        reward = SharedBase(policy, tokenizer, load_head(find_checkpoint("my-reward-adapter"), "score"))
 
     While it scores, the reward's adapter is the active one. Afterwards, also after an error, the active adapters, the
     parameters that are trained and the training mode are what they were. Nothing else may use the model meanwhile.
@@ -177,9 +178,9 @@ class SharedBase:
         }
 
     @cached_property
-    def _access(self) -> Access:
+    def _access(self) -> ModelReader:
         options = (self.batch_tokens, self.share_prefixes, self.show_progress)
-        return Access(self.policy, self.tokenizer, self.text, *options)
+        return ModelReader(self.policy, self.tokenizer, self.text, *options)
 
 
 @contextmanager
@@ -203,12 +204,12 @@ def activate(model: nn.Module, adapter: str) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = names, disabled
 
 
-def read_head(access: Access, head: nn.Module, ids: list[list[int]], prompts: Sequence[Prompt]) -> torch.Tensor:
+def read_head(access: ModelReader, head: nn.Module, ids: list[list[int]], prompts: Sequence[Prompt]) -> torch.Tensor:
     """Read a head behind the body of a model at the last token of each input, `(inputs, numbers)`."""
     # On the device of the body's last layer, whose states it reads.
     last = [p.device for p in body_of(access.model).parameters() if p.device.type != "meta"][-1]
     beside = head if next(head.parameters()).device == last else copy.deepcopy(head).to(last)
-    return access.read_last(Plain(beside), ids, [group_of(prompt) for prompt in prompts])
+    return access.read_last(ModuleHead(beside), ids, [group_of(prompt) for prompt in prompts])
 
 
 def load_head(checkpoint: Checkpoint, name: str | None = None) -> nn.Module:

@@ -10,8 +10,8 @@ from tiny import PAD, VOCABULARY, causal, classifier, texts, tokenizer
 from torch import Tensor
 
 from calibrated_rewards.models.parts import lock_of
-from calibrated_rewards.models.reader import Access
-from calibrated_rewards.models.shared_prefix import Plain, Row
+from calibrated_rewards.models.reader import ModelReader
+from calibrated_rewards.models.shared_prefix import ModuleHead, Row
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.implicit import ImplicitReward
 
@@ -19,8 +19,8 @@ IDS = [tokenizer()("a prompt that all share, " + text)["input_ids"] for text in 
 ROWS = [Row(ids, [len(ids) - 1]) for ids in IDS]
 
 
-def access(model: Any, text: Text | None = None, **options: Any) -> Access:
-    return Access(model, tokenizer(), text or Text(), show_progress=False, **options)
+def access(model: Any, text: Text | None = None, **options: Any) -> ModelReader:
+    return ModelReader(model, tokenizer(), text or Text(), show_progress=False, **options)
 
 
 def one_by_one(model: Any) -> Tensor:
@@ -56,7 +56,7 @@ def test_readers_give_what_the_models_own_forward_gives(shares: bool) -> None:
     given = access(model, share_prefixes=shares)
     expected = one_by_one(model)
     torch.testing.assert_close(
-        torch.cat(given.decoder(Plain(model.score))(ROWS, [0] * 16)), expected, atol=1e-4, rtol=0
+        torch.cat(given.decoder(ModuleHead(model.score))(ROWS, [0] * 16)), expected, atol=1e-4, rtol=0
     )
     torch.testing.assert_close(given.own_forward(given.pad)(IDS), expected, atol=1e-4, rtol=0)
     assert (given.sharing.allowed, given.sharing.checked) == (shares, shares)
@@ -76,7 +76,7 @@ def test_the_next_reader_knows_what_the_last_found_out() -> None:
     assert max(sizes) == 3 * longest
     sizes.clear()
     torch.testing.assert_close(
-        torch.cat(given.decoder(Plain(model.score))(ROWS, [0] * 16)), expected, atol=1e-4, rtol=0
+        torch.cat(given.decoder(ModuleHead(model.score))(ROWS, [0] * 16)), expected, atol=1e-4, rtol=0
     )
     given.own_forward(PAD)(IDS)
     assert max(sizes) <= fits
@@ -88,7 +88,7 @@ def test_what_was_checked_is_not_checked_again() -> None:
     given = access(model)
     sizes: list[int] = []
     model.get_input_embeddings().register_forward_pre_hook(Memory(10**9, sizes))
-    for run in (lambda: given.decoder(Plain(model.score))(ROWS, [0] * 16), lambda: given.own_forward(PAD)(IDS)):
+    for run in (lambda: given.decoder(ModuleHead(model.score))(ROWS, [0] * 16), lambda: given.own_forward(PAD)(IDS)):
         counts = []
         for _ in range(2):
             sizes.clear()
@@ -117,7 +117,7 @@ def test_a_model_is_read_under_its_own_lock() -> None:
     """One for all who use it: also as another's reference."""
     model, policy, reference = classifier(), causal(0), causal(1)
     given = access(model)
-    for run in (lambda: given.decoder(Plain(model.score))(ROWS, [0] * 16), lambda: given.own_forward(PAD)(IDS)):
+    for run in (lambda: given.decoder(ModuleHead(model.score))(ROWS, [0] * 16), lambda: given.own_forward(PAD)(IDS)):
         found = locked_while(model, run)
         assert found
         assert all(found)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
-from calibrated_rewards.models.batches import Budget, progress
+from calibrated_rewards.models.batches import Budget, progress_bar
 
 
 class Memory:
@@ -120,7 +120,7 @@ def test_a_budget_of_nothing() -> None:
 def test_progress_is_for_long_work(capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is printed where nobody watches, or for work that takes no time."""
     for shown in (True, False):
-        with progress(3, shown) as bar:
+        with progress_bar(3, shown) as bar:
             bar.update(3)
     captured = capsys.readouterr()
 

@@ -24,7 +24,7 @@ from calibrated_rewards.models.parts import (
     heads_of,
     in_float32,
     lock_of,
-    right_padded,
+    pad_right,
     rope_turn,
     vocabulary,
 )
@@ -161,7 +161,7 @@ def test_locks_are_the_models() -> None:
 
 def test_right_padding() -> None:
     """Rows begin at the left; the mask counts their tokens."""
-    ids, mask = right_padded([[1, 2, 3], [4], [5, 6]], 9, torch.device("cpu"))
+    ids, mask = pad_right([[1, 2, 3], [4], [5, 6]], 9, torch.device("cpu"))
 
     assert ids.tolist() == [[1, 2, 3], [4, 9, 9], [5, 6, 9]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]

@@ -308,7 +308,11 @@ def test_a_value_that_holds_itself_is_read() -> None:
 
 def test_numbers_are_shown_and_all_else_is_a_digest() -> None:
     """An error can say from what to what; a secret is not written down."""
-    said = describe(Holder(2.5))["state"], describe(Holder("sk-secret"))["state"], describe(Holder(float("nan")))
+    said = (
+        describe(Holder(2.5))["state"],
+        describe(Holder("sk-secret"))["state"],
+        describe(Holder(float("nan"))),
+    )
     assert said[0] == {"held": 2.5}
     assert "secret" not in str(said[1])
     assert re.fullmatch("[0-9a-f]{16}", said[2]["state"]["held"])

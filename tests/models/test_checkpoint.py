@@ -9,7 +9,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from calibrated_rewards.models.checkpoints import Checkpoint, checkpoint
+from calibrated_rewards.models.checkpoints import Checkpoint, find_checkpoint
 
 LAYERS = {f"model.layers.{i}.weight": torch.randn(4, 4) for i in range(5)}
 
@@ -21,7 +21,7 @@ def written(folder: Path, weights: dict[str, torch.Tensor], file: str = "model.s
         torch.save(weights, folder / file)
     else:
         save_file(weights, folder / file)
-    return checkpoint(str(folder))
+    return find_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize("shard", ["50GB", "20KB"])
@@ -30,7 +30,7 @@ def test_names_and_shapes(tmp_path: Path, shard: str) -> None:
     model = tiny.classifier()
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
-    found = checkpoint(str(tmp_path))
+    found = find_checkpoint(str(tmp_path))
     assert {name: found.shape(name) for name in found.weights} == {
         name: tuple(weight.shape) for name, weight in model.state_dict().items()
     }
@@ -81,8 +81,8 @@ def test_whole_models_have_no_value_head(tmp_path: Path) -> None:
     """A language model has none, with its lm_head or as a bare body."""
     tiny.causal().save_pretrained(tmp_path / "causal")
     tiny.causal().model.save_pretrained(tmp_path / "body")
-    assert checkpoint(str(tmp_path / "causal")).value_heads == {}
-    assert checkpoint(str(tmp_path / "body")).value_heads == {}
+    assert find_checkpoint(str(tmp_path / "causal")).value_heads == {}
+    assert find_checkpoint(str(tmp_path / "body")).value_heads == {}
 
 
 def test_value_head_in_a_file_of_its_own(tmp_path: Path) -> None:
@@ -112,4 +112,4 @@ def test_no_such_folder() -> None:
     """A path that is no folder is not looked up on the Hub."""
     for path in ("./nothing", "/nothing/here", "~/nothing", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="no folder"):
-            checkpoint(path)
+            find_checkpoint(path)

@@ -13,7 +13,15 @@ from transformers import DynamicCache
 
 from calibrated_rewards.models.batches import Budget
 from calibrated_rewards.models.parts import body_of
-from calibrated_rewards.models.shared_prefix import Decoder, Plain, Row, Sharing, common_prefix, repeatable, repeated
+from calibrated_rewards.models.shared_prefix import (
+    Decoder,
+    ModuleHead,
+    Row,
+    Sharing,
+    common_prefix,
+    repeatable,
+    repeated,
+)
 
 PREFIX = tokenizer()("the prompt that all completions have")["input_ids"]
 SUFFIXES = tokenizer()(texts(6, seed=4), add_special_tokens=False)["input_ids"]
@@ -25,7 +33,9 @@ COMPARED: Any = {"checked": True, "prefix": 10**6, "longest": 10**6, "shortest":
 
 def decoder(model: Any, *, body: Any = None, tokens: int = 4096, **options: Any) -> Decoder:
     body = body_of(model) if body is None else body
-    return Decoder(model, body, options.pop("head", Plain(model.score)), Budget(tokens), show_progress=False, **options)
+    return Decoder(
+        model, body, options.pop("head", ModuleHead(model.score)), Budget(tokens), show_progress=False, **options
+    )
 
 
 def alone(model: Any, rows: list[Row]) -> Tensor:
@@ -191,7 +201,7 @@ def test_completions_that_are_all_the_same() -> None:
 def test_bfloat16_shares(name: str) -> None:
     """Rounding by the shape of a batch is no reason not to; the numbers are near those of rows alone."""
     model = DECODERS[name].classifier().to(torch.bfloat16)
-    read = decoder(model, head=Plain(nn.Linear(32, 1)))
+    read = decoder(model, head=ModuleHead(nn.Linear(32, 1)))
     found = torch.cat(read(GROUP, [0] * 6))
     plain = torch.cat(decoder(model, head=read.head, sharing=Sharing(False))(GROUP, [0] * 6))
 
@@ -311,4 +321,4 @@ def test_heads_that_are_modules() -> None:
     linear = nn.Linear(3, 2)
     hidden = torch.randn(4, 3)
 
-    assert torch.equal(Plain(linear)(hidden, torch.zeros(4)), linear(hidden))
+    assert torch.equal(ModuleHead(linear)(hidden, torch.zeros(4)), linear(hidden))

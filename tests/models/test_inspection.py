@@ -8,7 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from calibrated_rewards.models.checkpoints import Checkpoint, check_writes, checkpoint, is_encoder, kind_of, needs_code
+from calibrated_rewards.models.checkpoints import (
+    Checkpoint,
+    check_writes,
+    detect_kind,
+    find_checkpoint,
+    is_encoder,
+    needs_code,
+)
 
 ONE: dict[str, Any] = {"id2label": {"0": "good"}}
 TWO: dict[str, Any] = {}
@@ -20,7 +27,7 @@ def described(folder: Path, weights: dict[str, torch.Tensor] | None = None, **co
     """A checkpoint with this config, and these weights beside a body's."""
     (folder / "config.json").write_text(json.dumps(config))
     save_file({**BODY, **(weights or {})}, folder / "model.safetensors")
-    return checkpoint(str(folder))
+    return find_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +46,7 @@ def described(folder: Path, weights: dict[str, torch.Tensor] | None = None, **co
 def test_classifiers(tmp_path: Path, model_type: str, architecture: str, labels: dict[str, Any], kind: str) -> None:
     """Encoders with one label read pairs; decoders, encoder-decoders and several labels do not."""
     found = described(tmp_path, model_type=model_type, architectures=[architecture], **labels)
-    assert kind_of(found, found) == kind
+    assert detect_kind(found, found) == kind
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "RewardModel", "INFORMForSequenceClassification", None])
@@ -47,10 +54,10 @@ def test_head_decides_where_the_class_does_not(tmp_path: Path, architecture: str
     """A causal model, a class that transformers does not know, or none: with a value head it is one."""
     named = {"architectures": [architecture]} if architecture else {}
     found = described(tmp_path, HEAD, model_type="llama", **named)
-    assert kind_of(found, found) == "value-head"
+    assert detect_kind(found, found) == "value-head"
     bare = described(tmp_path, model_type="llama", **named)
     with pytest.raises(ValueError, match="no head that gives a score"):
-        kind_of(bare, bare)
+        detect_kind(bare, bare)
 
 
 def test_custom_code_that_transformers_took_over(tmp_path: Path) -> None:
@@ -58,10 +65,10 @@ def test_custom_code_that_transformers_took_over(tmp_path: Path) -> None:
     auto = {"AutoModelForSequenceClassification": "modeling.Qwen2ForSequenceClassification"}
     known = described(tmp_path, model_type="qwen2", architectures=["Qwen2ForSequenceClassification"], auto_map=auto)
     assert not needs_code(known)
-    assert kind_of(known, known) == "sequence-classifier"
+    assert detect_kind(known, known) == "sequence-classifier"
     own = described(tmp_path, model_type="qwen2", architectures=["Qwen2ForReward"], auto_map=auto)
     assert needs_code(own)
-    assert kind_of(own, own, trust_remote_code=True) == "sequence-classifier"
+    assert detect_kind(own, own, trust_remote_code=True) == "sequence-classifier"
 
 
 @pytest.mark.parametrize(
@@ -84,7 +91,7 @@ def test_encoder_without_head(tmp_path: Path) -> None:
     """An embedding model is told to train a head, and is not offered the kinds that write."""
     found = described(tmp_path, model_type="bert", architectures=["BertModel"])
     with pytest.raises(ValueError, match="of an embedding model train a classification head first") as raised:
-        kind_of(found, found)
+        detect_kind(found, found)
     assert "judge" not in str(raised.value)
 
 
@@ -108,7 +115,7 @@ def test_reward_adapters_write_nothing(tmp_path: Path) -> None:
     base = described(tmp_path / "base", model_type="llama", architectures=["LlamaForCausalLM"])
     for task, writes in [("SEQ_CLS", False), ("CAUSAL_LM", True)]:
         (tmp_path / "adapter_config.json").write_text(json.dumps({"task_type": task}))
-        adapter = checkpoint(str(tmp_path))
+        adapter = find_checkpoint(str(tmp_path))
         if writes:
             check_writes(adapter, base, "implicit")
         else:

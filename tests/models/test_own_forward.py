@@ -11,7 +11,7 @@ from tiny import EOS, PAD, texts, tokenizer
 from torch import Tensor, nn
 
 from calibrated_rewards.models.batches import Budget
-from calibrated_rewards.models.own_forward import OwnForward, Precise, precise, taken
+from calibrated_rewards.models.own_forward import OwnForward, Precise, pick_output, precise
 
 ROWS = tokenizer()(texts(12, seed=5))["input_ids"]
 
@@ -83,7 +83,7 @@ def test_outputs_that_are_not_there() -> None:
     with pytest.raises(ValueError, match="the model's outputs have no 'rewards', they are: kinds, score; say output="):
         reader(Heads("named"), output="rewards")(ROWS)
     with pytest.raises(ValueError, match="no 'score', they are: a tuple"):
-        taken((torch.zeros(1),), "score")
+        pick_output((torch.zeros(1),), "score")
     with pytest.raises(ValueError, match=r"returns the scores themselves.* no output 'logits'.*kind=multi-attribute"):
         reader(Heads("alone"))(ROWS)
 

@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 
-from calibrated_rewards.models.checkpoints import checkpoint
-from calibrated_rewards.models.loading import Placement, adapted, own_device
+from calibrated_rewards.models.checkpoints import find_checkpoint
+from calibrated_rewards.models.loading import Placement, add_adapter, default_device
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding
@@ -18,7 +18,7 @@ from calibrated_rewards.scorers.loading import load_scorer
 
 def test_defaults() -> None:
     """The checkpoint's precision, all of the model on this process's device, no foreign code."""
-    assert Placement().options() == {"dtype": "auto", "device_map": {"": own_device()}, "trust_remote_code": False}
+    assert Placement().options() == {"dtype": "auto", "device_map": {"": default_device()}, "trust_remote_code": False}
 
 
 def test_what_is_said_is_passed_on() -> None:
@@ -57,9 +57,9 @@ def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert own_device() == torch.device("cuda", 0)
+    assert default_device() == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert own_device() == torch.device("cuda", 1)
+    assert default_device() == torch.device("cuda", 1)
 
 
 class Leaves:
@@ -113,7 +113,7 @@ def test_an_adapter_names_no_module(tmp_path: Path) -> None:
     settings = {"peft_type": "LORA", "megatron_core": "beside", "megatron_config": {"hidden_size": 1}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="names modules for peft to import"):
-        adapted(tiny.classifier(), checkpoint(str(tmp_path)))
+        add_adapter(tiny.classifier(), find_checkpoint(str(tmp_path)))
 
 
 def test_a_chat_template_runs_in_a_sandbox() -> None:

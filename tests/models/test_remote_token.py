@@ -9,7 +9,7 @@ import pytest
 from test_remote import QUICK, native, numbered, serving, status
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
-from calibrated_rewards.models.http_client import Refused, client
+from calibrated_rewards.models.http_client import Refused, open_client
 from calibrated_rewards.models.server_address import POLICY_TOKEN, TOKEN, Address, token_for
 from calibrated_rewards.samplers.openai import OpenAISampler
 from calibrated_rewards.samplers.protocol import Decoding
@@ -80,7 +80,7 @@ def test_httpx_asks_the_host_that_was_compared(monkeypatch: pytest.MonkeyPatch) 
     """Were it ever another one, no request would be made."""
     monkeypatch.setattr(httpx, "URL", lambda url: httpx._urls.URL("https://evil/"))
     with pytest.raises(ValueError, match="read as another server by httpx, evil"):
-        client(Address("https://good", SECRET), 1.0, 1)
+        open_client(Address("https://good", SECRET), 1.0, 1)
 
 
 @pytest.mark.parametrize("servers", ["", "good", "good:443", "https://good,evil", "ftp://good"])

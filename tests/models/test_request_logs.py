@@ -14,7 +14,7 @@ import matplotlib
 import pytest
 from test_remote import QUICK, native, numbered, reset, serving, status
 
-from calibrated_rewards.models.server_address import shown
+from calibrated_rewards.models.server_address import redact_url
 from calibrated_rewards.scorers.remote import Native, Remote
 from calibrated_rewards.scorers.remote_vllm import Vllm
 
@@ -171,7 +171,7 @@ def test_lines_of_httpx_keep_all_but_secrets(failure: Any, caplog: pytest.LogCap
 
 def test_what_is_shown_of_a_path() -> None:
     """Words that such servers use; anything else may be a token."""
-    assert shown("http://h/v1/chat/completions") == "http://h/v1/chat/completions"
-    assert shown("http://h/a1b2c3/score") == "http://h/[...]/score"
-    assert shown("http://token@h:8/score?x#y") == "http://h:8/score"
+    assert redact_url("http://h/v1/chat/completions") == "http://h/v1/chat/completions"
+    assert redact_url("http://h/a1b2c3/score") == "http://h/[...]/score"
+    assert redact_url("http://token@h:8/score?x#y") == "http://h:8/score"
     assert "hush" not in repr(Remote("http://h/hush", Vllm("m", options={"k": "hush"})))

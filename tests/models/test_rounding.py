@@ -9,7 +9,7 @@ from architectures import ENCODERS, one_by_one
 from tiny import VOCABULARY
 from torch import Tensor, nn
 
-from calibrated_rewards.models.padding import Rounding, coarsest, moved_by_rounding
+from calibrated_rewards.models.batches import Rounding, coarsest, moved_by_rounding
 
 HALF, FULL = nn.Linear(1, 1).bfloat16(), nn.Linear(1, 1)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from calibrated_rewards.models.unread import RAISED, UnreadError, reading_errors
+from calibrated_rewards.models.parts import RAISED, UnreadError, reading_errors
 
 
 @pytest.mark.parametrize("kind", RAISED)

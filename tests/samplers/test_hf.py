@@ -21,8 +21,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from calibrated_rewards.models.parts import UnreadError
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.models.unread import UnreadError
 from calibrated_rewards.samplers.drawing import processors
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding, Particular, Rendering, Rollout, Sampler, sample

@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 
-from calibrated_rewards.models.http_client import Refused, asked_wait
+from calibrated_rewards.models.http_client import Refused, parse_retry_after
 from calibrated_rewards.models.labels import Difference, Label
 from calibrated_rewards.models.text import Text, TruncationWarning
 from calibrated_rewards.scorers.protocol import fingerprint
@@ -186,8 +186,13 @@ def test_a_date_may_be_asked_for_too() -> None:
     """Retry-After as HTTP writes dates; the past, the far future and nonsense are bounded."""
     soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 10))
 
-    assert 8 <= asked_wait(soon) <= 10
-    assert [asked_wait(said) for said in ("Wed, 21 Oct 2015 07:28:00 GMT", "later", "-3", "86400")] == [0, 0, 0, 60]
+    assert 8 <= parse_retry_after(soon) <= 10
+    assert [parse_retry_after(said) for said in ("Wed, 21 Oct 2015 07:28:00 GMT", "later", "-3", "86400")] == [
+        0,
+        0,
+        0,
+        60,
+    ]
 
 
 @pytest.mark.parametrize(("failure", "shown"), [(status(503, b"it is full"), "it is full"), (reset, "Error")])
@@ -304,6 +309,7 @@ def test_nobody_waits_for_what_is_in_flight(ending) -> None:
     code = """
 import os, signal, sys, threading, time
 from calibrated_rewards.scorers.remote import Remote
+from calibrated_rewards.models.http_client import parse_retry_after
 from calibrated_rewards.scorers.remote import Native
 if sys.argv[2] == "interrupt":
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -403,6 +409,7 @@ def test_settings_of_another_type() -> None:
     """What is no number, or no whole one, is refused by name, also where nobody checks types."""
     code = """
 from calibrated_rewards.scorers.remote import Remote
+from calibrated_rewards.models.http_client import parse_retry_after
 from calibrated_rewards.scorers.remote import Native
 for name, value in dict(timeout="5", backoff=None, retries=1.5, batch_size=True, concurrency="8").items():
     try: Remote("http://rm", Native("rm"), **{name: value})

@@ -10,11 +10,10 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
 
-from calibrated_rewards.models.batches import Budget
+from calibrated_rewards.models.batches import Budget, Padding
 from calibrated_rewards.models.own_forward import OwnForward
-from calibrated_rewards.models.padding import Padding
-from calibrated_rewards.models.parts import body_of, default_budget, lock_of, positions_of, unwrapped, vocabulary
-from calibrated_rewards.models.text import Text, kept
+from calibrated_rewards.models.parts import body_of, default_budget, lock_of, positions_of, unwrap, vocabulary
+from calibrated_rewards.models.text import Text, truncate
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder, write_flat
 from calibrated_rewards.scorers.ensemble import Cost
@@ -78,12 +77,12 @@ class PromptFeatures:
     @cached_property
     def _body(self) -> nn.Module:
         """What gives the states; of an encoder-decoder, its encoder."""
-        model = unwrapped(self._readable.model)
+        model = unwrap(self._readable.model)
         return model.get_encoder() if model.config.is_encoder_decoder else body_of(model)
 
     @property
     def _width(self) -> int:
-        return int(unwrapped(self._readable.model).config.get_text_config().hidden_size)
+        return int(unwrap(self._readable.model).config.get_text_config().hidden_size)
 
     @cached_property
     def _pool(self) -> Pool:
@@ -94,7 +93,7 @@ class PromptFeatures:
         return self._reading(self._pool)
 
     def _reading(self, pool: Pool) -> OwnForward:
-        model = unwrapped(self._readable.model)
+        model = unwrap(self._readable.model)
         pads = getattr(model.config.get_text_config(), "pad_token_id", None), self._readable.tokenizer.pad_token_id
         pad = next((i for i in pads if i is not None and 0 <= i < vocabulary(model)), 0)
         budget = Budget(getattr(self._readable, "batch_tokens", None) or default_budget(model))
@@ -110,14 +109,14 @@ class PromptFeatures:
 
     def _tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         scorer, tokenizer = self._readable, self._readable.tokenizer
-        limit = scorer.text.limit(tokenizer, positions_of(unwrapped(scorer.model)))
+        limit = scorer.text.limit(tokenizer, positions_of(unwrap(scorer.model)))
         # A prompt does not end where a text does.
         text = replace(scorer.text, append_eos=False)
         pair = isinstance(scorer, CrossEncoder)
         alone = [(write_flat(p), False) if pair else text.opening(tokenizer, p) for p in prompts]
         rows = text.tokens(tokenizer, alone)
         text.report([len(row) for row in rows], limit)
-        return [kept(row, limit, tokenizer) for row in rows]
+        return [truncate(row, limit, tokenizer) for row in rows]
 
 
 class Pooled(nn.Module):

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_
 
 from calibrated_rewards.calibration.shards import replacing
 from calibrated_rewards.cli.demo.assets import MOVIES, Rated, encoder, made, ratings
-from calibrated_rewards.models.parts import right_padded
+from calibrated_rewards.models.parts import pad_right
 from calibrated_rewards.models.text import Text
 
 HELD_OUT = 1_500
@@ -136,7 +136,7 @@ def train(base: Path, texts: Sequence[Rated], folder: Path, so_far: Path) -> Non
     done = learner.load(so_far) if so_far.exists() else 0
     progress = tqdm(total=len(batches), initial=done, desc=so_far.stem, unit="batch", delay=3, disable=None)
     for n, batch in enumerate(batches[done:], done + 1):
-        rows, mask = right_padded([ids[i][:LONGEST] for i in batch], tokenizer.pad_token_id, learner.model.device)
+        rows, mask = pad_right([ids[i][:LONGEST] for i in batch], tokenizer.pad_token_id, learner.model.device)
         learner.step(rows, mask, targets[batch])
         progress.update()
         if n % OFTEN == 0:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import logit
 
-from calibrated_rewards.models.text import answer
+from calibrated_rewards.models.text import completion_messages
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.table.reference_table import ReferenceTable
 
@@ -107,6 +107,6 @@ def _add(pairs: Pairs, prompt: Prompt, chosen: Completion, rejected: Completion,
     """Messages where the prompt is messages, as the trainer's chat template wants them."""
     chat = not isinstance(prompt, str)
     pairs["prompt"].append(prompt)
-    pairs["chosen"].append(answer(chosen) if chat else chosen)
-    pairs["rejected"].append(answer(rejected) if chat else rejected)
+    pairs["chosen"].append(completion_messages(chosen) if chat else chosen)
+    pairs["rejected"].append(completion_messages(rejected) if chat else rejected)
     pairs["margin"].append(float(margin))
