@@ -83,12 +83,9 @@ class CrossEncoder:
 
     def fingerprint(self) -> dict[str, Any]:
         """Name all that the scores depend on."""
-        return {
-            "kind": "cross-encoder",
-            **model_fingerprint(self.model, self.tokenizer),
-            "labels": repr(self._labels),
-            "text": {"max_length": self._access.limit, "strip": list(self.text.strip)},
-        }
+        text = {"max_length": self._access.limit, "strip": list(self.text.strip)}
+        model = model_fingerprint(self.model, self.tokenizer)
+        return {"kind": "cross-encoder", **model, "labels": repr(self._labels), "text": text}
 
     @cached_property
     def _labels(self) -> Labels:

@@ -93,15 +93,10 @@ class ImplicitReward:
     def fingerprint(self) -> dict[str, Any]:
         """Name all that the scores depend on; without an explicit reference, the model's weights are both's."""
         reference = None if self.reference is None else model_fingerprint(self.reference, self.tokenizer)
-        return {
-            "kind": "implicit reward",
-            **model_fingerprint(self.model, self.tokenizer),
-            "reference": reference,
-            "reference_free": self.reference_free,
-            "beta": self.beta,
-            "reduce": self.reduce,
-            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._limit},
-        }
+        settings = {name: getattr(self, name) for name in ("reference_free", "beta", "reduce")}
+        text = {**self.text.fingerprint(self.tokenizer), "max_length": self._limit}
+        model = model_fingerprint(self.model, self.tokenizer)
+        return {"kind": "implicit reward", **model, "reference": reference, **settings, "text": text}
 
     def _log_probabilities(self, writer: Writer, rows: list[Row], groups: list[Any]) -> list[np.ndarray]:
         """Read those of each token, in float64, so that sums over many do not round."""

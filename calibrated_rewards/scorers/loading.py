@@ -190,18 +190,6 @@ def check_labels(labels: Labels, outputs: int) -> None:
         raise ValueError(f"labels give one score for each input, {labels} gave shape {shape} for 1 input")
 
 
-def check_score_type(config: Mapping[str, Any], cost: bool | None) -> None:
-    """Refuse a model whose config says that it gives costs (Beaver's score_type) until the caller says so too."""
-    if config.get("score_type") == "cost" and cost is None:
-        raise ValueError(
-            Message(
-                "the model's config has the score_type 'cost', of which more is worse: say "
-                f"{setting('cost', 'True', option='--cost')}, which makes the score minus that, or "
-                f"{setting('cost', 'False', option='--no-cost')} if it is meant so"
-            )
-        )
-
-
 def check_options(kind: Kind, options: Mapping[str, Any], reference: bool, adapter: bool) -> None:
     """Refuse options that the kind's class does not take, and an implicit reward without a reference."""
     known = {each.name for each in fields(CLASSES[kind])} - LOADED
@@ -244,8 +232,14 @@ class FromCheckpoint:
         kind = self.kind or detect_kind(at.checkpoint, at.base, self.placement.trust_remote_code)
         if kind == "sequence-classifier" and "output" in self.options:
             kind = "multi-attribute"
-        if self.rules >= RULES:
-            check_score_type(at.base.config, self.cost)
+        if self.rules >= RULES and at.base.config.get("score_type") == "cost" and self.cost is None:  # Beaver's
+            raise ValueError(
+                Message(
+                    "the model's config has the score_type 'cost', of which more is worse: say "
+                    f"{setting('cost', 'True', option='--cost')}, which makes the score minus that, or "
+                    f"{setting('cost', 'False', option='--no-cost')} if it is meant so"
+                )
+            )
         check_options(kind, self.options, self.reference is not None, bool(at.checkpoint.adapter))
         shares = "share_prefixes" in {each.name for each in fields(CLASSES[kind])}
         options = {name: value for name, value in self.options.items() if shares or name != "share_prefixes"}

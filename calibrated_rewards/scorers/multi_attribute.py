@@ -11,7 +11,7 @@ from jaxtyping import Float32
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.labels import Label, Labels
-from calibrated_rewards.models.own_forward import HeadPrecision, fit_precision
+from calibrated_rewards.models.own_forward import HeadPrecision, OwnForward, fit_precision
 from calibrated_rewards.models.reader import ModelReader
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
@@ -61,8 +61,7 @@ class MultiAttribute:
     def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, "n L"]:
         """Return the numbers of the output, all of them."""
         ids = self._access.encode(*check_pairs(prompts, completions))
-        reader = self._access.own_forward(self._access.pad, output=self.output)
-        reader = fit_precision(reader, ids, self._precision)
+        reader = fit_precision(self._reader, ids, self._precision)
         if len(self._widths) != 1:
             self._widths.clear()
             self._widths.update(reader([row]).shape[1] for row in pick_two_lengths(ids, self._access.limit))
@@ -77,17 +76,17 @@ class MultiAttribute:
 
     def fingerprint(self) -> dict[str, Any]:
         """Name all that the scores depend on."""
-        return {
-            "kind": "multi-attribute",
-            **model_fingerprint(self.model, self.tokenizer),
-            "output": self.output,
-            "labels": repr(self.labels or Label(0)),
-            "text": self._access.text_fingerprint(),
-        }
+        settings = {"output": self.output, "labels": repr(self.labels or Label(0))}
+        model, text = model_fingerprint(self.model, self.tokenizer), self._access.text_fingerprint()
+        return {"kind": "multi-attribute", **model, **settings, "text": text}
 
     @cached_property
     def _access(self) -> ModelReader:
         return ModelReader(self.model, self.tokenizer, self.text, self.batch_tokens, show_progress=self.show_progress)
+
+    @property
+    def _reader(self) -> OwnForward:
+        return self._access.own_forward(self._access.pad, output=self.output)
 
     @cached_property
     def _precision(self) -> HeadPrecision:

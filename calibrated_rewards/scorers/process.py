@@ -84,17 +84,11 @@ class ProcessReward:
 
     def fingerprint(self) -> dict[str, Any]:
         """Name all that the scores depend on."""
-        return {
-            "kind": "process reward",
-            **model_fingerprint(self.model, self.tokenizer),
-            "mark": self.mark,
-            "answers": self.answers if self.answers is None else list(self.answers),
-            "label": self._label,
-            "reduce": self.reduce,
-            "separator": self.separator,
-            "layout": self.layout,
-            "text": {**self.text.fingerprint(self.tokenizer), "max_length": self._access.limit},
-        }
+        settings = {name: getattr(self, name) for name in ("mark", "reduce", "separator", "layout")}
+        answers = self.answers if self.answers is None else list(self.answers)
+        text = {**self.text.fingerprint(self.tokenizer), "max_length": self._access.limit}
+        model = model_fingerprint(self.model, self.tokenizer)
+        return {"kind": "process reward", **model, **settings, "answers": answers, "label": self._label, "text": text}
 
     def _rows(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Row]:
         """The tokens of each pair, cut to the limit, with the marks of its steps as the places to read."""

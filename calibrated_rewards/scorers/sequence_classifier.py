@@ -75,13 +75,8 @@ class SequenceClassifier:
 
     def fingerprint(self) -> dict[str, Any]:
         """Name all that the scores depend on."""
-        return {
-            "kind": "sequence classifier",
-            **model_fingerprint(self.model, self.tokenizer),
-            "labels": repr(self._labels),
-            "pool": self.pool,
-            "text": self._access.text_fingerprint(),
-        }
+        settings = {"labels": repr(self._labels), "pool": self.pool, "text": self._access.text_fingerprint()}
+        return {"kind": "sequence classifier", **model_fingerprint(self.model, self.tokenizer), **settings}
 
     @cached_property
     def _labels(self) -> Labels:
