@@ -1,7 +1,11 @@
 """Hugging Face checkpoints and model servers, whatever they are used for: scoring, sampling or training.
 
-Finding out what a checkpoint holds (`checkpoints`), loading it complete (`loading`), turning prompts into tokens
-(`text`), and running it so that a text has the same numbers alone, in a batch, or behind a shared prefix.
+`checkpoints` finds out what a checkpoint holds, `loading` loads it complete, `lazy` at its first use. `text` turns
+prompts and completions into tokens. `reader` gives access to a model: a decoder behind a shared prefix
+(`shared_prefix`), any model through its own forward (`own_forward`), in `batches`, unchanged by it (`unchanged`), with
+heads of float32 (`parts`, `vocabulary_head`), so that a text has the same numbers alone, in a batch, or behind a shared
+prefix. `labels` and `label_names` make one score of a classifier's outputs. `fingerprint` and `callable_fingerprint`
+tell two models or functions apart. `http_client` and `server_address` ask a server without showing its secrets.
 """
 
 from importlib import import_module

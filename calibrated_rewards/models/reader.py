@@ -1,4 +1,4 @@
-"""How scorers get at a model: its lock, the most tokens of an input, and what was found out in earlier calls."""
+"""`ModelReader`: a scorer's access to its model, and what earlier calls have found out about that model."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from calibrated_rewards.prompts import Completion, Prompt
 
 @dataclass(frozen=True, eq=False)
 class ModelReader:
-    """A model, and what its readers have in common, which are made anew for each call, of the parts it has now."""
+    """Access to a model: encodes pairs, and makes readers of the parts that the model has now, anew for each call."""
 
     model: Any
     tokenizer: Any
@@ -31,7 +31,7 @@ class ModelReader:
 
     @property
     def lock(self) -> Any:
-        """The model's, whoever else scores with it; fast tokenizers do not bear two threads either."""
+        """The model's lock, which all share that score with it; fast tokenizers do not bear two threads either."""
         return lock_of(self.model)
 
     @property
@@ -42,7 +42,7 @@ class ModelReader:
 
     @cached_property
     def limit(self) -> int:
-        """Most tokens of an input."""
+        """The number of tokens above which an input is truncated."""
         return self.text.limit(self.tokenizer, positions_of(self.model))
 
     @property
@@ -52,7 +52,7 @@ class ModelReader:
         return token if isinstance(token, int) and 0 <= token < vocabulary(self.model) else None
 
     def encode(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[list[int]]:
-        """The token ids of each pair, cut to the limit; they end in the reward token, where the model has one."""
+        """Encode each pair, truncated to the limit; it ends in the reward token, where the model has one."""
         end = self.reward_token
         room = self.limit - (end is not None)
         with self.lock:  # fast tokenizers do not bear two threads
@@ -61,37 +61,37 @@ class ModelReader:
         return rows if end is None else [row if row[-1] == end else [*row, end] for row in rows]
 
     def text_fingerprint(self) -> dict[str, Any]:
-        """What the token ids depend on, but for the tokenizer."""
+        """Describe all that the token ids depend on, but for the tokenizer."""
         end = {} if self.reward_token is None else {"reward_token_id": self.reward_token}
         return {**self.text.fingerprint(self.tokenizer), "max_length": self.limit, **end}
 
     @cached_property
     def budget(self) -> Budget:
-        """Of batches; it stays smaller once memory did not suffice."""
+        """The tokens of a batch, which stay fewer once memory did not suffice."""
         return Budget(self.batch_tokens or default_budget(self.model))
 
     @cached_property
     def sharing(self) -> Sharing:
-        """Whether prefixes are shared, and whether that was checked."""
+        """Permission to share prefixes, with what was compared for it."""
         return Sharing(self.share_prefixes)
 
     @cached_property
     def padding(self) -> Padding:
-        """Whether rows are padded, and what was compared to find that out."""
+        """Permission to pad rows, with what was compared for it."""
         return Padding()
 
     @cached_property
     def state(self) -> StateKeeper:
-        """Sees to it that forwards leave the model as it was."""
+        """The keeper that puts back what a forward changes in the model."""
         return StateKeeper()
 
     @cached_property
     def fewest(self) -> Fewest:
-        """The fewest tokens that the model reads."""
+        """Fewest tokens that the model reads."""
         return Fewest()
 
     def decoder(self, head: Head) -> Decoder:
-        """Reads with this head behind the model's body."""
+        """Make a reader with this head behind the model's body."""
         options = {"state": self.state, "show_progress": self.show_progress, "lock": self.lock}
         return Decoder(self.model, body_of(self.model), head, self.budget, self.sharing, self.padding, **options)
 
@@ -100,7 +100,13 @@ class ModelReader:
         return torch.cat(self.decoder(head)([Row(row, [len(row) - 1]) for row in rows], groups))
 
     def own_forward(self, pad: int | None, **options: Any) -> OwnForward:
-        """Reads through the model's own forward; without an id to pad with, one by one."""
-        known: dict[str, Any] = {"padding": self.padding, "fewest": self.fewest, "state": self.state, "lock": self.lock}
-        told = {"show_progress": self.show_progress, **known, **options}
-        return OwnForward(self.model, pad or 0, self.budget, one_by_one=pad is None, **told)
+        """Make a reader through the model's own forward; without an id to pad with, it reads one by one."""
+        shared = {"padding": self.padding, "fewest": self.fewest, "state": self.state, "lock": self.lock}
+        options = {"show_progress": self.show_progress, **shared, **options}
+        return OwnForward(self.model, pad or 0, self.budget, one_by_one=pad is None, **options)
+
+
+def reader_of(scorer: Any) -> ModelReader:
+    """Build the reader of a scorer's model, of the settings that the kinds of scorers have in common."""
+    options = (scorer.batch_tokens, getattr(scorer, "share_prefixes", False), scorer.show_progress)
+    return ModelReader(scorer.model, scorer.tokenizer, scorer.text, *options)

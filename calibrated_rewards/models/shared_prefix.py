@@ -1,6 +1,7 @@
-"""A decoder read at chosen tokens: body, then a float32 head; rows that begin alike share their prefix's KV cache.
+"""Read a decoder at chosen tokens, its head in float32; rows that begin alike share the KV cache of their prefix.
 
-Which tokens of an input are the completion's, and where they are once the input is cut."""
+`find_completion_starts` and `cut` say where a completion's tokens are, in a whole input and in a truncated one.
+"""
 
 import copy
 import inspect
@@ -19,11 +20,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from calibrated_rewards.models.batches import (
     Budget,
-    Comparison,
     Padding,
     Rounding,
     moved_by_rounding,
     progress_bar,
+    read_in_batches,
     stack_means,
 )
 from calibrated_rewards.models.parts import (
@@ -52,7 +53,7 @@ FARTHER = 2
 
 
 class Row(NamedTuple):
-    """The tokens of an input, and the positions at which the head reads."""
+    """An input's tokens, and the positions at which the head reads."""
 
     ids: list[int]
     read: list[int]
@@ -60,10 +61,10 @@ class Row(NamedTuple):
 
 @runtime_checkable
 class Head(Protocol):
-    """From hidden states, in float32, and the token that follows each (-1: none) to numbers."""
+    """A function from hidden states, in float32, and the token that follows each (-1: none) to numbers."""
 
     def __call__(self, hidden: Tensor, following: Tensor, /) -> Tensor:
-        """(n, hidden size), (n) -> (n, numbers)."""
+        """Map (n, hidden size) and (n) to (n, numbers)."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,13 @@ class ModuleHead:
     module: nn.Module
 
     def __call__(self, hidden: Tensor, following: Tensor, /) -> Tensor:
-        """The module's output, in float32, with the weights that it has now."""
+        """Run the module in float32, with the weights that it has now."""
         return in_float32(self.module)(hidden)  # type: ignore[no-any-return]
 
 
 @dataclass
 class Sharing:
-    """Whether prefixes are shared: decided on the first group, and on longer ones, by comparison with rows alone."""
+    """Permission to share prefixes, found by comparing the first group, and longer ones, with rows alone."""
 
     allowed: bool = True
     checked: bool = False
@@ -93,7 +94,7 @@ class Sharing:
     rounding: Rounding = field(default_factory=lambda: Rounding(farthest=math.inf), compare=False)
 
     def due(self, rows: Sequence[Row], shared: int) -> bool:
-        """Whether a group is unlike all that were compared."""
+        """Tell if a group is unlike all that were compared."""
         lengths = [len(row.ids) for row in rows]
         farther = (shared > FARTHER * self.prefix, max(lengths) > FARTHER * self.longest)
         return not self.checked or any(farther) or FARTHER * (min(lengths) - shared) < self.shortest
@@ -108,10 +109,10 @@ class Sharing:
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """Reads rows of tokens; `groups` say which rows may begin alike."""
+    """A reader of rows of tokens through body and head; `groups` say which rows may begin alike."""
 
     model: nn.Module
-    """What is put into evaluation mode, and has the embeddings."""
+    """The whole model, which has the embeddings and is put into evaluation mode."""
     body: nn.Module
     head: Head
     budget: Budget
@@ -122,62 +123,47 @@ class Decoder:
     lock: Any = field(default_factory=threading.RLock)
 
     def __call__(self, rows: Sequence[Row], groups: Sequence[Hashable]) -> list[Tensor]:
-        """For each row what the head reads at its positions: float32 on the CPU, (positions, numbers)."""
+        """Read each row at its positions: float32 on the CPU, (positions, numbers)."""
         check_vocabulary([row.ids for row in rows], self.model)
-        found: list[Tensor | None] = [None] * len(rows)
+        numbers: dict[int, Tensor] = {}
         alone: list[int] = []
         with for_scoring(self.model, self.lock), progress_bar(len(rows), self.show_progress) as bar:
-            for members in _grouped(groups):
-                shared = self._prefix([rows[i] for i in members])
-                if shared and self._agrees([rows[i] for i in members], shared):
-                    _fill(found, members, self._shared([rows[i] for i in members], shared, bar))
+            for members in _group(groups):
+                group = [rows[i] for i in members]
+                shared = self._prefix(group)
+                if shared and self._agrees(group, shared):
+                    numbers |= zip(members, self._read_behind_prefix(group, shared, bar), strict=True)
                 else:
                     alone += members
-            _fill(found, alone, self._plain([rows[i] for i in alone], bar))
-        return [tensor for tensor in found if tensor is not None]
+            rest = [rows[i] for i in alone]
+            costs = [len(row.ids) for row in rest]
+            kinds, forward = list(map(self._turned, costs)), partial(self._forward_at, rows=rest)
+            answers = read_in_batches(self.model, forward, costs, kinds, self.budget, self.padding, bar)
+            numbers |= zip(alone, answers, strict=True)
+        return [numbers[i] for i in range(len(rows))]
 
-    def _plain(self, rows: Sequence[Row], bar: Any = None) -> list[Tensor]:
-        found = self._padded(rows, bar)
-        return found if found is not None else self._padded(rows, None) or []
-
-    def _padded(self, rows: Sequence[Row], bar: Any) -> list[Tensor] | None:
-        """The numbers of all rows; None if padding was allowed until now, and turned out to change them."""
-        costs = [len(row.ids) for row in rows]
-        kinds = list(map(self._turned, costs))
-        read = partial(self.budget.run, lambda at: self._forward([rows[i] for i in at]), costs=costs)
-        comparison = Comparison(self.model, self.padding, read, costs, kinds, self.budget)
-        if self.padding.allowed and not comparison.prepare():
-            return None
-        found: dict[int, Tensor] = {}
-        for batch in self.budget.batches(costs, kinds):
-            for piece in self.padding.pieces(batch, costs):
-                answer = read(piece)
-                if self.padding.allowed and not comparison.agrees(piece, answer):
-                    return None
-                found |= zip(piece, answer, strict=True)
-            if bar is not None:
-                bar.update(len(batch))
-        comparison.finish()
-        return [found[i] for i in range(len(rows))]
-
-    def _shared(self, rows: Sequence[Row], shared: int, bar: Any = None) -> list[Tensor]:
-        """Rows whose first `shared` tokens are one: those are read once."""
+    def _read_behind_prefix(self, rows: Sequence[Row], shared: int, bar: Any = None) -> list[Tensor]:
+        """Read rows whose first `shared` tokens are the same: those are read once."""
         prefix = torch.tensor([rows[0].ids[:shared]], device=device_of(self.model))
         options = {"use_cache": True, **self._positions(0, prefix)}
         with reading_errors(self.body, shared):
             cache = self.state.run(self.body, lambda: self.body(input_ids=prefix, **options)).past_key_values
         rest = [Row(row.ids[shared:], [at - shared for at in row.read]) for row in rows]
-        found: list[Tensor | None] = [None] * len(rows)
+        forward = partial(self._forward_at, rows=rest, cache=cache)
+        numbers: dict[int, Tensor] = {}
         # A row holds its suffix and, in the cache, the prefix.
         costs = [len(row.ids) for row in rows]
         for batch in self.budget.batches(costs):
-            _fill(found, batch, self.budget.run(lambda at: self._forward([rest[i] for i in at], cache), batch, costs))
+            numbers |= zip(batch, self.budget.run(forward, batch, costs), strict=True)
             if bar is not None:
                 bar.update(len(batch))
-        return [tensor for tensor in found if tensor is not None]
+        return [numbers[i] for i in range(len(rows))]
+
+    def _forward_at(self, at: list[int], rows: Sequence[Row], cache: Cache | None = None) -> list[Tensor]:
+        return self._forward([rows[i] for i in at], cache)
 
     def _forward(self, rows: list[Row], cache: Cache | None = None) -> list[Tensor]:
-        """One batch, right-padded; behind a cached prefix where there is one."""
+        """Read one batch, right-padded; behind a cached prefix where there is one."""
         ids, mask = pad_right([row.ids for row in rows], 0, device_of(self.model))
         past = cache.get_seq_length() if cache is not None else 0
         options: dict[str, Any] = {"use_cache": False}
@@ -187,9 +173,7 @@ class Decoder:
         options |= self._positions(past, ids)
         with reading_errors(self.body, past + ids.shape[1]):
             answer = self.state.run(self.body, lambda: self.body(input_ids=ids, attention_mask=mask, **options))
-        return self._read(answer.last_hidden_state, rows)
-
-    def _read(self, states: Tensor, rows: list[Row]) -> list[Tensor]:
+        states = answer.last_hidden_state
         at = torch.tensor([(i, j) for i, row in enumerate(rows) for j in row.read], dtype=torch.long).reshape(-1, 2)
         at = at.to(states.device)
         following = [row.ids[j + 1] if j + 1 < len(row.ids) else -1 for row in rows for j in row.read]
@@ -211,11 +195,11 @@ class Decoder:
         return rope_turn(self.model)
 
     def _turned(self, length: int) -> bool:
-        """Whether an input of this length has the other angles: not to be mixed, in a batch or behind a prefix."""
+        """Tell if an input is so long that LongRoPE has other angles: not to be mixed in a batch or behind a prefix."""
         return self._turn is not None and length > self._turn
 
     def _prefix(self, rows: list[Row]) -> int:
-        """How many first tokens to share; 0 where that saves too little, or cannot be."""
+        """Count the first tokens to share; 0 where that saves too little, or cannot be."""
         if len(rows) < 2 or not self.sharing.allowed or not self.padding.allowed:
             return 0
         shared = min(common_prefix([row.ids for row in rows]), *(min(row.read) for row in rows))
@@ -225,31 +209,33 @@ class Decoder:
         return shared if saved >= WORTHWHILE * sum(len(row.ids) for row in rows) else 0
 
     def _agrees(self, rows: list[Row], shared: int) -> bool:
-        """Whether sharing gives what rows alone give: asked of the first group, and of those that are unlike it."""
+        """Tell if sharing gives what rows alone give, by the first group and by those that are unlike it."""
         if self.sharing.due(rows, shared):
             order = sorted(rows, key=lambda row: len(row.ids))
             some = [order[i * (len(rows) - 1) // (CHECKED_ROWS - 1)] for i in range(CHECKED_ROWS)]
-            self.sharing.allowed = self._shares(some if len(rows) > CHECKED_ROWS else order, shared)
+            self.sharing.allowed = self._compare(some if len(rows) > CHECKED_ROWS else order, shared)
             self.sharing.add(rows, shared)
         return self.sharing.allowed
 
-    def _shares(self, rows: list[Row], shared: int) -> bool:
+    def _compare(self, rows: list[Row], shared: int) -> bool:
+        """Read rows behind their shared prefix and alone; tell if the numbers are the same."""
+        name = type(self.body).__name__
         if "past_key_values" not in inspect.signature(self.body.forward).parameters:
             return False
         if not repeatable(self._cache(rows[0].ids[:1])):
-            logger.info("%s keeps a cache that cannot be shared: prompts are read anew for each completion", self.name)
+            logger.info("%s keeps a cache that cannot be shared: prompts are read anew for each completion", name)
             return False
         alone = self._alone(rows)
         try:
-            sharing = stack_means(self._shared(rows, shared))
+            sharing = stack_means(self._read_behind_prefix(rows, shared))
         except UnreadError as error:
-            logger.warning("%s fails behind a shared prefix: not sharing; %s", self.name, error)
+            logger.warning("%s fails behind a shared prefix: not sharing; %s", name, error)
             return False
         excess = self.sharing.rounding.excess(sharing, alone, lambda: (alone, self._moved(rows)), self.model)
         if not excess <= 1:
             logger.warning(
                 "%s gives other numbers behind a shared prefix, %.1e apart, than for whole rows: not sharing",
-                self.name, float((sharing - alone).abs().max()),
+                name, float((sharing - alone).abs().max()),
             )  # fmt: skip
         return excess <= 1
 
@@ -267,19 +253,14 @@ class Decoder:
         except RAISED:  # recurrent models have other caches, or none
             return None
 
-    @property
-    def name(self) -> str:
-        """What log lines call it."""
-        return type(self.body).__name__
-
 
 def group_of(prompt: Prompt) -> Hashable:
-    """What prompts that are the same have in common."""
+    """Return the key that equal prompts have in common."""
     return prompt if isinstance(prompt, str) else prompt_key(prompt)
 
 
 def common_prefix(rows: Sequence[list[int]]) -> int:
-    """How many first tokens all rows share.
+    """Count the first tokens that all rows share.
 
     >>> common_prefix([[1, 2, 3], [1, 2, 4, 5], [1, 2]])
     2
@@ -290,13 +271,13 @@ def common_prefix(rows: Sequence[list[int]]) -> int:
 
 
 def repeatable(cache: object) -> bool:
-    """Whether the cache is keys and values alone, layer by layer; recurrent states cannot be viewed as many."""
+    """Tell if a cache is keys and values alone, layer by layer; recurrent states cannot be viewed as many."""
     # MiniMax's own class keeps its states beside the layers.
     return type(cache) is DynamicCache and {*map(type, cache.layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def repeated(cache: Cache, rows: int) -> Cache:
-    """A view of one row's cache as that of many rows: no copy, and the original stays as it is."""
+    """View one row's cache as that of many rows: no copy, and the original stays as it is."""
     many, layers = copy.copy(cache), [cast(DynamicLayer, copy.copy(layer)) for layer in cache.layers]
     many.layers = list(layers)
     for layer in layers:
@@ -306,37 +287,32 @@ def repeated(cache: Cache, rows: int) -> Cache:
     return many
 
 
-def _grouped(groups: Sequence[Hashable]) -> list[list[int]]:
+def _group(groups: Sequence[Hashable]) -> list[list[int]]:
     members: dict[Hashable, list[int]] = {}
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
     return list(members.values())
 
 
-def _fill(found: list[Tensor | None], at: Sequence[int], tensors: Sequence[Tensor]) -> None:
-    for i, tensor in zip(at, tensors, strict=True):
-        found[i] = tensor
-
-
 def find_completion_starts(
     text: Text, tokenizer: Any, prompts: Sequence[Prompt], rows: Sequence[list[int]]
 ) -> list[int]:
-    """How many tokens of each whole input come before its completion: those that it shares with its prompt's opening.
+    """Count the tokens of each whole input before its completion: those that it shares with its prompt's opening.
 
     Where the tokenizer merges the prompt's end with the completion's beginning, the merged token is the completion's.
     """
     distinct = {group_of(prompt): prompt for prompt in prompts}
     openings = {key: text.opening(tokenizer, prompt) for key, prompt in distinct.items()}
     # An empty prompt may have no tokens at all, which is no input.
-    told = {key: opening for key, opening in openings.items() if opening[0]}
-    ids = replace(text, append_eos=False).tokens(tokenizer, list(told.values()))
-    opened = dict(zip(told, ids, strict=True))
+    openings = {key: opening for key, opening in openings.items() if opening[0]}
+    ids = replace(text, append_eos=False).tokens(tokenizer, list(openings.values()))
+    tokens = dict(zip(openings, ids, strict=True))
     pairs = zip(rows, map(group_of, prompts), strict=True)
-    return [common_prefix([row, opened.get(key, [])]) for row, key in pairs]
+    return [common_prefix([row, tokens.get(key, [])]) for row, key in pairs]
 
 
 def cut(row: list[int], limit: int, tokenizer: Any) -> tuple[list[int], int]:
-    """The tokens that the model reads, and how many are left out: what stood at p, if it is there, stands at p - out.
+    """Truncate a row and count the tokens left out: what stood at p, if it is there, stands at p - out.
 
     >>> from types import SimpleNamespace
     >>> cut([0, 5, 6, 7, 8], 3, SimpleNamespace(bos_token_id=0, cls_token_id=None))

@@ -339,7 +339,7 @@ class OpenAISampler:
             why = self._place.redacted(f"{error}" if isinstance(error, ValueError) else repr(error))
             raise ValueError(
                 f"{redact_url(self.address)} gave no completions of {start_of(prompt)} that can be used, {why}: "
-                f"{post.said(response)}"
+                f"{post.quote(response)}"
             ) from None
         return [r._replace(logprob=of_the_draw(r.logprob, self.decoding, self.logprobs == "processed")) for r in drawn]
 

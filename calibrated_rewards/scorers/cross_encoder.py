@@ -12,7 +12,7 @@ from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.labels import Labels, labels_of
 from calibrated_rewards.models.own_forward import OwnForward, check_reads
 from calibrated_rewards.models.parts import vocabulary
-from calibrated_rewards.models.reader import ModelReader
+from calibrated_rewards.models.reader import reader_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import check_pairs, refuse_pickle, score_with
@@ -52,6 +52,7 @@ class CrossEncoder:
 
     thread_safe = True  # each call takes the model's lock
     __reduce__ = refuse_pickle
+    _access = cached_property(reader_of)
 
     def __post_init__(self) -> None:
         plain = Text(max_length=self.text.max_length, on_long=self.text.on_long, strip=self.text.strip)
@@ -90,10 +91,6 @@ class CrossEncoder:
     @cached_property
     def _labels(self) -> Labels:
         return self.labels if self.labels is not None else labels_of(self.model.config.id2label)  # type: ignore[arg-type]
-
-    @cached_property
-    def _access(self) -> ModelReader:
-        return ModelReader(self.model, self.tokenizer, self.text, self.batch_tokens, show_progress=self.show_progress)
 
     @property
     def _reader(self) -> OwnForward:

@@ -21,7 +21,7 @@ from calibrated_rewards.models.batches import progress_bar
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.labels import Difference, Expected
 from calibrated_rewards.models.parts import check_vocabulary, device_of, for_scoring, unwrap, vocabulary
-from calibrated_rewards.models.reader import ModelReader
+from calibrated_rewards.models.reader import ModelReader, reader_of
 from calibrated_rewards.models.shared_prefix import group_of
 from calibrated_rewards.models.text import Question, Text, find_token
 from calibrated_rewards.models.vocabulary_head import Logits, is_encoder_decoder, logits_of, read_first_token
@@ -126,8 +126,7 @@ class Judge:
 
     @cached_property
     def _answers(self) -> Answers:
-        options = (self.batch_tokens, self.share_prefixes, self.show_progress)
-        return Answers(ModelReader(self.model, self.tokenizer, self.text, *options), (self.good, self.bad))
+        return Answers(reader_of(self), (self.good, self.bad))
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,9 +174,7 @@ class ExpectedRating:
 
     @cached_property
     def _answers(self) -> Answers:
-        options = (self.batch_tokens, self.share_prefixes, self.show_progress)
-        words = tuple(map(str, range(self.low, self.high + 1)))
-        return Answers(ModelReader(self.model, self.tokenizer, self.text, *options), words)
+        return Answers(reader_of(self), tuple(map(str, range(self.low, self.high + 1))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +195,7 @@ class TokenLogit:
 
     thread_safe = True  # each call takes the model's lock
     __reduce__ = refuse_pickle
+    _access = cached_property(reader_of)
 
     def __post_init__(self) -> None:
         if not 0 <= self.token < vocabulary(self.model):
@@ -221,11 +219,6 @@ class TokenLogit:
     @cached_property
     def _head(self) -> Logits:
         return logits_of(self.model, self._access.lock, [self.token])
-
-    @cached_property
-    def _access(self) -> ModelReader:
-        options = (self.batch_tokens, self.share_prefixes, self.show_progress)
-        return ModelReader(self.model, self.tokenizer, self.text, *options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,6 +245,7 @@ class RatedJudge:
 
     thread_safe = True  # each call takes the model's lock
     __reduce__ = refuse_pickle
+    _access = cached_property(reader_of)
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
@@ -343,10 +337,6 @@ class RatedJudge:
     @cached_property
     def _question(self) -> Question:
         return Question(self.tokenizer, self.question, self.text, {"low": f"{self.low:g}", "high": f"{self.high:g}"})
-
-    @cached_property
-    def _access(self) -> ModelReader:
-        return ModelReader(self.model, self.tokenizer, self.text, self.batch_tokens)
 
     @cached_property
     def _limit(self) -> int:

@@ -12,7 +12,7 @@ from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.labels import Label, Labels
 from calibrated_rewards.models.own_forward import HeadPrecision, OwnForward, fit_precision
-from calibrated_rewards.models.reader import ModelReader
+from calibrated_rewards.models.reader import reader_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import check_pairs, refuse_pickle, score_with
@@ -42,6 +42,7 @@ class MultiAttribute:
 
     thread_safe = True  # each call takes the model's lock
     __reduce__ = refuse_pickle
+    _access = cached_property(reader_of)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """Score each pair."""
@@ -79,10 +80,6 @@ class MultiAttribute:
         settings = {"output": self.output, "labels": repr(self.labels or Label(0))}
         model, text = model_fingerprint(self.model, self.tokenizer), self._access.text_fingerprint()
         return {"kind": "multi-attribute", **model, **settings, "text": text}
-
-    @cached_property
-    def _access(self) -> ModelReader:
-        return ModelReader(self.model, self.tokenizer, self.text, self.batch_tokens, show_progress=self.show_progress)
 
     @property
     def _reader(self) -> OwnForward:

@@ -10,7 +10,7 @@ from jaxtyping import Float64
 from scipy.special import expit
 
 from calibrated_rewards.models.fingerprint import model_fingerprint
-from calibrated_rewards.models.reader import ModelReader
+from calibrated_rewards.models.reader import reader_of
 from calibrated_rewards.models.text import Text, fill_in, format_conversation, truncate
 from calibrated_rewards.models.vocabulary_head import is_encoder_decoder
 from calibrated_rewards.prompts import Completion, Prompt, start_of
@@ -139,7 +139,7 @@ class PairJudge:
         if not prompts:
             return np.empty(0)
         texts = [
-            {**write_places(prompt, *map(self.text.stripped, pair)), "prompt": self._write_context(prompt)}
+            {**write_places(prompt, *map(self.text.strip_ends, pair)), "prompt": self._write_context(prompt)}
             for prompt, *pair in zip(prompts, firsts, seconds, strict=True)
         ]
         # Comparisons of one completion with many share all that stands before the second.
@@ -201,8 +201,7 @@ class PairJudge:
 
     @cached_property
     def _answers(self) -> Answers:
-        options = (self.batch_tokens, self.share_prefixes, self.show_progress)
-        return Answers(ModelReader(self.model, self.tokenizer, self.text, *options), self.answers)
+        return Answers(reader_of(self), self.answers)
 
 
 def check_places(template: str) -> None:

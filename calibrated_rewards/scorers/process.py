@@ -15,7 +15,7 @@ from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.label_names import find_side, find_values, is_unnamed
 from calibrated_rewards.models.labels import order_names
 from calibrated_rewards.models.parts import heads_of
-from calibrated_rewards.models.reader import ModelReader
+from calibrated_rewards.models.reader import reader_of
 from calibrated_rewards.models.shared_prefix import Head, ModuleHead, Row, cut, find_completion_starts, group_of
 from calibrated_rewards.models.text import Text, fill_in, find_token
 from calibrated_rewards.models.vocabulary_head import check_head, logits_of
@@ -53,6 +53,7 @@ class ProcessReward:
 
     thread_safe = True  # each call takes the model's lock
     __reduce__ = refuse_pickle
+    _access = cached_property(reader_of)
 
     def __post_init__(self) -> None:
         if self.reduce not in ("min", "product", "last", "mean"):
@@ -120,7 +121,7 @@ class ProcessReward:
     def _write_marks(self, completion: Completion) -> tuple[Completion, int]:
         """Write a mark behind each step of a completion, of messages the assistant's, and count the steps."""
         if isinstance(completion, str):
-            parts = self._split(str(self.text.stripped(completion)))
+            parts = self._split(str(self.text.strip_ends(completion)))
             marked: Completion = self._join(parts)
             steps = len(parts)
         else:
@@ -179,11 +180,6 @@ class ProcessReward:
                 'causal LM say the answers it gives to a step, answers=("+", "-")'
             )
         return ModuleHead(*heads.values())
-
-    @cached_property
-    def _access(self) -> ModelReader:
-        options = (self.batch_tokens, self.share_prefixes, self.show_progress)
-        return ModelReader(self.model, self.tokenizer, self.text, *options)
 
 
 def find_good_label(label: int | None, config: Any) -> int:

@@ -165,7 +165,7 @@ class Request:
         """Return the scores, checked, and why they look like something else, or ""."""
         shown, dialect = self.remote.shown, self.remote.dialect
         response = self.post(self.remote.address, dialect.payload(items))
-        start = self.post.said(response)
+        start = self.post.quote(response)
         try:
             answer = response.json()
             with np.errstate(over="ignore"):

@@ -109,7 +109,7 @@ class Vllm:
         if isinstance(prompt, str) and not self.text.chat:
             return self.text.render(cast(Any, None), prompt, completion)[0]
         if isinstance(completion, str):
-            answer = [{"role": "assistant", "content": self.text.stripped(completion)}]
+            answer = [{"role": "assistant", "content": self.text.strip_ends(completion)}]
         else:
             answer = to_plain(completion)
         return {"messages": self.text.messages(prompt) + answer}

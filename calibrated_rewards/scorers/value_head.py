@@ -29,7 +29,7 @@ from calibrated_rewards.models.fingerprint import (
 )
 from calibrated_rewards.models.labels import Difference, Label, Labels
 from calibrated_rewards.models.parts import body_of, dtype_of
-from calibrated_rewards.models.reader import ModelReader
+from calibrated_rewards.models.reader import ModelReader, reader_of
 from calibrated_rewards.models.shared_prefix import ModuleHead, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
@@ -68,6 +68,7 @@ class ValueHead:
 
     thread_safe = True  # each call takes the model's lock
     __reduce__ = refuse_pickle
+    _access = cached_property(reader_of)
 
     def __post_init__(self) -> None:
         if not self.std > 0:
@@ -97,11 +98,6 @@ class ValueHead:
             "normalisation": [self.mean, self.std],
             "text": self._access.text_fingerprint(),
         }
-
-    @cached_property
-    def _access(self) -> ModelReader:
-        options = (self.batch_tokens, self.share_prefixes, self.show_progress)
-        return ModelReader(self.model, self.tokenizer, self.text, *options)
 
 
 @dataclass(frozen=True, eq=False)

@@ -124,11 +124,11 @@ def test_padding_is_checked_once(caplog: pytest.LogCaptureFixture) -> None:
     model = ENCODERS["Roberta"].classifier()
     read = reader(model)
     read([ROWS[0]] * 3)
-    assert (read.padding.allowed, read.padding.checked) == (True, 0)
+    assert (read.padding.allowed, len(read.padding.lengths)) == (True, 0)
     read(ROWS[:3])
-    assert (read.padding.allowed, read.padding.checked) == (True, 3)
+    assert (read.padding.allowed, len(read.padding.lengths)) == (True, 3)
     read(ROWS)
-    assert read.padding.checked > 3
+    assert len(read.padding.lengths) > 3
     sizes: list[int] = []
     model.get_input_embeddings().register_forward_pre_hook(Memory(10**9, sizes))
     read(ROWS)

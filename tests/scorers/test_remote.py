@@ -309,7 +309,6 @@ def test_nobody_waits_for_what_is_in_flight(ending) -> None:
     code = """
 import os, signal, sys, threading, time
 from calibrated_rewards.scorers.remote import Remote
-from calibrated_rewards.models.http_client import parse_retry_after
 from calibrated_rewards.scorers.remote import Native
 if sys.argv[2] == "interrupt":
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -409,7 +408,6 @@ def test_settings_of_another_type() -> None:
     """What is no number, or no whole one, is refused by name, also where nobody checks types."""
     code = """
 from calibrated_rewards.scorers.remote import Remote
-from calibrated_rewards.models.http_client import parse_retry_after
 from calibrated_rewards.scorers.remote import Native
 for name, value in dict(timeout="5", backoff=None, retries=1.5, batch_size=True, concurrency="8").items():
     try: Remote("http://rm", Native("rm"), **{name: value})
