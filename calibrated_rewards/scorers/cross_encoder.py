@@ -43,7 +43,7 @@ class CrossEncoder:
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     labels: Labels | None = None
-    """How several labels make one score; None: as `labels_of` reads their names."""
+    """The rule that makes one score of several labels; None: as `labels_of` reads their names."""
     text: Text = field(default_factory=Text)
     """`max_length`, `on_long` and `strip`; the tokenizer's own form of a pair leaves nothing else to choose."""
     batch_tokens: int | None = None
@@ -60,7 +60,7 @@ class CrossEncoder:
             raise ValueError(f"CrossEncoder takes max_length, on_long and strip of a Text, got {self.text}")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
-        """Score each pair."""
+        """Score each completion of its prompt."""
         return score_with(lambda *pairs: self._labels(self.logits(*pairs)), self, prompts, completions)
 
     def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, "n L"]:

@@ -68,7 +68,7 @@ class Function:
         object.__setattr__(self, "name", f"{function.__module__}.{function.__qualname__}")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
-        """Score each pair."""
+        """Score each completion of its prompt."""
         prompts, completions = check_pairs(prompts, completions)
         scores = []
         for prompt, completion in zip(prompts, completions, strict=True):
@@ -117,14 +117,14 @@ class Combination(Protocol):
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of all scorers.
+    """The mean of the scores of all scorers.
 
     >>> Mean()(np.array([[1.0], [4.0]]))
     array([2.5])
     """
 
     def __call__(self, members: Float64[np.ndarray, "M n"], /) -> Float64[np.ndarray, " n"]:
-        """Return members.mean(0)."""
+        """Return the mean of each column."""
         return np.asarray(members.mean(0))
 
 
@@ -137,7 +137,7 @@ class Min:
     """
 
     def __call__(self, members: Float64[np.ndarray, "M n"], /) -> Float64[np.ndarray, " n"]:
-        """Return members.min(0)."""
+        """Return the lowest of each column."""
         return np.asarray(members.min(0))
 
 

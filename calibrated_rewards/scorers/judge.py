@@ -59,7 +59,7 @@ class Answers:
 
     @cached_property
     def tokens(self) -> dict[str, int]:
-        """The token of each answer."""
+        """The token of each possible answer."""
         return {word: find_token(self.access.tokenizer, word, "an answer") for word in self.words}
 
     def logits(self, ids: list[list[int]], groups: Sequence[Hashable]) -> Tensor:

@@ -23,7 +23,7 @@ class Loaded:
     __getstate__ = fields_only
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
-        """Score each pair."""
+        """Score each completion of its prompt."""
         return score_with(self.scorer, self.scorer, prompts, completions)
 
     @Lazy

@@ -34,7 +34,7 @@ class MultiAttribute:
     output: str | int | None = "score"
     """A key or an index of what the forward returns; None if it returns the scores themselves."""
     labels: Labels | None = None
-    """How several numbers make one score; None: the only one."""
+    """The rule that makes one score of several numbers; None: the only one."""
     text: Text = field(default_factory=Text)
     batch_tokens: int | None = None
     """Tokens in a batch, padding included; halved by itself where memory does not suffice."""
@@ -45,7 +45,7 @@ class MultiAttribute:
     _access = cached_property(reader_of)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
-        """Score each pair."""
+        """Score each completion of its prompt."""
         return score_with(self._scores, self, prompts, completions)
 
     def _scores(self, prompts: list[Prompt], completions: list[Completion]) -> Float32[np.ndarray, " n"]:

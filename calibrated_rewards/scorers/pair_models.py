@@ -110,7 +110,7 @@ class PairJudge:
     answers: tuple[str, str] = ("A", "B")
     """Each one token: "A", or " A" where the question ends in plain text without a space."""
     opening: bool = True
-    """Whether the template opens the assistant's message before the answer."""
+    """True if the template opens the assistant's message before the answer."""
     context: str | None = None
     """A chat template (Jinja) that writes the prompt's messages at {prompt}; None: see `format_conversation`."""
     bos: bool = True

@@ -186,7 +186,7 @@ class MeanWin:
     thread_safe = property(lambda self: is_thread_safe(self.preference) and is_thread_safe(self.references))
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
-        """Score each pair."""
+        """Score each completion of its prompt."""
         prompts, completions = check_pairs(prompts, completions)
         rivals = [self._find_rivals(prompt, own) for prompt, own in zip(prompts, completions, strict=True)]
         counts = np.array([len(others) for others in rivals], dtype=np.int64)

@@ -43,9 +43,9 @@ class ProcessReward:
     head with one gives the log-odds."""
     reduce: Literal["min", "product", "last", "mean"] = "min"
     separator: str = "\n\n"
-    """What stands between the steps of a completion."""
+    """The text between the steps of a completion."""
     layout: str = "{step}{mark}"
-    """How a step and its mark are written, one after the other: "{step} {mark}\\n" for Math-Shepherd."""
+    """The form in which a step and its mark are written: "{step} {mark}\\n" for Math-Shepherd."""
     text: Text = field(default_factory=Text)
     batch_tokens: int | None = None
     share_prefixes: bool = True

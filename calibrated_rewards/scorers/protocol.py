@@ -1,4 +1,4 @@
-"""What a scorer is, and the one way to call it: from one thread at a time, its scores checked.
+"""The definition of a scorer, and the one way to call it: from one thread at a time, its scores checked.
 
 Every call that `CalibratedReward`, `calibrate` and the members of an ensemble make goes through `score`. A scorer that
 several threads may call at once says so by an attribute, `thread_safe = True`.

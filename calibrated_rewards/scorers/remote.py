@@ -70,7 +70,7 @@ class Remote:
     """
 
     url: str
-    """Where requests are posted, as it stands; a bare host gets the dialect's path. $NAME: an environment variable."""
+    """The address of requests, as it stands; a bare host gets the dialect's path. $NAME: an environment variable."""
     dialect: Dialect
     batch_size: int = 32
     """Pairs in a request."""
@@ -79,7 +79,7 @@ class Remote:
     timeout: float = 120.0
     """Seconds for each step of a request: to connect, to send, to wait for an answer."""
     retries: int = 5
-    """How often a request is tried again."""
+    """Number of times that a request is tried again."""
     backoff: float = 0.5
     """Seconds before the first of these; then twice as many each time."""
     token: str | None = field(default=None, repr=False)
@@ -103,7 +103,7 @@ class Remote:
         return hash(self.url)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
-        """Score each pair."""
+        """Score each completion of its prompt."""
         prompts, completions = check_pairs(prompts, completions)
         items = self.dialect.inputs(prompts, completions) if prompts else []
         scores = np.empty(len(items), np.float32)
@@ -215,7 +215,7 @@ class OpenRlhf:
         return False
 
     def payload(self, items: list[Any]) -> dict[str, Any]:
-        """Build the body of a request."""
+        """Build the body of a request for these inputs."""
         queries, prompts = map(list, zip(*items, strict=True))
         return {"query": queries, "prompts": prompts, "labels": [""] * len(items)}
 
@@ -249,12 +249,12 @@ class Native:
         return False
 
     def payload(self, items: list[Any]) -> dict[str, Any]:
-        """Build the body of a request."""
+        """Build the body of a request for these inputs."""
         prompts, completions = map(list, zip(*items, strict=True))
         return {"prompts": prompts, "completions": completions}
 
     def scores(self, answer: Any, count: int) -> Sequence[float]:
-        """Read the raw scores."""
+        """Read the raw scores from an answer."""
         return parse_numbers(answer["raw"])
 
     def doubt(self, answer: Any) -> str:

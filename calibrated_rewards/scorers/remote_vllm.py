@@ -35,8 +35,8 @@ class Vllm:
     tokenizer: Any = None
     text: Text = field(default_factory=Text)
     labels: Labels | None = None
-    """How several labels make one score; None: the only label, or of two the second's log-odds, unless the name that
-    the server gives the larger one says otherwise: then this asks."""
+    """The rule that makes one score of several labels; None: the only label, or of two the second's
+    log-odds, which is refused where the name that the server gives the larger one says otherwise."""
     probabilities: bool = False
     """The server gives probabilities whatever it is asked, as vLLM did before 0.12: take their log-odds."""
     steps: Literal["last", "min", "mean"] = "last"
@@ -64,7 +64,7 @@ class Vllm:
         return isinstance(item, dict)
 
     def payload(self, items: list[Any]) -> dict[str, Any]:
-        """Build the body of a request."""
+        """Build the body of a request for these inputs."""
         inputs = items[0] if self.alone(items[0]) else {"input": items}
         return {"model": self.model, "use_activation": False, **self.options, **inputs}
 
@@ -137,7 +137,7 @@ class VllmScore:
         return False
 
     def payload(self, items: list[Any]) -> dict[str, Any]:
-        """Build the body of a request."""
+        """Build the body of a request for these inputs."""
         first, second = map(list, zip(*items, strict=True))
         return {"model": self.model, "use_activation": False, **self.options, "text_1": first, "text_2": second}
 

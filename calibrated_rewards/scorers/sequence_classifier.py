@@ -38,10 +38,10 @@ class SequenceClassifier:
     """The model, as `from_pretrained` gives it; PEFT's wrapper around one will do."""
     tokenizer: "PreTrainedTokenizerBase"
     labels: Labels | None = None
-    """How several labels make one score; None: as `labels_of` reads their names."""
+    """The rule that makes one score of several labels; None: as `labels_of` reads their names."""
     text: Text = field(default_factory=Text)
     pool: Literal["model", "last"] = "model"
-    """Where a decoder is read: where its own forward would (the last token that is no padding id), or the last."""
+    """The token at which a decoder is read: the one that its own forward reads (the last that is no padding), or the last."""
     batch_tokens: int | None = None
     """Tokens in a batch, padding included; halved by itself where memory does not suffice."""
     share_prefixes: bool = True
@@ -55,7 +55,7 @@ class SequenceClassifier:
             raise ValueError(f"SequenceClassifier needs pool to be 'model' or 'last', got pool={self.pool!r}")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
-        """Score each pair."""
+        """Score each completion of its prompt."""
         return score_with(lambda *pairs: self._labels(self.logits(*pairs)), self, prompts, completions)
 
     def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, "n L"]:

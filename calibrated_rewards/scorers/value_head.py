@@ -79,7 +79,7 @@ class ValueHead:
                 raise ValueError(f"ValueHead needs an adapter in the layers (LoRA, ...), {name!r} is a learned prompt")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
-        """Score each pair."""
+        """Score each completion of its prompt."""
         return score_with(self._scores, self, prompts, completions)
 
     def _scores(self, prompts: list[Prompt], completions: list[Completion]) -> Float32[np.ndarray, " n"]:
@@ -117,7 +117,7 @@ class SharedBase:
     """From the hidden state at the last token to one number for each label."""
     adapter: str = "reward"
     labels: Labels | None = None
-    """How several labels make one score; None: the only label, or of two the second's log-odds."""
+    """The rule that makes one score of several labels; None: the only label, or of two the second's log-odds."""
     text: Text = field(default_factory=Text)
     batch_tokens: int | None = None
     """Tokens in a batch, padding included; halved by itself where memory does not suffice."""
@@ -140,7 +140,7 @@ class SharedBase:
             )
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
-        """Score each pair."""
+        """Score each completion of its prompt."""
         return score_with(self._scores, self, prompts, completions)
 
     def _scores(self, prompts: list[Prompt], completions: list[Completion]) -> Float32[np.ndarray, " n"]:
