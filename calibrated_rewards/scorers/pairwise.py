@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -96,7 +96,7 @@ class BothOrders:
 
     def fingerprint(self) -> dict[str, Any]:
         """Name all that the answers depend on."""
-        return {"kind": "both orders", "of": fingerprint(cast(Any, self.preference))}
+        return {"kind": "both orders", "of": fingerprint(self.preference)}
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,8 @@ class MeanWin:
         """Name all that the scores depend on."""
         return {
             "kind": "mean win",
-            "preference": fingerprint(cast(Any, self.preference)),
-            "references": fingerprint(cast(Any, self.references)),
+            "preference": fingerprint(self.preference),
+            "references": fingerprint(self.references),
         }
 
     def _find_rivals(self, prompt: Prompt, completion: Completion) -> list[Completion]:

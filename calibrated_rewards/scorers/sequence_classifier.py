@@ -41,7 +41,7 @@ class SequenceClassifier:
     """The rule that makes one score of several labels; None: as `labels_of` reads their names."""
     text: Text = field(default_factory=Text)
     pool: Literal["model", "last"] = "model"
-    """The token at which a decoder is read: the one that its own forward reads (the last that is no padding), or the last."""
+    """The token at which a decoder is read: as by its own forward (the last that is no padding), or the very last."""
     batch_tokens: int | None = None
     """Tokens in a batch, padding included; halved by itself where memory does not suffice."""
     share_prefixes: bool = True
