@@ -276,6 +276,16 @@ def _digest(data: bytes) -> bytes:
     return blake2b(data, digest_size=KEY_BYTES).digest()
 
 
+def name_of(thing: Any) -> str:
+    """Return the name by which errors call a function, a class, or an object: that of its class; with its module.
+
+    >>> name_of(len), name_of(1)
+    ('builtins.len', 'builtins.int')
+    """
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
 def start_of(prompt: object, width: int = 60) -> str:
     """What an error shows of a prompt.
 

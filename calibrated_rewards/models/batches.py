@@ -155,7 +155,7 @@ class Rounding:
         return torch.stack(self.rows).std(0, correction=0)
 
     def _allowed(self, roundings: float, equal: Tensor) -> Tensor:
-        """So many roundings of each number. Numbers round alike, measured by their spread: they are taken together."""
+        """Return the distance of so many roundings. Numbers round alike for their spread: they are taken together."""
         moves, spread = torch.stack(self.moves).square().mean(0).sqrt(), self.spread
         varied = spread > 0
         shared = float((moves[varied] / spread[varied]).square().mean().sqrt()) if bool(varied.any()) else 0.0
@@ -229,31 +229,11 @@ def read_in_batches(
     model: Any, forward: Read, costs: Sequence[int], kinds: Sequence[int], budget: Budget, padding: Padding, bar: Any
 ) -> list[Tensor]:
     """Read rows of tokens in padded batches; all of them again, unpadded, once padding turns out to change a row."""
-    numbers = _read_once(model, forward, costs, kinds, budget, padding, bar)
-    if numbers is None:
-        numbers = _read_once(model, forward, costs, kinds, budget, padding, bar)
-    return numbers or []
-
-
-def _read_once(
-    model: Any, forward: Read, costs: Sequence[int], kinds: Sequence[int], budget: Budget, padding: Padding, bar: Any
-) -> list[Tensor] | None:
-    """Read the rows; None if padding was allowed until now, and turned out to change them."""
     read = partial(budget.run, forward, costs=costs)
-    comparison = Comparison(model, padding, read, costs, kinds, budget)
-    if padding.allowed and not comparison.prepare():
-        return None
-    numbers: dict[int, Tensor] = {}
-    for batch in budget.batches(costs, kinds):
-        for piece in padding.pieces(batch, costs):
-            answer = read(piece)
-            if padding.allowed and not comparison.agrees(piece, answer):
-                bar.update(-len(numbers))
-                return None
-            numbers |= zip(piece, answer, strict=True)
-        bar.update(len(batch))
-    comparison.finish()
-    return [numbers[i] for i in range(len(costs))]
+    numbers = None
+    while numbers is None:
+        numbers = Comparison(model, padding, read, costs, kinds, budget).read_all(bar)
+    return numbers
 
 
 @dataclass(eq=False)
@@ -270,6 +250,22 @@ class Comparison:
     alone: dict[int, Tensor] = field(default_factory=dict)
     due: list[tuple[int, int]] = field(default_factory=list)
     """The shortest and the longest row of each kind that has something to compare."""
+
+    def read_all(self, bar: Any) -> list[Tensor] | None:
+        """Read all rows; None if padding was allowed until now, and turned out to change them."""
+        if self.padding.allowed and not self.prepare():
+            return None
+        numbers: dict[int, Tensor] = {}
+        for batch in self.budget.batches(self.lengths, self.kinds):
+            for piece in self.padding.pieces(batch, self.lengths):
+                answer = self.read(piece)
+                if self.padding.allowed and not self.agrees(piece, answer):
+                    bar.update(-len(numbers))
+                    return None
+                numbers |= zip(piece, answer, strict=True)
+            bar.update(len(batch))
+        self.finish()
+        return [numbers[i] for i in range(len(self.lengths))]
 
     def prepare(self) -> bool:
         """Read the chosen rows alone; False if the shortest row is another one when padded to the longest."""

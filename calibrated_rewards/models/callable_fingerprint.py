@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import isfinite
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
@@ -60,28 +60,14 @@ def describe(thing: Any) -> dict[str, Any]:
     return described | ({"unread": sorted({*digester.unread})} if digester.unread else {})
 
 
-@runtime_checkable
-class _Named(Protocol):
-    """A function, a method or a class: it has a name of its own."""
-
-    __module__: str
-    __qualname__: str
-
-
-def name_of(thing: object) -> str:
-    """Return the name of a function or class, or of an object's class, with its module: what errors call it."""
-    named = thing if isinstance(thing, type | _Named) else type(thing)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-def place_free_name(thing: object) -> str:
+def place_free_name(thing: Any) -> str:
     """Return the name of a thing for fingerprints: its `name_of`, without the path inside this package.
 
     >>> from calibrated_rewards.theory import Log
     >>> place_free_name(Log), place_free_name(json.dumps)
     ('calibrated_rewards.Log', 'json.dumps')
     """
-    named = thing if isinstance(thing, type | _Named) else type(thing)
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
     return f"{PACKAGE if _is_ours(named.__module__) else named.__module__}.{named.__qualname__}"
 
 
@@ -325,23 +311,23 @@ def _values_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 def _globals_of(code: CodeType, known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the values of the global names in code and in code within it; of a module of the user's, its member."""
-    module, place = None, ""
+    module, path = None, ""
     for each in dis.get_instructions(code):
         if each.opname == "EXTENDED_ARG":
             continue
         value: Any = None
         if module is not None and each.opname in ("LOAD_ATTR", "LOAD_METHOD") and hasattr(module, each.argval):
-            value, place = getattr(module, each.argval), f"{place}.{each.argval}"
+            value, path = getattr(module, each.argval), f"{path}.{each.argval}"
         elif each.opname in ("LOAD_GLOBAL", "LOAD_NAME") and each.argval in known:
-            value, place = known[each.argval], each.argval
+            value, path = known[each.argval], each.argval
         elif isinstance(each.argval, CodeType):
             yield from _globals_of(each.argval, known)
         else:
-            place = ""
+            path = ""
         module = value if isinstance(value, ModuleType) and not _is_installed(value.__name__) else None
-        if place and module is None:
-            yield place, value
-            place = ""
+        if path and module is None:
+            yield path, value
+            path = ""
 
 
 def _of_torch(value: Any) -> str | None:
@@ -376,15 +362,15 @@ def _is_ours(module: str | None) -> bool:
     return (module or "").partition(".")[0] == PACKAGE
 
 
-def _is_installed_file(place: str) -> bool:
-    return "/site-packages/" in place or "/dist-packages/" in place or place.startswith(_LIBRARY)
+def _is_installed_file(file: str) -> bool:
+    return "/site-packages/" in file or "/dist-packages/" in file or file.startswith(_LIBRARY)
 
 
 def _is_written(name: str, function: FunctionType) -> bool:
     """Tell if a function of a class is its author's, rather than made by Python or by a decorator out of others."""
-    place = function.__code__.co_filename
-    by_dataclass = place == "<string>" and name.startswith("__") and name != "__call__"
-    return not (by_dataclass or _is_installed(function.__module__) or _is_installed_file(place))
+    file = function.__code__.co_filename
+    by_dataclass = file == "<string>" and name.startswith("__") and name != "__call__"
+    return not (by_dataclass or _is_installed(function.__module__) or _is_installed_file(file))
 
 
 def _is_own(name: str, member: Any) -> bool:

@@ -147,7 +147,7 @@ FIRST_PAIRS = {
 }
 HOW = "say how they make one score, with " + setting(
     "labels",
-    "Difference(good, bad), Label(i), Expected(values), Ordinal() or Weighted(weights) of reading.labels",
+    "Difference(good, bad), Label(i), Expected(values), Ordinal() or Weighted(weights) of calibrated_rewards.models",
     option="--label HOW: 1-0 (logit 1 less logit 0), 2, expected:1,2,3, ordinal or weighted:1,-0.5",
 )
 COST = setting("cost", "True", option="--cost")

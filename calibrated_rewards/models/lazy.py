@@ -38,13 +38,16 @@ class Recipe(Protocol):
 
 
 class Lazy(Generic[T]):
-    """A property that is computed at its first use, by one thread in the process at a time, and then kept."""
+    """An attribute that is computed at its first use, by one thread in the process at a time.
+
+    Its value then hides the descriptor in the instance's `__dict__`, so that later uses cost nothing.
+    """
 
     def __init__(self, load: Callable[[Any], T]) -> None:
         self.load, self.__doc__ = load, load.__doc__
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.slot = f"_{name}"
+        self.name = name
 
     @overload
     def __get__(self, instance: None, owner: type) -> "Lazy[T]": ...
@@ -56,10 +59,10 @@ class Lazy(Generic[T]):
         if instance is None:
             return self
         with _LOADING:
-            known = vars(instance)
-            if self.slot not in known:
-                known[self.slot] = self.load(instance)
-            return known[self.slot]  # type: ignore[no-any-return]
+            attributes = vars(instance)
+            if self.name not in attributes:
+                attributes[self.name] = self.load(instance)
+            return attributes[self.name]  # type: ignore[no-any-return]
 
 
 def fields_only(instance: Any) -> dict[str, Any]:

@@ -138,9 +138,9 @@ def load_complete(auto: Any, base: Checkpoint, stored: Collection[str] = (), **o
         )
     missing = sorted(set(info["missing_keys"]) - set(stored))
     if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        names = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise ValueError(
-            f"{base.name} has no weights for {shown}: they were initialised at random, and so would be the scores. "
+            f"{base.name} has no weights for {names}: they were initialised at random, and so would be the scores. "
             f"It is no {type(model).__name__}, or its head was not saved"
         )
     return model
@@ -207,9 +207,9 @@ def check_same_tokens(tokenizer: Any, reference: Source, model: nn.Module) -> No
             f"{len(words)} are not the same, such as {min(other)!r}. The reference is the model that it was tuned from"
         )
     if lacking:
-        shown = ", ".join(sorted(lacking)[:4])
+        names = ", ".join(sorted(lacking)[:4])
         warnings.warn(
-            f"the reference {reference.checkpoint.name} does not know tokens that were added to the model's: {shown}",
+            f"the reference {reference.checkpoint.name} does not know tokens that were added to the model's: {names}",
             stacklevel=2,
         )
 
@@ -240,7 +240,7 @@ def _parse_dtype(dtype: Any) -> Any:
 def default_device() -> torch.device:
     """Return the GPU that torchrun or accelerate gave to this process, or the first; without any, the CPU.
 
-    >>> own_device().type in ("cuda", "cpu")
+    >>> default_device().type in ("cuda", "cpu")
     True
     """
     if not torch.cuda.is_available():

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from calibrated_rewards.models.batches import Budget
 from calibrated_rewards.models.own_forward import precise
 from calibrated_rewards.models.parts import body_of, device_of, dtype_of, for_scoring, in_float32, unwrap, vocabulary
-from calibrated_rewards.models.reader import ModelReader
-from calibrated_rewards.models.shared_prefix import Decoder, Head, Row, Sharing
+from calibrated_rewards.models.shared_prefix import Decoder, Head, ModelReader, Row, Sharing
 from calibrated_rewards.models.unchanged import unchanging
 
 # Logits that LogProbability holds at a time: 256 MB.
@@ -88,9 +87,9 @@ def logits_of(model: Any, lock: Any, tokens: Sequence[int] | None = None) -> Log
     """Make the head that a language model ends in; its scale is measured, for models name it in many ways."""
     chosen = None if tokens is None else tuple(tokens)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    read, own = _read_both(model, Logits(model, chosen), lock, tokens)
+    read, expected = _read_both(model, Logits(model, chosen), lock, tokens)
     # Behind a learned prompt the model's own forward gives more, which check_head refuses.
-    head = Logits(model, chosen, _scale(read, own, cap) if read.shape == own.shape else 1.0, cap)
+    head = Logits(model, chosen, _scale(read, expected, cap) if read.shape == expected.shape else 1.0, cap)
     check_head(model, head, lock, tokens)
     return head
 
@@ -107,13 +106,14 @@ def output_layer(model: Any) -> nn.Module:
 
 def check_head(model: Any, head: Head, lock: Any, columns: Sequence[int] | None = None) -> None:
     """Refuse a head that, behind the model's body, does not give what the model's own forward gives first."""
-    read, own = _read_both(model, head, lock, columns)
-    near = NEAR.get(dtype_of(model), NEAR_16_BIT) * float(own.abs().max())
-    apart = float((read - own).abs().max()) if read.shape == own.shape else float("inf")
+    read, expected = _read_both(model, head, lock, columns)
+    largest = float(expected.abs().max())
+    near = NEAR.get(dtype_of(model), NEAR_16_BIT) * largest
+    apart = float((read - expected).abs().max()) if read.shape == expected.shape else float("inf")
     if not apart <= near:
         raise ValueError(
             f"body and head of {type(model).__name__} have to give what its own forward gives, got logits {apart:.1e} "
-            f"apart (the largest is {float(own.abs().max()):.1e}): score with a callable of yours that runs its forward"
+            f"apart (the largest is {largest:.1e}): score with a callable of yours that runs its forward"
         )
 
 
@@ -125,10 +125,10 @@ def _read_both(model: Any, head: Head, lock: Any, columns: Sequence[int] | None 
     read = decoder([Row(ids, list(range(len(ids))))], [0])[0]
     with for_scoring(model, lock):
         row = torch.tensor([ids], device=device_of(model))
-        own = unchanging(model, lambda: model(input_ids=row))[0][0].float().cpu()
-    if own.isnan().any():
+        expected = unchanging(model, lambda: model(input_ids=row))[0][0].float().cpu()
+    if expected.isnan().any():
         raise ValueError(f"{type(model).__name__} gives nan for a few tokens: look for nan among its weights")
-    return read, own if columns is None else own[:, list(columns)]
+    return read, expected if columns is None else expected[:, list(columns)]
 
 
 class Columns(nn.Module):
@@ -143,13 +143,13 @@ class Columns(nn.Module):
         return logits[:, self.at]
 
 
-def _scale(read: Tensor, own: Tensor, cap: float | None) -> float:
+def _scale(read: Tensor, expected: Tensor, cap: float | None) -> float:
     """Measure the factor between the layer's outputs and the model's logits, before it bounds them."""
     if cap is not None:
-        inside = own.abs() < 0.5 * cap
-        read, own = read[inside], cap * torch.atanh(own[inside] / cap)
-    read, own = read.double().flatten(), own.double().flatten()
-    scale = float(read @ own) / max(float(read @ read), 1e-30)
+        inside = expected.abs() < 0.5 * cap
+        read, expected = read[inside], cap * torch.atanh(expected[inside] / cap)
+    read, expected = read.double().flatten(), expected.double().flatten()
+    scale = float(read @ expected) / max(float(read @ read), 1e-30)
     # 16 bits leave this much doubt, and no model scales by so little.
     return 1.0 if abs(scale - 1) < 0.01 else scale
 

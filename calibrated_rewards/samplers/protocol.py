@@ -10,8 +10,7 @@ from math import isfinite
 from numbers import Real
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-from calibrated_rewards.models.callable_fingerprint import name_of
-from calibrated_rewards.prompts import Completion, Prompt, start_of
+from calibrated_rewards.prompts import Completion, Prompt, name_of, start_of
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.labels import Labels, labels_of
 from calibrated_rewards.models.own_forward import OwnForward, check_reads
 from calibrated_rewards.models.parts import vocabulary
-from calibrated_rewards.models.reader import reader_of
+from calibrated_rewards.models.shared_prefix import reader_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import check_pairs, refuse_pickle, score_with

@@ -11,8 +11,7 @@ from jaxtyping import Float32
 
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.parts import lock_of, positions_of, vocabulary
-from calibrated_rewards.models.reader import ModelReader
-from calibrated_rewards.models.shared_prefix import Row, cut, find_completion_starts, group_of
+from calibrated_rewards.models.shared_prefix import ModelReader, Row, cut, find_completion_starts, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.models.vocabulary_head import LogProbability, logits_of
 from calibrated_rewards.prompts import Completion, Prompt

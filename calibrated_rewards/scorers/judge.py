@@ -21,8 +21,7 @@ from calibrated_rewards.models.batches import progress_bar
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.labels import Difference, Expected
 from calibrated_rewards.models.parts import check_vocabulary, device_of, for_scoring, unwrap, vocabulary
-from calibrated_rewards.models.reader import ModelReader, reader_of
-from calibrated_rewards.models.shared_prefix import group_of
+from calibrated_rewards.models.shared_prefix import ModelReader, group_of, reader_of
 from calibrated_rewards.models.text import Question, Text, find_token
 from calibrated_rewards.models.vocabulary_head import Logits, is_encoder_decoder, logits_of, read_first_token
 from calibrated_rewards.prompts import Completion, Prompt

@@ -36,7 +36,7 @@ class Loaded:
         return fingerprint(self.scorer)
 
     def __repr__(self) -> str:
-        if "_scorer" not in self.__dict__:
+        if "scorer" not in self.__dict__:
             return f"Loaded({self.recipe.name!r})"
         identity, kind = self.fingerprint(), type(self.scorer).__name__
         if isinstance(self.scorer, Cost):

@@ -12,7 +12,7 @@ from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.labels import Label, Labels
 from calibrated_rewards.models.own_forward import HeadPrecision, OwnForward, fit_precision
-from calibrated_rewards.models.reader import reader_of
+from calibrated_rewards.models.shared_prefix import reader_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import check_pairs, refuse_pickle, score_with

@@ -10,7 +10,7 @@ from jaxtyping import Float64
 from scipy.special import expit
 
 from calibrated_rewards.models.fingerprint import model_fingerprint
-from calibrated_rewards.models.reader import reader_of
+from calibrated_rewards.models.shared_prefix import reader_of
 from calibrated_rewards.models.text import Text, fill_in, format_conversation, truncate
 from calibrated_rewards.models.vocabulary_head import is_encoder_decoder
 from calibrated_rewards.prompts import Completion, Prompt, start_of

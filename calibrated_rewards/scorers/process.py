@@ -15,8 +15,15 @@ from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.label_names import find_side, find_values, is_unnamed
 from calibrated_rewards.models.labels import order_names
 from calibrated_rewards.models.parts import heads_of
-from calibrated_rewards.models.reader import reader_of
-from calibrated_rewards.models.shared_prefix import Head, ModuleHead, Row, cut, find_completion_starts, group_of
+from calibrated_rewards.models.shared_prefix import (
+    Head,
+    ModuleHead,
+    Row,
+    cut,
+    find_completion_starts,
+    group_of,
+    reader_of,
+)
 from calibrated_rewards.models.text import Text, fill_in, find_token
 from calibrated_rewards.models.vocabulary_head import check_head, logits_of
 from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of

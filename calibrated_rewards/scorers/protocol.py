@@ -18,12 +18,14 @@ from weakref import WeakValueDictionary
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.models.callable_fingerprint import (
-    describe,
+from calibrated_rewards.models.callable_fingerprint import describe, place_free_name
+from calibrated_rewards.prompts import (
+    Completion,
+    Prompt,
+    canonical_chat,
     name_of as name_of,  # noqa: PLC0414 (scorers import it from here)
-    place_free_name,
+    start_of,
 )
-from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
 
 TEXTS_OF_CHATS = (
     "completions are texts here, also where prompts are messages: a function that reads completion[0]['content'], as "

@@ -14,8 +14,7 @@ from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.labels import Labels, labels_of
 from calibrated_rewards.models.own_forward import HeadPrecision, OwnForward, check_reads, fit_precision
 from calibrated_rewards.models.parts import body_of, heads_of, unwrap, vocabulary
-from calibrated_rewards.models.reader import ModelReader
-from calibrated_rewards.models.shared_prefix import Decoder, ModuleHead, Row, group_of
+from calibrated_rewards.models.shared_prefix import Decoder, ModelReader, ModuleHead, Row, group_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import refuse_pickle, score_with

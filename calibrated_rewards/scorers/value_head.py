@@ -29,8 +29,7 @@ from calibrated_rewards.models.fingerprint import (
 )
 from calibrated_rewards.models.labels import Difference, Label, Labels
 from calibrated_rewards.models.parts import body_of, dtype_of
-from calibrated_rewards.models.reader import ModelReader, reader_of
-from calibrated_rewards.models.shared_prefix import ModuleHead, group_of
+from calibrated_rewards.models.shared_prefix import ModelReader, ModuleHead, group_of, reader_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import check_pairs, refuse_pickle, score_with

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import DISTURBED_BY_PADDING, ENCODERS, SEQUENCE_TO_SEQUENCE, Architecture, one_by_one
-from test_batches import Memory
+from memory import Memory
 from tiny import EOS, PAD, texts, tokenizer
 from torch import Tensor, nn
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import DECODERS, DISTURBED_BY_PADDING, ENCODERS, SEQUENCE_TO_SEQUENCE, Architecture, one_by_one
-from test_batches import Memory
+from memory import Memory
 from tiny import EOS, PAD, VOCABULARY
 from torch import Tensor, nn
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from architectures import DECODERS, HYBRIDS
+from memory import Memory
 from scipy import stats
-from test_batches import Memory
 from tiny import EOS, TEMPLATE, causal, classifier, tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (

@@ -566,7 +566,7 @@ def test_device_map_and_model_options(tmp_path: Path) -> None:
 SPAWNED = """
 import pickle, sys
 loaded = pickle.load(open(sys.argv[1], "rb"))
-assert "_scorer" not in vars(loaded)
+assert "scorer" not in vars(loaded)
 scores = loaded(["a prompt", "b"], ["a completion", "c"])
 pickle.dump((scores, loaded.fingerprint()), open(sys.argv[2], "wb"))
 """

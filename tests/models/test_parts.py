@@ -1,4 +1,4 @@
-"""The facts that scoring needs of a model, of every architecture."""
+"""The parts of models of every architecture, the modes in which they are read, and the errors of their forwards."""
 
 import gc
 import threading
@@ -16,6 +16,8 @@ from calibrated_rewards.models import parts as body
 from calibrated_rewards.models.fingerprint import config_digest, model_fingerprint, tokenizer_digest, weights_digest
 from calibrated_rewards.models.parts import (
     ANY_ID,
+    RAISED,
+    UnreadError,
     body_of,
     check_vocabulary,
     device_of,
@@ -25,6 +27,7 @@ from calibrated_rewards.models.parts import (
     in_float32,
     lock_of,
     pad_right,
+    reading_errors,
     rope_turn,
     vocabulary,
 )
@@ -268,3 +271,26 @@ def test_adapters_have_a_digest() -> None:
     assert model_fingerprint(idle, made) == said[8]
     with idle.disable_adapter():
         assert model_fingerprint(idle, made)["adapters"] == {}
+
+
+@pytest.mark.parametrize("kind", RAISED)
+def test_errors_become_sentences(kind: type[Exception]) -> None:
+    """Whatever their class; the library's own error is the cause."""
+    with (
+        pytest.raises(UnreadError, match=r"Linear does not read an input of 2 tokens: .*language unknown") as raised,
+        reading_errors(nn.Linear(1, 1), 2),
+    ):
+        raise kind("language unknown")
+
+    assert type(raised.value.__cause__) is kind
+
+
+def test_memory_that_does_not_suffice_is_not_that() -> None:
+    """Batches are halved by the error itself; and what is no error of a forward passes through."""
+    for error in (
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"),
+        KeyboardInterrupt(),
+        FloatingPointError("nan"),
+    ):
+        with pytest.raises(type(error)), reading_errors(nn.Linear(1, 1), 2):
+            raise error

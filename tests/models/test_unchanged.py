@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from calibrated_rewards.models import unchanged as state
 from calibrated_rewards.models.batches import Budget
 from calibrated_rewards.models.own_forward import OwnForward
-from calibrated_rewards.models.unchanged import unchanging
+from calibrated_rewards.models.unchanged import steady_draws, unchanging
 
 SPARSE = {"block_size": 4, "num_random_blocks": 1, "attention_type": "block_sparse"}
 # Up to 7 blocks attention is full.
@@ -324,3 +324,40 @@ def test_what_cannot_be_compared() -> None:
     read = reader(model)
     for _ in range(3):
         assert float(read([row])) == pytest.approx(own(lambda: Changing(change), row), abs=1e-4)
+
+
+def drawn() -> tuple[float, float]:
+    """A number from torch's generator, and one from numpy's."""
+    return float(torch.rand(())), float(np.random.rand())  # noqa: NPY002
+
+
+def test_draws_are_the_same_each_time() -> None:
+    """Whatever was drawn before, and whatever a forward seeds itself."""
+    torch.manual_seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    expected = [drawn() for _ in range(3)]
+    torch.manual_seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    inside, outside = [], []
+    for _ in range(3):
+        outside.append(drawn())
+        with steady_draws(torch.device("cpu")):
+            inside.append(drawn())
+            torch.manual_seed(7)
+            np.random.seed(7)  # noqa: NPY002
+
+    assert outside == expected
+    assert len(set(inside)) == 1
+
+
+def test_generators_are_put_back_after_an_error() -> None:
+    """A forward that fails leaves them as they were, too."""
+    before = torch.get_rng_state()
+    try:
+        with steady_draws(torch.device("cpu")):
+            drawn()
+            raise KeyError
+    except KeyError:
+        pass
+
+    assert torch.equal(torch.get_rng_state(), before)

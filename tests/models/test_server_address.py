@@ -1,4 +1,4 @@
-"""The environment's token goes to the server that it is for, and to no other, however its url is written."""
+"""Secrets by name, and the environment's token, which goes to the server that it is for and to no other."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,77 @@ from test_remote import QUICK, native, numbered, serving, status
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.models.http_client import Refused, open_client
-from calibrated_rewards.models.server_address import POLICY_TOKEN, TOKEN, Address, token_for
+from calibrated_rewards.models.server_address import POLICY_TOKEN, TOKEN, Address, is_secret, token_for, without_secrets
 from calibrated_rewards.samplers.openai import OpenAISampler
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.remote import Native, Remote
 from calibrated_rewards.testing.suites import NumberScorer
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "token",
+        "TOKEN",
+        "use_auth_token",
+        "hf_token",
+        "hub_token",
+        "auth-token",
+        "accessToken",
+        "api_key",
+        "apikey",
+        "X-API-Key",
+        "openai_api_key",
+        "password",
+        "db_password",
+        "client_secret",
+        "AWS_SECRET_ACCESS_KEY",
+        "cookie",
+        "Authorization",
+        "Proxy-Authorization",
+        "auth",
+        "credentials",
+        "bearer_token",
+        "private_key",
+        "aws_session_token",
+    ],
+)
+def test_secrets(name: str) -> None:
+    """Those of the Hub, of clouds and of HTTP, in any style."""
+    assert is_secret(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "max_tokens",
+        "tokenizer",
+        "eos_token",
+        "pad_token",
+        "step_token",
+        "reward_token",
+        "reward_token_id",
+        "mark",
+        "special_tokens",
+        "stop_token_ids",
+        "batch_tokens",
+        "id_key",
+        "key_padding",
+        "dtype",
+        "author",
+        "keys",
+    ],
+)
+def test_words_of_texts_are_none(name: str) -> None:
+    """Tokens of a vocabulary, and what only sounds alike."""
+    assert not is_secret(name)
+
+
+def test_at_any_depth() -> None:
+    """Inside of mappings, lists and tuples; names that are no text stay."""
+    held = {1: [{"token": "x", "a": ({"api_key": "y"}, {"b": 2})}], "hf_token": "z"}
+    assert without_secrets(held) == {1: [{"a": ({}, {"b": 2})}]}
+
 
 SECRET = "s3cret-of-the-tests"
 
