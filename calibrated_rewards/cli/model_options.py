@@ -225,7 +225,8 @@ def load_tokenizer(place: str, revision: str | None) -> Any:
 def check_server(scorer: "Scorer", prompt: Any, completion: Any) -> None:
     """Ask a reward model's server once: raise now if it is not there or refuses access, before any check fails."""
     try:
-        from calibrated_rewards.scorers.remote import Refused, Remote
+        from calibrated_rewards.models.http_client import Refused
+        from calibrated_rewards.scorers.remote import Remote
     except ImportError:
         return
     if isinstance(scorer, Cost):

@@ -329,11 +329,21 @@ class ModelReader:
         options = {"state": self.state, "show_progress": self.show_progress, "lock": self.lock}
         return Decoder(self.model, body_of(self.model), head, self.budget, self.sharing, self.padding, **options)
 
+    def read_last(self, head: Head, rows: Sequence[list[int]], groups: Sequence[Hashable]) -> Tensor:
+        """Read each row at its last token, `(rows, numbers)`; rows of one group share their prefix."""
+        return torch.cat(self.decoder(head)([Row(row, [len(row) - 1]) for row in rows], groups))
+
     def own_forward(self, pad: int | None, **options: Any) -> OwnForward:
         """Make a reader through the model's own forward; without an id to pad with, it reads one by one."""
         shared = {"padding": self.padding, "fewest": self.fewest, "state": self.state, "lock": self.lock}
         options = {"show_progress": self.show_progress, **shared, **options}
         return OwnForward(self.model, pad or 0, self.budget, one_by_one=pad is None, **options)
+
+
+def reader_of(scorer: Any) -> ModelReader:
+    """Build the reader of a scorer's model, of the settings that the kinds of scorers have in common."""
+    options = (scorer.batch_tokens, getattr(scorer, "share_prefixes", False), scorer.show_progress)
+    return ModelReader(scorer.model, scorer.tokenizer, scorer.text, *options)
 
 
 def group_of(prompt: Prompt) -> Hashable:

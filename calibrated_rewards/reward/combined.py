@@ -28,7 +28,7 @@ from jaxtyping import Float64
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
-from calibrated_rewards.scorers.ensemble import identity_of
+from calibrated_rewards.scorers.ensemble import identify
 from calibrated_rewards.scorers.protocol import fingerprint
 from calibrated_rewards.theory.transforms import Identity
 
@@ -193,7 +193,7 @@ class CombinedReward:
             name: {"scorer": fingerprint(reward.scorer), "table": reward.table.describe(), "meta": reward.table.meta}
             for name, reward in self.rewards.items()
         }
-        return {"kind": "combined", "how": identity_of(self.how), "constraints": dict(self.constraints), "of": parts}
+        return {"kind": "combined", "how": identify(self.how), "constraints": dict(self.constraints), "of": parts}
 
     def _combine(
         self, u: Mapping[str, Float64[np.ndarray, " n"]], least: Mapping[str, Float64[np.ndarray, " n"]]

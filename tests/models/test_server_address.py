@@ -9,11 +9,11 @@ import pytest
 from test_remote import QUICK, native, numbered, serving, status
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
-from calibrated_rewards.models.http_client import open_client
+from calibrated_rewards.models.http_client import Refused, open_client
 from calibrated_rewards.models.server_address import POLICY_TOKEN, TOKEN, Address, is_secret, token_for, without_secrets
 from calibrated_rewards.samplers.openai import OpenAISampler
 from calibrated_rewards.samplers.protocol import Decoding
-from calibrated_rewards.scorers.remote import Native, Refused, Remote
+from calibrated_rewards.scorers.remote import Native, Remote
 from calibrated_rewards.testing.suites import NumberScorer
 
 

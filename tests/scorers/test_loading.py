@@ -22,11 +22,10 @@ from calibrated_rewards.models.text import Text
 from calibrated_rewards.reward.saving import from_json, to_json
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder
 from calibrated_rewards.scorers.implicit import ImplicitReward
-from calibrated_rewards.scorers.judge import ExpectedRating, Judge
+from calibrated_rewards.scorers.judge import ExpectedRating, Judge, RatedJudge
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.scorers.multi_attribute import MultiAttribute
 from calibrated_rewards.scorers.process import ProcessReward
-from calibrated_rewards.scorers.rated_judge import RatedJudge
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.scorers.value_head import ValueHead
 

@@ -120,7 +120,7 @@ def test_answers_of_other_functions() -> None:
 
     with pytest.raises(TypeError, match=r"waits is asynchronous, .* asyncio\.run"):
         score(waits, ["p"], ["c"])
-    with pytest.raises(ValueError, match=r"shape \(\) for 2. A function of one prompt .* scorers\.function\.Function"):
+    with pytest.raises(ValueError, match=r"shape \(\) for 2. A function of one prompt .* .*\.scorers\.Function"):
         score(lambda prompt, completion: 1.0, ["p", "q"], ["a", "b"])
 
 

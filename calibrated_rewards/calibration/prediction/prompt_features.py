@@ -15,7 +15,7 @@ from calibrated_rewards.models.own_forward import OwnForward
 from calibrated_rewards.models.parts import body_of, default_budget, lock_of, positions_of, unwrap, vocabulary
 from calibrated_rewards.models.text import Text, truncate
 from calibrated_rewards.prompts import Prompt
-from calibrated_rewards.scorers.cross_encoder import CrossEncoder, flat
+from calibrated_rewards.scorers.cross_encoder import CrossEncoder, write_flat
 from calibrated_rewards.scorers.ensemble import Cost
 from calibrated_rewards.scorers.lazy import Loaded
 from calibrated_rewards.scorers.protocol import fingerprint, name_of
@@ -112,7 +112,8 @@ class PromptFeatures:
         limit = scorer.text.limit(tokenizer, positions_of(unwrap(scorer.model)))
         # A prompt does not end where a text does.
         text = replace(scorer.text, append_eos=False)
-        alone = [(flat(p), False) if isinstance(scorer, CrossEncoder) else text.opening(tokenizer, p) for p in prompts]
+        pair = isinstance(scorer, CrossEncoder)
+        alone = [(write_flat(p), False) if pair else text.opening(tokenizer, p) for p in prompts]
         rows = text.tokens(tokenizer, alone)
         text.report([len(row) for row in rows], limit)
         return [truncate(row, limit, tokenizer) for row in rows]
