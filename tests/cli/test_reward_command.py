@@ -138,6 +138,15 @@ def test_an_optimum_that_there_is_not_is_a_message(
     assert "beta" not in said
 
 
+@pytest.mark.parametrize(("name", "instead"), [("best-of:4:9", "exp:10:9"), ("worst-of:64:1", "exp:-10:1")])
+def test_a_kl_out_of_reach_names_what_to_type(name: str, instead: str) -> None:
+    """tune() is a function, and no option: the message has a transform that --transform takes."""
+    with pytest.raises(argparse.ArgumentTypeError, match=f"such as {instead}") as refused:
+        parse_transform(name)
+    assert "tune()" not in str(refused.value)
+    assert parse_transform(instead).kl == float(name.rpartition(":")[2])
+
+
 def test_what_is_not_solved_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """The solver's own error names a beta of its own; the command line's names another way."""
 
