@@ -21,7 +21,7 @@ import ray
 import torch
 from nemo_rl.environments.interfaces import EnvironmentInterface, EnvironmentReturn
 
-from calibrated_rewards.reward.frameworks import configured, details, identifier, loud, number
+from calibrated_rewards.reward import configured, details, identifier, loud, number
 
 
 @ray.remote

@@ -16,7 +16,7 @@ from typing import Any
 
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 
-from calibrated_rewards.reward.frameworks import configured, details, identifier, loud, number
+from calibrated_rewards.reward import configured, details, identifier, loud, number, score_one
 
 
 class CalibratedEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym ships no types
@@ -36,7 +36,7 @@ class CalibratedEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym ships no ty
         """Score the answer; called from threads, which share batches."""
         with loud("SkyRL"):
             reward = configured()
-            score = reward.score_one(self.prompt, action, identifier(self.row, reward.id_column))
+            score = score_one(reward, self.prompt, action, identifier(self.row, reward.id_column))
             self.metrics = details(score)
             return BaseTextEnvStepOutput(observations=[], reward=number(score), done=True, metadata=self.metrics)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from swift.rewards import orms, rm_plugins
 
-from calibrated_rewards.reward.frameworks import configured, identifier, loud
+from calibrated_rewards.reward import configured, identifier, loud
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import tinker
 from tinker_cookbook.renderers import Renderer, get_text_content
 from tinker_cookbook.rl.types import Env, EnvGroupBuilder, StepResult, Trajectory
 
-from calibrated_rewards.reward.frameworks import configured, details, number
+from calibrated_rewards.reward import ascore, configured, details, number
 
 
 @dataclass(frozen=True)
@@ -55,5 +55,5 @@ class CalibratedGroup(EnvGroupBuilder):  # type: ignore[misc]
         """The calibrated rewards, and what they came from for the log."""
         parsed = [self.renderer.parse_response(each.transitions[-1].ac.tokens)[0] for each in trajectory_group]
         texts, many = [get_text_content(message) for message in parsed], len(parsed)
-        scores = await configured().ascore([list(self.messages)] * many, texts, [self.id] * many)
+        scores = await ascore(configured(), [list(self.messages)] * many, texts, [self.id] * many)
         return [(number(score), details(score)) for score in scores]

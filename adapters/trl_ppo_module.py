@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from calibrated_rewards.reward.calibrated_reward import CalibratedReward
-from calibrated_rewards.reward.frameworks import configured
+from calibrated_rewards.reward import CalibratedReward, configured
 
 
 class Output(NamedTuple):

@@ -20,7 +20,7 @@ from typing import Any
 
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
-from calibrated_rewards.reward.frameworks import configured, details, identifier, loud, number
+from calibrated_rewards.reward import ascore_one, configured, details, identifier, loud, number
 
 
 async def compute_score(*, solution_str: str, extra_info: dict[str, Any] | None = None, **_: Any) -> dict[str, float]:
@@ -49,5 +49,5 @@ class CalibratedRewardManager(RewardManagerBase):  # type: ignore[misc]  # verl 
 async def _scored(prompt: Any, response: str, info: dict[str, Any]) -> dict[str, float]:
     with loud("verl"):
         reward = await asyncio.to_thread(configured)
-        score = await reward.ascore_one(prompt, response, identifier(info, reward.id_column))
+        score = await ascore_one(reward, prompt, response, identifier(info, reward.id_column))
         return {"score": number(score), **details(score)}

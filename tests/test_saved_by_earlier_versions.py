@@ -39,7 +39,7 @@ from calibrated_rewards.scorers.judge import ExpectedRating, Judge
 from calibrated_rewards.scorers.process import ProcessReward
 from calibrated_rewards.scorers.rated_judge import RatedJudge
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
-from calibrated_rewards.training.online import train_rloo
+from calibrated_rewards.training.online import TRLSettings, train_rloo
 
 DATA = Path(__file__).parent / "data"
 SAVED = DATA / "saved_by_0_1"
@@ -562,9 +562,9 @@ def training(at: Path, **changes: Any) -> Path:
     asked = [Asked(record["prompt"]) for record in RECORDS if isinstance(record["prompt"], str)]
     reward = CalibratedReward.from_pretrained(SAVED / "experiment" / "reward")
     small = {"steps": 2, "prompts_a_step": 2, "completions": 2, "lr": 1e-3, "rows": 2, **changes}
-    settings = train_rloo.Settings(**small)
+    settings = TRLSettings(**small)
     given = (at.parent / "policy", reward, asked, Decoding(5, temperature=0.9), settings)
-    return Path(train_rloo.train(*given, at, show_progress=False))
+    return Path(train_rloo(*given, at, show_progress=False))
 
 
 def test_a_training_run_is_known_again(tmp_path: Path) -> None:

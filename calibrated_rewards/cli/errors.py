@@ -17,18 +17,13 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
     "vllm": ("vllm",),
 }
-# The extras that a command or a training run needs whatever its options are; `find_extras` adds those of its models.
+# The extras that a command needs whatever its options are; `find_extras` adds those of its models.
 NEEDED: dict[str, tuple[str, ...]] = {
     "calibrate": ("calibrate",),
     "evaluate": ("calibrate",),
     "serve": ("serve",),
     "report": ("plots", "calibrate"),
     "demo": ("hf", "calibrate", "trl", "plots"),
-    "train": ("hf", "calibrate"),
-    "grpo_plain": ("hf",),
-    "ppo": ("hf",),
-    "train_grpo": ("hf", "trl", "calibrate"),
-    "train_rloo": ("hf", "trl", "calibrate"),
 }
 # The option for each keyword argument that an error message names.
 OPTIONS = {

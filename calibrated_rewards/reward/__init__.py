@@ -1,9 +1,13 @@
 """CalibratedReward: a reward model, the table of its reference scores and a transform, as one reward for a trainer.
 
-A raw score becomes its rank among the prompt's references (`calibrators`), the rank a value (`lookup`).
-`CombinedReward` joins several; `frameworks` is what adapters for trainers are made of.
+`calibrators` compare a raw score with the prompt's references, `lookup` turns the rank into a reward, `find_prompts`
+matches what a trainer passes with the table, and `originals` has the prompts as they were calibrated. `device` does
+the lookup on a GPU. `combined` joins several rewards, `batching` scores single completions together, `frameworks` has
+the building blocks of adapters. `verification` checks the reward model, `monitoring` a training run; `saving` is the
+directory of `save_pretrained`.
 """
 
+from calibrated_rewards.reward.batching import ascore as ascore, ascore_one as ascore_one, score_one as score_one
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward as CalibratedReward
 from calibrated_rewards.reward.calibrators import (
     Calibration as Calibration,
@@ -11,6 +15,7 @@ from calibrated_rewards.reward.calibrators import (
     LogSigmoidAtQuantile as LogSigmoidAtQuantile,
     MedianCentered as MedianCentered,
     SmoothedCDF as SmoothedCDF,
+    Uncalibrated as Uncalibrated,
     ZScore as ZScore,
 )
 from calibrated_rewards.reward.combined import (
@@ -20,6 +25,14 @@ from calibrated_rewards.reward.combined import (
     Or as Or,
     WeightedMean as WeightedMean,
 )
-from calibrated_rewards.reward.frameworks import configured as configured
+from calibrated_rewards.reward.frameworks import (
+    completion_of as completion_of,
+    configured as configured,
+    details as details,
+    identifier as identifier,
+    loud as loud,
+    number as number,
+)
+from calibrated_rewards.reward.lookup import Score as Score, Scores as Scores
 from calibrated_rewards.reward.originals import Originals as Originals
-from calibrated_rewards.reward.scores import Score as Score, Scores as Scores
+from calibrated_rewards.reward.verification import Verification as Verification

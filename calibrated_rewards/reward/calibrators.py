@@ -181,6 +181,26 @@ class LogSigmoidAtQuantile:
         return np.asarray(log_expit(checked - table.icdf(known, np.full(len(checked), self.q))), np.float64)
 
 
+@dataclass(frozen=True)
+class Uncalibrated:
+    """The raw score as it is, in float64: what calibrated rewards are compared with.
+
+    `dataclasses.replace(reward, calibration=Uncalibrated(), beta=None)` is the reward without calibration: the same
+    scorer, table, prompt lookup and logs, and the raw score in place of the transformed quantile. Its transform,
+    estimator and scale are not applied; a beta belongs to the unit of its reward, so the old one means nothing here.
+    Every map of the scores, a shift or a scale too, changes it by just that map.
+
+    >>> from calibrated_rewards.table.reference_table import ReferenceTable
+    >>> table = ReferenceTable.build([("p", [0.0, 1.0, 2.0, 3.0])])
+    >>> Uncalibrated()(table, table.rows(["p"]), [1.5])
+    array([1.5])
+    """
+
+    def __call__(self, table: ReferenceTable, rows: npt.ArrayLike, scores: npt.ArrayLike) -> Float[np.ndarray, " G"]:
+        """Return the scores."""
+        return np.asarray(scores, np.float64)
+
+
 def _in_blocks(
     value: Callable[[Array, Array], Array], table: ReferenceTable, rows: npt.ArrayLike, scores: npt.ArrayLike
 ) -> Float[np.ndarray, " G"]:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
@@ -26,9 +25,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.sources import Asked
+from calibrated_rewards.cli.main import main
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import id_key
-from calibrated_rewards.reward.calibrators import ZScore
+from calibrated_rewards.reward.calibrators import Uncalibrated, ZScore
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
@@ -38,15 +38,20 @@ from calibrated_rewards.theory.finite_k import values
 from calibrated_rewards.theory.named import NamedTransform, parse_transform
 from calibrated_rewards.theory.tilted_policy import beta_for_kl
 from calibrated_rewards.theory.transforms import Identity, Log, scaled
-from calibrated_rewards.training import launch as command, loop, opening
-from calibrated_rewards.training.online import grpo as grpo_plain, ppo, train_grpo, train_rloo
-from calibrated_rewards.training.policy_model import reference_of, trainable
-from calibrated_rewards.training.raw import RawReward
+from calibrated_rewards.training import launch, loop
+from calibrated_rewards.training.launch import Launch
+from calibrated_rewards.training.online import GRPOSettings, PPOSettings, TRLSettings, grpo, ppo, trl
+from calibrated_rewards.training.policy_model import build_reference, list_trainable, prepare_model
 from calibrated_rewards.training.run_folder import RunFolder
-from calibrated_rewards.training.together import Together, learned
 
-LOOPS = [ppo, grpo_plain]
-RECIPES = [*LOOPS, train_rloo, train_grpo]
+# The words of the command for each run, its module and its settings.
+RUNS: dict[str, tuple[Any, Any]] = {
+    "ppo": (ppo, PPOSettings),
+    "grpo --plain": (grpo, GRPOSettings),
+    "rloo": (trl, TRLSettings),
+    "grpo": (trl, TRLSettings),
+}
+LOOPS = ["ppo", "grpo --plain"]
 CHAT = [{"role": "user", "content": "Hi"}]
 PROMPTS = ["a", "how are you", CHAT]
 numbers = st.floats(-3, 3, width=32)
@@ -101,7 +106,7 @@ def test_gae_is_the_sum_of_all_discounted_surprises(path: Any, lam: float) -> No
     """Against the double sum of the definition, each row by itself and without padding."""
     rewards, values, mask = path
 
-    found = ppo.gae(rewards, values, mask, lam)
+    found = ppo.estimate_advantages(rewards, values, mask, lam)
 
     for i, end in enumerate(mask.sum(1).tolist()):
         v = [*values[i, :end].tolist(), 0.0]
@@ -117,7 +122,7 @@ def test_tokens_earn_score_less_kl(path: Any, beta: float) -> None:
     log_ratio, more, mask = path
     score = more[:, 0]
 
-    paid = ppo.token_rewards(score, log_ratio, mask, beta)
+    paid = ppo.share_rewards(score, log_ratio, mask, beta)
 
     np.testing.assert_allclose(paid.sum(1), score - beta * log_ratio.sum(1), atol=1e-4)
     for row, ratio, own, end in zip(paid, log_ratio, score, mask.sum(1).tolist(), strict=True):
@@ -131,22 +136,22 @@ def test_whitening_counts_tokens_and_no_padding(how: str, moments: Any) -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     given = torch.tensor([[1.0, 2.0, 0.0], [6.0, 0.0, 0.0]])
 
-    found = ppo.whitened(given, mask, how)
+    found = ppo.whiten(given, mask, how)
 
     assert found[mask].mean() == pytest.approx(moments[0], abs=1e-6)
     assert found[mask].std(correction=0) == pytest.approx(moments[1] or given[mask].std(correction=0))
     assert not found[~mask].any()
-    assert ppo.whitened(given, mask, "no") is given
+    assert ppo.whiten(given, mask, "no") is given
 
 
 @given(st.lists(st.lists(numbers, min_size=4, max_size=4), min_size=1, max_size=3))
 def test_the_baseline_leaves_itself_out(rewards: list[list[float]]) -> None:
     """Against a loop; the group's mean is (G-1)/G of it."""
-    found = grpo_plain.advantages(torch.tensor(rewards))
+    found = grpo.compute_advantages(torch.tensor(rewards))
 
     expected = [[own - np.mean(row[:i] + row[i + 1 :]) for i, own in enumerate(row)] for row in rewards]
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    np.testing.assert_allclose(grpo_plain.advantages(torch.tensor(rewards), "group-mean"), found * 3 / 4, atol=1e-5)
+    np.testing.assert_allclose(grpo.compute_advantages(torch.tensor(rewards), "group-mean"), found * 3 / 4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "temperature"), [("llama", 1.0), ("gpt2", 0.7)])
@@ -160,9 +165,9 @@ def test_logprobs_are_those_of_a_plain_forward(family: str, temperature: float) 
         policy = replace(policy, model=gpt2())
     prompts = PROMPTS * 4
     torch.manual_seed(0)
-    episodes = loop.write(policy, prompts)
+    episodes = loop.generate(policy, prompts)
 
-    found = loop.logprobs_of(policy.model, episodes, temperature, most=5)
+    found = loop.compute_logprobs(policy.model, episodes, temperature, rows=5)
 
     lengths = episodes.mask.sum(1).tolist()
     assert max(lengths) == 6
@@ -179,7 +184,7 @@ def test_completions_end_with_the_first_end_token() -> None:
     """The mask goes to the end token and no further, and the text is what is left of the tokens before it."""
     policy = tiny_policy(tokens=12)
     torch.manual_seed(1)
-    episodes = loop.write(policy, ["ab"], 40)
+    episodes = loop.generate(policy, ["ab"], 40)
 
     own = [row[mask].tolist() for row, mask in zip(episodes.ids[:, -12:], episodes.mask, strict=True)]
     assert all(tiny.EOS not in row[:-1] for row in own)
@@ -195,7 +200,7 @@ def test_completions_are_drawn_from_the_whole_distribution() -> None:
     policy.model.generation_config.update(top_k=2, temperature=0.1, repetition_penalty=3.0)
     torch.manual_seed(0)
     n = 8000
-    written = loop.write(policy, ["bc"], n)
+    written = loop.generate(policy, ["bc"], n)
     own = [tuple(r[m].tolist()) for r, m in zip(written.ids[:, -2:], written.mask, strict=True)]
 
     law = enumerable.law(policy.model, "bc", 2)
@@ -207,27 +212,29 @@ def test_completions_are_drawn_from_the_whole_distribution() -> None:
     assert chi < kept.sum() + 5 * np.sqrt(2 * kept.sum())
 
 
-@pytest.mark.parametrize("recipe", [ppo, grpo_plain])
-def test_the_first_gradient_is_that_of_the_policy_gradient(recipe: Any) -> None:
+@pytest.mark.parametrize("loops", [ppo, grpo])
+def test_the_first_gradient_is_that_of_the_policy_gradient(loops: Any) -> None:
     """Where nothing was updated yet all ratios are 1, and clipping is idle."""
     torch.manual_seed(0)
     old, mask = torch.randn(5, 3), torch.tensor([[1.0, 1.0, 0.0]])
-    shape = (5, 3) if recipe is ppo else (5,)
+    shape = (5, 3) if loops is ppo else (5,)
     advantage, new = torch.randn(shape), (old * mask).clone().requires_grad_()
 
-    losses = recipe.losses(new, old * mask, advantage, 0.2)
+    losses = loops.compute_losses(new, old * mask, advantage, 0.2)
     losses.sum().backward()
 
     np.testing.assert_allclose(losses.detach(), -advantage, atol=1e-6)
-    np.testing.assert_allclose(new.grad, -(advantage if recipe is ppo else advantage[:, None].expand(5, 3)), atol=1e-6)
+    np.testing.assert_allclose(new.grad, -(advantage if loops is ppo else advantage[:, None].expand(5, 3)), atol=1e-6)
 
 
-@pytest.mark.parametrize("recipe", [ppo, grpo_plain])
-def test_clipping_ends_the_gradient_beyond_the_bound_only(recipe: Any) -> None:
+@pytest.mark.parametrize("loops", [ppo, grpo])
+def test_clipping_ends_the_gradient_beyond_the_bound_only(loops: Any) -> None:
     """A ratio that went too far the right way has no gradient any more; one that went the wrong way has."""
     new = torch.tensor([[0.5], [-0.5], [0.5], [-0.5]], requires_grad=True)
     advantage = torch.tensor([1.0, -1.0, -1.0, 1.0])
-    recipe.losses(new, torch.zeros(4, 1), advantage[:, None] if recipe is ppo else advantage, 0.2).sum().backward()
+    loops.compute_losses(
+        new, torch.zeros(4, 1), advantage[:, None] if loops is ppo else advantage, 0.2
+    ).sum().backward()
 
     expected = [0.0, 0.0, np.exp(0.5), -np.exp(-0.5)]
     np.testing.assert_allclose(new.grad[:, 0], expected, atol=1e-6)
@@ -236,7 +243,7 @@ def test_clipping_ends_the_gradient_beyond_the_bound_only(recipe: Any) -> None:
 @given(st.integers(1, 7), st.integers(1, 9), st.integers(0, 3))
 def test_each_prompt_comes_once_before_any_comes_again(many: int, n: int, seed: int) -> None:
     """Turns are of the size that was asked for, and passes over the prompts are whole."""
-    turns = loop.turns([Asked(str(i)) for i in range(many)], n, seed)
+    turns = loop.iterate_batches([Asked(str(i)) for i in range(many)], n, seed)
     seen = [asked.prompt for _ in range(many) for asked in next(turns)]
 
     assert len(seen) == many * n
@@ -244,15 +251,16 @@ def test_each_prompt_comes_once_before_any_comes_again(many: int, n: int, seed: 
     assert passes == [sorted(map(str, range(many)))] * n
 
 
-@pytest.mark.parametrize("recipe", [ppo, grpo_plain])
-def test_rows_at_once_change_nothing_and_seeds_everything(recipe: Any) -> None:
+@pytest.mark.parametrize("name", LOOPS)
+def test_rows_at_once_change_nothing_and_seeds_everything(name: str) -> None:
     """Two steps with any size of batches in memory give the same weights; another seed gives others."""
 
     def trained(rows: int, seed: int) -> torch.Tensor:
         policy = tiny_policy()
-        size = {"completions": 6 if recipe is ppo else 2, "prompts_a_step": 3}
-        settings = recipe.Settings(steps=2, lr=1e-2, rows=rows, seed=seed, **size)
-        recipe.train(policy, plain_reward(), [Asked(p) for p in PROMPTS], settings)
+        module, settings_class = RUNS[name]
+        size = {"completions": 6 if module is ppo else 2, "prompts_a_step": 3}
+        settings = settings_class(steps=2, lr=1e-2, rows=rows, seed=seed, **size)
+        module.train(policy, plain_reward(), [Asked(p) for p in PROMPTS], settings)
         return policy.model.lm_head.weight.detach()
 
     whole = trained(100, 0)
@@ -261,18 +269,19 @@ def test_rows_at_once_change_nothing_and_seeds_everything(recipe: Any) -> None:
 
 
 # 4 prompts x 64 completions a step: a few seconds. benchmarks/plain_loops.py has more cases, and what biases them.
-@pytest.mark.parametrize(("recipe", "phi", "steps"), [(ppo, "exp:10", 150), (grpo_plain, "identity", 200)])
-def test_it_converges_to_the_optimum(recipe: Any, phi: str, steps: int) -> None:
+@pytest.mark.parametrize(("name", "phi", "steps"), [("ppo", "exp:10", 150), ("grpo --plain", "identity", 200)])
+def test_it_converges_to_the_optimum(name: str, phi: str, steps: int) -> None:
     """pi_ref(y) e^{Phi(C)/beta} / Z, by enumeration, for each prompt: total variation below 0.03, from above 0.5."""
     policy = exact_policy(2)
     problem = enumerable.Problem.of(policy.model, 2, phi)
     beta = problem.beta()
     assert problem.distances(policy.model, beta).max() > 0.5
     reward = CalibratedReward(enumerable.TiedScorer(), problem.table(), problem.transform)
-    size = {"completions": 256, "epochs": 1, "value_lr": 3e-2} if recipe is ppo else {"completions": 64}
-    settings = recipe.Settings(beta=beta, steps=steps, prompts_a_step=4, lr=0.1, rows=256, **size)
+    module, settings_class = RUNS[name]
+    size = {"completions": 256, "epochs": 1, "value_lr": 3e-2} if module is ppo else {"completions": 64}
+    settings = settings_class(beta=beta, steps=steps, prompts_a_step=4, lr=0.1, rows=256, **size)
 
-    recipe.train(policy, reward, [Asked(p) for p in enumerable.PROMPTS], settings)
+    module.train(policy, reward, [Asked(p) for p in enumerable.PROMPTS], settings)
 
     assert problem.distances(policy.model, beta).max() < 0.03
 
@@ -292,11 +301,11 @@ def run(tmp_path_factory: Any) -> Path:
     return Path(root)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_the_command_trains_and_saves(recipe: Any, run: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_the_command_trains_and_saves(name: str, run: Path, tmp_path: Path, capsys: Any) -> None:
     """Two steps from files to files: a model that loads and is another one, and a line of log for each step."""
-    twice = ["--epochs", "2"] if recipe in LOOPS else []
-    assert recipe.main(asked(run, tmp_path / "out", "--steps", "2", "--lr", "0.001", *twice)) == 0
+    twice = ["--epochs", "2"] if name in LOOPS else []
+    assert train(name, asked(run, tmp_path / "out", "--steps", "2", "--lr", "0.001", *twice)) == 0
 
     before, after = (tiny.LlamaForCausalLM.from_pretrained(p) for p in (run / "policy", tmp_path / "out/model"))
     assert (before.lm_head.weight - after.lm_head.weight).abs().max() > 1e-4
@@ -312,11 +321,11 @@ def test_the_command_trains_and_saves(recipe: Any, run: Path, tmp_path: Path, ca
     assert said[-2:] == [f"model: {tmp_path / 'out/model'}", f"log: {tmp_path / 'out/log.jsonl'}"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_raw_scores_train_an_adapter(recipe: Any, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_raw_scores_train_an_adapter(name: str, run: Path, tmp_path: Path) -> None:
     """Its rewards are the raw scores, its quantiles are logged all the same, and its base is the policy as it was."""
     words = ["--raw", "--beta", "2", "--lora-rank", "2", "--steps", "2", "--lr", "0.1"]
-    assert recipe.main(asked(run, tmp_path / "out", *words)) == 0
+    assert train(name, asked(run, tmp_path / "out", *words)) == 0
 
     rows = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     assert all(row["reward"] == pytest.approx(row["raw"]) for row in rows)
@@ -332,15 +341,15 @@ def test_raw_scores_train_an_adapter(recipe: Any, run: Path, tmp_path: Path) -> 
     assert min(p.abs().max() for n, p in adapted.named_parameters() if "lora_B" in n) > 0
 
 
-@pytest.mark.parametrize("recipe", [grpo_plain, train_rloo])
-def test_another_transform_is_trained_on(recipe: Any, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["grpo --plain", "rloo"])
+def test_another_transform_is_trained_on(name: str, run: Path, tmp_path: Path) -> None:
     """Log, whose rewards are never positive, in place of none, at the beta that is said."""
-    assert recipe.main(asked(run, tmp_path / "out", "--transform", "log", "--beta", "0.7", "--steps", "2")) == 0
+    words = asked(run, tmp_path / "out", "--transform", "log", "--beta", "0.7", "--steps", "2")
+    assert train(name, words) == 0
     for row in map(json.loads, (tmp_path / "out/log.jsonl").read_text().splitlines()):
         assert row["objective"] == pytest.approx(row["reward"] - 0.7 * row["kl"], abs=1e-6)
         assert row["reward"] <= np.log(row["u"]) + 1e-6 < 1e-6 or row["u"] == 1  # Jensen
-    log = {"transform": parse_transform("log"), "beta": 0.7}
-    given = opening.calibrated(argparse.Namespace(reward=run / "reward", raw=False, trust_remote_code=False, **log))
+    given = launch.load_reward(launched(run, transform=parse_transform("log"), beta=0.7))
     assert (given.transform, given.beta, given.id_column) == (Log(), 0.7, "prompt_id")
 
 
@@ -348,8 +357,7 @@ def test_another_transform_is_trained_on(recipe: Any, run: Path, tmp_path: Path)
 def test_a_transform_for_a_kl_brings_its_beta(name: str, run: Path, capsys: Any, monkeypatch: Any) -> None:
     """That of the table: gaps between draws of its K references, tilted by their rewards, have that mean KL."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # types take nearly all of the time here
-    told = {"transform": parse_transform(name), "beta": None}
-    given = opening.calibrated(argparse.Namespace(reward=run / "reward", raw=False, trust_remote_code=False, **told))
+    given = launch.load_reward(launched(run, transform=parse_transform(name)))
     kls = []
     for K in given.table.counts(np.arange(len(given.table))).tolist():
         gaps = np.diff(np.sort(np.random.default_rng(K).random((4000, K))), prepend=0.0, append=1.0)
@@ -377,18 +385,20 @@ def test_the_last_words_compare_with_the_optimum(last: float, told: str) -> None
     reward = CalibratedReward(HashScorer(), table)
     rows = [{"step": i, "kl": kl} for i, kl in enumerate((5.0, last))]
     beta = beta_for_kl(Identity(), 0.5)
-    said = command.against_optimum(rows, reward, beta).splitlines()
+    said = launch.compare_with_optimum(rows, reward, beta).splitlines()
     assert said[0].startswith(f"this table, with its ties and K: at beta={beta:.4g} the policy that fits its rewards")
     assert told in "".join(said[1:])
     assert len(said) == 1 + bool(told)
-    assert command.against_optimum(rows, RawReward(reward), 1.0) == ""
-    assert command.against_optimum(rows, replace(reward, calibration=ZScore()), 1.0) == ""
+    assert launch.compare_with_optimum(rows, replace(reward, calibration=Uncalibrated(), beta=None), 1.0) == ""
+    assert launch.compare_with_optimum(rows, replace(reward, calibration=ZScore()), 1.0) == ""
 
 
 def test_the_last_words_know_of_ties() -> None:
     """Of rewards of 0 and 1 the table's KL, by enumeration, and theory's, which is another."""
     table = ReferenceTable.build((f"p{i}", [0.0] * 6 + [1.0] * 2) for i in range(5))
-    said = command.against_optimum([{"step": 0, "kl": 0.1}], CalibratedReward(HashScorer(), table), 0.2).splitlines()
+    said = launch.compare_with_optimum(
+        [{"step": 0, "kl": 0.1}], CalibratedReward(HashScorer(), table), 0.2
+    ).splitlines()
     ones = 0.25 * np.exp(0.875 / 0.2) / (0.25 * np.exp(0.875 / 0.2) + 0.75 * np.exp(0.375 / 0.2))
     kl = entropy([1 - ones, ones], [0.75, 0.25])
     assert f"has KL {kl:.3g} nats" in said[0]
@@ -401,25 +411,26 @@ def test_below_its_adapter_a_model_is_the_reference() -> None:
     ids = torch.arange(8)[None]
     for rank in (0, 2):
         start = tiny.causal()(ids).logits.detach()
-        model = trainable(tiny.causal(), rank)
-        reference = reference_of(model)
+        model = prepare_model(tiny.causal(), rank)
+        reference = build_reference(model)
         with torch.no_grad():
-            for weight in learned(model):
+            for weight in list_trainable(model):
                 weight.add_(0.1)
         assert (model(input_ids=ids).logits - start).abs().max() > 0.01
         assert torch.equal(reference(input_ids=ids).logits, start)
-        assert sum(p.numel() for p in learned(model)) < sum(p.numel() for p in tiny.causal().parameters()) or not rank
+        assert (
+            sum(p.numel() for p in list_trainable(model)) < sum(p.numel() for p in tiny.causal().parameters())
+            or not rank
+        )
 
 
 def test_a_beta_besides_that_of_a_kl_is_told(run: Path, capsys: Any) -> None:
     """Both numbers, where they differ; where they do not, nothing."""
     named = NamedTransform("identity:0.5", Identity(), 0.5)
-    options = argparse.Namespace(reward=run / "reward", raw=False, transform=named, beta=None, trust_remote_code=False)
-    solved = opening.calibrated(options).beta
+    solved = launch.load_reward(launched(run, transform=named)).beta
     assert "this table, with its ties and K" in capsys.readouterr().err
     for beta, told in ((5.0, True), (solved, False)):
-        options.beta = beta
-        assert opening.calibrated(options).beta == beta
+        assert launch.load_reward(launched(run, transform=named, beta=beta)).beta == beta
         said = capsys.readouterr().err
         assert (f"identity:0.5 takes beta={solved:.6g} on this table, got --beta 5: " in said) == bool(said) == told
 
@@ -435,13 +446,13 @@ class Stopping:
         raise KeyboardInterrupt
 
 
-def test_force_leaves_nothing_of_the_run_before(run: Path, tmp_path: Path) -> None:
+def test_force_leaves_nothing_of_the_run_before(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """No adapter beside whole weights, no settings of TRL's; a model only whole, and of the run whose log is there."""
     out = tmp_path / "out"
-    assert grpo_plain.main(asked(run, out, "--lora-rank", "2")) == 0
+    assert train_plain(asked(run, out, "--lora-rank", "2")) == 0
     assert (out / "model/adapter_config.json").exists()
     (out / "settings.json").write_text("{}")
-    assert grpo_plain.main(asked(run, out, "--lr", "0.01", "--force")) == 0
+    assert train_plain(asked(run, out, "--lr", "0.01", "--force")) == 0
     assert {each.name for each in out.iterdir()} == {"log.jsonl", "model", ".lock", "settings.json"}
     told = json.loads((out / "settings.json").read_text())
     assert (told["recipe"], told["settings"]["lr"], told["reward"]["beta"]) == ("grpo_plain", 0.01, 0.3)
@@ -452,17 +463,19 @@ def test_force_leaves_nothing_of_the_run_before(run: Path, tmp_path: Path) -> No
     def stopped(*_: Any) -> Stopping:
         return Stopping()
 
-    assert command.main("Trains.", grpo_plain.Settings, stopped, asked(run, out, "--force")) == 130
+    with monkeypatch.context() as patched:
+        patched.setattr(grpo, "train", stopped)
+        assert train_plain(asked(run, out, "--force")) == 130
     assert not (out / "model").exists()
     assert not (out / "log.jsonl").read_text()
-    assert grpo_plain.main(asked(run, out)) == 2
-    assert grpo_plain.main(asked(run, out, "--force")) == 0
+    assert train_plain(asked(run, out)) == 2
+    assert train_plain(asked(run, out, "--force")) == 0
     assert (out / "model/model.safetensors").exists()
 
 
 def test_a_loop_leaves_alone_what_it_must(run: Path, tmp_path: Path, capsys: Any) -> None:
     """A folder where another process trains, a model without a log, and the policy that it is to begin with."""
-    with RunFolder(tmp_path).held():
+    with RunFolder(tmp_path).lock():
         refused(capsys, asked(run, tmp_path, "--force"), f"{tmp_path} is for one run at a time, and another process")
     kept = Path(tiny.saved(tiny.causal(), tmp_path / "model", tiny.tokenizer()))
     refused(capsys, asked(run, tmp_path), f"{kept} is of another run")
@@ -470,38 +483,37 @@ def test_a_loop_leaves_alone_what_it_must(run: Path, tmp_path: Path, capsys: Any
     assert (kept / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("error", "told"), [("KeyboardInterrupt", "stopped\n"), ("ValueError('why')", "why\n")])
-def test_ctrl_c_in_the_imports_is_no_traceback(error: str, told: str, tmp_path: Path) -> None:
-    """The first import of the recipe, in its place one that fails: other errors are shown as ever."""
+@pytest.mark.parametrize(
+    ("error", "code", "told"), [("KeyboardInterrupt", 130, "stopped"), ("ValueError('why')", 2, "error: why (--debug")]
+)
+def test_ctrl_c_in_the_imports_is_no_traceback(error: str, code: int, told: str, tmp_path: Path) -> None:
+    """An import of the trainer, in its place one that fails: one line, and an error says what it is."""
     (tmp_path / "trl").mkdir()
     (tmp_path / "trl/__init__.py").write_text(f"raise {error}")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    words = [sys.executable, "-m", "calibrated_rewards.training.online.train_rloo", "--help"]
+    words = [sys.executable, "-m", "calibrated_rewards", "train", "rloo", "--help"]
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)
-    stopped = error == "KeyboardInterrupt"
-    assert done.returncode == (-signal.SIGINT if stopped else 1)
-    assert (done.stderr == told) == stopped
-    assert done.stderr.endswith(told)
+    assert done.returncode == code
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert f"calibrated-rewards train: {told}" in done.stderr
 
 
-def test_ctrl_c_is_no_traceback(run: Path, tmp_path: Path, capsys: Any) -> None:
+def test_ctrl_c_is_no_traceback(run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     """One line, and the exit status that shells know."""
 
-    def interrupted(*_: Any) -> None:
+    def interrupted(**_: Any) -> None:
         raise KeyboardInterrupt
 
-    words = asked(run, tmp_path / "out")
-    assert command.main("Trains.", grpo_plain.Settings, grpo_plain.train, words, interrupted) == 130
-    assert f"stopped; what there is is in {tmp_path / 'out'}" in capsys.readouterr().err
+    monkeypatch.setattr(grpo, "run", interrupted)
+    assert train_plain(asked(run, tmp_path / "out")) == 130
+    assert f"stopped; its files so far are in {tmp_path / 'out'}" in capsys.readouterr().err
 
 
 def test_prompts_are_shared_out_evenly() -> None:
-    """Each belongs to one process; a number that cannot be shared out is refused."""
-    asked = list(range(6))
-    assert sorted(each for rank in range(3) for each in Together(rank, 3).own(asked)) == asked
-    Together(0, 3).check(6)
+    """A number that cannot be shared out among the processes is refused."""
+    loop.check_shares(6, 3)
     with pytest.raises(ValueError, match="multiple of 3, got 7"):
-        Together(0, 3).check(7)
+        loop.check_shares(7, 3)
 
 
 def asked(run: Path, out: Path, *options: str, **changes: Path) -> list[str]:
@@ -511,23 +523,42 @@ def asked(run: Path, out: Path, *options: str, **changes: Path) -> list[str]:
     return [*words, "--completions", "2", "--prompts-a-step", "2", "--steps", "1", *options]
 
 
-def test_a_beta_that_is_said_is_not_the_rewards() -> None:
+def test_a_beta_that_is_said_is_not_the_rewards(run: Path, tmp_path: Path) -> None:
     """The reward's beta is the default, no more."""
-    options = argparse.Namespace(**{each.name: None for each in fields(ppo.Settings)})
-    assert command.settings_of(options, ppo.Settings).beta == ppo.Settings().beta
-    assert command.settings_of(options, ppo.Settings, 0.3).beta == 0.3
-    options.beta = 0.2
-    assert command.settings_of(options, ppo.Settings, 0.3).beta == 0.2
+    reward = run / "reward"
+    inputs = launch.load_inputs(launched(run))
+    assert inputs.complete(PPOSettings()).beta == 0.3
+    assert launch.load_inputs(launched(run, beta=0.2)).complete(PPOSettings(beta=0.2)).beta == 0.2
+    replace(CalibratedReward.from_pretrained(reward), beta=None).save_pretrained(tmp_path / "reward")
+    inputs = launch.load_inputs(launched(run, reward=str(tmp_path / "reward")))
+    assert inputs.complete(PPOSettings()).beta == PPOSettings().beta
+
+
+def launched(run: Path, **changes: Any) -> Launch:
+    """The parts of a run of the fixture."""
+    parts = {"policy": str(run / "policy"), "reward": str(run / "reward"), "prompts": str(run / "prompts.jsonl")}
+    return Launch(**{**parts, "out": run / "out", **changes})
+
+
+def train(name: str, words: list[str]) -> int:
+    """Run the command."""
+    trainer, *plain = name.split()
+    return main(["train", trainer, *plain, *words])
+
+
+def train_plain(words: list[str]) -> int:
+    """Run the plain loop of GRPO."""
+    return train("grpo --plain", words)
 
 
 def refused(capsys: Any, words: list[str], why: str) -> None:
     """The command ends with 2 and one line; with --debug, the error comes out itself."""
-    assert grpo_plain.main(words) == 2
+    assert train_plain(words) == 2
     said = capsys.readouterr().err  # with bars of the Hub's above it
     assert re.search(f"error: .*{why}", said.splitlines()[-1]), said
     assert "Traceback" not in said
     with pytest.raises((ValueError, OSError, KeyError), match=why):
-        grpo_plain.main([*words, "--debug"])
+        train_plain([*words, "--debug"])
     capsys.readouterr()
 
 
@@ -541,13 +572,13 @@ def test_another_policy_is_refused(run: Path, tmp_path: Path, capsys: Any) -> No
     for what, (model, tokenizer) in others.items():
         at = Path(tiny.saved(model, tmp_path / what, tokenizer))
         refused(capsys, asked(run, tmp_path / "out", policy=at), f"the policy's .*{what}.*--any-policy")
-    adapted = trainable(tiny.LlamaForCausalLM.from_pretrained(run / "policy"), 2)
-    for weight in learned(adapted):
+    adapted = prepare_model(tiny.LlamaForCausalLM.from_pretrained(run / "policy"), 2)
+    for weight in list_trainable(adapted):
         weight.data.add_(0.1)
     adapted.save_pretrained(tmp_path / "adapter")
     tiny.tokenizer().save_pretrained(tmp_path / "adapter")
     refused(capsys, asked(run, tmp_path / "out", policy=tmp_path / "adapter"), "the policy's weights are others")
-    assert grpo_plain.main(asked(run, tmp_path / "out", "--any-policy", policy=tmp_path / "weights")) == 0
+    assert train_plain(asked(run, tmp_path / "out", "--any-policy", policy=tmp_path / "weights")) == 0
 
 
 def test_weights_are_compared_in_the_precision_that_drew(tmp_path: Path, capsys: Any) -> None:
@@ -556,11 +587,11 @@ def test_weights_are_compared_in_the_precision_that_drew(tmp_path: Path, capsys:
     told = load_sampler(at, Decoding(5)).fingerprint()
     assert told["dtype"] == "bfloat16"
     whole = Policy(tiny.LlamaForCausalLM.from_pretrained(at, dtype="float32"), tiny.tokenizer(), Decoding(5), Text())
-    opening.check_policy(whole, {"sampler": told})
+    launch.check_policy(whole, {"sampler": told})
     with pytest.raises(ValueError, match="weights are others"):
-        opening.check_policy(replace(whole, model=tiny.causal(seed=1)), {"sampler": told})
+        launch.check_policy(replace(whole, model=tiny.causal(seed=1)), {"sampler": told})
     assert "not checked" not in capsys.readouterr().err
-    opening.check_policy(whole, {})
+    launch.check_policy(whole, {})
     assert "not checked" in capsys.readouterr().err
 
 
@@ -575,27 +606,27 @@ def test_what_cannot_be_right_is_refused(run: Path, tmp_path: Path, capsys: Any)
     refused(capsys, asked(run, out, "--raw", "--transform", "log"), "without a transform")
     refused(capsys, asked(run, out, "--transform", "log"), "--transform log says no KL, and so no beta")
     with pytest.raises(SystemExit):
-        grpo_plain.main(asked(run, out, "--transform", "exp:"))
+        train_plain(asked(run, out, "--transform", "exp:"))
     (tmp_path / "strange.jsonl").write_text(json.dumps({"prompt": "?", "prompt_id": 99}))
     refused(capsys, asked(run, out, prompts=tmp_path / "strange.jsonl"), "'[?]'")
     assert not out.exists()
     out.mkdir()
     (out / "log.jsonl").write_text("{}\n")
     refused(capsys, asked(run, out), "of another run: .*--force")
-    assert grpo_plain.main(asked(run, out, "--force")) == 0
+    assert train_plain(asked(run, out, "--force")) == 0
 
 
 def test_an_id_that_leads_to_another_prompt_is_refused() -> None:
     """A chat whose id is that of a text, a text with the id of another one; an id alone leads to no other prompt."""
     table = ReferenceTable.build([("Hi", [0.0, 1.0], [id_key(1)]), (CHAT, [0.0], [id_key(2)]), (id_key(3), [0.0])])
     reward = CalibratedReward(HashScorer(), table, id_column="id")
-    opening.check_prompts(reward, [Asked("Hi", 1), Asked(CHAT, 2), Asked("any", 3), Asked("Hi"), Asked(CHAT)])
+    launch.check_prompts(reward, [Asked("Hi", 1), Asked(CHAT, 2), Asked("any", 3), Asked("Hi"), Asked(CHAT)])
     for wrong in (Asked([*CHAT, *CHAT], 1), Asked("Ho", 2), Asked("Ho", 1)):
         with pytest.raises(ValueError, match=rf"\(id {wrong.id}\) as another prompt, or in another form"):
-            opening.check_prompts(reward, [Asked("Hi", 1), wrong])
+            launch.check_prompts(reward, [Asked("Hi", 1), wrong])
     for mixed in (Asked(CHAT, 1), Asked("Hi", 2)):
         with pytest.raises(KeyError, match="of two prompts of the table"):
-            opening.check_prompts(reward, [Asked("Hi", 1), mixed])
+            launch.check_prompts(reward, [Asked("Hi", 1), mixed])
 
 
 def test_quantiles_are_of_what_is_known() -> None:
@@ -604,23 +635,24 @@ def test_quantiles_are_of_what_is_known() -> None:
     reward = CalibratedReward(NumberScorer(), table, Log(), on_missing="neutral")
     ones = torch.ones(4, 1, dtype=torch.long)
     episodes = loop.Episodes(["1.5", "9", "-9", "-9"], ones, ones, ones.bool())
-    *_, u = grpo_plain.scored(reward, [Asked("a"), Asked("?")], episodes, 2)
+    *_, u = grpo.score(reward, [Asked("a"), Asked("?")], episodes, 2)
     assert u == (0.5 + 1) / 2
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_help_teaches(recipe: Any, capsys: Any) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_help_teaches(name: str, capsys: Any) -> None:
     """It opens with what the file does, and says of each setting what it is for."""
     with pytest.raises(SystemExit):
-        recipe.main(["--help"])
+        train(name, ["--help"])
 
     shown = " ".join(capsys.readouterr().out.split())
-    assert inspect.getdoc(recipe).splitlines()[0] in shown
-    for each in fields(recipe.Settings):
+    module, settings = RUNS[name]
+    assert inspect.getdoc(module).splitlines()[0] in shown
+    for each in fields(settings):
         assert f"--{each.name.replace('_', '-')}" in shown
         assert " ".join(each.metadata["help"].split()) in shown
-    choices = {ppo: "{no,centre,scale}", grpo_plain: "{leave-one-out,group-mean}"}
-    assert choices.get(recipe, "--transform NAME") in shown
+    choices = {"ppo": "{no,centre,scale}", "grpo --plain": "{leave-one-out,group-mean}"}
+    assert choices.get(name, "--transform NAME") in shown
     assert "--lr FLOAT" in shown
     assert "--steps N" in shown
 
@@ -629,49 +661,49 @@ def test_decoding_is_the_tables() -> None:
     """Length and temperature come from the table unless they are said; what bends the distribution is refused."""
     meta = {"sampler": {"decoding": Decoding(7, temperature=0.5).fingerprint()}}
 
-    assert opening.decoding_of(meta, None, None) == Decoding(7, temperature=0.5)
-    assert opening.decoding_of(meta, 7, 0.5) == Decoding(7, temperature=0.5)
+    assert launch.choose_decoding(meta, None, None) == Decoding(7, temperature=0.5)
+    assert launch.choose_decoding(meta, 7, 0.5) == Decoding(7, temperature=0.5)
     for other in ((9, None), (None, 1.0)):
         with pytest.raises(ValueError, match=r"drawn with (max_tokens=7|temperature=0.5), got .*--any-policy"):
-            opening.decoding_of(meta, *other)
-    assert opening.decoding_of(meta, 9, 1.0, any_policy=True) == Decoding(9)
+            launch.choose_decoding(meta, *other)
+    assert launch.choose_decoding(meta, 9, 1.0, any_policy=True) == Decoding(9)
     ended = {"sampler": {"decoding": Decoding(7, stop_token_ids=(5,)).fingerprint()}}
-    assert opening.decoding_of(ended, None, None).stop_token_ids == (5,)
+    assert launch.choose_decoding(ended, None, None).stop_token_ids == (5,)
     with pytest.raises(ValueError, match=r"drawn with \{'top_p': 0.9\}"):
-        opening.decoding_of({"sampler": {"decoding": Decoding(7, top_p=0.9).fingerprint()}}, None, None)
+        launch.choose_decoding({"sampler": {"decoding": Decoding(7, top_p=0.9).fingerprint()}}, None, None)
     with pytest.raises(ValueError, match="--max-tokens"):
-        opening.decoding_of({}, None, None)
+        launch.choose_decoding({}, None, None)
 
 
 def test_ppo_refuses_a_reward_that_is_none() -> None:
     """A prompt without references, skipped: there is no number to learn from."""
     reward = CalibratedReward(HashScorer(), plain_reward().table, on_missing="skip")
     with pytest.raises(ValueError, match="'neutral'"):
-        ppo.train(tiny_policy(), reward, [Asked("unknown")], ppo.Settings(steps=1, completions=1, prompts_a_step=1))
+        ppo.train(tiny_policy(), reward, [Asked("unknown")], PPOSettings(steps=1, completions=1, prompts_a_step=1))
 
 
 @pytest.mark.parametrize(
-    ("recipe", "wrong"),
+    ("settings", "wrong"),
     [
         *[
-            (recipe, {"lr": rate})
-            for recipe in (ppo, grpo_plain, train_rloo)
+            (settings, {"lr": rate})
+            for settings in (PPOSettings, GRPOSettings, TRLSettings)
             for rate in (0.0, -1e-3, math.inf, math.nan)
         ],
-        (ppo, {"value_lr": math.nan}),
-        (ppo, {"prompts_a_step": 0}),
-        (train_grpo, {"beta": math.inf}),
-        (train_rloo, {"beta": 0.0}),
-        (grpo_plain, {"beta": math.nan}),
-        (grpo_plain, {"max_grad_norm": math.nan}),
-        (grpo_plain, {"steps": 0}),
-        (ppo, {"whiten": "yes"}),
-        (ppo, {"completions": 5}),
-        (grpo_plain, {"completions": 1}),
-        (grpo_plain, {"baseline": "x"}),
+        (PPOSettings, {"value_lr": math.nan}),
+        (PPOSettings, {"prompts_a_step": 0}),
+        (TRLSettings, {"beta": math.inf}),
+        (TRLSettings, {"beta": 0.0}),
+        (GRPOSettings, {"beta": math.nan}),
+        (GRPOSettings, {"max_grad_norm": math.nan}),
+        (GRPOSettings, {"steps": 0}),
+        (PPOSettings, {"whiten": "yes"}),
+        (PPOSettings, {"completions": 5}),
+        (GRPOSettings, {"completions": 1}),
+        (GRPOSettings, {"baseline": "x"}),
     ],
 )
-def test_settings_are_checked(recipe: Any, wrong: dict[str, Any]) -> None:
+def test_settings_are_checked(settings: Any, wrong: dict[str, Any]) -> None:
     """The error names the setting and what it got."""
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}.*{next(iter(wrong.values()))}"):
-        recipe.Settings(**wrong)
+        settings(**wrong)

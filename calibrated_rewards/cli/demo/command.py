@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     from calibrated_rewards.cli.demo import pipeline
     from calibrated_rewards.evaluation.frontier import references_of
     from calibrated_rewards.evaluation.report.report import report
-    from calibrated_rewards.training.launch import outcome
+    from calibrated_rewards.training.launch import summarise_steps
 
     # The progress bars and reports of transformers are about many small loads; the demo has its own.
     logging: Any = transformers.logging
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         with diary.step(number, f"training, {scale.steps} steps of RLOO: {description}"):
             models[name] = demo.train(name, reward, betas[name])
             log = (out / name / "log.jsonl").read_text().splitlines()
-            print_line(outcome([json.loads(line) for line in log]).rstrip())
+            print_line(summarise_steps([json.loads(line) for line in log]).rstrip())
     with diary.step(6, f"evaluation: {scale.m} completions for each of {scale.held_out} prompts that nobody has seen"):
         evaluation = demo.evaluate(models)
         print_line(f"{evaluation}\n{format_kl(evaluation, scale)}")

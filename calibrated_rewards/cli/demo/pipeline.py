@@ -1,7 +1,7 @@
 """The demo's models, sizes and steps: the library's public functions, in the order of use for a policy of your own."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from calibrated_rewards.evaluation.outcomes import Evaluation
 from calibrated_rewards.evaluation.policies import evaluate
 from calibrated_rewards.evaluation.prospects import Reweighted
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.optimum import Choice, optimum
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard
-from calibrated_rewards.training.online import train_rloo
-from calibrated_rewards.training.raw import RawReward
+from calibrated_rewards.training.online import TRLSettings, train_rloo
 
 # The policy that is trained for the procedure that it is served with, and the one that is not.
 CALIBRATED, RAW = "calibrated", "raw"
@@ -158,7 +158,7 @@ class Demo:
     def train(self, name: str, reward: CalibratedReward, beta: float) -> Path:
         """Train by RLOO, with TRL's trainer, for the calibrated and transformed reward or for the raw one."""
         scale = self.scale
-        settings = train_rloo.Settings(
+        settings = TRLSettings(
             beta=beta,
             steps=scale.steps,
             prompts_a_step=scale.prompts_a_step,
@@ -170,10 +170,10 @@ class Demo:
             save_steps=4,
             seed=self.seed,
         )
-        paid = reward if name == CALIBRATED else RawReward(reward)
+        paid = reward if name == CALIBRATED else replace(reward, calibration=Uncalibrated(), beta=None)
         prompts = [Asked(prompt) for prompt in self.parts.prompts]
         at = self.out / name
-        return train_rloo.train(self.parts.policy, paid, prompts, self.decoding, settings, at, dtype="auto")
+        return train_rloo(self.parts.policy, paid, prompts, self.decoding, settings, at, dtype="auto")
 
     def evaluate(self, models: Mapping[str, Path]) -> Evaluation:
         """Evaluate both policies and the reference on held-out prompts, by the judge."""

@@ -8,7 +8,7 @@ from calibrated_rewards.evaluation.expectations import expect
 from calibrated_rewards.evaluation.report.experiment import Experiment, main_procedure, procedure_of
 from calibrated_rewards.evaluation.table_laws import TableRewards
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
-from calibrated_rewards.reward.saving import read
+from calibrated_rewards.reward.saving import from_json
 from calibrated_rewards.theory.procedures import Procedure, Standard
 from calibrated_rewards.theory.tilted_policy import Frontier
 from calibrated_rewards.theory.transforms import scaled
@@ -20,7 +20,7 @@ def table_rewards(of: Experiment, procedure: Procedure) -> TableRewards | None:
     if main is None or "transform" not in settings:
         return None
     try:
-        transform, calibration = read(settings["transform"]), read(settings.get("calibration"))
+        transform, calibration = from_json(settings["transform"]), from_json(settings.get("calibration"))
     except (KeyError, ValueError, TypeError):
         return None
     if transform != of.transform or not isinstance(calibration, EmpiricalCDF | None):

@@ -97,10 +97,10 @@ class Experiment:
     @property
     def transform(self) -> Transform:
         """That of the reward, as far as it is one of the library's; else none at all."""
-        from calibrated_rewards.reward.saving import read
+        from calibrated_rewards.reward.saving import from_json
 
         try:
-            found = read((self.reward or {})["transform"])
+            found = from_json((self.reward or {})["transform"])
         except (KeyError, ValueError, TypeError):
             return Identity()
         return found if isinstance(found, Transform) else Identity()

@@ -18,16 +18,17 @@ from transformers import AutoModelForCausalLM
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.models.text import Text
+from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.testing.suites import HashScorer
 from calibrated_rewards.theory.transforms import Identity, Log
+from calibrated_rewards.training import callbacks
 from calibrated_rewards.training.callbacks import TimedReward
 from calibrated_rewards.training.check_settings.check import check_settings
-from calibrated_rewards.training.online import train_grpo, train_rloo, trl as trl_run
-from calibrated_rewards.training.policy_model import contiguous_head, trainable
-from calibrated_rewards.training.raw import RawReward
+from calibrated_rewards.training.online import TRLSettings, train_grpo, train_rloo, trl
+from calibrated_rewards.training.policy_model import make_head_contiguous, prepare_model
 from calibrated_rewards.training.run_folder import RunFolder
 
 PROMPTS = tiny.texts(3)
@@ -98,15 +99,15 @@ class Dying:
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("recipe", [train_rloo, train_grpo])
+@pytest.mark.parametrize("train", [train_rloo, train_grpo])
 def test_a_run_that_was_interrupted_is_the_run_that_was_not(
-    recipe: Any, rank: int, policy: Path, tmp_path: Path
+    train: Any, rank: int, policy: Path, tmp_path: Path
 ) -> None:
     """Ctrl-C in the fourth of five steps, the last checkpoint of which is two steps old: weights, log and drawing."""
-    settings = recipe.Settings(steps=5, lora_rank=rank, save_steps=2, **SMALL)
+    settings = TRLSettings(steps=5, lora_rank=rank, save_steps=2, **SMALL)
 
     def run(scorer: Dying, out: Path) -> Path:
-        return recipe.train(policy, calibrated(scorer), ASKED, DECODING, settings, out, show_progress=False)
+        return train(policy, calibrated(scorer), ASKED, DECODING, settings, out, show_progress=False)
 
     whole, first, second = Dying(0), Dying(4), Dying(0)
     model = run(whole, tmp_path / "whole")
@@ -141,24 +142,24 @@ class Recorded:
         return [float(np.mean(np.array(own) < 100)) for own in completion_ids]
 
 
-@pytest.mark.parametrize("recipe", [train_rloo, train_grpo])
-def test_the_logged_kl_is_that_of_whole_completions(recipe: Any, policy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", [train_rloo, train_grpo])
+def test_the_logged_kl_is_that_of_whole_completions(train: Any, policy: Path, tmp_path: Path) -> None:
     """Against log-ratios of the two models themselves, for the tokens that were drawn in the second step.
 
     The policy that wrote them is what a run of one step leaves. RLOO's KL is the mean log-ratio; GRPO's is the sum of
     e^-x - 1 + x over tokens.
     """
     seen = Recorded()
-    one = recipe.Settings(steps=1, **SMALL | {"completions": 4, "rows": 8, "lr": 1e-3})
-    after = recipe.train(policy, seen, ASKED, DECODING, one, tmp_path / "one", show_progress=False)
+    one = TRLSettings(steps=1, **SMALL | {"completions": 4, "rows": 8, "lr": 1e-3})
+    after = train(policy, seen, ASKED, DECODING, one, tmp_path / "one", show_progress=False)
     two = replace(one, steps=2, beta=0.3)
-    recipe.train(policy, seen, ASKED, DECODING, replace(two, beta=one.beta), tmp_path / "two", show_progress=False)
+    train(policy, seen, ASKED, DECODING, replace(two, beta=one.beta), tmp_path / "two", show_progress=False)
     row = logged(tmp_path / "two")[1]
-    prompts = [prompt for prompt in trl_run.dataset(ASKED, two, None)["prompt"][2:4] for _ in range(4)]
+    prompts = [prompt for prompt in trl.build_dataset(ASKED, two, None)["prompt"][2:4] for _ in range(4)]
 
     ratios = [log_ratios(after, policy, prompt, own) for prompt, own in zip(prompts, seen.ids[2], strict=True)]
 
-    per = (lambda x: x) if recipe is train_rloo else (lambda x: np.exp(-x) - 1 + x)
+    per = (lambda x: x) if train is train_rloo else (lambda x: np.exp(-x) - 1 + x)
     expected = float(np.mean([per(own).sum() for own in ratios]))
     assert abs(expected) > 1e-3
     assert row["tokens"] > 1.2
@@ -185,9 +186,9 @@ def log_ratios(after: Path, before: Path, prompt: str, completion: list[int]) ->
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_an_adapter_is_a_policy_again(policy: Path, tmp_path: Path) -> None:
     """With transformers, and as a sampler: the adapter that was trained, on the base that was named."""
-    settings = train_rloo.Settings(steps=2, lora_rank=2, **SMALL)
-    raw = RawReward(calibrated())
-    at = train_rloo.train(policy, raw, ASKED, DECODING, settings, tmp_path, show_progress=False)
+    settings = TRLSettings(steps=2, lora_rank=2, **SMALL)
+    raw = replace(calibrated(), calibration=Uncalibrated(), beta=None)
+    at = train_rloo(policy, raw, ASKED, DECODING, settings, tmp_path, show_progress=False)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy, dtype="float32"), at).eval()
     moved = [value.abs().max() for name, value in model.named_parameters() if "lora_B" in name]
     assert len(moved) == 14  # seven linear layers in each of two; not the head
@@ -208,7 +209,7 @@ def test_half_precision_has_adapters_in_float32(policy: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(policy, dtype="bfloat16")
     states = torch.randn(2, 3, 32, dtype=torch.bfloat16)[:, -1:]
     given = []
-    adapted = trainable(model, 2)
+    adapted = prepare_model(model, 2)
     model.lm_head.register_forward_pre_hook(lambda _, args: given.append(args[0].is_contiguous()))
     assert torch.equal(model.lm_head(states), plain.lm_head(states))
     assert given == [True]
@@ -216,29 +217,29 @@ def test_half_precision_has_adapters_in_float32(policy: Path) -> None:
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in adapted.parameters() if not p.requires_grad} == {torch.bfloat16}
     whole = AutoModelForCausalLM.from_pretrained(policy, dtype="float32")
-    contiguous_head(whole)
+    make_head_contiguous(whole)
     assert not whole.lm_head._forward_pre_hooks
 
 
 def test_another_run_does_not_go_on_here(policy: Path, tmp_path: Path) -> None:
     """Settings, reward, prompts or decoding that differ are named; so is a log of something else."""
-    settings = train_rloo.Settings(steps=1, **SMALL)
+    settings = TRLSettings(steps=1, **SMALL)
     given = [policy, calibrated(), ASKED, DECODING, settings]
-    train_rloo.train(*given, tmp_path / "run", show_progress=False)
+    train_rloo(*given, tmp_path / "run", show_progress=False)
     others = {
         "settings.lr was 0.001, is 0.02": {4: replace(settings, lr=0.02)},
-        "reward.kind was 'calibrated', is 'raw'": {1: RawReward(calibrated())},
+        "reward.kind was 'calibrated', is 'raw'": {1: replace(calibrated(), calibration=Uncalibrated(), beta=None)},
         "prompts.number was 3, is 2": {2: ASKED[:2]},
         "decoding.max_tokens was 5, is 6": {3: Decoding(6, temperature=0.9)},
         "reward.transform was 'Log": {1: replace(calibrated(), transform=Identity())},
     }
     for why, changes in others.items():
         with pytest.raises(ValueError, match=why):
-            train_rloo.train(*[changes.get(i, each) for i, each in enumerate(given)], tmp_path / "run")
+            train_rloo(*[changes.get(i, each) for i, each in enumerate(given)], tmp_path / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/log.jsonl").write_text("{}")
     with pytest.raises(ValueError, match="without settings"):
-        train_rloo.train(*given, tmp_path / "other")
+        train_rloo(*given, tmp_path / "other")
 
 
 def test_a_checkpoint_that_was_cut_short_is_none(tmp_path: Path, capsys: Any) -> None:
@@ -247,12 +248,12 @@ def test_a_checkpoint_that_was_cut_short_is_none(tmp_path: Path, capsys: Any) ->
     The others go when the run goes on, or the trainer would keep them as its newest.
     """
     folder = RunFolder(tmp_path)
-    assert folder.last_checkpoint() is None
+    assert folder.find_checkpoint() is None
     for step, state in {9: "{}", 10: "{}", 11: None, 12: "{", 13: "", 14: "[]"}.items():
         (tmp_path / f"checkpoints/checkpoint-{step}").mkdir(parents=True)
         if state is not None:
             (tmp_path / f"checkpoints/checkpoint-{step}/trainer_state.json").write_text(state)
-    assert folder.last_checkpoint() == str(tmp_path / "checkpoints/checkpoint-10")
+    assert folder.find_checkpoint() == str(tmp_path / "checkpoints/checkpoint-10")
     folder.begin({})
     assert sorted(int(each.name[11:]) for each in folder.checkpoints.iterdir()) == [9, 10]
     assert capsys.readouterr().err.count("was cut short") == 4
@@ -260,10 +261,10 @@ def test_a_checkpoint_that_was_cut_short_is_none(tmp_path: Path, capsys: Any) ->
 
 def test_a_run_goes_on_from_before_a_torn_checkpoint(policy: Path, tmp_path: Path, capsys: Any) -> None:
     """It says which one was cut short, begins anew if there is no other, and is the run that it would have been."""
-    settings = train_rloo.Settings(steps=3, save_steps=2, **SMALL)
+    settings = TRLSettings(steps=3, save_steps=2, **SMALL)
 
     def run(scorer: Dying, out: Path) -> Path:
-        return train_rloo.train(policy, calibrated(scorer), ASKED, DECODING, settings, out, show_progress=False)
+        return train_rloo(policy, calibrated(scorer), ASKED, DECODING, settings, out, show_progress=False)
 
     whole = run(Dying(0), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -279,27 +280,24 @@ def test_a_run_goes_on_from_before_a_torn_checkpoint(policy: Path, tmp_path: Pat
 
 def test_two_runs_do_not_train_in_one_folder(policy: Path, tmp_path: Path) -> None:
     """The second one is told where and why, whoever is first; a run's own other processes go on without the lock."""
-    settings = train_rloo.Settings(steps=1, **SMALL)
-    with RunFolder(tmp_path).held(), RunFolder(tmp_path).held(first=False):
+    settings = TRLSettings(steps=1, **SMALL)
+    with RunFolder(tmp_path).lock(), RunFolder(tmp_path).lock(main=False):
         with pytest.raises(ValueError, match=f"{tmp_path} is for one run at a time, and another process"):
-            train_rloo.train(policy, calibrated(), ASKED, DECODING, settings, tmp_path, show_progress=False)
+            train_rloo(policy, calibrated(), ASKED, DECODING, settings, tmp_path, show_progress=False)
         assert {path.name for path in tmp_path.iterdir()} == {".lock"}
-    with RunFolder(tmp_path).held():
+    with RunFolder(tmp_path).lock():
         pass
 
 
-@pytest.mark.parametrize("recipe", [train_rloo, train_grpo])
-def test_the_settings_are_faithful(recipe: Any, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("train", [train_rloo, train_grpo])
+def test_the_settings_are_faithful(train: Any, tmp_path: Path) -> None:
     """What check_settings has against them is nothing, in one process and in two; parts are all of one size."""
-    settings = recipe.Settings(beta=0.3, prompts_a_step=6, completions=4, rows=5)
+    settings = TRLSettings(beta=0.3, prompts_a_step=6, completions=4, rows=5)
     for processes, rows in ((1, 4), (2, 4), (3, 4), (4, 3)):
-        monkeypatch.setenv("WORLD_SIZE", str(processes))
-        assert trl_run.rows_at_once(settings) == rows
-    monkeypatch.setenv("WORLD_SIZE", "5")
+        assert trl.share_completions(settings, processes) == (24 // processes, rows)
     with pytest.raises(ValueError, match="24 for 5"):
-        trl_run.rows_at_once(settings)
-    monkeypatch.delenv("WORLD_SIZE")
-    args = trl_run.arguments(recipe.train, settings, DECODING, RunFolder(tmp_path))
+        trl.share_completions(settings, 5)
+    args = train.configure(settings, DECODING, RunFolder(tmp_path))
     report = check_settings(args, beta=0.3)
     assert report.problems == ()
     assert report.beta == pytest.approx(0.3)
@@ -318,9 +316,9 @@ def test_the_settings_are_faithful(recipe: Any, tmp_path: Path, monkeypatch: Any
 def test_what_trl_cannot_do_is_refused(wrong: dict[str, Any], why: str, policy: Path, tmp_path: Path) -> None:
     """Before anything is trained."""
     given = {"policy": policy, "prompts": ASKED, "decoding": DECODING, "tokenizer": tiny.tokenizer(), **wrong}
-    settings = train_rloo.Settings(steps=1, **SMALL)
+    settings = TRLSettings(steps=1, **SMALL)
     with pytest.raises(ValueError, match=why):
-        train_rloo.train(reward=calibrated(), settings=settings, out=tmp_path, **given)
+        train_rloo(reward=calibrated(), settings=settings, out=tmp_path, **given)
     assert not (tmp_path / "settings.json").exists()
 
 
@@ -329,8 +327,8 @@ def test_a_line_now_and_then_where_there_is_no_terminal(
     seconds: float, lines: list[int], policy: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     """Of each step that comes so long after the last line; its numbers are those of the log."""
-    monkeypatch.setattr(trl_run, "BETWEEN_LINES", seconds)
-    train_rloo.train(policy, calibrated(), ASKED, DECODING, train_rloo.Settings(steps=2, **SMALL), tmp_path)
+    monkeypatch.setattr(callbacks, "BETWEEN_LINES", seconds)
+    train_rloo(policy, calibrated(), ASKED, DECODING, TRLSettings(steps=2, **SMALL), tmp_path)
     rows, said = logged(tmp_path), capsys.readouterr().err.splitlines()
     shown = [f"reward {rows[i]['reward']:.4g}, u {rows[i]['u']:.4g}, kl {rows[i]['kl']:.4g}" for i in lines]
     assert [line for line in said if line.startswith("step ")] == [
@@ -340,13 +338,13 @@ def test_a_line_now_and_then_where_there_is_no_terminal(
 
 def test_adapters_on_the_last_layers_alone() -> None:
     """All linear layers of the last one, none of those before it, and not the head."""
-    adapted = {name for name, _ in trainable(tiny.causal(), 2, 1).named_parameters() if "lora_A" in name}
-    whole = {name for name, _ in trainable(tiny.causal(), 2).named_parameters() if "lora_A" in name}
+    adapted = {name for name, _ in prepare_model(tiny.causal(), 2, 1).named_parameters() if "lora_A" in name}
+    whole = {name for name, _ in prepare_model(tiny.causal(), 2).named_parameters() if "lora_A" in name}
 
     assert adapted == {name for name in whole if ".layers.1." in name}
     assert len(adapted) == 7
     with pytest.raises(ValueError, match="has 2 layers to adapt, got lora_layers=3"):
-        trainable(tiny.causal(), 2, 3)
+        prepare_model(tiny.causal(), 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -355,15 +353,15 @@ def test_adapters_on_the_last_layers_alone() -> None:
 def test_settings_name_what_is_wrong(name: str) -> None:
     """And what it got."""
     with pytest.raises(ValueError, match=f"{name} >= [0-2], got {name}=-1"):
-        train_rloo.Settings(**{name: -1})
+        TRLSettings(**{name: -1})
 
 
 def test_end_tokens_of_the_table_end_completions(policy: Path, tmp_path: Path) -> None:
     """Every token but a few ends a completion, besides the model's own."""
     seen = Recorded()
     ends = Decoding(5, stop_token_ids=tuple(range(4, tiny.VOCABULARY)))
-    settings = train_rloo.Settings(steps=1, **SMALL)
-    train_rloo.train(policy, seen, ASKED, ends, settings, tmp_path, show_progress=False)
+    settings = TRLSettings(steps=1, **SMALL)
+    train_rloo(policy, seen, ASKED, ends, settings, tmp_path, show_progress=False)
     assert all(token < 4 for own in seen.ids[0] for token in own[:-1])
     assert min(len(own) for own in seen.ids[0]) < 5
 
@@ -393,7 +391,7 @@ def test_two_processes_train_as_one(policy: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("the same gradient") == 2
-    for name in ("grpo_plain", "ppo", "train_rloo"):
+    for name in ("grpo", "ppo", "train_rloo"):
         assert [row["step"] for row in logged(tmp_path / name)] == [0, 1]
     assert (tmp_path / "train_rloo/model/adapter_model.safetensors").exists()
 

@@ -3,6 +3,7 @@
 import dataclasses
 from argparse import Namespace
 from collections.abc import MutableMapping
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +16,17 @@ from calibrated_rewards.reward.calibrators import ZScore
 from calibrated_rewards.testing.suites import NumberScorer
 from calibrated_rewards.theory.transforms import Exponential, Log
 from calibrated_rewards.training.check_settings import check_settings, grpo_settings, rloo_settings
-from calibrated_rewards.training.check_settings.check import FRAMEWORKS, span_of
-from calibrated_rewards.training.check_settings.rules import Framework, Is, Rule, SameAs, Settings, Strength, broken
+from calibrated_rewards.training.check_settings.__main__ import BLOCK, format_tables
+from calibrated_rewards.training.check_settings.check import FRAMEWORKS, find_span
+from calibrated_rewards.training.check_settings.rules import (
+    Framework,
+    FrameworkSettings,
+    Is,
+    Rule,
+    SameAs,
+    Strength,
+    find_broken_rules,
+)
 
 PLAIN = {
     "use_cpu": True,
@@ -261,7 +271,7 @@ def test_the_span_is_that_of_the_rewards(transform, scale):
     """The least and greatest reward are those of scores below and above all references."""
     reward = made(transform, scale=scale)
     given = reward.from_scores(["2+2=", "Hello"], np.array([[-1e9, 1e9], [-1e9, 1e9]]))
-    assert span_of(reward) == (given.min(), given.max())
+    assert find_span(reward) == (given.min(), given.max())
 
 
 def test_clips_that_cut_and_clips_that_do_not():
@@ -435,9 +445,19 @@ def test_a_framework_needs_the_default_of_what_it_names():
 def test_conditions_see_the_other_settings():
     """SameAs compares two settings, and does so with defaults."""
     toy = Framework("toy", "1", (Rule("a", SameAs("b"), "a=b", "x"),), {"a": None, "b": 4})
-    assert [len(broken(Settings(each, toy))) for each in ({}, {"a": 4}, {"a": 5}, {"a": 5, "b": 5})] == [0, 0, 1, 0]
+    assert [
+        len(find_broken_rules(FrameworkSettings(each, toy))) for each in ({}, {"a": 4}, {"a": 5}, {"a": 5, "b": 5})
+    ] == [0, 0, 1, 0]
 
 
 def test_all_frameworks_have_their_own_name():
     """No two have one name."""
     assert len({framework.name for framework in FRAMEWORKS}) == len(FRAMEWORKS)
+
+
+def test_the_page_of_settings_is_what_the_tables_generate():
+    """docs/reference/settings.md has each framework's table as the rules have it: no table without a rule, or back."""
+    page = (Path(__file__).parents[2] / "docs/reference/settings.md").read_text(encoding="utf-8")
+    (block,) = BLOCK.finditer(page)
+    assert block.group().split("-->\n", 1)[1].removesuffix(block[2]).strip() == format_tables().strip()
+    assert format_tables().count("| error |") > 60

@@ -1,11 +1,10 @@
-"""What commands and recipes say of wrong input: their own options, a line or two, exit status 2 and no traceback."""
+"""Messages of commands about wrong input: their own options, a line or two, exit status 2 and no traceback."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-from importlib import import_module
 from itertools import cycle
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.table.reference_table import ReferenceTable
 
-RECIPES = ("train_rloo", "train_grpo", "grpo_plain", "ppo")
+TRAINERS = ("rloo", "grpo", "grpo --plain", "ppo")
 # What only Python says: keyword arguments, calls of classes, its constants and containers.
 PYTHON = {
     "a keyword argument": re.compile(r"(?<![\w./-])(?<!option )[a-z]\w*=(?![=\s])"),
@@ -29,7 +28,7 @@ PYTHON = {
     "a call of a class": re.compile(r"\b[A-Z]\w*[a-z]\w*\("),
     "a constant": re.compile(r"\b(None|True|False)\b"),
     "an error number": re.compile(r"\[Errno"),
-    "an internal name": re.compile(r"\bcalibrated_rewards\.(?!recipes)|\b(load_scorer|prompts_from|HfSampler)\b"),
+    "an internal name": re.compile(r"\bcalibrated_rewards\.|\b(load_scorer|prompts_from|HfSampler)\b"),
     "Python's advice": re.compile(r"goes in a list|[Gg]ive one\b|Traceback"),
 }
 MODEL = "--policy policy --max-tokens 4 --prompts prompts.jsonl --reward-model rm"
@@ -133,7 +132,7 @@ CASES = {
     f"{CHECK} rm --max-length 1": "--max-length",
     f"{CHECK} rm --prompts nothing.jsonl": "--prompts nothing.jsonl",
 }
-OF_RECIPES = {
+OF_TRAINING = {
     "--reward nothing": "'nothing'",
     "--reward table": "it is a table",
     "--prompts nothing.jsonl": "'nothing.jsonl'",
@@ -209,19 +208,19 @@ def test_a_command_speaks_of_its_options(words, here, monkeypatch, capsys):
     assert message.count("\n") <= 1
 
 
-# The recipes share their opening: each kind of input goes to one of them, in turn.
-@pytest.mark.parametrize(("recipe", "words"), [*zip(cycle(RECIPES), OF_RECIPES, strict=False)])
-def test_a_recipe_speaks_of_its_options(recipe, words, here, monkeypatch, capsys):
+# The trainers share their launch: each kind of input goes to one of them, in turn.
+@pytest.mark.parametrize(("trainer", "words"), [*zip(cycle(TRAINERS), OF_TRAINING, strict=False)])
+def test_a_trainer_speaks_of_its_options(trainer, words, here, monkeypatch, capsys):
     """As commands do; nothing is trained."""
     monkeypatch.chdir(here)
     usual = ["--policy", "policy", "--reward", "reward", "--prompts", "prompts.jsonl", "--out", "new-run"]
     try:
-        code = import_module(f"calibrated_rewards.training.online.{recipe}").main([*usual, *words.split()])
+        code = main(["train", *trainer.split(), *usual, *words.split()])
     except SystemExit as usage:
         code = usage.code
     message = complaint(capsys.readouterr().err)
     assert code == UNUSABLE
-    assert OF_RECIPES[words] in message
+    assert OF_TRAINING[words] in message
     assert python_in(message) == [], message
     assert message.count("\n") <= 1
 
@@ -245,8 +244,8 @@ def without_extras(folder: Path, *words: str) -> "subprocess.CompletedProcess[st
 @pytest.mark.parametrize(
     ("words", "extras"),
     [
-        ("calibrated_rewards.training.online.train_rloo --help", "calibrate,hf,trl"),
-        ("calibrated_rewards.training.online.ppo --help", "hf"),
+        ("calibrated_rewards train rloo --help", "calibrate,hf,trl"),
+        ("calibrated_rewards train ppo --help", "hf"),
         (
             "calibrated_rewards calibrate --out x --policy p --max-tokens 4 --prompts x.jsonl --reward-model rm",
             "calibrate,hf",
