@@ -20,8 +20,8 @@ SECONDS = 15  # what AsyncRewardWrapper waits
 
 
 def reward(prompt: str, completions: str, *_: Any, messages: Any = None, **row: Any) -> float:
-    """Of one completion, which AReaL calls `completions`; tokens follow, and by name the dataset's columns."""
+    """Reward one completion, which AReaL calls `completions`; tokens follow, and by name the dataset's columns."""
     with loud("AReaL", SECONDS):
         calibrated = configured()
-        asked = prompt if messages is None else messages
-        return number(score_one(calibrated, asked, completions, identifier(row, calibrated.id_column)))
+        name = identifier(row, calibrated.id_column)
+        return number(score_one(calibrated, prompt if messages is None else messages, completions, name))

@@ -17,7 +17,7 @@ from calibrated_rewards.reward import completion_of, configured, identifier, lou
 
 
 def reward_func(queries: list[str], prompts: list[str], labels: list[Any] | None = None, **_: Any) -> Any:
-    """Of whole sequences that have their prompts in them, as a tensor."""
+    """Reward whole sequences that have their prompts in them, as a tensor."""
     import torch
 
     with loud("LightRFT"):

@@ -19,7 +19,7 @@ from calibrated_rewards.reward import completion_of, configured, details, identi
 
 
 def reward_func(queries: list[str], prompts: list[str], labels: list[Any], **_: Any) -> dict[str, Any]:
-    """Of texts that begin with their prompts; called from threads, with one at a time, which share batches."""
+    """Reward texts that begin with their prompts; called from threads, with one at a time, which share batches."""
     with loud("OpenRLHF"):
         reward = configured()
         scores = [

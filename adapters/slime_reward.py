@@ -18,7 +18,7 @@ from calibrated_rewards.reward import ascore, configured, details, identifier, l
 
 
 async def reward(args: Any, sample: Any, **_: Any) -> Any:
-    """A number, or what `--reward-key` picks one from; for a list of samples, a list of them."""
+    """Give a number, or the dict that `--reward-key` picks one from; for a list of samples, a list of them."""
     samples = sample if isinstance(sample, list) else [sample]
     with loud("slime"):
         calibrated = await asyncio.to_thread(configured)

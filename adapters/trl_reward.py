@@ -15,7 +15,7 @@ from calibrated_rewards.reward import CalibratedReward, configured
 
 
 def __getattr__(name: str) -> CalibratedReward:
-    """`reward`, read when it is asked for: TRL takes it by its path, and logs its own name."""
+    """Load `reward` when it is asked for: TRL takes it by its path, and logs its own name."""
     if name == "reward":
         return configured()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}: it has `reward`")

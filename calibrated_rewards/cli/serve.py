@@ -14,7 +14,7 @@ The server has the APIs of OpenRLHF, LightRFT, slime and LLaMA-Factory, and its 
 Clients send the token as a header; those that cannot put it into the URL: http://HOST:PORT/t/TOKEN/get_reward. On
 SIGTERM it accepts no more connections, answers the accepted requests, and exits with 0."""
 
-# Each limit with its type, metavar and help; the defaults are those of server.app.Limits.
+# Each limit with its type, metavar and help; the defaults are those of server.Limits.
 LIMITS = {
     "max_batch": ("batch", Whole(1), "N", "completions scored at once (64)"),
     "max_queue": ("queue", Whole(1), "N", "completions that may wait; more are refused with 503 (8192)"),
@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Load the reward, verify it, and answer requests until stopped."""
-    from calibrated_rewards.server.app import Limits, serve
-    from calibrated_rewards.server.listening import check_address
+    from calibrated_rewards.server import Limits, serve
+    from calibrated_rewards.server.access import check_address
 
     values = {field: getattr(options, name) for name, (field, *_) in LIMITS.items()}
     limits = Limits(**{name: value for name, value in values.items() if value is not None})

@@ -44,7 +44,6 @@ from calibrated_rewards.reward.lookup import OnMissing, RawScores, Scores, Valua
 from calibrated_rewards.reward.monitoring import Alarm, compute_metrics, drop_repeats
 from calibrated_rewards.reward.originals import Originals, RunPrompts
 from calibrated_rewards.reward.verification import Verification, verify_scorer
-from calibrated_rewards.scorers.lazy import Loaded
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, is_thread_safe, paired, score
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator
@@ -342,6 +341,8 @@ def make_name(transform: Transform, scorer: Scorer | None, settings: dict[str, t
     >>> make_name(Exponential(5.0), NumberScorer(), {"estimator": ("unbiased", "empirical"), "scale": ("unit", "unit")})
     'calibrated_Exponential_t_5_0_number_estimator_unbiased'
     """
+    from calibrated_rewards.scorers.lazy import Loaded  # here: it brings ensembles, which few rewards need
+
     if isinstance(scorer, Loaded):
         model = os.path.basename(os.path.normpath(scorer.recipe.name))
     else:

@@ -36,6 +36,7 @@ from calibrated_rewards import (
     UnknownPromptError,
     id_key,
     optimum,
+    prompt_key,
     scaled,
 )
 from calibrated_rewards.calibration.calibrate import calibrate
@@ -43,6 +44,7 @@ from calibrated_rewards.calibration.on_demand import OnTheSpot
 from calibrated_rewards.reward.batching import ascore, ascore_one, score_one
 from calibrated_rewards.reward.calibrators import SmoothedCDF, Uncalibrated, ZScore
 from calibrated_rewards.reward.monitoring import compute_metrics
+from calibrated_rewards.reward.originals import RunPrompts
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory import finite_k
@@ -746,3 +748,20 @@ def test_without_calibration_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text == ""
     replace(raw, calibration=EmpiricalCDF())(prompts, [f"{8 + i}" for i in range(300)])
     assert "standard errors" in caplog.text
+
+
+def test_a_run_s_prompts_are_read_without_calibration(tmp_path: Path) -> None:
+    """The Parquet files beside a table have texts and chats as they were given; a damaged one is named."""
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "é"}]
+    prompts = ["2+2=", chat, '["no chat"]']
+    table = calibrate(prompts, NumberSampler(), NumberScorer(), tmp_path, k=2, prompts_per_shard=2, show_progress=False)
+    run = RunPrompts.beside(table)
+    assert run is not None
+    assert dict(run.items()) == {prompt_key(prompt): prompt for prompt in prompts}
+    assert run(table.rows(prompts)) == prompts
+    assert RunPrompts.beside(ReferenceTable.build([("2+2=", [1.0])])) is None
+    (tmp_path / "prompts" / "00001 (1).parquet").write_bytes(b"a copy")
+    assert len(dict(run.items())) == 3
+    (tmp_path / "prompts" / "00001.parquet").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"00001\.parquet must hold a run's prompts"):
+        dict(run.items())
