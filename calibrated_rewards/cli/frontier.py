@@ -8,14 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibrated_rewards.cli.errors import Real, Whole
-from calibrated_rewards.evaluation.objectives import ARMS, AnyKL, Arm, BestAtKL, Transformed, usual_arms
+from calibrated_rewards.evaluation.objectives import (
+    OBJECTIVES,
+    Fixed,
+    Objective,
+    OptimumAtKL,
+    Transformed,
+    default_objectives,
+)
 from calibrated_rewards.theory.named import transform
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
 from calibrated_rewards.theory.transforms import scaled
 
 if TYPE_CHECKING:
     from calibrated_rewards.evaluation.estimates import Samples
-    from calibrated_rewards.evaluation.prospects import Reweighted
+    from calibrated_rewards.evaluation.results import FrontierEstimate
 
 OPTIMA: dict[str, Callable[[int], CalibratedProcedure]] = {"best-of": BestOf, "worst-of": WorstOf}
 EPILOG = """examples:
@@ -53,22 +60,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="an object in place of tables")
 
 
-def arm(name: str) -> tuple[str, Arm]:
+def arm(name: str) -> tuple[str, Objective]:
     """An arm by its name.
 
     >>> arm("best-of:8"), arm("log")[1].at(1.0)
-    (('best-of:8', BestAtKL(procedure=BestOf(n=8))), Transformed(transform=Log()))
+    (('best-of:8', OptimumAtKL(procedure=BestOf(n=8))), Transformed(transform=Log()))
     """
-    if name in ARMS:
-        return name, ARMS[name]
+    if name in OBJECTIVES:
+        return name, OBJECTIVES[name]
     kind, *numbers = name.split(":")
     try:
         if kind in OPTIMA and len(numbers) == 1:
-            return name, BestAtKL(OPTIMA[kind](int(numbers[0])))
-        return name, AnyKL(Transformed(scaled(transform(name), "unit")))
+            return name, OptimumAtKL(OPTIMA[kind](int(numbers[0])))
+        return name, Fixed(Transformed(scaled(transform(name), "unit")))
     except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(
-            f"an arm is {', '.join(ARMS)}, exp:T, best-of:N or worst-of:N, got {name!r}"
+            f"an arm is {', '.join(OBJECTIVES)}, exp:T, best-of:N or worst-of:N, got {name!r}"
         ) from None
 
 
@@ -84,12 +91,12 @@ def run(options: argparse.Namespace) -> int:
     for name, path in (("--out", options.out), ("--plot", options.plot)):
         if path is not None and path.is_dir():
             raise ValueError(f"{name} needs a file, got the folder {path}")
-    from calibrated_rewards.evaluation.frontier import reweighted
+    from calibrated_rewards.evaluation.frontier import estimate_frontier
 
     references, select, judge = read(options.table, options.select, options.judge)
     asked = procedures(options)
-    arms = dict(options.arms) if options.arms else usual_arms(asked)
-    found = reweighted(references, arms, options.kl, asked, selected_by=select, judged_by=judge)
+    arms = dict(options.arms) if options.arms else default_objectives(asked)
+    found = estimate_frontier(references, arms, options.kl, asked, selected_by=select, judged_by=judge)
     if options.out is not None:
         found.save(options.out)
     if options.plot is not None:
@@ -113,13 +120,13 @@ def read(at: Path, select: str | None, judge: str | None) -> "tuple[Samples, str
         if select is not None or judge is not None:
             raise ValueError(f"{at} is a bare table: --select and --judge need a run with rollouts, got none.")
         return Samples([scores for _, scores in ReferenceTable.load(at).items()]), "reward", "judge"
-    from calibrated_rewards.evaluation.frontier import references_of, scorers_of
+    from calibrated_rewards.evaluation.responses import find_scorers, read_scores
 
-    names = scorers_of(at)
+    names = find_scorers(at)
     select = select or _default(names, at)
     others = [name for name in names if name != select]
     judge = judge or (others[0] if len(others) == 1 else "judge" if "judge" in others else None)
-    return references_of(at, select, judge), select, judge or select
+    return read_scores(at, select, judge), select, judge or select
 
 
 def _default(names: list[str], at: Path) -> str:
@@ -128,7 +135,7 @@ def _default(names: list[str], at: Path) -> str:
     raise ValueError(f"--select needs one of {', '.join(names) or 'no scorers'} of {at}, got none.")
 
 
-def draw(found: "Reweighted", path: Path) -> None:
+def draw(found: "FrontierEstimate", path: Path) -> None:
     """A figure: a row a judge, a panel a procedure."""
     from matplotlib.figure import Figure
 

@@ -13,10 +13,9 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.cli.demo.parts import Parts, Scale
 from calibrated_rewards.evaluation.estimates import Samples
-from calibrated_rewards.evaluation.frontier import reweighted
-from calibrated_rewards.evaluation.outcomes import Evaluation
+from calibrated_rewards.evaluation.frontier import estimate_frontier
 from calibrated_rewards.evaluation.policies import evaluate
-from calibrated_rewards.evaluation.prospects import Reweighted
+from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding
@@ -76,9 +75,9 @@ class Demo:
         made.save_pretrained(self.out / "reward")
         return made
 
-    def foresee(self, references: Samples) -> Reweighted:
+    def foresee(self, references: Samples) -> FrontierEstimate:
         """What training for each reward would come to, by reweighting the rollouts; nothing is trained."""
-        found = reweighted(references, kls=(self.scale.kl / 2, self.scale.kl), procedures=self.procedures)
+        found = estimate_frontier(references, kls=(self.scale.kl / 2, self.scale.kl), procedures=self.procedures)
         found.save(self.out / "frontier.json")
         return found
 
@@ -119,7 +118,7 @@ class Demo:
         )
 
 
-def betas(found: Reweighted, choice: Choice, kl: float) -> dict[str, float]:
+def betas(found: FrontierEstimate, choice: Choice, kl: float) -> dict[str, float]:
     """For each policy the beta at which its optimum has that KL on the rollouts.
 
     For the raw score there is no theory that would know it: it depends on the spread of scores within a prompt.

@@ -13,10 +13,9 @@ from calibrated_rewards import __version__
 from calibrated_rewards.calibration.shards import replacing
 from calibrated_rewards.cli.demo.parts import Parts, Scale
 from calibrated_rewards.cli.demo.pipeline import CALIBRATED, RAW, Demo, betas
-from calibrated_rewards.evaluation.frontier import references_of
-from calibrated_rewards.evaluation.outcomes import Evaluation
-from calibrated_rewards.evaluation.prospects import RELIABLE, Point, Reweighted, told
 from calibrated_rewards.evaluation.report.report import report
+from calibrated_rewards.evaluation.responses import read_scores
+from calibrated_rewards.evaluation.results import RELIABLE_ESS, Evaluation, FrontierEstimate, FrontierPoint
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf
 from calibrated_rewards.training.launch import outcome
@@ -78,7 +77,7 @@ def show(make: Callable[[Scale], Parts], scale: Scale, out: Path, seed: int) -> 
         reward = demo.reward(tables["reward"])
         say(calibrated(tables["reward"]))
     with diary.step(3, "the frontier without training: the rollouts, reweighted"):
-        promised = demo.foresee(references_of(out / "table", "reward", "judge"))
+        promised = demo.foresee(read_scores(out / "table", "reward", "judge"))
         say(foreseen(promised, scale))
     strengths = betas(promised, demo.choice, scale.kl)
     models = {}
@@ -111,7 +110,7 @@ def calibrated(table: ReferenceTable) -> str:
     )
 
 
-def foreseen(found: Reweighted, scale: Scale) -> str:
+def foreseen(found: FrontierEstimate, scale: Scale) -> str:
     """The best-of-N win rates that each reward comes to, by the judge, and which are above the raw one's."""
     procedure = repr(BestOf(scale.n))
     kls = sorted({point.kl for point in found.points})
@@ -125,16 +124,16 @@ def foreseen(found: Reweighted, scale: Scale) -> str:
         cells = (_cell(at.get((arm, kl)), procedure) for kl in kls)
         lines.append(f"  {arm:<11}" + "".join(f"  {cell:<22}" for cell in cells))
     for kl in kls:
-        better = [arm for arm in arms if (arm, kl) in at and told(at[arm, kl], "judge", procedure) == "better"]
+        better = [arm for arm in arms if (arm, kl) in at and at[arm, kl].verdict("judge", procedure) == "better"]
         lines.append(
             f"Above the raw score at KL {kl:g}, so far as these rollouts can tell: {', '.join(better) or 'none'}."
         )
-    lines.append(f"~ rests on fewer than {RELIABLE} effective rollouts of a prompt, and may be off by .04 to .14.")
+    lines.append(f"~ rests on fewer than {RELIABLE_ESS} effective rollouts of a prompt, and may be off by .04 to .14.")
     return "\n".join(lines)
 
 
-def _cell(point: Point | None, procedure: str) -> str:
-    few = point is not None and point.ess_of[procedure] < RELIABLE
+def _cell(point: FrontierPoint | None, procedure: str) -> str:
+    few = point is not None and point.ess_of[procedure] < RELIABLE_ESS
     return "not reached" if point is None else f"{point.win_rates['judge'][procedure]}{'~' * few}"
 
 
