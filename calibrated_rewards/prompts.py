@@ -30,6 +30,13 @@ _MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
 _WHOLE_FLOATS = 2.0**53
 
 
+class UnknownPromptError(KeyError):
+    """A prompt that a table, or a file of references, does not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would show the message in quotes
+
+
 def prompt_key(prompt: Prompt) -> bytes:
     """The key of a prompt: 16 bytes, the same in every process and on every machine.
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import pyarrow as pa
 
+import calibrated_rewards.files as one_step
 import calibrated_rewards.table.storage as table_writer
-from calibrated_rewards.calibration import shards as shard_files
 from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import seeds_of
@@ -139,7 +139,7 @@ class Countdown:
         """Watch this process: what it opens to write, writes, syncs, renames, removes and locks."""
         sys.addaudithook(self._audit)
         os.fsync = lambda fd: self()
-        shard_files.open = table_writer.open = self._open
+        one_step.open = table_writer.open = self._open
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING

@@ -19,11 +19,11 @@ import numpy as np
 from calibrated_rewards.calibration.adaptive import Adaptive
 from calibrated_rewards.calibration.importing import adopt, imported
 from calibrated_rewards.calibration.run import Cluster, Settings, run
-from calibrated_rewards.calibration.run_directory import RunDirectory, check_name
+from calibrated_rewards.calibration.run_directory import RESERVED_NAMES, RunDirectory
 from calibrated_rewards.calibration.run_identity import RunIdentity
 from calibrated_rewards.calibration.sources import prompts_from
 from calibrated_rewards.calibration.work import Work
-from calibrated_rewards.files import Message, setting
+from calibrated_rewards.files import Message, check_folder_name, setting
 from calibrated_rewards.samplers.protocol import Sampler
 from calibrated_rewards.scorers.protocol import Scorer
 from calibrated_rewards.table.reference_table import ReferenceTable
@@ -120,7 +120,9 @@ def import_rollouts(
     given = {} if scores is None else _named(scores)
     _check(named, 1, prompts_per_shard)
     for name in given:
-        check_name(name)  # a folder of the run is named so, as for a reward model
+        check_folder_name(
+            name, "a reward model", RESERVED_NAMES
+        )  # a folder of the run is named so, as for a reward model
     if not named and not given:
         raise ValueError(
             Message(
@@ -165,6 +167,6 @@ def _check(scorers: Mapping[str, Any], k: int, per_shard: int) -> None:
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ValueError(f"calibrate needs a whole {what} >= 1, got {what}={number!r}")
     for name, scorer in scorers.items():
-        check_name(name)
+        check_folder_name(name, "a reward model", RESERVED_NAMES)
         if not callable(scorer) or isinstance(scorer, type):
             raise TypeError(f"a reward model is called with prompts and completions, got {name}={scorer!r:.60}")

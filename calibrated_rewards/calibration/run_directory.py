@@ -12,7 +12,6 @@ The table stands beside them; of several reward models each in a folder of its o
 
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -32,19 +31,17 @@ from calibrated_rewards.calibration.shards import (
     read_shard,
     read_table,
     readable,
-    replacing,
     rows_in,
     state_of,
     write_prompts,
     write_shard,
 )
-from calibrated_rewards.files import claim
+from calibrated_rewards.files import claim, replace_file, write_file
 from calibrated_rewards.scorers.differences import Difference, differences, merge
 
 FORMAT, VERSION = "calibrated-rewards run", 1
 ALIAS = pa.schema([("alias", pa.binary(16)), ("key", pa.binary(16))])
-_OURS = ("prompts", "rollouts", "aliases", "run.json", "table.json", "table.safetensors")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+RESERVED_NAMES = ("prompts", "rollouts", "aliases", "run.json", "table.json", "table.safetensors")
 
 
 @dataclass(frozen=True)
@@ -257,7 +254,7 @@ class RunDirectory:
             columns = [list(aliases), list(aliases.values())]
             arrays = [pa.array(column, kind.type) for column, kind in zip(columns, ALIAS, strict=True)]
             number = len([*self.path.glob("aliases/*.parquet")])
-            with replacing(self.path / "aliases" / f"{number:05d}.parquet") as file:
+            with replace_file(self.path / "aliases" / f"{number:05d}.parquet") as file:
                 pq.write_table(pa.table(arrays, schema=ALIAS), file)
 
     def table(self, name: str | None) -> Path:
@@ -273,17 +270,7 @@ class RunDirectory:
             (self.path / "run.json").unlink(missing_ok=True)
             return
         text = json.dumps({"format": FORMAT, "version": VERSION, **settings}, indent=2, sort_keys=True)
-        with replacing(self.path / "run.json") as file:
-            file.write(text.encode() + b"\n")
-
-
-def check_name(name: Any) -> None:
-    """Refuse the name of a reward model that cannot be that of a folder, or is that of one of ours."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in _OURS:
-        raise ValueError(
-            "the name of a reward model has letters, digits, '.', '_' and '-', a hundred at most, and is none of "
-            f"{_OURS}; got {name!r:.120}"
-        )
+        write_file(self.path / "run.json", text + "\n")
 
 
 def _hint(apart: Sequence[str]) -> str:

@@ -3,20 +3,19 @@
 Shards on disk: Parquet files that anybody can read, each replaced in one step as work on it goes on."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float32
 
+from calibrated_rewards.files import replace_file
 from calibrated_rewards.models.text import plain_messages
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.samplers.protocol import Rollout
@@ -108,7 +107,7 @@ def write_shard(path: Path, shard: Shard) -> None:
         # Null where a rollout waits for its score.
         padded = [[*own.tolist(), *[None] * (len(r) - len(own))] for own, r in zip(scores, shard.rollouts, strict=True)]
         table = table.append_column(SCORE + name, pa.array([x for own in padded for x in own], pa.float32()))
-    with replacing(path) as file:
+    with replace_file(path) as file:
         pq.write_table(
             table.replace_schema_metadata({_STATE: state.encode()}), file, compression="zstd", write_page_checksum=True
         )
@@ -159,7 +158,7 @@ def write_prompts(path: Path, prompts: Sequence[Planned]) -> None:
     columns = [[p.key for p in prompts], *zip(*(stored(p.prompt) for p in prompts), strict=True)]
     columns.append([p.rendered for p in prompts])
     arrays = [pa.array(column, kind.type) for column, kind in zip(columns, PROMPT, strict=True)]
-    with replacing(path) as file:
+    with replace_file(path) as file:
         pq.write_table(pa.table(arrays, schema=PROMPT), file, compression="zstd", write_page_checksum=True)
 
 
@@ -214,29 +213,6 @@ def readable(path: Path) -> Iterator[None]:
 def loaded(text: str, chat: bool) -> Any:
     """What `stored` was given."""
     return json.loads(text) if chat else text
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A file that takes the place of `path` when it is complete and on the disk; errors of the disk name it."""
-    name = path.parent / f".{path.name}.{uuid4().hex}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(name, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from error
-    finally:
-        with suppress(OSError):
-            name.unlink(missing_ok=True)
 
 
 def _columns(shard: Shard) -> dict[str, list[Any]]:

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.calibration.run_directory import RunDirectory
-from calibrated_rewards.calibration.shards import Shard, loaded, read_scores, read_table, replacing, stored
+from calibrated_rewards.calibration.shards import Shard, loaded, read_scores, read_table, stored
+from calibrated_rewards.files import write_file
 from calibrated_rewards.prompts import as_key
 from calibrated_rewards.table.reference_table import ReferenceTable, Row
 
@@ -35,8 +36,7 @@ def tabulated(directory: RunDirectory, column: str, name: str | None) -> Referen
                 "probes": _probes(directory, column),
             }
             ReferenceTable.build(_rows(directory, column), path=at, meta=meta)
-            with replacing(at / ".made_of") as file:
-                file.write(f"{stamp} {_digest(at)}".encode())
+            write_file(at / ".made_of", f"{stamp} {_digest(at)}")
     return ReferenceTable.load(at)
 
 

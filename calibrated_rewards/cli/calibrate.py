@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.cli import model_options as reward_model, policy_options as policy
 from calibrated_rewards.cli.errors import Real, Whole, folder
-from calibrated_rewards.theory.named import transform
+from calibrated_rewards.theory.named import parse_transform
 from calibrated_rewards.theory.transforms import Identity
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--transform",
-        type=transform,
+        type=lambda name: parse_transform(name).transform,
         metavar="NAME",
         help="of --adaptive, on [0, 1]: identity (default), log, exp:10",
     )

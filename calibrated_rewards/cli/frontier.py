@@ -3,28 +3,17 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibrated_rewards.cli.errors import Real, Whole
-from calibrated_rewards.evaluation.objectives import (
-    OBJECTIVES,
-    Fixed,
-    Objective,
-    OptimumAtKL,
-    Transformed,
-    default_objectives,
-)
-from calibrated_rewards.theory.named import transform
+from calibrated_rewards.evaluation.objectives import Objective, default_objectives, parse_objective
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
-from calibrated_rewards.theory.transforms import scaled
 
 if TYPE_CHECKING:
     from calibrated_rewards.evaluation.estimates import Samples
     from calibrated_rewards.evaluation.results import FrontierEstimate
 
-OPTIMA: dict[str, Callable[[int], CalibratedProcedure]] = {"best-of": BestOf, "worst-of": WorstOf}
 EPILOG = """examples:
   calibrated-rewards frontier table/                                   every reward, at KL .5, 1 and 2
   calibrated-rewards frontier table/ --select reward --judge judge     selected by one scorer, judged by another
@@ -61,22 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def arm(name: str) -> tuple[str, Objective]:
-    """An arm by its name.
+    """Parse the name of an objective, for argparse.
 
-    >>> arm("best-of:8"), arm("log")[1].at(1.0)
-    (('best-of:8', OptimumAtKL(procedure=BestOf(n=8))), Transformed(transform=Log()))
+    >>> arm("best-of:8")
+    ('best-of:8', OptimumAtKL(procedure=BestOf(n=8)))
     """
-    if name in OBJECTIVES:
-        return name, OBJECTIVES[name]
-    kind, *numbers = name.split(":")
     try:
-        if kind in OPTIMA and len(numbers) == 1:
-            return name, OptimumAtKL(OPTIMA[kind](int(numbers[0])))
-        return name, Fixed(Transformed(scaled(transform(name), "unit")))
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(
-            f"an arm is {', '.join(OBJECTIVES)}, exp:T, best-of:N or worst-of:N, got {name!r}"
-        ) from None
+        return name, parse_objective(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def procedures(options: argparse.Namespace) -> list[CalibratedProcedure]:

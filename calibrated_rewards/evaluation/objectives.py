@@ -7,6 +7,7 @@ array([1.284, 5.755])
 'best-of:2'
 """
 
+from argparse import ArgumentTypeError
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -24,6 +25,7 @@ from calibrated_rewards.reward.calibrators import (
     ZScore,
 )
 from calibrated_rewards.table.reference_table import ReferenceTable
+from calibrated_rewards.theory.named import format_name, parse_procedure, parse_transform
 from calibrated_rewards.theory.optimum import optimum
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Procedure, WorstOf
 from calibrated_rewards.theory.transforms import Exponential, Identity, Log, Transform, scaled
@@ -104,10 +106,22 @@ def default_objectives(procedures: Iterable[Procedure]) -> dict[str, Objective]:
     procedures = list(procedures)
     worst = any(isinstance(each, WorstOf) for each in procedures)
     objectives = {name: each for name, each in OBJECTIVES.items() if worst or not name.startswith("exp:-")}
-    for procedure in procedures:
-        match procedure:
-            case BestOf(n=n):
-                objectives[f"best-of:{n}"] = OptimumAtKL(procedure)
-            case WorstOf(n=n):
-                objectives[f"worst-of:{n}"] = OptimumAtKL(procedure)
-    return objectives
+    optima = {format_name(each): OptimumAtKL(each) for each in procedures if isinstance(each, BestOf | WorstOf)}
+    return objectives | optima
+
+
+def parse_objective(name: str) -> Objective:
+    """Parse the name of an objective: one of `OBJECTIVES`, exp:T, best-of:N or worst-of:N; ValueError for another.
+
+    >>> parse_objective("best-of:8"), parse_objective("log").at(1.0)
+    (OptimumAtKL(procedure=BestOf(n=8)), Transformed(transform=Log()))
+    """
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    try:
+        if name.count(":") == 1 and name.startswith(("best-of:", "worst-of:")):
+            return OptimumAtKL(parse_procedure(name))
+        return Fixed(Transformed(scaled(parse_transform(name).transform, "unit")))
+    except (ValueError, ArgumentTypeError):
+        message = f"an arm is {', '.join(OBJECTIVES)}, exp:T, best-of:N or worst-of:N, got {name!r}"
+        raise ValueError(message) from None

@@ -10,7 +10,6 @@ Everything is stored in one directory, as in calibration, and a killed run conti
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from calibrated_rewards.evaluation.responses import KnowsPrecision, Measure, Res
 from calibrated_rewards.evaluation.results import Comparison, Evaluation, PolicyResult, Precision
 from calibrated_rewards.evaluation.win_rate import win_rate
 from calibrated_rewards.evaluation.wording import format_procedure, plain_prompts_note
-from calibrated_rewards.files import Message, setting
+from calibrated_rewards.files import Message, check_folder_name, setting
 from calibrated_rewards.prompts import Prompt, prompt_key
 from calibrated_rewards.samplers.protocol import Sampler
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint
@@ -40,7 +39,6 @@ REFERENCE = "reference"
 # Policies share their seeds, so that a difference of two is less noisy; the reference has others, or completions of a
 # policy near it would be its own, and would not be independent.
 SEED_OFFSET = 2**32
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def evaluate(
@@ -109,7 +107,7 @@ def _check(policies: Any, scorers: Any, select: str | None, procedures: Any, m: 
     if not (isinstance(policies, Mapping) and isinstance(scorers, Mapping) and policies and scorers and procedures):
         raise ValueError("evaluate needs policies and scorers, each by its name, and procedures, got none of one")
     for name in policies:
-        _check_name(name)
+        check_folder_name(name, "a policy", (REFERENCE, "evaluation.json"))
     if select is not None and select not in scorers:
         value = setting("select", repr(select))
         raise ValueError(Message(f"the scorers are {', '.join(scorers)}, and one of them selects; got {value}"))
@@ -124,16 +122,6 @@ def _check(policies: Any, scorers: Any, select: str | None, procedures: Any, m: 
         raise ValueError(f"{rule}, got {m}: draw more (m), or take a smaller N")
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"evaluate needs a folder to keep all in, got out={str(out)!r}, a file")
-
-
-def _check_name(name: Any) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"the name of a policy is a str, for it is that of its folder; got {name!r:.120}")
-    if not _NAME.fullmatch(name) or name.lower() in (REFERENCE, "evaluation.json"):
-        raise ValueError(
-            "the name of a policy is that of its folder: letters, digits, '.', '_' and '-', a hundred at most, and "
-            f"not {REFERENCE!r}; got {name!r:.120}"
-        )
 
 
 def _count_plain_prompts(prompts: Mapping[bytes, Prompt], reference: Sampler) -> int:

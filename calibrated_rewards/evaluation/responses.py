@@ -17,9 +17,10 @@ from jaxtyping import Float, Float64
 from tqdm import tqdm
 
 from calibrated_rewards.calibration.run_directory import RunDirectory
-from calibrated_rewards.calibration.shards import SCORE, read_table, replacing
+from calibrated_rewards.calibration.shards import SCORE, read_table
 from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.evaluation.results import Precision
+from calibrated_rewards.files import replace_file
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.samplers.protocol import Rollout
 from calibrated_rewards.scorers.protocol import fingerprint
@@ -126,7 +127,7 @@ def _write_cache(file: Path, models: str, cache: Mapping[bytes, Sequence[tuple[f
         for key, row in cache.items()
         for number, (kl, same) in enumerate(row)
     ]
-    with replacing(file) as handle:
+    with replace_file(file) as handle:
         table = pa.Table.from_pylist(rows, _CACHE.with_metadata({_MODELS: models}))
         pq.write_table(table, handle, compression="zstd")
 

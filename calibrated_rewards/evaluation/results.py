@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from calibrated_rewards.evaluation.estimates import IntervalEstimate
 from calibrated_rewards.evaluation.wording import few_prompts_notes, format_count, format_table, plain_prompts_note
+from calibrated_rewards.files import write_file
 
 RatesByJudge = Mapping[str, Mapping[str, IntervalEstimate]]
 
@@ -186,7 +187,7 @@ class Evaluation:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file in one step."""
-        _write(path, json.dumps(self.as_json(), indent=2))
+        write_file(path, json.dumps(self.as_json(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
@@ -331,7 +332,7 @@ class FrontierEstimate:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file in one step."""
-        _write(path, json.dumps(self.as_json(), indent=1))
+        write_file(path, json.dumps(self.as_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "FrontierEstimate":
@@ -355,13 +356,6 @@ class FrontierEstimate:
 def mark_ess(ess: float) -> str:
     """Return the mark of a number that rests on a small effective sample size."""
     return "~" * (ess < RELIABLE_ESS)
-
-
-def _write(path: str | os.PathLike[str], text: str) -> None:
-    from calibrated_rewards.calibration.shards import replacing
-
-    with replacing(Path(path)) as file:
-        file.write(f"{text}\n".encode())
 
 
 def _read_estimates(fields: Mapping[str, Any]) -> dict[str, IntervalEstimate]:

@@ -1,10 +1,12 @@
 """Words and numbers of results, written once for printed tables, figures and the report's page."""
 
-import re
+from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 
 from calibrated_rewards.evaluation.estimates import FEW_PROMPTS, IntervalEstimate
+from calibrated_rewards.theory.named import parse_procedure, parse_repr, parse_transform
 from calibrated_rewards.theory.optimum import Optimal
+from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.theory.transforms import Chain, Exponential, Identity, Log, Transform
 
 OBJECTIVES = {
@@ -45,13 +47,11 @@ def format_transform_repr(text: str) -> str:
     >>> format_transform_repr("Exponential(t=-10.0)"), format_transform_repr("my.own")
     ('-e^{-10u}', 'my.own')
     """
-    if match := re.search(r"Optimal\(procedure=(\w+\(n=\d+\))", text):
-        return f"optimum for {format_procedure(match[1])}"
-    if match := re.match(r"(?:Chain\()?Exponential\(t=(-?[\d.]+)\)", text):
-        return format_transform(Exponential(float(match[1])))
-    if match := re.match(r"(?:Chain\()?(Identity|Log)\(\)", text):
-        return format_transform(Log() if match[1] == "Log" else Identity())
-    return text
+    try:
+        transform = parse_repr(text)
+    except ValueError:
+        return text
+    return format_transform(transform) if isinstance(transform, Transform) else text
 
 
 def format_procedure(procedure: object) -> str:
@@ -60,9 +60,19 @@ def format_procedure(procedure: object) -> str:
     >>> format_procedure("BestOf(n=4)"), format_procedure("Standard()"), format_procedure("SoftBestOf(4, 1.0)")
     ('best of 4', 'one draw', 'SoftBestOf(4, 1.0)')
     """
-    text = procedure if isinstance(procedure, str) else repr(procedure)
-    match = re.fullmatch(r"(Best|Worst)Of\(n=(\d+)\)", text)
-    return f"{match[1].lower()} of {match[2]}" if match else "one draw" if text == "Standard()" else text
+    if isinstance(procedure, str):
+        try:
+            procedure = parse_procedure(procedure)
+        except ValueError:
+            return str(procedure)
+    match procedure:
+        case Standard():
+            return "one draw"
+        case BestOf(n=n):
+            return f"best of {n}"
+        case WorstOf(n=n):
+            return f"worst of {n}"
+    return repr(procedure)
 
 
 def format_objective(name: str) -> str:
@@ -71,12 +81,12 @@ def format_objective(name: str) -> str:
     >>> [format_objective(name) for name in ("exp:-10", "best-of:4", "raw", "mine")]
     ['-e^{-10u}', 'optimum for best of 4', 'raw score', 'mine']
     """
-    kind, _, number = name.partition(":")
-    if kind == "exp":
-        return format_transform(Exponential(float(number)))
-    if kind in ("best-of", "worst-of"):
-        return f"optimum for {kind.removesuffix('-of')} of {number}"
-    return OBJECTIVES.get(name, name)
+    try:
+        if name.startswith("exp:"):
+            return format_transform(parse_transform(name).transform)
+        return OBJECTIVES.get(name) or f"optimum for {format_procedure(parse_procedure(name))}"
+    except (ValueError, ArgumentTypeError):
+        return name
 
 
 def format_share(rate: IntervalEstimate) -> str:

@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from calibrated_rewards.prompts import Completion
+from calibrated_rewards.prompts import Completion, UnknownPromptError
 from calibrated_rewards.reward.batching import Coalescer
 from calibrated_rewards.reward.calibrators import Calibration, EmpiricalCDF
 from calibrated_rewards.reward.find_prompts import (
@@ -53,7 +53,7 @@ from calibrated_rewards.reward.scores import Score, Scores
 from calibrated_rewards.reward.verification import Form, Verification, verified
 from calibrated_rewards.scorers.lazy import Loaded
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, is_thread_safe, paired, score
-from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
+from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.optimum import Optimal
 from calibrated_rewards.theory.transforms import Affine, Chain, Identity, Scale, Transform, scaled

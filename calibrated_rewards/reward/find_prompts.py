@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from calibrated_rewards.models.text import plain_messages
-from calibrated_rewards.prompts import Prompt, as_key, id_key, start_of
-from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
+from calibrated_rewards.prompts import Prompt, UnknownPromptError, as_key, id_key, start_of
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 # In place of the key of a prompt of which only the id arrives.
 _NO_PROMPT = bytes(16)

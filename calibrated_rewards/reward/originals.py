@@ -19,11 +19,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 from jaxtyping import Int64
 
+from calibrated_rewards.files import write_file
 from calibrated_rewards.models.text import plain_messages
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.table.reference_table import ReferenceTable
@@ -46,9 +46,7 @@ class Originals:
             row = int(table.find([prompt])[0])
             if row >= 0 and lines[row] == "null":
                 lines[row] = json.dumps(prompt if isinstance(prompt, str) else plain_messages(prompt))
-        new = Path(f"{os.fspath(path)}.{uuid4().hex}")
-        new.write_text("".join(f"{line}\n" for line in lines))
-        new.replace(path)
+        write_file(path, "".join(f"{line}\n" for line in lines))
         return cls(os.path.abspath(path))
 
     def __call__(self, rows: Int64[np.ndarray, " G"]) -> list[Prompt | None]:

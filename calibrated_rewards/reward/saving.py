@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrated_rewards.files import import_function
+from calibrated_rewards.files import import_function, write_file
 from calibrated_rewards.models.server_address import check_saved, is_secret, named, token_for
 from calibrated_rewards.reward.originals import Originals, of_run
 from calibrated_rewards.table.reference_table import ReferenceTable
@@ -170,9 +170,7 @@ def write(reward: Any, to: str | os.PathLike[str]) -> None:
     reward.table.save(at / TABLE)
     _write_prompts(reward, at / PROMPTS)
     text = json.dumps({"format": FORMAT, "version": VERSION, "table": _digest(at), **settings}, indent=2)
-    new = at / f".{SETTINGS}.{os.getpid()}"
-    new.write_text(text + "\n")
-    new.replace(at / SETTINGS)
+    write_file(at / SETTINGS, text + "\n")
 
 
 def read_of_directory(

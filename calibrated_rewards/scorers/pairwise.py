@@ -5,13 +5,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from calibrated_rewards.prompts import KEY_BYTES, Completion, Prompt, as_key, start_of
+from calibrated_rewards.files import write_file
+from calibrated_rewards.prompts import KEY_BYTES, Completion, Prompt, UnknownPromptError, as_key, start_of
 from calibrated_rewards.scorers.protocol import (
     fingerprint,
     is_thread_safe,
@@ -21,7 +21,6 @@ from calibrated_rewards.scorers.protocol import (
     reads_messages,
     without_tensors,
 )
-from calibrated_rewards.table.reference_table import UnknownPromptError
 
 # How far rounding may carry a probability out of [0, 1].
 ROUNDING = 1e-5
@@ -135,9 +134,7 @@ class References:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """To one JSONL file, a prompt a line by ascending key: equal references are equal bytes."""
-        partial = Path(f"{os.fspath(path)}.partial")
-        partial.write_text("".join(f"{line}\n" for line in self._lines()), encoding="utf-8")
-        partial.replace(path)
+        write_file(path, "".join(f"{line}\n" for line in self._lines()))
 
     def __call__(self, prompt: Prompt) -> Sequence[Completion]:
         """The references of a prompt; UnknownPromptError if there are none."""

@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
+from calibrated_rewards.prompts import UnknownPromptError
 from calibrated_rewards.reward.batching import Coalescer, Full
 from calibrated_rewards.reward.scores import Score
 from calibrated_rewards.server import bodies as schema
@@ -25,7 +26,6 @@ from calibrated_rewards.server.dialects import Ask, dialect_of
 from calibrated_rewards.server.limits import Limits, Refused
 from calibrated_rewards.server.listening import check_address, listen
 from calibrated_rewards.server.metrics import Metrics
-from calibrated_rewards.table.reference_table import UnknownPromptError
 
 LOG = logging.getLogger("calibrated_rewards.server.app")
 

@@ -1,4 +1,4 @@
-"""A table in ten numbers: how large it is, how fine its scores are, and how far prompts are apart."""
+"""Ten numbers about a table: its size, the resolution of its scores, and the distance between prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COMPARED_PROMPTS = 4096
 
 
 class _Statistics(NamedTuple):
-    """What a run of rows has to say."""
+    """Statistics of some consecutive rows."""
 
     means: Float64[np.ndarray, " P"]
     variances: Float64[np.ndarray, " P"]  # unbiased, of rows with K >= 2 only
@@ -25,7 +25,7 @@ class _Statistics(NamedTuple):
 
 
 def describe(content: Content) -> dict[str, float]:
-    """A table in ten numbers, in memory that does not grow with the scores.
+    """Describe a table in ten numbers, in memory that does not grow with the scores.
 
     - `prompts`; `references` in all, and `references_min`, `_median`, `_max` per prompt
     - `tied_share`: of the references that equal another one of their prompt
@@ -77,7 +77,7 @@ def _statistics(begins: Int64[np.ndarray, " edges"], scores: Float32[np.ndarray,
 
 
 def _mean_distance(content: Content) -> float:
-    """The mean of sup |F_prompt - F_pooled|; prompts are ordered by their hashes, so every n-th is a fair sample."""
+    """Return the mean of sup |F_prompt - F_pooled|; keys are hashes, so every n-th prompt is a fair sample."""
     pooled_rows = _spread(content.prompts, max(1, _POOLED_SCORES * content.prompts // content.total))
     pooled = np.sort(np.concatenate([matrix.ravel() for _, matrix in blocks(content, pooled_rows)]))
     distances = [
@@ -91,7 +91,7 @@ def _spread(prompts: int, most: int) -> Int64[np.ndarray, " _"]:
 
 
 def _distances(matrix: Float32[np.ndarray, "b K"], pooled: Float32[np.ndarray, " _"]) -> Float64[np.ndarray, " b"]:
-    """Kolmogorov distances: both steps change only at the row's scores, or between them in the pool's favour."""
+    """Return Kolmogorov distances, which are largest at one of the row's scores or just before it."""
     k = matrix.shape[1]
     last = np.ones(matrix.shape, dtype=bool)
     last[:, :-1] = matrix[:, 1:] != matrix[:, :-1]
@@ -102,5 +102,4 @@ def _distances(matrix: Float32[np.ndarray, "b K"], pooled: Float32[np.ndarray, "
     place = np.arange(k)
     above = np.where(last, np.abs(at - (place + 1) / k), 0.0)
     below = np.where(first, np.abs(before - place / k), 0.0)
-    distances: Float64[np.ndarray, " b"] = np.maximum(above, below).max(axis=1)
-    return distances
+    return np.asarray(np.maximum(above, below).max(axis=1))

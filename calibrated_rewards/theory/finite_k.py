@@ -1,4 +1,4 @@
-"""What K references can tell: any transform with any estimator is one vector of 2K + 1 numbers.
+"""Values of a rank among K references: any transform with any estimator is one vector of 2K + 1 numbers.
 
 A score with `below` of its K references strictly below it and `equal` tied has the index i = 2 below + equal: its
 empirical quantile (Eq. 12) is i / 2K, and no more is known of it. Four ways to value the index:
@@ -28,17 +28,16 @@ import numpy.typing as npt
 from jaxtyping import Float
 from scipy.special import digamma, gammaln, log_expit, logit, logsumexp, xlog1py, xlogy
 
-from calibrated_rewards.theory.quadrature import MOST_PANELS, ORDER, WINDOW, Grid
+from calibrated_rewards.theory.quadrature import MOST_PANELS, ORDER, WINDOW, Array, Grid
 from calibrated_rewards.theory.transforms import Affine, Chain, Exponential, Identity, Log, Power, Transform, knots
 
-Array: TypeAlias = npt.NDArray[np.float64]
 Estimator: TypeAlias = Literal["empirical", "posterior", "unbiased", "randomised"]
 # The least-squares fit behind "unbiased" takes up to a second at this K, and much longer soon after.
 MOST_FITTED = 1000
 
 
 def values(transform: Transform, K: int, estimator: Estimator = "empirical") -> Float[np.ndarray, " {2*K+1}"]:
-    """The value of each index i = 2 below + equal in 0..2K: non-decreasing and finite.
+    """Return the value of each index i = 2 below + equal in 0..2K: non-decreasing and finite.
 
     "empirical" values index 0 at u = 1/2K where Phi is infinite at 0, and index 2K at u = 1 - 1/2K where it is at 1.
     "unbiased" is exact for Identity and for Power with a whole p <= K; for Exponential its bias is O(t^{K+1}/(K+1)!);
@@ -62,7 +61,7 @@ def values(transform: Transform, K: int, estimator: Estimator = "empirical") -> 
 
 
 def _shifted(transform: Transform, K: int, estimate: Callable[[Transform, int], Array]) -> Array:
-    """Every estimator is linear in Phi, so affine parts at the end of a chain act on the vector."""
+    """Estimate, with affine parts at the end of a chain acting on the vector: every estimator is linear in Phi."""
     match transform:
         case Chain(parts=(only,)):
             return _shifted(only, K, estimate)
@@ -111,7 +110,7 @@ def _posterior(transform: Transform, K: int) -> Array:
 
 
 def _confluent(a: Array, b: float, t: float) -> Array:
-    """1F1(a; b; t) for 0 < a <= b and t > 0, which is at most e^t, by its series."""
+    """Sum 1F1(a; b; t) for 0 < a <= b and t > 0, which is at most e^t, as a series."""
     term, total, m = np.ones_like(a), np.ones_like(a), 0
     while (term > 1e-18 * total).any():
         term = term * (a + m) / (b + m) * (t / (m + 1))
@@ -134,7 +133,7 @@ def _unbiased(transform: Transform, K: int) -> Array:
 
 
 def _falling(j: Array, K: int, p: int) -> Array:
-    """binom(j, p) / binom(K, p), whose mean over j ~ Binomial(K, C) is C^p."""
+    """Return binom(j, p) / binom(K, p), whose mean over j ~ Binomial(K, C) is C^p."""
     product = np.ones_like(j)
     for m in range(p):
         product *= np.maximum(j - m, 0.0) / (K - m)
@@ -142,7 +141,7 @@ def _falling(j: Array, K: int, p: int) -> Array:
 
 
 def _exponential_series(K: int, t: float) -> Array:
-    """Sum over m <= j of t^m / m! binom(j, m) / binom(K, m), the unbiased e^{tC} but for its terms beyond K."""
+    """Sum, over m <= j, of t^m / m! binom(j, m) / binom(K, m), the unbiased e^{tC} but for its terms beyond K."""
     j = np.arange(K + 1.0)
     term, total = np.ones_like(j), np.ones_like(j)
     for m in range(K):
@@ -154,7 +153,7 @@ def _exponential_series(K: int, t: float) -> Array:
 
 
 def _least_biased(transform: Transform, K: int) -> Array:
-    """Non-negative least squares for the increments, against the Bernstein basis on the panels' nodes.
+    """Fit increments by non-negative least squares against the Bernstein basis on the panels' nodes.
 
     The basis is singular in double precision from K = 50 or so. A penalty of 1e-8 of the mean square error picks, among
     vectors whose biases no double can tell apart, the one with the least variance: the root mean square bias is within
@@ -175,8 +174,8 @@ def _least_biased(transform: Transform, K: int) -> Array:
     target = np.concatenate([weight * (phi - origin), penalty * (_posterior(transform, K)[::2] - origin)]) / span
     steps = np.flip(np.cumsum(np.flip(basis, 1), axis=1), 1)
     triangle = np.asarray(np.linalg.qr(np.column_stack([steps, -steps[:, :1], target]), mode="r"))
-    found = nnls(triangle[:, :-1], triangle[:, -1], maxiter=100 * (K + 2))[0]
-    return np.asarray(origin + span * (np.cumsum(found[:-1]) - found[-1]))
+    increments = nnls(triangle[:, :-1], triangle[:, -1], maxiter=100 * (K + 2))[0]
+    return np.asarray(origin + span * (np.cumsum(increments[:-1]) - increments[-1]))
 
 
 def _randomised(transform: Transform, K: int) -> Array:
@@ -196,14 +195,14 @@ _ESTIMATES: dict[str, Callable[[Transform, int], Array]] = {
 
 
 def _with_ties(whole: Array) -> Array:
-    """Values of i = 0, 2, ... 2K, and for the odd ones between them the mean of their neighbours."""
+    """Give the odd indices between 0, 2, ... 2K the mean of their neighbours."""
     vector = np.empty(2 * len(whole) - 1)
     vector[::2], vector[1::2] = whole, (whole[1:] + whole[:-1]) / 2
     return vector
 
 
 def randomised(below: npt.ArrayLike, equal: npt.ArrayLike, K: int, rng: np.random.Generator) -> Array | np.float64:
-    """u = (below + V (equal + 1)) / (K + 1), V ~ Unif(0, 1): exactly uniform under pi_ref, for any K and any ties.
+    """Draw u = (below + V (equal + 1)) / (K + 1), V ~ Unif(0, 1): exactly uniform under pi_ref, for any K and any ties.
 
     >>> randomised([0, 3], [2, 0], 3, np.random.default_rng(0)).round(3)
     array([0.478, 0.817])
@@ -216,12 +215,12 @@ def randomised(below: npt.ArrayLike, equal: npt.ArrayLike, K: int, rng: np.rando
 
 
 def inside(transform: Transform, grid: Grid) -> Array:
-    """Phi at the nodes, short of u = 1 where the logit is finite and the float is not."""
+    """Evaluate Phi at the nodes, short of u = 1 where the logit is finite and the float is not."""
     return np.asarray(transform(np.clip(grid.u, 1e-300, 1 - 2.0**-53)), np.float64)
 
 
 def panels(transform: Transform, K: int = 1, edges: npt.ArrayLike = ()) -> Grid:
-    """Panels that resolve Phi, to 1e-12 of its largest value on each, and the likelihood of C given any index of K."""
+    """Make panels that resolve Phi to 1e-12 of its largest value on each, and the likelihood of C given any index."""
     turns = np.linspace(0, np.pi / 2, ceil(sqrt(K)) + 1)[1:-1]  # 3.1 standard deviations of arcsin sqrt(C) each
     kinks = np.asarray(logit(knots(transform)), np.float64)
     grid = Grid(np.unique(np.concatenate([WINDOW, edges, kinks, 2 * np.log(np.tan(turns))])))
@@ -250,7 +249,7 @@ def _check_tails(transform: Transform, grid: Grid) -> None:
 
 
 def binomial_chances(K: int, u: Array) -> tuple[npt.NDArray[np.intp], Array]:
-    """Counts j and the probabilities of J = j, J ~ Binomial(K, u): a row for each u, all that is above 1e-17 of it."""
+    """Return counts j and P(J = j), J ~ Binomial(K, u): a row for each u, with all that is above 1e-17."""
     width = min(K + 1, int(2 * (9 * sqrt(K / 4) + 40)))
     start = np.clip(np.floor(K * u) - width // 2, 0, K + 1 - width).astype(np.intp)
     j = start[:, None] + np.arange(width)
@@ -261,7 +260,7 @@ def binomial_chances(K: int, u: Array) -> tuple[npt.NDArray[np.intp], Array]:
 
 
 def log_partition(transform: Transform, beta: float, K: int, estimator: Estimator = "empirical") -> float:
-    """log Z_K, Z_K = (1/(K+1)) sum_j e^{v_j / beta}: exact over references and responses, for the rank is uniform.
+    """Return log Z_K, Z_K = (1/(K+1)) sum_j e^{v_j / beta}: exact over references, for the rank is uniform.
 
     >>> round(log_partition(Identity(), 0.1, 8), 4), round(log_partition(Identity(), 0.1, 10_000), 4)
     (8.1403, 7.6978)

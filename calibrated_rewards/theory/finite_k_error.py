@@ -1,4 +1,4 @@
-"""How far the values of K references are from Phi of the true quantile, and how many references are enough.
+"""Bias and error of the values of K references against Phi of the true quantile, and the K that is enough.
 
 The posterior mean has the least mean square error, and yet more bias than the plug-in where e^{tu} is small:
 
@@ -14,24 +14,22 @@ randomised  bias at C = 1/2 +44.7%  rmse 1747
 from functools import partial
 from itertools import count
 from math import ceil, isfinite, sqrt
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from calibrated_rewards.theory.bands import band
 from calibrated_rewards.theory.finite_k import MOST_FITTED, Estimator, binomial_chances, inside, panels, values
-from calibrated_rewards.theory.quadrature import MOST_PANELS
+from calibrated_rewards.theory.quadrature import MOST_PANELS, Array
 from calibrated_rewards.theory.transforms import Affine, Chain, Exponential, Identity, Power, Transform
 
-Array: TypeAlias = npt.NDArray[np.float64]
 MOST_REFERENCES = 10**6
 # The exact band takes some tenths of a second at this K, and much longer soon after.
 MOST_BANDED = 1000
 
 
 def bias(transform: Transform, K: int, estimator: Estimator, c: npt.ArrayLike) -> Array | np.float64:
-    """Expected value over K references at the true quantiles c, less Phi(c): exact, and infinite where Phi(c) is.
+    """Return the mean value over K references at true quantiles c, less Phi(c): exact, and infinite where Phi(c) is.
 
     >>> u = np.array([0.1, 0.5, 0.9])
     >>> bias(Identity(), 8, "posterior", u).round(4)
@@ -45,7 +43,7 @@ def bias(transform: Transform, K: int, estimator: Estimator, c: npt.ArrayLike) -
 
 
 def rmse(transform: Transform, K: int, estimator: Estimator = "empirical") -> float:
-    """Root mean square of value less Phi(C) over C ~ Unif[0, 1] and K references, to 1e-9 of itself.
+    """Return the root mean square of value less Phi(C) over C ~ Unif[0, 1] and K references, to 1e-9 of itself.
 
     >>> [round(rmse(Identity(), 50, estimator) ** -2, 6) for estimator in ("empirical", "posterior")]  # 6K, 6(K + 2)
     [300.0, 312.0]
@@ -66,7 +64,7 @@ def rmse(transform: Transform, K: int, estimator: Estimator = "empirical") -> fl
 def references_needed(
     transform: Transform, error: float, estimator: Estimator = "empirical", delta: float | None = None
 ) -> int:
-    """The smallest K, found by doubling and bisection, whose `rmse` is at most `error`.
+    """Find the smallest K, by doubling and bisection, whose `rmse` is at most `error`.
 
     With delta: whose values are within `error` of Phi(C) for all responses at once with probability 1 - delta, by the
     better of two bands (no ties; "simultaneous" is considered up to K = 1000).
@@ -95,7 +93,7 @@ def references_needed(
 
 
 def _worst_error(transform: Transform, K: int, estimator: Estimator, delta: float) -> float:
-    """Largest distance from a value to Phi at either end of its band; which band is better is known before any data."""
+    """Return the largest distance from a value to Phi at an end of its band, for the better of two bands."""
     whole = values(transform, K, estimator)[::2]
     bands = [band(K, delta, "dkw")] + ([band(K, delta, "simultaneous")] if K <= MOST_BANDED else [])
     gaps = [max(np.max(transform(high[::2]) - whole), np.max(whole - transform(low[::2]))) for low, high in bands]
@@ -103,7 +101,7 @@ def _worst_error(transform: Transform, K: int, estimator: Estimator, delta: floa
 
 
 def _mean_deviation(whole: Array, u: Array, phi: Array, power: int) -> Array:
-    """E[(v_J - phi)^power] over references, at each true quantile u."""
+    """Return E[(v_J - phi)^power] over references, at each true quantile u."""
     K = len(whole) - 1
     means = []
     for part in np.array_split(np.arange(len(u)), ceil(len(u) * min(K + 1, 9 * sqrt(K) + 80) / 2e6) or 1):
@@ -113,7 +111,7 @@ def _mean_deviation(whole: Array, u: Array, phi: Array, power: int) -> Array:
 
 
 def _has_unbiased(transform: Transform) -> bool:
-    """Whether "unbiased" is exact, or a series, once K is large."""
+    """True if "unbiased" is exact, or a series, once K is large."""
     match transform:
         case Chain(parts=(only,)):
             return _has_unbiased(only)

@@ -11,8 +11,8 @@ from typing import Any
 
 from calibrated_rewards.cli.errors import Real, Whole, error_text, folder
 from calibrated_rewards.evaluation.expectations import expect_of
+from calibrated_rewards.prompts import UnknownPromptError
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
-from calibrated_rewards.table.reference_table import UnknownPromptError
 from calibrated_rewards.theory.named import parse_transform
 from calibrated_rewards.training import opening
 from calibrated_rewards.training.run_folder import RunFolder, about

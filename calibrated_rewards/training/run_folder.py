@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from calibrated_rewards.calibration.sources import Asked
-from calibrated_rewards.files import claim
+from calibrated_rewards.files import claim, write_file
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.protocol import Decoding
+from calibrated_rewards.scorers.differences import differences
 from calibrated_rewards.training.policy_model import place_of
 from calibrated_rewards.training.raw import RawReward
 
@@ -100,27 +101,22 @@ class RunFolder:
             return
         before = json.loads(at.read_text())
         now = json.loads(json.dumps(about))
-        others = _differences(before, now)
+        others = [f"{at} was {old!r:.80}, is {new!r:.80}" for at, old, new in differences(before, now)]
         if others:
             raise ValueError(f"{self.out} has a run with other settings ({'; '.join(others)}): choose another folder")
 
     def begin(self, about: Mapping[str, Any]) -> None:
         """Write down what the run is; what was cut short goes, since no run can go on from it."""
-        from calibrated_rewards.calibration.shards import replacing  # needs pyarrow, as the plain loops do not
-
         _remove(self.unfinished_model)
         for each in self.checkpoints.glob("checkpoint-*"):
             if not _whole(each):
                 sys.stderr.write(f"{each} was cut short: it is removed, and the run goes on from before it\n")
                 shutil.rmtree(each, ignore_errors=True)
-        with replacing(self.out / "settings.json") as file:
-            file.write(json.dumps(about, indent=2).encode())
+        self.describe(about)
 
     def describe(self, about: Mapping[str, Any]) -> None:
         """Write down what the run is, and no more: for loops that have no checkpoints."""
-        unfinished = self.out / ".settings.json"
-        unfinished.write_text(json.dumps(about, indent=2))
-        os.replace(unfinished, self.out / "settings.json")
+        write_file(self.out / "settings.json", json.dumps(about, indent=2))
 
     def last_checkpoint(self) -> str | None:
         """The newest that is whole; None at the start."""
@@ -129,10 +125,7 @@ class RunFolder:
 
     def write_log(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """The log of the steps so far, in place of what was there."""
-        from calibrated_rewards.calibration.shards import replacing
-
-        with replacing(self.log) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_file(self.log, "".join(json.dumps(row) + "\n" for row in rows))
 
     def add_to_log(self, row: Mapping[str, Any]) -> None:
         """A line more."""
@@ -196,11 +189,3 @@ def about_reward(reward: Any) -> dict[str, Any]:
 
 def _digest(data: bytes) -> str:
     return blake2b(data, digest_size=8).hexdigest()
-
-
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """What differs, by name."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = sorted({*before, *now})
-        return [each for key in names for each in _differences(before.get(key), now.get(key), f"{name}.{key}")]
-    return [] if before == now else [f"{name.removeprefix('.')} was {before!r:.80}, is {now!r:.80}"]

@@ -338,6 +338,6 @@ def test_one_rollout_is_warned_of(tmp_path, caplog):
 def test_a_column_of_scores_has_a_name_for_a_folder(tmp_path, name):
     """As a reward model has: its table is written there, and not over the run's own files or beside them."""
     rows = [{"prompt": "p", "completions": ["1", "2"], "scores": [1.0, 2.0]}]
-    with pytest.raises(ValueError, match="the name of a reward model has letters"):
+    with pytest.raises(ValueError, match="the name of a reward model is that of its folder: letters"):
         import_rollouts(rows, tmp_path / "run", scores={name: "scores"})
     assert [*tmp_path.iterdir()] == []

@@ -20,12 +20,12 @@ from calibrated_rewards.calibration.shards import (
     read_prompts,
     read_scores,
     read_shard,
-    replacing,
     rows_in,
     state_of,
     write_prompts,
     write_shard,
 )
+from calibrated_rewards.files import replace_file
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import Rollout
 
@@ -104,9 +104,9 @@ def test_a_file_that_is_not_the_shard_is_refused_by_name(tmp_path, what):
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     """A write that fails leaves the old file, and nothing beside it."""
     path = tmp_path / "file"
-    with replacing(path) as file:
+    with replace_file(path) as file:
         file.write(b"old")
-    with pytest.raises(TypeError), replacing(path) as file:
+    with pytest.raises(TypeError), replace_file(path) as file:
         file.write(3)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
@@ -171,13 +171,13 @@ def test_a_state_that_does_not_fit_its_rows_names_the_file(tmp_path: Path) -> No
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from calibrated_rewards.calibration.shards import replacing
+from calibrated_rewards.files import replace_file
 from calibrated_rewards.table.reference_table import ReferenceTable
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 folder = Path(sys.argv[1])
 def fill():
-    with replacing(folder / "00000.parquet") as file:
+    with replace_file(folder / "00000.parquet") as file:
         file.write(b"x" * 100_000)
 for write in fill, lambda: ReferenceTable.build([("p", [0.0] * 5000)], path=folder / "table"):
     try:

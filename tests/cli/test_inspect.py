@@ -103,14 +103,14 @@ def test_a_table_of_the_hub(tmp_path, monkeypatch, capsys):
     ReferenceTable.build(rows(), path=tmp_path / "t")
     asked = []
 
-    def download(name, revision=None, **options):
-        asked.append((name, revision, options))
+    def download(name, revision=None, token=None, **_):
+        asked.append((name, revision, token))
         return str(tmp_path / "t")
 
-    monkeypatch.setattr("calibrated_rewards.table.hub.download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
 
     assert told(capsys, "mine/table", "--revision", "v1")[0] == 0
-    assert asked == [("mine/table", "v1", {"token": None})]
+    assert asked == [("mine/table", "v1", None)]
 
 
 @pytest.mark.parametrize(

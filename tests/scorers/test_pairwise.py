@@ -9,10 +9,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from calibrated_rewards.prompts import prompt_key
+from calibrated_rewards.prompts import UnknownPromptError, prompt_key
 from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, listed, win_chances
 from calibrated_rewards.scorers.protocol import fingerprint, score
-from calibrated_rewards.table.reference_table import UnknownPromptError
 
 CHAT = [{"role": "user", "content": "Hi"}]
 REPLY = [{"role": "assistant", "content": "2.0"}]

@@ -1,4 +1,4 @@
-"""Features from a reward model: its own hidden state for the prompt alone."""
+"""PromptFeatures: a reward model's own hidden state for a prompt, as features of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ Pool = Literal["last", "first", "mean"]
 
 @runtime_checkable
 class Readable(Protocol):
-    """A scorer that is a transformer with its tokenizer, and says how it reads text."""
+    """A scorer that is a transformer with its tokenizer and its way to write text."""
 
     model: Any
     tokenizer: Any
@@ -43,21 +43,21 @@ class PromptFeatures:
 
     scorer: Any
     pool: Pool | None = None
-    """Which token's state: None is the last one's in a model that looks back only, and the mean in all others."""
+    """The token whose state is read; None is the last one in a causal model, and the mean in all others."""
 
     def __post_init__(self) -> None:
         if self.pool not in (None, "last", "first", "mean"):
             raise ValueError(f"PromptFeatures needs pool to be 'last', 'first' or 'mean', got pool={self.pool!r}")
 
     def __call__(self, prompts: Sequence[Prompt]) -> Float32[np.ndarray, "P d"]:
-        """A row for each prompt: alone, in a batch, in any order the same."""
+        """Return a row for each prompt: the same alone, in a batch, in any order."""
         prompts = list(prompts)
         with lock_of(self._readable.model):  # fast tokenizers do not bear two threads
             rows = self._tokens(prompts)
         return self._reader(rows).numpy() if rows else np.empty((0, self._width), np.float32)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the features depend on: all that the scores do, and the token that is read."""
+        """Return all that the features depend on: what the scores depend on, and the token that is read."""
         return {"kind": "prompt features", "scorer": fingerprint(self.scorer), "pool": self._pool}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class PromptFeatures:
 
     @cached_property
     def _body(self) -> nn.Module:
-        """What gives the states; of an encoder-decoder, its encoder."""
+        """The module that gives the states: the body, or the encoder of an encoder-decoder."""
         model = unwrapped(self._readable.model)
         return model.get_encoder() if model.config.is_encoder_decoder else body_of(model)
 
@@ -87,7 +87,7 @@ class PromptFeatures:
 
     @cached_property
     def _pool(self) -> Pool:
-        return self.pool or ("last" if looks_back(self._one_state) else "mean")
+        return self.pool or ("last" if is_causal(self._one_state) else "mean")
 
     @cached_property
     def _reader(self) -> OwnForward:
@@ -129,7 +129,7 @@ class Pooled(nn.Module):
         self.body, self.config, self.pool = body, config, pool
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """The states that are asked for, as {"state": (n, hidden size)}; rows are padded on the right."""
+        """Return the pooled states as {"state": (n, hidden size)}; rows are padded on the right."""
         states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
         lengths = attention_mask.sum(1)
         if self.pool == "mean":
@@ -138,11 +138,11 @@ class Pooled(nn.Module):
         return {"state": states[torch.arange(len(states), device=states.device), at.to(states.device)]}
 
     def get_input_embeddings(self) -> Any:
-        """The body's."""
+        """Return the embeddings of the body."""
         return self.body.get_input_embeddings()  # type: ignore[operator]
 
 
-def looks_back(first_state: Any) -> bool:
-    """Whether the first token's state is the same whatever follows: then only the last one has read it all."""
+def is_causal(first_state: Any) -> bool:
+    """Return whether the first token's state is the same whatever follows: then only the last has read all tokens."""
     one, other = first_state([5, 6, 7, 8, 9, 10, 11, 12, 13]), first_state([5, 9, 10, 11, 6, 7, 8, 13, 12])
     return bool((one - other).abs().max() <= 1e-3 * one.abs().max())

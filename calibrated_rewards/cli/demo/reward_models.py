@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
-from calibrated_rewards.calibration.shards import replacing
 from calibrated_rewards.cli.demo.assets import MOVIES, Rated, encoder, made, ratings
+from calibrated_rewards.files import replace_file
 from calibrated_rewards.models.parts import right_padded
 from calibrated_rewards.models.text import Text
 
@@ -102,7 +102,7 @@ class Learner:
     def save(self, done: int, path: Path) -> None:
         """After so many batches."""
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
-        with replacing(path) as file:
+        with replace_file(path) as file:
             torch.save({**parts, "done": done, "random": torch.get_rng_state()}, file)
 
     def load(self, path: Path) -> int:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from calibrated_rewards import __version__
-from calibrated_rewards.calibration.shards import replacing
 from calibrated_rewards.cli.demo.parts import Parts, Scale
 from calibrated_rewards.cli.demo.pipeline import CALIBRATED, RAW, Demo, betas
 from calibrated_rewards.evaluation.report.report import report
 from calibrated_rewards.evaluation.responses import read_scores
 from calibrated_rewards.evaluation.results import RELIABLE_ESS, Evaluation, FrontierEstimate, FrontierPoint
+from calibrated_rewards.files import write_file
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf
 from calibrated_rewards.training.launch import outcome
@@ -56,8 +56,7 @@ class Diary:
 
     def save(self) -> None:
         """Write it down."""
-        with replacing(self.path) as file:
-            file.write(json.dumps({"about": self.about, "seconds": self.seconds}, indent=2).encode())
+        write_file(self.path, json.dumps({"about": self.about, "seconds": self.seconds}, indent=2))
 
 
 def say(text: str) -> None:

@@ -16,7 +16,7 @@ from calibrated_rewards.evaluation.report.experiment import (
     Experiment,
     choose_judge,
     choose_procedure,
-    parse_procedure,
+    find_procedure,
 )
 from calibrated_rewards.evaluation.report.page import (
     Block,
@@ -146,7 +146,7 @@ def _draw_beside_theory(experiment: Experiment, evaluation: Evaluation, interval
     """Draw measured KL and win rate under the reward itself, the one that theory is about."""
     by, policies = evaluation.selected_by, evaluation.policies
     name = choose_procedure([*next(iter(policies[0].win_rates.values()))])
-    procedure = parse_procedure(name)
+    procedure = find_procedure(name)
     measured = {p.name: (p.kl, p.win_rates[by][name]) for p in policies if p.kl is not None and by in p.win_rates}
     most = max((kl.value for kl, _ in measured.values()), default=0.0)
     if procedure is None or most <= 0:
@@ -196,7 +196,7 @@ def write_examples(experiment: Experiment) -> Section | None:
     if evaluation is None or at is None or not evaluation.policies:
         return None
     by, names = evaluation.selected_by, [*(policy.name for policy in evaluation.policies), REFERENCE]
-    procedure = parse_procedure(choose_procedure([*evaluation.policies[0].win_rates[by]]))
+    procedure = find_procedure(choose_procedure([*evaluation.policies[0].win_rates[by]]))
     n = procedure.n if isinstance(procedure, BestOf) else 1
     examples = {name: _read_examples(at / name / "rollouts", by, n) for name in names}
     shared = [key for key in examples[REFERENCE] if all(key in each for each in examples.values())][:PROMPTS]

@@ -14,7 +14,8 @@ from calibrated_rewards.evaluation.table_laws import TableRewards
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.reward.saving import read
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf
+from calibrated_rewards.theory.named import parse_procedure
+from calibrated_rewards.theory.procedures import Procedure, Standard
 from calibrated_rewards.theory.transforms import Identity, Transform, scaled
 
 # Columns of a log that the page uses; a run may log anything else.
@@ -69,7 +70,7 @@ class Experiment:
             names = [*next(iter(self.evaluation.policies[0].win_rates.values()))]
         elif self.frontier is not None:
             names = self.frontier.procedures
-        return (parse_procedure(choose_procedure(names)) if names else None) or Standard()
+        return (find_procedure(choose_procedure(names)) if names else None) or Standard()
 
     def table_rewards(self, procedure: Procedure) -> TableRewards | None:
         """Rewards of the table that policies are trained for; None where the saved reward is not one of ranks."""
@@ -126,19 +127,16 @@ def find_name(fingerprint: Mapping[str, Any]) -> str | None:
     return next((fingerprint[key] for key in keys if isinstance(fingerprint.get(key), str)), None)
 
 
-def parse_procedure(name: str) -> Procedure | None:
+def find_procedure(name: str) -> Procedure | None:
     """Parse the repr of a procedure; None unless it is one that a rank decides.
 
-    >>> parse_procedure("BestOf(n=4)"), parse_procedure("SoftBestOf(n=4, temperature=1.0)")
+    >>> find_procedure("BestOf(n=4)"), find_procedure("SoftBestOf(n=4, temperature=1.0)")
     (BestOf(n=4), None)
     """
-    kind, _, arguments = name.removesuffix(")").partition("(")
-    n = arguments.removeprefix("n=")
-    if kind == "Standard":
-        return Standard()
-    if kind not in ("BestOf", "WorstOf") or not n.isdecimal():
+    try:
+        return parse_procedure(name)
+    except ValueError:
         return None
-    return BestOf(int(n)) if kind == "BestOf" else WorstOf(int(n))
 
 
 def choose_procedure(names: Sequence[str]) -> str:

@@ -7,13 +7,13 @@ directory of an experiment and leaves out the rest. Every number comes from a fi
 import os
 from pathlib import Path
 
-from calibrated_rewards.calibration.shards import replacing
 from calibrated_rewards.evaluation.report.calibration_section import write_calibration
 from calibrated_rewards.evaluation.report.evaluation_section import write_evaluation, write_examples
 from calibrated_rewards.evaluation.report.experiment import Experiment, find_name, read_experiment
 from calibrated_rewards.evaluation.report.frontier_section import write_frontier
 from calibrated_rewards.evaluation.report.page import render_page
 from calibrated_rewards.evaluation.report.training_section import write_provenance, write_training
+from calibrated_rewards.files import write_file
 
 SECTIONS = (write_calibration, write_frontier, write_training, write_evaluation, write_examples, write_provenance)
 
@@ -37,8 +37,7 @@ def report(
     experiment = read_experiment(at)
     sections = [section for write in SECTIONS if (section := write(experiment)) is not None]
     text = render_page(title or choose_title(experiment), sections)
-    with replacing(to) as file:
-        file.write(text.encode("utf-8", "xmlcharrefreplace"))
+    write_file(to, text.encode("utf-8", "xmlcharrefreplace"))
     return to
 
 
