@@ -35,7 +35,7 @@ def guarded(port: int, hangs: bool, files: int) -> None:
 
     from test_server_attack import an_app
 
-    from calibrated_rewards.server.app import Limits, create_app
+    from calibrated_rewards.server import Limits, create_app
     from calibrated_rewards.server.listening import listen
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))

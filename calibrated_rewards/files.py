@@ -141,7 +141,7 @@ def _lock_or_warn(fd: int, path: Path, wait: bool) -> bool:
 
 
 def _release_claims() -> None:
-    """In a child: a lock lasts as long as anybody has its file open, and an engine's child may outlive its parent."""
+    """Close all claimed files in a child: a lock lasts while any process has its file open, and a child may live on."""
     while _claimed:
         os.close(_claimed.pop())
 
@@ -150,9 +150,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_release_claims)
 
 
-# Around a setting, and before an option of its own: characters that no text of ours or of a user's has.
+# Around a setting and before an option of its own: characters that no text of ours or of a user's has.
 START, OPTION, END = "\x02", "\x04", "\x03"
-MARKS = re.compile(f"{START}|{OPTION}[^{END}]*{END}|{END}")
+SETTING = re.compile(f"{START}([^=]*)=([^{OPTION}]*){OPTION}([^{END}]*){END}")
 
 
 def setting(name: str, value: str = "", *, option: str = "") -> str:
@@ -171,21 +171,18 @@ class Message(str):
 
     def __new__(cls, marked: str) -> "Message":
         """Make it of a text in which settings are marked."""
-        message = super().__new__(cls, MARKS.sub("", marked))
+        message = super().__new__(cls, SETTING.sub(r"\1=\2", marked))
         message.marked = marked
         return message
 
     def with_options(self, options: Mapping[str, str], other: str = "--option {name}={value}") -> str:
-        """The message with an option for each setting; `other` is the form of one without an entry."""
-        first, *rest = self.marked.split(START)
-        parts = [first]
-        for each in rest:
-            named, _, text = each.partition(END)
-            keyword, _, own = named.partition(OPTION)
-            name, _, value = keyword.partition("=")
+        """Return the message with an option for each setting; `other` is the form of one without an entry."""
+        parts = SETTING.split(self.marked)
+        text = parts[0]
+        for name, value, own, rest in zip(*(parts[at::4] for at in range(1, 5)), strict=True):
             option = (own or options.get(name, other)).replace("{name}", name).replace("{flag}", name.replace("_", "-"))
-            parts += [option.replace("{value}", value or "..."), text]
-        return "".join(parts)
+            text += option.replace("{value}", value or "...") + rest
+        return text
 
 
 _SEARCHING = threading.Lock()
@@ -194,25 +191,32 @@ _LEFT = threading.Event()
 
 
 def import_function(place: str) -> Any:
-    """The object at `module:name`, a dotted name inside the module."""
+    """Import the object at `module:name`, a dotted name inside the module, but never from the current folder.
+
+    A module in the folder where a command runs, beside a reward.json that names it, may be anybody's, and Python
+    searches that folder first under `python -m`, under `python -c` and in a notebook.
+
+    >>> import_function("json:dumps")([1])
+    '[1]'
+    """
     module, _, path = place.partition(":")
     if not all(part.isidentifier() for part in [*module.split("."), *path.split(".")]):
         raise ValueError(f"a function that is saved is module:name, got {place!r:.80}")
     try:
         with without_current_folder():
-            found: Any = import_module(module)
+            target: Any = import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"the function {place} cannot be imported ({error}); the current folder is not searched: install the "
             "module, or put its folder into PYTHONPATH"
         ) from error
     for name in path.split("."):
-        found = getattr(found, name)
-    return found
+        target = getattr(target, name)
+    return target
 
 
 def leave_current_folder() -> None:
-    """Take out of sys.path what `python -m` put in front: a torch.py that lies there would be imported by a command."""
+    """Remove from sys.path the folder that `python -m` put in front: a torch.py that lies there would be imported."""
     if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:
         del sys.path[0]
     _LEFT.set()
@@ -222,7 +226,7 @@ def leave_current_folder() -> None:
 def without_current_folder() -> Iterator[None]:
     """Search sys.path without the entries that Python added for the current folder; modules loaded already stay."""
     with _SEARCHING:
-        entries = _of_current_folder()
+        entries = _find_current_folder()
         for at in reversed(entries):
             del sys.path[at]
         try:
@@ -232,10 +236,10 @@ def without_current_folder() -> Iterator[None]:
                 sys.path.insert(at, entry)
 
 
-def _of_current_folder() -> dict[int, str]:
-    """Places in sys.path: relative entries, and under `python -m` the first that is this folder.
+def _find_current_folder() -> dict[int, str]:
+    """Find the entries of sys.path by index: relative ones, and under `python -m` the first that is this folder.
 
-    A later one, of PYTHONPATH or an editable install, was asked for by name. Of a script, the first is its own folder.
+    A later one, of PYTHONPATH or an editable install, was added on purpose. Of a script, the first is its own folder.
     """
     here = os.path.realpath(os.curdir)
     same = [(at, entry) for at, entry in enumerate(sys.path) if os.path.realpath(entry or os.curdir) == here]

@@ -101,7 +101,7 @@ class OnTheSpot:
         return {key: Row(prompt, self.known.scores(row)) for (key, prompt), row in places if row >= 0}
 
     def _draw(self, prompts: dict[bytes, Prompt], mine: dict[bytes, "Future[Row]"]) -> None:
-        """Draw prompts and set the results, or the error, that others wait for; after an error the next call retries."""
+        """Draw prompts and set the results, or the error, that others wait for; after an error the next call tries."""
         try:
             rows = self._sample(prompts)
         except BaseException as error:

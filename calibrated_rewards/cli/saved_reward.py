@@ -24,4 +24,4 @@ def open_reward(place: str | os.PathLike[str], *, trust: bool, **settings: Any) 
     try:
         return CalibratedReward.from_pretrained(place, trust_remote_code=trust, **settings)
     except NeedsTrust as error:
-        raise ValueError(f"{error.what}: read it, then allow it with --trust-remote-code") from None
+        raise ValueError(f"{error.reason}: read it, then allow it with --trust-remote-code") from None

@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Load the reward, verify it, and answer until told to stop."""
-    from calibrated_rewards.server.app import Limits, serve
-    from calibrated_rewards.server.listening import check_address
+    from calibrated_rewards.server import Limits, serve
+    from calibrated_rewards.server.access import check_address
 
     given = {
         "batch": options.max_batch,

@@ -22,6 +22,7 @@ from calibrated_rewards.reward.calibrators import (
     LogSigmoidAtQuantile,
     MedianCentered,
     SmoothedCDF,
+    Uncalibrated,
     ZScore,
 )
 from calibrated_rewards.table.reference_table import ReferenceTable
@@ -70,15 +71,6 @@ class Transformed:
     def __call__(self, table: ReferenceTable, rows: npt.ArrayLike, scores: npt.ArrayLike) -> Float[np.ndarray, " G"]:
         """Return the transform of the scores' quantiles among their references."""
         return np.asarray(self.transform(EmpiricalCDF()(table, rows, scores)), np.float64)
-
-
-@dataclass(frozen=True)
-class Uncalibrated:
-    """The raw score, whatever the prompt: the plain KL-regularised reward."""
-
-    def __call__(self, table: ReferenceTable, rows: npt.ArrayLike, scores: npt.ArrayLike) -> Float[np.ndarray, " G"]:
-        """Return the scores as they are."""
-        return np.asarray(scores, np.float64)
 
 
 def _exponential(t: float) -> Fixed:

@@ -13,8 +13,8 @@ from typing import Any
 
 from calibrated_rewards.prompts import Completion
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
-from calibrated_rewards.reward.find_prompts import ids_in
-from calibrated_rewards.reward.monitoring import measures
+from calibrated_rewards.reward.find_prompts import select_ids
+from calibrated_rewards.reward.monitoring import compute_metrics
 from calibrated_rewards.table.reference_table import ReferenceTable
 
 
@@ -53,9 +53,9 @@ class RawReward:
         **columns: Any,
     ) -> list[float | None]:
         """The raw score of each completion."""
-        scores = self.reward.score(prompts, completions, ids_in(columns, self.id_column))
+        scores = self.reward.score(prompts, completions, select_ids(columns, self.id_column))
         if log_metric is not None:
-            for what, value in measures(scores).items():
+            for what, value in compute_metrics(scores).items():
                 log_metric(f"{self.__name__}/{what}", value)
         kept = scores.known | (self.reward.on_missing != "skip")
         return [score if keep else None for score, keep in zip(scores.raw.tolist(), kept.tolist(), strict=True)]

@@ -25,7 +25,6 @@ from calibrated_rewards.calibration.shards import (
     write_prompts,
     write_shard,
 )
-from calibrated_rewards.files import replace_file
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import Rollout
 
@@ -99,17 +98,6 @@ def test_a_file_that_is_not_the_shard_is_refused_by_name(tmp_path, what):
         write_shard(path, empty(planned * 2).drawn([[Rollout("a")], []], [[1], []]))
     with pytest.raises(ValueError, match=r"00000\.parquet must"):
         read_shard(path, planned)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    """A write that fails leaves the old file, and nothing beside it."""
-    path = tmp_path / "file"
-    with replace_file(path) as file:
-        file.write(b"old")
-    with pytest.raises(TypeError), replace_file(path) as file:
-        file.write(3)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def kept_files(folder: Path) -> list[Path]:

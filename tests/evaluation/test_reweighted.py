@@ -18,11 +18,12 @@ from calibrated_rewards.cli import frontier
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.evaluation.estimates import Estimate, IntervalEstimate, Samples, estimate_columns
 from calibrated_rewards.evaluation.frontier import estimate_frontier
-from calibrated_rewards.evaluation.objectives import OBJECTIVES, Fixed, OptimumAtKL, Transformed, Uncalibrated
+from calibrated_rewards.evaluation.objectives import OBJECTIVES, Fixed, OptimumAtKL, Transformed
 from calibrated_rewards.evaluation.responses import read_scores
 from calibrated_rewards.evaluation.results import ERRORS, FrontierEstimate, FrontierPoint, resolution_limit
 from calibrated_rewards.evaluation.weighted_rollouts import WeightedPools, win_rates_of
 from calibrated_rewards.evaluation.win_rate import predict
+from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory.procedures import BestOf, Calibrated, SoftBestOf, Standard, WorstOf

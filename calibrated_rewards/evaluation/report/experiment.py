@@ -12,7 +12,7 @@ from typing import Any
 from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
 from calibrated_rewards.evaluation.table_laws import TableRewards
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
-from calibrated_rewards.reward.saving import read
+from calibrated_rewards.reward.saving import from_json
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.named import parse_procedure
 from calibrated_rewards.theory.procedures import Procedure, Standard
@@ -93,7 +93,7 @@ class Experiment:
 
     def _read_setting(self, name: str) -> object:
         try:
-            return read((self.reward or {})[name])
+            return from_json((self.reward or {})[name])
         except (KeyError, ValueError, TypeError):
             return None
 

@@ -1,11 +1,16 @@
-"""A directory of settings runs nothing that its reader did not allow, and imports nothing from the current folder."""
+"""Files are replaced whole, claims have one holder, and only what was asked for is imported."""
 
+import errno
+import fcntl
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +21,205 @@ from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import saved_reward
 from calibrated_rewards.cli.main import main
-from calibrated_rewards.files import import_function, without_current_folder
+from calibrated_rewards.files import (
+    check_folder_name,
+    claim,
+    import_function,
+    replace_file,
+    without_current_folder,
+    write_file,
+)
 from calibrated_rewards.reward.frameworks import configured
 from calibrated_rewards.reward.saving import NeedsTrust
 from calibrated_rewards.scorers.ensemble import Function
 from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 from calibrated_rewards.training.online import train_rloo
+
+HOLDER = """
+import sys
+from pathlib import Path
+from calibrated_rewards.files import claim
+with claim(Path(sys.argv[1])) as ours:
+    print(ours, flush=True)
+    sys.stdin.read()
+"""
+
+# Forks twice as it holds the claim: once it then leaves the block, once it is killed in it.
+FORKER = """
+import os, signal, sys, time
+from pathlib import Path
+from calibrated_rewards.files import claim
+
+def fork():
+    child = os.fork()
+    if not child:
+        os.close(1)
+        time.sleep(60)
+        os._exit(0)
+    return child
+
+file = Path(sys.argv[1])
+with claim(file):
+    first = fork()
+with claim(file) as free_again:
+    print(free_again, first, fork(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+# Its child opens another file in the block, which gets the number of the claim's, and leaves.
+LEAVER = """
+import os, sys
+from pathlib import Path
+from calibrated_rewards.files import claim
+
+file = Path(sys.argv[1])
+with claim(file):
+    child = os.fork()
+    if not child:
+        other = os.open(file, os.O_RDWR)
+    else:
+        os.waitpid(child, 0)
+    if child:
+        with claim(file) as ours:
+            print(ours, flush=True)
+if not child:
+    os.write(1, b"still ") if os.fstat(other) else None
+    os._exit(0)
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    """What is claimed."""
+    (tmp_path / "file").touch()
+    return tmp_path / "file"
+
+
+def holder(file):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    return process, process.stdout.readline()
+
+
+def held(file):
+    with claim(file) as ours:
+        return ours
+
+
+def test_a_claim_is_of_one_and_ends_with_it(file):
+    """Another process is refused while the first lives, and not when it is killed."""
+    assert held(file)
+    process, answer = holder(file)
+    with process:
+        assert answer == "True\n"
+        assert not held(file)
+        process.kill()
+        process.wait()
+    assert held(file)
+
+
+def test_a_claim_ends_with_its_block(file):
+    """Also in this process, and by an error."""
+    with claim(file) as ours:
+        assert ours
+        assert not held(file)
+    assert held(file)
+    with pytest.raises(ZeroDivisionError), claim(file):
+        1 / 0  # noqa: B018 (an error in the block)
+    assert held(file)
+
+
+def test_who_waits_is_next(file):
+    """With wait=True the claim comes when the holder goes."""
+    come = threading.Event()
+
+    def waits():
+        with claim(file, wait=True) as ours:
+            assert ours
+            come.set()
+
+    with claim(file):
+        thread = threading.Thread(target=waits)
+        thread.start()
+        assert not come.wait(0.05)
+    assert come.wait(10)
+    thread.join()
+
+
+def test_children_hold_no_claims(file):
+    """The lock of a process that forked ends with its block, and with itself, though its child lives on."""
+    forker = subprocess.Popen([sys.executable, "-c", FORKER, str(file)], stdout=subprocess.PIPE, text=True)
+    with forker:
+        free_again, *children = forker.stdout.readline().split()
+        assert forker.wait() == -signal.SIGKILL
+        try:
+            assert free_again == "True"
+            patience = time.monotonic() + 10  # the child lets go when it first runs
+            while not held(file):
+                assert time.monotonic() < patience
+        finally:
+            for child in children:
+                os.kill(int(child), signal.SIGKILL)
+
+
+def test_a_child_that_leaves_the_block_ends_nothing(file):
+    """What it closes there is not what its parent holds, nor another file of its own."""
+    forker = subprocess.run([sys.executable, "-c", LEAVER, str(file)], capture_output=True, text=True, check=False)
+    assert forker.stdout.split() == ["still", "False"], forker.stderr
+
+
+def test_a_file_that_is_not_there_is_not_made(tmp_path):
+    """A claim on a shard that somebody took back is an error, and no empty shard."""
+    with pytest.raises(FileNotFoundError), claim(tmp_path / "gone"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_everybody_goes_ahead(file, monkeypatch):
+    """A file system that refuses locks: told, and everything is everyone's."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match="without locks"), claim(file) as ours:
+        assert ours
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    """A write that fails leaves the old file, and nothing beside it."""
+    path = tmp_path / "folder" / "file"
+    write_file(path, "old \u00e9")
+    with pytest.raises(TypeError), replace_file(path) as file:
+        file.writelines([b"half", 3])
+    assert path.read_text("utf-8") == "old \u00e9"
+    assert list(path.parent.iterdir()) == [path]
+    write_file(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    """The error says which file, not which temporary one."""
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"cannot be written: .*file/below'"):
+        write_file(tmp_path / "file" / "below", "text")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "-a", ".a", "a b", "a" * 101, "Run.JSON", "a\n"])
+def test_a_name_that_is_no_folder_s_is_refused(name):
+    """Nothing hidden, nothing outside, and none of the names that are taken, in whatever case."""
+    check_folder_name("a" * 100, "a policy", ["run.json"])
+    with pytest.raises(ValueError, match="the name of a policy is that of its folder"):
+        check_folder_name(name, "a policy", ["run.json"])
+    with pytest.raises(TypeError, match="the name of a policy is a str"):
+        check_folder_name(1, "a policy")
+
+
+def test_the_package_is_imported_without_fcntl(tmp_path):
+    """Windows has none: locks need it when they are taken, not before."""
+    code = "import sys; sys.modules['fcntl'] = None; import calibrated_rewards, calibrated_rewards.files"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
 
 BIN = Path(sys.executable).parent
 # What a module leaves behind when it is imported, and when it is called.
