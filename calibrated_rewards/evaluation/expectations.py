@@ -15,15 +15,15 @@ theory, for scores without ties and infinitely many references: KL 4.05 at this 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite
-from typing import Protocol, runtime_checkable
 
 from calibrated_rewards.evaluation.table_laws import TableRewards, name_table
-from calibrated_rewards.reward.calibrators import Calibration, EmpiricalCDF
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl_of, kl_range, policy_law, win_rate_of
-from calibrated_rewards.theory.transforms import Scale, Transform, scaled
+from calibrated_rewards.theory.transforms import Transform, scaled
 
 # Below this a trainer has no gradient left: Adam's epsilon is 1e-8.
 SMALLEST_BETA = 1e-6
@@ -128,33 +128,8 @@ def expect(
     )
 
 
-@runtime_checkable
-class RankReward(Protocol):
-    """The parts of a CalibratedReward that an expectation depends on."""
-
-    @property
-    def table(self) -> ReferenceTable:
-        """The table of reference scores."""
-
-    @property
-    def transform(self) -> Transform:
-        """The transform before it is scaled."""
-
-    @property
-    def scale(self) -> Scale:
-        """The scale on which the reward is trained."""
-
-    @property
-    def estimator(self) -> Estimator:
-        """The estimator of a rank's value."""
-
-    @property
-    def calibration(self) -> Calibration:
-        """The comparison of a score with its references."""
-
-
 def expect_of(
-    reward: RankReward,
+    reward: CalibratedReward,
     *,
     beta: float | None = None,
     kl: float | None = None,

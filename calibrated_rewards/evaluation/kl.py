@@ -211,8 +211,8 @@ def find_rounding(ours: Any, theirs: Any) -> str | None:
     for name, one in a.items():
         if one.is_meta or b[name].is_meta:
             return None
-        for part, part_there in zip(one.flatten().split(CHUNK), b[name].flatten().split(CHUNK), strict=True):
-            other = part_there.to(part.device)
+        for at in range(0, one.numel(), CHUNK):
+            part, other = (each.flatten()[at : at + CHUNK].to(one.device) for each in (one, b[name]))
             if not torch.equal(part.double(), other.double()):
                 rounding = _explain_difference(part, other)
                 if rounding is None:

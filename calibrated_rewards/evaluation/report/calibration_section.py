@@ -15,18 +15,8 @@ from calibrated_rewards.evaluation import plots
 from calibrated_rewards.evaluation.estimates import Estimate, IntervalEstimate
 from calibrated_rewards.evaluation.expectations import expect
 from calibrated_rewards.evaluation.policies import REFERENCE
+from calibrated_rewards.evaluation.report import page
 from calibrated_rewards.evaluation.report.experiment import Experiment, find_name
-from calibrated_rewards.evaluation.report.page import (
-    Block,
-    Bullets,
-    Details,
-    Figures,
-    Heading,
-    Paragraph,
-    Section,
-    Table,
-    draw,
-)
 from calibrated_rewards.evaluation.wording import format_count, format_estimate, format_transform
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.transforms import Identity
@@ -38,7 +28,7 @@ TIED, AT_HIGHEST, CUT, EMPTY, REPEATED, LENGTH = 0.1, 0.02, 0.5, 0.02, 0.2, 0.4
 RMS = 0.05
 
 
-def write_calibration(experiment: Experiment) -> Section | None:
+def write_calibration(experiment: Experiment) -> page.Section | None:
     """Write the section; None without a table."""
     main = experiment.trained_for
     if main is None:
@@ -52,17 +42,17 @@ def write_calibration(experiment: Experiment) -> Section | None:
         quality += [] if fresh is None else [str(fresh)]
     problems = [*_find_problems(tables), *(_find_rollout_problems(rollouts) if rollouts else ())]
     expectation = [*expectation_lines(experiment)]
-    blocks: list[Block] = [
-        Paragraph(_describe_tables(tables, main)),
-        Table(("", ""), [*_list_origins(tables[main].meta)]),
-        Heading("Is it good?"),
-        Bullets([*quality, *(problems or ["Nothing else stands out."])]),
+    blocks: list[page.Block] = [
+        page.Paragraph(_describe_tables(tables, main)),
+        page.Table(("", ""), [*_list_origins(tables[main].meta)]),
+        page.Heading("Is it good?"),
+        page.Bullets([*quality, *(problems or ["Nothing else stands out."])]),
     ]
     if expectation:
-        blocks += [Heading("What training for the reward leads to"), Bullets(expectation)]
-    blocks.append(Details("Every number", Table(("", *tables), [*_list_numbers(tables)])))
+        blocks += [page.Heading("What training for the reward leads to"), page.Bullets(expectation)]
+    blocks.append(page.Details("Every number", page.Table(("", *tables), [*_list_numbers(tables)])))
     if rollouts:
-        blocks.append(Details("The completions", Table(("", ""), [*rollouts.lines()])))
+        blocks.append(page.Details("The completions", page.Table(("", ""), [*rollouts.lines()])))
     blocks.append(_draw_figures(experiment, main, tables[main]))
     about = experiment.demo.get("about")
     untaught = isinstance(about, Mapping) and about.get("texts") == 0
@@ -70,7 +60,7 @@ def write_calibration(experiment: Experiment) -> Section | None:
         "This is a demo whose reward models have learned from no texts: its numbers show that the parts work together, "
         "and nothing else."
     )
-    return Section("What was calibrated", tuple(blocks), (*[demo] * untaught, _summarize(tables[main], main)))
+    return page.Section("What was calibrated", tuple(blocks), (*[demo] * untaught, _summarize(tables[main], main)))
 
 
 @dataclass(frozen=True)
@@ -276,13 +266,13 @@ def _list_numbers(tables: Mapping[str, Health]) -> Iterator[Sequence[str]]:
     spread = all(map(_has_variances, tables.values()))
     columns = []
     for table in tables.values():
-        parts = (table.size, table.resolution, table.precision, *([table.spread] if spread else []))
-        columns.append([line for part in parts for line in part.lines()])
+        shares = [*table.spread.lines()] if spread else []
+        columns.append([*table.size.lines(), *table.resolution.lines(), *table.precision.lines(), *shares])
     for lines in zip(*columns, strict=True):
         yield lines[0][0], *(text for _, text in lines)
 
 
-def _draw_figures(experiment: Experiment, main: str, table: Health) -> Figures:
+def _draw_figures(experiment: Experiment, main: str, table: Health) -> page.Figures:
     several = table.size.prompts > 1
     caption = "Raw scores against rank."
     if several:
@@ -292,12 +282,12 @@ def _draw_figures(experiment: Experiment, main: str, table: Health) -> Figures:
             "the dashed line, the less raw scores can be compared"
             f"{f' ({share} of the variance is between prompts)' if _has_variances(table) else ''}."
         )
-    drawings = [draw(plots.scores_by_rank(experiment.tables[main], quantiles=several), caption, "ranks")]
+    drawings = [page.draw(plots.scores_by_rank(experiment.tables[main], quantiles=several), caption, "ranks")]
     transform, k = experiment.transform, table.precision.K
     if experiment.reward is not None and transform != Identity():
         estimator = str(experiment.reward.get("estimator", "empirical"))
         ax = plots.transforms([Identity(), transform], k if k <= 64 else None, cast(Any, estimator))
         dots = f" Dots: what ranks among {k} references are worth ({estimator})." if k <= 64 else ""
         caption = f"The transform that is trained for, {format_transform(transform)}, beside the identity.{dots}"
-        drawings.append(draw(ax, caption, "transforms"))
-    return Figures(drawings)
+        drawings.append(page.draw(ax, caption, "transforms"))
+    return page.Figures(drawings)

@@ -6,30 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from calibrated_rewards import theory
 from calibrated_rewards.calibration.shards import SCORE, loaded, read_table
 from calibrated_rewards.evaluation import plots
 from calibrated_rewards.evaluation.estimates import IntervalEstimate
 from calibrated_rewards.evaluation.policies import REFERENCE
+from calibrated_rewards.evaluation.report import page
 from calibrated_rewards.evaluation.report.experiment import (
     Experiment,
     choose_judge,
     choose_procedure,
     find_procedure,
-)
-from calibrated_rewards.evaluation.report.page import (
-    Block,
-    Bullets,
-    Drawing,
-    Figures,
-    Heading,
-    Markup,
-    Paragraph,
-    Quote,
-    Section,
-    Table,
-    draw,
 )
 from calibrated_rewards.evaluation.results import Comparison, Evaluation, PolicyResult
 from calibrated_rewards.evaluation.wording import (
@@ -48,7 +37,7 @@ from calibrated_rewards.theory.transforms import Identity
 PROMPTS, LONGEST = 3, 800
 
 
-def write_evaluation(experiment: Experiment) -> Section | None:
+def write_evaluation(experiment: Experiment) -> page.Section | None:
     """Write the section on win rates; None without an evaluation of a policy."""
     evaluation = experiment.evaluation
     if evaluation is None or not evaluation.policies:
@@ -61,22 +50,22 @@ def write_evaluation(experiment: Experiment) -> Section | None:
         f"{format_count(evaluation.prompts, 'prompt')}. A win rate is how often a policy beats the reference, both "
         f"under the same procedure, which selects by {evaluation.selected_by}; 50 % is the reference itself.{brackets}"
     )
-    blocks: list[Block] = [Paragraph(explanation), Bullets(summary)]
+    blocks: list[page.Block] = [page.Paragraph(explanation), page.Bullets(summary)]
     for judge in judges:
-        blocks += [Heading(f"Judged by {judge}"), _tabulate_policies(evaluation, judge)]
-    blocks += [Paragraph(f"{note}.", note=True) for note in evaluation.kl_notes()]
+        blocks += [page.Heading(f"Judged by {judge}"), _tabulate_policies(evaluation, judge)]
+    blocks += [page.Paragraph(f"{note}.", note=True) for note in evaluation.kl_notes()]
     blocks += _tabulate_comparisons(evaluation)
     intervals = ", with 95 % intervals" * (evaluation.prompts > 1)
     drawings = [
-        draw(
+        page.draw(
             plots.outcomes(evaluation, judge),
             f"Win rates over the reference, judged by {judge}{intervals}; at 0.5 the reference itself.",
             f"outcomes-{place}",
         )
         for place, judge in enumerate(judges)
     ]
-    blocks.append(Figures([*drawings, *_draw_beside_theory(experiment, evaluation, intervals)]))
-    return Section("What came out", tuple(blocks), summary)
+    blocks.append(page.Figures([*drawings, *_draw_beside_theory(experiment, evaluation, intervals)]))
+    return page.Section("What came out", tuple(blocks), summary)
 
 
 def write_claims(evaluation: Evaluation) -> Iterator[str]:
@@ -108,7 +97,7 @@ def _claim_comparison(comparison: Comparison) -> str:
     return f"{comparison.winner} is ahead" if comparison.significant else "these data do not tell"
 
 
-def _tabulate_policies(evaluation: Evaluation, judge: str) -> Table:
+def _tabulate_policies(evaluation: Evaluation, judge: str) -> page.Table:
     procedures = [*evaluation.policies[0].win_rates[judge]]
     rates = [f"win rate, {format_procedure(each)}" for each in procedures]
     rows = []
@@ -120,10 +109,10 @@ def _tabulate_policies(evaluation: Evaluation, judge: str) -> Table:
         kl = "" if policy.kl is None else format_estimate(policy.kl)
         shares = [format_share(wins[each]) if each in wins else "" for each in procedures]
         rows.append([policy.name, kl, length, format_estimate(policy.scores[judge]), *shares])
-    return Table(["", "KL, nats", "tokens", f"mean score by {judge}", *rates], rows)
+    return page.Table(["", "KL, nats", "tokens", f"mean score by {judge}", *rates], rows)
 
 
-def _tabulate_comparisons(evaluation: Evaluation) -> Iterator[Block]:
+def _tabulate_comparisons(evaluation: Evaluation) -> Iterator[page.Block]:
     comparisons = evaluation.differences
     if not comparisons:
         return
@@ -131,10 +120,10 @@ def _tabulate_comparisons(evaluation: Evaluation) -> Iterator[Block]:
         [f"{c.a} less {c.b}", c.judged_by, format_procedure(c.procedure), format_points(c.value), _claim_comparison(c)]
         for c in comparisons
     ]
-    yield Heading("One policy against another")
-    yield Table(["", "judged by", "procedure", "difference of win rates", "what the interval says"], rows)
+    yield page.Heading("One policy against another")
+    yield page.Table(["", "judged by", "procedure", "difference of win rates", "what the interval says"], rows)
     if evaluation.prompts > 1:
-        yield Paragraph(
+        yield page.Paragraph(
             f"Of {format_count(len(rows), 'difference')}, these data leave "
             f"{sum(not c.significant for c in comparisons)} open. They are paired by prompt, each at 95 % by itself: "
             "of many true zeros, about one in twenty would be left out by chance.",
@@ -142,7 +131,7 @@ def _tabulate_comparisons(evaluation: Evaluation) -> Iterator[Block]:
         )
 
 
-def _draw_beside_theory(experiment: Experiment, evaluation: Evaluation, intervals: str) -> Iterator[Drawing]:
+def _draw_beside_theory(experiment: Experiment, evaluation: Evaluation, intervals: str) -> Iterator[page.Drawing]:
     """Draw measured KL and win rate under the reward itself, the one that theory is about."""
     by, policies = evaluation.selected_by, evaluation.policies
     name = choose_procedure([*next(iter(policies[0].win_rates.values()))])
@@ -163,7 +152,7 @@ def _draw_beside_theory(experiment: Experiment, evaluation: Evaluation, interval
     on_table = compute_table_curve(experiment, procedure, most)
     if on_table is not None:
         caption += ' "This table": the policies that fit the rewards of the table, with its ties and its K.'
-    yield draw(plots.frontier(curves, procedure, measured, on_table=on_table), caption, "theory")
+    yield page.draw(plots.frontier(curves, procedure, measured, on_table=on_table), caption, "theory")
 
 
 def compute_table_curve(experiment: Experiment, procedure: Procedure, most: float) -> Frontier | None:
@@ -190,7 +179,7 @@ class Example:
     scores: Mapping[str, float]
 
 
-def write_examples(experiment: Experiment) -> Section | None:
+def write_examples(experiment: Experiment) -> page.Section | None:
     """Write the section with examples; None where the completions of the evaluation are not there."""
     evaluation, at = experiment.evaluation, experiment.evaluated
     if evaluation is None or at is None or not evaluation.policies:
@@ -204,19 +193,19 @@ def write_examples(experiment: Experiment) -> Section | None:
         return None
     completion = f"the best of its first {n}, by {by}" if n > 1 else "its first completion"
     prompts = "first prompt" if len(shared) == 1 else f"first {format_count(len(shared), 'prompt')}"
-    blocks: list[Block] = [
-        Paragraph(f"The {prompts} of the evaluation, not chosen by anybody; of each policy {completion}.")
+    blocks: list[page.Block] = [
+        page.Paragraph(f"The {prompts} of the evaluation, not chosen by anybody; of each policy {completion}.")
     ]
     for key in shared:
-        blocks += [Heading("Prompt"), Quote(_shorten(examples[REFERENCE][key].prompt))]
+        blocks += [page.Heading("Prompt"), page.Quote(_shorten(examples[REFERENCE][key].prompt))]
         for name in names:
             example = examples[name][key]
             scores = ", ".join(f"{each} {format_number(score)}" for each, score in example.scores.items())
             blocks += [
-                Paragraph(Markup("<b>{}</b> ({})").format(name, scores)),
-                Quote(_shorten(example.completion)),
+                page.Paragraph(Markup("<b>{}</b> ({})").format(name, scores)),
+                page.Quote(_shorten(example.completion)),
             ]
-    return Section("What they write", tuple(blocks))
+    return page.Section("What they write", tuple(blocks))
 
 
 def _read_examples(folder: Path, by: str, n: int) -> dict[bytes, Example]:
@@ -227,8 +216,9 @@ def _read_examples(folder: Path, by: str, n: int) -> dict[bytes, Example]:
         columns = {name.removeprefix(SCORE): value for name, value in row.items() if name.startswith(SCORE)}
         scores = {name: score for name, score in columns.items() if score is not None}
         if row["number"] < n and by in scores and (row["key"] not in best or scores[by] > best[row["key"]].scores[by]):
-            texts = loaded(row["prompt"], row["chat"]), loaded(row["completion"], row["completion_chat"])
-            best[row["key"]] = Example(*map(format_chat, texts), scores)
+            prompt = format_chat(loaded(row["prompt"], row["chat"]))
+            completion = format_chat(loaded(row["completion"], row["completion_chat"]))
+            best[row["key"]] = Example(prompt, completion, scores)
     return best
 
 

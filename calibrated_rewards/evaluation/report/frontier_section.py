@@ -3,17 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from calibrated_rewards.evaluation import plots
+from calibrated_rewards.evaluation.report import page
 from calibrated_rewards.evaluation.report.experiment import Experiment, choose_judge, choose_procedure
-from calibrated_rewards.evaluation.report.page import (
-    Bullets,
-    Details,
-    Drawing,
-    Figures,
-    Paragraph,
-    Section,
-    Table,
-    draw,
-)
 from calibrated_rewards.evaluation.results import RELIABLE_ESS, FrontierEstimate, FrontierPoint, mark_ess
 from calibrated_rewards.evaluation.wording import (
     few_prompts_notes,
@@ -25,7 +16,7 @@ from calibrated_rewards.evaluation.wording import (
 )
 
 
-def write_frontier(experiment: Experiment) -> Section | None:
+def write_frontier(experiment: Experiment) -> page.Section | None:
     """Write the section; None without a frontier, or with none of its points."""
     frontier = experiment.frontier
     if frontier is None or not frontier.points:
@@ -42,19 +33,19 @@ def write_frontier(experiment: Experiment) -> Section | None:
         "equal KL before any is trained for. Both sides are under the procedure, which selects by "
         f"{frontier.selected_by}. A trained policy may fall short of this."
     )
-    tables = (
-        Details(f"KL {kl:g}, judged by {name}", _tabulate(points, frontier.procedures, name))
+    tables = [
+        page.Details(f"KL {kl:g}, judged by {name}", _tabulate(points, frontier.procedures, name))
         for kl, points in at_kl.items()
         for name in judges
-    )
-    blocks = (
-        Paragraph(explanation),
-        Bullets([*summary, *_compare_with_first(points, judge, procedure)]),
-        Figures([_draw(frontier, procedure, name) for name in judges]),
+    ]
+    blocks: tuple[page.Block, ...] = (
+        page.Paragraph(explanation),
+        page.Bullets([*summary, *_compare_with_first(points, judge, procedure)]),
+        page.Figures([_draw(frontier, procedure, name) for name in judges]),
         *tables,
-        *(Paragraph(note, note=True) for note in _notes(frontier)),
+        *(page.Paragraph(note, note=True) for note in _notes(frontier)),
     )
-    return Section("What to expect without training", blocks, summary)
+    return page.Section("What to expect without training", blocks, summary)
 
 
 def _write_headline(points: Sequence[FrontierPoint], judge: str, procedure: str) -> str:
@@ -104,15 +95,15 @@ def _format_gain(point: FrontierPoint, judge: str, procedure: str) -> str:
     return f"{format_points(point.gains[judge][procedure])} {mark_ess(point.ess_of_gain(procedure))}".rstrip()
 
 
-def _draw(frontier: FrontierEstimate, procedure: str, judge: str) -> Drawing:
+def _draw(frontier: FrontierEstimate, procedure: str, judge: str) -> page.Drawing:
     hollow = any(point.ess_of[procedure] < RELIABLE_ESS for point in frontier.points)
     note = f"; hollow marks rest on fewer than {RELIABLE_ESS} effective completions" * hollow
     caption = f"Judged by {judge}, {format_procedure(procedure)}{note}."
     name = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in judge)
-    return draw(plots.reweighted(frontier, procedure, judge), caption, f"frontier-{name}")
+    return page.draw(plots.reweighted(frontier, procedure, judge), caption, f"frontier-{name}")
 
 
-def _tabulate(points: Sequence[FrontierPoint], procedures: Sequence[str], judge: str) -> Table:
+def _tabulate(points: Sequence[FrontierPoint], procedures: Sequence[str], judge: str) -> page.Table:
     main = choose_procedure(procedures)
     gain = f"{format_procedure(main)}, from {format_objective(points[0].arm)}"
     rows = [
@@ -124,7 +115,7 @@ def _tabulate(points: Sequence[FrontierPoint], procedures: Sequence[str], judge:
         ]
         for point in points
     ]
-    return Table(["", *map(format_procedure, procedures), gain, "ESS"], rows)
+    return page.Table(["", *map(format_procedure, procedures), gain, "ESS"], rows)
 
 
 def _notes(frontier: FrontierEstimate) -> Iterator[str]:

@@ -5,19 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from markupsafe import Markup
+
 from calibrated_rewards.calibration.inspect_table import percent
 from calibrated_rewards.evaluation import plots
+from calibrated_rewards.evaluation.report import page
 from calibrated_rewards.evaluation.report.experiment import Experiment, TrainingRun
-from calibrated_rewards.evaluation.report.page import (
-    Details,
-    Figures,
-    Json,
-    Markup,
-    Paragraph,
-    Section,
-    Table,
-    draw,
-)
 from calibrated_rewards.evaluation.wording import format_count, format_transform_repr
 
 # Means over this share of the steps at either end are reported: single steps are noise.
@@ -25,7 +18,7 @@ END = 0.1
 PACKAGES = ("calibrated-rewards", "numpy", "scipy", "torch", "transformers", "trl", "peft")
 
 
-def write_training(experiment: Experiment) -> Section | None:
+def write_training(experiment: Experiment) -> page.Section | None:
     """Write the section; None where no run has made a step."""
     runs = {name: run for name, run in experiment.runs.items() if run.rows}
     if not runs:
@@ -36,14 +29,14 @@ def write_training(experiment: Experiment) -> Section | None:
     head = ["", "reward", "recipe", "steps", "beta", "u at first", "u at last", "KL at last", "seconds", "in scoring"]
     logs = {name: run.rows for name, run in runs.items()}
     drawings = [
-        draw(plots.training(logs, column), caption, f"curve-{column}") for column, caption in _choose_curves(runs)
+        page.draw(plots.training(logs, column), caption, f"curve-{column}") for column, caption in _choose_curves(runs)
     ]
     blocks = (
-        Paragraph(f"{summary} Values at first and at last are means over a tenth of the steps, one at least."),
-        Table(head, [_list_run(name, run) for name, run in runs.items()]),
-        Figures(drawings),
+        page.Paragraph(f"{summary} Values at first and at last are means over a tenth of the steps, one at least."),
+        page.Table(head, [_list_run(name, run) for name, run in runs.items()]),
+        page.Figures(drawings),
     )
-    return Section("What was trained", blocks, (summary,))
+    return page.Section("What was trained", blocks, (summary,))
 
 
 def _choose_curves(runs: Mapping[str, TrainingRun]) -> Iterator[tuple[str, str]]:
@@ -109,11 +102,11 @@ def _mean_of_end(values: Sequence[float], first: bool = False) -> float | None:
     return sum(end) / len(end) if end else None
 
 
-def write_provenance(experiment: Experiment) -> Section:
+def write_provenance(experiment: Experiment) -> page.Section:
     """Write the section: the command, versions, and settings and fingerprints as the files have them."""
     command = Markup("This page was made by <code>calibrated-rewards report {}</code>, with:").format(experiment.at)
-    blocks = [Paragraph(command), Table(("", ""), [("Python", platform.python_version()), *_list_versions()])]
-    return Section("How it was made", (*blocks, *_list_settings(experiment)))
+    versions = page.Table(("", ""), [("Python", platform.python_version()), *_list_versions()])
+    return page.Section("How it was made", (page.Paragraph(command), versions, *_list_settings(experiment)))
 
 
 def _list_versions() -> Iterator[tuple[str, str]]:
@@ -124,15 +117,15 @@ def _list_versions() -> Iterator[tuple[str, str]]:
             continue
 
 
-def _list_settings(experiment: Experiment) -> Iterator[Details]:
+def _list_settings(experiment: Experiment) -> Iterator[page.Details]:
     if experiment.demo:
-        yield Details("The demo: its sizes, and the seconds of its steps", Json(experiment.demo))
+        yield page.Details("The demo: its sizes, and the seconds of its steps", page.Json(experiment.demo))
     for name, table in experiment.tables.items():
         probes = table.meta.get("probes")
         count = {"probes": f"{len(probes)} pairs"} if isinstance(probes, list) else {}
-        yield Details(f"Calibration: {name}", Json({**table.meta, **count}))
+        yield page.Details(f"Calibration: {name}", page.Json({**table.meta, **count}))
     if experiment.reward is not None:
-        yield Details("Calibrated reward", Json(experiment.reward))
+        yield page.Details("Calibrated reward", page.Json(experiment.reward))
     for name, run in experiment.runs.items():
         if run.settings:
-            yield Details(f"Training: {name}", Json(run.settings))
+            yield page.Details(f"Training: {name}", page.Json(run.settings))
