@@ -62,13 +62,14 @@ COST_HELP = (
     "its labels suggest that wrongly"
 )
 SERVER_HELP = (
-    "The token of the server, if it needs one, is read from CALIBRATED_REWARDS_TOKEN, and the server that it is for "
-    "from CALIBRATED_REWARDS_TOKEN_URL, such as http://rm:8000. '$NAME' as a URL is the value of that environment "
-    "variable."
+    "The token of the server, if it needs one, is read from CALIBRATED_REWARDS_TOKEN, and the\n"
+    "server that it is for from CALIBRATED_REWARDS_TOKEN_URL, such as http://rm:8000. '$NAME' as a\n"
+    "URL is the value of that environment variable."
 )
 POLICY_SERVER_HELP = (
-    "The token of the server, if it needs one, is read from CALIBRATED_REWARDS_POLICY_TOKEN, and the server that it is "
-    "for from CALIBRATED_REWARDS_POLICY_TOKEN_URL, such as http://host:8000; for OpenAI's own hosts OPENAI_API_KEY."
+    "The token of the server, if it needs one, is read from CALIBRATED_REWARDS_POLICY_TOKEN, and\n"
+    "the server that it is for from CALIBRATED_REWARDS_POLICY_TOKEN_URL, such as http://host:8000;\n"
+    "for OpenAI's own hosts from OPENAI_API_KEY."
 )
 
 
