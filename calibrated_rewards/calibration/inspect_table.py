@@ -28,12 +28,11 @@ import numpy as np
 from calibrated_rewards.calibration.suspicious_rows import RowStatistics, Suspicion, describe_rows, find_suspicious_rows
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.bands import band
+from calibrated_rewards.theory.finite_k import MOST_BANDED
 
 Lines: TypeAlias = Iterator[tuple[str, str]]
 
 DELTA, TARGET = 0.05, 0.05
-# The band for all responses at once takes some tenths of a second at this K, and much longer soon after.
-_MOST_BANDED = 1000
 # K times the variance of the calibrated reward of a response in the middle, without ties.
 UNTIED_MIDDLE = 0.25
 # The mean of Kolmogorov's law: sup |F_K - F| is about this over sqrt(K).
@@ -163,7 +162,7 @@ def measure_precision(rows: RowStatistics, tied: float) -> Precision:
     middle = float(upper[K] - lower[K]) / 2
     if tied > 0:  # as much narrower or wider as the standard error is, which ties change
         middle *= sqrt(float(rows.u_middle.mean()) / UNTIED_MIDDLE)
-    at_once = band(K, DELTA) if K <= _MOST_BANDED and tied <= 0.5 else None
+    at_once = band(K, DELTA) if K <= MOST_BANDED and tied <= 0.5 else None
     return Precision(
         K=K,
         values=int(np.median(rows.distinct)),

@@ -4,48 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int, Int64, Shaped, UInt64
 
+from calibrated_rewards.table.storage import MappedTable
+
 # The positions, probes and answers of one chunk stay in the second-level cache; see benchmarks/lookup.py.
 _CHUNK = 2048
 _BLOCK_SCORES = 1 << 18
-
-
-@runtime_checkable
-class Content(Protocol):
-    """The arrays of a table, in memory or mapped from a file; `touch` comes before any use of `scores`."""
-
-    @property
-    def path(self) -> str | None:
-        """The directory that it is mapped from."""
-
-    @property
-    def prompts(self) -> int:
-        """The number of prompts, P."""
-
-    @property
-    def total(self) -> int:
-        """The number of scores of all prompts."""
-
-    @property
-    def meta(self) -> str:
-        """The JSON text of the caller's meta."""
-
-    @property
-    def scores(self) -> np.ndarray:
-        """The scores of all rows, one after the other."""
-
-    def column(self, name: str) -> np.ndarray:
-        """Return one of `storage.COLUMNS`, empty where the table has none."""
-
-    def touch(self, rows: np.ndarray) -> None:
-        """Make sure that the scores of these rows are what was written."""
-
-    def read(self, first: int, last: int) -> np.ndarray:
-        """Return the scores of rows first to last - 1, for a pass over all rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +46,10 @@ class InMemory:
         """Return the scores of rows first to last - 1."""
         begin, end = (int(start) for start in starts(self, np.array([first, last])))
         return self.scores[begin:end]
+
+
+Content: TypeAlias = InMemory | MappedTable
+"""The arrays of a table; `touch` comes before any use of `scores`."""
 
 
 def halves(keys: Sequence[bytes] | bytearray) -> tuple[UInt64[np.ndarray, " P"], UInt64[np.ndarray, " P"]]:

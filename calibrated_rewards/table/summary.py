@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -13,15 +12,6 @@ from calibrated_rewards.table.search import Content, blocks, sizes
 _CHUNK_SCORES = 1 << 20
 _POOLED_SCORES = 1 << 20
 _COMPARED_PROMPTS = 4096
-
-
-class _Statistics(NamedTuple):
-    """Statistics of some consecutive rows."""
-
-    means: Float64[np.ndarray, " P"]
-    variances: Float64[np.ndarray, " P"]  # unbiased, of rows with K >= 2 only
-    tied: int
-    constant: int
 
 
 def describe(content: Content) -> dict[str, float]:
@@ -36,17 +26,16 @@ def describe(content: Content) -> dict[str, float]:
       distribution it is about 0.87 / sqrt(K). From 4,096 prompts or a million references on it is of a sample.
     """
     size = np.broadcast_to(sizes(content, np.arange(content.prompts)), content.prompts)
-    parts = [_statistics(begins, scores) for begins, scores in _chunks(content, size)]
-    means = np.concatenate([part.means for part in parts])
-    variances = np.concatenate([part.variances for part in parts])
+    columns = zip(*(_statistics(begins, scores) for begins, scores in _chunks(content, size)), strict=True)
+    means, variances, tied, constant = map(np.concatenate, columns)
     return {
         "prompts": content.prompts,
         "references": content.total,
         "references_min": int(size.min()),
         "references_median": float(np.median(size)),
         "references_max": int(size.max()),
-        "tied_share": sum(part.tied for part in parts) / content.total,
-        "prompts_without_resolution": sum(part.constant for part in parts),
+        "tied_share": int(tied.sum()) / content.total,
+        "prompts_without_resolution": int(constant.sum()),
         "within_prompt_sd": float(np.sqrt(variances).mean()) if len(variances) else 0.0,
         "between_prompts_sd": float(means.std(ddof=1)) if len(means) > 1 else 0.0,
         "kolmogorov_distance": _mean_distance(content),
@@ -56,14 +45,15 @@ def describe(content: Content) -> dict[str, float]:
 def _chunks(
     content: Content, size: Int64[np.ndarray, " P"]
 ) -> Iterator[tuple[Int64[np.ndarray, " edges"], Float32[np.ndarray, " _"]]]:
-    """Runs of rows, as where each of them begins and the last one ends, and their scores."""
+    """Yield runs of rows: the begins of each row with the end of the last, and their scores."""
     step = max(1, _CHUNK_SCORES * content.prompts // content.total)
     for first in range(0, content.prompts, step):
         ends = np.cumsum(size[first : first + step])
         yield np.append(0, ends), content.read(first, first + len(ends))
 
 
-def _statistics(begins: Int64[np.ndarray, " edges"], scores: Float32[np.ndarray, " _"]) -> _Statistics:
+def _statistics(begins: Int64[np.ndarray, " edges"], scores: Float32[np.ndarray, " _"]) -> tuple[np.ndarray, ...]:
+    """Return the mean of each row, the unbiased variance of each with K >= 2, and which scores tie, which rows do."""
     size = np.diff(begins)
     means = np.add.reduceat(scores, begins[:-1], dtype=np.float64) / size
     squares = np.add.reduceat((scores - np.repeat(means, size)) ** 2, begins[:-1])
@@ -73,7 +63,7 @@ def _statistics(begins: Int64[np.ndarray, " edges"], scores: Float32[np.ndarray,
     constant = scores[begins[:-1]] == scores[begins[1:] - 1]
     several = size > 1
     variances = squares[several] / (size[several] - 1)
-    return _Statistics(means, variances, int((like_next | like_previous).sum()), int(constant.sum()))
+    return means, variances, like_next | like_previous, constant
 
 
 def _mean_distance(content: Content) -> float:

@@ -15,7 +15,7 @@ from scipy.special import xlogy
 
 from calibrated_rewards.theory.finite_k import Estimator, values
 from calibrated_rewards.theory.procedures import CalibratedProcedure, Procedure
-from calibrated_rewards.theory.quadrature import Array
+from calibrated_rewards.theory.quadrature import Array, NodeLaw
 from calibrated_rewards.theory.transforms import Transform
 
 
@@ -89,16 +89,6 @@ def win_rate_at_kl(
         raise ValueError(f"win_rate_at_kl needs a KL > 0 and < {reached[0]:.4g}, the most K={K} gives, got kl={kl!r}.")
     log_beta = brentq(lambda x: float(policies.kl(exp(x)).mean()) - kl, low, high, xtol=1e-13)
     return policies.outcome(exp(log_beta), fixed_kl=True)
-
-
-@dataclass(frozen=True)
-class _Law:
-    """Laws of u at the nodes of a Gauss rule on each panel: what `Procedure.tilt` reads, one row at a time."""
-
-    u: Array
-    mass: Array
-    cdf: Array
-    survival: Array
 
 
 @dataclass(frozen=True)
@@ -193,21 +183,21 @@ def _draw_policies(
     return StepPolicies(rewards, ends, procedure, base)
 
 
-def _step_law(ends: Array, density: Array, rule: tuple[Array, Array, Array]) -> _Law:
+def _step_law(ends: Array, density: Array, rule: tuple[Array, Array, Array]) -> NodeLaw:
     """Return laws with a constant density on each panel."""
     gap, (x, weights, _) = np.diff(ends)[:, :, None], rule
     mass = gap * density[:, :, None]
     cdf = np.cumsum(mass, axis=1) - mass * (1 - x)
     survival = np.flip(np.cumsum(np.flip(mass, 1), axis=1), 1) - mass * x
-    return _Law(ends[:, :-1, None] + gap * x, mass * weights, np.clip(cdf, 0, 1), np.clip(survival, 0, 1))
+    return NodeLaw(ends[:, :-1, None] + gap * x, mass * weights, np.clip(cdf, 0, 1), np.clip(survival, 0, 1))
 
 
-def _tilt(procedure: Procedure, law: _Law) -> Array:
+def _tilt(procedure: Procedure, law: NodeLaw) -> Array:
     """Compute the procedure's tilt of each law, all at once where it is a function of the rank alone (Def. 6)."""
     if isinstance(procedure, CalibratedProcedure):
         return procedure.density(law.cdf, law.survival)
     flat = [part.reshape(len(part), -1) for part in (law.u, law.mass, law.cdf, law.survival)]
-    return np.array([procedure.tilt(_Law(*row)) for row in zip(*flat, strict=True)]).reshape(law.u.shape)
+    return np.array([procedure.tilt(NodeLaw(*row)) for row in zip(*flat, strict=True)]).reshape(law.u.shape)
 
 
 @lru_cache(maxsize=32)

@@ -12,23 +12,30 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, TypeAlias
 
-from calibrated_rewards.theory import procedures, transforms
 from calibrated_rewards.theory.optimum import Optimal, optimal_transform
-from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
-from calibrated_rewards.theory.transforms import Exponential, Identity, Log, Transform, scaled
+from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, SoftBestOf, Standard, WorstOf
+from calibrated_rewards.theory.transforms import (
+    Affine,
+    Chain,
+    Exponential,
+    Identity,
+    Log,
+    NormalQuantile,
+    Power,
+    Tabulated,
+    Transform,
+    scaled,
+)
 
 ByRank: TypeAlias = BestOf | WorstOf | Standard
 PLAIN: dict[str, Transform] = {"identity": Identity(), "log": Log()}
 OF_N: dict[str, type[BestOf] | type[WorstOf]] = {"best-of": BestOf, "worst-of": WorstOf}
 # The classes whose repr can be read back; a Calibrated is known by its function, which no repr holds.
-CLASSES: dict[str, Any] = {"Optimal": Optimal} | {
-    name: getattr(module, name)
-    for module, names in (
-        (transforms, ("Identity", "Log", "Exponential", "NormalQuantile", "Power", "Affine", "Tabulated", "Chain")),
-        (procedures, ("Standard", "BestOf", "WorstOf", "SoftBestOf", "RewindAndRepeat")),
-    )
-    for name in names
-}
+KNOWN = (
+    *(Identity, Log, Exponential, NormalQuantile, Power, Affine, Tabulated, Chain, Optimal),
+    *(Standard, BestOf, WorstOf, SoftBestOf, RewindAndRepeat),
+)
+CLASSES: dict[str, Any] = {each.__name__: each for each in KNOWN}
 
 
 @dataclass(frozen=True)

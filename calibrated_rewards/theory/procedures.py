@@ -20,37 +20,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import isfinite
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import gammaln
 
-from calibrated_rewards.theory.quadrature import Array
+from calibrated_rewards.theory.quadrature import Array, Law, NodeLaw
 
 # Quantiles one by one (an ODE solver asks for millions of them) or as an array.
 Rank = TypeVar("Rank", float, npt.NDArray[np.float64])
-
-
-@runtime_checkable
-class Law(Protocol):
-    """The policy's law of u at the nodes of a quadrature, as far as a procedure reads it (`quadrature.Law`)."""
-
-    @property
-    def u(self) -> Array:
-        """Quantiles of the reference, ascending."""
-
-    @property
-    def mass(self) -> Array:
-        """Weight of each node."""
-
-    @property
-    def cdf(self) -> Array:
-        """F(u): the policy's own quantile."""
-
-    @property
-    def survival(self) -> Array:
-        """1 - F(u)."""
+AnyLaw: TypeAlias = Law | NodeLaw
 
 
 @runtime_checkable
@@ -68,7 +48,7 @@ class Procedure(Protocol):
     def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
         """Return the index of the response that comes out, along the last axis of `scores`."""
 
-    def tilt(self, law: Law) -> Array:
+    def tilt(self, law: AnyLaw) -> Array:
         """Return the density of the output over the density of a single draw."""
 
     def pool_weights(self, scores: npt.ArrayLike) -> Array:
@@ -144,7 +124,7 @@ class Standard:
         """Return g = 1."""
         return 0 * rank + 1.0
 
-    def tilt(self, law: Law) -> Array:
+    def tilt(self, law: AnyLaw) -> Array:
         """Return 1 everywhere."""
         return np.ones_like(law.u)
 
@@ -177,7 +157,7 @@ class BestOf:
         """Return g(C) = n C^{n-1}."""
         return self.n * rank ** (self.n - 1)
 
-    def tilt(self, law: Law) -> Array:
+    def tilt(self, law: AnyLaw) -> Array:
         """Return g(F(u))."""
         return self.density(law.cdf, law.survival)
 
@@ -210,7 +190,7 @@ class WorstOf:
         """Return g(C) = n (1 - C)^{n-1}."""
         return self.n * below_one ** (self.n - 1)
 
-    def tilt(self, law: Law) -> Array:
+    def tilt(self, law: AnyLaw) -> Array:
         """Return g(F(u))."""
         return self.density(law.cdf, law.survival)
 
@@ -261,7 +241,7 @@ class Calibrated:
         value: Any = self.g(np.asarray(rank))
         return cast(Rank, value / self.total)
 
-    def tilt(self, law: Law) -> Array:
+    def tilt(self, law: AnyLaw) -> Array:
         """Return g(F(u))."""
         return self.density(law.cdf, law.survival)
 
@@ -315,7 +295,7 @@ class SoftBestOf:
         scores = np.asarray(scores, np.float64)
         return np.asarray(np.argmax(scores / self.temperature + rng.gumbel(size=scores.shape), axis=-1), np.intp)
 
-    def tilt(self, law: Law) -> Array:
+    def tilt(self, law: AnyLaw) -> Array:
         """Return n E[e_1 / (e_1 + ... + e_n)] given the first, the other n - 1 drawn from the law.
 
         1/S = int_0^inf e^{-xS} dx turns the mean over n - 1 others into the (n - 1)th power of one.
@@ -390,14 +370,14 @@ class RewindAndRepeat:
         last = passed.shape[-1] - 1
         return np.asarray(np.where(passed.any(axis=-1), passed.argmax(axis=-1), last), np.intp)
 
-    def mean_tries(self, law: Law) -> float:
+    def mean_tries(self, law: AnyLaw) -> float:
         """Return (1 - q^N) / (1 - q) with q = F(threshold)."""
         success = float(law.mass[law.u >= self.threshold].sum())
         if not 0 < success < 1:
             return 1.0 if success > 0 else float(self.max_tries)
         return float(-np.expm1(self.max_tries * np.log1p(-success)) / success)
 
-    def tilt(self, law: Law) -> Array:
+    def tilt(self, law: AnyLaw) -> Array:
         """Return the mean number of tries above the threshold, and q^{N-1} below it."""
         failure = float(law.mass[law.u < self.threshold].sum())
         return np.where(law.u >= self.threshold, self.mean_tries(law), failure ** (self.max_tries - 1))

@@ -148,6 +148,16 @@ class Law:
         return np.clip(self._running[1], 0.0, 1.0)
 
 
+@dataclass(frozen=True)
+class NodeLaw:
+    """A law of u by its values at some nodes alone: all that `Procedure.tilt` reads of a law."""
+
+    u: Array
+    mass: Array
+    cdf: Array
+    survival: Array
+
+
 def reference_law(grid: Grid) -> Law:
     """Return the reference's own law, Unif[0, 1] (Lemma 4)."""
     return Law(grid, np.zeros_like(grid.s))

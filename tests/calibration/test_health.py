@@ -10,7 +10,7 @@ from scipy import stats
 from calibrated_rewards.calibration.inspect_table import health, measure_precision, percent
 from calibrated_rewards.calibration.suspicious_rows import describe_rows
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.theory.finite_k_error import references_needed
+from calibrated_rewards.theory.finite_k import references_needed
 from calibrated_rewards.theory.transforms import Identity
 
 scores = st.lists(
