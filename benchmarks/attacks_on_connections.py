@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "server"))
 
 HOST = "127.0.0.1"
 SECONDS, MEBIBYTE = 10.0, 2**20

@@ -236,11 +236,13 @@ class CompletionForm:
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> "CompletionForm":
         """Read it from a table's metadata; a table of an older release has it in its probes."""
-        kind = (meta.get("form") or {}).get("completions")
-        if kind is None:
-            kinds = {type(probe["completion"]) is str for probe in meta.get("probes") or []}
-            kind = {(): None, (True,): "text", (False,): "messages", (False, True): "both"}[tuple(sorted(kinds))]
-        return cls(kind)
+        kind: Kind | None = (meta.get("form") or {}).get("completions")
+        if kind is not None:
+            return cls(kind)
+        are_texts = {isinstance(probe["completion"], str) for probe in meta.get("probes") or []}
+        if not are_texts:
+            return cls()
+        return cls("both" if len(are_texts) == 2 else "text" if are_texts == {True} else "messages")
 
     def apply(
         self, scorer: Any, prompts: Sequence[Prompt], completions: Sequence[Completion]

@@ -70,11 +70,11 @@ class RequestBatcher:
         if len(scores) == len(results):
             return scores
         errors = [result for result in results if isinstance(result, BaseException)]
-        for error in errors:
-            if not isinstance(error, UnknownPromptError):
-                self.metrics.failures.inc()
-                LOG.error("the reward model failed on a completion", exc_info=error)
-                raise Refused(500, f"the reward model failed ({type(error).__name__}); the server's log tells more")
+        failure = next((error for error in errors if not isinstance(error, UnknownPromptError)), None)
+        if failure is not None:
+            self.metrics.failures.inc()
+            LOG.error("the reward model failed on a completion", exc_info=failure)
+            raise Refused(500, f"the reward model failed ({type(failure).__name__}); the server's log tells more")
         if not errors:
             raise late
         self.metrics.misses.inc(len(errors))

@@ -1,6 +1,7 @@
 """The counts of a reward server, in Prometheus' text format."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
 
@@ -16,7 +17,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own = {"namespace": "calibrated_reward", "registry": self.registry}
+        own: dict[str, Any] = {"namespace": "calibrated_reward", "registry": self.registry}
         self.requests = Counter("requests", "Requests, by dialect and status", ("dialect", "status"), **own)
         self.pairs = Counter("pairs", "Completions scored", **own)
         self.misses = Counter("misses", "Completions whose prompt the table does not have", **own)
