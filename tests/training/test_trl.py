@@ -1,4 +1,4 @@
-"""RLOO and GRPO by TRL as recipes: what they learn, write down and go on from, with tiny models."""
+"""RLOO and GRPO by TRL: what runs learn, write and resume from, with tiny models."""
 
 import json
 import os
