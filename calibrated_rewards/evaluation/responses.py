@@ -139,12 +139,12 @@ def find_scorers(run: Path) -> list[str]:
 
 def read_scores(run: Path, select: str, judge: str | None = None) -> Samples:
     """Read the scores of all rollouts of a run, by the scorer that selects and by the judge, if one is named."""
-    known, scorers = find_scorers(run), [select, *([judge] if judge is not None and judge != select else [])]
+    available, scorers = find_scorers(run), [select, *([judge] if judge is not None and judge != select else [])]
     for name in scorers:
-        if name not in known:
+        if name not in available:
             raise ValueError(
-                f"the rollouts of {run} have scores of {', '.join(known) or 'nobody'}, got {name!r}. Another scorer is "
-                f"added by `calibrated-rewards calibrate --reward-model NAME=PATH --out {run}`, drawing nothing."
+                f"the rollouts of {run} have scores of {', '.join(available) or 'nobody'}, got {name!r}. Another "
+                f"scorer is added by `calibrated-rewards calibrate --reward-model NAME=PATH --out {run}`, drawing nothing."
             )
     parts: dict[bytes, list[Float64[np.ndarray, "scorers _"]]] = {}
     for path in _files(run):

@@ -343,9 +343,13 @@ class FrontierEstimate:
                 FrontierPoint(**{**point, **{name: _read_rates(point[name]) for name in ("win_rates", "gains")}})
                 for point in fields["points"]
             )
-            names = {name: tuple(fields[name]) for name in ("procedures", "left_out")}
             return cls(
-                tuple(points), **names, **{name: fields[name] for name in ("selected_by", "prompts", "rollouts")}
+                tuple(points),
+                tuple(fields["procedures"]),
+                fields["selected_by"],
+                fields["prompts"],
+                fields["rollouts"],
+                tuple(fields["left_out"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
