@@ -52,7 +52,8 @@ ABOUT_THEM = {
     "calibration.prediction.prompt_features": {"torch"},
     "evaluation.kl": {"torch"},
     "evaluation.responses": {"pyarrow"},
-    "evaluation.report.markup": {"matplotlib"},
+    "evaluation.plots": {"matplotlib"},
+    "evaluation.report.page": {"matplotlib"},
     "cli.demo.miniature": {"torch", "transformers"},
     "cli.demo.reward_models": {"torch", "transformers"},
 }

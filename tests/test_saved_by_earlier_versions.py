@@ -29,9 +29,8 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaForToke
 from calibrated_rewards import BestOf, CalibratedReward, ReferenceTable, Standard
 from calibrated_rewards.calibration import Asked, calibrate
 from calibrated_rewards.calibration.prediction import Amortised
-from calibrated_rewards.evaluation.outcomes import Evaluation
+from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
 from calibrated_rewards.evaluation.policies import evaluate
-from calibrated_rewards.evaluation.prospects import Reweighted
 from calibrated_rewards.evaluation.report import report
 from calibrated_rewards.samplers import Decoding
 from calibrated_rewards.scorers.implicit import ImplicitReward
@@ -542,7 +541,7 @@ def chosen(rows: list[dict[str, Any]], n: int, judge: str) -> list[float]:
 
 def test_a_frontier() -> None:
     """Each arm's beta gives its KL, and its win rate, by the weights of the rollouts themselves."""
-    found = Reweighted.load(SAVED / "experiment" / "frontier.json")
+    found = FrontierEstimate.load(SAVED / "experiment" / "frontier.json")
     assert (found.prompts, found.rollouts, found.selected_by) == (6, 6, "reward")
     assert [(point.arm, point.kl) for point in found.points] == [
         (arm, kl) for kl in (0.1, 0.3) for arm in ("identity", "exp:10")

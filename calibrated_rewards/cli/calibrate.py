@@ -96,7 +96,7 @@ def describe_table(table: "ReferenceTable") -> str:
 
 def make_tables(options: argparse.Namespace) -> Any:
     """Draw and score rollouts; None after a dry run."""
-    from calibrated_rewards.calibration.calibrate import calibrate
+    from calibrated_rewards.calibration.calibrate import REWARD, calibrate
     from calibrated_rewards.calibration.sources import prompts_from
 
     refuse_options(options, {"completions": None, "scores": []}, "they belong to --rollouts")
@@ -108,6 +108,7 @@ def make_tables(options: argparse.Namespace) -> Any:
         print_forecast(options, None if prompts is None else prompts_from(prompts, **source), sampler)
         return None
     scorers = model_options.load_reward_models(options)
+    model_options.check_costs(options.out / "run.json", scorers if isinstance(scorers, dict) else {REWARD: scorers})
     settings = {"k": options.k, "seed": options.seed, "adaptive": rounds, **collect_run_settings(options)}
     return calibrate(prompts, sampler, scorers, options.out, **settings, **source)
 

@@ -12,7 +12,7 @@ EXTRAS = {
     "http": ("httpx",),
     "calibrate": ("pyarrow",),
     "trl": ("datasets", "trl"),
-    "plots": ("matplotlib",),
+    "plots": ("matplotlib", "jinja2", "markupsafe"),
     "ray": ("ray",),
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
     "vllm": ("vllm",),

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibrated_rewards.cli.options import Real, Whole
-from calibrated_rewards.evaluation.objectives import ARMS, AnyKL, Arm, BestAtKL, Transformed, usual_arms
-from calibrated_rewards.theory.named import OF_N, parse_procedure, parse_transform
+from calibrated_rewards.evaluation.objectives import Objective, default_objectives, parse_objective
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
-from calibrated_rewards.theory.transforms import scaled
 
 if TYPE_CHECKING:
     from calibrated_rewards.evaluation.estimates import Samples
-    from calibrated_rewards.evaluation.prospects import Reweighted
+    from calibrated_rewards.evaluation.results import FrontierEstimate
 
 EPILOG = """examples:
   calibrated-rewards frontier table/                                   every reward, at KL 0.5, 1 and 2
@@ -44,29 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kl", type=Real(0.0, above=True), nargs="+", default=[0.5, 1.0, 2.0], metavar="NATS", help=text)
     add("--best-of", type=Whole(1), nargs="+", metavar="N", help="best of N, beside single responses (4)")
     add("--worst-of", type=Whole(1), nargs="+", metavar="N", help="worst of N, an attacker's best (4)")
-    add("--arms", type=parse_objective, nargs="+", metavar="NAME", help="rewards to compare, the baseline first")
+    add("--arms", type=parse_arm, nargs="+", metavar="NAME", help="rewards to compare, the baseline first")
     add("--out", type=Path, metavar="FILE", help="save the result as JSON")
     add("--plot", type=Path, metavar="FILE", help="plot win rate against KL, a panel for each procedure")
     add("--json", action="store_true", help="print JSON in place of tables")
 
 
-def parse_objective(name: str) -> tuple[str, Arm]:
-    """Parse the name of a reward to compare.
+def parse_arm(name: str) -> tuple[str, Objective]:
+    """Parse the name of a reward to compare, for argparse.
 
-    >>> parse_objective("best-of:8"), parse_objective("log")[1].at(1.0)
-    (('best-of:8', BestAtKL(procedure=BestOf(n=8))), Transformed(transform=Log()))
+    >>> parse_arm("best-of:8")
+    ('best-of:8', OptimumAtKL(procedure=BestOf(n=8)))
     """
-    if name in ARMS:
-        return name, ARMS[name]
-    kind, *numbers = name.split(":")
     try:
-        if kind in OF_N and len(numbers) == 1:
-            return name, BestAtKL(parse_procedure(name))
-        return name, AnyKL(Transformed(scaled(parse_transform(name).transform, "unit")))
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(
-            f"an arm is {', '.join(ARMS)}, exp:T, best-of:N or worst-of:N, got {name!r}"
-        ) from None
+        return name, parse_objective(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run(options: argparse.Namespace) -> int:
@@ -74,14 +65,14 @@ def run(options: argparse.Namespace) -> int:
     for name, path in (("--out", options.out), ("--plot", options.plot)):
         if path is not None and path.is_dir():
             raise ValueError(f"{name} needs a file, got the folder {path}")
-    from calibrated_rewards.evaluation.frontier import reweighted
+    from calibrated_rewards.evaluation.frontier import estimate_frontier
 
     references, select, judge = read_references(options.table, options.select, options.judge)
     neither = options.best_of is None and options.worst_of is None
     best, worst = ([4], [4]) if neither else (options.best_of or [], options.worst_of or [])
     procedures: list[CalibratedProcedure] = [Standard(), *map(BestOf, best), *map(WorstOf, worst)]
-    arms = dict(options.arms) if options.arms else usual_arms(procedures)
-    frontier = reweighted(references, arms, options.kl, procedures, selected_by=select, judged_by=judge)
+    arms = dict(options.arms) if options.arms else default_objectives(procedures)
+    frontier = estimate_frontier(references, arms, options.kl, procedures, selected_by=select, judged_by=judge)
     if options.out is not None:
         frontier.save(options.out)
     if options.plot is not None:
@@ -93,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 def read_references(at: Path, select: str | None, judge: str | None) -> "tuple[Samples, str, str]":
     """Read the rollouts of a run by one scorer or two, or the scores of a bare table; and the scorers' names."""
     from calibrated_rewards.evaluation.estimates import Samples
-    from calibrated_rewards.evaluation.frontier import references_of, scorers_of
+    from calibrated_rewards.evaluation.responses import find_scorers, read_scores
     from calibrated_rewards.table.reference_table import ReferenceTable
 
     if not any((at / "rollouts").glob("*.parquet")):
@@ -106,17 +97,17 @@ def read_references(at: Path, select: str | None, judge: str | None) -> "tuple[S
         if select is not None or judge is not None:
             raise ValueError(f"{at} is a bare table: --select and --judge need a run with rollouts, got none.")
         return Samples([scores for _, scores in ReferenceTable.load(at).items()]), "reward", "judge"
-    names = scorers_of(at)
+    names = find_scorers(at)
     if select is None:
         if len(names) != 1 and "reward" not in names:
             raise ValueError(f"--select needs one of {', '.join(names) or 'no scorers'} of {at}, got none.")
         select = names[0] if len(names) == 1 else "reward"
     others = [name for name in names if name != select]
     judge = judge or (others[0] if len(others) == 1 else "judge" if "judge" in others else None)
-    return references_of(at, select, judge), select, judge or select
+    return read_scores(at, select, judge), select, judge or select
 
 
-def save_plot(frontier: "Reweighted", path: Path) -> None:
+def save_plot(frontier: "FrontierEstimate", path: Path) -> None:
     """Save a plot with a row for each judge and a panel for each procedure."""
     from matplotlib.figure import Figure
 

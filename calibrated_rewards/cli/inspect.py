@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +60,9 @@ def run(options: argparse.Namespace) -> int:
         result = {"tables": [each.as_json() for each in reports], "rollouts": rollouts and rollouts.as_json()}
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     else:
-        texts = [str(each) for each in reports]
+        counts = sum((Counter(each.odd_rows) for each in reports), Counter[str]())
+        rows = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+        texts = [f"Suspicious rows: {rows}." if rows else "No row is suspicious.", *map(str, reports)]
         if rollouts is not None:
             texts.append("\n".join(section(rollouts.where, rollouts.lines())))
         sys.stdout.write("\n\n".join(texts) + "\n")

@@ -1,7 +1,8 @@
 """Options that name the models of a command, the reward model and the reference policy, loaded here or on a server."""
 
 import argparse
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from calibrated_rewards.models.labels import Difference, Expected, Label, Labels
 from calibrated_rewards.models.server_address import is_variable
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.ensemble import Cost
+from calibrated_rewards.scorers.protocol import fingerprint
 
 if TYPE_CHECKING:
     from calibrated_rewards.models.text import Text
@@ -60,13 +62,14 @@ COST_HELP = (
     "its labels suggest that wrongly"
 )
 SERVER_HELP = (
-    "The token of the server, if it needs one, is read from CALIBRATED_REWARDS_TOKEN, and the server that it is for "
-    "from CALIBRATED_REWARDS_TOKEN_URL, such as http://rm:8000. '$NAME' as a URL is the value of that environment "
-    "variable."
+    "The token of the server, if it needs one, is read from CALIBRATED_REWARDS_TOKEN, and the\n"
+    "server that it is for from CALIBRATED_REWARDS_TOKEN_URL, such as http://rm:8000. '$NAME' as a\n"
+    "URL is the value of that environment variable."
 )
 POLICY_SERVER_HELP = (
-    "The token of the server, if it needs one, is read from CALIBRATED_REWARDS_POLICY_TOKEN, and the server that it is "
-    "for from CALIBRATED_REWARDS_POLICY_TOKEN_URL, such as http://host:8000; for OpenAI's own hosts OPENAI_API_KEY."
+    "The token of the server, if it needs one, is read from CALIBRATED_REWARDS_POLICY_TOKEN, and\n"
+    "the server that it is for from CALIBRATED_REWARDS_POLICY_TOKEN_URL, such as http://host:8000;\n"
+    "for OpenAI's own hosts from OPENAI_API_KEY."
 )
 
 
@@ -97,6 +100,30 @@ def add_reward_model_options(parser: argparse.ArgumentParser, *, several: bool =
     group.add_argument("--served-model", metavar="NAME", help="the model's name on the server")
     text = "a tokenizer to render and cut text here (vllm, openrlhf)"
     group.add_argument("--tokenizer", metavar="PATH|ID", help=text)
+
+
+def check_cost(place: str, saved: Mapping[str, Any] | None, scorer: "Scorer") -> None:
+    """Refuse a reward model with --cost for scores that were made without, and the other way round."""
+    if not saved:
+        return
+    was_cost, is_cost = saved.get("kind") == "cost", fingerprint(scorer).get("kind") == "cost"
+    if was_cost and not is_cost:
+        raise ValueError(
+            f"{place} was made with --cost: its scores are the reward model's times -1, say --cost here too"
+        )
+    if is_cost and not was_cost:
+        raise ValueError(
+            f"{place} was made without --cost: its scores are the reward model's own, leave --cost out; or calibrate "
+            "with --cost under another name, --reward-model NAME=PATH"
+        )
+
+
+def check_costs(file: Path, scorers: Mapping[str, "Scorer"]) -> None:
+    """Refuse reward models whose --cost is not that of the run whose settings are in a file, if there is one."""
+    if file.is_file():
+        saved = json.loads(file.read_text(encoding="utf-8")).get("scorers", {})
+        for name, scorer in scorers.items():
+            check_cost(f"{file}: the scorer {name}", saved.get(name), scorer)
 
 
 def parse_labels(text: str) -> Labels:

@@ -70,8 +70,11 @@ def run(options: argparse.Namespace) -> int:
     settings = {"estimator": options.estimator, "name": named.name}
     check_resolved(table, transform, **settings)
     expected = named.kl and expect(table, transform, kl=named.kl, procedure=named.procedure, **settings)
+    scorer = model_options.load_reward_model(options)
+    if not options.no_verify:
+        model_options.check_cost(f"the table {options.table}", table.meta.get("scorer"), scorer)
     reward = CalibratedReward(
-        model_options.load_reward_model(options),
+        scorer,
         table,
         named.transform,
         beta=expected.beta if expected else None,

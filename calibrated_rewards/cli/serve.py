@@ -2,6 +2,8 @@
 
 import argparse
 import os
+from collections.abc import Callable
+from typing import Any
 
 from calibrated_rewards.cli.options import Real, Whole, add_trust_option, open_reward
 
@@ -14,8 +16,8 @@ The server has the APIs of OpenRLHF, LightRFT, slime and LLaMA-Factory, and its 
 Clients send the token as a header; those that cannot put it into the URL: http://HOST:PORT/t/TOKEN/get_reward. On
 SIGTERM it accepts no more connections, answers the accepted requests, and exits with 0."""
 
-# Each limit with its type, metavar and help; the defaults are those of server.app.Limits.
-LIMITS = {
+# Each limit with its type, metavar and help; the defaults are those of server.Limits.
+LIMITS: dict[str, tuple[str, Callable[[str], Any], str, str]] = {
     "max_batch": ("batch", Whole(1), "N", "completions scored at once (64)"),
     "max_queue": ("queue", Whole(1), "N", "completions that may wait; more are refused with 503 (8192)"),
     "max_pairs": ("pairs", Whole(1), "N", "completions in a request (1024)"),

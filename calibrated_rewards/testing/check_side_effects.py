@@ -100,7 +100,7 @@ def _draw_random_numbers() -> None:
     """Draw from all global generators, so that a state that comes back was set by the scorer."""
     random.random()
     np.random.random()  # noqa: NPY002 (the global generator is the subject)
-    if "torch" in sys.modules:
+    if sys.modules.get("torch") is not None:
         sys.modules["torch"].rand(1)
 
 

@@ -34,7 +34,8 @@ def process_state() -> dict[str, Any]:
     >>> "the working directory" in process_state()
     True
     """
-    return {name: part.read() for name, part in PARTS.items() if "torch" in sys.modules or not name.startswith("torch")}
+    has_torch = sys.modules.get("torch") is not None
+    return {name: part.read() for name, part in PARTS.items() if has_torch or not name.startswith("torch")}
 
 
 def find_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

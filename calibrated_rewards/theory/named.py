@@ -88,12 +88,14 @@ def parse_transform(name: str) -> NamedTransform:
 
 def _solve_optimum(name: str, procedure: BestOf | WorstOf, kl: float) -> Transform:
     """Solve for the optimal transform on the unit scale; errors are in the words of the command line."""
+    t = "T" if isinstance(procedure, BestOf) else "-T"
     try:
         return scaled(optimal_transform(procedure, kl=kl), "unit")
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{name}: {error}") from None
+        # The command line has no tune(): name what to type.
+        message = str(error).replace("as tune() finds", f"exp:{t}:{kl:g} such as exp:{t.replace('T', '10')}:{kl:g}")
+        raise argparse.ArgumentTypeError(f"{name}: {message}") from None
     except ArithmeticError:
-        t = "T" if isinstance(procedure, BestOf) else "-T"
         raise argparse.ArgumentTypeError(
             f"{name}: the optimal transform for {procedure!r} at a KL of {kl:g} could not be solved for. Ask for "
             f"another KL, or use exp:{t}:{kl:g}, which needs no solving"

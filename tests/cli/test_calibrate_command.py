@@ -123,6 +123,15 @@ def test_other_settings_are_refused_in_words(models, tmp_path, capsys):
     assert (tmp_path / "t" / "table.safetensors").read_bytes() == before
 
 
+def test_another_cost_than_the_runs_names_the_file_and_the_rule(models, tmp_path, capsys):
+    """The same command with --cost added: which file, and what to leave out."""
+    assert main(asked(models, tmp_path / "t", "--quiet")) == 0
+    assert main(asked(models, tmp_path / "t", "--quiet", "--cost")) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 't' / 'run.json'}: the scorer reward was made without --cost" in said
+    assert "leave --cost out" in said
+
+
 def test_a_dry_run_refuses_what_the_run_would(models, tmp_path, capsys):
     """Settings of another run."""
     assert main(asked(models, tmp_path / "t", "--quiet")) == 0

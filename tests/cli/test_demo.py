@@ -16,8 +16,7 @@ from calibrated_rewards.cli.demo.assets import Rated, make_folder
 from calibrated_rewards.cli.demo.command import format_frontier
 from calibrated_rewards.cli.demo.pipeline import QUICK
 from calibrated_rewards.cli.main import main
-from calibrated_rewards.evaluation.outcomes import Evaluation
-from calibrated_rewards.evaluation.prospects import Reweighted
+from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 
 COMMAND = [sys.executable, "-m", "calibrated_rewards", "demo", "--quick", "--out"]
@@ -39,7 +38,7 @@ def test_all_parts_are_there_and_agree(whole: Path) -> None:
     found = Evaluation.load(whole / "evaluation" / "evaluation.json")
     assert [each.name for each in found.policies] == ["calibrated", "raw"]
     assert str(found) in said
-    assert format_frontier(Reweighted.load(whole / "frontier.json"), QUICK) in said
+    assert format_frontier(FrontierEstimate.load(whole / "frontier.json"), QUICK) in said
     assert "nothing else" in said.splitlines()[2]  # that random models mean nothing is said first
     reward = CalibratedReward.from_pretrained(whole / "reward")
     assert reward.table.meta["sampler"]["decoding"]["max_tokens"] == 8

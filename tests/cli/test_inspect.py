@@ -46,6 +46,8 @@ def test_a_table_is_told(tmp_path, capsys):
     assert code == 0
     headings = [line for line in said.splitlines() if not line.startswith(" ")]
     assert headings == [
+        "Suspicious rows: 1 all equal.",
+        "",
         str(tmp_path / "t"),
         "made with",
         "resolution",

@@ -376,8 +376,8 @@ def test_a_head_of_sixteen_bits(dtype):
     """Scores rounded to 16 bits: many tie, and few of them already show it."""
     rounded = Opaque(lambda p, c: torch.tensor(HashScorer()(p, c)).to(dtype))
 
-    # Ties among single letters, too.
-    assert failed(rounded) == {DISTINCT, KINDS}
+    # Single letters tie by chance, and not beside another text: that all letters are read is not in doubt.
+    assert failed(rounded) == {DISTINCT}
     assert str(dtype).removeprefix("torch.") in told(rounded, DISTINCT)
     assert failed(rounded, discrete=True) == set()
 

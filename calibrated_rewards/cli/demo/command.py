@@ -18,8 +18,7 @@ from calibrated_rewards.files import write_file
 
 if TYPE_CHECKING:
     from calibrated_rewards.cli.demo.pipeline import Scale
-    from calibrated_rewards.evaluation.outcomes import Evaluation
-    from calibrated_rewards.evaluation.prospects import Point, Reweighted
+    from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate, FrontierPoint
     from calibrated_rewards.table.reference_table import ReferenceTable
 
 EPILOG = """examples:
@@ -52,8 +51,8 @@ def run(options: argparse.Namespace) -> int:
     import transformers
 
     from calibrated_rewards.cli.demo import pipeline
-    from calibrated_rewards.evaluation.frontier import references_of
     from calibrated_rewards.evaluation.report.report import report
+    from calibrated_rewards.evaluation.responses import read_scores
     from calibrated_rewards.training.launch import summarise_steps
 
     # The progress bars and reports of transformers are about many small loads; the demo has its own.
@@ -77,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         reward = demo.save_reward(tables["reward"])
         print_line(format_calibration(tables["reward"]))
     with diary.step(3, "the frontier without training: the rollouts, reweighted"):
-        frontier = demo.estimate_frontier(references_of(out / "table", "reward", "judge"))
+        frontier = demo.estimate_frontier(read_scores(out / "table", "reward", "judge"))
         print_line(format_frontier(frontier, scale))
     betas = pipeline.choose_betas(frontier, demo.choice, scale.kl)
     rewards = {
@@ -155,9 +154,9 @@ def format_calibration(table: "ReferenceTable") -> str:
     )
 
 
-def format_frontier(frontier: "Reweighted", scale: "Scale") -> str:
+def format_frontier(frontier: "FrontierEstimate", scale: "Scale") -> str:
     """Say which rewards are above the raw one, then show the best-of-N win rate of each, by the judge."""
-    from calibrated_rewards.evaluation.prospects import RELIABLE, told
+    from calibrated_rewards.evaluation.results import RELIABLE_ESS
     from calibrated_rewards.theory.procedures import BestOf
 
     procedure = repr(BestOf(scale.n))
@@ -165,15 +164,15 @@ def format_frontier(frontier: "Reweighted", scale: "Scale") -> str:
     names = list(dict.fromkeys(point.arm for point in frontier.points))
     points = {(point.arm, point.kl): point for point in frontier.points}
 
-    def format_cell(point: "Point | None") -> str:
+    def format_cell(point: "FrontierPoint | None") -> str:
         if point is None:
             return "not reached"
-        return f"{point.win_rates['judge'][procedure]}{'~' * (point.ess_of[procedure] < RELIABLE)}"
+        return f"{point.win_rates['judge'][procedure]}{'~' * (point.ess_of[procedure] < RELIABLE_ESS)}"
 
     lines = []
     for kl in kls:
         better = [
-            name for name in names if (name, kl) in points and told(points[name, kl], "judge", procedure) == "better"
+            name for name in names if (name, kl) in points and points[name, kl].verdict("judge", procedure) == "better"
         ]
         lines.append(
             f"Above the raw score at KL {kl:g}, so far as these rollouts can tell: {', '.join(better) or 'none'}."
@@ -184,7 +183,7 @@ def format_frontier(frontier: "Reweighted", scale: "Scale") -> str:
     ]
     for name in names:
         lines.append(f"  {name:<11}" + "".join(f"  {format_cell(points.get((name, kl))):<22}" for kl in kls))
-    lines.append(f"~ rests on fewer than {RELIABLE} effective rollouts of a prompt, and may be off by .04 to .14.")
+    lines.append(f"~ rests on fewer than {RELIABLE_ESS} effective rollouts of a prompt, and may be off by .04 to .14.")
     return "\n".join(lines)
 
 

@@ -10,10 +10,9 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.cli.demo import assets, miniature, reward_models
 from calibrated_rewards.evaluation.estimates import Samples
-from calibrated_rewards.evaluation.frontier import reweighted
-from calibrated_rewards.evaluation.outcomes import Evaluation
+from calibrated_rewards.evaluation.frontier import estimate_frontier
 from calibrated_rewards.evaluation.policies import evaluate
-from calibrated_rewards.evaluation.prospects import Reweighted
+from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.samplers.loading import load_sampler
@@ -149,9 +148,9 @@ class Demo:
         reward.save_pretrained(self.out / "reward")
         return reward
 
-    def estimate_frontier(self, references: Samples) -> Reweighted:
+    def estimate_frontier(self, references: Samples) -> FrontierEstimate:
         """Estimate what training for each reward would achieve, by reweighting the rollouts; nothing is trained."""
-        frontier = reweighted(references, kls=(self.scale.kl / 2, self.scale.kl), procedures=self.procedures)
+        frontier = estimate_frontier(references, kls=(self.scale.kl / 2, self.scale.kl), procedures=self.procedures)
         frontier.save(self.out / "frontier.json")
         return frontier
 
@@ -192,7 +191,7 @@ class Demo:
         )
 
 
-def choose_betas(frontier: Reweighted, choice: Choice, kl: float) -> dict[str, float]:
+def choose_betas(frontier: FrontierEstimate, choice: Choice, kl: float) -> dict[str, float]:
     """Choose for each policy the beta at which its optimum has that KL on the rollouts.
 
     No theory knows it for the raw score: it depends on the spread of scores within a prompt.
