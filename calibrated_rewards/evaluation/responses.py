@@ -144,7 +144,8 @@ def read_scores(run: Path, select: str, judge: str | None = None) -> Samples:
         if name not in available:
             raise ValueError(
                 f"the rollouts of {run} have scores of {', '.join(available) or 'nobody'}, got {name!r}. Another "
-                f"scorer is added by `calibrated-rewards calibrate --reward-model NAME=PATH --out {run}`, drawing nothing."
+                f"scorer is added by `calibrated-rewards calibrate --reward-model NAME=PATH --out {run}`, drawing "
+                "nothing."
             )
     parts: dict[bytes, list[Float64[np.ndarray, "scorers _"]]] = {}
     for path in _files(run):
