@@ -70,7 +70,7 @@ class Divergence:
             if not isinstance(sampler, READABLE):
                 kind = type(sampler).__name__
                 raise TypeError(f"Divergence needs samplers with a transformers model, the {name} is a {kind}")
-            decoding = (sampler.recipe if isinstance(sampler, LoadedSampler) else sampler).decoding
+            decoding = sampler.decoding
             # With top_p, top_k or min_p the reference gives some completions no probability, and a KL is infinite.
             if replace(decoding, max_tokens=1, temperature=1.0, stop=(), stop_token_ids=()) != Decoding(1):
                 raise ValueError(f"Divergence needs decoding with nothing but a temperature, {name} has {decoding!r}")

@@ -22,7 +22,7 @@ from weakref import WeakSet
 
 from calibrated_rewards.prompts import Completion
 from calibrated_rewards.reward.lookup import Score, Scores
-from calibrated_rewards.scorers.protocol import paired
+from calibrated_rewards.scorers.protocol import check_pairs
 
 if TYPE_CHECKING:
     from calibrated_rewards.reward.calibrated_reward import CalibratedReward
@@ -164,7 +164,7 @@ async def ascore(
     ids: Sequence[Any] | None = None,
 ) -> Scores:
     """`reward.score` for asyncio: tasks that ask at the same time share batches, and the event loop goes on."""
-    prompts, completions = paired(prompts, completions)
+    prompts, completions = check_pairs(prompts, completions)
     coalescer = coalescer_of(reward)
     if len(prompts) > coalescer.max_batch:
         return await asyncio.to_thread(reward.score, prompts, completions, ids, watch=True)

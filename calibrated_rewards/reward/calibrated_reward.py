@@ -44,14 +44,16 @@ from calibrated_rewards.reward.lookup import OnMissing, RawScores, Scores, Valua
 from calibrated_rewards.reward.monitoring import Alarm, compute_metrics, drop_repeats
 from calibrated_rewards.reward.originals import Originals, RunPrompts
 from calibrated_rewards.reward.verification import Verification, verify_scorer
-from calibrated_rewards.scorers.protocol import Scorer, fingerprint, is_thread_safe, paired, score
+from calibrated_rewards.scorers.protocol import Scorer, fingerprint, is_thread_safe, check_pairs, score
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.reward.lookup import OnMissing, Valuing
-from calibrated_rewards.reward.monitoring import Alarm, EndingsWatch, first_ones, measures, without
+from calibrated_rewards.reward.monitoring import Alarm, first_ones, measures, without
+from calibrated_rewards.reward.find_prompts import EndingsWatch
 from calibrated_rewards.reward.originals import Originals, of_run
-from calibrated_rewards.reward.raw_scores import RawScores, are_rows, are_tensor
-from calibrated_rewards.reward.scores import Score, Scores
-from calibrated_rewards.reward.verification import Form, Verification, verified
+from calibrated_rewards.reward.lookup import RawScores, are_rows
+from calibrated_rewards.reward.raw_scores import are_tensor
+from calibrated_rewards.reward.lookup import Score, Scores
+from calibrated_rewards.reward.verification import Form, Verification, verify_scorer
 from calibrated_rewards.scorers.lazy import Loaded
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, is_thread_safe, check_pairs, score
 from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
@@ -156,7 +158,7 @@ class CalibratedReward:
 
         `watch=True` is for the first responses of a training run, which the alarm looks at.
         """
-        prompts, completions = paired(prompts, completions)
+        prompts, completions = check_pairs(prompts, completions)
         rows, prompts = find_prompts(self.table, prompts, ids, self._prompts_by_row)
         self._check_known(rows, prompts, ids)
         raw = self.raw(prompts, completions)
@@ -182,7 +184,7 @@ class CalibratedReward:
         """Compute the reward model's own scores, without gradients."""
         if self.scorer is None:
             raise ValueError("this reward has no scorer: give it one, or raw scores to from_scores")
-        prompts, completions = self._form.apply(self.scorer, *paired(prompts, completions))
+        prompts, completions = self._form.apply(self.scorer, *check_pairs(prompts, completions))
         completions = [remove_endings(self.endings, completion) for completion in completions]
         self._endings_watch.check(self.__name__, completions)
         step = self.batch_size or max(1, len(prompts))

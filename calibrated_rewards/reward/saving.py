@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from calibrated_rewards.files import import_function, write_file
-from calibrated_rewards.models.server_address import check_saved, is_secret, named, token_for
+from calibrated_rewards.models.server_address import check_saved, is_secret, format_url, token_for
 from calibrated_rewards.reward.originals import Originals, RunPrompts
 from calibrated_rewards.table.reference_table import ReferenceTable
 
@@ -138,7 +138,7 @@ def _describe_risk(name: str, value: Any) -> str:
     """Say what a setting would do that needs trust; a url is shown as far as messages may show it."""
     if name != "url":
         return f"{name} may run code that comes with a checkpoint"
-    return f"prompts and completions would be sent to the server {named(str(value))}"
+    return f"prompts and completions would be sent to the server {format_url(str(value))}"
 
 
 def _saved_fields(setting: Any) -> Iterator[tuple[str, Any]]:

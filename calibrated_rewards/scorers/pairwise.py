@@ -140,8 +140,7 @@ class References:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them to one JSONL file, a prompt a line by ascending key: equal references are equal bytes."""
-        write_file(path, "".join(f"{line}
-" for line in self._lines()))
+        write_file(path, "".join(f"{line}\n" for line in self._lines()))
 
     def __call__(self, prompt: Prompt) -> Sequence[Completion]:
         """Return the references of a prompt; UnknownPromptError if there are none."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from calibrated_rewards.prompts import start_of
-from calibrated_rewards.scorers.protocol import Fingerprinted, call, checked, fingerprint, name_of, score
+from calibrated_rewards.scorers.protocol import Fingerprinted, call, check_scores, fingerprint, name_of, score
 from calibrated_rewards.testing.process_state import GROWS, RANDOM, find_changes, process_state, restore
 from calibrated_rewards.scorers.protocol import Fingerprinted, call, check_scores, fingerprint, name_of, score
 from calibrated_rewards.testing.process_state import GROWS, RANDOM, changed, process_state, put_back
@@ -153,7 +153,7 @@ def _call_at_once(subject: Subject, groups: list[list[int]], number: int) -> lis
             with _random_pauses(home, number * THREADS + place):
                 answer = call(subject.scorer, copy.prompts, copy.completions)
                 time.sleep(PAUSE)
-            answers[place] = checked(answer, copy.prompts, copy.completions, name_of(subject.scorer))
+            answers[place] = check_scores(answer, copy.prompts, copy.completions, name_of(subject.scorer))
         except Exception as error:  # noqa: BLE001 (whatever another thread causes here is the finding)
             answers[place] = error
 

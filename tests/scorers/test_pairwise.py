@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from calibrated_rewards.prompts import UnknownPromptError, prompt_key
-from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, listed, win_chances
+from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, check_references, compare
 from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, check_references, compare
 from calibrated_rewards.scorers.protocol import fingerprint, score
 
