@@ -46,17 +46,6 @@ from calibrated_rewards.reward.originals import Originals, RunPrompts
 from calibrated_rewards.reward.verification import Verification, verify_scorer
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, is_thread_safe, check_pairs, score
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.reward.lookup import OnMissing, Valuing
-from calibrated_rewards.reward.monitoring import Alarm, first_ones, measures, without
-from calibrated_rewards.reward.find_prompts import EndingsWatch
-from calibrated_rewards.reward.originals import Originals, of_run
-from calibrated_rewards.reward.lookup import RawScores, are_rows
-from calibrated_rewards.reward.raw_scores import are_tensor
-from calibrated_rewards.reward.lookup import Score, Scores
-from calibrated_rewards.reward.verification import Form, Verification, verify_scorer
-from calibrated_rewards.scorers.lazy import Loaded
-from calibrated_rewards.scorers.protocol import Scorer, fingerprint, is_thread_safe, check_pairs, score
-from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.optimum import Optimal
 from calibrated_rewards.theory.transforms import Affine, Chain, Identity, Scale, Transform, scaled

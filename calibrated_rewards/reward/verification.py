@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.models.text import completion_messages, plain_messages
-from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.models.text import completion_messages
 from calibrated_rewards.prompts import start_of
 from calibrated_rewards.reward.find_prompts import CompletionForm

@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from calibrated_rewards import theory
-from calibrated_rewards.calibration.shards import SCORE, loaded, read_table
+from calibrated_rewards.calibration.shards import SCORE, decode_text, read_table
 from calibrated_rewards.evaluation import plots
 from calibrated_rewards.evaluation.estimates import IntervalEstimate
 from calibrated_rewards.evaluation.policies import REFERENCE
@@ -216,8 +216,8 @@ def _read_examples(folder: Path, by: str, n: int) -> dict[bytes, Example]:
         columns = {name.removeprefix(SCORE): value for name, value in row.items() if name.startswith(SCORE)}
         scores = {name: score for name, score in columns.items() if score is not None}
         if row["number"] < n and by in scores and (row["key"] not in best or scores[by] > best[row["key"]].scores[by]):
-            prompt = format_chat(loaded(row["prompt"], row["chat"]))
-            completion = format_chat(loaded(row["completion"], row["completion_chat"]))
+            prompt = format_chat(decode_text(row["prompt"], row["chat"]))
+            completion = format_chat(decode_text(row["completion"], row["completion_chat"]))
             best[row["key"]] = Example(prompt, completion, scores)
     return best
 
