@@ -14,14 +14,14 @@ entropy bonus. AReaL logs nothing beside the reward.
 
 from typing import Any
 
-from calibrated_rewards.reward.frameworks import configured, identifier, loud, number
+from calibrated_rewards.reward import configured, identifier, loud, number, score_one
 
 SECONDS = 15  # what AsyncRewardWrapper waits
 
 
 def reward(prompt: str, completions: str, *_: Any, messages: Any = None, **row: Any) -> float:
-    """Of one completion, which AReaL calls `completions`; tokens follow, and by name the dataset's columns."""
+    """Reward one completion, which AReaL calls `completions`; tokens follow, and by name the dataset's columns."""
     with loud("AReaL", SECONDS):
         calibrated = configured()
-        asked = prompt if messages is None else messages
-        return number(calibrated.score_one(asked, completions, identifier(row, calibrated.id_column)))
+        name = identifier(row, calibrated.id_column)
+        return number(score_one(calibrated, prompt if messages is None else messages, completions, name))

@@ -13,11 +13,11 @@ Faithful to E[R] - beta KL: `--advantage_estimator rloo --init_kl_coef BETA --re
 
 from typing import Any
 
-from calibrated_rewards.reward.frameworks import completion_of, configured, identifier, loud, number
+from calibrated_rewards.reward import completion_of, configured, identifier, loud, number
 
 
 def reward_func(queries: list[str], prompts: list[str], labels: list[Any] | None = None, **_: Any) -> Any:
-    """Of whole sequences that have their prompts in them, as a tensor."""
+    """Reward whole sequences that have their prompts in them, as a tensor."""
     import torch
 
     with loud("LightRFT"):

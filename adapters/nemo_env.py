@@ -21,18 +21,18 @@ import ray
 import torch
 from nemo_rl.environments.interfaces import EnvironmentInterface, EnvironmentReturn
 
-from calibrated_rewards.reward.frameworks import configured, details, identifier, loud, number
+from calibrated_rewards.reward import configured, details, identifier, loud, number
 
 
 @ray.remote
 class CalibratedEnv(EnvironmentInterface):  # type: ignore[misc]  # nemo_rl ships no types
-    """Rewards the last message of each log, and is done."""
+    """An environment that rewards the last message of each log and ends."""
 
     def __init__(self, cfg: Any = None) -> None:
         self.logs: list[dict[str, float]] = []
 
     def step(self, message_log_batch: list[list[dict[str, Any]]], metadata: list[Any]) -> EnvironmentReturn:
-        """All samples of a step at once."""
+        """Reward all samples of a step at once."""
         with loud("NeMo-RL"):
             reward, n = configured(), len(message_log_batch)
             prompts = ["".join(message["content"] for message in log[:-1]) for log in message_log_batch]
@@ -46,6 +46,6 @@ class CalibratedEnv(EnvironmentInterface):  # type: ignore[misc]  # nemo_rl ship
             )
 
     def global_post_process_and_metrics(self, batch: Any) -> tuple[Any, dict[str, float]]:
-        """The means of what was scored since the last call."""
+        """Average what was scored since the last call, for the log."""
         logs, self.logs = self.logs, []
         return batch, {f"calibrated/{name}": sum(log[name] for log in logs) / len(logs) for name in (logs or [{}])[0]}

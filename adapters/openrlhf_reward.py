@@ -15,15 +15,15 @@ Faithful to E[R] - beta KL: `--algo.advantage.estimator rloo --algo.kl.init_coef
 
 from typing import Any
 
-from calibrated_rewards.reward.frameworks import completion_of, configured, details, identifier, loud, number
+from calibrated_rewards.reward import completion_of, configured, details, identifier, loud, number, score_one
 
 
 def reward_func(queries: list[str], prompts: list[str], labels: list[Any], **_: Any) -> dict[str, Any]:
-    """Of texts that begin with their prompts; called from threads, with one at a time, which share batches."""
+    """Reward texts that begin with their prompts; called from threads, with one at a time, which share batches."""
     with loud("OpenRLHF"):
         reward = configured()
         scores = [
-            reward.score_one(prompt, completion_of(query, prompt), identifier(label, reward.id_column))
+            score_one(reward, prompt, completion_of(query, prompt), identifier(label, reward.id_column))
             for query, prompt, label in zip(queries, prompts, labels, strict=True)
         ]
         logs = [details(score) for score in scores]

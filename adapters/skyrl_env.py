@@ -16,11 +16,11 @@ from typing import Any
 
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 
-from calibrated_rewards.reward.frameworks import configured, details, identifier, loud, number
+from calibrated_rewards.reward import configured, details, identifier, loud, number, score_one
 
 
 class CalibratedEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym ships no types
-    """Rewards the first answer and is done."""
+    """An environment that rewards the first answer and ends."""
 
     def __init__(self, env_config: Any = None, extras: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class CalibratedEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym ships no ty
         self.metrics: dict[str, float] = {}
 
     def init(self, prompt: list[dict[str, str]]) -> tuple[list[dict[str, str]], dict[str, Any]]:
-        """Keep the prompt, which SkyRL goes on to append to."""
+        """Keep the prompt as it is now: SkyRL appends to it later."""
         self.prompt = list(prompt)
         return prompt, {}
 
@@ -36,10 +36,10 @@ class CalibratedEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym ships no ty
         """Score the answer; called from threads, which share batches."""
         with loud("SkyRL"):
             reward = configured()
-            score = reward.score_one(self.prompt, action, identifier(self.row, reward.id_column))
+            score = score_one(reward, self.prompt, action, identifier(self.row, reward.id_column))
             self.metrics = details(score)
             return BaseTextEnvStepOutput(observations=[], reward=number(score), done=True, metadata=self.metrics)
 
     def get_metrics(self) -> dict[str, float]:
-        """What SkyRL averages and logs."""
+        """Give the numbers that SkyRL averages and logs."""
         return self.metrics

@@ -14,16 +14,16 @@ is `--disable-grpo-std-normalization --use-kl-loss --kl-loss-coef BETA --kl-loss
 import asyncio
 from typing import Any
 
-from calibrated_rewards.reward.frameworks import configured, details, identifier, loud, number
+from calibrated_rewards.reward import ascore, configured, details, identifier, loud, number
 
 
 async def reward(args: Any, sample: Any, **_: Any) -> Any:
-    """A number, or what `--reward-key` picks one from; for a list of samples, a list of them."""
+    """Give a number, or the dict that `--reward-key` picks one from; for a list of samples, a list of them."""
     samples = sample if isinstance(sample, list) else [sample]
     with loud("slime"):
         calibrated = await asyncio.to_thread(configured)
         ids = [identifier(each.metadata or {}, calibrated.id_column) for each in samples]
-        scores = await calibrated.ascore([each.prompt for each in samples], [each.response for each in samples], ids)
+        scores = await ascore(calibrated, [each.prompt for each in samples], [each.response for each in samples], ids)
         key = args.reward_key
         rewards = [{**details(score), key: number(score)} if key else number(score) for score in scores]
     return rewards if isinstance(sample, list) else rewards[0]

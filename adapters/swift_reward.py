@@ -17,30 +17,30 @@ from typing import Any
 
 from swift.rewards import orms, rm_plugins
 
-from calibrated_rewards.reward.frameworks import configured, identifier, loud
+from calibrated_rewards.reward import configured, identifier, loud
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The reward function; made with the trainer's arguments, which it does not need."""
+    """The reward function; ms-swift passes the trainer's arguments, which it does not need."""
 
     args: Any = None
 
     def __call__(self, completions: list[str], messages: list[Any], **columns: Any) -> list[float | None]:
-        """Of the completions that end the messages; None where `on_missing="skip"` leaves one out."""
+        """Reward the completions that end the messages; None where `on_missing="skip"` leaves one out."""
         with loud("ms-swift"):
             return configured()([before[:-1] for before in messages], completions, **columns)
 
 
 @dataclass(frozen=True)
 class CalibratedModel:
-    """The reward model's plug-in: ms-swift's own for the raw scores, then the table."""
+    """The reward model's plug-in: raw scores by ms-swift's own plug-in, then the table and the transform."""
 
     model: Any
     template: Any
 
     def __call__(self, inputs: list[dict[str, Any]], **columns: Any) -> Any:
-        """The rewards of rows, as a tensor where the scores are."""
+        """Reward rows, as a tensor on the device of the scores."""
         with loud("ms-swift"):
             reward = configured()
             ids = [identifier(row, reward.id_column) for row in inputs]

@@ -17,28 +17,28 @@ import tinker
 from tinker_cookbook.renderers import Renderer, get_text_content
 from tinker_cookbook.rl.types import Env, EnvGroupBuilder, StepResult, Trajectory
 
-from calibrated_rewards.reward.frameworks import configured, details, number
+from calibrated_rewards.reward import ascore, configured, details, number
 
 
 @dataclass(frozen=True)
 class Answering(Env):  # type: ignore[misc]  # tinker ships no types
-    """One prompt and one answer, which is rewarded with its group."""
+    """An environment of one prompt and one answer, which is rewarded with its group."""
 
     messages: Sequence[Any]
     renderer: Renderer
 
     async def initial_observation(self) -> tuple[tinker.ModelInput, Any]:
-        """The prompt as the policy reads it."""
+        """Give the prompt as the policy reads it."""
         return self.renderer.build_generation_prompt(list(self.messages)), self.renderer.get_stop_sequences()
 
     async def step(self, action: Sequence[int], *, extra: Any = None) -> StepResult:
-        """The end."""
+        """End after the one answer, with no reward of its own."""
         return StepResult(0.0, True, tinker.ModelInput.empty(), self.renderer.get_stop_sequences())
 
 
 @dataclass(frozen=True)
 class CalibratedGroup(EnvGroupBuilder):  # type: ignore[misc]
-    """Several answers to one prompt."""
+    """A group of answers to one prompt."""
 
     messages: Sequence[Any]
     renderer: Renderer
@@ -46,14 +46,14 @@ class CalibratedGroup(EnvGroupBuilder):  # type: ignore[misc]
     id: str | int | None = None
 
     async def make_envs(self) -> Sequence[Env]:
-        """An environment for each answer."""
+        """Make an environment for each answer."""
         return [Answering(self.messages, self.renderer) for _ in range(self.num_envs)]
 
     async def compute_group_rewards(
         self, trajectory_group: list[Trajectory], env_group: Sequence[Env]
     ) -> list[tuple[float, dict[str, float]]]:
-        """The calibrated rewards, and what they came from for the log."""
+        """Compute the calibrated rewards, and raw scores and quantiles for the log."""
         parsed = [self.renderer.parse_response(each.transitions[-1].ac.tokens)[0] for each in trajectory_group]
         texts, many = [get_text_content(message) for message in parsed], len(parsed)
-        scores = await configured().ascore([list(self.messages)] * many, texts, [self.id] * many)
+        scores = await ascore(configured(), [list(self.messages)] * many, texts, [self.id] * many)
         return [(number(score), details(score)) for score in scores]

@@ -13,19 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from calibrated_rewards.reward.calibrated_reward import CalibratedReward
-from calibrated_rewards.reward.frameworks import configured
+from calibrated_rewards.reward import CalibratedReward, configured
 
 
 class Output(NamedTuple):
-    """What a backbone gives: TRL reads the last of its hidden states."""
+    """The output of a backbone: TRL reads the last of its hidden states."""
 
     last_hidden_state: torch.Tensor
     hidden_states: tuple[torch.Tensor, ...]
 
 
 class RewardModule(nn.Module):
-    """A reward model to TRL's `get_reward`: a row's reward stands at each of its positions."""
+    """A reward model for TRL's `get_reward`: a row's reward stands at each of its positions."""
 
     base_model_prefix = "backbone"
 
@@ -38,7 +37,7 @@ class RewardModule(nn.Module):
         self.skip_special_tokens = skip_special_tokens
 
     def backbone(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Output:
-        """The calibrated rewards of whole rows, prompt and completion, padded on either side."""
+        """Compute the calibrated rewards of whole rows, prompt and completion, padded on either side."""
         rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
         texts = [self.tokenizer.decode(ids, skip_special_tokens=self.skip_special_tokens) for ids in rows]
         rewards = (self.reward or configured()).score_texts(texts).reward
@@ -47,5 +46,5 @@ class RewardModule(nn.Module):
         return Output(hidden, (hidden,))
 
     def score(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The head: there is nothing left to do."""
+        """Return the hidden states, which are the rewards already."""
         return hidden

@@ -11,12 +11,11 @@ Faithful to E[R] - beta KL: RLOO with `beta=b, normalize_advantages=False, num_i
 `beta=b * (G - 1) / G, scale_rewards="none", loss_type="dr_grpo"`; both with `temperature=1, top_p=1, top_k=0`.
 """
 
-from calibrated_rewards.reward.calibrated_reward import CalibratedReward
-from calibrated_rewards.reward.frameworks import configured
+from calibrated_rewards.reward import CalibratedReward, configured
 
 
 def __getattr__(name: str) -> CalibratedReward:
-    """`reward`, read when it is asked for: TRL takes it by its path, and logs its own name."""
+    """Load `reward` when it is asked for: TRL takes it by its path, and logs its own name."""
     if name == "reward":
         return configured()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}: it has `reward`")

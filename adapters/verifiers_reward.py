@@ -15,11 +15,11 @@ reference; give a loss of your own (`trainer.loss.type = "custom"`).
 from collections.abc import Sequence
 from typing import Any
 
-from calibrated_rewards.reward.frameworks import configured, identifier, loud, number
+from calibrated_rewards.reward import ascore, ascore_one, configured, identifier, loud, number
 
 
 async def reward(task: Any, trace: Any) -> float:
-    """Of the last reply."""
+    """Reward the last reply of a trace."""
     with loud("verifiers"):
         calibrated = configured()
         prompt = [{"role": "user", "content": task.prompt}] if isinstance(task.prompt, str) else list(task.prompt)
@@ -27,18 +27,18 @@ async def reward(task: Any, trace: Any) -> float:
             prompt = [{"role": "system", "content": task.system_prompt}, *prompt]
         name = getattr(task, calibrated.id_column or "id", None)
         # As it was sampled: `trace.last_reply` strips it.
-        said = trace.assistant_messages[-1].content if trace.root_reply is None else trace.root_reply
-        return number(await calibrated.ascore_one(prompt, said or "", name))
+        reply = trace.assistant_messages[-1].content if trace.root_reply is None else trace.root_reply
+        return number(await ascore_one(calibrated, prompt, reply or "", name))
 
 
 async def group(
     prompts: Sequence[Any], completions: Sequence[Any], infos: Sequence[dict[str, Any]], **_: Any
 ) -> list[float]:
-    """Of the rollouts of one prompt together."""
+    """Reward the rollouts of one prompt together."""
     try:
         calibrated = configured()
         ids = [identifier(info or {}, calibrated.id_column) for info in infos]
-        return list(map(number, await calibrated.ascore(prompts, completions, ids)))
+        return list(map(number, await ascore(calibrated, prompts, completions, ids)))
     except Exception as error:
         # A Rubric makes 0 of any other error, and 0 is a reward.
         raise SystemExit(f"the calibrated reward failed: {type(error).__name__}: {error}") from error

@@ -20,34 +20,34 @@ from typing import Any
 
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
-from calibrated_rewards.reward.frameworks import configured, details, identifier, loud, number
+from calibrated_rewards.reward import ascore_one, configured, details, identifier, loud, number
 
 
 async def compute_score(*, solution_str: str, extra_info: dict[str, Any] | None = None, **_: Any) -> dict[str, float]:
-    """Of one response; what is beside "score" is logged ("reward" must not be: verl counts one of its own)."""
+    """Reward one response; what is beside "score" is logged ("reward" must not be: verl counts one of its own)."""
     info = extra_info or {}
-    return await _scored(info.get("raw_prompt", info.get("prompt")), solution_str, info)
+    return await _score(info.get("raw_prompt", info.get("prompt")), solution_str, info)
 
 
 class CalibratedRewardManager(RewardManagerBase):  # type: ignore[misc]  # verl ships no types
-    """Scores the last response of a rollout, read as verl's own managers read it."""
+    """A manager that scores the last response of a rollout, decoded as verl's own managers do."""
 
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any = None, *_: Any, **__: Any) -> None:
         super().__init__(config, tokenizer, compute_score)
 
     async def run_single(self, data: Any) -> dict[str, Any]:
-        """One row, called for many at a time, which share batches."""
+        """Score one row; verl calls it for many at a time, which share batches."""
         item = data[-1:][0]
         tokens = item.batch["responses"]
         length = int(item.batch["attention_mask"][-len(tokens) :].sum())
         response = await asyncio.to_thread(self.tokenizer.decode, tokens[:length], skip_special_tokens=True)
         info = item.non_tensor_batch.get("extra_info") or {}
-        scored = await _scored(item.non_tensor_batch["raw_prompt"], response, info)
+        scored = await _score(item.non_tensor_batch["raw_prompt"], response, info)
         return {"reward_score": scored["score"], "reward_extra_info": scored}
 
 
-async def _scored(prompt: Any, response: str, info: dict[str, Any]) -> dict[str, float]:
+async def _score(prompt: Any, response: str, info: dict[str, Any]) -> dict[str, float]:
     with loud("verl"):
         reward = await asyncio.to_thread(configured)
-        score = await reward.ascore_one(prompt, response, identifier(info, reward.id_column))
+        score = await ascore_one(reward, prompt, response, identifier(info, reward.id_column))
         return {"score": number(score), **details(score)}

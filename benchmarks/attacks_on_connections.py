@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "server"))
 
 HOST = "127.0.0.1"
 SECONDS, MEBIBYTE = 10.0, 2**20
@@ -35,7 +35,7 @@ def guarded(port: int, hangs: bool, files: int) -> None:
 
     from test_server_attack import an_app
 
-    from calibrated_rewards.server.app import Limits, create_app
+    from calibrated_rewards.server import Limits, create_app
     from calibrated_rewards.server.listening import listen
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))

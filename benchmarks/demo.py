@@ -20,8 +20,7 @@ from environment import save
 from matplotlib.figure import Figure
 
 from calibrated_rewards.evaluation import plots
-from calibrated_rewards.evaluation.outcomes import Evaluation
-from calibrated_rewards.evaluation.prospects import Reweighted
+from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
 
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "demo.png"
 PARTS = ("seconds_drawing", "seconds_scoring", "seconds_lookup")
@@ -49,7 +48,7 @@ def shares(logged: list[dict[str, Any]]) -> dict[str, float]:
     return {**told, "the rest": 1 - sum(told.values()), "seconds a step": whole / (len(logged) - 1)}
 
 
-def figure(out: Path, found: Evaluation, foreseen: Reweighted) -> None:
+def figure(out: Path, found: Evaluation, foreseen: FrontierEstimate) -> None:
     """What the reweighted rollouts promise, how training went, what came out."""
     drawn = Figure(figsize=(13, 4), layout="constrained")
     left, middle, right = drawn.subplots(1, 3, width_ratios=[1.5, 1, 1])
@@ -70,7 +69,7 @@ def main() -> None:
     if not (args.out / "report.html").exists():
         run(args.out)
     found = Evaluation.load(args.out / "evaluation" / "evaluation.json")
-    foreseen = Reweighted.load(args.out / "frontier.json")
+    foreseen = FrontierEstimate.load(args.out / "frontier.json")
     results: dict[str, Any] = {
         **json.loads((args.out / "demo.json").read_text()),
         "shares of a training step": {each.name: shares(rows(args.out, each.name)) for each in found.policies},

@@ -15,8 +15,7 @@ from environment import save
 
 from calibrated_rewards import theory
 from calibrated_rewards.theory.bands import band, dkw
-from calibrated_rewards.theory.finite_k import values
-from calibrated_rewards.theory.finite_k_error import bias, references_needed, rmse
+from calibrated_rewards.theory.finite_k import bias, references_needed, rmse, values
 from calibrated_rewards.theory.fixed_references import win_rate_at_kl
 from calibrated_rewards.theory.procedures import BestOf, Standard
 from calibrated_rewards.theory.transforms import Exponential, Identity, Log, NormalQuantile, moments

@@ -18,7 +18,7 @@ import numpy as np
 from environment import save
 from scipy import stats
 
-from calibrated_rewards.evaluation.estimates import small_sample_factor, stated
+from calibrated_rewards.evaluation.estimates import estimate_columns, small_sample_factor
 
 PROMPTS = (5, 12, 20, 24, 30, 50, 100)
 DRAWS, PART, LEVEL = 4_000, 500, 0.95
@@ -44,7 +44,7 @@ ONES = (0.5, 0.65, 0.8)
 
 def intervals(values: np.ndarray) -> dict[str, np.ndarray]:
     """The ends of each column's interval, now and before: [2, columns]."""
-    prompts, estimates = len(values), stated(values, LEVEL)
+    prompts, estimates = len(values), estimate_columns(values, LEVEL)
     now = np.array([(each.low, each.high) for each in estimates]).T
     means = np.array([each.value for each in estimates])
     if prompts < 20:

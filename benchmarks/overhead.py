@@ -29,7 +29,7 @@ from environment import save
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.lookup import Lookup
-from calibrated_rewards.reward.monitoring import measures
+from calibrated_rewards.reward.monitoring import compute_metrics
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.transforms import Exponential, scaled
@@ -165,7 +165,7 @@ def shares(table: ReferenceTable, words: list[str]) -> list[dict[str, Any]]:
             "find": lambda k=keys: table.find(k),
             "rank": lambda r=rows, s=raw: lookup.index(r, s),
             "gather": lambda r=rows, i=index: lookup.values(r, i),
-            "metrics": lambda s=scores: measures(s),
+            "metrics": lambda s=scores: compute_metrics(s),
         }
         times = in_turns(ROUNDS, *parts.values())
         named = {f"{name}_ms": round(1000 * t, 4) for name, t in zip(parts, times, strict=True)}

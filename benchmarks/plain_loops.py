@@ -26,12 +26,12 @@ from calibrated_rewards.models.text import Text
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
-from calibrated_rewards.training.online import grpo as grpo_plain, ppo
+from calibrated_rewards.training.online import GRPOSettings, PPOSettings, grpo, ppo
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import enumerable
 
-RECIPES: dict[str, Any] = {"grpo_plain": grpo_plain, "ppo": ppo}
+LOOPS: dict[str, tuple[Any, Any]] = {"grpo_plain": (grpo, GRPOSettings), "ppo": (ppo, PPOSettings)}
 # 256 completions a step for both.
 FAITHFUL: dict[str, dict[str, Any]] = {
     "grpo_plain": {"completions": 64},
@@ -69,7 +69,8 @@ def trained(name: str, phi: str, length: int, seed: int, steps: int, changes: di
     asked = [Asked(prompt) for prompt in enumerable.PROMPTS]
     settings = {"beta": beta, "steps": steps, "seed": seed, **SHARED, **FAITHFUL[name], **changes}
     began = time.perf_counter()
-    RECIPES[name].train(policy, reward, asked, RECIPES[name].Settings(**settings))
+    loop, options = LOOPS[name]
+    loop.train(policy, reward, asked, options(**settings))
     found = problem.distances(model, beta)
     return {
         "beta": beta,
@@ -91,8 +92,8 @@ def cases(quick: bool) -> list[tuple[str, str, int, dict[str, Any]]]:
     """What is run: each loop as it is meant, then each change."""
     if quick:
         return [("grpo_plain", "exp:10", 2, {}), ("ppo", "identity", 2, {})]
-    meant = [(name, phi, length, {}) for name in RECIPES for phi in enumerable.PHI for length in (1, 2)]
-    return meant + [(name, "identity", 2, change) for name in RECIPES for change in CHANGES[name] if change]
+    meant = [(name, phi, length, {}) for name in LOOPS for phi in enumerable.PHI for length in (1, 2)]
+    return meant + [(name, "identity", 2, change) for name in LOOPS for change in CHANGES[name] if change]
 
 
 def main() -> None:

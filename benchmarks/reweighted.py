@@ -14,8 +14,8 @@ from environment import save
 from scipy.special import expit, ndtr, ndtri
 
 from calibrated_rewards.evaluation.estimates import Samples
-from calibrated_rewards.evaluation.frontier import reweighted
-from calibrated_rewards.evaluation.objectives import ARMS, BestAtKL
+from calibrated_rewards.evaluation.frontier import estimate_frontier
+from calibrated_rewards.evaluation.objectives import OBJECTIVES, OptimumAtKL
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.theory.quadrature import reference_law
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, policy_law
@@ -28,7 +28,7 @@ SLOPES = {"reward": 1e9, "judge": CORRELATION / np.sqrt(2 * (1 - CORRELATION**2)
 PROCEDURES = (Standard(), BestOf(4), WorstOf(4))
 BINS = ((0, 1.5), (1.5, 3), (3, 5), (5, 8), (8, 12), (12, 20), (20, 50), (50, 1e9))
 TRANSFORMS = {"raw": NormalQuantile(), "identity": Identity(), "exp:10": Exponential(10.0)}
-OPTIMA = {"best-of:4": BestAtKL(BestOf(4)), "worst-of:4": BestAtKL(WorstOf(4))}
+OPTIMA = {"best-of:4": OptimumAtKL(BestOf(4)), "worst-of:4": OptimumAtKL(WorstOf(4))}
 
 
 def truth(name, kl, procedure, slope):
@@ -47,8 +47,8 @@ def measured(rng, rollouts):
     """All arms on fresh rollouts."""
     x = rng.normal(size=(DRAWN // rollouts, rollouts))
     judge = CORRELATION * x + np.sqrt(1 - CORRELATION**2) * rng.normal(size=x.shape)
-    arms = {name: ARMS[name] for name in TRANSFORMS} | OPTIMA
-    return reweighted(Samples(x, judge), arms, KLS, PROCEDURES)
+    arms = {name: OBJECTIVES[name] for name in TRANSFORMS} | OPTIMA
+    return estimate_frontier(Samples(x, judge), arms, KLS, PROCEDURES)
 
 
 def compared(found, exact):

@@ -24,9 +24,8 @@ import torch
 from environment import save
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from calibrated_rewards.models.batches import Budget
-from calibrated_rewards.models.padding import Comparison
-from calibrated_rewards.models.parts import default_budget, right_padded
+from calibrated_rewards.models.batches import Budget, Comparison
+from calibrated_rewards.models.parts import default_budget, pad_right
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -109,7 +108,7 @@ def overhead(model: Any, rounds: int, inputs: int = 128) -> dict[str, Any]:
     scorer = SequenceClassifier(model, tokenizer(), share_prefixes=False)
     rows = scorer.text.encode(scorer.tokenizer, prompts, completions)
     batches = [
-        right_padded([rows[i] for i in batch], 0, model.device)
+        pad_right([rows[i] for i in batch], 0, model.device)
         for batch in Budget(default_budget(model)).batches([len(row) for row in rows])
     ]
     found: dict[str, Any] = {}

@@ -58,7 +58,7 @@ def pairs(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 def served(args: argparse.Namespace, port: int) -> None:
     """The server's process."""
-    from calibrated_rewards.server.app import Limits, serve
+    from calibrated_rewards.server import Limits, serve
 
     serve(reward_of(args), port=port, limits=Limits(batch=args.batch), verify=False)
 

@@ -28,7 +28,7 @@ from attacks_on_connections import on_connections, on_shutdown
 from environment import save
 from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "server"))
 from test_server_attack import BODIES, GOOD, an_app
 
 from calibrated_rewards.server.app import PATHS

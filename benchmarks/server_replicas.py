@@ -21,7 +21,7 @@ from environment import save
 from ray import serve
 
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
-from calibrated_rewards.server.replicas import serve_replicas
+from calibrated_rewards.server.app import serve_replicas
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import NumberScorer
 

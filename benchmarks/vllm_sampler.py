@@ -220,17 +220,17 @@ def served(args: argparse.Namespace) -> Iterator[str]:
 def answers_kept() -> Iterator[list[Any]]:
     """The choices of all answers, in order: rollouts have texts, and token ids are needed here."""
     kept: list[Any] = []
-    read = openai.rollouts
+    read = openai.parse_answer
 
     def reading(answer: Any, *others: Any) -> Any:
         kept.extend(sorted(answer["choices"], key=lambda choice: choice["index"]))
         return read(answer, *others)
 
-    openai.rollouts = reading
+    openai.parse_answer = reading
     try:
         yield kept
     finally:
-        openai.rollouts = read
+        openai.parse_answer = read
 
 
 def over_http(model: Any, tokenizer: Any, url: str, k: int) -> dict[str, Any]:

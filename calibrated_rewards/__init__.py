@@ -10,12 +10,15 @@ array([0.082])
 """
 
 from calibrated_rewards import evaluation as evaluation, theory as theory
-from calibrated_rewards.prompts import id_key as id_key, prompt_key as prompt_key
+from calibrated_rewards.prompts import (
+    UnknownPromptError as UnknownPromptError,
+    id_key as id_key,
+    prompt_key as prompt_key,
+)
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward as CalibratedReward
 from calibrated_rewards.reward.calibrators import EmpiricalCDF as EmpiricalCDF
 from calibrated_rewards.table.reference_table import (
     ReferenceTable as ReferenceTable,
-    UnknownPromptError as UnknownPromptError,
 )
 from calibrated_rewards.theory.optimum import optimal_transform as optimal_transform, optimum as optimum, tune as tune
 from calibrated_rewards.theory.procedures import (

@@ -1,4 +1,4 @@
-"""A prompt, text or messages, to one stable 16-byte key: the fact that two processes must agree on.
+"""Keys of prompts: a text or messages to 16 stable bytes, on which all processes agree.
 
 The canonical form that is hashed is specified in docs/reference/table_format.md, so that a program in another language
 can compute the same keys. Whatever changes it is a new format version.
@@ -30,8 +30,15 @@ _MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
 _WHOLE_FLOATS = 2.0**53
 
 
+class UnknownPromptError(KeyError):
+    """A prompt that a table, or a file of references, does not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would show the message in quotes
+
+
 def prompt_key(prompt: Prompt) -> bytes:
-    """The key of a prompt: 16 bytes, the same in every process and on every machine.
+    """Compute the key of a prompt: 16 bytes, the same in every process and on every machine.
 
     >>> prompt_key("Hi").hex()
     '44964cc7191d530031ce76f9f6d73f74'
@@ -49,7 +56,7 @@ def prompt_key(prompt: Prompt) -> bytes:
 
 
 def id_key(identifier: str | int | np.integer) -> bytes:
-    """The key of an explicit prompt id; "7" and 7 are the same id, and no id is ever a prompt's key.
+    """Compute the key of an explicit prompt id; "7" and 7 are the same id, and no id is ever a prompt's key.
 
     >>> id_key(7) == id_key("7") != prompt_key("7")
     True
@@ -62,7 +69,7 @@ def id_key(identifier: str | int | np.integer) -> bytes:
 
 
 def as_key(prompt: Prompt | bytes) -> bytes:
-    """The key of a prompt, or the key itself where the caller has it already (16 raw bytes)."""
+    """Return the key of a prompt, or the key itself where the caller has it already (16 raw bytes)."""
     if not isinstance(prompt, bytes):
         return prompt_key(prompt)
     if len(prompt) != KEY_BYTES:
@@ -73,10 +80,10 @@ def as_key(prompt: Prompt | bytes) -> bytes:
 def longest_prefix(
     text: str, lengths: Sequence[int], known: Callable[[list[bytes]], Sequence[bool] | np.ndarray]
 ) -> tuple[bytes, int] | None:
-    """The longest known prompt that `text` starts with, as (key, number of characters), or None.
+    """Find the longest known prompt that `text` starts with, as (key, number of characters), or None.
 
     `lengths` are the ascending UTF-8 lengths of the known text prompts, `known` says which of a list of keys are known.
-    For loops that hand over prompt and response glued together.
+    For training loops that pass prompt and response as one text.
 
     >>> table = {prompt_key("2+2="), prompt_key("2+2=4 because ")}
     >>> key, split = longest_prefix("2+2=4, easily", [4, 14], lambda keys: [key in table for key in keys])
@@ -93,7 +100,7 @@ def longest_prefix(
 
 
 def _prefix_keys(data: bytes, lengths: Sequence[int]) -> tuple[list[bytes], list[int]]:
-    """The text key of every prefix of `data` that has one of the lengths, hashing each byte once."""
+    """Compute the text key of every prefix of `data` that has one of the lengths, hashing each byte once."""
     state, done = blake2b(_TEXT, digest_size=KEY_BYTES), 0
     keys: list[bytes] = []
     ends: list[int] = []
@@ -110,7 +117,7 @@ def _prefix_keys(data: bytes, lengths: Sequence[int]) -> tuple[list[bytes], list
 
 
 def canonical_chat(messages: Any) -> str:
-    """The text of a message list that is hashed: compact JSON with sorted keys, None dropped and text parts joined.
+    """Write the text of messages that is hashed: compact JSON with sorted keys, None dropped and text parts joined.
 
     >>> canonical_chat([{"role": "user", "name": None, "content": [{"type": "text", "text": "Hi"}]}])
     '[{"content":"Hi","role":"user"}]'
@@ -128,7 +135,7 @@ def canonical_chat(messages: Any) -> str:
 
 
 def _plain_chat(messages: Any) -> bytes | None:
-    """What `canonical_chat` gives, in half the time, if every message is {"role": str, "content": str}; else None."""
+    """Write the canonical chat in half the time if every message is {"role": str, "content": str}; else None."""
     written = []
     for message in messages if type(messages) is list else ():
         if type(message) is not dict or len(message) != 2:
@@ -153,12 +160,12 @@ def _message(message: object, place: str) -> str:
     if fields is None or not isinstance(fields.get("role"), str):
         raise TypeError(f"{place} needs a role that is a string, got {start_of(message)}")
     if _is_list(fields.get("content")):
-        fields = {**fields, "content": _joined(fields["content"])}
+        fields = {**fields, "content": _join_texts(fields["content"])}
     return _object(fields, place)
 
 
-def _joined(parts: Sequence[Any]) -> str | list[Any]:
-    """Content with runs of adjacent text parts as one; a string where there is nothing but text."""
+def _join_texts(parts: Sequence[Any]) -> str | list[Any]:
+    """Join runs of adjacent text parts of a content; a string where there is nothing but text."""
     joined: list[Any] = []
     for part in parts:
         text = _text_of(part)
@@ -173,25 +180,25 @@ def _joined(parts: Sequence[Any]) -> str | list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Text:
-    """A text part, in the one form that the many ways to write it come down to."""
+    """A text part in one form, in which ever way it was written."""
 
     text: str
     type: str = "text"
 
 
 def _text_of(part: object) -> str | None:
-    """The text of a part that is nothing but text; None for any other part."""
+    """Return the text of a part that is nothing but text; None for any other part."""
     if isinstance(part, str):
         return part
-    given = {name: value for name, value in (_members(part) or {}).items() if value is not None}
-    text = given.get("text")
-    return text if isinstance(text, str) and given == {"type": "text", "text": text} else None
+    fields = {name: value for name, value in (_members(part) or {}).items() if value is not None}
+    text = fields.get("text")
+    return text if isinstance(text, str) and fields == {"type": "text", "text": text} else None
 
 
 def _members(value: Any, wanted: Sequence[str] = ()) -> Mapping[Any, Any] | None:
-    """The named values of a mapping, a dataclass, a pydantic model, a namespace, or an object asked for `wanted` ones.
+    """Return the named values of a mapping, dataclass, pydantic model or namespace, and the `wanted` ones of an object.
 
-    None for all else, and for objects with private attributes: what those hold might be what tells two apart.
+    None for all else, and for objects with private attributes: two of them might differ only in those.
     """
     if isinstance(value, Mapping):
         return value
@@ -208,7 +215,7 @@ def _members(value: Any, wanted: Sequence[str] = ()) -> Mapping[Any, Any] | None
 
 
 def _canonical(value: Any, place: str) -> str:
-    """`value` as canonical JSON; what JSON cannot say (bytes, pixels) is an unquoted token, which no JSON value is."""
+    """Write a value as canonical JSON; bytes and pixels become an unquoted token, which no JSON value is."""
     if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
         value = value.item()
     if isinstance(value, str):
@@ -230,8 +237,8 @@ def _object(fields: Mapping[Any, Any] | None, place: str, value: object = None) 
     for name in fields:
         if not isinstance(name, str):
             raise TypeError(f"{place} needs names that are strings, got {start_of(name)}")
-    given = sorted((str.__str__(name), item) for name, item in fields.items() if item is not None)
-    return "{" + ",".join([f"{_quote(name)}:{_canonical(item, f'{place}.{name}')}" for name, item in given]) + "}"
+    members = sorted((str.__str__(name), item) for name, item in fields.items() if item is not None)
+    return "{" + ",".join([f"{_quote(name)}:{_canonical(item, f'{place}.{name}')}" for name, item in members]) + "}"
 
 
 def _number(value: float, place: str) -> str:
@@ -243,7 +250,7 @@ def _number(value: float, place: str) -> str:
 
 
 def _image(value: Any) -> str | None:
-    """The token of an array of two axes or more, or of a PIL image; None for anything else."""
+    """Write the token of an array of two axes or more, or of a PIL image; None for anything else."""
     if isinstance(value, np.ndarray):
         little = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
         return f"array({value.dtype.name},{'x'.join(map(str, value.shape))},{_digest(little.tobytes()).hex()})"
@@ -259,7 +266,7 @@ def _image(value: Any) -> str | None:
 
 
 def _is_list(value: object) -> bool:
-    """Lists, tuples, and the arrays that parquet readers put in their place (one axis, or objects)."""
+    """Return whether a value is a list, a tuple, or an array that a parquet reader puts in place of one."""
     if isinstance(value, (list, tuple)):
         return True
     return isinstance(value, np.ndarray) and (value.ndim == 1 or (value.ndim > 1 and value.dtype == object))
@@ -269,8 +276,18 @@ def _digest(data: bytes) -> bytes:
     return blake2b(data, digest_size=KEY_BYTES).digest()
 
 
+def name_of(thing: Any) -> str:
+    """Return the name by which errors call a function, a class, or an object: that of its class; with its module.
+
+    >>> name_of(len), name_of(1)
+    ('builtins.len', 'builtins.int')
+    """
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
 def start_of(prompt: object, width: int = 60) -> str:
-    """What an error shows of a prompt.
+    """Write the start of a prompt, or its key, for an error message.
 
     >>> start_of("Once upon a time there was a king who had three daughters, and")
     "'Once upon a time there was a king who had three daughter..."

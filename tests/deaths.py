@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+import calibrated_rewards.files as one_step
 import calibrated_rewards.table.storage as table_writer
-from calibrated_rewards.calibration import shards as shard_files
 from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import seeds_of
@@ -139,7 +140,7 @@ class Countdown:
         """Watch this process: what it opens to write, writes, syncs, renames, removes and locks."""
         sys.addaudithook(self._audit)
         os.fsync = lambda fd: self()
-        shard_files.open = table_writer.open = self._open
+        one_step.open = table_writer.open = self._open
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
@@ -178,6 +179,7 @@ def warm() -> None:
     A kill does not lose what the kernel has: it is a loss of power that fsync is for.
     """
     pa.array(["a"])
+    _ = pq.ParquetFile
     os.fsync = lambda fd: None
 
 

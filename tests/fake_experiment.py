@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from calibrated_rewards import BestOf, CalibratedReward
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.evaluation.estimates import Samples
-from calibrated_rewards.evaluation.frontier import reweighted
-from calibrated_rewards.evaluation.objectives import ARMS
+from calibrated_rewards.evaluation.frontier import estimate_frontier
+from calibrated_rewards.evaluation.objectives import OBJECTIVES
 from calibrated_rewards.evaluation.policies import evaluate
 from calibrated_rewards.samplers.protocol import Rollout
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
@@ -77,8 +77,8 @@ def make(at: Path, k: int = 24, m: int = 8) -> Path:
     best = Chain(Optimal(BestOf(4), beta=0.2), Affine(2.0))
     CalibratedReward(NumberScorer(), tables["reward"], best, beta=0.4).save_pretrained(at / "reward")
     both = rollout_scores(at / "table", k)
-    arms = {name: ARMS[name] for name in ("raw", "identity", "exp:10")}
-    reweighted(Samples(both["reward"], both["judge"]), arms, kls=[0.5, 1.0]).save(at / "frontier.json")
+    arms = {name: OBJECTIVES[name] for name in ("raw", "identity", "exp:10")}
+    estimate_frontier(Samples(both["reward"], both["judge"]), arms, kls=[0.5, 1.0]).save(at / "frontier.json")
     calibrated = {"kind": "calibrated", "transform": repr(best)}
     for name, said, rise in (("calibrated", calibrated, 0.01), ("raw", {"kind": "raw"}, 0.008)):
         train(at / name, said, rise)

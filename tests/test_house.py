@@ -50,11 +50,10 @@ ABOUT_THEM = {
     "reward.device": {"torch"},
     "calibration.cluster": {"ray"},
     "calibration.prediction.prompt_features": {"torch"},
-    "calibration.run_directory": {"pyarrow"},
-    "calibration.shards": {"pyarrow"},
     "evaluation.kl": {"torch"},
     "evaluation.responses": {"pyarrow"},
-    "evaluation.report.markup": {"matplotlib"},
+    "evaluation.plots": {"matplotlib"},
+    "evaluation.report.page": {"matplotlib"},
     "cli.demo.miniature": {"torch", "transformers"},
     "cli.demo.reward_models": {"torch", "transformers"},
 }

@@ -62,6 +62,15 @@ def test_the_types_are_shipped() -> None:
     assert SETUPTOOLS["package-data"]["calibrated_rewards"] == ["py.typed"]
 
 
+def test_files_that_are_no_modules_are_package_data() -> None:
+    """A template that is forgotten in `package-data` is missing in the wheel alone."""
+    files = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in {".py", ".pyc"}}
+    data = SETUPTOOLS["package-data"].items()
+    declared = {PACKAGE.joinpath(*package.split(".")[1:], name) for package, names in data for name in names}
+
+    assert {path for path in files if (PACKAGE / "adapters") not in path.parents} == declared
+
+
 def test_one_version() -> None:
     """pyproject.toml, the package and the install agree; the changelog starts with that or with what is next."""
     version = PROJECT["project"]["version"]

@@ -29,17 +29,16 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaForToke
 from calibrated_rewards import BestOf, CalibratedReward, ReferenceTable, Standard
 from calibrated_rewards.calibration import Asked, calibrate
 from calibrated_rewards.calibration.prediction import Amortised
-from calibrated_rewards.evaluation.outcomes import Evaluation
 from calibrated_rewards.evaluation.policies import evaluate
-from calibrated_rewards.evaluation.prospects import Reweighted
 from calibrated_rewards.evaluation.report import report
+from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
 from calibrated_rewards.samplers import Decoding
 from calibrated_rewards.scorers.implicit import ImplicitReward
 from calibrated_rewards.scorers.judge import ExpectedRating, Judge
 from calibrated_rewards.scorers.process import ProcessReward
-from calibrated_rewards.scorers.rated_judge import RatedJudge
+from calibrated_rewards.scorers.judge import RatedJudge
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
-from calibrated_rewards.training.online import train_rloo
+from calibrated_rewards.training.online import TRLSettings, train_rloo
 
 DATA = Path(__file__).parent / "data"
 SAVED = DATA / "saved_by_0_1"
@@ -542,7 +541,7 @@ def chosen(rows: list[dict[str, Any]], n: int, judge: str) -> list[float]:
 
 def test_a_frontier() -> None:
     """Each arm's beta gives its KL, and its win rate, by the weights of the rollouts themselves."""
-    found = Reweighted.load(SAVED / "experiment" / "frontier.json")
+    found = FrontierEstimate.load(SAVED / "experiment" / "frontier.json")
     assert (found.prompts, found.rollouts, found.selected_by) == (6, 6, "reward")
     assert [(point.arm, point.kl) for point in found.points] == [
         (arm, kl) for kl in (0.1, 0.3) for arm in ("identity", "exp:10")
@@ -562,9 +561,9 @@ def training(at: Path, **changes: Any) -> Path:
     asked = [Asked(record["prompt"]) for record in RECORDS if isinstance(record["prompt"], str)]
     reward = CalibratedReward.from_pretrained(SAVED / "experiment" / "reward")
     small = {"steps": 2, "prompts_a_step": 2, "completions": 2, "lr": 1e-3, "rows": 2, **changes}
-    settings = train_rloo.Settings(**small)
+    settings = TRLSettings(**small)
     given = (at.parent / "policy", reward, asked, Decoding(5, temperature=0.9), settings)
-    return Path(train_rloo.train(*given, at, show_progress=False))
+    return Path(train_rloo(*given, at, show_progress=False))
 
 
 def test_a_training_run_is_known_again(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What tests/training/test_train_rloo.py starts in two processes: a gradient, a plain loop and TRL's."""
+"""What tests/training/test_trl.py starts in two processes: a gradient, a plain loop and TRL's."""
 
 import sys
 from dataclasses import dataclass, field
@@ -16,25 +16,26 @@ from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.testing.suites import HashScorer
-from calibrated_rewards.training import launch as command, loop
-from calibrated_rewards.training.online import grpo as grpo_plain, ppo, train_rloo
-from calibrated_rewards.training.together import Together
+from calibrated_rewards.training import loop
+from calibrated_rewards.training.online import GRPOSettings, PPOSettings, TRLSettings, grpo, ppo, train_rloo
+from calibrated_rewards.training.run_folder import RunFolder
 
 
-def same_gradient(together: Together) -> None:
+def same_gradient() -> None:
     """Two halves in two processes against all in one; completions that both draw from one seed."""
     policy = Policy(tiny.causal(), tiny.tokenizer(), Decoding(4), Text())
     torch.manual_seed(0)
-    whole = loop.write(policy, tiny.texts(4), 2)
-    old, advantage = loop.logprobs_of(policy.model, whole, 1.0, 8), torch.randn(8)
-    settings = grpo_plain.Settings(rows=3)
+    whole = loop.generate(policy, tiny.texts(4), 2)
+    old, advantage = loop.compute_logprobs(policy.model, whole, 1.0, 8), torch.randn(8)
+    settings = GRPOSettings(rows=3)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.1)
-    found = []
-    for rows in (together.own(range(8)), list(range(8))):
+    processes, found = loop.find_processes(), []
+    assert processes.num_processes == 2
+    for rows in (list(range(8))[processes.process_index :: 2], list(range(8))):
         optimizer.zero_grad()
-        grpo_plain.accumulate(policy, whole.at(rows), old[rows], advantage[rows], settings)
+        grpo.accumulate_gradients(policy, whole.select(rows), old[rows], advantage[rows], settings)
         if len(rows) < 8:
-            together.average(optimizer)
+            loop.average_gradients(optimizer)
         found.append(torch.cat([weight.grad.flatten() for weight in policy.model.parameters()]))
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)
     assert found[0].abs().max() > 1e-3
@@ -66,21 +67,21 @@ class Counted:
 
 def main(policy: str, out: Path) -> None:
     """All three."""
-    together = Together.here()
-    same_gradient(together)
+    same_gradient()
     rng = np.random.default_rng(0)
     prompts = tiny.texts(4)
     reward = CalibratedReward(HashScorer(), ReferenceTable.build([(p, rng.normal(size=8)) for p in prompts]))
     asked = [Asked(prompt) for prompt in prompts]
     size = {"steps": 2, "prompts_a_step": 2, "completions": 2, "lr": 1e-2}
-    for recipe in (grpo_plain, ppo):
-        (out / recipe.__name__.rpartition(".")[2]).mkdir(exist_ok=True)
+    for module, settings in ((grpo, GRPOSettings(**size)), (ppo, PPOSettings(**size))):
+        folder = RunFolder(out / module.__name__.rpartition(".")[2])
+        folder.out.mkdir(exist_ok=True)
         start = Policy(tiny.causal(), tiny.tokenizer(), Decoding(4), Text())
-        log = command.LogFile(out / recipe.__name__.rpartition(".")[2] / "log.jsonl")
-        one_model(recipe.train(start, reward, asked, recipe.Settings(**size), log))
-    assert together.means({"a": float(together.rank), "b": 3.0}) == {"a": 0.5, "b": 3.0}
-    settings, counted = train_rloo.Settings(**size, lora_rank=2), Counted(reward)
-    train_rloo.train(policy, counted, asked, Decoding(4), settings, out / "train_rloo", show_progress=False)
+        one_model(module.train(start, reward, asked, settings, folder.add_to_log))
+    rank = float(loop.find_processes().process_index)
+    assert loop.average_metrics({"a": rank, "b": 3.0}) == {"a": 0.5, "b": 3.0}
+    settings, counted = TRLSettings(**size, lora_rank=2), Counted(reward)
+    train_rloo(policy, counted, asked, Decoding(4), settings, out / "train_rloo", show_progress=False)
     assert counted.sizes == [2, 2]  # half of each step's
     distributed.destroy_process_group()
 

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import save
 
-from calibrated_rewards.theory.finite_k_error import bias
+from calibrated_rewards.theory.finite_k import bias
 from calibrated_rewards.theory.fixed_references import win_rate_at_kl
 from calibrated_rewards.theory.optimum import tune
 from calibrated_rewards.theory.procedures import BestOf

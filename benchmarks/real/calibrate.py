@@ -25,7 +25,7 @@ from scipy import stats
 from watch import Watch, Watched
 
 from calibrated_rewards.cli.demo.assets import CACHE
-from calibrated_rewards.cli.demo.reward_models import judge, prompts, reward_model
+from calibrated_rewards.cli.demo.reward_models import make_prompts, train_judge, train_reward_model
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -41,7 +41,7 @@ from calibrated_rewards.table.reference_table import ReferenceTable
 
 FIGURE = Path(__file__).resolve().parents[2] / "docs" / "figures" / "real_calibration.png"
 SHOWN = 10
-MODELS = {"reward": reward_model, "judge": judge}
+MODELS = {"reward": train_reward_model, "judge": train_judge}
 
 
 def run(cache: Path, asked: list[str], out: Path, k: int) -> tuple[dict[str, ReferenceTable], dict[str, float]]:
@@ -77,7 +77,7 @@ def fresh_scores(cache: Path, asked: list[str], count: int) -> np.ndarray:
     seeds = [seeds_of(1, prompt_key(prompt), 0, count) for prompt in asked]
     drawn = sample(sampler(cache), asked, seeds)
     pairs = [(prompt, rollout.completion) for prompt, own in zip(asked, drawn, strict=True) for rollout in own]
-    scores = score(load(reward_model(cache), show_progress=False), *zip(*pairs, strict=True))
+    scores = score(load(train_reward_model(cache), show_progress=False), *zip(*pairs, strict=True))
     return scores.reshape(len(asked), count)
 
 
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--fresh", type=int, default=32)
     parser.add_argument("--out", type=Path, help="keep the run here, and go on with one that is here")
     args = parser.parse_args()
-    asked = prompts(args.cache, args.prompts)
+    asked = make_prompts(args.cache, args.prompts)
     with tempfile.TemporaryDirectory() as scratch:
         out = args.out or Path(scratch) / "table"
         from_nothing = not out.exists()

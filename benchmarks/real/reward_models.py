@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import save
 
 from calibrated_rewards.cli.demo.assets import CACHE, Rated
-from calibrated_rewards.cli.demo.reward_models import judge, reward_model, split
+from calibrated_rewards.cli.demo.reward_models import split_ratings, train_judge, train_reward_model
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.scorers.protocol import score
 
@@ -47,11 +47,11 @@ def main() -> None:
     parser.add_argument("--texts", type=int, help="that each learns from, if not all of its half")
     args = parser.parse_args()
     logging.disable_progress_bar()
-    parts = split(args.cache)
+    parts = split_ratings(args.cache)
     openings, texts = [rated.opening for rated in parts.held_out], [rated.text for rated in parts.held_out]
     results: dict[str, Any] = {"held_out": len(texts)}
     given = []
-    for name, make in (("reward_model", reward_model), ("judge", judge)):
+    for name, make in (("reward_model", train_reward_model), ("judge", train_judge)):
         folder = make(args.cache, args.texts)
         given.append(score(load(folder), openings, texts))
         how = json.loads((folder / "trained.json").read_text())

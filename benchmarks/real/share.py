@@ -24,8 +24,8 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 from watch import Watch, Watched
 
-from calibrated_rewards.cli.demo.assets import CACHE, language_model
-from calibrated_rewards.cli.demo.reward_models import prompts, reward_model
+from calibrated_rewards.cli.demo.assets import CACHE, fetch_language_model
+from calibrated_rewards.cli.demo.reward_models import make_prompts, train_reward_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import save
@@ -92,7 +92,7 @@ class FromSecondStep(TrainerCallback):
 
 def calibration(cache: Path, scorer: Any) -> tuple[ReferenceTable, dict[str, float]]:
     """A table of all prompts, and the seconds that a completion took, by part."""
-    asked, draw, watch = prompts(cache, PROMPTS), sampler(cache), Watch()
+    asked, draw, watch = make_prompts(cache, PROMPTS), sampler(cache), Watch()
     draw(asked[:1], [list(range(8))])  # the first call of a process takes longer
     watch.restart()
     table = calibrate(asked, Watched(draw, watch, "drawing"), Watched(scorer, watch, "scoring"), k=K)
@@ -108,8 +108,8 @@ def training(cache: Path, table: ReferenceTable, scorer: Any) -> dict[str, float
             model=policy(cache),
             reward_funcs=Reward(table, scorer, watch),
             args=settings(out),
-            train_dataset=Dataset.from_dict({"prompt": prompts(cache, PROMPTS)}),
-            processing_class=AutoTokenizer.from_pretrained(language_model(cache), padding_side="left"),
+            train_dataset=Dataset.from_dict({"prompt": make_prompts(cache, PROMPTS)}),
+            processing_class=AutoTokenizer.from_pretrained(fetch_language_model(cache), padding_side="left"),
             callbacks=[FromSecondStep(watch)],
         )
         trainer.train()
@@ -178,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=CACHE)
     cache = parser.parse_args().cache
-    scorer = load(reward_model(cache), show_progress=False)
+    scorer = load(train_reward_model(cache), show_progress=False)
     table, calibrating = calibration(cache, scorer)
     print("calibration, ms a completion:", {name: round(1e3 * value, 2) for name, value in calibrating.items()})
     trained = training(cache, table, scorer)

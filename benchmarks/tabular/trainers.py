@@ -4,7 +4,7 @@
     python benchmarks/tabular/trainers.py --far         # worst of 4 at larger KL: tabular_far.json
     python benchmarks/tabular/trainers.py --quick       # a case of each, a few steps, nothing is kept
 
-TRL's RLOO and GRPO with `rloo_settings` and `grpo_settings`, recipes.ppo and recipes.grpo_plain. Each finished case is
+TRL's RLOO and GRPO with `rloo_settings` and `grpo_settings`, and the plain loops of PPO and GRPO. Each finished case is
 written to benchmarks/results/tabular.json, and not run again; `plots.py` draws them. What is trained is enumerated: no
 sampling stands between the weights after the last step and the numbers. Beta is that of the optimum with the KL of
 `world.KLS`. Win rates are compared with those of the same transform's optimum at the trained policy's own KL.
@@ -36,7 +36,7 @@ from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.training.check_settings.trl import grpo_settings, rloo_settings
-from calibrated_rewards.training.online import grpo as grpo_plain, ppo
+from calibrated_rewards.training.online import GRPOSettings, PPOSettings, grpo, ppo
 
 GROUP, RATE = 32, 0.15
 STEPS = {name: 1600 if KLS[name] < 0.5 else 800 for name in TRANSFORMS}
@@ -55,14 +55,15 @@ PLAIN = {
 class Loop:
     """A plain loop, and what it is set to."""
 
-    recipe: Any
+    loop: Any
+    options: Any
     settings: dict[str, Any]
 
     def __call__(self, model: Any, reward: Any, beta: float, seed: int, steps: int) -> Any:
         """The trained model."""
         policy = Policy(model, enumerable.tokenizer(LETTERS), Decoding(LENGTH), Text())
         shared = {"beta": beta, "seed": seed, "steps": steps, "prompts_a_step": len(PROMPTS), "rows": 1000}
-        self.recipe.train(policy, reward, [Asked(p) for p in PROMPTS], self.recipe.Settings(**shared, **self.settings))
+        self.loop.train(policy, reward, [Asked(p) for p in PROMPTS], self.options(**shared, **self.settings))
         return model
 
 
@@ -92,8 +93,8 @@ class Trl:
 
 TRAINERS: dict[str, Any] = {
     "RLOO (TRL)": Trl(RLOOTrainer, RLOOConfig, rloo_settings),
-    "PPO": Loop(ppo, {"completions": GROUP * len(PROMPTS), "lr": RATE, "value_lr": 0.03, "epochs": 1}),
-    "grpo_plain": Loop(grpo_plain, {"completions": GROUP, "lr": RATE}),
+    "PPO": Loop(ppo, PPOSettings, {"completions": GROUP * len(PROMPTS), "lr": RATE, "value_lr": 0.03, "epochs": 1}),
+    "grpo_plain": Loop(grpo, GRPOSettings, {"completions": GROUP, "lr": RATE}),
     "GRPO (TRL)": Trl(GRPOTrainer, GRPOConfig, grpo_settings),
 }
 # GRPO's own optimum is another one.

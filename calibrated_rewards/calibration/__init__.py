@@ -1,8 +1,12 @@
 """Calibration: prompts, a sampler and scorers to a ReferenceTable, at scale and resumable.
 
-`calibrate` draws, scores and sorts; `import_rollouts` takes rollouts made elsewhere. A run is a directory of shards
-that any number of processes fill. `inspect_table` and `inspect_rollouts` say whether the result is fit for use;
-`on_demand` and `prediction` serve prompts that no table has.
+`calibrate.py` has the two calls: `calibrate` draws, scores and sorts, `import_rollouts` takes rollouts made elsewhere
+(`importing.py`). A run is a directory of shards that any number of processes fill: `sources.py` reads prompts,
+`run.py` puts them into shards and fills these, `work.py` draws and scores, `cluster.py` does so on Ray;
+`run_directory.py` and `shards.py` are the files. `adaptive.py` decides K by prompt, `dry_run.py` forecasts the cost.
+
+`inspect_table.py`, `inspect_rollouts.py` and `suspicious_rows.py` check the result. `on_demand.py` and `prediction/`
+serve prompts that no table has.
 """
 
 from importlib import import_module
@@ -16,7 +20,7 @@ from calibrated_rewards.calibration.sources import Asked as Asked, prompts_from 
 if TYPE_CHECKING:
     from calibrated_rewards.calibration.cluster import RayCluster as RayCluster
 
-# Loaded when they are asked for: they bring heavy libraries.
+# Imported at their first use: they bring heavy libraries.
 LAZY = {"RayCluster": "cluster"}
 
 

@@ -1,10 +1,10 @@
-"""Adaptive K: references in rounds, until the band on a prompt's transformed reward is narrow enough.
+"""Adaptive K: draw references in rounds, until the band on a prompt's transformed reward is narrow enough.
 
-A band on C = (F(y-) + F(y)) / 2 knows no distribution: among scores that never tie its width depends on K and on
-nothing else, all prompts stop in the same round, and stopping saves nothing. (It costs: each round is a look, and has
-only a share of delta.) Where scores tie, C moves less than F does, and a prompt whose references are all alike has a
-band of order 1/K in place of 1/sqrt(K). That is what is saved, and it is worth the looks where many prompts are alike
-(always solved, never solved) and others are not; for ratings it is not (benchmarks/adaptive.py).
+A band on C = (F(y-) + F(y)) / 2 assumes no distribution: among scores that never tie its width depends on K alone, all
+prompts stop in the same round, and stopping saves nothing. (It costs: each round is a look, and has only a share of
+delta.) Where scores tie, C moves less than F does, and a prompt whose references are all alike has a band of order 1/K
+in place of 1/sqrt(K). That saving is worth the looks where many prompts are alike (always solved, never solved) and
+others are not; for ratings it is not (benchmarks/adaptive.py).
 
 >>> from calibrated_rewards.theory.transforms import Identity
 >>> rows = {"no ties": range(64), "half of them solved": [0, 1] * 32, "all but two": [0, 0] + [1] * 62, "all": [1] * 64}
@@ -35,11 +35,11 @@ from calibrated_rewards.theory.transforms import Transform
 Array: TypeAlias = npt.NDArray[np.float64]
 Counts: TypeAlias = npt.NDArray[np.int64]
 Rows: TypeAlias = Iterable[tuple[bytes, npt.ArrayLike]]
-"""Keys with the scores so far, none among them: `table.items()`, for one."""
+"""Keys with the scores so far, which may be none: `table.items()`, for one."""
 
 
 def half_width(scores: npt.ArrayLike, transform: Transform, delta: float, kind: Kind = "pointwise") -> float:
-    """Half the length of the band on Phi(C(y)), its root mean square over the prompt's own references y.
+    """Compute half the length of the band on Phi(C(y)), as root mean square over the prompt's own references y.
 
     With below of K references under y and upto not above it, C lies between the means of the lower and of the upper
     ends for F(y-) and F(y): the bands of `bands.band` at index 2 below and at 2 upto. This holds with ties and
@@ -54,12 +54,12 @@ def half_width(scores: npt.ArrayLike, transform: Transform, delta: float, kind: 
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Which prompts get how many references next: a function of the scores so far, and of nothing else.
+    """Decides how many references each prompt gets next, by the scores so far and nothing else.
 
-    `width` is what `half_width` must come down to, in the transform's units: say `scaled(transform, "unit")` for
-    rewards in [0, 1]. The rounds share delta (`delta_at`), so that what a band promises holds at the K where a prompt
-    stopped, whatever made it stop there. `budget` is the most rollouts of all prompts together. Where it will not
-    last for all, it is kept for the widest bands, as far as they can be foreseen, and among equal ones for the smaller
+    A prompt is done when its `half_width` is at most `width`, in the transform's units: say `scaled(transform, "unit")`
+    for rewards in [0, 1]. The rounds share delta (`delta_at`), so that the probability of a band holds at the K where a
+    prompt stopped, whatever made it stop there. `budget` is the most rollouts of all prompts together. Where it does
+    not last for all, it goes to the widest bands, as far as they can be foreseen, and among equal ones to the smaller
     keys.
 
     >>> from calibrated_rewards.theory.transforms import Identity
@@ -92,9 +92,9 @@ class Adaptive:
                 raise ValueError(f"Adaptive needs {rule}, got {self!r}.")
 
     def delta_at(self, K: int) -> float:
-        """What the look at K references has of delta: each round twice as much as the one before, all rounds delta.
+        """Compute the share of delta for the look at K references: doubled each round, delta over all rounds.
 
-        Early bands hardly mind, for where they are narrow it is by ties; the last one is what most prompts end with.
+        A small share hardly widens early bands, which are narrow by ties; most prompts end with the last one.
 
         >>> from calibrated_rewards.theory.transforms import Identity
         >>> [round(Adaptive(Identity(), width=0.1, rounds=(16, 32, 64)).delta_at(K), 4) for K in (16, 20, 32, 64)]
@@ -104,40 +104,40 @@ class Adaptive:
         return self.delta * 2.0**place / (2.0 ** len(self.rounds) - 1.0)
 
     def half_width(self, scores: npt.ArrayLike) -> float:
-        """The band of a prompt with these scores, at the delta of its round."""
+        """Compute the half width of a prompt with these scores, at the delta of its round."""
         return half_width(scores, self.transform, self.delta_at(np.size(scores)), self.kind)
 
     def enough(self, scores: npt.ArrayLike) -> bool:
-        """Whether a prompt with these scores needs no more; never before the first round is complete."""
+        """Check that a prompt with these scores needs no more; the first round is always completed."""
         return np.size(scores) >= self.rounds[0] and self.half_width(scores) <= self.width
 
     def next(self, rows: Rows, spent: int | None = None) -> dict[bytes, int]:
-        """The K that each prompt is to have next, widest band first; empty when nothing is left to do.
+        """Choose the K that each prompt is to have next, widest band first; empty when nothing is left to do.
 
-        `spent` is how many rollouts count against the budget, if not those of `rows`.
+        `spent` is the number of rollouts that count against the budget, if not those of `rows`.
         """
         steps, total = [], 0
-        known: dict[bytes, list[tuple[float, int, int]]] = {}  # most rows have the ties of another one, and its band
+        by_ties: dict[bytes, list[tuple[float, int, int]]] = {}  # most rows have the ties of another one, and its band
         for key, scores in rows:
             groups = _groups(scores)
             total += int(groups.sum())
             ties = groups.tobytes()
-            if ties not in known:
-                known[ties] = [*self._steps(groups)]
-            steps += [(-wide, key, goal, cost) for wide, goal, cost in known[ties]]
-        left = inf if self.budget is None else self.budget - (total if spent is None else spent)
-        asked: dict[bytes, int] = {}
+            if ties not in by_ties:
+                by_ties[ties] = [*self._steps(groups)]
+            steps += [(-wide, key, goal, cost) for wide, goal, cost in by_ties[ties]]
+        budget = inf if self.budget is None else self.budget - (total if spent is None else spent)
+        goals: dict[bytes, int] = {}
         for wide, key, goal, cost in sorted(steps):
-            left -= cost
-            if left < 0 and wide == -inf:
+            budget -= cost
+            if budget < 0 and wide == -inf:
                 raise ValueError(f"Adaptive needs a budget for {self.rounds[0]} rollouts of each prompt, got {self!r}.")
-            if left < 0:
+            if budget < 0:
                 break
-            asked.setdefault(key, goal)
-        return asked
+            goals.setdefault(key, goal)
+        return goals
 
     def _steps(self, groups: Counts) -> Iterator[tuple[float, int, int]]:
-        """The rounds ahead of a prompt, should its ties stay what they are: the band before each, its K, its cost."""
+        """List the rounds ahead of a prompt, if its ties stay as they are: the band before each, its K, its cost."""
         have = int(groups.sum())
         for goal in self.rounds[bisect_right(self.rounds, have) :]:
             new = have < self.rounds[0]
@@ -150,7 +150,7 @@ class Adaptive:
             have = goal
 
     def saved(self, rows: Rows, error: Literal["worst", "mean"] = "worst") -> "Saving":
-        """What these rows cost, against a fixed K whose bands are as narrow: their widest, or their root mean square.
+        """Compare the cost of these rows with that of a fixed K with as narrow a band, widest or root mean square.
 
         The fixed K is looked at once, with all of delta; its rows are taken to have the ties that they have now.
         """
@@ -190,7 +190,7 @@ class Saving(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of the rollouts at the fixed K, those that were not needed; negative where the fixed K needs fewer."""
+        """The share of the fixed K's rollouts that was saved; negative where the fixed K needs fewer."""
         return 1 - self.used / (self.fixed * self.prompts)
 
     def __str__(self) -> str:
@@ -203,7 +203,7 @@ class Saving(NamedTuple):
 
 
 def _groups(scores: npt.ArrayLike) -> Counts:
-    """How many references there are of each value, from the lowest up: all that a band sees of them."""
+    """Count the references of each value, from the lowest up: a band depends on nothing else."""
     values, counts = np.unique(np.asarray(scores), return_counts=True)
     if values.size and not np.isfinite(values[[0, -1]]).all():
         raise ValueError(f"A band needs finite scores, got {values[-1] if np.isfinite(values[0]) else values[0]}.")
@@ -211,7 +211,7 @@ def _groups(scores: npt.ArrayLike) -> Counts:
 
 
 def _half_width(groups: Counts, K: int, transform: Transform, delta: float, kind: Kind) -> float:
-    """The half width if there were K references with the shares of these groups."""
+    """Compute the half width of K references with the shares of these groups."""
     upto = np.cumsum(groups) * (2 * K / groups.sum())
     below = np.append(0.0, upto[:-1])
     lower, upper = _band(K, delta, kind)

@@ -1,4 +1,4 @@
-"""Whether the rollouts behind a table are fit for use: cut, empty or repeated completions, and a reward for length."""
+"""Health of the rollouts behind a table: cut, empty or repeated completions, and a reward for length."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -12,10 +12,10 @@ from jaxtyping import Float64, Int64
 from tqdm import tqdm
 
 from calibrated_rewards.calibration.inspect_table import Lines, percent
-from calibrated_rewards.calibration.shards import SCORE, loaded, read_table
+from calibrated_rewards.calibration.shards import SCORE, decode_text, read_table
 from calibrated_rewards.prompts import start_of
 
-# From which share of its rollouts on a prompt is worth a look.
+# A prompt is odd if this share of its rollouts is.
 CUT, REPEATED, EMPTY = 0.5, 0.5, 0.1
 
 
@@ -30,7 +30,7 @@ class OddPrompt(NamedTuple):
 
 @dataclass(frozen=True)
 class RolloutHealth:
-    """What `rollout_health` found in the files of a run.
+    """The result of `rollout_health` on the files of a run.
 
     Shares are of rollouts: `cut` at the most tokens, of those whose end is known; `empty` of text; `repeated`, word for
     word, from an earlier one of their prompt. `score_length` is, by reward model, the mean over prompts of the
@@ -52,15 +52,15 @@ class RolloutHealth:
     odd_prompts: dict[str, int]
     odd: tuple[OddPrompt, ...]
     starts: dict[str, str] = field(repr=False)
-    """How the prompts start that were asked for, by key."""
+    """The start of the prompts whose keys were given, by key."""
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
-        shown = {name: value for name, value in asdict(self).items() if name != "starts"}
-        return {**shown, "odd": [each._asdict() for each in self.odd]}
+        """Return all fields in the types of JSON, without `starts`."""
+        fields = {name: value for name, value in asdict(self).items() if name != "starts"}
+        return {**fields, "odd": [each._asdict() for each in self.odd]}
 
     def lines(self) -> Lines:
-        """Shares, lengths, and the prompts that are worth a look."""
+        """Yield shares, lengths, and the odd prompts."""
         yield "rollouts", f"{self.rollouts:,} of {self.prompts:,} prompts"
         yield "cut", "not known" if self.cut is None else f"{percent(self.cut)} ended for want of tokens"
         yield "empty", percent(self.empty)
@@ -79,16 +79,16 @@ class RolloutHealth:
 
 
 def rollout_health(directory: Path, most: int = 5, keys: Collection[str] = ()) -> RolloutHealth:
-    """Reads the Parquet files of `directory`, one after the other; `most` odd prompts of each kind are named."""
+    """Inspect the Parquet files of `directory`, one after the other; `most` odd prompts of each kind are named."""
     tally = _Tally(most, frozenset(keys))
     for path in tqdm(sorted(directory.glob("*.parquet")), desc="rollouts", unit=" files", delay=3, disable=None):
         tally.add(read_table(path))
-    return tally.told(str(directory))
+    return tally.summarise(str(directory))
 
 
 @dataclass
 class _Tally:
-    """What has been counted so far."""
+    """Counts over the files that were read so far."""
 
     most: int
     keys: frozenset[str]
@@ -100,7 +100,7 @@ class _Tally:
     starts: dict[str, str] = field(default_factory=dict)
 
     def add(self, table: Any) -> None:
-        """A file; the rollouts of a prompt are one after the other."""
+        """Count a file, in which the rollouts of a prompt are one after the other."""
         if not len(table):
             return
         keys = table.column("key").to_pylist()
@@ -111,7 +111,7 @@ class _Tally:
         finish, tokens = table.column("finish").to_pylist(), _numbers(table, "tokens")
         cut = np.bincount(prompt, [each == "length" for each in finish])
         known = np.bincount(prompt, [each is not None for each in finish])
-        empty, repeated, characters = _texts(table, prompt)
+        empty, repeated, characters = _count_texts(table, prompt)
         self.sums.update(prompts=len(firsts), rollouts=len(keys), cut=int(cut.sum()), known=int(known.sum()))
         self.sums.update(empty=int(empty.sum()), repeated=int(repeated.sum()))
         self.sums.update(tokens=int(np.nansum(tokens)), counted=int(np.isfinite(tokens).sum()))
@@ -136,8 +136,8 @@ class _Tally:
         self.odd_prompts[reason] += len(odd)
         worst = odd[np.argsort(-share[odd], kind="stable")][: self.most]
         places = [(float(share[at]), int(firsts[at])) for at in worst]
-        found = [OddPrompt(s, table.column("key")[at].as_py().hex(), _start(table, at), reason) for s, at in places]
-        self.odd[reason] = nlargest(self.most, [*self.odd.get(reason, []), *found], key=lambda each: each.share)
+        prompts = [OddPrompt(s, table.column("key")[at].as_py().hex(), _start(table, at), reason) for s, at in places]
+        self.odd[reason] = nlargest(self.most, [*self.odd.get(reason, []), *prompts], key=lambda each: each.share)
 
     def _score(
         self,
@@ -146,7 +146,7 @@ class _Tally:
         lengths: Float64[np.ndarray, " r"],
         prompt: Int64[np.ndarray, " r"],
     ) -> None:
-        """Pearson's correlation of each prompt that has one."""
+        """Add Pearson's correlation of score and length, of each prompt that has one."""
         there = np.isfinite(scores)
         self.unscored[name] += int((~there).sum())
         at = prompt[there]
@@ -158,8 +158,8 @@ class _Tally:
         r = xy[some] / np.sqrt(xx[some] * yy[some])
         self.correlations[name] = (total + float(r.sum()), prompts + len(r))
 
-    def told(self, where: str) -> RolloutHealth:
-        """Everything, as shares."""
+    def summarise(self, where: str) -> RolloutHealth:
+        """Return the counts as shares."""
         of = self.sums
         rollouts = max(of["rollouts"], 1)
         return RolloutHealth(
@@ -174,38 +174,37 @@ class _Tally:
             varied={name: n for name, (_, n) in self.correlations.items()},
             unscored=dict(self.unscored),
             odd_prompts=dict(self.odd_prompts),
-            odd=tuple(each for found in self.odd.values() for each in found),
+            odd=tuple(each for prompts in self.odd.values() for each in prompts),
             starts=self.starts,
         )
 
 
 def _numbers(table: Any, name: str) -> Float64[np.ndarray, " r"]:
-    """A column as float64, nan where there is none."""
-    numbers: Float64[np.ndarray, " r"] = table.column(name).to_numpy().astype(np.float64)
-    return numbers
+    """Read a column as float64, nan where there is none."""
+    return np.asarray(table.column(name).to_numpy(), np.float64)
 
 
-def _texts(
+def _count_texts(
     table: Any, prompt: Int64[np.ndarray, " r"]
 ) -> tuple[Float64[np.ndarray, " p"], Int64[np.ndarray, " p"], Float64[np.ndarray, " r"]]:
-    """How many empty and how many repeated completions each prompt has, and the length of each completion."""
+    """Count each prompt's empty and repeated completions, and return the length of each completion."""
     encoded = table.column("completion").combine_chunks().dictionary_encode()
     texts, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
     chat = table.column("completion_chat").to_numpy()
     nothing = np.array([not text.strip() for text in texts])[codes]
     short = np.array([len(text) <= 200 for text in texts])[codes]
     for place in np.flatnonzero(chat & short):  # longer messages say something
-        nothing[place] = not any(_says(message) for message in loaded(texts[codes[place]], True))
+        nothing[place] = not any(_has_content(message) for message in decode_text(texts[codes[place]], True))
     distinct = np.unique(prompt * len(texts) + codes) // len(texts)
     lengths = np.array([len(text) for text in texts], np.float64)[codes]
     return np.bincount(prompt, nothing), np.bincount(prompt) - np.bincount(distinct), lengths
 
 
-def _says(message: dict[str, Any]) -> bool:
+def _has_content(message: dict[str, Any]) -> bool:
     content = message.get("content")
     return bool(message.get("tool_calls")) or bool(content.strip() if isinstance(content, str) else content)
 
 
 def _start(table: Any, place: int) -> str:
-    prompt = loaded(table.column("prompt")[place].as_py(), table.column("chat")[place].as_py())
+    prompt = decode_text(table.column("prompt")[place].as_py(), table.column("chat")[place].as_py())
     return start_of(prompt)

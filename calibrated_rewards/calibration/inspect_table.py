@@ -1,6 +1,4 @@
-"""What a table's references can tell and how far its prompts are apart: numbers, and the lines that say them.
-
-Whether a table is fit for use: how it was made, what its references tell, how far prompts are apart, what is odd.
+"""Health of a table: how it was made, the precision of its references, the spread of prompts, suspicious rows.
 
 >>> import numpy as np
 >>> from calibrated_rewards.table.reference_table import ReferenceTable
@@ -27,15 +25,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from calibrated_rewards.calibration.suspicious_rows import RowStatistics, Suspicion, row_statistics, suspicions
+from calibrated_rewards.calibration.suspicious_rows import RowStatistics, Suspicion, describe_rows, find_suspicious_rows
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.bands import band
+from calibrated_rewards.theory.finite_k import MOST_BANDED
 
 Lines: TypeAlias = Iterator[tuple[str, str]]
 
 DELTA, TARGET = 0.05, 0.05
-# The band for all responses at once takes some tenths of a second at this K, and much longer soon after.
-_MOST_BANDED = 1000
 # K times the variance of the calibrated reward of a response in the middle, without ties.
 UNTIED_MIDDLE = 0.25
 # The mean of Kolmogorov's law: sup |F_K - F| is about this over sqrt(K).
@@ -45,7 +42,7 @@ _POOLED_SCORES = 1 << 20
 
 @dataclass(frozen=True)
 class Size:
-    """How many prompts there are, and references: in all, and the fewest, median and most of a prompt."""
+    """The numbers of prompts and references: in all, and the fewest, median and most of a prompt."""
 
     prompts: int
     references: int
@@ -54,7 +51,7 @@ class Size:
     most: int
 
     def lines(self) -> Lines:
-        """What there is of each."""
+        """Yield the numbers of prompts and references."""
         each = f"{self.most:,} a prompt"
         if self.fewest < self.most:
             each = f"{self.fewest:,} to {self.most:,} a prompt, the median has {self.median:,.0f}"
@@ -64,7 +61,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Resolution:
-    """What keeps references from telling responses apart: shares of references, unless they are said to be of prompts.
+    """Ties and saturation, which keep references from telling responses apart: shares of references, or of prompts.
 
     `at_highest` are equal to the highest of their prompt (1/K of them at least), `at_ceiling` to the highest score of
     all. A reward model that clips has many of both. `unresolved` prompts have equal references only: their every reward
@@ -84,7 +81,7 @@ class Resolution:
     unresolved_share: float
 
     def lines(self) -> Lines:
-        """Ties, saturation, and prompts without resolution."""
+        """Yield ties, saturation, and prompts without resolution."""
         yield "ties", f"{percent(self.tied)} of references equal another of their prompt"
         for end, at, sharing in (
             ("highest", self.at_highest, self.prompts_sharing_highest),
@@ -98,20 +95,20 @@ class Resolution:
         yield "unresolved prompts", some if self.unresolved else "none"
 
 
-def resolution(of: RowStatistics, tied: float) -> Resolution:
-    """By the rows' ends, each counted with its ties."""
-    total, alone = of.size.sum(), (of.distinct == 1) & (of.size > 1)
-    ceiling, floor = of.highest.max(), of.lowest.min()
+def measure_resolution(rows: RowStatistics, tied: float) -> Resolution:
+    """Measure resolution by the rows' ends, each counted with its ties."""
+    total, alone = rows.size.sum(), (rows.distinct == 1) & (rows.size > 1)
+    ceiling, floor = rows.highest.max(), rows.lowest.min()
     return Resolution(
         tied=tied,
-        at_highest=float(of.at_highest.sum() / total),
-        at_lowest=float(of.at_lowest.sum() / total),
-        prompts_sharing_highest=float((of.at_highest > 1).mean()),
-        prompts_sharing_lowest=float((of.at_lowest > 1).mean()),
+        at_highest=float(rows.at_highest.sum() / total),
+        at_lowest=float(rows.at_lowest.sum() / total),
+        prompts_sharing_highest=float((rows.at_highest > 1).mean()),
+        prompts_sharing_lowest=float((rows.at_lowest > 1).mean()),
         ceiling=float(ceiling),
-        at_ceiling=float(of.at_highest[of.highest == ceiling].sum() / total),
+        at_ceiling=float(rows.at_highest[rows.highest == ceiling].sum() / total),
         floor=float(floor),
-        at_floor=float(of.at_lowest[of.lowest == floor].sum() / total),
+        at_floor=float(rows.at_lowest[rows.lowest == floor].sum() / total),
         unresolved=int(alone.sum()),
         unresolved_share=float(alone.mean()),
     )
@@ -119,11 +116,11 @@ def resolution(of: RowStatistics, tied: float) -> Resolution:
 
 @dataclass(frozen=True)
 class Precision:
-    """How well K references, the median number, know a quantile at 95 %, with the ties that the table has.
+    """Precision of a quantile at 95 % with the median number of references, K, and the ties that the table has.
 
-    `rms` is the error's root mean square over the reference policy's responses; `values` how many different rewards the
-    references of a prompt have, the median. A response above all references has a quantile of at least `above_all`; one
-    in their middle is known to `middle` on either side. The same `_at_once` holds for all responses together; it is
+    `rms` is the error's root mean square over the reference policy's responses; `values` the median number of different
+    rewards among the references of a prompt. A response above all references has a quantile of at least `above_all`,
+    one in their middle is known to `middle` on either side. The same `_at_once` holds for all responses together; it is
     None for K > 1000, for which it takes long, and where most references tie, for which it is too wide. `needed`
     references have an rms of 0.05, `needed_at_once` an error of 0.05 for all responses together.
     """
@@ -141,12 +138,12 @@ class Precision:
 
     @property
     def heading(self) -> str:
-        """What it is of."""
+        """The heading of the section."""
         ties = "no references tie" if self.tied == 0 else f"{percent(self.tied)} of references tie"
         return f"precision at K = {self.K}, 95 %, {ties}"
 
     def lines(self) -> Lines:
-        """The band at its ends and in the middle, and what would make it narrower."""
+        """Yield the band at its ends and in the middle, and the references that would make it narrower."""
         high = f" ({self.above_all_at_once:.3f} for all at once)" if self.above_all_at_once is not None else ""
         wide = f" (± {self.middle_at_once:.3f} for all at once)" if self.middle_at_once is not None else ""
         if self.tied:
@@ -158,17 +155,17 @@ class Precision:
         yield "references needed", f"{self.needed:,} for {TARGET:g} rms; {all_at_once}"
 
 
-def precision(of: RowStatistics, tied: float) -> Precision:
-    """By the rows' ties and their median K."""
-    K, variance = int(np.median(of.size)), float(of.u_variance.mean())
+def measure_precision(rows: RowStatistics, tied: float) -> Precision:
+    """Measure precision by the rows' ties and their median K."""
+    K, variance = int(np.median(rows.size)), float(rows.u_variance.mean())
     lower, upper = band(K, DELTA, "pointwise")
     middle = float(upper[K] - lower[K]) / 2
     if tied > 0:  # as much narrower or wider as the standard error is, which ties change
-        middle *= sqrt(float(of.u_middle.mean()) / UNTIED_MIDDLE)
-    at_once = band(K, DELTA) if K <= _MOST_BANDED and tied <= 0.5 else None
+        middle *= sqrt(float(rows.u_middle.mean()) / UNTIED_MIDDLE)
+    at_once = band(K, DELTA) if K <= MOST_BANDED and tied <= 0.5 else None
     return Precision(
         K=K,
-        values=int(np.median(of.distinct)),
+        values=int(np.median(rows.distinct)),
         tied=tied,
         rms=sqrt(variance / K),
         above_all=float(lower[-1]),
@@ -182,7 +179,7 @@ def precision(of: RowStatistics, tied: float) -> Precision:
 
 @dataclass(frozen=True)
 class Spread:
-    """How far prompts are apart, which is what raw scores are miscalibrated by when they are compared between prompts.
+    """The distance between prompts, by which raw scores are miscalibrated when they are compared between prompts.
 
     `between_share` is the part of the raw scores' variance that is between prompts. `distance` is the mean of
     Kolmogorov's from a prompt's references to those of all prompts, `distance_by_chance` what K references of one law
@@ -199,7 +196,7 @@ class Spread:
     medians_in_bottom_tenth: float
 
     def lines(self) -> Lines:
-        """What a raw score would hide."""
+        """Yield the spread, and how raw scores mislead."""
         sd = f"{self.between_sd:.4g} between the prompts' means, {self.within_sd:.4g} within a prompt"
         yield "standard deviation", f"{sd}: {percent(self.between_share)} of the variance is between prompts"
         chance = f"chance alone makes it {self.distance_by_chance:.3f}"
@@ -211,27 +208,27 @@ class Spread:
         )
 
 
-def spread(table: ReferenceTable, of: RowStatistics, described: dict[str, float]) -> Spread:
-    """By the rows' moments and medians, and `table.describe()`."""
-    low, high = np.quantile(_pooled(table, int(of.size.sum())), [0.1, 0.9])
-    several = of.size > 1
-    within = float(of.variance[several].mean()) if several.any() else 0.0
+def measure_spread(table: ReferenceTable, rows: RowStatistics, described: dict[str, float]) -> Spread:
+    """Measure the spread by the rows' moments and medians, and `table.describe()`."""
+    low, high = np.quantile(_pooled(table, int(rows.size.sum())), [0.1, 0.9])
+    several = rows.size > 1
+    within = float(rows.variance[several].mean()) if several.any() else 0.0
     # Means of K scores have a variance of their own, though prompts may be alike.
-    noise = float((of.variance[several] / of.size[several]).sum() / len(of.size))
-    apart = max(float(of.mean.var(ddof=1)) - noise, 0.0) if len(of.size) > 1 else 0.0
+    noise = float((rows.variance[several] / rows.size[several]).sum() / len(rows.size))
+    apart = max(float(rows.mean.var(ddof=1)) - noise, 0.0) if len(rows.size) > 1 else 0.0
     return Spread(
         within_sd=described["within_prompt_sd"],
         between_sd=described["between_prompts_sd"],
         between_share=apart / (apart + within) if apart + within > 0 else 0.0,
         distance=described["kolmogorov_distance"],
         distance_by_chance=_KOLMOGOROV / sqrt(described["references_median"]),
-        medians_in_top_tenth=float((of.median > high).mean()),
-        medians_in_bottom_tenth=float((of.median < low).mean()),
+        medians_in_top_tenth=float((rows.median > high).mean()),
+        medians_in_bottom_tenth=float((rows.median < low).mean()),
     )
 
 
 def percent(share: float) -> str:
-    """A share in words, never 0 % for what is there.
+    """Write a share as a percentage, never 0 % for what is there.
 
     >>> [percent(x) for x in (0.0, 0.00004, 0.1234, 1.0)]
     ['0 %', '< 0.1 %', '12.3 %', '100 %']
@@ -240,10 +237,10 @@ def percent(share: float) -> str:
 
 
 def _pooled(table: ReferenceTable, total: int) -> np.ndarray:
-    """All references; of more than a million, those of every n-th prompt: keys are hashes, so it is a fair sample."""
+    """Pool all references; of more than a million, those of every n-th prompt: keys are hashes, so it is fair."""
     most = max(1, _POOLED_SCORES * len(table) // total)
-    rows = np.unique(np.linspace(0, len(table) - 1, min(most, len(table))).astype(np.int64))
-    return np.concatenate([scores.ravel() for _, scores in table.blocks(rows)])
+    sample = np.unique(np.linspace(0, len(table) - 1, min(most, len(table))).astype(np.int64))
+    return np.concatenate([scores.ravel() for _, scores in table.blocks(sample)])
 
 
 _LONGEST = 160
@@ -251,7 +248,7 @@ _LONGEST = 160
 
 @dataclass(frozen=True)
 class Odd:
-    """A suspicious row; with how its prompt starts, where the rollouts are at hand."""
+    """A suspicious row; with the start of its prompt, where the rollouts are at hand."""
 
     row: int
     key: str
@@ -262,7 +259,7 @@ class Odd:
 
 @dataclass(frozen=True)
 class Health:
-    """What `health` found: it prints as a report, and `as_json` is the same as an object.
+    """The result of `health`: it prints as a report, and `as_json` is the same as an object.
 
     `odd_rows` counts suspicious rows by reason, `odd` are the first of each.
     """
@@ -277,7 +274,7 @@ class Health:
     odd: tuple[Odd, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, as JSON has it; of the probes, how many there are."""
+        """Return all fields in the types of JSON, with the number of probes in place of them."""
         probes = self.meta.get("probes")
         meta = {**self.meta, "probes": len(probes)} if isinstance(probes, list) else dict(self.meta)
         odd = [asdict(each) for each in self.odd]
@@ -308,36 +305,32 @@ class Health:
 
 
 def health(table: ReferenceTable, most: int = 5) -> Health:
-    """Reads a table thrice, in memory that grows with its prompts and not with K; `most` odd rows for each reason."""
-    of, described = row_statistics(table), table.describe()
-    found = suspicions(table, of)
+    """Inspect a table, in memory that grows with its prompts and not with K; `most` odd rows for each reason."""
+    rows, described = describe_rows(table), table.describe()
+    suspicious = find_suspicious_rows(table, rows)
     fewest, median, greatest = (described[f"references_{name}"] for name in ("min", "median", "max"))
     return Health(
         where=table.path,
         meta=table.meta,
         size=Size(len(table), int(described["references"]), int(fewest), median, int(greatest)),
-        resolution=resolution(of, described["tied_share"]),
-        precision=precision(of, described["tied_share"]),
-        spread=spread(table, of, described),
-        odd_rows=dict(Counter(each.reason for each in found)),
-        odd=_first(table, found, most),
+        resolution=measure_resolution(rows, described["tied_share"]),
+        precision=measure_precision(rows, described["tied_share"]),
+        spread=measure_spread(table, rows, described),
+        odd_rows=dict(Counter(each.reason for each in suspicious)),
+        odd=_select_first(table, suspicious, most),
     )
 
 
-def _first(table: ReferenceTable, found: list[Suspicion], most: int) -> tuple[Odd, ...]:
-    """The first of each reason, with their keys."""
-    seen: Counter[str] = Counter()
-    chosen = []
-    for each in found:
-        seen[each.reason] += 1
-        chosen += [each] if seen[each.reason] <= most else []
-    wanted = {each.row for each in chosen}
-    keys = {row: key.hex() for row, (key, _) in enumerate(table.items()) if row in wanted} if wanted else {}
-    return tuple(Odd(each.row, keys[each.row], each.reason, each.detail) for each in chosen)
+def _select_first(table: ReferenceTable, suspicious: list[Suspicion], most: int) -> tuple[Odd, ...]:
+    """Select the first rows of each reason, with their keys."""
+    reasons = dict.fromkeys(each.reason for each in suspicious)
+    chosen = [each for reason in reasons for each in [odd for odd in suspicious if odd.reason == reason][:most]]
+    keys = table.keys([each.row for each in chosen]) if chosen else []
+    return tuple(Odd(each.row, key.hex(), each.reason, each.detail) for each, key in zip(chosen, keys, strict=True))
 
 
 def made_with(meta: Mapping[str, Any]) -> Lines:
-    """A line for each thing that the meta says, objects within as `name: value`, long texts cut.
+    """Yield a line for each entry of the meta, objects within as `name: value`, long texts cut.
 
     >>> meta = {"seed": 0, "scorer": {"kind": "cost", "of": {"template": "x" * 500}}, "probes": [{}, {}]}
     >>> for label, text in made_with(meta):
@@ -368,5 +361,5 @@ def _flat(value: Any, name: str = "") -> list[str]:
 
 
 def section(heading: str, lines: Lines) -> list[str]:
-    """A heading, and its lines indented, their texts one under the other."""
+    """Format a heading and its lines, indented, their texts one under the other."""
     return [heading, *(f"  {label:<24}{text}".rstrip() for label, text in lines)]

@@ -1,4 +1,4 @@
-"""Unseen prompts, calibrated when they come: the rollouts and scores that `calibrate` would have given them.
+"""OnTheSpot: calibrate unseen prompts when they come, with the rollouts and scores that `calibrate` would give.
 
 >>> from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 >>> spot = OnTheSpot(None, NumberSampler(), NumberScorer(), k=4, seed=0)
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrated_rewards.calibration.shards import Planned, empty
+from calibrated_rewards.calibration.shards import Planned, new_shard
 from calibrated_rewards.calibration.work import Task, Work
 from calibrated_rewards.prompts import Prompt, prompt_key
 from calibrated_rewards.samplers.protocol import Particular, Sampler
@@ -26,11 +26,11 @@ from calibrated_rewards.table.reference_table import ReferenceTable, Row
 
 @dataclass(frozen=True, eq=False)
 class OnTheSpot:
-    """Called with prompts it gives a table of them: the rows of `known`, and for all others rows drawn here.
+    """A function from prompts to a table of them: the rows of `known`, and rows that are drawn now for all others.
 
-    What is drawn is kept, and is the same whenever and wherever it is drawn, as far as the sampler promises that. Any
-    number of threads may ask at once: a prompt is drawn once, and only those who asked for it wait for it. In another
-    process, after pickling, nothing is drawn yet.
+    Rows that are drawn are cached, and are the same whenever and wherever they are drawn, as far as the sampler
+    promises that. It is thread-safe: a prompt is drawn once, and only the callers who need it wait for it. A pickled
+    copy has an empty cache.
     """
 
     known: ReferenceTable | None
@@ -43,7 +43,7 @@ class OnTheSpot:
     """None for that of `known`."""
     _drawn: dict[bytes, "Future[Row]"] = field(default_factory=dict, init=False, repr=False)
     _kinds: dict[str, set[str]] = field(default_factory=dict, init=False, repr=False)
-    """Whether the prompts and completions that were drawn are texts or messages."""
+    """The forms, text or messages, of the prompts and completions that were drawn."""
     _lock: Any = field(default_factory=threading.Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -57,17 +57,17 @@ class OnTheSpot:
                 least = " >= 1" if name == "k" else ""
                 raise ValueError(f"OnTheSpot needs a whole {name}{least}, or a table that has one, got {value!r}")
         for name, own in (("scorer", self.scorer), ("sampler", self.sampler)):
-            said, here = meta.get(name), json.loads(json.dumps(fingerprint(own)))
-            if said is not None and (apart := [each.place for each in differences(said, here)]):
+            there, here = meta.get(name), json.loads(json.dumps(fingerprint(own)))
+            if there is not None and (apart := [each.place for each in differences(there, here)]):
                 raise ValueError(f"the table was made with another {name}: it differs in {', '.join(apart)}")
 
     def __call__(self, prompts: Sequence[Prompt]) -> ReferenceTable:
-        """The table of these prompts, drawn first where need be."""
-        asked = {prompt_key(prompt): prompt for prompt in prompts}
-        return ReferenceTable.build(self._rows(asked), meta=self._meta())
+        """Return the table of these prompts, drawn first where need be."""
+        by_key = {prompt_key(prompt): prompt for prompt in prompts}
+        return ReferenceTable.build(self._rows(by_key), meta=self._meta())
 
     def merged(self) -> ReferenceTable:
-        """The table of all prompts, those of `known` and those drawn since, to be saved."""
+        """Return the table of all prompts, those of `known` and those drawn since, to be saved."""
         rows = [future.result() for future in list(self._drawn.values()) if future.done() and not future.exception()]
         tables = [] if self.known is None else [self.known]
         if rows:
@@ -82,28 +82,28 @@ class OnTheSpot:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _drawn={}, _kinds={}, _lock=threading.Lock())
 
-    def _rows(self, asked: dict[bytes, Prompt]) -> list[Row]:
-        found = self._known(asked)
+    def _rows(self, prompts: dict[bytes, Prompt]) -> list[Row]:
+        known = self._find_known(prompts)
         with self._lock:
-            new = [key for key in asked if key not in found and key not in self._drawn]
+            new = [key for key in prompts if key not in known and key not in self._drawn]
             mine: dict[bytes, Future[Row]] = {key: Future() for key in new}
             self._drawn.update(mine)
-        waiting = {key: self._drawn[key] for key in asked if key not in found}
+        waiting = {key: self._drawn[key] for key in prompts if key not in known}
         if mine:
-            self._draw({key: asked[key] for key in mine}, mine)
-        return [*found.values(), *(future.result() for future in waiting.values())]
+            self._draw({key: prompts[key] for key in mine}, mine)
+        return [*known.values(), *(future.result() for future in waiting.values())]
 
-    def _known(self, asked: dict[bytes, Prompt]) -> dict[bytes, Row]:
-        if self.known is None or not asked:
+    def _find_known(self, prompts: dict[bytes, Prompt]) -> dict[bytes, Row]:
+        if self.known is None or not prompts:
             return {}
-        rows = self.known.find(list(asked.values()))
-        places = zip(asked.items(), rows.tolist(), strict=True)
+        rows = self.known.find(list(prompts.values()))
+        places = zip(prompts.items(), rows.tolist(), strict=True)
         return {key: Row(prompt, self.known.scores(row)) for (key, prompt), row in places if row >= 0}
 
-    def _draw(self, asked: dict[bytes, Prompt], mine: dict[bytes, "Future[Row]"]) -> None:
-        """Fill in the answers that others may wait for, or the error; after an error, who asks next tries again."""
+    def _draw(self, prompts: dict[bytes, Prompt], mine: dict[bytes, "Future[Row]"]) -> None:
+        """Draw prompts and set the results, or the error, that others wait for; after an error the next call tries."""
         try:
-            rows = self._sampled(asked)
+            rows = self._sample(prompts)
         except BaseException as error:
             with self._lock:
                 for key in mine:
@@ -114,21 +114,21 @@ class OnTheSpot:
         for key, row in rows.items():
             mine[key].set_result(row)
 
-    def _sampled(self, asked: dict[bytes, Prompt]) -> dict[bytes, Row]:
-        """By the same work that `calibrate` does."""
+    def _sample(self, prompts: dict[bytes, Prompt]) -> dict[bytes, Row]:
+        """Draw and score prompts by the same work that `calibrate` does."""
         if isinstance(self.sampler, Particular):
-            self.sampler.check(list(asked.values()))
-        planned = [Planned(key, prompt) for key, prompt in asked.items()]
+            self.sampler.check(list(prompts.values()))
+        planned = [Planned(key, prompt) for key, prompt in prompts.items()]
         work = Work(self.sampler, {"reward": self.scorer}, int(self.seed or 0))
-        shard = work(Task("", empty(planned), [int(self.k or 0)] * len(planned))).shard
+        shard = work(Task("", new_shard(planned), [int(self.k or 0)] * len(planned))).shard
         done, drawn = shard.scores["reward"], [rollout.completion for own in shard.rollouts for rollout in own]
-        for what, values in (("prompts", [*asked.values()]), ("completions", drawn)):
+        for what, values in (("prompts", [*prompts.values()]), ("completions", drawn)):
             kinds = {"text" if isinstance(value, str) else "messages" for value in values}
             self._kinds.setdefault(what, set()).update(kinds)
-        return {key: Row(prompt, scores) for (key, prompt), scores in zip(asked.items(), done, strict=True)}
+        return {key: Row(prompt, scores) for (key, prompt), scores in zip(prompts.items(), done, strict=True)}
 
     def _meta(self) -> dict[str, Any]:
-        """The known table's, or what `calibrate` would say."""
+        """Return the meta of the known table, or the one that `calibrate` would write."""
         if self.known is not None:
             return self.known.meta
         form = {what: "both" if len(kinds) > 1 else min(kinds) for what, kinds in self._kinds.items() if kinds}

@@ -12,7 +12,6 @@ The table stands beside them; of several reward models each in a folder of its o
 
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -20,63 +19,73 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
+from jaxtyping import Float32
 
 from calibrated_rewards.calibration.shards import (
     Planned,
     Shard,
     State,
+    count_rows,
     read_keys,
     read_prompts,
+    read_scores,
     read_shard,
+    read_state,
     read_table,
     readable,
-    replacing,
-    rows_in,
-    state_of,
     write_prompts,
     write_shard,
+    write_table,
 )
-from calibrated_rewards.files import claim
+from calibrated_rewards.files import claim, write_file
 from calibrated_rewards.scorers.differences import Difference, differences, merge
 
 FORMAT, VERSION = "calibrated-rewards run", 1
-ALIAS = pa.schema([("alias", pa.binary(16)), ("key", pa.binary(16))])
-_OURS = ("prompts", "rollouts", "aliases", "run.json", "table.json", "table.safetensors")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# Names that a reward model cannot have, whose table is in a folder of that name.
+RESERVED_NAMES = ("prompts", "rollouts", "aliases", "run.json", "table.json", "table.safetensors")
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The files of a run. Every one of them is replaced in one step, so a kill at any moment leaves whole files."""
+    """The files of a run. Each is replaced in one step, so a kill at any moment leaves whole files."""
 
     path: Path
 
     def settings(self) -> dict[str, Any]:
-        """What is in run.json; nothing, before the first run."""
+        """Read run.json; empty before the first run."""
         file = self.path / "run.json"
         if not file.exists():
             return {}
         try:
-            found = json.loads(file.read_text())
-            format_, version = found.pop("format"), found.pop("version")
+            settings = json.loads(file.read_text())
+            format_, version = settings.pop("format"), settings.pop("version")
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} must be the settings of a run, got something else ({error!r})") from None
         if (format_, version) != (FORMAT, VERSION):
             raise ValueError(f"{file} must be a {FORMAT!r} of version {VERSION}, got {format_!r} of version {version}")
-        return dict(found)
+        return dict(settings)
 
-    def agree(self, seed: int, sampler: Mapping[str, Any] | None, scorers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take these settings as the run's, or refuse; for who holds the directory."""
-        merged = self.agreed(seed, sampler, scorers)
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Replace run.json; without settings, remove it."""
+        if not settings:
+            (self.path / "run.json").unlink(missing_ok=True)
+            return
+        text = json.dumps({"format": FORMAT, "version": VERSION, **settings}, indent=2, sort_keys=True)
+        write_file(self.path / "run.json", text + "\n")
+
+    def update_settings(
+        self, seed: int, sampler: Mapping[str, Any] | None, scorers: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Add these settings to the run's, or refuse them, as `merge_settings` does; the directory is locked."""
+        merged = self.merge_settings(seed, sampler, scorers)
         if merged != self.settings():
             self.write_settings(merged)
 
-    def agreed(
+    def merge_settings(
         self, seed: int, sampler: Mapping[str, Any] | None, scorers: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """The run's settings with these, or an error: rollouts of two policies do not go into one table.
+        """Merge these settings with the run's; refuse others, since rollouts of two policies do not go into one table.
 
         A sampler that has drawn nothing yet, and a scorer of which no score is kept, are replaced by another one.
         """
@@ -88,46 +97,35 @@ class RunDirectory:
         policy = {} if sampler is None else {"seed": seed, "sampler": sampler}
         here = json.loads(json.dumps({**policy, "scorers": scorers}))
         apart = [
-            f"{place} is {_short(old)} there and {_short(new)} here" for place, old, new in self._apart(there, here)
+            f"{place} is {_short(old)} there and {_short(new)} here" for place, old, new in self._compare(there, here)
         ]
         if apart:
-            raise ValueError(
+            message = (
                 f"{self.path} is of a run with other settings: {'; '.join(apart[:4])}. Say the settings of that "
-                f"run, another directory, or, for another reward model, another name (NAME=PATH){_hint(apart)}"
+                "run, another directory, or, for another reward model, another name (NAME=PATH)"
             )
+            if any(".state." in each for each in apart):
+                message += (
+                    ". A state that no score depends on is left out by a fingerprint() method of the scorer's own"
+                )
+            raise ValueError(message)
         known = there.get("scorers", {})
         merged = {name: merge(known.get(name), scorer) for name, scorer in here["scorers"].items()}
         drawn = {"sampler": merge(there.get("sampler"), here["sampler"])} if policy else {}
         return {**there, **here, **drawn, "scorers": {**known, **merged}}
 
-    def _apart(self, there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Difference]:
-        """Where settings differ that something in the directory was made with."""
+    def _compare(self, there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Difference]:
+        """Find the differences of settings that something in the directory was made with."""
         if "sampler" in there and "sampler" in here and self.has_rollouts():
             yield from differences(there["seed"], here["seed"], "seed")
             yield from differences(there["sampler"], here["sampler"], "sampler")
         known = there.get("scorers", {})
-        for name in sorted(self.scored({*known} & {*here["scorers"]})):
+        for name in sorted(self.find_scored({*known} & {*here["scorers"]})):
             yield from differences(known[name], here["scorers"][name], f"scorers.{name}")
 
-    def has_rollouts(self) -> bool:
-        """Whether a rollout is kept."""
-        states = (self.state(name) for name in self.names())
-        return any(count > 0 for state in states if state is not None for count in state.drawn)
-
-    def scored(self, columns: Iterable[str]) -> set[str]:
-        """Those of these reward models of which a score is kept."""
-        left, found = {*columns}, set[str]()
-        for name in self.names():
-            if not left:
-                break
-            state = self.state(name)
-            found |= {column for column in left if state is not None and any(state.scored.get(column, []))}
-            left -= found
-        return found
-
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the whole directory, which is made if need be; waits for whoever does.
+    def lock(self) -> Iterator[None]:
+        """Hold the whole directory, which is made if need be; wait for whoever holds it.
 
         If the block fails, and nothing of a run is there, what this call has made is removed again.
         """
@@ -139,14 +137,16 @@ class RunDirectory:
                 yield
             except BaseException:
                 if not self.names() and not (self.path / "run.json").exists():
-                    self._remove(made)
+                    for place in [*(self.path / folder for folder in ("prompts", "rollouts", "aliases")), *made]:
+                        with suppress(OSError):  # there is something else in it
+                            place.unlink() if place.name == ".lock" else place.rmdir()
                 raise
 
     def _hold(self, held: ExitStack) -> list[Path]:
-        """Lock the directory; the files and folders that had to be made for that, outermost first."""
+        """Lock the directory; list the files and folders that had to be made for that, innermost first."""
         lock = self.path / ".lock"
         while True:
-            made = [place for place in (lock, *lock.parents) if not place.exists()][::-1]
+            made = [place for place in (lock, *lock.parents) if not place.exists()]
             with ExitStack() as attempt, suppress(FileNotFoundError):  # another process may just remove what it made
                 self.path.mkdir(parents=True, exist_ok=True)
                 lock.touch()
@@ -156,141 +156,129 @@ class RunDirectory:
                     held.enter_context(attempt.pop_all())
                     return made
 
-    def _remove(self, made: Sequence[Path]) -> None:
-        for folder in ("prompts", "rollouts", "aliases"):
-            with suppress(OSError):
-                (self.path / folder).rmdir()
-        for place in reversed(made):
-            with suppress(OSError):  # there is something else in it
-                place.unlink() if place.name == ".lock" else place.rmdir()
-
     def names(self) -> list[str]:
-        """The shards, in order."""
+        """List the shards, in order."""
         # Other files, such as "00000 (1).parquet", are somebody's who copies or synchronises.
         return sorted(file.stem for file in self.path.glob("prompts/*.parquet") if file.stem.isdecimal())
 
     def free_names(self) -> Iterator[str]:
-        """The names of the next shards, without end."""
+        """Name the next shards, without end."""
         first = max((int(name) + 1 for name in self.names()), default=0)
         return (f"{n:05d}" for n in count(first))
 
-    def is_free(self, name: str, keys: Sequence[bytes]) -> bool:
-        """Whether there are no rollouts that somebody lost the prompts of; those of an import of these are our own."""
+    def is_free(self, name: str, keys: Sequence[bytes] = ()) -> bool:
+        """Check that no rollouts are there whose prompts were lost; an import may find its own, of prompts `keys`."""
         file = self.rollouts(name)
         if not file.exists():
             return True
         return [*dict.fromkeys(read_table(file, ["key"]).column("key").to_pylist())] == [*keys]
 
-    def prompts(self, name: str) -> list[Planned]:
-        """The prompts of a shard."""
-        return read_prompts(self._prompts(name))
-
-    def size(self, name: str) -> int:
-        """How many prompts a shard has."""
-        return rows_in(self._prompts(name))
-
-    def plan(self, name: str, prompts: list[Planned]) -> None:
-        """Make a shard of these prompts."""
-        write_prompts(self._prompts(name), prompts)
-
-    def forget(self, name: str) -> None:
-        """Take back a shard on which nobody has worked."""
-        self._prompts(name).unlink(missing_ok=True)
-        self.rollouts(name).unlink(missing_ok=True)
-
-    def keys(self) -> Iterator[bytes]:
-        """The keys of all prompts."""
-        for name in self.names():
-            yield from self.keys_of(name)
-
-    def keys_of(self, name: str) -> list[bytes]:
-        """The keys of a shard's prompts."""
-        return read_keys(self._prompts(name))
-
     def claim(self, name: str) -> AbstractContextManager[bool]:
         """Hold a shard, if nobody else does."""
         return claim(self._prompts(name))
 
-    def state(self, name: str) -> State | None:
-        """How far a shard is; None if nothing has been done."""
-        return state_of(self.rollouts(name))
+    def prompts(self, name: str) -> list[Planned]:
+        """Read the prompts of a shard."""
+        return read_prompts(self._prompts(name))
 
-    def most_drawn(self) -> int:
-        """The most rollouts that a prompt has."""
-        return max((n for name in self.names() if (state := self.state(name)) for n in state.drawn), default=0)
+    def write_prompts(self, name: str, prompts: list[Planned]) -> None:
+        """Make a shard of these prompts."""
+        write_prompts(self._prompts(name), prompts)
+
+    def size(self, name: str) -> int:
+        """Count the prompts of a shard."""
+        return count_rows(self._prompts(name))
+
+    def keys(self) -> Iterator[bytes]:
+        """Read the keys of all prompts."""
+        for name in self.names():
+            yield from self.keys_of(name)
+
+    def keys_of(self, name: str) -> list[bytes]:
+        """Read the keys of a shard's prompts."""
+        return read_keys(self._prompts(name))
+
+    def state(self, name: str) -> State | None:
+        """Read the progress of a shard; None if nothing has been done."""
+        return read_state(self.rollouts(name))
 
     def load(self, name: str) -> Shard:
-        """A shard with all there is of it."""
+        """Read a shard with its rollouts and scores."""
         return read_shard(self.rollouts(name), self.prompts(name))
 
+    def scores(self, name: str, column: str) -> list[Float32[np.ndarray, " _"]]:
+        """Read the scores that each prompt of a shard has so far, by number of the rollout."""
+        return read_scores(self.rollouts(name), self.prompts(name), column)
+
     def save(self, name: str, shard: Shard) -> None:
-        """Keep the work on a shard."""
+        """Write the rollouts and scores of a shard."""
         write_shard(self.rollouts(name), shard)
 
-    def tidy(self, name: str) -> None:
-        """Remove what a worker that was killed left of a shard; for the one who holds it."""
-        for stale in self.path.glob(f"rollouts/.{name}.parquet.*"):
-            stale.unlink(missing_ok=True)
+    def remove(self, name: str) -> None:
+        """Remove a shard on which nobody has worked."""
+        self._prompts(name).unlink(missing_ok=True)
+        self.rollouts(name).unlink(missing_ok=True)
 
-    def tidy_all(self) -> None:
-        """Remove all else that a process left which was killed as it wrote; for who holds the directory."""
-        for pattern in (".run.json.*", "..made_of.*", "*/..made_of.*", "prompts/.*.parquet.*", "aliases/.*.parquet.*"):
+    def states(self) -> Iterator[State]:
+        """Read the progress of each shard on which something has been done."""
+        return (state for name in self.names() if (state := self.state(name)) is not None)
+
+    def has_rollouts(self) -> bool:
+        """Check that a rollout is kept."""
+        return any(any(state.drawn) for state in self.states())
+
+    def max_drawn(self) -> int:
+        """Count the rollouts of the prompt that has the most."""
+        return max((n for state in self.states() for n in state.drawn), default=0)
+
+    def find_scored(self, columns: Iterable[str]) -> set[str]:
+        """Find those of some reward models of which a score is kept."""
+        left, scored = {*columns}, set[str]()
+        states = self.states()
+        while left and (state := next(states, None)) is not None:
+            scored |= {column for column in left if any(state.scored.get(column, []))}
+            left -= scored
+        return scored
+
+    def remove_stale_files(self, name: str | None = None) -> None:
+        """Remove files that a process left which was killed as it wrote.
+
+        Those of a shard's rollouts, for the one who holds the shard; or without a name all others, for the one who
+        holds the directory.
+        """
+        others = (".run.json.*", "..made_of.*", "*/..made_of.*", "prompts/.*.parquet.*", "aliases/.*.parquet.*")
+        for pattern in others if name is None else (f"rollouts/.{name}.parquet.*",):
             for stale in self.path.glob(pattern):
                 stale.unlink(missing_ok=True)
+
+    def aliases(self) -> dict[bytes, bytes]:
+        """Read the key that each id leads to."""
+        aliases: dict[bytes, bytes] = {}
+        for file in self.alias_files():
+            table = read_table(file, ["alias", "key"])
+            with readable(file):
+                aliases |= zip(table.column("alias").to_pylist(), table.column("key").to_pylist(), strict=True)
+        return aliases
+
+    def alias_files(self) -> list[Path]:
+        """List the files of ids."""
+        return sorted(self.path.glob("aliases/*.parquet"))
+
+    def add_aliases(self, aliases: Mapping[bytes, bytes]) -> None:
+        """Write the keys of more ids."""
+        if aliases:
+            import pyarrow as pa
+
+            schema = pa.schema([("alias", pa.binary(16)), ("key", pa.binary(16))])
+            file = self.path / "aliases" / f"{len(self.alias_files()):05d}.parquet"
+            write_table(file, schema, [[*aliases], [*aliases.values()]])
 
     def rollouts(self, name: str) -> Path:
         """The file of a shard's rollouts."""
         return self.path / "rollouts" / f"{name}.parquet"
 
-    def aliases(self) -> dict[bytes, bytes]:
-        """The key that each id leads to."""
-        found: dict[bytes, bytes] = {}
-        for file in sorted(self.path.glob("aliases/*.parquet")):
-            columns = read_table(file, ALIAS.names)
-            with readable(file):
-                found |= dict(zip(columns.column("alias").to_pylist(), columns.column("key").to_pylist(), strict=True))
-        return found
-
-    def add_aliases(self, aliases: Mapping[bytes, bytes]) -> None:
-        """Keep more ids."""
-        if aliases:
-            columns = [list(aliases), list(aliases.values())]
-            arrays = [pa.array(column, kind.type) for column, kind in zip(columns, ALIAS, strict=True)]
-            number = len([*self.path.glob("aliases/*.parquet")])
-            with replacing(self.path / "aliases" / f"{number:05d}.parquet") as file:
-                pq.write_table(pa.table(arrays, schema=ALIAS), file)
-
-    def table(self, name: str | None) -> Path:
-        """Where the table of a reward model is; of the only one, without a name, in the directory itself."""
-        return self.path if name is None else self.path / name
-
     def _prompts(self, name: str) -> Path:
         return self.path / "prompts" / f"{name}.parquet"
-
-    def write_settings(self, settings: Mapping[str, Any]) -> None:
-        """Replace run.json; without settings, remove it."""
-        if not settings:
-            (self.path / "run.json").unlink(missing_ok=True)
-            return
-        text = json.dumps({"format": FORMAT, "version": VERSION, **settings}, indent=2, sort_keys=True)
-        with replacing(self.path / "run.json") as file:
-            file.write(text.encode() + b"\n")
-
-
-def check_name(name: Any) -> None:
-    """Refuse the name of a reward model that cannot be that of a folder, or is that of one of ours."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in _OURS:
-        raise ValueError(
-            "the name of a reward model has letters, digits, '.', '_' and '-', a hundred at most, and is none of "
-            f"{_OURS}; got {name!r:.120}"
-        )
-
-
-def _hint(apart: Sequence[str]) -> str:
-    """What to do about a state that was changed by something else than calls."""
-    if not any(".state." in each for each in apart):
-        return ""
-    return ". A state that no score depends on is left out by a fingerprint() method of the scorer's own"
 
 
 def _short(value: Any) -> str:

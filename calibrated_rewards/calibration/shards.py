@@ -1,25 +1,29 @@
-"""A shard: some prompts with their rollouts and scores, the unit of work, of files and of what a kill can cost.
+"""A shard: some prompts with their rollouts and scores, kept in Parquet files that anybody can read.
 
-Shards on disk: Parquet files that anybody can read, each replaced in one step as work on it goes on."""
+A shard is the unit of work, and the most that a kill can cost: its files are replaced in one step after each step of
+the work on it.
+"""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float32
 
+from calibrated_rewards.files import replace_file
 from calibrated_rewards.models.text import plain_messages
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.samplers.protocol import Rollout
+
+# The column of a reward model's scores has its name behind this.
+SCORE = "score:"
+_STATE = b"calibrated-rewards shard"
 
 
 class Planned(NamedTuple):
@@ -28,19 +32,23 @@ class Planned(NamedTuple):
     key: bytes
     prompt: Prompt
     rendered: str | None = None
-    """What the policy reads, where that is another text."""
+    """The text that the policy reads, where that is another."""
 
 
 class State(NamedTuple):
-    """How far a shard is: for each of its prompts how many rollouts there are, and how many have each score."""
+    """The progress of a shard: the number of rollouts of each prompt, and how many of them have each score."""
 
     drawn: list[int]
     scored: dict[str, list[int]]
 
+    def is_scored(self, name: str) -> bool:
+        """Check that all rollouts have the score of a reward model."""
+        return self.scored.get(name, [0] * len(self.drawn)) == self.drawn
+
 
 @dataclass(frozen=True)
 class Shard:
-    """Prompts and what there is of each: rollouts by number, their seeds, and the scores of the first of them."""
+    """Prompts with their rollouts by number, the seeds of these, and the scores of the first of them."""
 
     prompts: tuple[Planned, ...]
     rollouts: tuple[tuple[Rollout, ...], ...]
@@ -49,160 +57,195 @@ class Shard:
 
     @property
     def state(self) -> State:
-        """How far it is."""
+        """Count the rollouts and scores of each prompt."""
         return State([*map(len, self.rollouts)], {name: [*map(len, each)] for name, each in self.scores.items()})
 
-    def drawn(self, more: Sequence[Sequence[Rollout]], seeds: Sequence[Sequence[int | None]]) -> "Shard":
-        """With more rollouts for each prompt."""
+    def add_rollouts(self, more: Sequence[Sequence[Rollout]], seeds: Sequence[Sequence[int | None]]) -> "Shard":
+        """Return the shard with more rollouts for each prompt."""
         rollouts = tuple((*have, *new) for have, new in zip(self.rollouts, more, strict=True))
         return replace(
-            self,
-            rollouts=rollouts,
-            seeds=tuple((*have, *new) for have, new in zip(self.seeds, seeds, strict=True)),
+            self, rollouts=rollouts, seeds=tuple((*have, *new) for have, new in zip(self.seeds, seeds, strict=True))
         )
 
-    def scored(self, name: str, more: Sequence[Float32[np.ndarray, " _"]]) -> "Shard":
-        """With more scores of one reward model for each prompt."""
+    def add_scores(self, name: str, more: Sequence[Float32[np.ndarray, " _"]]) -> "Shard":
+        """Return the shard with more scores of one reward model for each prompt."""
         have = self.scores.get(name, (np.empty(0, np.float32),) * len(self.prompts))
-        both = tuple(np.concatenate([old, new]) for old, new in zip(have, more, strict=True))
-        return replace(self, scores={**self.scores, name: both})
+        scores = tuple(np.concatenate([old, new]) for old, new in zip(have, more, strict=True))
+        return replace(self, scores={**self.scores, name: scores})
+
+    def find_extremes(self, at: int, name: str) -> list[int]:
+        """Number the rollouts of a prompt with the lowest and the highest score of a reward model."""
+        scores = self.scores[name][at] if name in self.scores else ()
+        return [*dict.fromkeys([int(np.argmin(scores)), int(np.argmax(scores))])] if len(scores) else []
 
 
-def as_scored(rollout: Rollout) -> Completion:
-    """A rollout's completion as scorers read it: the form in which it is kept, whoever made it."""
-    said = rollout.completion
-    return said if isinstance(said, str) or not len(said) else plain_messages(said)
+def new_shard(prompts: Sequence[Planned]) -> Shard:
+    """Make a shard without rollouts."""
+    empty: tuple[tuple[Any, ...], ...] = ((),) * len(prompts)
+    return Shard(tuple(prompts), empty, empty)
 
 
-def empty(prompts: Sequence[Planned]) -> Shard:
-    """A shard of which nothing is done."""
-    nothing: tuple[tuple[Any, ...], ...] = ((),) * len(prompts)
-    return Shard(tuple(prompts), nothing, nothing)
+def get_completion(rollout: Rollout) -> Completion:
+    """Return a rollout's completion as scorers read it: in the form in which it is kept, whoever made it."""
+    completion = rollout.completion
+    return completion if isinstance(completion, str) or not len(completion) else plain_messages(completion)
 
 
-SCORE = "score:"
-_STATE = b"calibrated-rewards shard"
-ROLLOUT = pa.schema(
-    [
-        ("key", pa.binary(16)),
-        ("prompt", pa.string()),
-        ("chat", pa.bool_()),
-        ("number", pa.int32()),
-        ("seed", pa.int64()),
-        ("completion", pa.string()),
-        ("completion_chat", pa.bool_()),
-        ("tokens", pa.int32()),
-        ("finish", pa.string()),
-        ("logprob", pa.float64()),
-    ]
-)
-PROMPT = pa.schema([("key", pa.binary(16)), ("prompt", pa.string()), ("chat", pa.bool_()), ("rendered", pa.string())])
+@cache
+def rollout_schema() -> Any:
+    """The columns of a file of rollouts, without those of scores."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("key", pa.binary(16)),
+            ("prompt", pa.string()),
+            ("chat", pa.bool_()),
+            ("number", pa.int32()),
+            ("seed", pa.int64()),
+            ("completion", pa.string()),
+            ("completion_chat", pa.bool_()),
+            ("tokens", pa.int32()),
+            ("finish", pa.string()),
+            ("logprob", pa.float64()),
+        ]
+    )
+
+
+@cache
+def prompt_schema() -> Any:
+    """The columns of a file of prompts."""
+    import pyarrow as pa
+
+    return pa.schema([("key", pa.binary(16)), ("prompt", pa.string()), ("chat", pa.bool_()), ("rendered", pa.string())])
+
+
+def write_table(path: Path, schema: Any, columns: Sequence[Sequence[Any]], **options: Any) -> None:
+    """Write columns as a Parquet file in one step."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrays = [pa.array(column, kind.type) for column, kind in zip(columns, schema, strict=True)]
+    with replace_file(path) as file:
+        pq.write_table(pa.table(arrays, schema=schema), file, **options)
 
 
 def write_shard(path: Path, shard: Shard) -> None:
-    """Write a shard; a reader finds the one before or this one, whatever happens."""
-    state = json.dumps(shard.state._asdict(), separators=(",", ":"))
-    columns = {name: [] for name in ROLLOUT.names} if not shard.prompts else _columns(shard)
-    table = pa.table([pa.array(columns[column.name], column.type) for column in ROLLOUT], schema=ROLLOUT)
+    """Write the rollouts and scores of a shard."""
+    import pyarrow as pa
+
+    rows: list[tuple[Any, ...]] = []
+    for planned, rollouts, seeds in zip(shard.prompts, shard.rollouts, shard.seeds, strict=True):
+        prompt = encode_text(planned.prompt)
+        for number, (rollout, seed) in enumerate(zip(rollouts, seeds, strict=True)):
+            completion = encode_text(rollout.completion)
+            details = (rollout.tokens, rollout.finish, rollout.logprob)
+            rows.append((planned.key, *prompt, number, seed, *completion, *details))
+    schema = rollout_schema()
+    columns: list[Sequence[Any]] = [*zip(*rows, strict=True)] if rows else [()] * len(schema)
     for name, scores in shard.scores.items():
         # Null where a rollout waits for its score.
-        padded = [[*own.tolist(), *[None] * (len(r) - len(own))] for own, r in zip(scores, shard.rollouts, strict=True)]
-        table = table.append_column(SCORE + name, pa.array([x for own in padded for x in own], pa.float32()))
-    with replacing(path) as file:
-        pq.write_table(
-            table.replace_schema_metadata({_STATE: state.encode()}), file, compression="zstd", write_page_checksum=True
-        )
+        padded = [
+            [*each.tolist(), *[None] * (len(r) - len(each))] for each, r in zip(scores, shard.rollouts, strict=True)
+        ]
+        schema = schema.append(pa.field(SCORE + name, pa.float32()))
+        columns.append([score for each in padded for score in each])
+    state = json.dumps(shard.state._asdict(), separators=(",", ":"))
+    schema = schema.with_metadata({_STATE: state.encode()})
+    write_table(path, schema, columns, compression="zstd", write_page_checksum=True)
 
 
 def read_shard(path: Path, prompts: Sequence[Planned]) -> Shard:
-    """The shard of these prompts as it is on disk; an empty one if nothing has been done."""
+    """Read the shard of these prompts; a new one if there is no file."""
     if not path.exists():
-        return empty(prompts)
+        return new_shard(prompts)
     with readable(path):
-        return _shard_of(path, prompts)
-
-
-def _shard_of(path: Path, prompts: Sequence[Planned]) -> Shard:
-    state, table = _of_these(path, prompts)
-    given = {name: table.column(name).to_pylist() for name in ROLLOUT.names if name not in ("key", "prompt", "chat")}
-    made = [
-        Rollout(loaded(text, chat), tokens, finish, logprob)
-        for text, chat, tokens, finish, logprob in zip(
-            *(given[name] for name in ("completion", "completion_chat", "tokens", "finish", "logprob")), strict=True
+        state, table = _read_rows(path, prompts)
+        texts, chats, *details, seeds = (
+            table.column(name).to_pylist()
+            for name in ("completion", "completion_chat", "tokens", "finish", "logprob", "seed")
         )
-    ]
-    spans = _spans(state)
-    scores = {name: _scores(table, name, spans, counts) for name, counts in state.scored.items()}
-    rollouts, seeds = (tuple(tuple(column[span]) for span in spans) for column in (made, given["seed"]))
-    return Shard(tuple(prompts), rollouts, seeds, scores)
+        completions = map(decode_text, texts, chats)
+        rollouts = [Rollout(*each) for each in zip(completions, *details, strict=True)]
+        spans = _spans(state)
+        scores = {name: tuple(_slice_scores(table, name, state)) for name in state.scored}
+        by_prompt = tuple(tuple(rollouts[span]) for span in spans)
+        return Shard(tuple(prompts), by_prompt, tuple(tuple(seeds[span]) for span in spans), scores)
 
 
-def state_of(path: Path) -> State | None:
-    """How far the shard on disk is, from the end of its file alone; None if there is none."""
+def read_state(path: Path) -> State | None:
+    """Read the progress of a shard from the end of its file alone; None if there is no file."""
     if not path.exists():
         return None
     with readable(path):
-        return _state(path, _opened(path))
+        return _read_state(path, _open(path))
 
 
 def read_scores(path: Path, prompts: Sequence[Planned], name: str) -> list[Float32[np.ndarray, " _"]]:
-    """The scores that the rollouts of each prompt have so far, of one reward model."""
-    with readable(path):
-        state, table = _of_these(path, prompts, ["key", SCORE + name])
-        if name not in state.scored:
-            return [np.empty(0, np.float32)] * len(prompts)
-        return [*_scores(table, name, _spans(state), state.scored[name])]
+    """Read the scores that the rollouts of each prompt have so far, of one reward model."""
+    if path.exists():
+        with readable(path):
+            state, table = _read_rows(path, prompts, ["key", SCORE + name])
+            if name in state.scored:
+                return _slice_scores(table, name, state)
+    return [np.empty(0, np.float32)] * len(prompts)
 
 
 def write_prompts(path: Path, prompts: Sequence[Planned]) -> None:
-    """Write which prompts a shard has."""
-    columns = [[p.key for p in prompts], *zip(*(stored(p.prompt) for p in prompts), strict=True)]
-    columns.append([p.rendered for p in prompts])
-    arrays = [pa.array(column, kind.type) for column, kind in zip(columns, PROMPT, strict=True)]
-    with replacing(path) as file:
-        pq.write_table(pa.table(arrays, schema=PROMPT), file, compression="zstd", write_page_checksum=True)
+    """Write the prompts of a shard."""
+    texts = [encode_text(planned.prompt) for planned in prompts]
+    rows = [(p.key, *text, p.rendered) for p, text in zip(prompts, texts, strict=True)]
+    write_table(path, prompt_schema(), [*zip(*rows, strict=True)], compression="zstd", write_page_checksum=True)
 
 
 def read_prompts(path: Path) -> list[Planned]:
-    """Which prompts a shard has."""
+    """Read the prompts of a shard."""
     with readable(path):
-        table = _prompts(path, PROMPT.names)
-        columns = [table.column(name).to_pylist() for name in PROMPT.names]
-        return [Planned(key, loaded(text, chat), rendered) for key, text, chat, rendered in zip(*columns, strict=True)]
+        columns = _read_prompt_columns(path, ["key", "prompt", "chat", "rendered"])
+        return [
+            Planned(key, decode_text(text, chat), rendered) for key, text, chat, rendered in zip(*columns, strict=True)
+        ]
 
 
 def read_keys(path: Path) -> list[bytes]:
-    """The keys of a shard's prompts."""
+    """Read the keys of a shard's prompts."""
     with readable(path):
-        return list(_prompts(path, ["key"]).column("key").to_pylist())
+        return list(_read_prompt_columns(path, ["key"])[0])
 
 
-def rows_in(path: Path) -> int:
-    """How many rows a Parquet file has, from its end alone."""
+def count_rows(path: Path) -> int:
+    """Read the number of rows of a Parquet file from its end alone."""
     with readable(path):
-        return int(_opened(path).metadata.num_rows)
+        return int(_open(path).metadata.num_rows)
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> Any:
-    """A Parquet file, or some of its columns; read by this thread alone, since shards are many and small."""
+    """Read a Parquet file, or some of its columns, by this thread alone, since shards are many and small."""
     with readable(path):
-        return _read(_opened(path), columns)
+        return _read(_open(path), columns)
 
 
-def stored(said: Prompt | Completion) -> tuple[str, bool]:
-    """A text as it is; messages as JSON, and that they are."""
-    if isinstance(said, str):
-        return said, False
-    messages = plain_messages(said) if len(said) else []
+def encode_text(value: Prompt | Completion) -> tuple[str, bool]:
+    """Encode a prompt or completion as a text, with whether it is messages, which become JSON."""
+    if isinstance(value, str):
+        return value, False
+    messages = plain_messages(value) if len(value) else []
     try:
         return json.dumps(messages, ensure_ascii=False), True
     except TypeError as error:
-        raise TypeError(f"rollouts are kept as JSON, which cannot say {start_of(said)}: {error}") from None
+        raise TypeError(f"rollouts are kept as JSON, which cannot say {start_of(value)}: {error}") from None
+
+
+def decode_text(text: str, chat: bool) -> Any:
+    """Decode what `encode_text` has encoded."""
+    return json.loads(text) if chat else text
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Name the file in whatever a damaged one raises as it is read."""
+    import pyarrow as pa
+
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
@@ -211,87 +254,53 @@ def readable(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} must be a Parquet file, got one that cannot be read ({error})") from error
 
 
-def loaded(text: str, chat: bool) -> Any:
-    """What `stored` was given."""
-    return json.loads(text) if chat else text
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A file that takes the place of `path` when it is complete and on the disk; errors of the disk name it."""
-    name = path.parent / f".{path.name}.{uuid4().hex}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(name, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from error
-    finally:
-        with suppress(OSError):
-            name.unlink(missing_ok=True)
-
-
-def _columns(shard: Shard) -> dict[str, list[Any]]:
-    rows: list[tuple[Any, ...]] = []
-    for planned, rollouts, seeds in zip(shard.prompts, shard.rollouts, shard.seeds, strict=True):
-        prompt = stored(planned.prompt)
-        for number, (rollout, seed) in enumerate(zip(rollouts, seeds, strict=True)):
-            made = (*stored(rollout.completion), rollout.tokens, rollout.finish, rollout.logprob)
-            rows.append((planned.key, *prompt, number, seed, *made))
-    return dict(zip(ROLLOUT.names, map(list, zip(*rows, strict=True)) if rows else [[]] * len(ROLLOUT), strict=True))
-
-
-def _prompts(path: Path, columns: list[str]) -> Any:
-    file = _opened(path)
-    if not file.schema_arrow.equals(PROMPT):
+def _read_prompt_columns(path: Path, columns: list[str]) -> list[list[Any]]:
+    file = _open(path)
+    if not file.schema_arrow.equals(prompt_schema()):
         raise ValueError(f"{path} must hold the prompts of a shard, got another Parquet file")
-    return _read(file, columns)
+    table = _read(file, columns)
+    return [table.column(name).to_pylist() for name in columns]
 
 
-def _of_these(path: Path, prompts: Sequence[Planned], columns: list[str] | None = None) -> tuple[State, Any]:
-    """State and rows of one file, whoever replaces it meanwhile; refused if they are not of these prompts."""
-    file = _opened(path)
-    state, table = _state(path, file), _read(file, columns)
-    mine = [prompt.key for prompt in prompts]
-    owners = [key for key, count in zip(mine, state.drawn, strict=False) for _ in range(count)]
-    if len(state.drawn) != len(mine) or table.column("key").to_pylist() != owners:
+def _read_rows(path: Path, prompts: Sequence[Planned], columns: list[str] | None = None) -> tuple[State, Any]:
+    """Read state and rows of one file, whoever replaces it meanwhile; refuse those of other prompts."""
+    file = _open(path)
+    state, table = _read_state(path, file), _read(file, columns)
+    keys = [key for planned, count in zip(prompts, state.drawn, strict=False) for key in [planned.key] * count]
+    if len(state.drawn) != len(prompts) or table.column("key").to_pylist() != keys:
         raise ValueError(
-            f"{path} must hold the rollouts of its {len(mine)} prompts, got those of others: delete it to redo it"
+            f"{path} must hold the rollouts of its {len(prompts)} prompts, got those of others: delete it to redo it"
         )
     return state, table
 
 
-def _state(path: Path, file: Any) -> State:
+def _read_state(path: Path, file: Any) -> State:
     metadata = file.schema_arrow.metadata or {}
     if _STATE not in metadata:
         raise ValueError(f"{path} must be a shard of this library, got another Parquet file")
     state = State(**json.loads(metadata[_STATE]))
-    # This text has no checksum in the file, so what it says is compared with what is there.
+    # This text has no checksum in the file, so its counts are compared with the rows.
     counts = [state.drawn, *state.scored.values()]
-    fitting = all(0 <= have <= all_ for own in counts for have, all_ in zip(own, state.drawn, strict=True))
+    fitting = all(0 <= have <= drawn for each in counts for have, drawn in zip(each, state.drawn, strict=True))
     if not fitting or sum(state.drawn) != file.metadata.num_rows:
         raise ValueError(f"{path} must say how many rollouts it has, got {state} for {file.metadata.num_rows} rows")
     return state
 
 
 def _spans(state: State) -> list[slice]:
+    """The rows of each prompt."""
     return [slice(a, b) for a, b in pairwise(np.cumsum([0, *state.drawn]).tolist())]
 
 
-def _scores(table: Any, name: str, spans: list[slice], counts: list[int]) -> tuple[Float32[np.ndarray, " _"], ...]:
+def _slice_scores(table: Any, name: str, state: State) -> list[Float32[np.ndarray, " _"]]:
     flat = table.column(SCORE + name).to_numpy()
-    return tuple(flat[span][:count].astype(np.float32) for span, count in zip(spans, counts, strict=True))
+    spans = zip(_spans(state), state.scored[name], strict=True)
+    return [flat[span][:count].astype(np.float32) for span, count in spans]
 
 
-def _opened(path: Path) -> Any:
+def _open(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
     return pq.ParquetFile(path, page_checksum_verification=True)
 
 

@@ -1,18 +1,33 @@
-"""Prompts from anywhere, as a trainer would see them: what reaches its reward function is what has the key."""
+"""Prompts from any source: files, folders, datasets and iterables, each prompt as a trainer would read it.
 
+The key of a prompt must be that of what a trainer hands to its reward function, so the prompt of a row is what TRL
+makes of the row. Rows are read one at a time, each with the place that an error names.
+"""
+
+import csv
+import gzip
+import io
 import json
-from collections.abc import Iterator, Mapping
-from itertools import islice
+import os
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from calibrated_rewards.calibration.records import Row, rows
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.prompts import KEY_BYTES, Prompt, canonical_chat, start_of
 
 ID_COLUMN = "prompt_id"
-_IMAGES = ("image", "images")
+# As datasets names the files of a split: train-00000-of-00002.parquet.
+_SPLIT_FILE = re.compile(r"(.+?)-\d+-of-\d+")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+# Few, since a row may be a prompt with a hundred completions.
+_BATCH = 256
 
 
 class Asked(NamedTuple):
@@ -20,6 +35,13 @@ class Asked(NamedTuple):
 
     prompt: Prompt
     id: Any = None
+
+
+class Row(NamedTuple):
+    """A row of a source and its place: `prompts.jsonl, line 17`, or `row 16`, counted from 0."""
+
+    place: str
+    value: Any
 
 
 def prompts_from(
@@ -30,54 +52,58 @@ def prompts_from(
     split: str | None = None,
     limit: int | None = None,
 ) -> Iterator[Asked]:
-    """The prompts of a source, the first `limit` of them, one at a time; what is no prompt is an error with its place.
+    """Read the prompts of a source one at a time, the first `limit` of them; refuse a row without one, by its place.
 
-    A source is what `rows` takes. It holds texts, lists of messages, `Asked`s, or rows, whose prompt is by default
-    what TRL would make of them: of `chosen` and `rejected` messages without a prompt of that kind, the turns that both
-    begin with; else the column `prompt`; else `messages` up to the assistant's last. The id is that of `id_column`,
-    or of `prompt_id` where there is such a column. A prompt that comes twice is given twice.
+    A source is anything that `read_rows` takes. It holds texts, lists of messages, `Asked`s, or rows. The prompt of a
+    row is by default what TRL would make of it: of `chosen` and `rejected` messages without a prompt of that kind, the
+    turns that both begin with; else the column `prompt`; else `messages` up to the assistant's last. The id is that of
+    `id_column`, or of `prompt_id` where there is such a column. A repeated prompt is yielded again.
 
     >>> [*prompts_from([{"question": "2+2=", "n": 7}], column="question", id_column="n")]
     [Asked(prompt='2+2=', id=7)]
     """
     if limit is not None and limit < 1:
         raise ValueError(f"prompts_from needs limit >= 1, got limit={limit}")
-    return islice((asked_of(row, column, id_column) for row in rows(source, split)), limit)
+    return islice((parse_row(row, column, id_column) for row in read_rows(source, split)), limit)
 
 
-def asked_of(row: Row, column: str | None = None, id_column: str | None = None) -> Asked:
-    """The prompt of a row, and its id.
+def parse_row(row: Row, column: str | None = None, id_column: str | None = None) -> Asked:
+    """Take the prompt and its id out of a row.
 
-    >>> asked_of(Row("row 0", {"prompt": "Hi", "prompt_id": "a"}))
+    >>> parse_row(Row("row 0", {"prompt": "Hi", "prompt_id": "a"}))
     Asked(prompt='Hi', id='a')
     """
     place, value = row
     if isinstance(value, Mapping):
-        for name in _IMAGES:
-            if is_given(value.get(name)):
+        for name in ("image", "images"):
+            if has_value(value.get(name)):
                 raise TypeError(f"{place}: prompts are kept as JSON, which has no pictures, got column {name!r}")
-        return Asked(as_prompt(_prompt_in(value, column, place), place), _id_in(value, id_column, place))
+        prompt = parse_prompt(_find_prompt(value, column, place), place)
+        identifier = value.get(ID_COLUMN) if id_column is None else get_column(value, id_column, place)
+        if id_column is not None and not has_value(identifier):
+            raise ValueError(f"{place} needs an id in its column {id_column!r}, got {identifier!r}")
+        return Asked(prompt, _parse_id(identifier, place))
     if column is not None or id_column is not None:
         raise TypeError(f"{place} has no column {column or id_column!r}, it is {start_of(value)}")
     if isinstance(value, Asked):
-        return Asked(as_prompt(value.prompt, place), _as_id(value.id, place))
-    return Asked(as_prompt(value, place))
+        return Asked(parse_prompt(value.prompt, place), _parse_id(value.id, place))
+    return Asked(parse_prompt(value, place))
 
 
-def as_prompt(value: Any, place: str) -> Prompt:
-    """A text or messages as they will be kept, if they say something; else an error that names the place."""
+def parse_prompt(value: Any, place: str) -> Prompt:
+    """Convert a text or messages to plain JSON values; refuse what is neither, and a prompt without content."""
     listed = isinstance(value, list | tuple | np.ndarray)
     if not isinstance(value, str) and (not listed or (len(value) and isinstance(value[0], str | list | tuple))):
         hint = " (a row is one prompt; one that has an id is Asked(prompt, id))" if listed else ""
         raise TypeError(f"{place}: a prompt is a text or a list of messages, got {start_of(value)}{hint}")
-    prompt: str | list[dict[str, Any]] = as_messages(value, place) if listed else kept(value, place)
-    if not (prompt.strip() if isinstance(prompt, str) else any(map(_says, prompt))):
+    prompt: str | list[dict[str, Any]] = parse_messages(value, place) if listed else to_json(value, place)
+    if not (prompt.strip() if isinstance(prompt, str) else any(map(_has_content, prompt))):
         raise ValueError(f"{place}: a prompt says something, got {start_of(value)}")
     return prompt
 
 
-def as_messages(value: Any, place: str) -> list[dict[str, Any]]:
-    """Messages as JSON keeps them; else an error that names the place."""
+def parse_messages(value: Any, place: str) -> list[dict[str, Any]]:
+    """Convert messages to plain JSON values; name the place of what is no message."""
     if not len(value):
         return []
     if isinstance(value[0], Mapping) and "role" not in value[0] and "from" in value[0]:
@@ -87,13 +113,13 @@ def as_messages(value: Any, place: str) -> list[dict[str, Any]]:
     except (TypeError, ValueError) as error:
         raise type(error)(f"{place}: {error}") from None
     mappings = all(isinstance(message, Mapping) for message in value)
-    return [kept(message, place) for message in (value if mappings else json.loads(canonical))]
+    return [to_json(message, place) for message in (value if mappings else json.loads(canonical))]
 
 
-def kept(value: Any, place: str) -> Any:
-    """A value as JSON keeps it: members that are None, which Arrow adds, are gone, and arrays are lists.
+def to_json(value: Any, place: str) -> Any:
+    """Convert a value to plain JSON: without members that are None, which Arrow adds, and arrays as lists.
 
-    >>> kept({"role": "user", "content": "Hi", "name": None}, "row 0")
+    >>> to_json({"role": "user", "content": "Hi", "name": None}, "row 0")
     {'role': 'user', 'content': 'Hi'}
     """
     if isinstance(value, str):
@@ -101,55 +127,59 @@ def kept(value: Any, place: str) -> Any:
             raise ValueError(f"{place}: a text has whole characters, got half of one in {start_of(value)}")
         return str.__str__(value)
     if isinstance(value, Mapping):
-        return {kept(name, place): kept(member, place) for name, member in value.items() if member is not None}
+        return {to_json(name, place): to_json(member, place) for name, member in value.items() if member is not None}
     if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim == 1):
-        return [kept(member, place) for member in value]
+        return [to_json(member, place) for member in value]
     plain = value.item() if isinstance(value, np.generic) else value
     if plain is None or isinstance(plain, bool | int | float):
         return plain
     raise TypeError(f"{place}: rollouts are kept as JSON, which has no {type(value).__name__}: {start_of(value)}")
 
 
-def member(row: Mapping[str, Any], column: str, place: str) -> Any:
-    """What a row has in a column; if there is none, an error that says which there are."""
+def get_column(row: Mapping[str, Any], column: str, place: str) -> Any:
+    """Look up a column of a row; list the row's columns if it is not there."""
     if column not in row:
-        raise ValueError(f"{place} has no column {column!r}, it has {_columns(row)}")
+        raise ValueError(f"{place} has no column {column!r}, it has {', '.join(map(str, row))}")
     return row[column]
 
 
-def is_given(value: Any) -> bool:
-    """Whether a row has something there, rather than what stands for nothing.
+def has_value(value: Any) -> bool:
+    """Tell a value from what stands for a missing one.
 
-    >>> [is_given(value) for value in (None, [], float("nan"), 0)]
+    >>> [has_value(value) for value in (None, [], float("nan"), 0)]
     [False, False, False, True]
     """
     missing = value is None or (isinstance(value, float) and value != value)
     return not missing and not (isinstance(value, list | tuple | np.ndarray) and not len(value))
 
 
-def _prompt_in(row: Mapping[str, Any], column: str | None, place: str) -> Any:
-    if column is not None:
-        value = member(row, column, place)
-        return _until_answer(value) if column == "messages" else _loaded(row, value)
-    if "chosen" in row and "rejected" in row:
-        return _preferred(row, place)
-    if "prompt" in row:
-        return _loaded(row, row["prompt"])
-    if "messages" in row:
-        return _until_answer(row["messages"])
-    hint = "; a list of messages is one row" if "role" in row and "content" in row else ""
-    raise ValueError(
-        Message(
-            f"{place} has no column prompt, chosen and rejected, or messages, it has {_columns(row)}: "
-            f"name the prompt's with {setting('column')}{hint}"
+def _find_prompt(row: Mapping[str, Any], column: str | None, place: str) -> Any:
+    """Choose the prompt of a row by its columns, as TRL does."""
+    if column is None and "chosen" in row and "rejected" in row:
+        return _shared_turns(row, place)
+    if column is None and not {"prompt", "messages"} & {*row}:
+        hint = "; a list of messages is one row" if "role" in row and "content" in row else ""
+        raise ValueError(
+            Message(
+                f"{place} has no column prompt, chosen and rejected, or messages, it has {', '.join(map(str, row))}: "
+                f"name the prompt's with {setting('column')}{hint}"
+            )
         )
-    )
+    column = column or ("prompt" if "prompt" in row else "messages")
+    value = get_column(row, column, place)
+    if column == "messages":  # without the assistant's last words, if the chat ends with them
+        last = value[-1] if _is_chat(value) else None
+        return value[:-1] if isinstance(last, Mapping) and last.get("role") == "assistant" else value
+    # A file of this library has messages as JSON.
+    key = row.get("key")
+    ours = isinstance(key, bytes) and len(key) == KEY_BYTES and row.get("chat") is True
+    return json.loads(value) if ours and isinstance(value, str) else value
 
 
-def _preferred(row: Mapping[str, Any], place: str) -> Any:
-    """The prompt of a pair of which one is preferred, as `trl.maybe_extract_prompt` gives it.
+def _shared_turns(row: Mapping[str, Any], place: str) -> Any:
+    """Find the prompt of a preference pair, as `trl.maybe_extract_prompt` does.
 
-    Only where that would cut texts where their letters differ, in the middle of a word, it is refused.
+    Refused are texts without a prompt: TRL would cut them where their letters differ, in the middle of a word.
     """
     chosen, rejected = row["chosen"], row["rejected"]
     if "prompt" in row and _is_chat(row["prompt"]) == _is_chat(chosen):
@@ -162,7 +192,7 @@ def _preferred(row: Mapping[str, Any], place: str) -> Any:
                 f"{start_of(chosen)}"
             )
         )
-    one, other = (as_messages(messages, place) for messages in (chosen, rejected))
+    one, other = (parse_messages(messages, place) for messages in (chosen, rejected))
     shortest = min(len(one), len(other))
     shared = next((i for i in range(shortest) if one[i] != other[i]), shortest - 1)
     if not shared:
@@ -172,53 +202,211 @@ def _preferred(row: Mapping[str, Any], place: str) -> Any:
     return one[:shared]
 
 
-def _until_answer(messages: Any) -> Any:
-    """A chat without the assistant's last words, if it ends with them."""
-    ends = _is_chat(messages) and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant"
-    return messages[:-1] if ends else messages
-
-
-def _loaded(row: Mapping[str, Any], value: Any) -> Any:
-    """The prompt of a row that this library wrote, which has messages as JSON."""
-    key = row.get("key")
-    ours = isinstance(key, bytes) and len(key) == KEY_BYTES and row.get("chat") is True
-    return json.loads(value) if ours and isinstance(value, str) else value
-
-
-def _id_in(row: Mapping[str, Any], column: str | None, place: str) -> Any:
-    if column is None:
-        return _as_id(row.get(ID_COLUMN), place)
-    identifier = member(row, column, place)
-    if not is_given(identifier):
-        raise ValueError(f"{place} needs an id in its column {column!r}, got {identifier!r}")
-    return _as_id(identifier, place)
-
-
-def _as_id(identifier: Any, place: str) -> Any:
-    if not is_given(identifier):
+def _parse_id(identifier: Any, place: str) -> Any:
+    if not has_value(identifier):
         return None
     if isinstance(identifier, bool) or not isinstance(identifier, str | int | np.integer):
         raise TypeError(f"{place}: a prompt id is a str or an int, got {start_of(identifier)}")
-    return kept(identifier, place)
+    return to_json(identifier, place)
 
 
 def _is_chat(value: Any) -> bool:
-    """Whether TRL takes it for messages: a list whose first member has a role."""
+    """Recognise messages as TRL does: a list whose first member has a role."""
     listed = isinstance(value, list | tuple | np.ndarray) and len(value) > 0
     return listed and isinstance(value[0], Mapping) and "role" in value[0]
 
 
-def _says(message: Mapping[str, Any]) -> bool:
+def _has_content(message: Mapping[str, Any]) -> bool:
+    """Find a text that is not blank, a part that is no text, or a tool call in a message."""
     content = message.get("content")
-    parts = content if isinstance(content, list) else [content]
-    return any(map(_is_said, parts)) or bool(message.get("tool_calls"))
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
+        if text.strip() if isinstance(text, str) else text:
+            return True
+    return bool(message.get("tool_calls"))
 
 
-def _is_said(part: Any) -> bool:
-    """Whether a part is a text that is not blank, or something else than text."""
-    text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
-    return bool(text.strip() if isinstance(text, str) else text)
+def read_rows(source: Any, split: str | None = None) -> Iterator[Row]:
+    """Read the rows of a source as they are needed; only a .json file that is one list is read at once.
+
+    A source is the path of a file (.jsonl, .json, .csv or .txt, also with .gz, or .parquet), a folder of such files or
+    one that datasets saved, the name of a dataset on the Hub (owner/name, or owner/name:subset), a dataset, a pandas
+    DataFrame, or any iterable.
+
+    >>> [*read_rows(["Hi", "Hello"])]
+    [Row(place='row 0', value='Hi'), Row(place='row 1', value='Hello')]
+    """
+    if isinstance(source, str | os.PathLike):
+        return _read_named(os.fspath(source), split)
+    if _is_instance(source, "datasets", "DatasetDict", "IterableDatasetDict"):
+        if split is not None or len(source) != 1:
+            _check_split(split, [*map(str, source)], f"a {type(source).__name__}")
+        source, split = next(iter(source.values())) if split is None else source[split], None
+    if split is not None:
+        _check_split(split, [], f"a {type(source).__name__}")
+    if _is_instance(source, "datasets", "Dataset", "IterableDataset"):
+        source = source.with_format(None)  # plain values, whatever its user has set
+    elif _is_instance(source, "pandas", "DataFrame"):
+        names, values = source.columns, source.itertuples(index=False, name=None)
+        source = (dict(zip(names, row, strict=True)) for row in values)
+    elif isinstance(source, Mapping | bytes | Set):
+        raise TypeError(
+            "a source is a path, a dataset or an iterable of rows (a mapping is one row, a set has no order, bytes are "
+            f"no path), got {start_of(source)}"
+        )
+    try:
+        rows: Iterable[Any] = iter(source)
+    except TypeError:
+        raise TypeError(
+            f"a source is a path, a dataset, a DataFrame or an iterable of rows, got {start_of(source)}"
+        ) from None
+    return (Row(f"row {i}", value) for i, value in enumerate(rows))
 
 
-def _columns(row: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, row))
+def _read_named(name: str, split: str | None) -> Iterator[Row]:
+    """Read a folder, a file, or a dataset on the Hub, whichever has this name."""
+    path = Path(name)
+    if os.path.isdir(name):  # unlike Path's, these say no to a text too long for a name
+        return _read_folder(path, split)
+    if os.path.exists(name):
+        if split is not None:
+            _check_split(split, [], f"the file {name}")
+        return _read_file(path)
+    if _find_reader(path) or not _HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"{start_of(name)} is no file or folder with prompts, and no name on the Hub")
+    import datasets
+
+    repository, _, subset = name.partition(":")
+    try:
+        dataset = datasets.load_dataset(repository, name=subset or None, split=split, streaming=True)
+    except (OSError, ValueError) as error:
+        error.add_note(f"{name} is no file or folder here, so it was looked for on the Hub (owner/name:subset)")
+        raise
+    return (Row(f"{name}, {place}", value) for place, value in read_rows(dataset))
+
+
+def _read_folder(path: Path, split: str | None) -> Iterator[Row]:
+    if any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
+        import datasets
+
+        return (Row(f"{path}, {place}", value) for place, value in read_rows(datasets.load_from_disk(str(path)), split))
+    if (path / "run.json").exists():
+        raise ValueError(
+            f"a run of calibrate has its prompts in {path / 'prompts'} and its rollouts beside, got {path}"
+        )
+    files = sorted(file for file in path.iterdir() if _find_reader(file) and not file.name.startswith("."))
+    if not files:
+        raise ValueError(f"a folder of rows has files that end in {', '.join(_READERS)}, got none in {path}")
+    matches = [_SPLIT_FILE.match(file.name) for file in files]
+    splits = sorted({match[1] for match in matches if match})
+    if split is not None or len(splits) > 1:
+        _check_split(split, splits, str(path))
+        files = [file for file, match in zip(files, matches, strict=True) if match and match[1] == split]
+    return chain.from_iterable(map(_read_file, files))
+
+
+def _check_split(split: str | None, splits: list[str], source: str) -> None:
+    if not splits:
+        raise ValueError(Message(f"{source} has no splits: leave out {setting('split', str(split))}"))
+    if split not in splits:
+        choices = ", ".join(splits)
+        raise ValueError(
+            Message(f"{source} has the splits {choices}, name one of them; got {setting('split', str(split))}")
+        )
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    reader = _find_reader(path)
+    if reader is None:
+        raise ValueError(f"a file of rows ends in {', '.join(_READERS)} (or one of these and .gz), got {path}")
+    return reader(path)
+
+
+def _find_reader(path: Path) -> Callable[[Path], Iterator[Row]] | None:
+    name = path.name.lower()
+    reader = _READERS.get(Path(name.removesuffix(".gz")).suffix)
+    return None if name.endswith(".gz") and reader is _read_parquet else reader
+
+
+def _open(path: Path) -> io.BufferedReader:
+    return io.BufferedReader(gzip.open(path)) if path.name.lower().endswith(".gz") else open(path, "rb")
+
+
+def _read_lines(path: Path) -> Iterator[Row]:
+    """Read the lines of a UTF-8 text; only a line feed ends one, since other separators may stand in a prompt."""
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield Row(f"{path}, line {number}", text.removesuffix("\n").removesuffix("\r"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, line {number} is not UTF-8: {error}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}, after line {number}: no whole gzip file, {error}") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    return (Row(place, _parse_json(text, place)) for place, text in _read_lines(path) if text.strip())
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """Read a list of rows, or, as many tools write under this name, a row a line."""
+    first = next((text for _, text in _read_lines(path) if text.strip()), "")
+    if not first.lstrip().startswith("["):
+        yield from _read_jsonl(path)
+        return
+    text = "\n".join(line for _, line in _read_lines(path))
+    for i, value in enumerate(_parse_json(text, f"{path} (a file with a list a line is .jsonl)")):
+        yield Row(f"{path}, row {i}", value)
+
+
+def _parse_json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON: {error}: {start_of(text)}") from error
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    # Quoted values run over several lines, so the reader of lines will not do.
+    with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError(f"{len(reader.fieldnames or ())} values in the header, other than here")
+                yield Row(f"{path}, line {reader.line_num}", row)
+        except (csv.Error, ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}, line {reader.line_num} is no CSV in UTF-8: {error}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_BATCH):
+                for value in batch.to_pylist():
+                    yield Row(f"{path}, row {number}", value)
+                    number += 1
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet from row {number} on: {error}") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".txt": _read_lines,
+}
+
+
+def _is_instance(source: object, library: str, *classes: str) -> bool:
+    """Compare with classes of a library without loading it: an object of it means that it is loaded."""
+    module = sys.modules.get(library)
+    members = vars(module) if module else {}
+    return isinstance(source, tuple(members[name] for name in classes if name in members))

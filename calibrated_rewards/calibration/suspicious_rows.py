@@ -1,14 +1,12 @@
-"""What each row of a table is like, in a dozen numbers: one pass, in memory that does not grow with K.
+"""Statistics of each row of a table, and the rows that do not look like the others.
 
-Rows of a table that do not look like its others: faults, prompts that teach nothing, samples of reward hacking.
-
-Each way to be suspicious is a function from the rows' statistics to those rows, worst first. What counts as far out is
-learnt from the table itself (`limit`), so that heavy tails alone are no fault: in a table without one, a row is listed
-about one time in ten where scores or prompts' means have Student's t with 3 degrees of freedom, and hardly ever where
-they are normal.
+Suspicious rows are faults, prompts that teach nothing, and samples of reward hacking. What counts as far out is learnt
+from the table itself (`limit`), so that heavy tails alone are no fault: in a table without one, a row is listed about
+one time in ten where scores or prompts' means have Student's t with 3 degrees of freedom, and hardly ever where they
+are normal.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from math import log2
 from typing import NamedTuple, TypeAlias
 
@@ -32,29 +30,29 @@ class RowStatistics(NamedTuple):
     variance: Float64[np.ndarray, " P"]
     """Unbiased; nan where K = 1."""
     at_lowest: Int64[np.ndarray, " P"]
-    """How many references equal the row's lowest."""
+    """The number of references that equal the row's lowest."""
     at_highest: Int64[np.ndarray, " P"]
     distinct: Int64[np.ndarray, " P"]
-    """How many values there are among the references."""
+    """The number of different values among the references."""
     u_variance: Float64[np.ndarray, " P"]
     """K times the variance of a calibrated reward, on the mean over the row's own responses: 1/6 without ties."""
     u_middle: Float64[np.ndarray, " P"]
     """The same, of the response in the row's middle: 1/4 without ties."""
     digest: UInt64[np.ndarray, " P"]
-    """Rows of other scores have another one, but for one pair in 2^64."""
+    """A digest of the scores: different rows share one with a chance of 2^-64."""
 
     @property
     def discrete(self) -> bool:
-        """Whether ties are the rule: half of the prompts or more have at most half as many values as references."""
+        """True if ties are the rule: half of the prompts or more have at most half as many values as references."""
         return bool(np.median(self.distinct / self.size) <= 0.5)
 
 
-def row_statistics(table: ReferenceTable) -> RowStatistics:
-    """Reads every row once, a megabyte at a time.
+def describe_rows(table: ReferenceTable) -> RowStatistics:
+    """Compute the statistics of every row, which is read once, a megabyte at a time.
 
     >>> table = ReferenceTable.build([("a", [0.0, 1.0, 1.0, 5.0])])
-    >>> found = row_statistics(table)
-    >>> [float(x[0]) for x in (found.median, found.highest, found.at_highest, found.distinct)]
+    >>> rows = describe_rows(table)
+    >>> [float(x[0]) for x in (rows.median, rows.highest, rows.at_highest, rows.distinct)]
     [1.0, 5.0, 1.0, 3.0]
     """
     columns: list[np.ndarray] = [np.empty(len(table), _dtype(name)) for name in RowStatistics._fields]
@@ -74,7 +72,7 @@ def _dtype(name: str) -> type:
 
 
 def _of(scores: Float32[np.ndarray, "b K"]) -> RowStatistics:
-    """The statistics of rows of one size."""
+    """Compute the statistics of rows of one size."""
     K, wide = scores.shape[1], scores.astype(np.float64)
     means = wide.mean(axis=1)
     squares = ((wide - means[:, None]) ** 2).sum(axis=1)
@@ -98,7 +96,7 @@ def _of(scores: Float32[np.ndarray, "b K"]) -> RowStatistics:
 
 
 def _u_variance(scores: Float32[np.ndarray, "b K"]) -> Float64[np.ndarray, "b K"]:
-    """K times the variance of (below + equal / 2) / K, for each reference as a response: a tie counts a half in it.
+    """Return K times the variance of (below + equal / 2) / K for each reference as a response; a tie counts a half.
 
     Of a response that ties with the share p of the others and beats the share F that is F + p/4 - (F + p/2)^2. One
     that ties with none has the middle of its K-th of [0, 1] for its F.
@@ -111,24 +109,21 @@ def _u_variance(scores: Float32[np.ndarray, "b K"]) -> Float64[np.ndarray, "b K"
     equal = np.minimum.accumulate(last[:, ::-1], axis=1)[:, ::-1] - below
     u, tied = (below + equal / 2) / K, np.where(equal > 1, equal / K, 0.0)
     # Without ties the mean of u (1 - u) is 1/6 exactly: over a K-th it is its middle's less 1 / 12 K^2.
-    spread: Float64[np.ndarray, "b K"] = u * (1 - u) - tied / 4 - (equal == 1) / (12 * K * K)
-    return spread
+    return np.asarray(u * (1 - u) - tied / 4 - (equal == 1) / (12 * K * K))
 
 
 def _quantile(scores: Float64[np.ndarray, "b K"], u: float) -> Float32[np.ndarray, " b"]:
-    """Between the order statistics on both sides of it, as numpy's; never beyond float32's largest on the way."""
+    """Interpolate between order statistics as numpy does, without overflow of float32 on the way."""
     at = u * (scores.shape[1] - 1)
     low, high = scores[:, int(at)], scores[:, int(np.ceil(at))]
-    between: Float32[np.ndarray, " b"] = (low + (high - low) * (at - int(at))).astype(np.float32)
-    return between
+    return np.asarray((low + (high - low) * (at - int(at))).astype(np.float32))
 
 
 def _digests(scores: Float32[np.ndarray, "b K"]) -> UInt64[np.ndarray, " b"]:
-    """A random linear form of the bits of each row, modulo 2^64."""
+    """Compute a random linear form of the bits of each row, modulo 2^64."""
     factors = np.random.default_rng(0).integers(1 << 63, size=scores.shape[1], dtype=np.uint64) * 2 + 1
     bits = np.ascontiguousarray(scores).view(np.uint32)
-    mixed: UInt64[np.ndarray, " b"] = bits.astype(np.uint64) @ factors
-    return mixed
+    return np.asarray(bits.astype(np.uint64) @ factors)
 
 
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -140,25 +135,29 @@ _FEWEST_ROWS = 100
 
 
 class Suspicion(NamedTuple):
-    """A row, and what is odd about it."""
+    """A row with the reason for which it is suspicious."""
 
     row: int
     reason: str
-    """One of a few: "all equal", "one score far above", ..."""
+    """One of a few: "all equal", "far above", ..."""
     detail: str
-    """The numbers."""
+    """The numbers behind the reason."""
 
 
-Finder: TypeAlias = Callable[[ReferenceTable, RowStatistics], Iterator[Suspicion]]
-
-
-def suspicions(table: ReferenceTable, statistics: RowStatistics) -> list[Suspicion]:
-    """Everything that is odd about any row, reason by reason; a row can be there more than once."""
-    return [found for finder in FINDERS for found in finder(table, statistics)]
+def find_suspicious_rows(table: ReferenceTable, rows: RowStatistics) -> list[Suspicion]:
+    """List everything that is odd about any row, reason by reason, worst first; a row can be there more than once."""
+    return [
+        *_far_scores("far above", rows.highest, _in_spreads(rows.highest, rows.median, rows), rows),
+        *_far_scores("far below", rows.lowest, _in_spreads(rows.median, rows.lowest, rows), rows),
+        *_far_medians(rows),
+        *_same_scores(table, rows),
+        *_few_values(rows),
+        *_few_references(rows),
+    ]
 
 
 def limit(values: npt.ArrayLike, least: float) -> float:
-    """How large a value has to be, `least` or more, to be none of the others' kind.
+    """Compute the size from which a value is an outlier among the others, `least` or more.
 
     The largest of P values of one law should exceed it one time in a hundred. The tail of the law is a generalised
     Pareto one from the 90 % quantile on, by the quantiles at 95 % and 97.5 %, which know nothing of what is beyond.
@@ -172,46 +171,21 @@ def limit(values: npt.ArrayLike, least: float) -> float:
     if not low < middle:
         return least
     seen, guessed = P / 40, 100
-    found = log2((high - middle) / (middle - low)) if middle < high else 0.0
-    shape = min(max((seen * found + guessed / 3) / (seen + guessed), 0.01), 1.0)
+    observed = log2((high - middle) / (middle - low)) if middle < high else 0.0
+    shape = min(max((seen * observed + guessed / 3) / (seen + guessed), 0.01), 1.0)
     beyond = ((0.1 * P / 0.01) ** shape - 1) / (2**shape - 1)
     return float(max(least, low + (middle - low) * beyond))
 
 
-def all_equal(table: ReferenceTable, of: RowStatistics) -> Iterator[Suspicion]:
-    """Prompts whose references all have one score, where ties are not the rule."""
-    del table
-    if of.discrete:
-        return
-    for row in sorted(np.flatnonzero((of.distinct == 1) & (of.size > 1)), key=lambda row: -of.size[row]):
-        yield Suspicion(int(row), "all equal", f"{of.size[row]} references of {of.median[row]:.6g}")
+def _far_scores(reason: str, scores: Column, far: Array, rows: RowStatistics) -> Iterator[Suspicion]:
+    """Yield prompts with a score far from the rest: a sample of reward hacking, or a numeric fault."""
+    for row in _beyond(far, FAR_SCORE):
+        yield Suspicion(row, reason, f"{scores[row]:.6g}, the prompt's median is {rows.median[row]:.6g}")
 
 
-def few_values(table: ReferenceTable, of: RowStatistics) -> Iterator[Suspicion]:
-    """Prompts with less than a value for 4 references, where ties are not the rule."""
-    del table
-    share = of.distinct / of.size
-    if of.discrete:
-        return
-    for row in sorted(np.flatnonzero((share < 0.25) & (of.distinct > 1)), key=lambda row: share[row]):
-        detail = f"{of.distinct[row]} of {of.size[row]}; the median prompt has {np.median(share):.0%}".replace(
-            "%", " %"
-        )
-        yield Suspicion(int(row), "few values", detail)
-
-
-def few_references(table: ReferenceTable, of: RowStatistics) -> Iterator[Suspicion]:
-    """Prompts with less than half of the median number of references."""
-    del table
-    usual = np.median(of.size)
-    for row in sorted(np.flatnonzero(of.size < usual / 2), key=lambda row: of.size[row]):
-        yield Suspicion(int(row), "few references", f"{of.size[row]}; the median prompt has {usual:.0f}")
-
-
-def far_median(table: ReferenceTable, of: RowStatistics) -> Iterator[Suspicion]:
-    """Prompts whose median score is far from the other prompts'."""
-    del table
-    median = of.median.astype(np.float64)
+def _far_medians(rows: RowStatistics) -> Iterator[Suspicion]:
+    """Yield prompts whose median score is far from the other prompts'."""
+    median = rows.median.astype(np.float64)
     middle = np.median(median)
     spread = 1.4826 * np.median(np.abs(median - middle))
     far = np.abs(median - middle) / spread if spread > 0 else np.zeros_like(median)
@@ -220,52 +194,55 @@ def far_median(table: ReferenceTable, of: RowStatistics) -> Iterator[Suspicion]:
         yield Suspicion(row, "far median", detail)
 
 
-def far_above(table: ReferenceTable, of: RowStatistics) -> Iterator[Suspicion]:
-    """Prompts with a score far above the rest: a sample of reward hacking, or a numeric fault."""
-    del table
-    far = _in_spreads(of.highest, of.median, of)
-    for row in _beyond(far, FAR_SCORE):
-        yield Suspicion(row, "far above", f"{of.highest[row]:.6g}, the prompt's median is {of.median[row]:.6g}")
-
-
-def far_below(table: ReferenceTable, of: RowStatistics) -> Iterator[Suspicion]:
-    """Prompts with a score far below the rest."""
-    del table
-    far = _in_spreads(of.median, of.lowest, of)
-    for row in _beyond(far, FAR_SCORE):
-        yield Suspicion(row, "far below", f"{of.lowest[row]:.6g}, the prompt's median is {of.median[row]:.6g}")
-
-
-def same_scores(table: ReferenceTable, of: RowStatistics) -> Iterator[Suspicion]:
-    """Prompts whose scores are another prompt's, one by one: the same prompt under two keys, or a fault in a join.
+def _same_scores(table: ReferenceTable, rows: RowStatistics) -> Iterator[Suspicion]:
+    """Yield prompts whose scores are another prompt's, one by one: one prompt under two keys, or a fault in a join.
 
     Rows with fewer than 4 values, or ties in half of them, can be equal by chance and do not count.
     """
-    order = np.argsort(of.digest, kind="stable")
-    order = order[((of.distinct >= 4) & (of.distinct > of.size / 2))[order]]
-    like_previous = np.append(False, of.digest[order[1:]] == of.digest[order[:-1]]) if len(order) else order
+    order = np.argsort(rows.digest, kind="stable")
+    order = order[((rows.distinct >= 4) & (rows.distinct > rows.size / 2))[order]]
+    like_previous = np.append(False, rows.digest[order[1:]] == rows.digest[order[:-1]]) if len(order) else order
     for place in np.flatnonzero(like_previous):
         first, second = int(order[place - 1]), int(order[place])
         if np.array_equal(table.scores(first), table.scores(second)):
-            yield Suspicion(second, "same scores", f"all {of.size[second]} are those of row {first}")
+            yield Suspicion(second, "same scores", f"all {rows.size[second]} are those of row {first}")
 
 
-FINDERS: tuple[Finder, ...] = (far_above, far_below, far_median, same_scores, all_equal, few_values, few_references)
+def _few_values(rows: RowStatistics) -> Iterator[Suspicion]:
+    """Yield prompts with one score, and with less than a value for 4 references, where ties are not the rule."""
+    if rows.discrete:
+        return
+    for row in sorted(np.flatnonzero((rows.distinct == 1) & (rows.size > 1)), key=lambda row: -rows.size[row]):
+        yield Suspicion(int(row), "all equal", f"{rows.size[row]} references of {rows.median[row]:.6g}")
+    share = rows.distinct / rows.size
+    for row in sorted(np.flatnonzero((share < 0.25) & (rows.distinct > 1)), key=lambda row: share[row]):
+        usual = f"{100 * np.median(share):.0f} %"
+        yield Suspicion(
+            int(row), "few values", f"{rows.distinct[row]} of {rows.size[row]}; the median prompt has {usual}"
+        )
 
 
-def _in_spreads(high: Column, low: Column, of: RowStatistics) -> Array:
-    """Their difference, in distances between the row's quartiles; or, where ties make those small, in usual ones.
+def _few_references(rows: RowStatistics) -> Iterator[Suspicion]:
+    """Yield prompts with less than half of the median number of references."""
+    usual = np.median(rows.size)
+    for row in sorted(np.flatnonzero(rows.size < usual / 2), key=lambda row: rows.size[row]):
+        yield Suspicion(int(row), "few references", f"{rows.size[row]}; the median prompt has {usual:.0f}")
 
-    That is a quarter of the median range of a row. Without either there is nothing to compare with, and it is 0.
+
+def _in_spreads(high: Column, low: Column, rows: RowStatistics) -> Array:
+    """Return high - low in units of the row's interquartile range; or, where ties make that small, of the usual one.
+
+    The usual one is a quarter of the median range of a row. Without either there is nothing to compare with: 0.
     """
     lowest, lower, upper, highest, a, b = (
-        column.astype(np.float64) for column in (of.lowest, of.lower_quartile, of.upper_quartile, of.highest, low, high)
+        column.astype(np.float64)
+        for column in (rows.lowest, rows.lower_quartile, rows.upper_quartile, rows.highest, low, high)
     )
     spread = np.maximum(upper - lower, np.median(highest - lowest) / 4)
     return np.divide(b - a, spread, out=np.zeros_like(spread), where=spread > 0)
 
 
 def _beyond(far: Array, least: float) -> list[int]:
-    """The rows beyond the limit, the farthest first."""
+    """Return the rows beyond the limit, the farthest first."""
     rows = np.flatnonzero(far > limit(far, least))
     return [int(row) for row in rows[np.argsort(-far[rows], kind="stable")]]

@@ -1,4 +1,4 @@
-"""`calibrated-rewards evaluate`: what came of training, under the reward model and under a judge."""
+"""`calibrated-rewards evaluate`: measure win rates and KL of trained policies, by the reward model and by a judge."""
 
 import argparse
 import json
@@ -9,10 +9,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibrated_rewards.cli import model_options as reward_model, policy_options as policy, saved_reward
-from calibrated_rewards.cli.errors import Whole, folder
+from calibrated_rewards.cli import model_options
+from calibrated_rewards.cli.options import (
+    Whole,
+    add_prompt_options,
+    add_run_options,
+    open_reward,
+    split_name,
+)
 from calibrated_rewards.samplers.protocol import Decoding
-from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf
+from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 
 if TYPE_CHECKING:
     from calibrated_rewards.reward.calibrated_reward import CalibratedReward
@@ -25,167 +31,145 @@ EPILOG = """examples:
   calibrated-rewards evaluate --policy calibrated=run/model --policy raw=raw/model --reference ./sft \\
       --reward-model ./rm --judge ./judge --prompts new.jsonl --max-tokens 256 --best-of 16 --out evaluation/
   calibrated-rewards evaluate ... --reward-model ./toxicity --cost --judge ./judge      a model whose higher is worse
-  calibrated-rewards evaluate ... --reward reward/ --judge ./toxicity --judge-cost       or a judge
-  calibrated-rewards evaluate ... -m 64                 the same again with more completions: only what is missing
+  calibrated-rewards evaluate ... --reward reward/ --judge ./toxicity --judge-cost      a judge whose higher is worse
+  calibrated-rewards evaluate ... -m 64                 the same with more completions: only what is missing is drawn
   calibrated-rewards evaluate ... --json | jq .policies[0].win_rates.judge
 
-Prompts should be others than those of training. Best and worst of N are selected by the reward model, and each scorer
-judges what was selected. A policy may be a PEFT adapter. Killed or stopped, the same command goes on where it was.
+Use other prompts than in training. The reward model selects the best and worst of N, and each scorer judges what was
+selected. A policy may be a PEFT adapter. A run that was stopped goes on when the same command is called again.
 Exit code: 0 done, 2 wrong usage, or something that cannot be loaded or done, 130 stopped by Ctrl-C."""
-# Of the command line, and of decoding.
-DRAWING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    told = "What 'reference policy' and 'decoding' say below holds for every policy."
-    group = parser.add_argument_group("evaluation", told)
-    policy.add_arguments(parser, required=False)
-    # --policy is here what was trained, once for each; what else is said of a policy, is said of the reference too.
+    """Add the options of `evaluate`."""
+    text = "What 'reference policy' and 'decoding' say below holds for every policy."
+    group = parser.add_argument_group("evaluation", text)
+    model_options.add_policy_options(parser, required=False)
+    # Here --policy is a trained policy, and may be repeated; the other options of a policy hold for the reference too.
     group.conflict_handler = "resolve"
-    told = "what was trained: a model or a PEFT adapter; with a name, once for each of several"
-    group.add_argument("--policy", action="append", required=True, metavar="[NAME=]PATH|ID|URL", help=told)
-    group.add_argument("--reference", required=True, metavar="PATH|ID|URL", help="what it was trained from")
-    told = "a CalibratedReward that was saved: its reward model, and its table's decoding"
-    group.add_argument("--reward", type=Path, metavar="DIR", help=told)
-    told = "a reward model that judges; loaded as the options under 'reward model' say"
-    group.add_argument("--judge", metavar="PATH|ID|URL", help=told)
-    told = "the judge's higher is worse; --cost is of the --reward-model alone"
-    group.add_argument("--judge-cost", action=argparse.BooleanOptionalAction, default=None, help=told)
-    group.add_argument("--out", type=folder, required=True, metavar="DIR", help="where everything is kept; go on there")
-    group.add_argument("-m", "--m", type=Whole(1), default=32, help="completions of each prompt (%(default)s)")
-    for name, what in (("best", "best"), ("worst", "worst")):
-        told = f"the {what} of N, may be repeated (4)"
-        group.add_argument(f"--{name}-of", type=Whole(1), action="append", metavar="N", help=told)
-    group.add_argument("--select", metavar="NAME", help="the scorer that selects of N: the reward model")
-    group.add_argument("--seed", type=int, default=1, help="another one than calibration's (%(default)s)")
-    group.add_argument(
-        "--prompts-per-shard", type=Whole(1), default=32, metavar="N", help="the unit of work (%(default)s)"
-    )
-    group.add_argument("--no-kl", action="store_true", help="do not read the completions again with both models")
-    group.add_argument("--json", action="store_true", help="an object in place of tables")
-    group.add_argument("--quiet", action="store_true", help="no progress")
+    add = group.add_argument
+    text = "a trained policy: a model or a PEFT adapter; repeat it as NAME=PATH for several"
+    add("--policy", action="append", required=True, metavar="[NAME=]PATH|ID|URL", help=text)
+    add("--reference", required=True, metavar="PATH|ID|URL", help="the policy before training")
+    text = "a saved CalibratedReward, for its reward model and its table's decoding"
+    add("--reward", type=Path, metavar="DIR", help=text)
+    text = "a reward model that judges, loaded by the options under 'reward model'"
+    add("--judge", metavar="PATH|ID|URL", help=text)
+    text = "the judge's higher is worse; --cost is for the --reward-model only"
+    add("--judge-cost", action=argparse.BooleanOptionalAction, default=None, help=text)
+    add_run_options(group)
+    add("-m", "--m", type=Whole(1), default=32, help="completions per prompt (%(default)s)")
+    for name in ("best", "worst"):
+        text = f"also compare the {name} of N; may be repeated (4)"
+        add(f"--{name}-of", type=Whole(1), action="append", metavar="N", help=text)
+    add("--select", metavar="NAME", help="the scorer that selects of N; default: the reward model")
+    add("--seed", type=int, default=1, help="a seed other than calibration's (%(default)s)")
+    add("--no-kl", action="store_true", help="leave out the KL, for which both models read the completions again")
+    add("--json", action="store_true", help="print JSON in place of tables")
     group = parser.add_argument_group("prompts")
-    group.add_argument("--prompts", required=True, metavar="FILE|FOLDER|ID", help="JSONL or what else calibrate reads")
-    group.add_argument("--column", help="the column of the prompts, where it is not what TRL would read")
-    group.add_argument("--split", help="of a dataset")
-    group.add_argument("--limit", type=Whole(1), metavar="N", help="the first N prompts only")
-    reward_model.add_arguments_of_reward_model(parser, several=True)
+    text = "a JSONL, Parquet or text file, a saved dataset, or one on the Hub"
+    group.add_argument("--prompts", required=True, metavar="FILE|FOLDER|ID", help=text)
+    add_prompt_options(group)
+    model_options.add_reward_model_options(parser, several=True)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluate, and say what was found."""
+    """Evaluate all policies and print the comparison."""
     if not options.quiet:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out needs a folder, new or of an evaluation before, got the file {options.out}")
     from calibrated_rewards.evaluation.policies import evaluate
 
-    reward = _reward(options)
-    named = dict(map(_named, options.policy))
-    if len(named) < len(options.policy):
-        names = [_named(each)[0] for each in options.policy]  # an URL may hold a secret
-        raise ValueError(f"of several, each --policy needs a name of its own, NAME=PATH; got {', '.join(names)}")
-    drawing = _drawing(options, reward)
-    samplers = Loading({name: argparse.Namespace(**{**drawing, "policy": place}) for name, place in named.items()})
+    reward = load_reward(options)
+    places = [(name or "policy", place) for name, place in map(split_name, options.policy)]
+    if len(dict(places)) < len(places):
+        names = ", ".join(name for name, _ in places)  # a URL may hold a secret
+        raise ValueError(f"of several, each --policy needs a name of its own, NAME=PATH; got {names}")
+    decoding = choose_decoding(options, reward)
+    samplers = Policies(options, dict(places), decoding)
     for name in samplers:
-        _ = samplers[name]  # what cannot be loaded is an error now
-    found = evaluate(
+        _ = samplers[name]  # an error of loading is raised before anything is drawn
+    evaluation = evaluate(
         samplers,
-        policy.load(argparse.Namespace(**{**drawing, "policy": options.reference})),
+        model_options.load_policy(options, options.reference, decoding),
         options.prompts,
-        _scorers(options, reward),
+        load_scorers(options, reward),
         options.out,
         m=options.m,
         seed=options.seed,
         select=options.select,
-        procedures=_procedures(options),
+        procedures=(Standard(), *map(BestOf, options.best_of or [4]), *map(WorstOf, options.worst_of or [4])),
         divergence={} if options.no_kl else None,
         prompts_per_shard=options.prompts_per_shard,
         show_progress=not options.quiet,
         **{name: getattr(options, name) for name in ("column", "split", "limit")},
     )
-    sys.stdout.write(f"{json.dumps(found.as_json(), indent=2) if options.json else found}\n")
+    sys.stdout.write(f"{json.dumps(evaluation.as_json(), indent=2) if options.json else evaluation}\n")
     return 0
 
 
 @dataclass(frozen=True)
-class Loading(Mapping[str, "Sampler"]):
-    """Policies that are loaded when they are asked for, so that the one before can be let go of."""
+class Policies(Mapping[str, "Sampler"]):
+    """Policies that are loaded at each access, so that one leaves memory before the next comes."""
 
-    options: Mapping[str, argparse.Namespace]
+    options: argparse.Namespace
+    places: Mapping[str, str]
+    decoding: Decoding
 
     def __getitem__(self, name: str) -> "Sampler":
-        return policy.load(self.options[name])
+        return model_options.load_policy(self.options, self.places[name], self.decoding)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.options)
+        return iter(self.places)
 
     def __len__(self) -> int:
-        return len(self.options)
+        return len(self.places)
 
 
-def _named(given: str) -> tuple[str, str]:
-    """A name and a place; a place alone may have a "=" in it.
-
-    >>> _named("raw=runs/raw"), _named("./a=b/model")
-    (('raw', 'runs/raw'), ('policy', './a=b/model'))
-    """
-    name, equals, place = given.partition("=")
-    return (name, place) if equals and not any(letter in name for letter in "/:?\\") else ("policy", given)
-
-
-def _reward(options: argparse.Namespace) -> "CalibratedReward | None":
+def load_reward(options: argparse.Namespace) -> "CalibratedReward | None":
+    """Load the saved reward of --reward."""
     if options.reward is None:
         return None
     if options.reward_model:
         raise ValueError("--reward has its reward model, leave --reward-model out; another one may be the --judge")
-    return saved_reward.open_reward(options.reward, trust=options.trust_remote_code)
+    return open_reward(options.reward, trust=options.trust_remote_code)
 
 
-def _scorers(options: argparse.Namespace, reward: "CalibratedReward | None") -> "dict[str, Scorer]":
-    """By name, the one that selects first."""
-    found: Any = {}
+def load_scorers(options: argparse.Namespace, reward: "CalibratedReward | None") -> "dict[str, Scorer]":
+    """Load reward models and judge by name, the one that selects first."""
+    scorers: Any = {}
     if options.cost is not None and not options.reward_model:
         raise ValueError("--cost is of a --reward-model, there is none: of the judge say --judge-cost")
     if options.judge_cost is not None and not options.judge:
         raise ValueError("--judge-cost is of a --judge, there is none")
     if options.reward_model:
-        several = reward_model.load_several(options)
-        found = several if isinstance(several, dict) else {"reward": several}
+        loaded = model_options.load_reward_models(options)
+        scorers = loaded if isinstance(loaded, dict) else {"reward": loaded}
     if reward is not None:
         if reward.scorer is None:
             raise ValueError(f"{options.reward} has no reward model of its own: say --reward-model in its place")
-        found = {"reward": reward.scorer}
+        scorers = {"reward": reward.scorer}
     if options.judge:
-        if "judge" in found:
+        if "judge" in scorers:
             raise ValueError("--judge is named judge, give the --reward-model of that name another one")
         judge = {**vars(options), "reward_model": options.judge, "cost": options.judge_cost}
-        found["judge"] = reward_model.load_of_reward_model(argparse.Namespace(**judge))
-    if not found:
+        scorers["judge"] = model_options.load_reward_model(argparse.Namespace(**judge))
+    if not scorers:
         raise ValueError("an evaluation needs --reward DIR or --reward-model PATH|ID|URL, and better a --judge too")
-    return dict(found)
+    return dict(scorers)
 
 
-def _drawing(options: argparse.Namespace, reward: "CalibratedReward | None") -> dict[str, Any]:
-    """All options, with the decoding of the table where none was said."""
-    said = vars(options)
+def choose_decoding(options: argparse.Namespace, reward: "CalibratedReward | None") -> Decoding:
+    """Choose the decoding that the options name; if they name none, that of the reward's table."""
     if options.max_tokens is not None or reward is None:
-        policy.decoding(options)  # says it, if it lacks a number
-        return said
-    meta = reward.table.meta.get("sampler") or {}
-    if "decoding" not in meta:
+        return model_options.build_decoding(options)
+    decoding = (reward.table.meta.get("sampler") or {}).get("decoding")
+    if decoding is None:
         raise ValueError(f"the table of {options.reward} does not say how it was drawn: say --max-tokens N, ...")
-    drawn = {each.name: meta["decoding"][each.name] for each in fields(Decoding)}
-    # JSON has lists.
-    table = Decoding(**{**drawn, "stop": tuple(drawn["stop"]), "stop_token_ids": tuple(drawn["stop_token_ids"])})
-    given = {name: tuple(said[name]) if name == "stop" else said[name] for name in DRAWING[1:]}
-    plain = {name: getattr(Decoding(1), name) for name in given}
-    if given != plain or table.stop_token_ids:
+    values = {each.name: decoding[each.name] for each in fields(Decoding)}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    said = model_options.build_decoding(argparse.Namespace(**{**vars(options), "max_tokens": 1}))
+    if said != Decoding(1) or values["stop_token_ids"]:
         raise ValueError("decoding is that of the table, or all of it is said: --max-tokens N too")
-    return {**said, **{name: getattr(table, name) for name in DRAWING}}
-
-
-def _procedures(options: argparse.Namespace) -> tuple[Procedure, ...]:
-    best, worst = options.best_of or [4], options.worst_of or [4]
-    return (Standard(), *map(BestOf, best), *map(WorstOf, worst))
+    return Decoding(**values)

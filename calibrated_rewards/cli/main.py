@@ -1,60 +1,66 @@
-"""The command line, `calibrated-rewards COMMAND ...`: finds the command's module, and turns errors into messages.
+"""The command `calibrated-rewards COMMAND ...`: import the command's module, run it, and turn errors into messages.
 
-A sub-command is a module of `calibrated_rewards.cli` and a line below. The module is not imported before its
-command is called, and imports what is heavy (torch, transformers) when it runs.
+A command is a line in COMMANDS and a module, which is imported only when its command is called, and imports what is
+heavy (torch, transformers) only when it runs.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from calibrated_rewards import __version__
-from calibrated_rewards.cli.errors import error_text, extras_of
+from calibrated_rewards.cli.errors import error_text, find_extras
 
+# In the order in which a user needs them.
 COMMANDS = {
-    "demo": "the whole machine on a real language model: calibrate, foresee, train, evaluate, report",
-    "calibrate": "draw rollouts of the reference policy for each prompt, score them, and make the table of references",
-    "frontier": "say what training for each reward would come to, by reweighting the rollouts of a calibration",
-    "reward": "make the directory that trainers load: table, reward model and transform, verified",
-    "serve": "answer a calibrated reward over HTTP, in the dialects of OpenRLHF, LightRFT, slime and LLaMA-Factory",
-    "evaluate": "draw from policies and their reference, judge, and compare: win rates and KL, with their errors",
-    "report": "one page of HTML that says what was calibrated, whether it is good, what was trained, what came out",
-    "cp": "copy an adapter for a trainer to where it can be changed",
-    "path": "say where an adapter for a trainer lies",
-    "inspect": "show what a table holds: fingerprints, K, ties, saturation, error band, spread, suspicious prompts",
+    "demo": "run the whole pipeline on a real language model: calibrate, predict, train, evaluate, report",
     "check-scorer": "check that a reward model scores alike on every path, cuts nothing silently, prefers good answers",
+    "calibrate": "make a table of reference scores: draw rollouts of the reference policy and score them",
+    "inspect": "show a table: what it was made with, K, ties, saturation, error band, suspicious prompts",
+    "frontier": "predict win rates and KL of training for each reward, by reweighting the rollouts of a calibration",
+    "reward": "save table, reward model and transform, verified, as the directory that trainers load",
+    "train": "train a policy for a saved reward: RLOO or GRPO with TRL, GRPO or PPO in plain PyTorch",
+    "evaluate": "compare trained policies with their reference: win rates and KL, with their errors",
+    "report": "write one HTML page about the calibration, the training and the evaluation",
+    "serve": "answer requests for a reward over HTTP, in the APIs of OpenRLHF, LightRFT, slime and LLaMA-Factory",
+    "path": "print where the adapter for a trainer lies",
+    "cp": "copy the adapter for a trainer, to change it",
 }
+# Where a command is not the module of its name: a module, and an object in it.
+PLACES = {"demo": "demo.command", "path": "adapters:PATH", "cp": "adapters:CP"}
 
 PASSED, FAILED, UNUSABLE, STOPPED = 0, 1, 2, 130
 
 
+@runtime_checkable
 class Command(Protocol):
-    """A module of `calibrated_rewards.cli`."""
+    """A module with a command."""
 
     EPILOG: str
-    """What stands under its options: examples."""
+    """The text under the options: examples."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Its options."""
+        """Add the command's options."""
 
     def run(self, options: argparse.Namespace) -> int:
-        """Does it; 0 if all is well, 1 if what was asked is answered with no."""
+        """Run the command; 0 if all is well, 1 if the answer is no."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 passed, 1 failed, 2 wrong usage or something that cannot be loaded."""
-    chosen, rest = split(sys.argv[1:] if arguments is None else arguments)
-    command = cast(Command, import_module(f"calibrated_rewards.cli.{chosen.replace('-', '_')}"))
+    """Run one command; 0 passed, 1 failed, 2 wrong usage or something that cannot be loaded, 130 stopped."""
+    name, rest = split_arguments(sys.argv[1:] if arguments is None else arguments)
+    command = load_command(name)
+    summary = COMMANDS[name]
     parser = argparse.ArgumentParser(
-        prog=f"calibrated-rewards {chosen}",
-        description=sentence(COMMANDS[chosen]),
+        prog=f"calibrated-rewards {name}",
+        description=f"{summary[:1].upper()}{summary[1:]}.",
         epilog=command.EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_arguments(parser)
-    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(rest)
     try:
         return command.run(options)
@@ -63,41 +69,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"\n{parser.prog}: stopped\n")
         return STOPPED
-    except Exception as error:  # whatever went wrong is shown, without a traceback
+    except Exception as error:  # shown as a message, without a traceback
         if options.debug:
             raise
-        said = error_text(error, extras=extras_of(chosen, options))
-        end = "\n" if "\n" in said else " "
-        sys.stderr.write(f"{parser.prog}: error: {said}{end}(--debug shows where)\n")
+        # The form of a setting in an error, where a command has another one than --option NAME=VALUE.
+        other = getattr(command, "OTHER_OPTION", "--option {name}={value}")
+        message = error_text(error, other, extras=find_extras(name, options))
+        end = "\n" if "\n" in message else " "
+        sys.stderr.write(f"{parser.prog}: error: {message}{end}(--debug shows where)\n")
         return UNUSABLE
 
 
-def split(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The command that is called, and what is said to it.
+def load_command(name: str) -> Command:
+    """Import a command."""
+    module, _, attribute = PLACES.get(name, name.replace("-", "_")).partition(":")
+    loaded = import_module(f"calibrated_rewards.cli.{module}")
+    return cast(Command, getattr(loaded, attribute) if attribute else loaded)
 
-    >>> split(["check-scorer", "--reward-model", "my/model"])
+
+def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Split the command's name from its own arguments; without a name, list the commands and exit with 2.
+
+    >>> split_arguments(["check-scorer", "--reward-model", "my/model"])
     ('check-scorer', ['--reward-model', 'my/model'])
     """
     lines = [f"  {name:<14}{summary}" for name, summary in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="calibrated-rewards",
-        description="Rewards calibrated against a reference policy, and transformed for the way the policy is served.",
+        description="Calibrate a reward model against a reference policy, and transform it for best-of-N and others.",
         epilog="\n".join(
-            ["commands:", *lines, "", "calibrated-rewards COMMAND --help tells the options, with examples."]
+            [
+                "commands, in the order of use:",
+                *lines,
+                "",
+                "calibrated-rewards COMMAND --help shows options and examples.",
+            ]
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=f"one of: {', '.join(COMMANDS)}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below")
+    if not arguments:
+        parser.print_help(sys.stderr)
+        raise SystemExit(UNUSABLE)
     # What follows the command is the command's, --help too.
-    own = next((i for i, word in enumerate(arguments, 1) if not word.startswith("-")), len(arguments))
-    return parser.parse_args(arguments[:own]).command, list(arguments[own:])
-
-
-def sentence(summary: str) -> str:
-    """A summary as a sentence.
-
-    >>> sentence("check that all is well")
-    'Check that all is well.'
-    """
-    return f"{summary[:1].upper()}{summary[1:]}."
+    end = next((i for i, word in enumerate(arguments, 1) if not word.startswith("-")), len(arguments))
+    return parser.parse_args(arguments[:end]).command, list(arguments[end:])

@@ -1,31 +1,29 @@
-"""The options that say what a reward model's server speaks, and the scorer that asks it.
-
-The options that name a reward model, the same for every command that needs one, and the scorer that they lead to."""
+"""Options that name the models of a command, the reward model and the reference policy, loaded here or on a server."""
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibrated_rewards.cli.errors import Whole
+from calibrated_rewards.cli.errors import error_text
+from calibrated_rewards.cli.options import Real, Whole, parse_setting, read_text, refuse_options, split_name
 from calibrated_rewards.models.labels import Difference, Expected, Label, Labels, Ordinal, Weighted
 from calibrated_rewards.models.server_address import is_variable
+from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.ensemble import Cost
+from calibrated_rewards.scorers.protocol import fingerprint
 
 if TYPE_CHECKING:
     from calibrated_rewards.models.text import Text
+    from calibrated_rewards.samplers.protocol import Sampler
     from calibrated_rewards.scorers.protocol import Scorer
-    from calibrated_rewards.scorers.remote import Remote
 
-SPOKEN = ("native", "vllm", "vllm-score", "openrlhf")
-TOLD = (
-    "a token for it, if it wants one, is read from the environment: CALIBRATED_REWARDS_TOKEN, and which server it is "
-    "for, as in CALIBRATED_REWARDS_TOKEN_URL=http://rm:8000. '$NAME' is an environment variable that holds the URL"
-)
-# Options that say how a model is loaded here, and what they are if nothing is said.
-LOADING: dict[str, Any] = {
+DIALECTS = ("native", "vllm", "vllm-score", "openrlhf")
+ENGINES = ("hf", "continuous", "vllm", "openai")
+# Options of a model that is loaded here, and of one on a server, with their defaults.
+LOADED: dict[str, Any] = {
     "kind": None,
     "option": [],
     "batch_tokens": None,
@@ -33,41 +31,229 @@ LOADING: dict[str, Any] = {
     "device": None,
     "trust_remote_code": False,
 }
+SERVED: dict[str, Any] = {"server": None, "served_model": None, "tokenizer": None}
+POLICY_LOADED: dict[str, Any] = {"policy_dtype": "auto", "policy_device": None, "policy_trust_remote_code": False}
+POLICY_SERVED: dict[str, Any] = {"policy_served_model": None, "policy_api": None}
+NO_SETTINGS = {"name_or_path": "--reward-model", "text": "--max-length and --chat-template"}
+LABELS_OF_NUMBERS: dict[str, Callable[[Any], Labels]] = {"expected": Expected, "weighted": Weighted}
+# Each number of a decoding with its type, metavar and help; the defaults are those of Decoding.
+DECODING: dict[str, tuple[Callable[[str], Any], str, str]] = {
+    "temperature": (Real(1e-4), "T", "divisor of the logits (default: 1)"),
+    "top_p": (
+        Real(0.0, 1.0, above=True),
+        "P",
+        "draw from the likeliest tokens of total probability P (default: 1, off)",
+    ),
+    "top_k": (Whole(0), "N", "draw from the N likeliest tokens (default: 0, off)"),
+    "min_p": (Real(0.0, 1.0), "P", "drop tokens less likely than P times the likeliest (default: 0, off)"),
+    "repetition_penalty": (Real(0.0, above=True), "X", "divisor for tokens that occurred already (default: 1, off)"),
+}
+OPTION_HELP = "another argument of load_scorer, such as --option mark=<extra_0>; the value is JSON, or else text"
+POLICY_OPTION_HELP = (
+    "another argument of the engine, such as --policy-option gpu_memory_utilization=0.8, or concurrency=64 for a "
+    "server; the value is JSON, or else text"
+)
+LABEL_HELP = (
+    "how several labels make one score: 3 (logit of that label), 1-0 (logit 1 minus logit 0), expected:1,2,3,4,5 "
+    "(their expected value), weighted:1,-0.5 (a weighted sum), ordinal (the expected class)"
+)
+COST_HELP = (
+    "the model's higher is worse (a cost or toxicity model): its score is multiplied by -1; --no-cost if the names of "
+    "its labels suggest that wrongly"
+)
+SERVER_HELP = (
+    "The token of the server, if it needs one, is read from CALIBRATED_REWARDS_TOKEN, and the\n"
+    "server that it is for from CALIBRATED_REWARDS_TOKEN_URL, such as http://rm:8000. '$NAME' as a\n"
+    "URL is the value of that environment variable."
+)
+POLICY_SERVER_HELP = (
+    "The token of the server, if it needs one, is read from CALIBRATED_REWARDS_POLICY_TOKEN, and\n"
+    "the server that it is for from CALIBRATED_REWARDS_POLICY_TOKEN_URL, such as http://host:8000;\n"
+    "for OpenAI's own hosts from OPENAI_API_KEY."
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--server and what it needs."""
-    group = parser.add_argument_group("reward model that is a URL", TOLD)
-    group.add_argument(
-        "--server", choices=SPOKEN, help="what it speaks; native, this library's own, if nothing is said"
-    )
-    group.add_argument("--served-model", metavar="NAME", help="the name it is served under")
-    group.add_argument("--tokenizer", metavar="PATH|ID", help="to render and cut text here (vllm, openrlhf)")
+def add_reward_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Add --reward-model and the options that load it; with `several`, it may be repeated as NAME=PATH."""
+    group = parser.add_argument_group("reward model")
+    place = "a folder, a name on the Hugging Face Hub, or the URL of a server"
+    if several:
+        text = f"{place}; repeat it as NAME=PATH for several, which share the options below"
+        group.add_argument("--reward-model", action="append", default=[], metavar="[NAME=]PATH|ID|URL", help=text)
+    else:
+        group.add_argument("--reward-model", required=True, metavar="PATH|ID|URL", help=place)
+    add = group.add_argument
+    add("--kind", help="the kind of model, where the checkpoint does not tell: judge, process, ...")
+    add("--option", action="append", default=[], type=parse_setting, metavar="NAME=VALUE", help=OPTION_HELP)
+    add("--label", type=parse_labels, metavar="HOW", help=LABEL_HELP)
+    add("--cost", action=argparse.BooleanOptionalAction, default=None, help=COST_HELP)
+    add("--max-length", type=Whole(2), metavar="TOKENS", help="longest input; default: what the model can read")
+    add("--chat-template", type=Path, metavar="FILE", help="a Jinja template in place of the tokenizer's")
+    add("--batch-tokens", type=Whole(1), metavar="TOKENS", help="tokens in a batch, padding included")
+    add("--dtype", default="auto", help="float32, bfloat16 (bf16) or float16 (fp16); default: auto, as saved")
+    add("--device", help="cpu, cuda, cuda:1 or mps; default: a GPU if there is one")
+    add("--revision", help="a branch, tag or commit on the Hub")
+    text = "run code that comes with a checkpoint or a saved reward"
+    add("--trust-remote-code", action="store_true", help=text)
+    group = parser.add_argument_group("reward model on a server", SERVER_HELP)
+    group.add_argument("--server", choices=DIALECTS, help="the server's API; default: native, this library's own")
+    group.add_argument("--served-model", metavar="NAME", help="the model's name on the server")
+    text = "a tokenizer to render and cut text here (vllm, openrlhf)"
+    group.add_argument("--tokenizer", metavar="PATH|ID", help=text)
+
+
+def check_cost(place: str, saved: Mapping[str, Any] | None, scorer: "Scorer") -> None:
+    """Refuse a reward model with --cost for scores that were made without, and the other way round."""
+    if not saved:
+        return
+    was_cost, is_cost = saved.get("kind") == "cost", fingerprint(scorer).get("kind") == "cost"
+    if was_cost and not is_cost:
+        raise ValueError(
+            f"{place} was made with --cost: its scores are the reward model's times -1, say --cost here too"
+        )
+    if is_cost and not was_cost:
+        raise ValueError(
+            f"{place} was made without --cost: its scores are the reward model's own, leave --cost out; or calibrate "
+            "with --cost under another name, --reward-model NAME=PATH"
+        )
+
+
+def check_costs(file: Path, scorers: Mapping[str, "Scorer"]) -> None:
+    """Refuse reward models whose --cost is not that of the run whose settings are in a file, if there is one."""
+    if file.is_file():
+        saved = json.loads(file.read_text(encoding="utf-8")).get("scorers", {})
+        for name, scorer in scorers.items():
+            check_cost(f"{file}: the scorer {name}", saved.get(name), scorer)
+
+
+def parse_labels(text: str) -> Labels:
+    """Parse --label.
+
+    >>> parse_labels("3"), parse_labels("1-0"), parse_labels("expected:1,2,3"), parse_labels("ordinal")
+    (Label(index=3), Difference(good=1, bad=0), Expected(values=(1.0, 2.0, 3.0)), Ordinal())
+    """
+    name, _, numbers = text.partition(":")
+    try:
+        if name in LABELS_OF_NUMBERS:
+            return LABELS_OF_NUMBERS[name](tuple(map(float, numbers.split(","))))
+        if text == "ordinal":
+            return Ordinal()
+        good, minus, bad = text.partition("-")
+        return Difference(int(good), int(bad)) if minus else Label(int(good))
+    except ValueError:
+        forms = "3, 1-0, expected:1,2,3, weighted:1,-0.5 or ordinal"
+        raise argparse.ArgumentTypeError(f"a label is {forms}, got {text!r}") from None
 
 
 def is_url(model: str) -> bool:
-    """Whether a reward model is a server."""
+    """Return True if a model is named by the URL of its server, or by a variable that holds one."""
     return model.lower().startswith(("http://", "https://")) or is_variable(model)
 
 
-def check_local(options: argparse.Namespace) -> None:
-    """Refuse, for a model that is loaded here, what is only said of servers."""
-    refuse(options, {"server": None, "served_model": None, "tokenizer": None}, "--reward-model is no URL")
+def load_reward_model(options: argparse.Namespace) -> "Scorer":
+    """Load the reward model that the options name."""
+    if is_url(options.reward_model):
+        from calibrated_rewards.models.server_address import token_for
+        from calibrated_rewards.scorers.remote import Remote
+
+        refuse_options(options, LOADED, "the server loads the model")
+        scorer = Remote(options.reward_model, choose_dialect(options), token=token_for(options.reward_model))
+        return Cost(scorer) if options.cost else scorer
+    refuse_options(options, SERVED, "--reward-model is no URL")
+    from calibrated_rewards.scorers.loading import load_scorer
+
+    return load_scorer(options.reward_model, **collect_settings(options))
 
 
-def load(options: argparse.Namespace, text: "Text | None") -> "Remote":
-    """The scorer that asks the server; the environment's token, if it is for that server."""
-    from calibrated_rewards.models.server_address import token_for
-    from calibrated_rewards.scorers.remote import Remote
+def load_reward_models(options: argparse.Namespace) -> "Scorer | dict[str, Scorer]":
+    """Load the reward model of a command that takes several; a dict if they are named."""
+    places = [split_name(each) for each in options.reward_model]
+    names = [name for name, _ in places]
+    if names != [None] and (None in names or len({*names}) < len(names)):
+        raise ValueError(
+            f"of several, each --reward-model needs a name of its own, NAME=PATH; got {', '.join(options.reward_model)}"
+        )
+    scorers = {
+        name: load_reward_model(argparse.Namespace(**{**vars(options), "reward_model": place}))
+        for name, place in places
+    }
+    return scorers[None] if names == [None] else {str(name): scorer for name, scorer in scorers.items()}
 
-    refuse(options, LOADING, "the server loads the model")
-    return Remote(options.reward_model, dialect(options, text), token=token_for(options.reward_model))
+
+def collect_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Collect the arguments of `load_scorer`."""
+    settings = dict(options.option)
+    for name, instead in NO_SETTINGS.items():
+        if name in settings:
+            raise ValueError(f"--option {name}=...: there is no such option, {instead} say it")
+    names = ("kind", "cost", "batch_tokens", "dtype", "device", "revision", "trust_remote_code")
+    return {
+        **{name: getattr(options, name) for name in names},
+        "labels": options.label,
+        "text": make_text(options.chat_template, "--chat-template", options.max_length),
+        **settings,
+    }
 
 
-def reach(scorer: "Scorer", prompt: Any, completion: Any) -> None:
-    """Ask a server once, soon: one that is not there, or that refuses us, is no model that fails its checks."""
+def make_text(template: Path | None, option: str, max_length: int | None = None) -> "Text | None":
+    """Make the settings by which text becomes tokens; None if no option names one."""
+    if max_length is None and template is None:
+        return None
+    from calibrated_rewards.models.text import Text
+
+    return Text(max_length=max_length, template=read_text(template, option) if template else None)
+
+
+def choose_dialect(options: argparse.Namespace) -> Any:
+    """Choose the API of a reward model's server."""
+    from calibrated_rewards.models.server_address import HIDDEN, redact_url
+    from calibrated_rewards.scorers.remote import Native, OpenRlhf
+    from calibrated_rewards.scorers.remote_vllm import Vllm, VllmScore
+
+    text = make_text(options.chat_template, "--chat-template", options.max_length)
+    server = options.server or DIALECTS[0]
+    if server.startswith("vllm") and not options.served_model:
+        raise ValueError("vLLM asks for the name that a model is served under: say --served-model NAME")
+    check_server_options(options, server, text)
+    url = redact_url(options.reward_model)
+    if not options.served_model and HIDDEN in url:
+        raise ValueError(f"{url} may have a token in its path, so it names no model: say --served-model NAME")
+    name = options.served_model or url
+    reading: dict[str, Any] = {} if text is None else {"text": text}
+    if options.tokenizer:
+        reading["tokenizer"] = load_tokenizer(options.tokenizer, options.revision)
+    if server == "vllm":
+        return Vllm(name, labels=options.label, **reading)
+    if server == "openrlhf":
+        return OpenRlhf(name, **reading)
+    return VllmScore(name) if server == "vllm-score" else Native(name)
+
+
+def check_server_options(options: argparse.Namespace, server: str, text: "Text | None") -> None:
+    """Refuse options that have no effect on a server, or that lack another one."""
+    if server != "vllm":
+        refuse_options(options, {"label": None}, f"--server {server} makes one score of them itself")
+    if server not in ("vllm", "openrlhf"):
+        if text is not None or options.tokenizer:
+            raise ValueError(f"--server {server} renders text itself: no --tokenizer, --max-length, --chat-template")
+    elif text is not None and not options.tokenizer:
+        raise ValueError("--max-length and --chat-template need the reward model's tokenizer: say --tokenizer PATH|ID")
+    if not options.tokenizer:
+        refuse_options(options, {"revision": None}, "for a server, it is the revision of --tokenizer")
+
+
+def load_tokenizer(place: str, revision: str | None) -> Any:
+    """Load a tokenizer that renders text for a server."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(place, **({} if revision is None else {"revision": revision}))
+
+
+def check_server(scorer: "Scorer", prompt: Any, completion: Any) -> None:
+    """Ask a reward model's server once: raise now if it is not there or refuses access, before any check fails."""
     try:
-        from calibrated_rewards.scorers.remote import Refused, Remote
+        from calibrated_rewards.models.http_client import Refused
+        from calibrated_rewards.scorers.remote import Remote
     except ImportError:
         return
     if isinstance(scorer, Cost):
@@ -79,217 +265,99 @@ def reach(scorer: "Scorer", prompt: Any, completion: Any) -> None:
     except Refused:
         raise
     except ValueError:
-        return  # it answers: what is wrong with its answers is for the checks to say
+        return  # it answers: the checks report what is wrong with its answers
 
 
-def dialect(options: argparse.Namespace, text: "Text | None") -> Any:
-    """How the server is asked."""
-    from calibrated_rewards.scorers.remote import Native, OpenRlhf
-    from calibrated_rewards.scorers.remote_vllm import Vllm, VllmScore
-
-    server = options.server or SPOKEN[0]
-    if server.startswith("vllm") and not options.served_model:
-        raise ValueError("vLLM asks for the name that a model is served under: say --served-model NAME")
-    check_applicable(options, server, text)
-    name = options.served_model or _name_in(options.reward_model)
-    reading: dict[str, Any] = {} if text is None else {"text": text}
-    if options.tokenizer:
-        from transformers import AutoTokenizer
-
-        reading["tokenizer"] = AutoTokenizer.from_pretrained(options.tokenizer, revision=options.revision)
-    if server == "vllm":
-        return Vllm(name, labels=options.label, **reading)
-    if server == "openrlhf":
-        return OpenRlhf(name, **reading)
-    return VllmScore(name) if server == "vllm-score" else Native(name)
-
-
-def _name_in(url: str) -> str:
-    """What a model is called that only its url names."""
-    from calibrated_rewards.models.server_address import HIDDEN, shown
-
-    if HIDDEN in shown(url):
-        raise ValueError(f"{shown(url)} may have a token in its path, so it names no model: say --served-model NAME")
-    return shown(url)
-
-
-def check_applicable(options: argparse.Namespace, server: str, text: "Text | None") -> None:
-    """Refuse what would have no effect on a kind of server."""
-    if server != "vllm":
-        refuse(options, {"label": None}, f"--server {server} makes one score of them itself")
-    if server not in ("vllm", "openrlhf"):
-        if text is not None or options.tokenizer:
-            raise ValueError(f"--server {server} renders text itself: no --tokenizer, --max-length, --chat-template")
-    elif text is not None and not options.tokenizer:
-        raise ValueError("--max-length and --chat-template need the reward model's tokenizer: say --tokenizer PATH|ID")
-    if not options.tokenizer:
-        refuse(options, {"revision": None}, "for a server, it is the revision of --tokenizer")
+def add_policy_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add --policy, the options that load it, and those of its decoding."""
+    add = parser.add_argument_group("reference policy").add_argument
+    text = "a folder, a name on the Hugging Face Hub, or the URL of a server"
+    add("--policy", required=required, metavar="PATH|ID|URL", help=text)
+    text = "what generates; default: hf, or openai (any server with its API) for a URL"
+    add("--engine", choices=ENGINES, help=text)
+    add("--policy-dtype", default="auto", metavar="DTYPE", help="as --dtype, for the policy; default: auto, as saved")
+    add("--policy-device", metavar="DEVICE", help="as --device, for the policy; default: a GPU if there is one")
+    add("--policy-revision", metavar="REVISION", help="a branch, tag or commit on the Hub")
+    add("--policy-tokenizer", metavar="PATH|ID", help="its tokenizer, where that does not lie beside it")
+    add("--policy-chat-template", type=Path, metavar="FILE", help="a Jinja template in place of the tokenizer's")
+    add("--policy-trust-remote-code", action="store_true", help="run code that comes with the policy")
+    setting: dict[str, Any] = {"action": "append", "default": [], "type": parse_setting, "metavar": "NAME=VALUE"}
+    add("--policy-option", help=POLICY_OPTION_HELP, **setting)
+    group = parser.add_argument_group("reference policy on a server", POLICY_SERVER_HELP)
+    group.add_argument("--policy-served-model", metavar="NAME", help="the policy's name on the server")
+    text = "completions: text, or tokens by --policy-tokenizer (default); chat: the server renders messages"
+    group.add_argument("--policy-api", choices=("completions", "chat"), help=text)
+    group = parser.add_argument_group("decoding", "As in training: with other settings it is another policy.")
+    text = "longest completion, in tokens"
+    group.add_argument("--max-tokens", type=Whole(1), required=required, metavar="N", help=text)
+    defaults = {each.name: each.default for each in fields(Decoding)}
+    for name, (kind, metavar, text) in DECODING.items():
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, type=kind, default=defaults[name], metavar=metavar, help=text)
+    text = "a text that ends a completion; may be repeated"
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help=text)
 
 
-def refuse(options: argparse.Namespace, usual: dict[str, Any], why: str) -> None:
-    """An error for the options that were said, though they have no effect."""
-    said = [f"--{name.replace('_', '-')}" for name, value in usual.items() if getattr(options, name) != value]
-    if said:
-        raise ValueError(f"{', '.join(said)}: {why}, leave {'it' if len(said) == 1 else 'them'} out")
-
-
-def add_arguments_of_reward_model(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """--reward-model, and all that says how it is loaded and read; with `several`, NAME=PATH for each."""
-    group = parser.add_argument_group("reward model")
-    if several:
-        group.add_argument(
-            "--reward-model", action="append", default=[], metavar="[NAME=]PATH|ID|URL", help=SEVERAL_HELP
-        )
-    else:
-        group.add_argument(
-            "--reward-model", required=True, metavar="PATH|ID|URL", help="a folder, an id of the Hub, a server"
-        )
-    group.add_argument("--kind", help="what it is, where looking at the checkpoint does not tell: judge, process, ...")
-    group.add_argument("--option", action="append", default=[], type=named, metavar="NAME=VALUE", help=OPTION_HELP)
-    group.add_argument("--label", type=labels, metavar="HOW", help=LABEL_HELP)
-    group.add_argument("--cost", action=argparse.BooleanOptionalAction, default=None, help=COST_HELP)
-    group.add_argument(
-        "--max-length", type=Whole(2), metavar="TOKENS", help="most tokens of an input; what the model can read"
-    )
-    group.add_argument(
-        "--chat-template", type=Path, metavar="FILE", help="a Jinja template in place of the tokenizer's"
-    )
-    group.add_argument("--batch-tokens", type=Whole(1), metavar="TOKENS", help="tokens in a batch, padding included")
-    group.add_argument("--dtype", default="auto", help="float32, bfloat16 (bf16), float16 (fp16); auto: as saved")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps; a GPU if there is one")
-    group.add_argument("--revision", help="a branch, tag or commit of the Hub")
-    group.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with a checkpoint or a saved reward"
-    )
-    add_arguments(parser)
-
-
-SEVERAL_HELP = (
-    "a folder, an id of the Hub, a server; with a name, once for each of several, which share the options below "
-    "(others: run again, with another name)"
-)
-OPTION_HELP = "what else load_scorer takes, such as --option mark=<extra_0>; JSON, or text that is none"
-LABEL_HELP = (
-    "how several labels make one score: 3 (that label's logit), 1-0 (logit 1 minus logit 0), expected:1,2,3,4,5 "
-    "(their mean value), weighted:1,-0.5 (a weighted sum), ordinal (the expected class)"
-)
-COST_HELP = (
-    "higher is worse (a cost model, a toxicity model): the score is minus what the model gives; --no-cost where names "
-    "of labels ask and it is meant as it is"
-)
-
-
-def load_of_reward_model(options: argparse.Namespace) -> "Scorer":
-    """The scorer that the options name."""
-    if is_url(options.reward_model):
-        remote = load(options, text(options.max_length, options.chat_template))
-        return Cost(remote) if options.cost else remote
-    check_local(options)
-    from calibrated_rewards.scorers.loading import load_scorer
-
-    return load_scorer(options.reward_model, **settings(options))
-
-
-def load_several(options: argparse.Namespace) -> "Scorer | dict[str, Scorer]":
-    """The scorer that the options name, or a scorer for each name."""
-    named_ones = [_named_model(given) for given in options.reward_model]
-    names = [name for name, _ in named_ones]
-    if names == [None]:
-        return load_of_reward_model(_only(options, named_ones[0][1]))
-    if None in names or len({*names}) < len(names):
+def build_decoding(options: argparse.Namespace) -> Decoding:
+    """Build the decoding that the options name."""
+    if options.max_tokens is None:
         raise ValueError(
-            f"of several, each --reward-model needs a name of its own, NAME=PATH; got {', '.join(options.reward_model)}"
+            "sampling needs --max-tokens N, the most tokens of a completion: give the trainer's own number"
         )
-    return {str(name): load_of_reward_model(_only(options, place)) for name, place in named_ones}
+    numbers = {name: getattr(options, name) for name in DECODING}
+    return Decoding(max_tokens=options.max_tokens, stop=tuple(options.stop), **numbers)
 
 
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What `load_scorer` is told."""
-    given = dict(options.option)
-    for name, instead in {"name_or_path": "--reward-model", "text": "--max-length and --chat-template"}.items():
-        if name in given:
-            raise ValueError(f"--option {name}=...: there is no such option, {instead} say it")
-    return {
-        "kind": options.kind,
-        "labels": options.label,
-        "cost": options.cost,
-        "text": text(options.max_length, options.chat_template),
-        "batch_tokens": options.batch_tokens,
-        "dtype": options.dtype,
-        "device": options.device,
-        "revision": options.revision,
-        "trust_remote_code": options.trust_remote_code,
-        **given,
-    }
+def load_policy(options: argparse.Namespace, place: str | None = None, decoding: Decoding | None = None) -> "Sampler":
+    """Load the policy that the options name; or another one, or with another decoding, by the same options."""
+    place = options.policy if place is None else place
+    if place is None:
+        raise ValueError("sampling needs --policy PATH|ID|URL")
+    decoding, url = decoding or build_decoding(options), is_url(place)
+    engine: Any = options.engine or ("openai" if url else "hf")
+    if url != (engine == "openai"):
+        from calibrated_rewards.models.server_address import redact_url
 
+        name = redact_url(place) if url else place  # a URL may hold a secret
+        raise ValueError(f"--engine openai and a URL belong together, got --policy {name} --engine {engine}")
+    text = make_text(options.policy_chat_template, "--policy-chat-template")
+    if url:
+        return _connect_policy(options, place, decoding, text)
+    refuse_options(options, POLICY_SERVED, "--policy is no URL")
+    if engine == "vllm":
+        why = "vLLM takes the GPUs that it sees (CUDA_VISIBLE_DEVICES)"
+        refuse_options(options, {"policy_device": None}, why)
+    from calibrated_rewards.samplers.loading import load_sampler
 
-def named(setting: str) -> tuple[str, Any]:
-    """A name and its value.
-
-    >>> named("step_tokens=[3, 5]"), named("mark=<extra_0>")
-    (('step_tokens', [3, 5]), ('mark', '<extra_0>'))
-    """
-    name, equals, value = setting.partition("=")
-    if not name.isidentifier() or not equals:
-        said = f"{name}=..." if equals else name  # the value may be a key or a token
-        raise argparse.ArgumentTypeError(f"an option is NAME=VALUE, NAME of letters, digits and _, got {said!r}")
+    settings = {"device": options.policy_device, "tokenizer": options.policy_tokenizer}
     try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
+        return load_sampler(
+            place,
+            decoding,
+            engine=engine,
+            text=text,
+            dtype=options.policy_dtype,
+            revision=options.policy_revision,
+            trust_remote_code=options.policy_trust_remote_code,
+            **{name: value for name, value in settings.items() if value is not None},
+            **dict(options.policy_option),
+        )
+    except TypeError as error:  # an option that the engine does not know
+        raise TypeError(error_text(error, "--policy-option {name}={value}")) from error
 
 
-def text(max_length: int | None, template: Path | None) -> "Text | None":
-    """How text becomes tokens, if anything was said about it."""
-    from calibrated_rewards.models.text import Text
+def _connect_policy(options: argparse.Namespace, url: str, decoding: Decoding, text: "Text | None") -> "Sampler":
+    refuse_options(options, POLICY_LOADED, "the server loads the policy")
+    if not options.policy_served_model:
+        raise ValueError("a server asks for the name that a model is served under: say --policy-served-model NAME")
+    reading: dict[str, Any] = {} if text is None else {"text": text}
+    if options.policy_tokenizer:
+        reading["tokenizer"] = load_tokenizer(options.policy_tokenizer, options.policy_revision)
+    else:
+        why = "for a server, it is the revision of --policy-tokenizer"
+        refuse_options(options, {"policy_revision": None}, why)
+    from calibrated_rewards.samplers.openai import OpenAISampler
 
-    if max_length is None and template is None:
-        return None
-    return Text(max_length=max_length, template=read_text(template, "--chat-template") if template else None)
-
-
-def read_text(file: Path, option: str) -> str:
-    """A file that an option names, in UTF-8, with or without a byte order mark."""
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise type(error)(f"{option} {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{option} {file} is no text in UTF-8: {error.reason} at byte {error.start}") from error
-
-
-def labels(how: str) -> Labels:
-    """What `--label` says.
-
-    >>> labels("3"), labels("1-0"), labels("expected:1,2,3"), labels("ordinal")
-    (Label(index=3), Difference(good=1, bad=0), Expected(values=(1.0, 2.0, 3.0)), Ordinal())
-    """
-    name, _, numbers = how.partition(":")
-    try:
-        if name in WITH_NUMBERS:
-            return WITH_NUMBERS[name](tuple(map(float, numbers.split(","))))
-        if how == "ordinal":
-            return Ordinal()
-        good, minus, bad = how.partition("-")
-        return Difference(int(good), int(bad)) if minus else Label(int(good))
-    except ValueError:
-        wanted = "3, 1-0, expected:1,2,3, weighted:1,-0.5 or ordinal"
-        raise argparse.ArgumentTypeError(f"a label is {wanted}, got {how!r}") from None
-
-
-def _named_model(given: str) -> tuple[str | None, str]:
-    """A name and a place; a place alone may be a URL with a "=" in it.
-
-    >>> _named_model("safe=org/model"), _named_model("http://host/?a=b")
-    (('safe', 'org/model'), (None, 'http://host/?a=b'))
-    """
-    name, equals, place = given.partition("=")
-    named_one = bool(equals) and not any(letter in name for letter in "/:?\\")
-    return (name, place) if named_one else (None, given)
-
-
-def _only(options: argparse.Namespace, place: str) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(options), "reward_model": place})
-
-
-WITH_NUMBERS: dict[str, Callable[[Any], Labels]] = {"expected": Expected, "weighted": Weighted}
+    api = options.policy_api or "completions"
+    name = options.policy_served_model
+    return OpenAISampler(url, name, decoding, api, **reading, **dict(options.policy_option))

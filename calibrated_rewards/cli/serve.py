@@ -1,58 +1,63 @@
-"""`calibrated-rewards serve`: a calibrated reward over HTTP."""
+"""`calibrated-rewards serve`: answer requests for a calibrated reward over HTTP."""
 
 import argparse
 import os
+from collections.abc import Callable
+from typing import Any
 
-from calibrated_rewards.cli import saved_reward
-from calibrated_rewards.cli.errors import Real, Whole
+from calibrated_rewards.cli.options import Real, Whole, add_trust_option, open_reward
 
 EPILOG = """examples:
   calibrated-rewards serve reward/
   REWARD_TOKEN=$(openssl rand -hex 16) calibrated-rewards serve reward/ --host 0.0.0.0 --token-env REWARD_TOKEN
   curl -d '{"prompts": ["2+2="], "completions": ["4"]}' http://127.0.0.1:8900/score
 
-It speaks the dialects of OpenRLHF, LightRFT, slime and LLaMA-Factory, and its own: docs/guides/serve.md shows each. The
-token is sent as a header, or by clients that cannot in the URL: http://HOST:PORT/t/TOKEN/get_reward. On SIGTERM it
-takes no more connections, answers what it has accepted, and exits with 0."""
+The server has the APIs of OpenRLHF, LightRFT, slime and LLaMA-Factory, and its own: docs/guides/serve.md shows each.
+Clients send the token as a header; those that cannot put it into the URL: http://HOST:PORT/t/TOKEN/get_reward. On
+SIGTERM it accepts no more connections, answers the accepted requests, and exits with 0."""
+
+# Each limit with its type, metavar and help; the defaults are those of server.Limits.
+LIMITS: dict[str, tuple[str, Callable[[str], Any], str, str]] = {
+    "max_batch": ("batch", Whole(1), "N", "completions scored at once (64)"),
+    "max_queue": ("queue", Whole(1), "N", "completions that may wait; more are refused with 503 (8192)"),
+    "max_pairs": ("pairs", Whole(1), "N", "completions in a request (1024)"),
+    "max_body": ("body", Whole(1), "BYTES", "size of a request (16 MiB)"),
+    "seconds": ("answer_seconds", Real(0.0, above=True), "S", "time for an answer; longer is refused with 504 (110)"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    parser.add_argument("reward", help="a directory that save_pretrained wrote, or a name on the Hugging Face Hub")
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at: 127.0.0.1, this machine only")
-    parser.add_argument("--port", type=Whole(0, 65_535), default=8900, help="8900; 0 for any that is free")
-    parser.add_argument("--revision", help="of a reward on the Hub")
-    saved_reward.add_argument(parser)
-    group = parser.add_argument_group("who may ask")
+    """Add the options of `serve`."""
+    text = "a directory that `reward` or save_pretrained wrote, or a name on the Hugging Face Hub"
+    parser.add_argument("reward", help=text)
+    text = "the address to listen at (%(default)s, this machine only)"
+    parser.add_argument("--host", default="127.0.0.1", help=text)
+    text = "the port to listen at (%(default)s); 0 for any that is free"
+    parser.add_argument("--port", type=Whole(0, 65_535), default=8900, help=text)
+    parser.add_argument("--revision", help="a branch, tag or commit on the Hub")
+    add_trust_option(parser)
+    group = parser.add_argument_group("access")
     group.add_argument("--token-env", metavar="NAME", help="the environment variable that holds the token")
-    group.add_argument("--insecure", action="store_true", help="no token, though others can reach --host")
-    group.add_argument("--no-verify", action="store_true", help="do not score the table's probes first")
+    group.add_argument("--insecure", action="store_true", help="need no token, although others can reach --host")
+    group.add_argument(
+        "--no-verify", action="store_true", help="do not score the table's probes before the first request"
+    )
     group = parser.add_argument_group("limits")
-    group.add_argument("--max-batch", type=Whole(1), metavar="N", help="completions that are scored at once: 64")
-    group.add_argument("--max-queue", type=Whole(1), metavar="N", help="completions that wait, before 503: 8192")
-    group.add_argument("--max-pairs", type=Whole(1), metavar="N", help="completions of a request: 1024")
-    group.add_argument("--max-body", type=Whole(1), metavar="BYTES", help="of a request: 16 MiB")
-    group.add_argument("--seconds", type=Real(0.0, above=True), metavar="S", help="for an answer, before 504: 110")
+    for name, (_, kind, metavar, text) in LIMITS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Load the reward, verify it, and answer until told to stop."""
-    from calibrated_rewards.server.app import Limits, serve
-    from calibrated_rewards.server.listening import check_address
+    """Load the reward, verify it, and answer requests until stopped."""
+    from calibrated_rewards.server import Limits, serve
+    from calibrated_rewards.server.access import check_address
 
-    given = {
-        "batch": options.max_batch,
-        "queue": options.max_queue,
-        "pairs": options.max_pairs,
-        "body": options.max_body,
-        "answer_seconds": options.seconds,
-    }
-    limits = Limits(**{name: value for name, value in given.items() if value is not None})
-    token = token_of(options.token_env)
+    values = {field: getattr(options, name) for name, (field, *_) in LIMITS.items()}
+    limits = Limits(**{name: value for name, value in values.items() if value is not None})
+    token = read_token(options.token_env)
     check_address(options.host, token, options.insecure)  # before a model is loaded
-    reward = saved_reward.open_reward(options.reward, trust=options.trust_remote_code, revision=options.revision)
     serve(
-        reward,
+        open_reward(options.reward, trust=options.trust_remote_code, revision=options.revision),
         options.host,
         options.port,
         token=token,
@@ -63,8 +68,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def token_of(name: str | None) -> str | None:
-    """The token in an environment variable: on a command line, everybody on the machine could read it."""
+def read_token(name: str | None) -> str | None:
+    """Read the token from an environment variable: a command line shows it to everybody on the machine."""
     if name is None:
         return None
     if not os.environ.get(name):

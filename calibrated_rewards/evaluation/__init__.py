@@ -1,7 +1,10 @@
-"""What to expect of training before it, and what came of it after: win rates and KL, with their errors.
+"""Evaluation: win rates and KL with their errors, expected before training and measured after it.
 
-`win_rate` and `predict` work on samples; `evaluate` draws, judges and compares policies; `reweighted` is the frontier
-of any reward without training; `expect` says what training on a table gives; `report` is one page of all of it.
+- `estimates`, `win_rate`: averages over prompts with intervals; `win_rate` and `predict` work on samples.
+- `policies`, `responses`, `kl`: `evaluate` draws from policies, scores, and compares them with their reference.
+- `frontier`, `weighted_rollouts`, `objectives`: `estimate_frontier` compares objectives without any training.
+- `expectations`, `table_laws`: `expect` predicts beta, KL and win rate of training on a table.
+- `results`, `wording`, `plots`, `report`: results in print, JSON, figures and one page of HTML.
 """
 
 from importlib import import_module
@@ -12,11 +15,19 @@ from calibrated_rewards.evaluation.win_rate import Prediction as Prediction, pre
 
 if TYPE_CHECKING:
     from calibrated_rewards.evaluation.expectations import Expectation as Expectation, expect as expect
-    from calibrated_rewards.evaluation.frontier import reweighted as reweighted
+    from calibrated_rewards.evaluation.frontier import estimate_frontier as estimate_frontier
     from calibrated_rewards.evaluation.policies import evaluate as evaluate
+    from calibrated_rewards.evaluation.results import Evaluation as Evaluation, FrontierEstimate as FrontierEstimate
 
-# Loaded when they are asked for: they bring heavy libraries.
-LAZY = {"evaluate": "policies", "reweighted": "frontier", "Expectation": "expectations", "expect": "expectations"}
+# Loaded on first use: they bring heavy libraries.
+LAZY = {
+    "evaluate": "policies",
+    "Evaluation": "results",
+    "estimate_frontier": "frontier",
+    "FrontierEstimate": "results",
+    "Expectation": "expectations",
+    "expect": "expectations",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,13 +1,13 @@
-"""Estimates over prompts: the responses they come from, and their errors.
+"""Averages over prompts, with standard errors and confidence intervals.
 
-Responses are noisy within a prompt, and prompts are a sample themselves; an `Estimate` has an error for each.
+Responses are noisy within a prompt, and the prompts are a sample too; an `Estimate` has an error for each of the two.
+An `IntervalEstimate` is the short form that results print and files hold.
 
 >>> Estimate(np.array([0.5, 0.75, 1.0]))
 Estimate(0.750 ± 0.144 over 3 prompts)
+"""
 
-Intervals of many estimates over the same prompts: the prompts are drawn again once, for all of them."""
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite, nan, sqrt
@@ -19,16 +19,19 @@ from jaxtyping import Float, Int
 from scipy.special import ndtri, stdtrit
 
 Array: TypeAlias = npt.NDArray[np.float64]
-FEW = 20
-"""Prompts below which intervals cover less than they say where per-prompt values are skewed."""
+FEW_PROMPTS = 20
+"""Below this many prompts intervals cover too rarely where per-prompt values are skewed."""
+# A narrower interval is rounding error: the values of all prompts are equal.
+NO_WIDTH = 1e-9
+RESAMPLES = 10_000
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
 class Samples:
-    """The responses of one policy: for each prompt a pool of scores, by which the procedure selects and a judge judges.
+    """The scores of one policy's responses: a row a prompt, by the scorer that selects and by the one that judges.
 
-    Both are P rows, of one length or ragged; `judge` is `select` itself unless given. Make one object of a policy's
-    responses and hand it to every comparison: `difference` then knows that they are shared.
+    Rows may differ in length; without `judge` the selecting scores judge. Make one object of a policy's responses and
+    pass it to every comparison: `difference` then knows that they are shared.
 
     >>> Samples(select=[[0.1, 0.4], [0.3]], judge=[[2.0, 5.0], [3.0]])
     Samples(P=2, m=1..2)
@@ -38,8 +41,8 @@ class Samples:
     judge: tuple[Array, ...]
 
     def __init__(self, select: Iterable[npt.ArrayLike], judge: Iterable[npt.ArrayLike] | None = None) -> None:
-        selecting = _rows("select", select)
-        judging = selecting if judge is None else _rows("judge", judge)
+        selecting = _check_rows("select", select)
+        judging = selecting if judge is None else _check_rows("judge", judge)
         if len(selecting) != len(judging):
             raise ValueError(f"Samples needs a judge for each prompt, got {len(selecting)} and {len(judging)} rows.")
         for prompt, (s, j) in enumerate(zip(selecting, judging, strict=True)):
@@ -61,7 +64,7 @@ class Samples:
         return np.array([row.size for row in self.select])
 
 
-def _rows(name: str, scores: Iterable[npt.ArrayLike]) -> tuple[Array, ...]:
+def _check_rows(name: str, scores: Iterable[npt.ArrayLike]) -> tuple[Array, ...]:
     rows = tuple(np.array(row, np.float64) for row in scores)
     if not rows:
         raise ValueError(f"Samples needs at least one prompt, got {name} without rows.")
@@ -76,7 +79,7 @@ def _rows(name: str, scores: Iterable[npt.ArrayLike]) -> tuple[Array, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Influence:
-    """The estimate for each prompt without each response of `samples` in turn, up to a constant, prompts end to end."""
+    """Leave-one-out estimates of each prompt, for the jackknife: up to a constant, prompts end to end."""
 
     samples: Samples
     without: Float[np.ndarray, " responses"]
@@ -87,10 +90,10 @@ class Estimate:
     """An average over prompts, with its two errors.
 
     `standard_error` is for the average over all prompts like these, and contains the noise of the responses;
-    `sampling_error` for these very prompts, had the responses been others. The latter is a jackknife: on average never
-    too small, and too large where N is near m (by 7 % at N = 4 of m = 16, by a third at 7 of 8), when it can exceed the
-    former. What the data cannot tell is nan: the former from one prompt, the latter without a jackknife or where a pool
-    is no larger than the procedure's draws.
+    `sampling_error` is for these very prompts with other responses. The latter is a jackknife: on average never too
+    small, and too large where N is near m (by 7 % at N = 4 of m = 16, by a third at 7 of 8), when it can exceed the
+    former. An error that cannot be computed is nan: the former from one prompt, the latter without a jackknife or
+    where a pool is no larger than the procedure's draws.
     """
 
     per_prompt: Float[np.ndarray, " P"]
@@ -103,13 +106,13 @@ class Estimate:
 
     @property
     def standard_error(self) -> float:
-        """By the spread between prompts: they are the clusters in which responses are drawn."""
+        """The standard error by the spread between prompts, the clusters in which responses are drawn."""
         prompts = len(self.per_prompt)
         return float(self.per_prompt.std(ddof=1)) / sqrt(prompts) if prompts > 1 else nan
 
     @cached_property
     def sampling_error(self) -> float:
-        """By the jackknife: each response left out in turn, in every place where its pool occurs at once."""
+        """The error of the responses by the jackknife: each is left out in turn, wherever its pool occurs."""
         if not self.influences:
             return nan
         variance = np.zeros_like(self.per_prompt)
@@ -122,7 +125,7 @@ class Estimate:
         return sqrt(variance.sum()) / len(self.per_prompt)
 
     def interval(self, level: float = 0.95, method: str = "bootstrap", seed: int = 0) -> tuple[float, float]:
-        """Confidence interval for the average over all prompts like these.
+        """Compute a confidence interval for the average over all prompts like these.
 
         "bootstrap": percentiles over resampled prompts, stretched from the mean by `small_sample_factor`; "normal":
         `standard_error` and Student's t with P - 1 degrees of freedom. Where all prompts agree both have no width.
@@ -137,7 +140,8 @@ class Estimate:
             half = float(stdtrit(prompts - 1, 1 - tail)) * self.standard_error
             return self.value - half, self.value + half
         if method == "bootstrap":
-            ends = np.quantile(_resampled_means(self.per_prompt, seed), [tail, 1 - tail])
+            means = [self.per_prompt[drawn].mean(axis=1) for drawn in _resamples(prompts, seed)]
+            ends = np.quantile(np.concatenate(means), [tail, 1 - tail])
             low, high = self.value + small_sample_factor(prompts, level) * (ends - self.value)
             return float(low), float(high)
         raise ValueError(f'interval needs method "bootstrap" or "normal", got method={method!r}.')
@@ -153,7 +157,7 @@ class Estimate:
 
 
 def small_sample_factor(prompts: int, level: float = 0.95) -> float:
-    """How much wider than its percentiles the bootstrap's interval of a mean has to be: t / z * sqrt(n / (n - 1)).
+    """Factor that widens the bootstrap's percentile interval of a mean for few prompts: t / z * sqrt(n / (n - 1)).
 
     Resampled means vary by (n - 1) / n of what the variance is estimated to be, and their percentiles are those of a
     variance that is known: of normal values this makes the interval Student's t, at any number of prompts.
@@ -165,46 +169,45 @@ def small_sample_factor(prompts: int, level: float = 0.95) -> float:
     return float(stdtrit(prompts - 1, 1 - tail) / ndtri(1 - tail) * sqrt(prompts / (prompts - 1)))
 
 
-def _resampled_means(values: Float[np.ndarray, " P"], seed: int, resamples: int = 10_000) -> Float[np.ndarray, " B"]:
-    """Means of prompts drawn with replacement, in chunks of at most a million draws."""
-    rng = np.random.default_rng(seed)
-    chunk = max(1, 1_000_000 // len(values))
-    sizes = [min(chunk, resamples - done) for done in range(0, resamples, chunk)]
-    return np.concatenate([values[rng.integers(len(values), size=(n, len(values)))].mean(axis=1) for n in sizes])
+def _resamples(prompts: int, seed: int) -> Iterator[Int[np.ndarray, "B P"]]:
+    """Draw prompts with replacement, `RESAMPLES` times, in chunks of at most a million numbers."""
+    rng, chunk = np.random.default_rng(seed), max(1, 1_000_000 // prompts)
+    for done in range(0, RESAMPLES, chunk):
+        yield rng.integers(prompts, size=(min(chunk, RESAMPLES - done), prompts))
 
 
 def difference(a: Estimate, b: Estimate) -> Estimate:
-    """How much larger a is than b on the same prompts in the same order: paired, so what prompts share cancels.
+    """Subtract b from a, estimates on the same prompts in the same order: paired, so what prompts share cancels.
 
     Responses count as shared where both estimates were made from the same `Samples` object, else as independent.
     """
     if len(a.per_prompt) != len(b.per_prompt):
         raise ValueError(f"difference needs the same prompts, got {len(a.per_prompt)} and {len(b.per_prompt)}.")
     negated = tuple(Influence(influence.samples, -influence.without) for influence in b.influences)
-    known = a.influences and b.influences
-    return Estimate(a.per_prompt - b.per_prompt, a.influences + negated if known else ())
+    jackknifed = a.influences and b.influences
+    return Estimate(a.per_prompt - b.per_prompt, a.influences + negated if jackknifed else ())
 
 
 @dataclass(frozen=True)
-class Stated:
-    """An estimate as reports state and files keep it: the mean over prompts, and how far off it may be.
+class IntervalEstimate:
+    """An estimate as results print it and files hold it: the mean over prompts, and its confidence interval.
 
-    >>> Stated.of(Estimate(np.array([0.5, 0.75, 1.0, 0.25, 0.5])))
-    Stated(value=0.6, low=0.28..., high=0.91..., standard_error=0.127..., prompts=5)
-    >>> print(Stated.of(Estimate(np.array([0.5]))))
+    >>> IntervalEstimate.of(Estimate(np.array([0.5, 0.75, 1.0, 0.25, 0.5])))
+    IntervalEstimate(value=0.6, low=0.28..., high=0.91..., standard_error=0.127..., prompts=5)
+    >>> print(IntervalEstimate.of(Estimate(np.array([0.5]))))
     0.500
     """
 
     value: float
     low: float | None
-    """The interval for the mean over all prompts like these, clustered by prompt; None from a single prompt."""
+    """Lower end of the interval for the mean over all prompts like these, clustered by prompt; None from one prompt."""
     high: float | None
     standard_error: float | None
     prompts: int
 
     @classmethod
-    def of(cls, estimate: Estimate, level: float = 0.95) -> "Stated":
-        """By the bootstrap over prompts."""
+    def of(cls, estimate: Estimate, level: float = 0.95) -> "IntervalEstimate":
+        """Compute the interval by the bootstrap over prompts."""
         prompts = len(estimate.per_prompt)
         if prompts < 2:
             return cls(estimate.value, None, None, None, prompts)
@@ -212,55 +215,58 @@ class Stated:
         return cls(estimate.value, low, high, estimate.standard_error, prompts)
 
     @classmethod
-    def read(cls, says: Mapping[str, Any]) -> "Stated":
-        """What JSON has of one; a ValueError unless it is numbers."""
-        for name, number in says.items():
-            known = isinstance(number, int | float) and not isinstance(number, bool) and isfinite(number)
-            if not known and (number is not None or name in ("value", "prompts")):
+    def from_json(cls, fields: Mapping[str, Any]) -> "IntervalEstimate":
+        """Read the fields that a JSON file holds; ValueError if one is not a finite number."""
+        for name, number in fields.items():
+            finite = isinstance(number, int | float) and not isinstance(number, bool) and isfinite(number)
+            if not finite and (number is not None or name in ("value", "prompts")):
                 raise ValueError(f"an estimate has finite numbers, got {name}={number!r}")
-        return cls(**says)
+        return cls(**fields)
 
-    def within(self, least: float, most: float) -> "Stated":
-        """The same with an interval that ends where the values do: a stretched bootstrap may go further.
+    def clip(self, least: float, most: float) -> "IntervalEstimate":
+        """End the interval where possible values end: a stretched bootstrap may go further.
 
-        >>> print(Stated(0.9, 0.7, 1.1, 0.1, 5).within(0.0, 1.0))
+        >>> print(IntervalEstimate(0.9, 0.7, 1.1, 0.1, 5).clip(0.0, 1.0))
         0.900 [0.700, 1.000]
         """
         if self.low is None or self.high is None:
             return self
         return replace(self, low=max(self.low, least), high=min(self.high, most))
 
+    def excludes(self, value: float) -> bool:
+        """Tell whether the interval leaves a value out; never true without an interval, or for one without width.
+
+        >>> ends = (0.1, 0.3), (0.0, 0.3), (None, None), (0.2, 0.2)
+        >>> [IntervalEstimate(0.2, low, high, 0.1, 30).excludes(0.0) for low, high in ends]
+        [True, False, False, False]
+        """
+        if self.low is None or self.high is None or self.high - self.low <= NO_WIDTH:
+            return False
+        return self.low > value or self.high < value
+
     def __str__(self) -> str:
         return f"{self.value:.3f}" + ("" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]")
 
 
-def stated(per_prompt: Float[np.ndarray, "P columns"], level: float = 0.95) -> list[Stated]:
-    """Each column as `Stated.of(Estimate(column))` has it, in the time of a few.
+def estimate_columns(per_prompt: Float[np.ndarray, "P columns"], level: float = 0.95) -> list[IntervalEstimate]:
+    """Estimate each column as `IntervalEstimate.of(Estimate(column))` does, from one set of resampled prompts.
 
-    >>> stated(np.array([[0.5, 0.0], [0.75, 0.0], [1.0, 0.5], [0.25, 0.5], [0.5, 0.25]]))[0]
-    Stated(value=0.6, low=0.28..., high=0.91..., standard_error=0.127..., prompts=5)
+    >>> estimate_columns(np.array([[0.5, 0.0], [0.75, 0.0], [1.0, 0.5], [0.25, 0.5], [0.5, 0.25]]))[0]
+    IntervalEstimate(value=0.6, low=0.28..., high=0.91..., standard_error=0.127..., prompts=5)
     """
-    columns = [Estimate(column) for column in per_prompt.T]
-    if len(per_prompt) < 2:
-        return [Stated.of(column) for column in columns]
+    columns, prompts = [Estimate(column) for column in per_prompt.T], len(per_prompt)
+    if prompts < 2:
+        return [IntervalEstimate.of(column) for column in columns]
+    resampled = []
+    for drawn in _resamples(prompts, seed=0):
+        # A mean needs no more than how often each prompt is drawn.
+        cells = drawn + prompts * np.arange(len(drawn))[:, None]
+        times = np.bincount(cells.ravel(), minlength=prompts * len(drawn)).reshape(-1, prompts)
+        resampled.append(times.astype(np.float64) @ per_prompt / prompts)
     tail, means = (1 - level) / 2, per_prompt.mean(axis=0)
-    ends = np.quantile(_means(per_prompt), [tail, 1 - tail], axis=0)
-    lows, highs = (means + small_sample_factor(len(per_prompt), level) * (ends - means)).tolist()
+    ends = np.quantile(np.concatenate(resampled), [tail, 1 - tail], axis=0)
+    lows, highs = (means + small_sample_factor(prompts, level) * (ends - means)).tolist()
     return [
-        Stated(column.value, low, high, column.standard_error, len(per_prompt))
+        IntervalEstimate(column.value, low, high, column.standard_error, prompts)
         for column, low, high in zip(columns, lows, highs, strict=True)
     ]
-
-
-def _means(
-    per_prompt: Float[np.ndarray, "P columns"], seed: int = 0, resamples: int = 10_000
-) -> Float[np.ndarray, "resamples columns"]:
-    """As `Estimate.interval` draws them: how often each prompt is drawn is all that a mean needs."""
-    prompts, rng = len(per_prompt), np.random.default_rng(seed)
-    chunk, means = max(1, 1_000_000 // prompts), []
-    for done in range(0, resamples, chunk):
-        size = min(chunk, resamples - done)
-        drawn = rng.integers(prompts, size=(size, prompts)) + prompts * np.arange(size)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=size * prompts).reshape(size, prompts)
-        means.append(times.astype(np.float64) @ per_prompt / prompts)
-    return np.concatenate(means)

@@ -1,17 +1,12 @@
-"""What training for a transform will give on a table: beta, KL and win rate, from its own ties and its own K.
+"""Expectations before training: beta, KL and win rate on a table, with its own ties and its own K.
 
-`theory` speaks of scores that never tie and of infinitely many references; `table_laws` has the law of the reward on a
-table with its ties and its K references a prompt.
+`theory` assumes scores that never tie and infinitely many references; `table_laws` has the reward's law on a table.
+`expect` is the one place that solves for beta on a table: commands, training runs and the report use its numbers.
 
-`expect` is the one place that solves for beta on a table: commands, recipes and the report have their numbers from it.
-
->>> from calibrated_rewards.theory.procedures import BestOf
->>> from calibrated_rewards.theory.transforms import scaled
->>> from calibrated_rewards.table.reference_table import ReferenceTable
 >>> from calibrated_rewards.theory.transforms import Exponential
 >>> table = ReferenceTable.build([(f"prompt {i}", [0.0] * 6 + [1.0] * 4) for i in range(50)])
->>> found = expect(table, scaled(Exponential(10.0), "unit"), kl=0.5, procedure=BestOf(4))
->>> for line in found.lines():
+>>> expectation = expect(table, scaled(Exponential(10.0), "unit"), kl=0.5, procedure=BestOf(4))
+>>> for line in expectation.lines():
 ...     print(line)
 this table, with its ties and K: at beta=0.05613 the policy that fits its rewards has KL 0.5 nats and win rate ...
 theory, for scores without ties and infinitely many references: KL 4.05 at this beta; KL 0.5 at beta=0.3184, ...
@@ -20,15 +15,15 @@ theory, for scores without ties and infinitely many references: KL 4.05 at this 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite
-from typing import Protocol, runtime_checkable
 
-from calibrated_rewards.evaluation.table_laws import TableRewards, called
-from calibrated_rewards.reward.calibrators import Calibration, EmpiricalCDF
+from calibrated_rewards.evaluation.table_laws import TableRewards, name_table
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl_of, kl_range, policy_law, win_rate_of
-from calibrated_rewards.theory.transforms import Scale, Transform, scaled
+from calibrated_rewards.theory.transforms import Transform, scaled
 
 # Below this a trainer has no gradient left: Adam's epsilon is 1e-8.
 SMALLEST_BETA = 1e-6
@@ -38,52 +33,49 @@ VISIBLE_SHARE, VISIBLE_WIN_RATE = 0.05, 0.005
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a policy gets that fits the rewards of a table, and what theory says without ties and without a K."""
+    """Beta, KL and win rate of the policy that fits a table's rewards, beside theory's without ties and without a K."""
 
     beta: float
     kl: float
     win_rate: float
     procedure: Procedure
     most_kl: float
-    """The KL that this table's rewards lead to as beta falls to 0: all weight on the best of each prompt."""
+    """The limit of the KL on this table as beta falls to 0: all weight on the best of each prompt."""
     prompts: int
     prompts_read: int
     theory_kl: float | None
-    """Of the continuous theory, at this beta; None where e^{Phi/beta} has no integral."""
+    """Theory's KL at this beta; None where e^{Phi/beta} has no integral."""
     theory_beta: float | None
-    """Of the continuous theory, for this KL; None where it does not reach it."""
+    """Theory's beta for this KL; None where theory does not reach it."""
     theory_win_rate: float | None
-    """Of the continuous theory, at this KL."""
+    """Theory's win rate at this KL."""
 
     @property
     def differs(self) -> bool:
-        """Whether theory without ties and without a K would mislead: another beta, KL or win rate, visibly."""
+        """True if theory has a visibly different beta, KL or win rate, so that it would mislead."""
         pairs = (self.theory_kl, self.kl), (self.theory_beta, self.beta)
-        if any(theirs is None or abs(theirs - own) > VISIBLE_SHARE * own for theirs, own in pairs):
+        if any(theory is None or abs(theory - table) > VISIBLE_SHARE * table for theory, table in pairs):
             return True
         return self.theory_win_rate is None or abs(self.theory_win_rate - self.win_rate) > VISIBLE_WIN_RATE
 
     def lines(self) -> Iterator[str]:
-        """The table's numbers in a sentence; where theory has others, those in a second."""
+        """Write the table's numbers in a sentence, and theory's in a second one if they differ."""
         some = "" if self.prompts_read == self.prompts else f" (from {self.prompts_read:,} of {self.prompts:,} prompts)"
         yield (
             f"this table, with its ties and K: at beta={self.beta:.4g} the policy that fits its rewards has KL "
-            f"{self.kl:.3g} nats and win rate {self.win_rate:.3f}, {_served(self.procedure)}{some}"
+            f"{self.kl:.3g} nats and win rate {self.win_rate:.3f}, {_name_sides(self.procedure)}{some}"
         )
-        if self.differs:
-            yield f"theory, for scores without ties and infinitely many references: {self._theory()}"
-
-    def _theory(self) -> str:
-        at = "no finite KL" if self.theory_kl is None else f"KL {self.theory_kl:.3g}"
-        if self.theory_beta is None or self.theory_win_rate is None:
-            return f"{at} at this beta; no beta has KL {self.kl:.3g}"
-        return (
-            f"{at} at this beta; KL {self.kl:.3g} at beta={self.theory_beta:.4g}, with win rate "
-            f"{self.theory_win_rate:.3f}"
-        )
+        if not self.differs:
+            return
+        at_beta = "no finite KL" if self.theory_kl is None else f"KL {self.theory_kl:.3g}"
+        at_kl = f"no beta has KL {self.kl:.3g}"
+        if self.theory_beta is not None and self.theory_win_rate is not None:
+            at_kl = f"KL {self.kl:.3g} at beta={self.theory_beta:.4g}, with win rate {self.theory_win_rate:.3f}"
+        rule = "theory, for scores without ties and infinitely many references"
+        yield f"{rule}: {at_beta} at this beta; {at_kl}"
 
 
-def _served(procedure: Procedure) -> str:
+def _name_sides(procedure: Procedure) -> str:
     match procedure:
         case BestOf(n=n) if n > 1:
             return f"best of {n} against the reference's best of {n}"
@@ -105,7 +97,7 @@ def expect(
     tolerance: float = 0.0,
     name: str | None = None,
 ) -> Expectation:
-    """Beta for a KL, or KL for a beta, and the win rate that comes of it, for the policy that fits a table's rewards.
+    """Solve for beta or KL, given the other, and for the win rate of the policy that fits a table's rewards.
 
     `transform` is at the scale that it is trained at; `procedure` decodes policy and reference. ValueError, with
     `name` for the transform, if the table's rewards do not reach the KL, or none at all.
@@ -119,57 +111,32 @@ def expect(
         raise ValueError(f"expect needs a finite beta > 0, got beta={beta!r}.")
     if kl is not None and solved < SMALLEST_BETA:
         raise ValueError(
-            f"{name or repr(transform)} has a KL of {kl:g} on {called(table)} at beta={solved:.3g} alone, below the "
-            f"{SMALLEST_BETA:g} that a trainer can use: its rewards hardly differ between the table's ranks. Use a "
+            f"{name or repr(transform)} has a KL of {kl:g} on {name_table(table)} at beta={solved:.3g} alone, below "
+            f"the {SMALLEST_BETA:g} that a trainer can use: its rewards hardly differ between the table's ranks. Use a "
             "transform that rises less steeply, or more references without ties"
         )
-    own = rewards.kl(solved)
+    reached = rewards.kl(solved)
     return Expectation(
         solved,
-        own,
+        reached,
         rewards.win_rate(solved),
         procedure,
         float(rewards.most_kls.mean()),
         len(table),
         len(rewards.rows),
-        *_theory(transform, solved, own, procedure),
+        *_solve_theory(transform, solved, reached, procedure),
     )
 
 
-@runtime_checkable
-class RankReward(Protocol):
-    """What of a CalibratedReward its expectation depends on."""
-
-    @property
-    def table(self) -> ReferenceTable:
-        """The references."""
-
-    @property
-    def transform(self) -> Transform:
-        """Before it is scaled."""
-
-    @property
-    def scale(self) -> Scale:
-        """The unit of the reward."""
-
-    @property
-    def estimator(self) -> Estimator:
-        """What a rank is worth."""
-
-    @property
-    def calibration(self) -> Calibration:
-        """How a score is compared with the references."""
-
-
 def expect_of(
-    reward: RankReward,
+    reward: CalibratedReward,
     *,
     beta: float | None = None,
     kl: float | None = None,
     procedure: Procedure = Standard(),  # noqa: B008 (frozen)
     name: str | None = None,
 ) -> Expectation | None:
-    """`expect` for a CalibratedReward and its own table; None where a peer's calibration takes the place of ranks."""
+    """Call `expect` for a CalibratedReward and its own table; None where a peer's calibration replaces the ranks."""
     if not isinstance(reward.calibration, EmpiricalCDF):
         return None
     return expect(
@@ -187,14 +154,14 @@ def expect_of(
 def check_resolved(
     table: ReferenceTable, transform: Transform, *, estimator: Estimator = "empirical", name: str | None = None
 ) -> None:
-    """ValueError if the rewards of a table are one for all, whatever the completion: there is nothing to train for."""
+    """Raise ValueError if a table gives every completion one reward: there is nothing to train for."""
     TableRewards(table, transform, Standard(), estimator).check(name or repr(transform), None)
 
 
-def _theory(
+def _solve_theory(
     transform: Transform, beta: float, kl: float, procedure: Procedure
 ) -> tuple[float | None, float | None, float | None]:
-    """The KL at a beta; and the beta for a KL, with its win rate."""
+    """Return theory's KL at a beta, its beta for a KL, and the win rate there; None for what there is not."""
     try:
         at_beta: float | None = kl_of(policy_law(transform, beta))
     except ValueError:

@@ -1,4 +1,4 @@
-"""How far a policy is from the reference: the KL of its completions, read again by both models.
+"""KL of a policy from the reference, of its completions as both models read them.
 
 The KL of two laws of completions is the mean, over the policy's own completions, of a sum over their tokens. Here each
 term is the KL of the two next-token distributions, of *all* tokens that might have come: it has the same mean as the
@@ -20,18 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from calibrated_rewards.evaluation.outcomes import Precision
+from calibrated_rewards.evaluation.results import Precision
 from calibrated_rewards.models.batches import Budget
 from calibrated_rewards.models.fingerprint import weights_of
-from calibrated_rewards.models.parts import (
-    default_budget,
-    device_of,
-    dtype_of,
-    for_scoring,
-    lock_of,
-    right_padded,
-    unwrapped,
-)
+from calibrated_rewards.models.parts import default_budget, device_of, dtype_of, for_scoring, lock_of, pad_right, unwrap
 from calibrated_rewards.prompts import Prompt, start_of
 from calibrated_rewards.samplers.continuous import ContinuousSampler
 from calibrated_rewards.samplers.generation import contiguous_input
@@ -46,70 +38,72 @@ logger = logging.getLogger(__name__)
 # Numbers that may be held in float32 at once, of each model: tokens times vocabulary.
 CELLS_ON_CPU, CELLS_ON_GPU = 2**26, 2**29
 # Weights that are compared in float64 at once.
-PART = 2**22
+CHUNK = 2**22
 READABLE = (HfSampler, ContinuousSampler, LoadedSampler)
 
 
 class Distance(NamedTuple):
-    """How far the two models are apart along a completion."""
+    """KL between the two models along a completion."""
 
     kl: float
     """In nats, the sum over its tokens, the one that ended it included."""
     as_drawn: bool
-    """Whether its text makes as many tokens as were drawn; if not, the sum is over those that it makes."""
+    """True if its text makes as many tokens as were drawn; if not, the sum is over those that it makes."""
 
 
 @dataclass(frozen=True, eq=False)
 class Divergence:
-    """KL(policy || reference) of each completion, for samplers that hold transformers models: of the same tokens.
+    """KL(policy || reference) of each completion, for samplers that hold transformers models with the same tokens.
 
-    Each model reads prompts as its own sampler does, at its own temperature. Rollouts are kept as text, so tokens are
-    made of it again. The last token drawn is not read, since nothing follows it; one more than the text makes was
+    Each model reads prompts as its own sampler does, at its own temperature. Rollouts are stored as text, which is
+    tokenized again. The last token drawn is not read, since nothing follows it; one more than the text makes was
     drawn where the completion ended by itself.
     """
 
     policy: Sampler
     reference: Sampler
     cells: int | None = None
-    """Logits that are held at once in float32; None: 2^26 on a CPU, 2^29 on a GPU."""
+    """Logits held at once in float32; None for 2^26 on a CPU and 2^29 on a GPU."""
 
     def __post_init__(self) -> None:
-        for what, sampler in (("policy", self.policy), ("reference", self.reference)):
+        for name, sampler in (("policy", self.policy), ("reference", self.reference)):
             if not isinstance(sampler, READABLE):
                 kind = type(sampler).__name__
-                raise TypeError(f"Divergence needs samplers with a transformers model, the {what} is a {kind}")
-            if not _bends_nothing(decoding := _decoding(sampler)):
-                raise ValueError(f"Divergence needs decoding with nothing but a temperature, {what} has {decoding!r}")
+                raise TypeError(f"Divergence needs samplers with a transformers model, the {name} is a {kind}")
+            decoding = sampler.decoding
+            # With top_p, top_k or min_p the reference gives some completions no probability, and a KL is infinite.
+            if replace(decoding, max_tokens=1, temperature=1.0, stop=(), stop_token_ids=()) != Decoding(1):
+                raise ValueError(f"Divergence needs decoding with nothing but a temperature, {name} has {decoding!r}")
         if self.cells is not None and self.cells < 1:
             raise ValueError(f"Divergence needs cells >= 1, got cells={self.cells}")
 
     def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]) -> list[list[Distance]]:
-        """For each prompt a distance for each of its rollouts."""
+        """Measure each rollout of each prompt."""
         ours, theirs = _policy(self.policy), _policy(self.reference)
         if len(prompts) != len(rollouts):
             raise ValueError(f"each prompt needs its rollouts, got {len(prompts)} prompts, rollouts of {len(rollouts)}")
         with ExitStack() as after:
             _widen(after, ours.model, theirs.model)
             for each in (ours, theirs):
-                after.enter_context(for_scoring(unwrapped(each.model), lock_of(each.model)))
-            return [self._of(ours, theirs, p, own) for p, own in zip(prompts, rollouts, strict=True)]
+                after.enter_context(for_scoring(unwrap(each.model), lock_of(each.model)))
+            return [self._measure(ours, theirs, *pair) for pair in zip(prompts, rollouts, strict=True)]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Which two models these are."""
+        """Identify the two models, and the dtype that they are read in."""
         sides = {"policy": self.policy, "reference": self.reference}
         read_in = {"read_in": self.precision().read_in}
         return {"kind": "divergence", **read_in, **{name: fingerprint(sampler) for name, sampler in sides.items()}}
 
     def precision(self) -> Precision:
-        """The dtype that the models are read in, and whether they are one model saved in two dtypes."""
-        ours, theirs = (unwrapped(_policy(each).model) for each in (self.policy, self.reference))
+        """Find the dtype that the models are read in, and the rounding if they are one model saved in two dtypes."""
+        ours, theirs = (unwrap(_policy(each).model) for each in (self.policy, self.reference))
         with ExitStack() as after:
             _widen(after, ours, theirs)
             read_in = {_name(dtype_of(each)) for each in (ours, theirs)}
-        return Precision(" and ".join(sorted(read_in)), rounding_between(ours, theirs))
+        return Precision(" and ".join(sorted(read_in)), find_rounding(ours, theirs))
 
-    def _of(self, ours: Policy, theirs: Policy, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Distance]:
-        paths = [_read_again(ours, prompt, rollout) for rollout in rollouts]
+    def _measure(self, ours: Policy, theirs: Policy, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Distance]:
+        paths = [_retokenize(ours, prompt, rollout) for rollout in rollouts]
         if any(_ids(theirs, str(r.completion)) != _ids(ours, str(r.completion)) for r in rollouts):
             raise ValueError(
                 "a KL needs models of the same tokens, policy and reference make other tokens of a completion of "
@@ -118,14 +112,14 @@ class Divergence:
         openings = [each.ids([prompt])[0] for each in (ours, theirs)]
         costs = [max(map(len, openings)) + len(fed) + 1 for fed, _ in paths]
         budget = Budget(self._most_tokens(ours.model))
-        found: dict[int, float] = {}
+        kls: dict[int, float] = {}
         for batch in budget.batches(costs):
             sums = budget.run(lambda at: self._sums(ours, theirs, openings, [paths[i][0] for i in at]), batch, costs)
-            found |= dict(zip(batch, sums, strict=True))
-        return [Distance(found[i], as_drawn) for i, (_, as_drawn) in enumerate(paths)]
+            kls |= dict(zip(batch, sums, strict=True))
+        return [Distance(kls[i], as_drawn) for i, (_, as_drawn) in enumerate(paths)]
 
     def _sums(self, ours: Policy, theirs: Policy, openings: list[list[int]], fed: list[list[int]]) -> list[float]:
-        """The terms of some completions of a prompt, summed; in float32 a part of their tokens at a time."""
+        """Sum the terms of some completions of a prompt, in float32 and a part of their tokens at a time."""
         p, q = (_logits(each.model, opening, fed) for each, opening in zip((ours, theirs), openings, strict=True))
         if p.shape != q.shape:
             raise ValueError(f"a KL needs models of the same tokens, got {p.shape[-1]} and {q.shape[-1]} of them")
@@ -143,14 +137,14 @@ class Divergence:
         return self.cells or (CELLS_ON_CPU if device_of(model).type == "cpu" else CELLS_ON_GPU)
 
     def _most_tokens(self, model: Any) -> int:
-        """Of a batch."""
-        size = int(unwrapped(model).get_output_embeddings().weight.shape[0])
+        """Limit a batch by the logits that are held at once."""
+        size = int(unwrap(model).get_output_embeddings().weight.shape[0])
         return max(1, min(default_budget(model), self._cells(model) // size))
 
 
 def _widen(after: ExitStack, ours: Any, theirs: Any) -> None:
     """Hold both models in float32 until `after` ends; where memory does not suffice, in the wider of their dtypes."""
-    models = [unwrapped(ours), unwrapped(theirs)]
+    models = [unwrap(ours), unwrap(theirs)]
     for model in models:
         after.enter_context(lock_of(model))
     try:
@@ -169,89 +163,81 @@ def _widen(after: ExitStack, ours: Any, theirs: Any) -> None:
 def _in_dtype(model: Any, dtype: torch.dtype) -> Iterator[None]:
     """Hold the weights of a model in a dtype that has all of their values; afterwards they are as before."""
     changed: dict[torch.dtype, list[Tensor]] = {}
-    if not _keeps_its_dtype(model):
+    # Quantised, partly offloaded, or with flash attention a model computes in its own dtype alone.
+    flash = str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
+    fixed = flash or getattr(model, "is_quantized", False) or any(each.is_meta for each in model.parameters())
+    if not fixed:
         for each in chain(model.parameters(), model.buffers()):
             if each.is_floating_point() and each.dtype != dtype and torch.promote_types(each.dtype, dtype) == dtype:
                 changed.setdefault(each.dtype, []).append(each)
     try:
-        for own in changed.values():
-            _convert(own, dtype)
+        for tensors in changed.values():
+            _convert(tensors, dtype)
         yield
     finally:
-        for before, own in changed.items():
-            _convert(own, before)
+        for before, tensors in changed.items():
+            _convert(tensors, before)
 
 
 def _convert(tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Change the dtype in place, one at a time for the memory; what shared its memory still does."""
-    made: dict[tuple[Any, ...], Tensor] = {}
+    """Change the dtype in place, one tensor at a time; tensors that shared their memory still do."""
+    converted: dict[tuple[Any, ...], Tensor] = {}
     for each in tensors:
         if each.dtype != dtype:
-            place = (each.device, each.data_ptr(), each.shape, each.stride())
-            if place not in made:
-                made[place] = each.data.to(dtype)
-            each.data = made[place]
+            memory = (each.device, each.data_ptr(), each.shape, each.stride())
+            if memory not in converted:
+                converted[memory] = each.data.to(dtype)
+            each.data = converted[memory]
 
 
-def _keeps_its_dtype(model: Any) -> bool:
-    """Whether a model computes in its own dtype alone: quantised, partly offloaded, or with flash attention."""
-    flash = str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
-    return flash or bool(getattr(model, "is_quantized", False)) or any(each.is_meta for each in model.parameters())
-
-
-def rounding_between(ours: Any, theirs: Any) -> str | None:
-    """The dtype in which one model would be the other: their weights differ by its rounding and by nothing else.
+def find_rounding(ours: Any, theirs: Any) -> str | None:
+    """Find the dtype in which one model would be the other: their weights differ by its rounding and nothing else.
 
     None where a weight differs by more, and where no weight differs. A model that was trained differs by more: weights
     near 0 have room for hardly any rounding.
     """
-    a, b = weights_of(unwrapped(ours)), weights_of(unwrapped(theirs))
+    a, b = weights_of(unwrap(ours)), weights_of(unwrap(theirs))
     if a.keys() != b.keys() or any(a[name].shape != b[name].shape for name in a):
         return None
-    found: str | None = None
+    rounding: str | None = None
     for name, one in a.items():
         if one.is_meta or b[name].is_meta:
             return None
-        for part, placed in zip(_parts(one), _parts(b[name]), strict=True):
-            other = placed.to(part.device)
+        for at in range(0, one.numel(), CHUNK):
+            part, other = (each.flatten()[at : at + CHUNK].to(one.device) for each in (one, b[name]))
             if not torch.equal(part.double(), other.double()):
-                found = _rounded_to(part, other)
-                if found is None:
+                rounding = _explain_difference(part, other)
+                if rounding is None:
                     return None
-    return found
+    return rounding
 
 
-def _parts(weight: Tensor) -> Sequence[Tensor]:
-    flat = weight.flatten()
-    return [flat[at : at + PART] for at in range(0, flat.numel(), PART)]
-
-
-def _rounded_to(one: Tensor, other: Tensor) -> str | None:
-    """The coarser of the dtypes that two weights were saved in, if its rounding explains how they differ."""
+def _explain_difference(one: Tensor, other: Tensor) -> str | None:
+    """Find the coarser of the dtypes that two weights were saved in, if its rounding explains their difference."""
     if not (one.is_floating_point() and other.is_floating_point()):
         return None
-    saved = [_saved_in(each) for each in (one, other)]
+    saved = [_narrowest_dtype(each) for each in (one, other)]
     if saved[0].dtype == saved[1].dtype:
         return None
     a, b = one.double(), other.double()
-    half_steps = [(value.abs() + own.smallest_normal) * own.eps / 2 for value, own in zip((a, b), saved, strict=True)]
+    half_steps = [(x.abs() + info.smallest_normal) * info.eps / 2 for x, info in zip((a, b), saved, strict=True)]
     explained = bool(((a - b).abs() <= half_steps[0] + half_steps[1]).all())
-    return max(saved, key=lambda own: own.eps).dtype if explained else None
+    return max(saved, key=lambda info: info.eps).dtype if explained else None
 
 
-def _saved_in(weight: Tensor) -> torch.finfo:
-    """The coarsest dtype that has all of its values, whatever it is loaded in."""
-    shorter = (torch.bfloat16, torch.float16, torch.float32)
-    held = (dtype for dtype in shorter if torch.equal(weight.to(dtype).double(), weight.double()))
-    return torch.finfo(next(held, weight.dtype))
+def _narrowest_dtype(weight: Tensor) -> torch.finfo:
+    """Find the coarsest dtype that has all values of a weight, whatever it is loaded in."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    exact = (dtype for dtype in dtypes if torch.equal(weight.to(dtype).double(), weight.double()))
+    return torch.finfo(next(exact, weight.dtype))
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def between(policy: Sampler, reference: Sampler) -> Divergence | None:
-    """The divergence of two samplers, or None, which the log explains, where there is none to be had."""
+def build_divergence(policy: Sampler, reference: Sampler) -> Divergence | None:
+    """Build the divergence of two samplers; None, with the reason in the log, where it cannot be measured."""
     try:
         return Divergence(policy, reference)
     except (TypeError, ValueError) as error:
@@ -260,23 +246,13 @@ def between(policy: Sampler, reference: Sampler) -> Divergence | None:
 
 
 def _policy(sampler: Any) -> Policy:
-    """The model, as the sampler uses it."""
-    own = sampler.sampler if isinstance(sampler, LoadedSampler) else sampler
-    return Policy(own.model, own.tokenizer, own.decoding, own.text)
+    """Return the model as the sampler uses it."""
+    inner = sampler.sampler if isinstance(sampler, LoadedSampler) else sampler
+    return Policy(inner.model, inner.tokenizer, inner.decoding, inner.text)
 
 
-def _decoding(sampler: Any) -> Decoding:
-    found: Decoding = (sampler.recipe if isinstance(sampler, LoadedSampler) else sampler).decoding
-    return found
-
-
-def _bends_nothing(decoding: Decoding) -> bool:
-    """With top_p, top_k or min_p the reference gives some completions no probability, and a KL is infinite."""
-    return replace(decoding, max_tokens=1, temperature=1.0, stop=(), stop_token_ids=()) == Decoding(1)
-
-
-def _read_again(policy: Policy, prompt: Prompt, rollout: Rollout) -> tuple[list[int], bool]:
-    """The tokens of a completion but for the last that was drawn, and whether they are as many as were drawn."""
+def _retokenize(policy: Policy, prompt: Prompt, rollout: Rollout) -> tuple[list[int], bool]:
+    """Return a completion's tokens without the last that was drawn, and whether they are as many as were drawn."""
     if not isinstance(rollout.completion, str):
         raise TypeError(f"a KL needs completions that are text, got messages for {start_of(prompt)}")
     most, ids = policy.decoding.max_tokens, _ids(policy, rollout.completion)
@@ -284,7 +260,7 @@ def _read_again(policy: Policy, prompt: Prompt, rollout: Rollout) -> tuple[list[
     fed = ids[: -1 if cut else None][: most - 1]
     if rollout.tokens == len(fed) + 1:
         return fed, True
-    # What ended it may have been a text, which was drawn and is not kept.
+    # It may have been ended by a stop string, which was drawn and is not stored.
     for stop in policy.decoding.stop if rollout.finish == "stop" else ():
         ids = _ids(policy, rollout.completion + stop)
         if len(ids) == rollout.tokens:
@@ -298,20 +274,19 @@ def _ids(policy: Policy, text: str) -> list[int]:
 
 
 def _logits(model: Any, opening: list[int], fed: list[list[int]]) -> Tensor:
-    """The logits of each token of the completions, in the model's precision: [n, L, V]."""
-    model = unwrapped(model)
+    """Compute the logits of each token of the completions, in the model's precision: [n, L, V]."""
+    model = unwrap(model)
     rows, steps = [opening + ids for ids in fed], max(map(len, fed)) + 1
-    ids, mask = right_padded(rows, opening[0], device_of(model))
+    ids, mask = pad_right(rows, opening[0], device_of(model))
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    keeps = "logits_to_keep" in inspect.signature(inner.forward).parameters
-    options = {"logits_to_keep": steps} if keeps else {}
+    options = {"logits_to_keep": steps} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
     with contiguous_input(model):
         logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
     return logits[:, -steps:]
 
 
 def _terms(p: Tensor, q: Tensor, ours: float, theirs: float) -> Tensor:
-    """KL of each pair of next-token distributions: [n, L]."""
+    """Compute the KL of each pair of next-token distributions: [n, L]."""
     a, b = (p.float() / ours).log_softmax(-1), (q.to(p.device).float() / theirs).log_softmax(-1)
     # Of tokens that the policy never draws; what rounding takes below 0 is 0.
     return torch.where(a > -torch.inf, a.exp() * (a - b), 0.0).sum(-1).clamp(min=0.0)

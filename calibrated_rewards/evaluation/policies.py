@@ -1,16 +1,15 @@
-"""What came of training: completions of policies and of their reference, judged, win rates and KL with their errors.
+"""Evaluation of trained policies: draw completions, score them, and compare win rates and KL with the reference.
 
-Everything is kept in one directory, as in calibration: a run that was killed goes on where it was.
+Everything is stored in one directory, as in calibration, and a killed run continues where it stopped.
 
 >>> from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
->>> found = evaluate({"same": NumberSampler()}, NumberSampler(), ["2+2=", "Hi"], {"reward": NumberScorer()}, m=8)
->>> found.policies[0].win_rates["reward"]["BestOf(n=4)"].prompts
+>>> evaluation = evaluate({"same": NumberSampler()}, NumberSampler(), ["2+2=", "Hi"], {"reward": NumberScorer()}, m=8)
+>>> evaluation.policies[0].win_rates["reward"]["BestOf(n=4)"].prompts
 2
 """
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,13 +22,13 @@ import numpy as np
 from jaxtyping import Float
 
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.calibration.sources import Asked, prompts_from
-from calibrated_rewards.evaluation.estimates import Estimate, Samples, Stated, difference
-from calibrated_rewards.evaluation.outcomes import Difference, Evaluation, Outcome, Precision, plain_prompts_note
-from calibrated_rewards.evaluation.responses import KnowsPrecision, Measure, Responses, distances, responses
+from calibrated_rewards.calibration.sources import prompts_from
+from calibrated_rewards.evaluation.estimates import Estimate, IntervalEstimate, Samples, difference
+from calibrated_rewards.evaluation.responses import KnowsPrecision, Measure, Responses, measure_kl, read_responses
+from calibrated_rewards.evaluation.results import Comparison, Evaluation, PolicyResult, Precision
 from calibrated_rewards.evaluation.win_rate import win_rate
-from calibrated_rewards.evaluation.wording import spoken
-from calibrated_rewards.files import Message, setting
+from calibrated_rewards.evaluation.wording import format_procedure, plain_prompts_note
+from calibrated_rewards.files import Message, check_folder_name, setting
 from calibrated_rewards.prompts import Prompt, prompt_key
 from calibrated_rewards.samplers.protocol import Sampler
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint
@@ -39,8 +38,7 @@ logger = logging.getLogger(__name__)
 REFERENCE = "reference"
 # Policies share their seeds, so that a difference of two is less noisy; the reference has others, or completions of a
 # policy near it would be its own, and would not be independent.
-APART = 2**32
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+SEED_OFFSET = 2**32
 
 
 def evaluate(
@@ -61,195 +59,158 @@ def evaluate(
 ) -> Evaluation:
     """Draw m completions of each prompt from each policy and from the reference, score them, and compare.
 
-    Best-of-N and worst-of-N select by the scorer `select`, the first if nothing is said, and each scorer judges what
-    was selected. Win rates are over the reference under the same procedure, by U-statistics; intervals are for all
+    Best-of-N and worst-of-N select by the scorer `select`, by default the first, and each scorer judges what was
+    selected. Win rates are over the reference under the same procedure, by U-statistics; intervals are for all
     prompts like these, so they need prompts that the policies were not trained on. `prompts` is whatever `calibrate`
     takes, with its options.
 
-    `divergence` says for which policies a KL is measured, and how; if nothing is said, for all that are transformers
-    models, as the reference must be. With `out` all is kept there, a run of `calibrate` for each policy, and
-    `evaluation.json`: the same call goes on where it was stopped, a larger m or another scorer adds what is missing.
+    `divergence` has a measure of KL for each policy that gets one; by default all that are transformers models do, if
+    the reference is one too. With `out` everything is stored there, a run of `calibrate` for each policy and
+    `evaluation.json`: the same call continues where it stopped, a larger m or another scorer adds what is missing.
 
     The seed is another one than calibration's: a policy has been trained to beat the very references of its table, and
-    is to be compared with new ones.
+    has to be compared with new ones.
     """
     m = int(m) if isinstance(m, np.integer) else m
-    _check(policies, scorers, select, procedures, m)
-    _check_folder(out)
-    asked = [*prompts_from(prompts, **source)]
-    if not asked:
+    _check(policies, scorers, select, procedures, m, out)
+    rows = [*prompts_from(prompts, **source)]
+    if not rows:
         raise ValueError("evaluate needs prompts, got none")
-    plain = _plain_prompts(asked, reference)
+    by_key = {prompt_key(row.prompt): row.prompt for row in rows}
+    plain = _count_plain_prompts(by_key, reference)
     if plain:
-        logger.warning("%s", plain_prompts_note(plain, len({prompt_key(each.prompt) for each in asked})))
+        logger.warning("%s", plain_prompts_note(plain, len(by_key)))
     settings = {"k": m, "prompts_per_shard": prompts_per_shard, "show_progress": show_progress}
     with TemporaryDirectory() as folder:
-        run = _Run(Path(folder if out is None else out), asked, scorers, settings)
-        run.draw(REFERENCE, reference, seed)
-        # A mapping may load a policy when it is asked for; it is let go of before the next one comes.
-        made = {name: _made(run, name, policies[name], reference, seed + APART, divergence) for name in policies}
-        kl = {name: found for name, found in made.items() if found is not None}
-        compared = _Compared({name: run.read(name) for name in (REFERENCE, *policies)}, select or next(iter(scorers)))
-        found = replace(compared.evaluation(procedures, kl), plain_prompts=plain)
+        path = Path(folder if out is None else out)
+        calibrate(rows, reference, dict(scorers), path / REFERENCE, seed=seed, **settings)
+
+        def measure(name: str, policy: Sampler) -> _MeasuredKL | None:
+            calibrate(rows, policy, dict(scorers), path / name, seed=seed + SEED_OFFSET, **settings)
+            kl = _find_measure(policy, reference) if divergence is None else divergence.get(name)
+            if kl is None:
+                return None
+            values, not_as_drawn = measure_kl(path / name, by_key, kl, m, show_progress)
+            return _MeasuredKL(values, not_as_drawn, kl.precision() if isinstance(kl, KnowsPrecision) else None)
+
+        # A mapping may load a policy when it is read; no name here holds it while the next one is loaded.
+        kls = {name: measure(name, policies[name]) for name in policies}
+        responses = {name: read_responses(path / name, by_key, [*scorers], m) for name in (REFERENCE, *policies)}
+    evaluation = replace(_compare(responses, kls, select or next(iter(scorers)), procedures), plain_prompts=plain)
     if out is not None:
-        found.save(Path(out) / "evaluation.json")
-    return found
+        evaluation.save(Path(out) / "evaluation.json")
+    return evaluation
 
 
-def _check(policies: Any, scorers: Any, select: str | None, procedures: Any, m: Any) -> None:
+def _check(policies: Any, scorers: Any, select: str | None, procedures: Any, m: Any, out: Any) -> None:
     procedures = procedures if isinstance(procedures, Sequence) else ()
     if not (isinstance(policies, Mapping) and isinstance(scorers, Mapping) and policies and scorers and procedures):
         raise ValueError("evaluate needs policies and scorers, each by its name, and procedures, got none of one")
     for name in policies:
-        _check_name(name)
+        check_folder_name(name, "a policy", (REFERENCE, "evaluation.json"))
     if select is not None and select not in scorers:
-        named = setting("select", repr(select))
-        raise ValueError(Message(f"the scorers are {', '.join(scorers)}, and one of them selects; got {named}"))
+        value = setting("select", repr(select))
+        raise ValueError(Message(f"the scorers are {', '.join(scorers)}, and one of them selects; got {value}"))
     for each in procedures:
         if not isinstance(each, Procedure):
             raise TypeError(f"evaluate needs procedures as BestOf(4) is one, got {each!r:.60}")
     if not isinstance(m, int) or isinstance(m, bool):
         raise TypeError(f"evaluate needs a whole m, got m={m!r:.60}")
-    most = max(procedures, key=lambda each: each.draws)
-    if m < max(1, most.draws):
-        needs = f"{spoken(most)} needs {max(1, most.draws)} completions of each prompt or more"
-        raise ValueError(f"{needs}, got {m}: draw more (m), or take a smaller N")
-
-
-def _check_name(name: Any) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"the name of a policy is a str, for it is that of its folder; got {name!r:.120}")
-    if not _NAME.fullmatch(name) or name.lower() in (REFERENCE, "evaluation.json"):
-        raise ValueError(
-            "the name of a policy is that of its folder: letters, digits, '.', '_' and '-', a hundred at most, and "
-            f"not {REFERENCE!r}; got {name!r:.120}"
-        )
-
-
-def _check_folder(out: str | os.PathLike[str] | None) -> None:
+    largest = max(procedures, key=lambda each: each.draws)
+    if m < max(1, largest.draws):
+        rule = f"{format_procedure(largest)} needs {max(1, largest.draws)} completions of each prompt or more"
+        raise ValueError(f"{rule}, got {m}: draw more (m), or take a smaller N")
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"evaluate needs a folder to keep all in, got out={str(out)!r}, a file")
 
 
-def _plain_prompts(asked: Sequence[Asked], reference: Sampler) -> int:
-    """How many prompts are text though the reference has a chat template, which it does not use for text."""
-    plain = len({prompt_key(each.prompt) for each in asked if isinstance(each.prompt, str)})
+def _count_plain_prompts(prompts: Mapping[bytes, Prompt], reference: Sampler) -> int:
+    """Count the prompts that are text although the reference has a chat template, which it does not use for text."""
+    plain = sum(isinstance(prompt, str) for prompt in prompts.values())
     text = fingerprint(reference).get("text") if plain else None
     unused = isinstance(text, Mapping) and text.get("template") is not None and not text.get("chat")
     return plain if unused else 0
 
 
-def _made(
-    run: "_Run", name: str, policy: Sampler, reference: Sampler, seed: int, divergence: Mapping[str, Measure] | None
-) -> "_MeasuredKL | None":
-    """Completions of a policy, scored, and their KL, if it is measured."""
-    run.draw(name, policy, seed)
-    measure = _between(policy, reference) if divergence is None else divergence.get(name)
-    return None if measure is None else run.distances(name, measure)
-
-
-def _between(policy: Sampler, reference: Sampler) -> Measure | None:
+def _find_measure(policy: Sampler, reference: Sampler) -> Measure | None:
     # Without torch there is nothing that has log-probabilities, and no need to load it.
     if "torch" not in sys.modules:
         return None
-    from calibrated_rewards.evaluation.kl import between
+    from calibrated_rewards.evaluation.kl import build_divergence
 
-    return between(policy, reference)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Where the rollouts of all are, of which prompts, and how they are made."""
-
-    out: Path
-    asked: list[Asked]
-    scorers: Mapping[str, Scorer]
-    settings: Mapping[str, Any]
-
-    def draw(self, name: str, sampler: Sampler, seed: int) -> None:
-        calibrate(self.asked, sampler, dict(self.scorers), self.out / name, seed=seed, **self.settings)
-
-    def distances(self, name: str, measure: Measure) -> "_MeasuredKL":
-        found = distances(self.out / name, self.prompts, measure, self.settings["k"], self.settings["show_progress"])
-        return _MeasuredKL(*found, measure.precision() if isinstance(measure, KnowsPrecision) else None)
-
-    def read(self, name: str) -> Responses:
-        return responses(self.out / name, self.prompts, [*self.scorers], self.settings["k"])
-
-    @property
-    def prompts(self) -> dict[bytes, Prompt]:
-        """Each once, in the order in which they came."""
-        return {prompt_key(each.prompt): each.prompt for each in self.asked}
+    return build_divergence(policy, reference)
 
 
 @dataclass(frozen=True)
 class _MeasuredKL:
-    """The KL of each completion of a policy, and how it was read."""
+    """The KL of each completion of a policy."""
 
     values: Float[np.ndarray, "P m"]
     not_as_drawn: int
     precision: Precision | None
 
-    def stated(self) -> Stated:
-        """The mean; of one model saved in two dtypes the interval begins at 0, for the rest may be rounding."""
-        mean = _mean(self.values).within(0.0, np.inf)
+    def mean(self) -> IntervalEstimate:
+        """Average it; for one model saved in two dtypes the interval begins at 0, for the rest may be rounding."""
+        mean = _mean(self.values).clip(0.0, np.inf)
         rounded = self.precision is not None and self.precision.rounding is not None
         return replace(mean, low=0.0) if rounded and mean.low is not None else mean
 
 
-@dataclass(frozen=True)
-class _Compared:
-    """The responses of the reference and of each policy, and what follows from them."""
-
-    of: Mapping[str, Responses]
-    select: str
-
-    def evaluation(self, procedures: Sequence[Procedure], kl: Mapping[str, _MeasuredKL]) -> Evaluation:
-        samples = {name: self._samples(own) for name, own in self.of.items()}
-        wins = {
-            (name, judge, repr(each)): win_rate(own[judge], samples[REFERENCE][judge], each, jackknife=False)
-            for name, own in samples.items()
-            for judge in own
-            for each in procedures
-            if name != REFERENCE
+def _compare(
+    responses: Mapping[str, Responses],
+    kls: Mapping[str, _MeasuredKL | None],
+    select: str,
+    procedures: Sequence[Procedure],
+) -> Evaluation:
+    """Compute win rates over the reference by each judge, and the differences of each two policies."""
+    samples = {
+        name: {judge: Samples(each.scores[select], scores) for judge, scores in each.scores.items()}
+        for name, each in responses.items()
+    }
+    wins = {
+        name: {
+            judge: {
+                repr(procedure): win_rate(pool, samples[REFERENCE][judge], procedure, jackknife=False)
+                for procedure in procedures
+            }
+            for judge, pool in samples[name].items()
         }
-        names = [name for name in self.of if name != REFERENCE]
-        differences = (
-            Difference(a, b, judge, how, Stated.of(difference(one, wins[b, judge, how])).within(-1.0, 1.0))
-            for a, b in combinations(names, 2)
-            for (name, judge, how), one in wins.items()
-            if name == a
-        )
-        return Evaluation(
-            reference=self._outcome(REFERENCE, {}, None),
-            policies=tuple(self._outcome(name, wins, kl.get(name)) for name in names),
-            differences=tuple(differences),
-            selected_by=self.select,
-            prompts=len(self.of[REFERENCE].tokens),
-            completions=self.of[REFERENCE].tokens.shape[1],
-        )
-
-    def _samples(self, own: Responses) -> dict[str, Samples]:
-        return {judge: Samples(own.scores[self.select], scores) for judge, scores in own.scores.items()}
-
-    def _outcome(self, name: str, wins: Mapping[tuple[str, str, str], Estimate], kl: _MeasuredKL | None) -> Outcome:
-        own = self.of[name]
-        rates: dict[str, dict[str, Stated]] = {}
-        for (whose, judge, how), estimate in wins.items():
-            if whose == name:
-                rates.setdefault(judge, {})[how] = Stated.of(estimate).within(0.0, 1.0)
-        return Outcome(
-            name,
-            None if kl is None else kl.stated(),
-            None if np.isnan(own.tokens).any() else _mean(own.tokens).within(0.0, np.inf),
-            {judge: _mean(scores) for judge, scores in own.scores.items()},
-            rates,
-            0 if kl is None else kl.not_as_drawn,
-            None if kl is None else kl.precision,
-            own.empty,
-        )
+        for name in kls
+    }
+    differences = (
+        Comparison(a, b, judge, how, IntervalEstimate.of(difference(rate, wins[b][judge][how])).clip(-1.0, 1.0))
+        for a, b in combinations(wins, 2)
+        for judge, rates in wins[a].items()
+        for how, rate in rates.items()
+    )
+    return Evaluation(
+        reference=_summarize(REFERENCE, responses[REFERENCE], {}, None),
+        policies=tuple(_summarize(name, responses[name], wins[name], kl) for name, kl in kls.items()),
+        differences=tuple(differences),
+        selected_by=select,
+        prompts=len(responses[REFERENCE].tokens),
+        completions=responses[REFERENCE].tokens.shape[1],
+    )
 
 
-def _mean(values: Float[np.ndarray, "P m"]) -> Stated:
-    """Over prompts, of the means of their completions."""
-    return Stated.of(Estimate(values.mean(axis=1)))
+def _summarize(
+    name: str, responses: Responses, wins: Mapping[str, Mapping[str, Estimate]], kl: _MeasuredKL | None
+) -> PolicyResult:
+    return PolicyResult(
+        name,
+        None if kl is None else kl.mean(),
+        None if np.isnan(responses.tokens).any() else _mean(responses.tokens).clip(0.0, np.inf),
+        {judge: _mean(scores) for judge, scores in responses.scores.items()},
+        {
+            judge: {how: IntervalEstimate.of(rate).clip(0.0, 1.0) for how, rate in rates.items()}
+            for judge, rates in wins.items()
+        },
+        0 if kl is None else kl.not_as_drawn,
+        None if kl is None else kl.precision,
+        responses.empty,
+    )
+
+
+def _mean(values: Float[np.ndarray, "P m"]) -> IntervalEstimate:
+    """Average over prompts the means of their completions."""
+    return IntervalEstimate.of(Estimate(values.mean(axis=1)))

@@ -1,9 +1,8 @@
-"""Pools of rollouts with weights: KL from the reference, what a procedure makes of them, and win rates, as exact sums.
+"""Weighted rollouts as policies: their KL, their output under a procedure and their win rates, as exact sums.
 
 K rollouts of a prompt stand for the reference with weights 1/K, and for any other policy with weights of their own.
-Rows of unequal length are filled up with places of no weight; scores, values and weights are all (P, K).
+Rows of unequal length are padded with places of no weight; scores, values and weights are all (P, K).
 
->>> from calibrated_rewards.evaluation.estimates import Samples
 >>> from calibrated_rewards.theory.procedures import BestOf
 >>> pools = WeightedPools(Samples(select=[[0.3, 0.1, 0.7]]))
 >>> pools.output(pools.uniform, BestOf(2)).round(3)  # 5/9 of all pairs, drawn with replacement, hold the largest
@@ -27,17 +26,17 @@ Array: TypeAlias = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Standings:
-    """How the responses of each prompt stand among each other by one score: an order, and who ties with whom."""
+    """Order and ties of each prompt's responses by one score."""
 
     order: Int[np.ndarray, "P K"]
     below: Int[np.ndarray, "P K"]
-    """How many responses each one beats."""
+    """Number of responses that each one beats."""
     upto: Int[np.ndarray, "P K"]
-    """The same, with those that it ties with and itself."""
+    """The same with itself and those that it ties with."""
 
     @classmethod
     def of(cls, scores: Float[np.ndarray, "P K"]) -> "Standings":
-        """By sorting each row."""
+        """Sort each row and find its ties."""
         order = np.argsort(scores, axis=1, kind="stable")
         ordered, places = np.take_along_axis(scores, order, 1), np.arange(scores.shape[1])
         differs = ordered[:, 1:] != ordered[:, :-1]
@@ -51,53 +50,53 @@ class Standings:
         return cls(order, below, upto)
 
     def shares(self, mass: Float[np.ndarray, "P K"]) -> tuple[Float[np.ndarray, "P K"], Float[np.ndarray, "P K"]]:
-        """The mass below each response, and that at or below it."""
+        """Return the mass below each response, and the mass at or below it."""
         running = np.cumsum(np.take_along_axis(mass, self.order, 1), axis=1)
         running = np.minimum(np.hstack([np.zeros((len(mass), 1)), running]), 1.0)
         return np.take_along_axis(running, self.below, 1), np.take_along_axis(running, self.upto, 1)
 
     def beaten(self, mass: Float[np.ndarray, "P K"]) -> Float[np.ndarray, "P K"]:
-        """The share of the mass that each response beats, ties one half."""
+        """Return the share of the mass that each response beats, ties one half."""
         below, upto = self.shares(mass)
         return np.asarray((below + upto) / 2)
 
 
 @dataclass(frozen=True, eq=False)
 class WeightedPools:
-    """The rollouts of the reference, to be weighted."""
+    """Rollouts of the reference, a row a prompt, to be given weights."""
 
     samples: Samples
 
     @cached_property
     def there(self) -> Bool[np.ndarray, "P K"]:
-        """Where there is a rollout, and not a filled-up place."""
+        """Mask of the rollouts: False in padding."""
         return np.arange(self.samples.sizes.max()) < self.samples.sizes[:, None]
 
     def filled(self, values: Float[np.ndarray, " responses"], rest: float) -> Float[np.ndarray, "P K"]:
-        """Values of all rollouts, prompts end to end, as rows."""
+        """Arrange values of all rollouts, prompts end to end, as padded rows."""
         out = np.full(self.there.shape, rest)
         out[self.there] = values
         return out
 
     @cached_property
     def uniform(self) -> Float[np.ndarray, "P K"]:
-        """The reference's own weights."""
+        """Weights of the reference itself, 1/K for each rollout."""
         return np.asarray(self.there / self.samples.sizes[:, None])
 
     @cached_property
     def by_select(self) -> Standings:
-        """By the score that procedures select by."""
+        """Standings by the score that procedures select by."""
         return Standings.of(self.filled(np.concatenate(self.samples.select), inf))
 
     @cached_property
     def by_judge(self) -> Standings:
-        """By the judge."""
+        """Standings by the judge's score."""
         return Standings.of(self.filled(np.concatenate(self.samples.judge), inf))
 
     def tilted(
         self, values: Float[np.ndarray, "P K"], beta: float
     ) -> tuple[Float[np.ndarray, "P K"], Float[np.ndarray, " P"]]:
-        """Weights ~ e^{values / beta}, and their KL from the reference, prompt by prompt."""
+        """Compute weights ~ e^{values / beta}, and their KL from the reference, prompt by prompt."""
         exponent = np.where(self.there, values - np.max(values, axis=1, where=self.there, initial=-inf)[:, None], 0.0)
         exponent /= beta
         mass = np.exp(exponent) * self.there
@@ -107,7 +106,7 @@ class WeightedPools:
         return weights, np.maximum(moved - np.log(total / self.samples.sizes), 0.0)
 
     def check_reach(self, kl: float, most: float | None = None) -> None:
-        """Refuse a KL beyond `most`, or beyond what all of the weight on one rollout has: log K."""
+        """Refuse a KL of `most` or more, by default log K: that of all weight on one rollout."""
         most = float(np.log(self.samples.sizes).mean()) if most is None else most
         if not 0 < kl < most * (1 - 1e-9):
             raise ValueError(
@@ -115,12 +114,12 @@ class WeightedPools:
             )
 
     def most_kl(self, values: Float[np.ndarray, "P K"]) -> float:
-        """The KL that the weights approach as beta falls to 0: all on the largest values of each prompt."""
+        """Compute the limit of the KL as beta falls to 0: all weight on the largest values of each prompt."""
         top = np.max(values, axis=1, where=self.there, initial=-inf)[:, None]
         return float(np.log(self.samples.sizes / np.sum((values == top) & self.there, axis=1)).mean())
 
     def beta_for_kl(self, values: Float[np.ndarray, "P K"], kl: float) -> float:
-        """The one beta at which the mean KL is `kl`: it falls as beta rises."""
+        """Solve for the beta at which the mean KL is `kl`: it falls as beta rises."""
         from scipy.optimize import brentq
 
         self.check_reach(kl, self.most_kl(values))
@@ -136,11 +135,11 @@ class WeightedPools:
         return float(self.tilted(values, exp(log_beta))[1].mean()) - kl
 
     def _centred(self, values: Float[np.ndarray, "P K"]) -> Float[np.ndarray, "P K"]:
-        known = np.where(self.there, values, 0.0)
-        return np.where(self.there, known - np.sum(known * self.uniform, axis=1)[:, None], 0.0)
+        padded = np.where(self.there, values, 0.0)
+        return np.where(self.there, padded - np.sum(padded * self.uniform, axis=1)[:, None], 0.0)
 
     def output(self, weights: Float[np.ndarray, "P K"], procedure: CalibratedProcedure) -> Float[np.ndarray, "P K"]:
-        """The weights of what the procedure lets out, its draws being independent and ties falling to one at random.
+        """Compute the law of the procedure's output: its draws are independent, and ties are broken at random.
 
         A group of ties takes the integral of g over its share of the quantiles (Def. 6): F^N - F'^N for the best of N.
         Gauss's rule is exact for polynomials, and ties go by weight, so that no weight is divided by.
@@ -155,14 +154,14 @@ class WeightedPools:
         return np.asarray(mass / mass.sum(axis=1, keepdims=True))
 
 
-def won(
+def win_rates_of(
     policy: Float[np.ndarray, "P K"], base: Float[np.ndarray, "P K"], beaten: Float[np.ndarray, "P K"], itself: bool
 ) -> Float[np.ndarray, " P"]:
-    """How often the policy's output beats the base's, of which each response beats `beaten`, ties one half.
+    """Compute each prompt's win rate of the policy's output over the base's, of which a response beats `beaten`.
 
     By the score that selects, a rollout stands for its bin of quantiles, in which two responses are a fair match: it
-    meets `itself` too, for one half; the midpoint rule, off by O(1/K^2) where weights depend on the rank alone. Of what
-    another judge says within a bin the one rollout there tells nothing, so none meets itself, as in
+    meets `itself` too, for one half; the midpoint rule, off by O(1/K^2) where weights depend on the rank alone. By
+    another judge, one rollout says nothing of two responses in its bin, so none meets itself, as in
     `evaluation.predict`: sum_{i != j} A_i B_j w(i, j) / sum_{i != j} A_i B_j, nan where all of both is one rollout.
     """
     wins = np.sum(policy * beaten, axis=1)

@@ -1,16 +1,27 @@
-"""How figures and reports say things: transforms as formulas, procedures in words, estimates with their intervals."""
+"""Words and numbers of results, written once for printed tables, figures and the report's page."""
 
-import re
+from argparse import ArgumentTypeError
+from collections.abc import Mapping, Sequence
 
-from calibrated_rewards.evaluation.estimates import FEW, Stated
+from calibrated_rewards.evaluation.estimates import FEW_PROMPTS, IntervalEstimate
+from calibrated_rewards.theory.named import parse_procedure, parse_repr, parse_transform
 from calibrated_rewards.theory.optimum import Optimal
+from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.theory.transforms import Chain, Exponential, Identity, Log, Transform
 
+OBJECTIVES = {
+    "raw": "raw score",
+    "log": "log u",
+    "par": "PAR",
+    "median": "median-centred",
+    "log-sigmoid": "centred log-sigmoid",
+}
 
-def formula(transform: Transform) -> str:
-    """A transform as one writes it, whatever its scale; else its repr.
 
-    >>> [formula(Exponential(-10.0)), formula(Log()), formula(Chain(Exponential(2.5)))]
+def format_transform(transform: Transform) -> str:
+    """Write a transform as a formula, whatever its scale; one that is not the library's by its repr.
+
+    >>> [format_transform(each) for each in (Exponential(-10.0), Log(), Chain(Exponential(2.5)))]
     ['-e^{-10u}', 'log u', 'e^{2.5u}']
     """
     match transform:
@@ -21,126 +32,157 @@ def formula(transform: Transform) -> str:
         case Exponential(t=t):
             return f"{'-' * (t < 0)}e^{{{t:g}u}}"
         case Optimal(procedure=procedure):
-            return f"optimum for {spoken(procedure)}"
+            return f"optimum for {format_procedure(procedure)}"
         case Chain(parts=(first, *_)):
-            return formula(first)
+            return format_transform(first)
     name = repr(transform)
     return name if len(name) <= 40 else f"{type(transform).__name__}(...)"
 
 
-def formula_in(said: str) -> str:
-    """A transform from its repr, as settings keep it; what is not known stays as it is.
+def format_transform_repr(text: str) -> str:
+    """Write a transform as a formula from its repr, as settings hold it; other text stays as it is.
 
-    >>> formula_in("Chain(Optimal(procedure=BestOf(n=4), beta=0.1), Affine(scale=2.0, shift=1.0))")
+    >>> format_transform_repr("Chain(Optimal(procedure=BestOf(n=4), beta=0.1), Affine(scale=2.0, shift=1.0))")
     'optimum for best of 4'
-    >>> formula_in("Exponential(t=-10.0)"), formula_in("my.own")
+    >>> format_transform_repr("Exponential(t=-10.0)"), format_transform_repr("my.own")
     ('-e^{-10u}', 'my.own')
     """
-    if known := re.search(r"Optimal\(procedure=(\w+\(n=\d+\))", said):
-        return f"optimum for {spoken(known[1])}"
-    if known := re.match(r"(?:Chain\()?Exponential\(t=(-?[\d.]+)\)", said):
-        return formula(Exponential(float(known[1])))
-    simple = re.match(r"(?:Chain\()?(Identity|Log)\(\)", said)
-    return said if simple is None else formula(Log() if simple[1] == "Log" else Identity())
+    try:
+        transform = parse_repr(text)
+    except ValueError:
+        return text
+    return format_transform(transform) if isinstance(transform, Transform) else text
 
 
-def spoken(procedure: object) -> str:
-    """A procedure in words, from itself or its repr.
+def format_procedure(procedure: object) -> str:
+    """Write a procedure in words, from itself or its repr.
 
-    >>> spoken("BestOf(n=4)"), spoken("Standard()"), spoken("RewindAndRepeat(threshold=0.8, max_tries=3)")
-    ('best of 4', 'one draw', 'RewindAndRepeat(threshold=0.8, max_tries=3)')
+    >>> format_procedure("BestOf(n=4)"), format_procedure("Standard()"), format_procedure("SoftBestOf(4, 1.0)")
+    ('best of 4', 'one draw', 'SoftBestOf(4, 1.0)')
     """
-    said = procedure if isinstance(procedure, str) else repr(procedure)
-    known = re.fullmatch(r"(Best|Worst)Of\(n=(\d+)\)", said)
-    return f"{known[1].lower()} of {known[2]}" if known else "one draw" if said == "Standard()" else said
+    if isinstance(procedure, str):
+        try:
+            procedure = parse_procedure(procedure)
+        except ValueError:
+            return str(procedure)
+    match procedure:
+        case Standard():
+            return "one draw"
+        case BestOf(n=n):
+            return f"best of {n}"
+        case WorstOf(n=n):
+            return f"worst of {n}"
+    return repr(procedure)
 
 
-def arm(name: str) -> str:
-    """An arm of the frontier without training, by its name on the command line, as one writes it.
+def format_objective(name: str) -> str:
+    """Write an objective of the frontier as a formula or in words, from its name on the command line.
 
-    >>> [arm(name) for name in ("exp:-10", "best-of:4", "raw", "mine")]
+    >>> [format_objective(name) for name in ("exp:-10", "best-of:4", "raw", "mine")]
     ['-e^{-10u}', 'optimum for best of 4', 'raw score', 'mine']
     """
-    kind, _, number = name.partition(":")
-    if kind == "exp":
-        return formula(Exponential(float(number)))
-    if kind in ("best-of", "worst-of"):
-        return f"optimum for {kind.removesuffix('-of')} of {number}"
-    known = {"raw": "raw score", "log": "log u", "par": "PAR", "median": "median-centred"}
-    return {**known, "log-sigmoid": "centred log-sigmoid"}.get(name, name)
+    try:
+        if name.startswith("exp:"):
+            return format_transform(parse_transform(name).transform)
+        return OBJECTIVES.get(name) or f"optimum for {format_procedure(parse_procedure(name))}"
+    except (ValueError, ArgumentTypeError):
+        return name
 
 
-def percents(rate: Stated) -> str:
-    """A share with its interval.
+def format_share(rate: IntervalEstimate) -> str:
+    """Write a share as a percentage with its interval.
 
-    >>> percents(Stated(0.7123, 0.68, 0.741, 0.02, 50)), percents(Stated(0.5, None, None, None, 1))
-    ('71.2 % [68.0, 74.1]', '50.0 %')
+    >>> format_share(IntervalEstimate(0.7123, 0.68, 0.741, 0.02, 50))
+    '71.2 % [68.0, 74.1]'
+    >>> format_share(IntervalEstimate(0.5, None, None, None, 1))
+    '50.0 %'
     """
     ends = "" if rate.low is None or rate.high is None else f" [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
     return f"{100 * rate.value:.1f} %{ends}"
 
 
-def points(gain: Stated) -> str:
-    """A difference between two shares, in percentage points.
+def format_points(gain: IntervalEstimate) -> str:
+    """Write a difference between two shares in percentage points.
 
-    >>> points(Stated(-0.0123, -0.03, 0.005, 0.01, 50))
+    >>> format_points(IntervalEstimate(-0.0123, -0.03, 0.005, 0.01, 50))
     '-1.2 points [-3.0, +0.5]'
     """
     ends = "" if gain.low is None or gain.high is None else f" [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
     return f"{100 * gain.value:+.1f} points{ends}"
 
 
-def tells(gain: Stated, about: float = 0.0) -> bool:
-    """Whether the interval leaves out 0, or another value; one without ends, or without width, tells nothing.
+def format_estimate(estimate: IntervalEstimate) -> str:
+    """Write any quantity with its interval, short however large or small it is.
 
-    >>> ends = (0.1, 0.3), (0.0, 0.3), (None, None), (0.2, 0.2)
-    >>> [tells(Stated(0.2, low, high, 0.1, 30)) for low, high in ends]
-    [True, False, False, False]
-    """
-    if gain.low is None or gain.high is None or gain.low >= gain.high:
-        return False
-    return gain.low > about or gain.high < about
-
-
-def caution(prompts: int) -> tuple[str, ...]:
-    """What is to be known before any claim, where prompts are few.
-
-    >>> caution(7), caution(100)
-    (('7 prompts are few: below 20 even the intervals are rough, and what follows may be chance.',), ())
-    """
-    if prompts == 1:
-        return ("1 prompt says nothing of others: there are no intervals, and nothing is claimed.",)
-    rough = f"{prompts} prompts are few: below {FEW} even the intervals are rough, and what follows may be chance."
-    return (rough,) if prompts < FEW else ()
-
-
-def counted(number: int, what: str) -> str:
-    """So many of something.
-
-    >>> counted(1, "prompt"), counted(1234, "prompt")
-    ('1 prompt', '1,234 prompts')
-    """
-    return f"{number:,} {what}{'s' * (number != 1)}"
-
-
-def measured(value: Stated) -> str:
-    """Any quantity with its interval, short however large or small it is.
-
-    >>> [measured(Stated(value, None, None, None, 1)) for value in (0.5, -1e38, 1.25e-7, 0.0)]
+    >>> [format_estimate(IntervalEstimate(value, None, None, None, 1)) for value in (0.5, -1e38, 1.25e-7, 0.0)]
     ['0.500', '-1e+38', '1.25e-07', '0.000']
-    >>> measured(Stated(0.5, 0.25, 0.75, 0.1, 9))
+    >>> format_estimate(IntervalEstimate(0.5, 0.25, 0.75, 0.1, 9))
     '0.500 [0.250, 0.750]'
     """
-    known = [value.value] if value.low is None or value.high is None else [value.value, value.low, value.high]
-    first, *ends = [short(each, max(map(abs, known))) for each in known]
+    numbers = [each for each in (estimate.value, estimate.low, estimate.high) if each is not None]
+    first, *ends = [format_number(each, max(map(abs, numbers))) for each in numbers]
     return f"{first} [{', '.join(ends)}]" if ends else first
 
 
-def short(value: float, beside: float | None = None) -> str:
-    """A number to three digits, in the notation that fits the largest of those it stands beside.
+def format_number(value: float, beside: float | None = None) -> str:
+    """Write a number to three digits, in the notation that fits the largest of those it stands beside.
 
-    >>> short(12.3456), short(1e30), short(0.0, beside=1e30)
+    >>> format_number(12.3456), format_number(1e30), format_number(0.0, beside=1e30)
     ('12.346', '1e+30', '0')
     """
     largest = abs(value) if beside is None else beside
     return f"{value:.3f}" if largest == 0 or 0.01 <= largest < 1e5 else f"{value:.3g}"
+
+
+def format_count(number: int, noun: str) -> str:
+    """Write a number of things.
+
+    >>> format_count(1, "prompt"), format_count(1234, "prompt")
+    ('1 prompt', '1,234 prompts')
+    """
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def few_prompts_notes(prompts: int) -> tuple[str, ...]:
+    """Warn, before any claim, that few prompts show little; empty where there are enough.
+
+    >>> few_prompts_notes(7), few_prompts_notes(100)
+    (('7 prompts are few: below 20 even the intervals are rough, and what follows may be chance.',), ())
+    """
+    if prompts == 1:
+        return ("1 prompt says nothing of others: there are no intervals, and nothing is claimed.",)
+    rough = (
+        f"{prompts} prompts are few: below {FEW_PROMPTS} even the intervals are rough, and what follows may be chance."
+    )
+    return (rough,) if prompts < FEW_PROMPTS else ()
+
+
+def plain_prompts_note(plain: int, prompts: int) -> str:
+    """Say what to do about prompts that are plain text though the model has a chat template.
+
+    >>> plain_prompts_note(3, 30)
+    '3 of 30 prompts are plain text, ... give each prompt as messages: [{"role": "user", "content": "..."}]'
+    """
+    return (
+        f"{plain} of {format_count(prompts, 'prompt')} are plain text, and the model has a chat template, which is not "
+        "used for text. If the policy was trained on chats, give each prompt as messages: "
+        '[{"role": "user", "content": "..."}]'
+    )
+
+
+def format_table(names: Sequence[str], columns: Mapping[str, Sequence[object]]) -> list[str]:
+    """Align named rows under the heads of their columns; None is a dash.
+
+    >>> for line in format_table(["a", "long"], {"one": [1, None], "two": ["x", "y"]}):
+    ...     print(line)
+          one  two
+    a     1    x
+    long  -    y
+    """
+    table = [
+        ["", *names],
+        *([head, *("-" if each is None else str(each) for each in cells)] for head, cells in columns.items()),
+    ]
+    widths = [max(map(len, column)) for column in table]
+    rows = zip(*table, strict=True)
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,7 +1,11 @@
 """Hugging Face checkpoints and model servers, whatever they are used for: scoring, sampling or training.
 
-Finding out what a checkpoint holds (`checkpoints`), loading it complete (`loading`), turning prompts into tokens
-(`text`), and running it so that a text has the same numbers alone, in a batch, or behind a shared prefix.
+`checkpoints` finds out what a checkpoint holds, `loading` loads it complete, `lazy` at its first use. `text` turns
+prompts and completions into tokens. A decoder is read behind a shared prefix (`shared_prefix`), any model through its
+own forward (`own_forward`), in `batches`, with heads of float32 (`parts`, `vocabulary_head`), and is left `unchanged`:
+a text has the same numbers alone, in a batch, or behind a prefix. `labels` and `label_names` make one score of a
+classifier's outputs. `fingerprint` and `callable_fingerprint` tell two models or functions apart. `http_client` and
+`server_address` ask a server without showing its secrets.
 """
 
 from importlib import import_module
@@ -9,10 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calibrated_rewards.models.batches import Budget as Budget
+    from calibrated_rewards.models.labels import (
+        Difference as Difference,
+        Expected as Expected,
+        Label as Label,
+        Ordinal as Ordinal,
+        Weighted as Weighted,
+    )
+    from calibrated_rewards.models.loading import Placement as Placement
     from calibrated_rewards.models.text import Text as Text
 
-# Loaded when they are asked for: they bring heavy libraries.
-LAZY = {"Text": "text", "Budget": "batches"}
+# Imported when they are asked for: some bring heavy libraries.
+LAZY = {"Text": "text", "Budget": "batches", "Placement": "loading"}
+LAZY |= dict.fromkeys(("Difference", "Expected", "Label", "Ordinal", "Weighted"), "labels")
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
-# What holds no state that a score could depend on, and cannot be pickled.
+# Objects without state that a score could depend on, which cannot be pickled.
 STATELESS = ("_thread.lock", "_thread.RLock", "_thread._local", "os._Environ")
 # Libraries whose objects hold connections, threads, pools and temporary files, which differ from run to run.
 CLIENTS = (
@@ -36,6 +36,10 @@ CLIENTS = (
     *("queue", "requests", "selectors", "socket", "ssl", "tempfile", "threading", "urllib3"),
 )
 _LIBRARY = tuple(f"{sysconfig.get_path(name)}/" for name in ("stdlib", "platstdlib"))
+# The package's own objects are digested by their bare names, so that its modules may move. Release 0.1, whose
+# fingerprints have no "layout", digested module paths: a digest is compared with those of its own layout alone.
+LAYOUT = 2
+PACKAGE = __name__.partition(".")[0]
 # Where functions are within a property, or under a decorator.
 _WITHIN = ("fget", "fset", "func", "__func__", "__wrapped__")
 # Values that are read at most: enough for any scorer, and no end where a module leads to all of a program.
@@ -43,53 +47,65 @@ _MOST = 200_000
 
 
 def describe(thing: Any) -> dict[str, Any]:
-    """Python's version, a digest of the code, a digest or the number of each part of the state, and what is unread.
+    """Describe a callable by digests of its code and of each part of its state, and list what cannot be read.
 
     Bytecode differs between versions of Python, so digests of two versions say nothing about each other.
     """
-    reader = _Reader()
-    code, parts = reader.parts(thing)
-    described: dict[str, Any] = {"python": f"{sys.version_info.major}.{sys.version_info.minor}", "code": code.hex()}
+    digester = _Digester()
+    code, parts = digester.parts(thing)
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    described: dict[str, Any] = {"layout": LAYOUT, "python": python, "code": code.hex()}
     if parts:
-        described["state"] = {name: reader.shown(name, value) for name, value in sorted(parts.items())}
-    return described | ({"unread": sorted({*reader.unread})} if reader.unread else {})
+        described["state"] = {name: digester.number_or_digest(name, value) for name, value in sorted(parts.items())}
+    return described | ({"unread": sorted({*digester.unread})} if digester.unread else {})
+
+
+def place_free_name(thing: Any) -> str:
+    """Return the name of a thing for fingerprints: its `name_of`, without the path inside this package.
+
+    >>> from calibrated_rewards.theory import Log
+    >>> place_free_name(Log), place_free_name(json.dumps)
+    ('calibrated_rewards.Log', 'json.dumps')
+    """
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{PACKAGE if _is_ours(named.__module__) else named.__module__}.{named.__qualname__}"
 
 
 @dataclass
-class _Reader:
-    """Digests of values, with the path to the one that is being read."""
+class _Digester:
+    """A maker of digests, with the path to the value that is being read."""
 
     unread: list[str] = field(default_factory=list)
     _part: str = ""
     _open: list[int] = field(default_factory=list)
-    """The ids of the values that hold the one that is being read: a value may hold itself."""
+    """Ids of the values that hold the one that is being read: a value may hold itself."""
     _done: dict[int, tuple[Any, bytes]] = field(default_factory=dict)
     """Digests by id, with the value, which is held so that no other one gets its id."""
 
-    def shown(self, name: str, value: Any) -> Any:
-        """What a fingerprint says of a part of the state: a number as it is, which explains itself, or a digest."""
+    def number_or_digest(self, name: str, value: Any) -> Any:
+        """Return a part of the state as it is if it is a number, which explains itself, or else its digest."""
         self._part = name
         if value is None or type(value) in (bool, int) or (type(value) is float and isfinite(value)):
             return value
         return self.digest(value).hex()
 
     def parts(self, thing: Any) -> tuple[bytes, dict[str, Any]]:
-        """The digest of a callable's code, and the values that the code depends on, by name."""
+        """Digest a callable's code, and collect the values that the code depends on, by name."""
         if isinstance(thing, functools.partial):
             code, parts = self.parts(thing.func)
-            given = [*enumerate(thing.args), *thing.keywords.items()]
-            return code, {**parts, **{f"argument.{name}": value for name, value in given}}
+            arguments = [*enumerate(thing.args), *thing.keywords.items()]
+            return code, {**parts, **{f"argument.{name}": value for name, value in arguments}}
         if isinstance(thing, FunctionType):
             return self._function_code(thing), dict(_values_of(thing))
         if isinstance(thing, type | BuiltinFunctionType) or type(thing).__module__ == "functools":
             return self.digest(thing), {}
         owner = thing.__self__ if isinstance(thing, MethodType) else thing
-        own = self.parts(thing.__func__) if isinstance(thing, MethodType) else (b"", {})
+        method = self.parts(thing.__func__) if isinstance(thing, MethodType) else (b"", {})
         code, parts = self._methods(owner if isinstance(owner, type) else type(owner))
-        return _hash(own[0], code), {**parts, **own[1], **self._instance(owner)}
+        return _hash(method[0], code), {**parts, **method[1], **self._instance(owner)}
 
     def digest(self, value: Any) -> bytes:
-        """The digest of any value; of one that holds itself, by how far up that is."""
+        """Digest any value; one that holds itself, by how far up that is."""
         if type(value) in PLAIN:
             return _hash(f"{type(value).__name__}:{value!r}".encode("utf-8", "surrogatepass"))
         if id(value) in self._done:
@@ -100,20 +116,16 @@ class _Reader:
             return self._cannot_read(value)
         self._open.append(id(value))
         try:
-            found = self._read(value)
+            digest = self._container_or_named(value) or self._array_or_object(value)
         except Exception:  # noqa: BLE001 (a foreign __reduce__ or __getstate__ may raise anything)
-            found = self._cannot_read(value)
+            digest = self._cannot_read(value)
         finally:
             self._open.pop()
-        self._done[id(value)] = value, found
-        return found
+        self._done[id(value)] = value, digest
+        return digest
 
-    def _read(self, value: Any) -> bytes:
-        found = self._container(value)
-        return self._array_or_object(value) if found is None else found
-
-    def _container(self, value: Any) -> bytes | None:
-        """The digest of what holds other values, or has a name; None for all else."""
+    def _container_or_named(self, value: Any) -> bytes | None:
+        """Digest a value that holds others, or has a name; None for all else."""
         if type(value) in (list, tuple):
             return self._all(type(value).__name__, value)
         if type(value) in (set, frozenset):
@@ -125,7 +137,8 @@ class _Reader:
         if isinstance(value, CodeType):
             return self._code(value)
         if isinstance(value, ModuleType):
-            return _hash(f"module:{value.__name__}".encode())
+            last = value.__name__.rpartition(".")[2]
+            return _hash(f"module:{f'{PACKAGE}.{last}' if _is_ours(value.__name__) else value.__name__}".encode())
         return self._class(value) if isinstance(value, type) else None
 
     def _array_or_object(self, value: Any) -> bytes:
@@ -144,7 +157,7 @@ class _Reader:
             name = f"{value.__module__}.{value.__qualname__}"
             return _hash(name.encode(), b"" if isinstance(owner, ModuleType | None) else self.digest(owner))
         if isinstance(value, FunctionType) and _is_installed(value.__module__):
-            return _hash(f"function:{value.__module__}.{value.__qualname__}".encode())
+            return _hash(f"function:{place_free_name(value)}".encode())
         if isinstance(value, FunctionType | MethodType | functools.partial):
             code, parts = self.parts(value)
             return _hash(b"callable:", code, self._mapping(parts))
@@ -159,10 +172,10 @@ class _Reader:
 
     def _cannot_read(self, value: Any) -> bytes:
         self.unread.append(f"{self._part} ({type(value).__name__})" if self._part else type(value).__name__)
-        return _hash(f"unread:{type(value).__module__}.{type(value).__qualname__}".encode())
+        return _hash(f"unread:{place_free_name(type(value))}".encode())
 
     def _instance(self, thing: Any) -> dict[str, Any]:
-        """The state of an object, as pickling it would write it: attributes by name, and all else."""
+        """Collect the state of an object, as pickling would write it: attributes by name, and all else."""
         if isinstance(thing, type) or callable(getattr(type(thing), "fingerprint", None)):
             return {"self": thing}
         try:
@@ -184,17 +197,17 @@ class _Reader:
             whole["made of"] = arguments[1:]
         whole |= {"items": list(items)} if items is not None else {}
         whole |= {"pairs": dict(pairs)} if pairs is not None else {}
-        own, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-        if not all(isinstance(each, dict | None) for each in (own, slots)):
+        attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+        if not all(isinstance(each, dict | None) for each in (attributes, slots)):
             return {**whole, "state": state}
-        return {**whole, **(own or {}), **(slots or {})}
+        return {**whole, **(attributes or {}), **(slots or {})}
 
     def _methods(self, kind: type) -> tuple[bytes, dict[str, Any]]:
-        """The digest of the code of a class of the user's, and the values that its methods find elsewhere."""
+        """Digest the code of a class of the user's, and collect the values that its methods find elsewhere."""
         codes, parts = [], dict[str, Any]()
         for base in kind.__mro__:
             if _is_installed(base.__module__):
-                codes.append(f"class:{base.__module__}.{base.__qualname__}".encode())
+                codes.append(f"class:{place_free_name(base)}".encode())
                 continue
             for name, member in sorted(vars(base).items()):
                 functions = [each for each in _functions_of(member) if _is_written(name, each)]
@@ -212,22 +225,22 @@ class _Reader:
         return _hash(b"methods:", *codes), parts
 
     def _layers(self, model: Any) -> Iterator[bytes]:
-        """What the layers of a torch module hold beside their weights: rates, thresholds, attributes of the user's."""
+        """Digest what a torch module's layers hold beside weights: rates, thresholds, attributes of the user's."""
         torch = sys.modules["torch"]
         usual = vars(torch.nn.Module())
         for name, layer in model.named_modules() if isinstance(model, torch.nn.Module) else ():
             kind = type(layer)
-            own = {label: value for label, value in vars(layer).items() if label not in usual}
+            settings = {label: value for label, value in vars(layer).items() if label not in usual}
             if kind.__module__.startswith("torch."):
-                plain = {label: value for label, value in own.items() if type(value) in (*PLAIN, tuple)}
+                plain = {label: value for label, value in settings.items() if type(value) in (*PLAIN, tuple)}
                 yield _hash(name.encode(), kind.__qualname__.encode(), self._mapping(plain))
             elif not _is_installed(kind.__module__):
-                yield _hash(name.encode(), self._class(kind), self._mapping(own))
+                yield _hash(name.encode(), self._class(kind), self._mapping(settings))
 
     def _class(self, kind: type) -> bytes:
-        """A class by its name, and one of the user's by the code and values in it too."""
+        """Digest a class by its name, and one of the user's by the code and values in it too."""
         if _is_installed(kind.__module__):
-            return _hash(f"class:{kind.__module__}.{kind.__qualname__}".encode())
+            return _hash(f"class:{place_free_name(kind)}".encode())
         if id(kind) in self._done:
             return self._done[id(kind)][1]
         if id(kind) in self._open and self._open[-1] != id(kind):
@@ -235,26 +248,26 @@ class _Reader:
         self._open.append(id(kind))
         try:
             members = {name: member for name, member in vars(kind).items() if _is_own(name, member)}
-            found = _hash(b"class:", self._all("bases", kind.__bases__), self._mapping(members))
+            digest = _hash(b"class:", self._all("bases", kind.__bases__), self._mapping(members))
         finally:
             self._open.pop()
-        self._done[id(kind)] = kind, found
-        return found
+        self._done[id(kind)] = kind, digest
+        return digest
 
     def _function_code(self, function: FunctionType) -> bytes:
-        """The digest of a function's code; what a library's decorator puts around a function is known by its name."""
+        """Digest a function's code; what a library's decorator puts around a function is known by its name."""
         if _is_installed_file(function.__code__.co_filename) and not _is_installed(function.__module__):
             return _hash(f"decorator:{function.__code__.co_qualname}".encode())
         return self._code(function.__code__)
 
     def _code(self, code: CodeType) -> bytes:
-        """What a code object does: its instructions with their constants and names, and no line of a file."""
+        """Digest the instructions of a code object with their constants and names, and no line of a file."""
         written = [f"{code.co_argcount} {code.co_kwonlyargcount} {code.co_flags}".encode(), code.co_exceptiontable]
         for each in dis.get_instructions(code):
             # The value that an argument stands for, since the tables behind the arguments hold docstrings as well.
             value = each.argval if isinstance(each.argval, int | str) else each.arg
-            said = self.digest(each.argval) if each.opcode in dis.hasconst else repr(value).encode()
-            written.append(each.opname.encode() + b" " + said)
+            argument = self.digest(each.argval) if each.opcode in dis.hasconst else repr(value).encode()
+            written.append(each.opname.encode() + b" " + argument)
         return _hash(b"code:", *written)
 
     def _all(self, kind: str, values: Any) -> bytes:
@@ -268,22 +281,22 @@ class _Reader:
 
 
 def _functions_of(member: Any) -> list[FunctionType]:
-    """The functions of a member of a class: its own, and those in a property or under any number of decorators."""
-    found, waiting = list[FunctionType](), [member]
+    """List the functions of a member of a class: itself, and those in a property or under any number of decorators."""
+    functions, waiting = list[FunctionType](), [member]
     while waiting:
         each = waiting.pop()
         if isinstance(each, FunctionType):
-            if each in found:
+            if each in functions:
                 continue
-            found.append(each)
+            functions.append(each)
         elif not (isinstance(each, property | staticmethod | classmethod) or type(each).__module__ == "functools"):
             continue
         waiting += [getattr(each, name, None) for name in _WITHIN]
-    return found
+    return functions
 
 
 def _values_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """Everything that a function's code finds outside of itself: defaults, closure, attributes, globals."""
+    """Yield all that a function's code finds outside of itself: defaults, closure, attributes, globals."""
     code = function.__code__
     defaults = function.__defaults__ or ()
     names = code.co_varnames[: code.co_argcount][code.co_argcount - len(defaults) :]
@@ -297,28 +310,28 @@ def _values_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _globals_of(code: CodeType, known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The values of the global names in a code object and those within it; of a module of the user's, its member."""
-    module, place = None, ""
+    """Yield the values of the global names in code and in code within it; of a module of the user's, its member."""
+    module, path = None, ""
     for each in dis.get_instructions(code):
         if each.opname == "EXTENDED_ARG":
             continue
         value: Any = None
         if module is not None and each.opname in ("LOAD_ATTR", "LOAD_METHOD") and hasattr(module, each.argval):
-            value, place = getattr(module, each.argval), f"{place}.{each.argval}"
+            value, path = getattr(module, each.argval), f"{path}.{each.argval}"
         elif each.opname in ("LOAD_GLOBAL", "LOAD_NAME") and each.argval in known:
-            value, place = known[each.argval], each.argval
+            value, path = known[each.argval], each.argval
         elif isinstance(each.argval, CodeType):
             yield from _globals_of(each.argval, known)
         else:
-            place = ""
+            path = ""
         module = value if isinstance(value, ModuleType) and not _is_installed(value.__name__) else None
-        if place and module is None:
-            yield place, value
-            place = ""
+        if path and module is None:
+            yield path, value
+            path = ""
 
 
 def _of_torch(value: Any) -> str | None:
-    """What a tensor, a model or a tokenizer holds, by the digests that scorers of checkpoints have."""
+    """Digest a tensor, a model or a tokenizer as scorers of checkpoints do; None for all else."""
     torch = sys.modules.get("torch")
     if torch is None:
         return None
@@ -337,26 +350,31 @@ def _of_torch(value: Any) -> str | None:
 
 @functools.cache
 def _is_installed(module: str | None) -> bool:
-    """Whether a module is of Python, of this library or of an installed package: known by its name, not by its code."""
+    """Tell if a module is of Python, of this library or of an installed package: known by its name, not by its code."""
     top = (module or "").partition(".")[0]
-    if top in sys.stdlib_module_names or top == "calibrated_rewards":
+    if top in sys.stdlib_module_names or top == PACKAGE:
         return top != "__main__"
     return _is_installed_file(getattr(sys.modules.get(module or ""), "__file__", None) or "")
 
 
-def _is_installed_file(place: str) -> bool:
-    return "/site-packages/" in place or "/dist-packages/" in place or place.startswith(_LIBRARY)
+def _is_ours(module: str | None) -> bool:
+    """Tell if a module is of this package."""
+    return (module or "").partition(".")[0] == PACKAGE
+
+
+def _is_installed_file(file: str) -> bool:
+    return "/site-packages/" in file or "/dist-packages/" in file or file.startswith(_LIBRARY)
 
 
 def _is_written(name: str, function: FunctionType) -> bool:
-    """Whether a function of a class is its author's, rather than made by Python or by a decorator out of the others."""
-    place = function.__code__.co_filename
-    by_dataclass = place == "<string>" and name.startswith("__") and name != "__call__"
-    return not (by_dataclass or _is_installed(function.__module__) or _is_installed_file(place))
+    """Tell if a function of a class is its author's, rather than made by Python or by a decorator out of others."""
+    file = function.__code__.co_filename
+    by_dataclass = file == "<string>" and name.startswith("__") and name != "__call__"
+    return not (by_dataclass or _is_installed(function.__module__) or _is_installed_file(file))
 
 
 def _is_own(name: str, member: Any) -> bool:
-    """Whether a member of a class is its author's."""
+    """Tell if a member of a class is its author's."""
     if functions := _functions_of(member):
         return any(_is_written(name, each) for each in functions)
     # A slot holds no value of the class.

@@ -1,6 +1,7 @@
-"""What a checkpoint holds, found without loading it: its config, its adapter, the names and shapes of its weights.
+"""Inspect a checkpoint without loading it: config, adapter, names and shapes of weights, kind of reward model.
 
-Which kind of reward model a checkpoint holds: by its config, its heads and its labels, never by its name."""
+`detect_kind` goes by the config, the heads and the labels, never by the checkpoint's name.
+"""
 
 import json
 import re
@@ -31,30 +32,30 @@ class Checkpoint:
     """A folder, or a repository of the Hub of which small files are in the local cache and weights come when needed."""
 
     name: str
-    """As `from_pretrained` takes it."""
+    """The folder or repository, as `from_pretrained` takes it."""
     folder: Path
     revision: str | None = None
-    """The commit, of a repository."""
+    """The commit of a repository."""
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json as it is, or nothing."""
+        """The members of config.json, or none."""
         return self._json("config.json")
 
     @property
     def adapter(self) -> dict[str, Any]:
-        """adapter_config.json of a PEFT adapter, or nothing."""
+        """The members of a PEFT adapter's adapter_config.json, or none."""
         return self._json("adapter_config.json")
 
     @cached_property
     def weights(self) -> dict[str, str]:
-        """The file that each weight is in, an adapter's under the names that they have in its base."""
+        """The file of each weight; an adapter's weights have the names that they have in its base."""
         stored = ADAPTER_WEIGHTS if self.adapter else WEIGHTS
-        return {_in_base(name): file for name, file in [*self._named(stored), *self._named(HEAD_WEIGHTS)]}
+        return {_in_base(name): file for name, file in [*self._list_weights(stored), *self._list_weights(HEAD_WEIGHTS)]}
 
     @cached_property
     def value_heads(self) -> dict[str, list[str]]:
-        """Heads beside the body that give one number: name, and the names of their weights from first layer to last.
+        """Heads beside the body that give one number, with the names of their weights from first layer to last.
 
         A head is known by its shape: linear layers, each as wide as the one before, the last with one output.
         """
@@ -63,57 +64,54 @@ class Checkpoint:
 
     @cached_property
     def labels(self) -> int | None:
-        """How many outputs the head has that is stored beside the body; None without one."""
+        """The number of outputs of the head that is stored beside the body; None without one."""
         shapes = [self.shape(name) for names in self._beside_body().values() for name in names]
         # The other layers of a head (a pooler, a dense layer) are as wide as the body.
         return min((shape[0] for shape in shapes if len(shape) == 2), default=None)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a weight, from the header of its file."""
+        """Read the shape of a weight from the header of its file."""
         path = self._path(self.weights[name])
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                return tuple(file.get_slice(self._stored(file.keys(), name)).get_shape())
+                return tuple(file.get_slice(_stored_name(file.keys(), name)).get_shape())
         return tuple(self.tensor(name).shape)
 
     def tensor(self, name: str) -> Tensor:
-        """One weight, on the CPU."""
+        """Read one weight, on the CPU."""
         path = self._path(self.weights[name])
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                return file.get_tensor(self._stored(file.keys(), name))  # type: ignore[no-any-return]
-        held = _unpickled(path)
-        return held[self._stored(held.keys(), name)]
-
-    def _stored(self, names: Iterable[str], name: str) -> str:
-        return next(stored for stored in names if _in_base(stored) == name)
+                return file.get_tensor(_stored_name(file.keys(), name))  # type: ignore[no-any-return]
+        tensors = _load_bin(path)
+        return tensors[_stored_name(tensors.keys(), name)]
 
     def _beside_body(self) -> dict[str, list[str]]:
-        """The weights by the first part of their names, but for the largest part, which is the body."""
+        """Group weights by the first part of their names, and leave out the largest group, which is the body."""
         groups: dict[str, list[str]] = {}
         for name in sorted(self.weights, key=_natural):
             groups.setdefault(name.partition(".")[0], []).append(name)
         body = max(groups, key=lambda part: len(groups[part]), default=None)
         return {part: names for part, names in groups.items() if part != body}
 
-    def _named(self, files: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-        """Names of weights and the files they are in, by the first of these files that is there."""
+    def _list_weights(self, files: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+        """Yield names of weights with the files they are in, by the first of these files that is there."""
         for file in files:
             index = self._json(f"{file}.index.json")
             if index:
                 yield from index["weight_map"].items()
                 return
-            path = self._found(file)
+            path = self._find_file(file)
             if path is not None:
                 yield from ((name, file) for name in _names_in(path))
                 return
 
     def _json(self, file: str) -> dict[str, Any]:
         path = self.folder / file
-        held: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        return held
+        members: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        return members
 
-    def _found(self, file: str) -> Path | None:
+    def _find_file(self, file: str) -> Path | None:
         if self.revision is None:
             return path if (path := self.folder / file).exists() else None
         from huggingface_hub import hf_hub_download
@@ -125,14 +123,14 @@ class Checkpoint:
             return None
 
     def _path(self, file: str) -> Path:
-        path = self._found(file)
+        path = self._find_file(file)
         if path is None:
             raise FileNotFoundError(f"{self.name} has no {file}, which its index names")
         return path
 
 
-def checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoint:
-    """The folder of that name, or else the repository on the Hub (offline: in the local cache)."""
+def find_checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoint:
+    """Find the folder of that name, or else the repository on the Hub (offline: in the local cache)."""
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return Checkpoint(str(folder.absolute()), folder)
@@ -151,14 +149,14 @@ def checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoint:
 
 
 def _function_hint(name: str) -> str:
-    """Where a function goes, if a name looks as one does: module:function, or a file of Python."""
+    """Advise where a function goes, if a name looks as one does: module:function, or a file of Python."""
     if not re.fullmatch(r"[\w./]+(:\w+|\.py)", name):
         return ""
     return ". A function of yours takes the place of a model from Python: calibrate(prompts, sampler, function)"
 
 
 def _gives_one(shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether these weights, in order, are linear layers one after another that end in one output."""
+    """Tell if these weights, in order, are linear layers one after another that end in one output."""
     matrices = [shape for shape in shapes.values() if len(shape) == 2]
     fits = all(after[1] == before[0] for before, after in pairwise(matrices))
     others = {name: shape for name, shape in shapes.items() if len(shape) != 2}
@@ -170,20 +168,24 @@ def _in_base(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
+def _stored_name(names: Iterable[str], name: str) -> str:
+    return next(stored for stored in names if _in_base(stored) == name)
+
+
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Orders layer 10 after layer 2, and, within a layer, bias before weight."""
+    """Sort key: layer 10 after layer 2, and, within a layer, bias before weight."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"\.", name)]
 
 
 def _names_in(path: Path) -> list[str]:
     if path.suffix != ".safetensors":
-        return list(_unpickled(path))
+        return list(_load_bin(path))
     with safe_open(path, "pt") as file:
         return list(file.keys())
 
 
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    """A .bin file, whose weights stay on the disk until they are used; what is not a weight is refused."""
+def _load_bin(path: Path) -> dict[str, Tensor]:
+    """Load a .bin file, whose weights stay on the disk until they are used; what is not a weight is refused."""
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # type: ignore[no-any-return]
 
 
@@ -209,8 +211,8 @@ KINDS_WITHOUT_HEAD = (
 )
 
 
-def kind_of(checkpoint: Checkpoint, base: Checkpoint, trust_remote_code: bool = False) -> Kind:
-    """The kind that a checkpoint can only be, or a ValueError that says what to choose; `base` for adapters."""
+def detect_kind(checkpoint: Checkpoint, base: Checkpoint, trust_remote_code: bool = False) -> Kind:
+    """Detect the only kind that a checkpoint can be, or raise a ValueError with the choices; `base` for adapters."""
     what = architecture(base)
     task = checkpoint.adapter.get("task_type")
     if task == "TOKEN_CLS" or what.endswith("ForTokenClassification"):
@@ -264,36 +266,34 @@ def check_writes(checkpoint: Checkpoint, base: Checkpoint, kind: str) -> None:
 
 
 def architecture(checkpoint: Checkpoint) -> str:
-    """The class of model that was saved."""
-    named = checkpoint.config.get("architectures") or [
-        f"{checkpoint.config.get('model_type', 'model')} of no known class"
-    ]
-    return str(named[0])
+    """Return the name of the class of model that was saved."""
+    unknown = f"{checkpoint.config.get('model_type', 'model')} of no known class"
+    return str((checkpoint.config.get("architectures") or [unknown])[0])
 
 
 def is_known(architecture: str) -> bool:
-    """Whether it is one of transformers' own classes."""
+    """Tell if an architecture is one of transformers' own classes."""
     return getattr(transformers, architecture, None) is not None
 
 
 def needs_code(checkpoint: Checkpoint) -> bool:
-    """Whether its class is defined in a file of its own."""
+    """Tell if a checkpoint brings the code of its class."""
     return bool(checkpoint.config.get("auto_map")) and not is_known(architecture(checkpoint))
 
 
 def classifies(checkpoint: Checkpoint) -> bool:
-    """Whether a custom model promises the outputs of a sequence classifier: logits."""
+    """Tell if a custom model promises the outputs of a sequence classifier: logits."""
     return "AutoModelForSequenceClassification" in checkpoint.config.get("auto_map", {})
 
 
 def is_encoder_decoder(checkpoint: Checkpoint) -> bool:
-    """Whether an encoder reads and a decoder of its own writes: T5, BART."""
+    """Tell if an encoder reads and a decoder of its own writes: T5, BART."""
     known = checkpoint.config.get("model_type") in transformers.CONFIG_MAPPING
     return known and bool(parse_config(checkpoint).is_encoder_decoder)
 
 
 def is_encoder(checkpoint: Checkpoint) -> bool:
-    """Whether it reads in both directions: a kind of model that is trained to fill in words, and no encoder-decoder."""
+    """Tell if a model reads in both directions: trained to fill in words, and no encoder-decoder."""
     if checkpoint.config.get("model_type") not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return False
     config = parse_config(checkpoint)
@@ -301,13 +301,11 @@ def is_encoder(checkpoint: Checkpoint) -> bool:
 
 
 def _labels(checkpoint: Checkpoint, base: Checkpoint) -> int:
-    """How many labels there are: an adapter's own head says it, or the config."""
+    """Count the labels: an adapter's own head says how many, or the config."""
     return (checkpoint.labels if checkpoint.adapter else None) or int(parse_config(base).num_labels or 2)
 
 
 def parse_config(checkpoint: Checkpoint) -> transformers.PretrainedConfig:
-    """The config with what config.json leaves out because it is the default."""
-    found: transformers.PretrainedConfig = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(
-        checkpoint.config
-    )
-    return found
+    """Parse config.json, with the defaults that it leaves out."""
+    kind = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]]
+    return kind.from_dict(checkpoint.config)

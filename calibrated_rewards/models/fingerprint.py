@@ -1,6 +1,7 @@
-"""PEFT's adapters: which are active, what they are set to, and which weights are theirs.
+"""Fingerprint a model and its tokenizer by a few digests, which are the same wherever the files lie.
 
-What a model and its tokenizer are, in a few digests: the same wherever they lie."""
+Of PEFT's adapters only the active ones count, by their weights and their settings.
+"""
 
 import json
 import re
@@ -11,75 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibrated_rewards.models.parts import dtype_of, unwrapped
+from calibrated_rewards.models.parts import dtype_of, unwrap
 
-# Where an adapter came from, and whether it may be trained.
-NOT_OF_THE_SCORES = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
-
-
-def active_adapters(model: Any) -> list[str]:
-    """The adapters that a forward would go through now; none for a model without, or with adapters disabled."""
-    if not hasattr(model, "peft_config"):
-        return []
-    off = any(getattr(layer, "disable_adapters", False) is True for layer in adapter_layers(model).values())
-    names = model.active_adapters  # a property of PEFT's models, a method of those that transformers gave adapters
-    return [] if off else list(names() if callable(names) else names)
-
-
-def adapter_layers(model: Any) -> dict[str, Any]:
-    """The layers that hold adapters' weights, by name."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    parts = dict(model.named_modules())
-    return {name: part for name, part in parts.items() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)}
-
-
-def weights_with(model: Any, adapters: set[str]) -> dict[str, Tensor]:
-    """The weights of the base and of some adapters, named as if there were no others."""
-    others = set(model.peft_config) - adapters
-    left_out = {
-        f"{name}.{kind}.{other}"
-        for name, layer in adapter_layers(model).items()
-        for kind in (*layer.adapter_layer_names, *layer.other_param_names)
-        for other in others
-    }
-    kept = [(name, weight) for name, weight in model.state_dict().items() if not left_out & _beginnings(name)]
-    return {re.sub(r"\.(base_layer|original_module)\b", "", name): weight for name, weight in kept}
-
-
-def settings_digest(settings: Mapping[str, Any]) -> str:
-    """A digest of an adapter's settings: its scale, for one, is in no weight."""
-    # A set has no order.
-    told = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
-    kept = {name: value for name, value in told.items() if name not in NOT_OF_THE_SCORES}
-    return blake2b(json.dumps(kept, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-
-
-def _beginnings(name: str) -> set[str]:
-    """ "a.b.c": "a", "a.b" and "a.b.c"."""
-    return {name[: dot.start()] for dot in re.finditer(r"\.|$", name)}
-
-
+# Settings of an adapter that no score depends on: where it came from, and whether it may be trained.
+ADAPTER_PROVENANCE = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
+# Settings of a config that no score depends on: the file it came from, training, and what the weights tell already.
+CONFIG_PROVENANCE = {
+    *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "transformers_version", "use_cache"),
+}
 # Values of each weight that the fingerprint reads: enough to tell any two checkpoints apart, in no time.
 SAMPLED = 1024
-# What a config says of the file it came from, of training, or of what the weights tell already: no score depends on it.
-FINGERPRINT_NOT_OF_THE_SCORES = {
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "id2label",
-    "label2id",
-    "transformers_version",
-    "use_cache",
-}
 # Any weight as whole numbers, by its bytes.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def model_fingerprint(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """What a model and its tokenizer are: its class, its precision, and digests of what they hold."""
-    model = unwrapped(model)
+    """Describe a model and its tokenizer: its class, its precision, and digests of what they hold."""
+    model = unwrap(model)
     return {
         "model": type(model).__name__,
         "weights": weights_digest(weights_of(model)),
@@ -90,14 +39,58 @@ def model_fingerprint(model: Any, tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def active_adapters(model: Any) -> list[str]:
+    """Name the adapters that a forward would go through now; none for a model without, or with adapters disabled."""
+    if not hasattr(model, "peft_config"):
+        return []
+    off = any(getattr(layer, "disable_adapters", False) is True for layer in adapter_layers(model).values())
+    names = model.active_adapters  # a property of PEFT's models, a method of those that transformers gave adapters
+    return [] if off else list(names() if callable(names) else names)
+
+
+def adapter_layers(model: Any) -> dict[str, Any]:
+    """Find the layers that hold adapters' weights, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    parts = dict(model.named_modules())
+    return {name: part for name, part in parts.items() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)}
+
+
+def weights_with(model: Any, adapters: set[str]) -> dict[str, Tensor]:
+    """Collect the weights of the base and of some adapters, named as if there were no others."""
+    others = set(model.peft_config) - adapters
+    left_out = {
+        f"{name}.{kind}.{other}"
+        for name, layer in adapter_layers(model).items()
+        for kind in (*layer.adapter_layer_names, *layer.other_param_names)
+        for other in others
+    }
+    rest = [(name, weight) for name, weight in model.state_dict().items() if not left_out & _beginnings(name)]
+    return {re.sub(r"\.(base_layer|original_module)\b", "", name): weight for name, weight in rest}
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Digest an adapter's settings: its scale, for one, is in no weight."""
+    # A set has no order.
+    ordered = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+    return _json_digest({name: value for name, value in ordered.items() if name not in ADAPTER_PROVENANCE})
+
+
+def _beginnings(name: str) -> set[str]:
+    """List "a", "a.b" and "a.b.c" for "a.b.c"."""
+    return {name[: dot.start()] for dot in re.finditer(r"\.|$", name)}
+
+
 def weights_of(model: Any) -> dict[str, Tensor]:
-    """The weights that scores are made of: without those of PEFT adapters that are not active."""
-    found: dict[str, Tensor] = model.state_dict()
-    return weights_with(model, set(active_adapters(model))) if hasattr(model, "peft_config") else found
+    """Collect the weights that scores are made of: without those of PEFT adapters that are not active."""
+    if hasattr(model, "peft_config"):
+        return weights_with(model, set(active_adapters(model)))
+    return model.state_dict()  # type: ignore[no-any-return]
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """A digest of names, shapes, evenly spread values and the sum of all bits: the same on every device.
+    """Digest names, shapes, evenly spread values and the sum of all bits: the same on every device.
 
     The sum is of whole numbers, so that no order of adding changes it, and takes one pass over the memory.
     """
@@ -113,13 +106,12 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def config_digest(config: Any) -> str:
-    """A digest of what a config adds to its class's defaults: rotary scaling, windows, padding id, ..."""
-    given = {name: value for name, value in config.to_diff_dict().items() if name not in FINGERPRINT_NOT_OF_THE_SCORES}
-    return blake2b(json.dumps(given, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+    """Digest what a config adds to its class's defaults: rotary scaling, windows, padding id, ..."""
+    return _json_digest({name: value for name, value in config.to_diff_dict().items() if name not in CONFIG_PROVENANCE})
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """A digest of all that a tokenizer does to text: vocabulary, merges, normaliser, special tokens."""
+    """Digest all that a tokenizer does to text: vocabulary, merges, normaliser, special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # A fast tokenizer remembers how its last call padded and truncated: that is no part of it.
     parts = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
@@ -127,3 +119,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     splits = bool(getattr(tokenizer, "split_special_tokens", False))
     return blake2b(f"{what} {special}{' split' * splits}".encode(), digest_size=16).hexdigest()
+
+
+def _json_digest(settings: Mapping[str, Any]) -> str:
+    return blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

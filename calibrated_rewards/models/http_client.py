@@ -1,10 +1,8 @@
-"""How long a request that failed waits before it is tried again.
+"""Ask a server over HTTP: retries with backoff, several requests in flight, and no secret in logs or errors.
 
-One request to a server, tried again with care: what may pass is waited for, what would not is an error at once.
-
-Several requests in flight: threads that work through a list of jobs, and their results as they come.
-
-What the dialects share: `Text` where a server may make the tokens, and numbers as servers write them."""
+A failure that may pass is waited for; one that would not is an error at once. `RequestThreads` works through a list of
+requests and yields the answers as they come.
+"""
 
 import json
 import logging
@@ -30,7 +28,15 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
 from queue import Empty, SimpleQueue
 
-from calibrated_rewards.models.server_address import PORTS, Address, origin, resolved, shown, split, unsent
+from calibrated_rewards.models.server_address import (
+    PORTS,
+    Address,
+    explain_token,
+    origin_of,
+    redact_url,
+    resolve_url,
+    split_url,
+)
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import start_of
 
@@ -39,35 +45,35 @@ LOGGERS = ("httpx", *(f"httpcore.{part}" for part in ("connection", "http11", "h
 
 @dataclass(frozen=True, eq=False)
 class Redacting:
-    """A filter of loggers: addresses that are asked are shown without their secrets."""
+    """A filter of the loggers of httpx and httpcore, which redacts the addresses that are asked."""
 
     places: set[Address] = field(default_factory=set)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change the record where it has a secret; it is logged in any case."""
+        """Redact the record where it has a secret; it is logged in any case."""
         if isinstance(record.args, tuple):
-            record.args = tuple(map(self._shown, record.args))
-        said = message = record.getMessage()
+            record.args = tuple(map(self._redact, record.args))
+        redacted = message = record.getMessage()
         for place in tuple(self.places):
-            said = place.redacted(said)
-        if said != message:
-            record.msg, record.args = said, ()
+            redacted = place.redacted(redacted)
+        if redacted != message:
+            record.msg, record.args = redacted, ()
         return True
 
-    def _shown(self, value: Any) -> Any:
-        """An url of httpx as errors show it, if its host is one of ours."""
+    def _redact(self, value: Any) -> Any:
+        """Write an url of httpx as errors show it, if its host is one of ours."""
         if not isinstance(value, httpx.URL):
             return value
-        ours = any(split(place.url).hostname == value.host for place in tuple(self.places))
-        return shown(str(value)) if ours else value
+        ours = any(split_url(place.url).hostname == value.host for place in tuple(self.places))
+        return redact_url(str(value)) if ours else value
 
 
 _REDACTING = Redacting()
 
 
-def hide(place: Address) -> None:
-    """Redact from now on what is secret in an address."""
-    place = Address(resolved(place.url), place.token)  # a variable of the environment may change
+def redact_in_logs(place: Address) -> None:
+    """Redact an address in logs from now on."""
+    place = Address(resolve_url(place.url), place.token)  # a variable of the environment may change
     if place in _REDACTING.places:
         return
     _REDACTING.places.add(place)
@@ -75,52 +81,53 @@ def hide(place: Address) -> None:
         logging.getLogger(name).addFilter(_REDACTING)
 
 
-# Nobody waits longer than this many seconds between two tries, whatever a server asks for.
+# Longest wait in seconds between two tries, whatever a server asks for.
 LONGEST_WAIT = 60.0
 
 
-def pause(backoff: float, tried: int) -> float:
-    """Twice as long each time, and shaken, so that many clients do not come back together."""
+def retry_delay(backoff: float, tried: int) -> float:
+    """Compute the seconds before a retry: twice as many each time, and random, to keep many clients apart."""
     return min(LONGEST_WAIT, backoff * 2.0 ** min(tried, 60)) * random.uniform(0.5, 1.0)
 
 
-def asked_wait(said: str) -> float:
-    """How many seconds a server asks to wait by a Retry-After, a number or a date; 0 if it does not ask.
+def parse_retry_after(header: str) -> float:
+    """Parse the seconds that a server asks to wait by a Retry-After, a number or a date; 0 if it does not ask.
 
-    >>> asked_wait("7"), asked_wait("Wed, 21 Oct 2015 07:28:00 GMT"), asked_wait("")
-    (7.0, 0.0, 0.0)
+    >>> [parse_retry_after(text) for text in ("7", "Wed, 21 Oct 2015 07:28:00 GMT", "")]
+    [7.0, 0.0, 0.0]
     """
     try:
-        seconds = float(said) if said.isdigit() else (parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds()
+        date = None if header.isdigit() else parsedate_to_datetime(header)
+        seconds = float(header) if date is None else (date - datetime.now(UTC)).total_seconds()
     except (TypeError, ValueError):
         return 0.0
     return min(LONGEST_WAIT, max(0.0, seconds))
 
 
 REQUEST_TIMEOUT, TOO_MANY_REQUESTS, NOT_IMPLEMENTED = 408, 429, 501
-# How much of an answer an error shows.
+# Characters of an answer that an error shows.
 SHOWN = 300
 
 
 class Refused(ValueError):
-    """A server does not take a request, and would not if it came again: its status is a 4xx, 501, or a redirect."""
+    """A server refuses a request, and would refuse it again: its status is a 4xx, 501, or a redirect."""
 
 
 @dataclass(frozen=True, eq=False)
 class Post:
-    """Asks a server, as often as it takes; its errors have no secrets."""
+    """A function that sends a request, again where it may help; its errors have no secrets."""
 
     place: Address
-    """Where, and what is secret in that."""
+    """The server, with the secrets to redact."""
     client: httpx.Client
     retries: int
     backoff: float
     """Seconds before the first retry; then twice as many each time."""
     stop: threading.Event
-    """Set when nobody waits for an answer any more."""
+    """Event that is set when nobody waits for an answer any more."""
 
     def __call__(self, address: str, payload: Any, method: str = "POST") -> httpx.Response:
-        """The answer, if its status is one of success."""
+        """Send a request until its status is one of success; return the answer."""
         # httpx's own json= writes UTF-8, which a lone surrogate, half an emoji of a cut completion, has none of.
         body = None if payload is None else json.dumps(payload).encode()
         for tried in range(self.retries + 1):
@@ -129,53 +136,54 @@ class Post:
                 response = self.client.request(method, address, content=body)
             except httpx.RequestError as error:
                 trouble = self.place.redacted(f"{type(error).__name__}: {error}")
-                if final(error):
-                    raise ConnectionError(f"{shown(address)} cannot be asked, {trouble}") from None
+                if is_permanent(error):
+                    raise ConnectionError(f"{redact_url(address)} cannot be asked, {trouble}") from None
             else:
                 if response.is_success:
                     return response
-                trouble = f"status {response.status_code}, {self.said(response)}"
-                wait = asked_wait(response.headers.get("Retry-After", ""))
-                if not may_pass(response.status_code):
-                    told = self._elsewhere(response) + unsent(response.status_code, self.place.url, self.place.token)
-                    raise Refused(f"{shown(address)} refuses the request: {trouble}{told}")
-            if tried == self.retries or self.stop.wait(max(wait, pause(self.backoff, tried))):
+                trouble = f"status {response.status_code}, {self.quote(response)}"
+                wait = parse_retry_after(response.headers.get("Retry-After", ""))
+                if not is_transient(response.status_code):
+                    hint = explain_token(response.status_code, self.place.url, self.place.token)
+                    hint = f"{self._redirect_hint(response)}{hint}"
+                    raise Refused(f"{redact_url(address)} refuses the request: {trouble}{hint}")
+            if tried == self.retries or self.stop.wait(max(wait, retry_delay(self.backoff, tried))):
                 break
-        raise ConnectionError(f"{shown(address)} gave no answer in {tried + 1} tries, {trouble}")
+        raise ConnectionError(f"{redact_url(address)} gave no answer in {tried + 1} tries, {trouble}")
 
-    def said(self, response: httpx.Response) -> str:
-        """The start of an answer, for an error."""
+    def quote(self, response: httpx.Response) -> str:
+        """Quote the start of an answer, for an error."""
         return start_of(self.place.redacted(response.text), SHOWN)
 
-    def _elsewhere(self, response: httpx.Response) -> str:
+    def _redirect_hint(self, response: httpx.Response) -> str:
         try:
-            place = self.place.redacted(shown(response.headers.get("Location", "")))
+            place = self.place.redacted(redact_url(response.headers.get("Location", "")))
         except ValueError:
             return ""
         return f"; it points to {place}, give that address if it is right" if place else ""
 
 
-def client(place: Address, timeout: float, connections: int) -> httpx.Client:
-    """A client for JSON that sends the token as `Authorization: Bearer`, follows no redirect and logs no secret."""
+def open_client(place: Address, timeout: float, connections: int) -> httpx.Client:
+    """Open a client for JSON that sends the token as `Authorization: Bearer` and follows no redirect."""
     headers = {"Content-Type": "application/json"}
     if place.token is not None:
         headers["Authorization"] = f"Bearer {place.token}"
-    asked, meant = httpx.URL(place.posted("/")), origin(place.url)
-    if (asked.scheme, asked.host, asked.port or PORTS[asked.scheme]) != meant:
-        raise ValueError(f"{shown(place.url)} is read as another server by httpx, {asked.host}: write it otherwise")
-    hide(place)
+    url = httpx.URL(place.posted("/"))
+    if (url.scheme, url.host, url.port or PORTS[url.scheme]) != origin_of(place.url):
+        raise ValueError(f"{redact_url(place.url)} is read as another server by httpx, {url.host}: write it otherwise")
+    redact_in_logs(place)
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
     return httpx.Client(headers=headers, timeout=timeout, limits=limits, verify=_certificates(), follow_redirects=False)
 
 
 @cache
 def _certificates() -> ssl.SSLContext:
-    """Those that httpx trusts: read once, which takes longer than a request."""
+    """Read the certificates that httpx trusts, once, for it takes longer than a request."""
     return httpx.create_ssl_context()
 
 
 def check_numbers(who: str, whole: Mapping[str, tuple[Any, int]], timeout: Any, backoff: Any) -> None:
-    """Refuse settings that are no numbers of their kind: `whole` has values and the least of each.
+    """Refuse settings that are no numbers of their kind: `whole` has values with the smallest allowed of each.
 
     >>> check_numbers("Remote", {"retries": (-1, 0)}, 60.0, 0.5)
     Traceback (most recent call last):
@@ -190,17 +198,17 @@ def check_numbers(who: str, whole: Mapping[str, tuple[Any, int]], timeout: Any, 
             raise ValueError(f"{who} needs timeout > 0 and backoff >= 0, finite, got {name}={value!r}")
 
 
-def may_pass(status: int) -> bool:
-    """Whether a status may be another one when the request comes again.
+def is_transient(status: int) -> bool:
+    """Tell if a status may be another one when the request comes again.
 
-    >>> [status for status in (400, 404, 408, 429, 500, 501, 503) if may_pass(status)]
+    >>> [status for status in (400, 404, 408, 429, 500, 501, 503) if is_transient(status)]
     [408, 429, 500, 503]
     """
     return status in (REQUEST_TIMEOUT, TOO_MANY_REQUESTS) or (status >= 500 and status != NOT_IMPLEMENTED)
 
 
-def final(error: httpx.RequestError) -> bool:
-    """Whether a request that failed so would fail again: the certificate, the protocol or an encoding is wrong."""
+def is_permanent(error: httpx.RequestError) -> bool:
+    """Tell if a request that failed so would fail again: the certificate, the protocol or an encoding is wrong."""
     if isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError | httpx.DecodingError):
         return True
     cause: BaseException | None = error
@@ -212,25 +220,24 @@ def final(error: httpx.RequestError) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Crew:
-    """Threads that live as long as a call.
+class RequestThreads:
+    """Threads that work through the jobs of one call.
 
     Not a pool of concurrent.futures: that one is waited for, at the latest when Python ends, and a request may take
     minutes. After an error or Ctrl-C nobody waits for these, nor do they ask for more.
     """
 
     work: Callable[[Any], Any]
-    """What is done with a job."""
     jobs: Sequence[Any]
     size: int
-    """How many work at once."""
+    """The number of threads."""
     stop: threading.Event
-    """Set after an error: whatever waits inside of `work` gives up."""
+    """Event that is set after an error, when whatever waits inside of `work` gives up."""
     close: Callable[[], object]
-    """Called after the last of them, wherever that is."""
+    """A function to call after the last thread has ended."""
 
     def results(self) -> Generator[tuple[int, Any], None, None]:
-        """The number of each job and what its work gave; the first trouble ends it."""
+        """Yield the number of each job and its result as they come; the first error ends it."""
         todo: SimpleQueue[int] = SimpleQueue()
         for number in range(len(self.jobs)):
             todo.put(number)
@@ -241,10 +248,10 @@ class Crew:
             for thread in threads:
                 thread.start()
             for _ in self.jobs:
-                number, found, trouble = done.get()
-                if trouble is not None:
-                    raise trouble
-                yield number, found
+                number, result, error = done.get()
+                if error is not None:
+                    raise error
+                yield number, result
         except BaseException:
             self.stop.set()
             # Whoever still waits for an answer needs what is closed; it is closed after the last of them.
@@ -260,8 +267,8 @@ class Crew:
                 return
             try:
                 done.put((number, self.work(self.jobs[number]), None))
-            except BaseException as trouble:  # noqa: BLE001 (it is raised where the results are waited for)
-                done.put((number, None, trouble))
+            except BaseException as error:  # noqa: BLE001 (it is raised where the results are waited for)
+                done.put((number, None, error))
 
     def _close_after(self, threads: list[threading.Thread]) -> None:
         for thread in threads:
@@ -277,7 +284,7 @@ def check_plain(text: Text) -> None:
 
 
 def text_fingerprint(text: Text, tokenizer: Any) -> dict[str, Any]:
-    """The settings; with a tokenizer, what it does to text."""
+    """Describe the settings; with a tokenizer, also what it does to text."""
     if tokenizer is None:
         return asdict(text)
     from calibrated_rewards.models.fingerprint import tokenizer_digest
@@ -285,16 +292,17 @@ def text_fingerprint(text: Text, tokenizer: Any) -> dict[str, Any]:
     return {**text.fingerprint(tokenizer), "tokenizer": tokenizer_digest(tokenizer)}
 
 
-def numbers(said: Any) -> list[float]:
-    """A JSON list of numbers, each alone or in a list of its own; a ValueError for anything that only looks like one.
+def parse_numbers(answer: Any) -> list[float]:
+    """Parse a JSON list of numbers, each alone or in a list of its own; ValueError for what only looks like one.
 
-    >>> numbers([1, [2.5]])
+    >>> parse_numbers([1, [2.5]])
     [1.0, 2.5]
-    >>> numbers("12")
+    >>> parse_numbers("12")
     Traceback (most recent call last):
     ValueError: scores are a list of numbers, got '12'
     """
-    inside = [x[0] if isinstance(x, list) and len(x) == 1 else x for x in said] if isinstance(said, list) else [said]
-    if not isinstance(said, list) or any(isinstance(x, bool) or not isinstance(x, int | float) for x in inside):
-        raise ValueError(f"scores are a list of numbers, got {start_of(said)}")
-    return [float(x) for x in inside]
+    items: list[Any] = answer if isinstance(answer, list) else [None]
+    items = [x[0] if isinstance(x, list) and len(x) == 1 else x for x in items]
+    if any(isinstance(x, bool) or not isinstance(x, int | float) for x in items):
+        raise ValueError(f"scores are a list of numbers, got {start_of(answer)}")
+    return [float(x) for x in items]

@@ -103,11 +103,11 @@ def find_number(name: str) -> float | None:
     >>> find_number("grade-1"), find_number("five stars"), find_number("2nd"), find_number("1-2")
     (1.0, 5.0, 2.0, None)
     """
-    found = NUMBER.findall(name)
+    digits = NUMBER.findall(name)
     spelled = [SPELLED[word] for word in _plain_words(name) if word in SPELLED]
-    if len(found) == 1:
-        return float(found[0].replace("\u2212", "-"))
-    return float(spelled[0]) if not found and len(spelled) == 1 else None
+    if len(digits) == 1:
+        return float(digits[0].replace("\u2212", "-"))
+    return float(spelled[0]) if not digits and len(spelled) == 1 else None
 
 
 def _by_number(numbers: list[float], sides: list[int | None], names: Sequence[str]) -> tuple[float, ...] | None:
@@ -116,14 +116,14 @@ def _by_number(numbers: list[float], sides: list[int | None], names: Sequence[st
     if len({*numbers}) < len(numbers):
         return None
     falling = tuple(0.0 - n for n in numbers)
-    if all(RANKS & said or PLACE.search(name) for said, name in zip(words, names, strict=True)):
+    if all(RANKS & each or PLACE.search(name) for each, name in zip(words, names, strict=True)):
         return falling
-    if numbers in ([1, 2], [2, 1]) and not any(said - {"label", "class"} for said in words):
+    if numbers in ([1, 2], [2, 1]) and not any(each - {"label", "class"} for each in words):
         return None  # which of two responses, as likely as how good
-    known = [s for _, s in sorted(zip(numbers, sides, strict=True), key=itemgetter(0)) if s is not None]
-    if len({*known}) > 1:  # 0 harmless, 1 mild, 2 harmful: the words say which end is the good one
-        return tuple(numbers) if known == sorted(known) else falling if known == sorted(known, reverse=True) else None
-    if any(word not in UNITS and find_side(word) is None for said in words for word in said):
+    order = [s for _, s in sorted(zip(numbers, sides, strict=True), key=itemgetter(0)) if s is not None]
+    if len({*order}) > 1:  # 0 harmless, 1 mild, 2 harmful: the words say which end is the good one
+        return tuple(numbers) if order == sorted(order) else falling if order == sorted(order, reverse=True) else None
+    if any(word not in UNITS and find_side(word) is None for each in words for word in each):
         return None  # response 1 and response 2 are numbered, and no better or worse for it
     return falling if {*sides} == {-1} else tuple(numbers)
 
@@ -133,7 +133,7 @@ def _plain_words(name: str) -> list[str]:
 
 
 def _sides(words: list[str]) -> set[int]:
-    """The sides of all words that have one; a negation, or "more" or "less", counts for the word that follows it."""
+    """Find the sides of all words that have one; a negation, "more" or "less" counts for the word that follows it."""
     sides: set[int] = set()
     turn, amount = 1, 0
     for i, word in enumerate(words):
@@ -142,8 +142,8 @@ def _sides(words: list[str]) -> set[int]:
             turn = -turn
         elif word in MORE | LESS and not last:
             amount = 1 if word in MORE else -1
-        elif (own := _side(word)) is not None:
-            sides.add(own * turn * (amount or 1))
+        elif (side := _side(word)) is not None:
+            sides.add(side * turn * (amount or 1))
             turn, amount = 1, 0
     return sides
 

@@ -1,6 +1,7 @@
-"""From a model's numbers for an input to one score: frozen callables, `(n, L) -> (n)`, in float32.
+"""Make one score of a classifier's outputs: frozen callables, `(n, L) -> (n)`, in float32.
 
-Turn the labels that a classifier was trained with into one score, or ask where their names do not say how."""
+`resolve_labels` chooses one by the names of the labels, or asks where the names do not say which label is better.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,10 @@ from calibrated_rewards.models.label_names import NUMBER, find_number, find_side
 
 @runtime_checkable
 class Labels(Protocol):
-    """Makes one score of the numbers of each input; higher is better."""
+    """A function that makes one score of the numbers of each input; higher is better."""
 
     def __call__(self, logits: Float32[np.ndarray, "n L"], /) -> Float32[np.ndarray, " n"]:
-        """The scores."""
+        """Compute the score of each input."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class Label:
 
     index: int = 0
     of: int | None = field(default=None, repr=False, compare=False)
-    """How many labels the model is said to have, where that is to be checked."""
+    """Number of labels by the model's config, where that is to be checked."""
 
     def __call__(self, logits: Float32[np.ndarray, "n L"], /) -> Float32[np.ndarray, " n"]:
-        """logits[:, index]."""
+        """Return logits[:, index]."""
         return logits[:, _within(self.index, logits, self.of)]
 
 
@@ -49,14 +50,14 @@ class Difference:
     good: int = 1
     bad: int = 0
     of: int | None = field(default=None, repr=False, compare=False)
-    """How many labels the model is said to have, where that is to be checked."""
+    """Number of labels by the model's config, where that is to be checked."""
 
     def __post_init__(self) -> None:
         if self.good == self.bad:
             raise ValueError(f"a difference is of two labels, all scores would be 0: got good and bad {self.good}")
 
     def __call__(self, logits: Float32[np.ndarray, "n L"], /) -> Float32[np.ndarray, " n"]:
-        """logits[:, good] - logits[:, bad]."""
+        """Return logits[:, good] - logits[:, bad]."""
         good, bad = (_within(index, logits, self.of) for index in (self.good, self.bad))
         difference: np.ndarray = logits[:, good] - logits[:, bad]
         return difference
@@ -76,7 +77,7 @@ class Expected:
         object.__setattr__(self, "values", tuple(map(float, self.values)))
 
     def __call__(self, logits: Float32[np.ndarray, "n L"], /) -> Float32[np.ndarray, " n"]:
-        """softmax(logits) @ values."""
+        """Return softmax(logits) @ values."""
         weights = np.exp(logits - logits.max(1, keepdims=True), dtype=np.float64)
         return _dot(self, weights / weights.sum(1, keepdims=True), self.values)
 
@@ -90,7 +91,7 @@ class Ordinal:
     """
 
     def __call__(self, logits: Float32[np.ndarray, "n L"], /) -> Float32[np.ndarray, " n"]:
-        """sigmoid(logits).sum(1)."""
+        """Return sigmoid(logits).sum(1)."""
         above = 0.5 + 0.5 * np.tanh(logits.astype(np.float64) / 2)
         return _dot(self, above, np.ones(logits.shape[1]))
 
@@ -109,7 +110,7 @@ class Weighted:
         object.__setattr__(self, "weights", tuple(map(float, self.weights)))
 
     def __call__(self, logits: Float32[np.ndarray, "n L"], /) -> Float32[np.ndarray, " n"]:
-        """logits @ weights."""
+        """Return logits @ weights."""
         return _dot(self, logits.astype(np.float64), self.weights)
 
 
@@ -137,33 +138,28 @@ def _dot(labels: Labels, numbers: np.ndarray, values: Sequence[float] | np.ndarr
     return np.asarray(numbers @ np.asarray(values), np.float32)
 
 
-# Until rewards said which rules their labels were read by: pairs of names, the good one first.
+# Versions of the rules by which labels are read. The first knew these pairs of names, the good one first.
 FIRST_RULES, RULES = 1, 2
 FIRST_PAIRS = {
-    ("positive", "negative"),
-    ("good", "bad"),
-    ("chosen", "rejected"),
-    ("accepted", "rejected"),
-    ("helpful", "unhelpful"),
-    ("safe", "unsafe"),
-    ("harmless", "harmful"),
-    ("acceptable", "unacceptable"),
-    ("yes", "no"),
-    ("true", "false"),
-    ("correct", "incorrect"),
-    ("pass", "fail"),
+    *(("positive", "negative"), ("good", "bad"), ("chosen", "rejected"), ("accepted", "rejected")),
+    *(("helpful", "unhelpful"), ("safe", "unsafe"), ("harmless", "harmful"), ("acceptable", "unacceptable")),
+    *(("yes", "no"), ("true", "false"), ("correct", "incorrect"), ("pass", "fail")),
 }
 HOW = "say how they make one score, with " + setting(
     "labels",
-    "Difference(good, bad), Label(i), Expected(values), Ordinal() or Weighted(weights) of reading.labels",
+    "Difference(good, bad), Label(i), Expected(values), Ordinal() or Weighted(weights) of calibrated_rewards.models",
     option="--label HOW: 1-0 (logit 1 less logit 0), 2, expected:1,2,3, ordinal or weighted:1,-0.5",
+)
+COST = setting("cost", "True", option="--cost")
+ASK_COST = f"say {COST}, which makes the score minus that, or " + (
+    f"{setting('cost', 'False', option='--no-cost')} if it is meant so"
 )
 # Far enough apart for a softmax to be sure.
 SURE = 20.0
 
 
 def labels_of(names: Mapping[int, str]) -> Labels:
-    """One label: its logit. Two: log-odds of the better one. More: the mean of what their names say they are worth.
+    """Choose labels by their names: one's logit, log-odds of the better of two, the expected value of more.
 
     Labels that nobody named (LABEL_0) count as transformers' own examples do: of two the second is the good one. All
     other names have to say which is better, or this asks.
@@ -224,16 +220,10 @@ def check_direction(labels: Labels, names: list[str], cost: bool | None) -> None
         raise ValueError(
             Message(
                 f"{labels} already gives {names[best]!r} a higher score than {names[worst]!r}: "
-                f"{setting('cost', 'True', option='--cost')} would turn it round; leave it out"
+                f"{COST} would turn it round; leave it out"
             )
         )
-    raise ValueError(
-        Message(
-            f"{labels} gives {names[worst]!r} a higher score than {names[best]!r}: say "
-            f"{setting('cost', 'True', option='--cost')}, which makes the score minus that, or "
-            f"{setting('cost', 'False', option='--no-cost')} if it is meant so"
-        )
-    )
+    raise ValueError(Message(f"{labels} gives {names[worst]!r} a higher score than {names[best]!r}: {ASK_COST}"))
 
 
 def check_ordinal(config: Any) -> None:
@@ -252,8 +242,7 @@ def check_ordinal(config: Any) -> None:
     why = "its config says problem_type='single_label_classification'" if trained_as_classes else "they are classes"
     ends = find_side(names[0]), find_side(names[-1])
     falling = all(end is not None for end in ends) and (ends[0] or 0) > (ends[1] or 0)
-    cost = setting("cost", "True", option="--cost")
-    turn = f" and {cost}, as {names[-1]!r} is worse than {names[0]!r}" if falling else ""
+    turn = f" and {COST}, as {names[-1]!r} is worse than {names[0]!r}" if falling else ""
     numbers = ",".join(map(str, range(len(names))))
     expected = setting("labels", f"Expected(({numbers.replace(',', ', ')}))", option=f"--label expected:{numbers}")
     raise ValueError(
@@ -273,9 +262,9 @@ def apply_first_rules(names: Mapping[int, str]) -> Labels:
         good = 0 if tuple(name.strip().casefold() for name in ordered) in FIRST_PAIRS else 1
         return Difference(good=good, bad=1 - good, of=2)
     numbers = [NUMBER.findall(name) for name in ordered]
-    if any(map(is_unnamed, ordered)) or any(len(found) != 1 for found in numbers):
+    if any(map(is_unnamed, ordered)) or any(len(each) != 1 for each in numbers):
         return labels_of(names)
-    return Expected(tuple(float(found[0].replace("\u2212", "-")) for found in numbers))
+    return Expected(tuple(float(each[0].replace("\u2212", "-")) for each in numbers))
 
 
 def _better_of_two(names: list[str]) -> Labels:
@@ -299,20 +288,9 @@ def _check_single(names: list[str], cost: bool | None) -> None:
     if len(names) != 1 or cost is False:
         return
     if find_side(names[0]) == -1 and not cost:
-        raise ValueError(
-            Message(
-                f"the model's only label is {names[0]!r}, of which more is worse: say "
-                f"{setting('cost', 'True', option='--cost')}, which makes the score minus that, or "
-                f"{setting('cost', 'False', option='--no-cost')} if it is meant so"
-            )
-        )
+        raise ValueError(Message(f"the model's only label is {names[0]!r}, of which more is worse: {ASK_COST}"))
     if find_side(names[0]) == 1 and cost and not is_generic(names[0]):
-        raise ValueError(
-            Message(
-                f"the model's only label is {names[0]!r}, of which more is better: leave out "
-                f"{setting('cost', 'True', option='--cost')}"
-            )
-        )
+        raise ValueError(Message(f"the model's only label is {names[0]!r}, of which more is better: leave out {COST}"))
 
 
 def _score_if_sure(labels: Labels, label: int, count: int) -> np.floating[Any]:
@@ -327,7 +305,7 @@ def _score_if_sure(labels: Labels, label: int, count: int) -> np.floating[Any]:
 
 def _says_ordinal(config: Any) -> bool:
     """Return whether a setting of the config names an ordinal head or loss."""
-    said = config.to_dict()
-    named = any("ordinal" in key.casefold() and value for key, value in said.items())
-    values = {value.casefold() for value in said.values() if isinstance(value, str)}
-    return named or bool(values & {"ordinal", "ordinal_regression", "coral", "corn", "cumulative_link"})
+    settings = config.to_dict()
+    has_setting = any("ordinal" in key.casefold() and value for key, value in settings.items())
+    values = {value.casefold() for value in settings.values() if isinstance(value, str)}
+    return has_setting or bool(values & {"ordinal", "ordinal_regression", "coral", "corn", "cumulative_link"})

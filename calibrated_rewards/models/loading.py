@@ -1,6 +1,4 @@
-"""A model and its tokenizer from a checkpoint, complete: no weight is left to chance, no id without an embedding.
-
-A scorer that is remembered by how it is loaded: it pickles as that, not as its weights."""
+"""Load a model and its tokenizer from a checkpoint, complete: no weight left to chance, no id without an embedding."""
 
 import logging
 import os
@@ -16,7 +14,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, AutoTokenizer
 
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.models.checkpoints import Checkpoint, checkpoint
+from calibrated_rewards.models.checkpoints import Checkpoint, find_checkpoint
 from calibrated_rewards.models.parts import vocabulary
 
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
@@ -24,60 +22,62 @@ SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "floa
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model goes, in which precision, and what it may bring along."""
+    """The device, precision and other options with which a model is loaded."""
 
     dtype: Any = "auto"
     """A torch dtype or its name; "auto" is the checkpoint's own; bf16, fp16 and fp32 will do."""
     device: Any = None
     """None: the GPU of this process, if there is one."""
     device_map: Any = None
-    """Spreads a model over devices, in place of `device`: "auto", or which part goes where."""
+    """Spreads a model over devices, in place of `device`: "auto", or a device for each part."""
     quantization_config: Any = None
     trust_remote_code: bool = False
     model_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """Whatever else `from_pretrained` takes: attn_implementation, token, ... No repr shows them."""
+    """Other arguments of `from_pretrained`: attn_implementation, token, ... No repr shows them."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", _precision(self.dtype))
-        if said := {"dtype", "device_map", "trust_remote_code"} & {*self.model_options}:
-            raise ValueError(f"model_options is for what has no argument of its own, got {', '.join(sorted(said))}")
+        object.__setattr__(self, "dtype", _parse_dtype(self.dtype))
+        if doubled := {"dtype", "device_map", "trust_remote_code"} & {*self.model_options}:
+            raise ValueError(f"model_options is for what has no argument of its own, got {', '.join(sorted(doubled))}")
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments for `from_pretrained`."""
+        """Return the keyword arguments for `from_pretrained`."""
         quantised = {"quantization_config": self.quantization_config} if self.quantization_config is not None else {}
-        placed = self.device_map if self.device_map is not None else {"": torch.device(self.device or own_device())}
-        known = {"dtype": self.dtype, "device_map": placed, "trust_remote_code": self.trust_remote_code}
-        return {**known, **quantised, **self.model_options}
+        devices = self.device_map
+        if devices is None:
+            devices = {"": torch.device(self.device or default_device())}
+        settings = {"dtype": self.dtype, "device_map": devices, "trust_remote_code": self.trust_remote_code}
+        return {**settings, **quantised, **self.model_options}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint and what it builds upon: an adapter's base model, or itself."""
+    """A checkpoint and its base: an adapter's base model, or the checkpoint itself."""
 
     checkpoint: Checkpoint
     base: Checkpoint
     placement: Placement = field(default_factory=Placement)
     reads_with: Checkpoint | None = None
-    """Where the tokenizer is, if it is with neither."""
+    """The checkpoint with the tokenizer, if it is with neither."""
 
     def model(self, auto: Any, *, head: bool = True) -> Any:
-        """The model through one of transformers' Auto classes, with its adapter; not trained here, so frozen."""
+        """Load the model through one of transformers' Auto classes, with its adapter; not trained here, so frozen."""
         options = self.placement.options()
         stored = self.checkpoint.weights if self.checkpoint.adapter else {}
         if stored and head and auto is AutoModelForSequenceClassification and self.checkpoint.labels is not None:
             options["num_labels"] = self.checkpoint.labels
         if stored:
-            with _quietly():
-                model = complete(auto, self.base, stored, **options)
-            model = adapted(model, self.checkpoint)
+            with _silence_transformers():
+                model = load_complete(auto, self.base, stored, **options)
+            model = add_adapter(model, self.checkpoint)
         else:
-            model = complete(auto, self.base, **options)
+            model = load_complete(auto, self.base, **options)
         return model.eval().requires_grad_(False)
 
     def tokenizer(self, model: nn.Module) -> Any:
-        """The tokenizer that is saved beside the adapter, or else beside the model."""
-        own = (self.checkpoint.folder / "tokenizer_config.json").exists()
-        at = self.reads_with or (self.checkpoint if own else self.base)
+        """Load the tokenizer that is saved beside the adapter, or else beside the model."""
+        beside = (self.checkpoint.folder / "tokenizer_config.json").exists()
+        at = self.reads_with or (self.checkpoint if beside else self.base)
         code = self.placement.trust_remote_code
         advice = f"save it beside the model, or say where it is with {setting('tokenizer')}"
         try:
@@ -101,24 +101,24 @@ class Source:
         return tokenizer
 
 
-def source(
+def find_source(
     name: str, revision: str | None, base: str | None, placement: Placement, tokenizer: str | None = None
 ) -> Source:
-    """The checkpoint of that name; for an adapter with the base that it names, or with the one given."""
-    found = checkpoint(name, revision)
-    words = None if tokenizer is None else checkpoint(tokenizer)
-    if found.adapter:
-        under = base or found.adapter["base_model_name_or_path"]
-        return Source(found, checkpoint(under, None if base else found.adapter.get("revision")), placement, words)
+    """Find the checkpoint of that name; for an adapter with the base that it names, or with the one given."""
+    checkpoint = find_checkpoint(name, revision)
+    words = None if tokenizer is None else find_checkpoint(tokenizer)
+    if adapter := checkpoint.adapter:
+        under = find_checkpoint(base or adapter["base_model_name_or_path"], None if base else adapter.get("revision"))
+        return Source(checkpoint, under, placement, words)
     if base is not None:
         raise ValueError(f"base= is for adapters, and {name} has no adapter_config.json; got base={base!r}")
-    if not found.config:
+    if not checkpoint.config:
         raise FileNotFoundError(f"{name} has neither config.json nor adapter_config.json: it is not a checkpoint")
-    return Source(found, found, placement, words)
+    return Source(checkpoint, checkpoint, placement, words)
 
 
-def complete(auto: Any, base: Checkpoint, stored: Collection[str] = (), **options: Any) -> Any:
-    """A model of which every weight came from the checkpoint, or will come (`stored`) from an adapter's."""
+def load_complete(auto: Any, base: Checkpoint, stored: Collection[str] = (), **options: Any) -> Any:
+    """Load a model of which every weight comes from the checkpoint, or will come (`stored`) from an adapter's."""
     revision = {} if base.revision is None else {"revision": base.revision}
     if (config := find_body_config(base)) is not None:
         options["config"] = config
@@ -138,9 +138,9 @@ def complete(auto: Any, base: Checkpoint, stored: Collection[str] = (), **option
         )
     missing = sorted(set(info["missing_keys"]) - set(stored))
     if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        names = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise ValueError(
-            f"{base.name} has no weights for {shown}: they were initialised at random, and so would be the scores. "
+            f"{base.name} has no weights for {names}: they were initialised at random, and so would be the scores. "
             f"It is no {type(model).__name__}, or its head was not saved"
         )
     return model
@@ -151,15 +151,14 @@ def find_body_config(base: Checkpoint) -> Any:
     kind = str(base.config.get("model_type", ""))
     if not kind or kind in CONFIG_MAPPING or base.config.get("auto_map"):
         return None
-    known = [name for name in CONFIG_MAPPING if kind.startswith((f"{name}_", f"{name}-"))]
-    if not known:
+    body = max((name for name in CONFIG_MAPPING if kind.startswith((f"{name}_", f"{name}-"))), key=len, default=None)
+    if body is None:
         return None
-    body = max(known, key=len)
     return CONFIG_MAPPING[body].from_dict({**base.config, "model_type": body})
 
 
 def advise_on_error(auto: Any, base: Checkpoint, error: Exception) -> str | None:
-    """Say what to do about an error of transformers, or of a checkpoint's own code, as it loads; None to leave it."""
+    """Advise on an error of transformers, or of a checkpoint's own code, as it loads; None to leave it."""
     what = (base.config.get("architectures") or [base.config.get("model_type")])[0]
     if "Unrecognized configuration class" in str(error):
         return f"{base.name} is a {what}, which {auto.__name__} does not load: choose another kind"
@@ -179,8 +178,8 @@ def advise_on_error(auto: Any, base: Checkpoint, error: Exception) -> str | None
     )
 
 
-def adapted(model: Any, adapter: Checkpoint) -> Any:
-    """A base model with an adapter on it."""
+def add_adapter(model: Any, adapter: Checkpoint) -> Any:
+    """Put an adapter on a base model."""
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -198,27 +197,26 @@ def check_same_tokens(tokenizer: Any, reference: Source, model: nn.Module) -> No
     """Refuse a reference that reads other tokens: its log-probabilities would be those of another text."""
     if not any((at.folder / "tokenizer_config.json").exists() for at in (reference.checkpoint, reference.base)):
         return
-    own, theirs = tokenizer.get_vocab(), reference.tokenizer(model).get_vocab()
-    lacking = {token for token in own if token not in theirs}
-    other = {token for token, i in own.items() if theirs.get(token, i) != i} | (
-        lacking - {*tokenizer.get_added_vocab()}
-    )
+    words, theirs = tokenizer.get_vocab(), reference.tokenizer(model).get_vocab()
+    lacking = {token for token in words if token not in theirs}
+    other = {token for token, i in words.items() if theirs.get(token, i) != i}
+    other |= lacking - {*tokenizer.get_added_vocab()}
     if other:
         raise ValueError(
-            f"the reference {reference.checkpoint.name} reads other tokens than the model: {len(other)} of {len(own)} "
-            f"are not the same, such as {min(other)!r}. The reference is the model that it was tuned from"
+            f"the reference {reference.checkpoint.name} reads other tokens than the model: {len(other)} of "
+            f"{len(words)} are not the same, such as {min(other)!r}. The reference is the model that it was tuned from"
         )
     if lacking:
-        shown = ", ".join(sorted(lacking)[:4])
+        names = ", ".join(sorted(lacking)[:4])
         warnings.warn(
-            f"the reference {reference.checkpoint.name} does not know tokens that were added to the model's: {shown}",
+            f"the reference {reference.checkpoint.name} does not know tokens that were added to the model's: {names}",
             stacklevel=2,
         )
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' table of weights that are missing: `complete` checks it, and an adapter brings them."""
+def _silence_transformers() -> Iterator[None]:
+    """Silence transformers' table of missing weights: `load_complete` checks them, and an adapter brings them."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -228,26 +226,23 @@ def _quietly() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _precision(dtype: Any) -> Any:
-    """A dtype, of which names are checked; what is no name is for `from_pretrained`."""
+def _parse_dtype(dtype: Any) -> Any:
+    """Check the name of a dtype, and expand a short one; what is no name is for `from_pretrained`."""
     if not isinstance(dtype, str) or dtype == "auto":
         return dtype
     name = SHORT.get(dtype, dtype.removeprefix("torch."))
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    kind = getattr(torch, name, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"a dtype is auto, float32, bfloat16 or float16, got {dtype!r}")
     return name
 
 
-def own_device() -> torch.device:
-    """The GPU that torchrun or accelerate gave to this process, or the first; without any, the CPU.
+def default_device() -> torch.device:
+    """Return the GPU that torchrun or accelerate gave to this process, or the first; without any, the CPU.
 
-    >>> own_device().type in ("cuda", "cpu")
+    >>> default_device().type in ("cuda", "cpu")
     True
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
-# One at a time: two threads that ask first would otherwise load the weights twice.

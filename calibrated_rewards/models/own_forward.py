@@ -1,8 +1,8 @@
-"""A model read through its own forward, head in float32: encoders, encoder-decoders, all that is built otherwise.
+"""Read rows of tokens through a model's own forward: encoders, encoder-decoders, all that is no plain decoder.
 
-Run heads in float32 where a model's own code allows it; the first real inputs show whether it does.
-
-Made-up tokens that a model reads once, so that one that cannot be used is refused before its first text."""
+Heads run in float32 where the model's own code allows it, which the first real inputs show (`fit_precision`). Made-up
+tokens are read first, so that a model that cannot be used is refused before its first text (`check_reads`).
+"""
 
 import logging
 import threading
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.models.batches import Budget, progress
-from calibrated_rewards.models.padding import Comparison, Padding
+from calibrated_rewards.models.batches import Budget, Padding, progress_bar, read_in_batches
 from calibrated_rewards.models.parts import (
+    UnreadError,
     body_of,
     check_vocabulary,
     device_of,
@@ -27,35 +27,42 @@ from calibrated_rewards.models.parts import (
     full_attention_up_to,
     heads_of,
     in_float32,
-    right_padded,
+    pad_right,
+    reading_errors,
     rope_turn,
     vocabulary,
 )
 from calibrated_rewards.models.unchanged import StateKeeper, steady_draws
-from calibrated_rewards.models.unread import UnreadError, reading_errors
 
 logger = logging.getLogger(__name__)
 
 # Canine and Funnel read 4 tokens or more. A model that fails at so many fails for another reason.
 FEWEST = 16
+# Made-up inputs: more tokens than any model needs as a fewest; some fail at lengths that their settings do not divide.
+MADE_UP_TOKENS = 17
+# Made-up tokens from all over the vocabulary: its first ones are often such as no text has.
+STEP = 97
+# Numbers as near as this, as a part of the largest, are the same but for rounding. Fresh weights are this insensitive:
+# with BERT's, scores of the two inputs are a few millionths apart.
+SAME = 1e-7
 
 
 @dataclass
 class Fewest:
-    """The fewest tokens of an input that a model reads, as far as inputs have shown it."""
+    """Fewest tokens of an input that a model reads, as far as inputs have shown it."""
 
     tokens: int = 1
 
 
 @dataclass(frozen=True, eq=False)
 class OwnForward:
-    """Reads rows of tokens through `model(...)`, and takes one of its outputs."""
+    """A reader of rows of tokens through `model(...)`, which takes one of its outputs."""
 
     model: nn.Module
     pad_id: int
     budget: Budget
     output: str | int | None = "logits"
-    """Which of the model's outputs: a key, an index, or None for a model that returns the scores themselves."""
+    """The model's output: a key, an index, or None for a model that returns the scores themselves."""
     separate: int | None = None
     """A token that rows of one batch must hold equally often: encoder-decoders count EOS tokens."""
     one_by_one: bool = False
@@ -67,52 +74,29 @@ class OwnForward:
     lock: Any = field(default_factory=threading.RLock)
 
     def __call__(self, rows: Sequence[list[int]], types: Sequence[list[int]] | None = None) -> Tensor:
-        """(n, numbers) in float32 on the CPU; `types` are token types, for pairs."""
+        """Read rows: (n, numbers) in float32 on the CPU. `types` are token types, for pairs."""
         check_vocabulary(list(rows), self.model)
-        self._check_ends(rows)
-        with for_scoring(self.model, self.lock), self._heads(), progress(len(rows), self.show_progress) as bar:
-            numbers = self._read(rows, types, bar)
-            if numbers is None:
-                bar.reset()
-                numbers = self._read(rows, types, bar)
-        return torch.stack(numbers or [])
-
-    def _read(self, rows: Sequence[list[int]], types: Sequence[list[int]] | None, bar: Any) -> list[Tensor] | None:
-        """The numbers of all rows; None if padding was allowed until now, and turned out to change them."""
-        costs, kinds = list(map(len, rows)), self._kinds(rows)
+        if self.separate is not None and any(self.separate not in row for row in rows):
+            raise ValueError(
+                f"an encoder-decoder is read at its EOS token, got an input without id {self.separate}; "
+                "Text(append_eos=True) puts it at the end"
+            )
         budget = Budget(1) if self.one_by_one else self.budget
-        read = partial(budget.run, lambda at: self._forward(at, rows, types), costs=costs)
-        comparison = Comparison(self.model, self.padding, read, costs, kinds, budget)
-        if self.padding.allowed and not comparison.prepare():
-            return None
-        found: dict[int, Tensor] = {}
-        for batch in budget.batches(costs, kinds):
-            for piece in self.padding.pieces(batch, costs):
-                answer = read(piece)
-                if self.padding.allowed and not comparison.agrees(piece, answer):
-                    return None
-                found |= zip(piece, answer, strict=True)
-            bar.update(len(batch))
-        comparison.finish()
-        return [found[i] for i in range(len(rows))]
+        with for_scoring(self.model, self.lock), self._heads(), progress_bar(len(rows), self.show_progress) as bar:
+            costs, kinds = list(map(len, rows)), self._kinds(rows)
+            forward = partial(self._forward, rows=rows, types=types)
+            return torch.stack(read_in_batches(self.model, forward, costs, kinds, budget, self.padding, bar))
 
     def _kinds(self, rows: Sequence[list[int]]) -> list[int]:
-        """Rows of one batch have as many ends, and are on one side of each length where the model changes its ways."""
+        """Number rows so that those of one batch have as many ends, and lie on one side of each `rope_turn`."""
         turns = [turn for turn in (rope_turn(self.model), full_attention_up_to(self.model)) if turn is not None]
         ends = [0 if self.separate is None else row.count(self.separate) for row in rows]
         return [
             n * (len(turns) + 1) + sum(len(row) > turn for turn in turns) for n, row in zip(ends, rows, strict=True)
         ]
 
-    def _check_ends(self, rows: Sequence[list[int]]) -> None:
-        if self.separate is not None and any(self.separate not in row for row in rows):
-            raise ValueError(
-                f"an encoder-decoder is read at its EOS token, got an input without id {self.separate}; "
-                "Text(append_eos=True) puts it at the end"
-            )
-
     def _forward(self, at: list[int], rows: Sequence[list[int]], types: Sequence[list[int]] | None) -> list[Tensor]:
-        """The numbers of a batch; one that is too short for the model is padded to the fewest tokens that it reads."""
+        """Read a batch; one that is too short for the model is padded to the fewest tokens that it reads."""
         fewest = max(self.fewest.tokens, *(len(rows[i]) for i in at))
         try:
             return self._numbers(at, rows, types, fewest)
@@ -130,18 +114,17 @@ class OwnForward:
         self, at: list[int], rows: Sequence[list[int]], types: Sequence[list[int]] | None, fewest: int
     ) -> list[Tensor]:
         device = device_of(self.model)
-        ids, mask = right_padded([rows[i] for i in at], self.pad_id, device, fewest)
+        ids, mask = pad_right([rows[i] for i in at], self.pad_id, device, fewest)
         extra = {}
         if types is not None:
-            extra["token_type_ids"] = right_padded([types[i] for i in at], 0, device, fewest)[0]
+            extra["token_type_ids"] = pad_right([types[i] for i in at], 0, device, fewest)[0]
         with reading_errors(self.model, ids.shape[1]), steady_draws(device):
             answer = self.state.run(self.model, lambda: self.model(input_ids=ids, attention_mask=mask, **extra))
-        numbers = taken(answer, self.output).float().cpu()
-        return list(numbers.reshape(len(at), -1))
+        return list(pick_output(answer, self.output).float().cpu().reshape(len(at), -1))
 
     @contextmanager
     def _heads(self) -> Iterator[None]:
-        """While it runs, the heads' answers are those of their float32 copies; then they are the model's own again."""
+        """Replace the heads' forwards by those of their float32 copies, and put them back afterwards."""
         if all(p.dtype == torch.float32 for p in self.model.parameters()):
             yield  # they have float32 input as it is
             return
@@ -155,7 +138,7 @@ class OwnForward:
 
 @contextmanager
 def precise(head: nn.Module, copy: nn.Module) -> Iterator[None]:
-    """A head whose forward is its float32 copy's: a hook would come after its own, which refuses float32 input.
+    """Replace a head's forward by its float32 copy's; a hook would come after its own, which refuses float32 input.
 
     A copy that is the head itself, in float32 behind a body of 16 bits, has its input widened.
     """
@@ -171,17 +154,17 @@ def precise(head: nn.Module, copy: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Precise:
-    """A forward in float32: its input is widened first."""
+    """A forward in float32, whose input is widened first."""
 
     forward: Callable[..., Any]
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """The answer to the same input."""
+        """Widen the input and run the forward."""
         return self.forward(*map(_widened, args), **{name: _widened(value) for name, value in options.items()})
 
 
-def taken(outputs: Any, output: str | int | None) -> Tensor:
-    """One of a model's outputs, by key, index, or as it is."""
+def pick_output(outputs: Any, output: str | int | None) -> Tensor:
+    """Pick one of a model's outputs, by key or index; None: they are the scores themselves."""
     if output is None:
         return outputs  # type: ignore[no-any-return]
     if isinstance(outputs, Tensor):
@@ -208,7 +191,7 @@ def _widened(value: Any) -> Any:
 
 @dataclass
 class HeadPrecision:
-    """What the first real inputs showed. Made-up ids would not do: published code refuses inputs without its tokens."""
+    """The precision that a model's heads bear, by its first real inputs: published code refuses made-up ones."""
 
     known: bool = False
     float32: bool = True
@@ -232,7 +215,7 @@ def fit_precision(reader: OwnForward, rows: Sequence[list[int]], precision: Head
 
 
 class Whole(nn.Module):
-    """A model as a body without heads, for code that does not bear a head in another precision."""
+    """A model disguised as a body without heads, for code that does not bear a head in another precision."""
 
     base_model_prefix = "inner"
 
@@ -241,28 +224,19 @@ class Whole(nn.Module):
         self.inner, self.config = inner, inner.config
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embeddings of the model."""
+        """Return the model's embeddings, which tell the size of its vocabulary."""
         return body_of(self.inner).get_input_embeddings()  # type: ignore[no-any-return, operator]
 
     def forward(self, **inputs: torch.Tensor) -> Any:
-        """What the model gives."""
+        """Run the model itself."""
         return self.inner(**inputs)
-
-
-# More than any model needs as a fewest; some fail at lengths that their settings do not divide.
-TOKENS = 17
-# Words from all over the vocabulary: its first tokens are often ones that no text has.
-STEP = 97
-# Numbers as near as this, as a part of the largest, are the same but for rounding. Fresh weights are this insensitive:
-# with BERT's, scores of the two inputs are a few millionths apart.
-SAME = 1e-7
 
 
 def check_reads(reader: OwnForward, limit: int) -> None:
     """Refuse a model that does not read token ids alone, or gives the same numbers whatever they are."""
     size = min(vocabulary(reader.model), 2**14)
     end = [] if reader.separate is None else [reader.separate]
-    middle = range(1, min(TOKENS, limit) - 1 - len(end))
+    middle = range(1, min(MADE_UP_TOKENS, limit) - 1 - len(end))
     # Their first and last tokens, where heads read, are the same: what is between has to be read from there.
     made_up = [[3 % size, *((first + STEP * i) % size for i in middle), 5 % size] for first in (3, 11)]
     numbers = reader([[token for token in row if token not in end] + end for row in made_up])

@@ -1,4 +1,4 @@
-"""What a transformer that gives scores is made of: its body, its heads, and the facts that scoring needs of it."""
+"""The parts of a transformer (body, heads, embeddings), facts about it, and the modes and errors of its forwards."""
 
 import copy
 import threading
@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from calibrated_rewards.files import Message, setting
+
 # Tokens in a batch, padding included, unless the user says otherwise.
 ON_CPU, ON_GPU = 8_192, 65_536
 # Of models without a table of embeddings, such as Canine, which hashes characters.
@@ -19,45 +21,47 @@ _one_at_a_time = threading.Lock()
 
 
 def lock_of(model: Any) -> threading.RLock:
-    """The lock of a model: one for all scorers that use it, for its training mode and its hooks are the model's."""
+    """Return a model's lock: one for all scorers that use it, for its training mode and its hooks are the model's."""
     with _one_at_a_time:
         return _locks.setdefault(body_of(model), threading.RLock())
 
 
-def unwrapped(model: Any) -> Any:
-    """The model inside torch.compile's or a data-parallel wrapper."""
+def unwrap(model: Any) -> Any:
+    """Return the model inside torch.compile's or a data-parallel wrapper."""
     while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
         model = inner
     return model
 
 
 def body_of(model: Any) -> nn.Module:
-    """The transformer without its head; under PEFT, with the adapter in it."""
-    model = unwrapped(model)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Return the transformer without its head; under PEFT, with the adapter in it."""
+    inner = without_peft(model)
     body: Any = getattr(inner, inner.base_model_prefix, inner)
     # Llama 4 keeps its body under another name than the one it gives.
-    found: nn.Module = getattr(inner, "get_decoder", lambda: None)() or inner if body is inner else body
-    return found
+    return getattr(inner, "get_decoder", lambda: None)() or inner if body is inner else body  # type: ignore[no-any-return]
+
+
+def without_peft(model: Any) -> Any:
+    """Return the transformer inside wrappers and PEFT's model, which has put its adapters into it."""
+    model = unwrap(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def heads_of(model: Any) -> dict[str, nn.Module]:
-    """The parts beside the body that have weights, by name: score, classifier, pooler, ..."""
-    model = unwrapped(model)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Return the parts beside the body that have weights, by name: score, classifier, pooler, ..."""
     body = body_of(model)
-    beside = [(name, part) for name, part in inner.named_children() if part is not body]
+    beside = [(name, part) for name, part in without_peft(model).named_children() if part is not body]
     return {name: part for name, part in beside if any(True for _ in part.parameters())}
 
 
 def vocabulary(model: Any) -> int:
-    """How many token ids the model has an embedding for."""
+    """Count the token ids that the model has an embedding for."""
     table = embeddings_of(model)
     return ANY_ID if table is None else int(table.shape[0])
 
 
 def embeddings_of(model: Any) -> Tensor | None:
-    """The table of the tokens' embeddings; None for a model that has none."""
+    """Return the table of the tokens' embeddings; None for a model that has none."""
     try:
         part = model.get_input_embeddings()
     except NotImplementedError:
@@ -71,7 +75,7 @@ def embeddings_of(model: Any) -> Tensor | None:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where its inputs go: where the embeddings are, or the first weight that is anywhere (the rest is offloaded)."""
+    """Return the device of a model's inputs: that of its embeddings, or of the first weight that is not offloaded."""
     table = embeddings_of(model)
     if table is not None and table.device.type != "meta":
         return table.device
@@ -79,17 +83,17 @@ def device_of(model: Any) -> torch.device:
 
 
 def default_budget(model: Any) -> int:
-    """Tokens in a batch, for the device that a model is on."""
+    """Return the tokens in a batch for the device that a model is on."""
     return ON_CPU if device_of(model).type == "cpu" else ON_GPU
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The precision of its body; of quantised weights, that of what is not quantised."""
+    """Return a model's precision; of quantised weights, that of what is not quantised."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def positions_of(model: Any) -> int | None:
-    """How many tokens it has positions for; None if it does not say."""
+    """Return how many tokens a model has positions for; None if it does not say."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     named = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]
     # RoBERTa counts positions from the padding id on: 514 of them are 512 tokens. I-BERT has a table of its own class.
@@ -99,15 +103,15 @@ def positions_of(model: Any) -> int | None:
 
 
 def rope_turn(model: Any) -> int | None:
-    """The length above which all of an input is read otherwise: LongRoPE has two sets of angles. None in most."""
-    given = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    ropes = [rope for rope in (given, *given.values()) if isinstance(rope, Mapping)]
+    """Return the length above which LongRoPE has other angles for all of an input; None in most models."""
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    ropes = [rope for rope in (parameters, *parameters.values()) if isinstance(rope, Mapping)]
     turns = [int(rope["original_max_position_embeddings"]) for rope in ropes if rope.get("rope_type") == "longrope"]
     return min(turns, default=None)
 
 
 def full_attention_up_to(model: Any) -> int | None:
-    """The length above which BigBird's attention is sparse; up to it, it is full. None in all other models."""
+    """Return the length above which BigBird's attention is sparse; None in all other models."""
     config = model.config.get_text_config()
     if getattr(config, "attention_type", None) != "block_sparse":
         return None
@@ -115,7 +119,7 @@ def full_attention_up_to(model: Any) -> int | None:
 
 
 def in_float32(part: nn.Module) -> nn.Module:
-    """A head that computes in float32 and without dropout: itself if it does, or a copy, made of the weights of now.
+    """Return a head that computes in float32 and without dropout: itself if it does, or a copy of its weights of now.
 
     16 bits turn close scores into ties. Quantised heads stay as they are.
     """
@@ -129,24 +133,24 @@ def in_float32(part: nn.Module) -> nn.Module:
 
 @contextmanager
 def for_scoring(model: nn.Module, lock: threading.RLock) -> Iterator[None]:
-    """One caller at a time, no gradients, no dropout, no autocast of a loop around it; then all as before."""
+    """Hold a model's lock, without gradients, dropout or an autocast of a loop around it; then restore its modes."""
     with lock, ExitStack() as after:
         training = [part for part in model.modules() if part.training]
         if training:
             model.eval()
-            after.callback(_train, training)
+            after.callback(_set_training, training)
         after.enter_context(torch.inference_mode())
         after.enter_context(torch.autocast(device_of(model).type, enabled=False))
         yield
 
 
-def _train(parts: list[nn.Module]) -> None:
+def _set_training(parts: list[nn.Module]) -> None:
     for part in parts:
         part.training = True
 
 
-def right_padded(rows: list[list[int]], pad_id: int, device: torch.device, fewest: int = 1) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, padded on the right: positions then count from the first token, in every model."""
+def pad_right(rows: list[list[int]], pad_id: int, device: torch.device, fewest: int = 1) -> tuple[Tensor, Tensor]:
+    """Pad rows on the right, where positions count from the first token in every model: ids and attention mask."""
     longest = max(fewest, *map(len, rows))
     ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
@@ -162,3 +166,33 @@ def check_vocabulary(rows: list[list[int]], model: nn.Module) -> None:
             f"the tokenizer gives id {largest}, the reward model has {size} embeddings: it is another model's "
             "tokenizer, or tokens were added without resize_token_embeddings"
         )
+
+
+class UnreadError(ValueError, RuntimeError):
+    """A model's forward failed on token ids alone; also a RuntimeError, as torch would have raised it."""
+
+
+# Errors of the forward of a model that needs something else, or more: a language, an image, a longer input.
+RAISED = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@contextmanager
+def reading_errors(model: Any, tokens: int) -> Iterator[None]:
+    """Turn an error of the model's forward into an UnreadError with advice; running out of memory stays what it is."""
+    try:
+        yield
+    except RAISED as error:
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        if should_reduce_batch_size(error):
+            raise
+        name = type(getattr(model, "inner", model)).__name__
+        raise UnreadError(
+            Message(
+                f"{name} does not read an input of {tokens} tokens: {type(error).__name__}: {error}. One that looks "
+                "for the tokens of its chat template needs prompts that are lists of messages, or "
+                f"{setting('chat', 'True', option='--option chat=true')} for prompts that are text, and a max_length "
+                "that leaves these tokens in. A setting that its config lacks goes into config.json. What needs more "
+                "than token ids is scored by a callable of yours that runs its forward"
+            )
+        ) from error

@@ -1,16 +1,9 @@
-"""Names of settings that hold a secret: tokens, keys and passwords, which no file, fingerprint or message shows.
+"""Addresses of servers and their tokens, which no file, fingerprint or message shows.
 
->>> [name for name in ("use_auth_token", "apiKey", "max_tokens", "eos_token", "tokenizer") if is_secret(name)]
-['use_auth_token', 'apiKey']
-
-Where a server is, and what is secret in that: the token, and of the url all but scheme, host, port, known words.
-
-The environment's token, bound to the server that it is for.
-
-`CALIBRATED_REWARDS_TOKEN` is sent to the scheme, host and port of `CALIBRATED_REWARDS_TOKEN_URL` and nowhere else,
-whatever url a saved reward names. Several servers that share a token are separated by commas.
-
-Keep secrets out of what httpx and httpcore log: the whole url of each request, the headers of each answer."""
+Secret are the token and, of a url, all but scheme, host, port and known words; of settings, those whose names say so
+(`is_secret`). `CALIBRATED_REWARDS_TOKEN` is sent to the scheme, host and port of `CALIBRATED_REWARDS_TOKEN_URL` and
+nowhere else, whatever url a saved reward names. Several servers that share a token are separated by commas.
+"""
 
 import os
 import re
@@ -37,19 +30,23 @@ _SECRET = re.compile(
 
 
 def is_secret(name: str) -> bool:
-    """Whether a setting of this name holds a secret, in whatever case and style it is written."""
+    """Tell if a setting of this name holds a secret, in whatever case and style it is written.
+
+    >>> [name for name in ("use_auth_token", "apiKey", "max_tokens", "eos_token", "tokenizer") if is_secret(name)]
+    ['use_auth_token', 'apiKey']
+    """
     return _SECRET.fullmatch(_WORD.sub("_", name).lower()) is not None
 
 
 def without_secrets(value: Any) -> Any:
-    """A value without the settings that hold secrets, inside of mappings and lists too.
+    """Remove the settings that hold secrets from a value, inside of mappings and lists too.
 
     >>> without_secrets({"task": "score", "extra": [{"api_key": "k", "n": 1}]})
     {'task': 'score', 'extra': [{'n': 1}]}
     """
     if isinstance(value, Mapping):
-        kept = {name: each for name, each in value.items() if not (isinstance(name, str) and is_secret(name))}
-        return {name: without_secrets(each) for name, each in kept.items()}
+        public = {name: each for name, each in value.items() if not (isinstance(name, str) and is_secret(name))}
+        return {name: without_secrets(each) for name, each in public.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(without_secrets, value)) if type(value) in (list, tuple) else value
     return value
@@ -58,54 +55,29 @@ def without_secrets(value: Any) -> Any:
 # Of a query or a path, only longer values are looked for in texts: "1" is in every text.
 SECRET = 4
 HIDDEN = "[...]"
-# What paths of such servers consist of. Any other part may be a token, as in http://host/t/TOKEN/score.
-WORDS = {
-    *(
-        "",
-        "t",
-        "api",
-        "openai",
-        "v1",
-        "v2",
-        "v3",
-        "v4",
-        "score",
-        "scores",
-        "classify",
-        "pooling",
-        "rerank",
-        "get_reward",
-    ),
-    *(
-        "reward",
-        "rewards",
-        "reward_model",
-        "evaluation",
-        "completions",
-        "chat",
-        "models",
-        "model",
-        "generate",
-        "predict",
-    ),
-    *("inference", "invocations", "embeddings", "health", "deployments", "endpoints", "rm", "classification"),
-}
+# The parts of such servers' paths. Any other part may be a token, as in http://host/t/TOKEN/score.
+_PATH = (
+    "t api openai v1 v2 v3 v4 score scores classify pooling rerank get_reward reward rewards reward_model evaluation "
+    "completions chat models model generate predict inference invocations embeddings health deployments endpoints rm "
+    "classification"
+)
+WORDS = {"", *_PATH.split()}
 _VARIABLE = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)")
 PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True)
 class Address:
-    """An url, with the token that goes to it; its repr, and what it redacts, have no secrets."""
+    """An url, with the token that goes to it; its repr has no secrets, and it redacts them in texts."""
 
     url: str = field(repr=False)
-    """The url, or $NAME for an environment variable that holds it."""
+    """The address itself, or $NAME for an environment variable that holds it."""
     token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        parts = split(self.url)
+        parts = split_url(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"Remote needs an url such as http://host:8000, got url={start_of(shown(self.url))}")
+            raise ValueError(f"Remote needs an url such as http://host:8000, got url={start_of(redact_url(self.url))}")
         token = self.token
         if token is None:
             return
@@ -115,19 +87,19 @@ class Address:
             raise ValueError("Remote sends a token or the user of the url, got both: leave one of them out")
 
     def posted(self, path: str) -> str:
-        """Where requests go: the url as it stands; of a bare host the path, with the url's query."""
-        parts = split(self.url)
+        """Return the url of requests: the url as it stands; of a bare host the path, with the url's query."""
+        parts = split_url(self.url)
         return parts._replace(path=path if parts.path in ("", "/") else parts.path, fragment="").geturl()
 
-    def redacted(self, said: str) -> str:
-        """A text less the secrets that are sent, which servers may quote."""
+    def redacted(self, text: str) -> str:
+        """Replace the secrets that are sent, which servers may quote, in a text."""
         for secret in sorted({*self._secrets()}, key=len, reverse=True):
-            said = said.replace(secret, "[secret]")
-        return said
+            text = text.replace(secret, "[secret]")
+        return text
 
     def _secrets(self) -> Iterator[str]:
-        """The token, user and password, and what is long enough of query and path, as written and as meant."""
-        parts = split(self.url)
+        """Yield token, user, password, and the longer parts of query and path, as written and decoded."""
+        parts = split_url(self.url)
         user, password = parts.username or "", parts.password or ""
         if parts.username is not None:
             yield b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()
@@ -139,42 +111,42 @@ class Address:
             yield from (form for form in (part, unquote_plus(part), unquote(part)) if len(form) >= SECRET)
 
 
-def shown(url: str) -> str:
-    """An url as messages show it: no user, password or query, and of the path only words that are no secrets.
+def redact_url(url: str) -> str:
+    """Write an url for messages: no user, password or query, and of the path only words that are no secrets.
 
-    >>> shown("https://me:pass@rm:8000/score?key=1"), shown("http://rm:8000/t/0123456789/score")
+    >>> redact_url("https://me:pass@rm:8000/score?key=1"), redact_url("http://rm:8000/t/0123456789/score")
     ('https://rm:8000/score', 'http://rm:8000/t/[...]/score')
     """
-    parts = split(url)
+    parts = split_url(url)
     path = "/".join(part if part in WORDS else HIDDEN for part in parts.path.split("/"))
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], path=path, query="", fragment="").geturl()
 
 
-def named(url: str) -> str:
-    """An url in a repr: `shown`, or the variable that holds it."""
-    return url if is_variable(url) else shown(url)
+def format_url(url: str) -> str:
+    """Write an url for a repr: redacted, or the variable that holds it."""
+    return url if is_variable(url) else redact_url(url)
 
 
 def check_saved(url: str) -> None:
     """Refuse to write an url that may hold a secret; whoever reads the file would have it."""
     if is_variable(url):
         return
-    parts = split(url)
-    if parts.query or parts.fragment or "@" in parts.netloc or HIDDEN in shown(url):
+    parts = split_url(url)
+    if parts.query or parts.fragment or "@" in parts.netloc or HIDDEN in redact_url(url):
         raise ValueError(
             "a url that is saved holds no password and no query, nor parts of a path that may be a token, got "
-            f"{shown(url)}: put the url into an environment variable and give its name, url='$REWARD_MODEL_URL'; "
+            f"{redact_url(url)}: put the url into an environment variable and give its name, url='$REWARD_MODEL_URL'; "
             "a token goes into CALIBRATED_REWARDS_TOKEN, and its server into CALIBRATED_REWARDS_TOKEN_URL"
         )
 
 
 def is_variable(url: str) -> bool:
-    """Whether this names an environment variable that holds the url."""
+    """Tell if this names an environment variable that holds the url."""
     return _VARIABLE.fullmatch(url) is not None
 
 
-def resolved(url: str) -> str:
-    """An url as it stands, or the one in the environment variable that $NAME names."""
+def resolve_url(url: str) -> str:
+    """Return an url as it stands, or the one in the environment variable that $NAME names."""
     if not is_variable(url):
         return url
     if not os.environ.get(url[1:]):
@@ -182,22 +154,22 @@ def resolved(url: str) -> str:
     return os.environ[url[1:]]
 
 
-def origin(url: str) -> tuple[str, str, int | None]:
-    """Scheme, host and port of an url: what a token is bound to.
+def origin_of(url: str) -> tuple[str, str, int | None]:
+    """Return scheme, host and port of an url, to which a token is bound.
 
-    >>> origin("HTTPS://RM.example/score") == origin("https://rm.example:443")
+    >>> origin_of("HTTPS://RM.example/score") == origin_of("https://rm.example:443")
     True
     """
-    parts = split(url)
+    parts = split_url(url)
     return parts.scheme, parts.hostname or "", parts.port or PORTS.get(parts.scheme)
 
 
-def split(url: str) -> SplitResult:
-    """The parts of an url; of what cannot be one, an error.
+def split_url(url: str) -> SplitResult:
+    """Split an url into its parts; refuse what cannot be one.
 
     Characters that libraries read in different ways are refused, or a token could go where nobody looked.
     """
-    url = resolved(url)
+    url = resolve_url(url)
     try:
         parts = urlsplit(url)
         _ = parts.port
@@ -218,15 +190,15 @@ STATUSES = (401, 403)
 
 
 def token_for(url: str, variable: str = TOKEN) -> str | None:
-    """The token of an environment variable, if it is for this server; an url with a user gets none."""
+    """Return the token of an environment variable, if it is for this server; an url with a user gets none."""
     token = os.environ.get(variable)
-    if not token or split(url).username is not None:
+    if not token or split_url(url).username is not None:
         return None
-    return token if origin(url) in map(origin, servers_of(variable)) else None
+    return token if origin_of(url) in map(origin_of, servers_of(variable)) else None
 
 
 def servers_of(variable: str) -> list[str]:
-    """The servers that the token in a variable is for; ValueError if nothing says which."""
+    """List the servers that the token in a variable is for; ValueError if nothing says which."""
     servers = [each.strip() for each in os.environ.get(f"{variable}_URL", "").split(",")]
     usable = [each for each in servers if each.lower().startswith(("http://", "https://"))]
     if not usable or len(usable) < len(servers):
@@ -239,15 +211,15 @@ def servers_of(variable: str) -> list[str]:
     return usable
 
 
-def unsent(status: int, url: str, token: str | None) -> str:
-    """Tell, after a server has asked for a token, whether one was sent, and which ones of the environment were not."""
+def explain_token(status: int, url: str, token: str | None) -> str:
+    """Explain, after a server has asked for a token, which tokens of the environment were not sent to it."""
     if status not in STATUSES:
         return ""
     others = [name for name in (TOKEN, POLICY_TOKEN) if os.environ.get(name) and token_for(url, name) is None]
-    told = [f"{name} is for {', '.join(map(shown, servers_of(name)))}, and was not sent" for name in others]
-    if not told and token is None:
-        told = [
+    reasons = [f"{name} is for {', '.join(map(redact_url, servers_of(name)))}, and was not sent" for name in others]
+    if not reasons and token is None:
+        reasons = [
             f"no token was sent: set {TOKEN} ({POLICY_TOKEN} for a policy's server), and the address that it is for in "
             f"{TOKEN}_URL ({POLICY_TOKEN}_URL)"
         ]
-    return f"; {'; '.join(told or ['a token was sent'])}"
+    return f"; {'; '.join(reasons or ['a token was sent'])}"

@@ -1,15 +1,16 @@
-"""Messages as a chat template takes them: plain dicts, in the order and with the values that they were given.
+"""Turn prompts and completions into the token ids that a model reads: template, special tokens, truncation.
 
-A prompt and its completion to the token ids that the reward model reads: template, special tokens, truncation."""
+`Text` holds the settings. `Question` turns a question about a completion into the tokens that a judge goes on from.
+"""
 
 import copy
+import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
-from json import loads
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -21,63 +22,59 @@ from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What templates call to write the date.
+# The call by which templates write the date.
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def plain_messages(messages: Any) -> list[dict[str, Any]]:
-    """Each message as a dict: keys that are None (Arrow adds them) are gone, text parts joined, no content is "".
+    """Turn messages into dicts for a chat template: without keys that are None (Arrow adds them), text parts joined.
 
     Unlike in the canonical form of a prompt's key, arguments of tool calls keep their order and their numbers.
 
     >>> plain_messages([{"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": None}])
     [{'role': 'user', 'content': 'Hi'}]
     """
-    given = messages.tolist() if isinstance(messages, np.ndarray) else messages
-    if isinstance(given, list | tuple):
-        for i, message in enumerate(given):
+    messages = messages.tolist() if isinstance(messages, np.ndarray) else messages
+    if isinstance(messages, list | tuple):
+        for i, message in enumerate(messages):
             if isinstance(message, Mapping):
                 _check_text(message.get("content"), f"message {i}")
-    canonical = canonical_chat(given)  # refuses what is no chat
-    if not all(isinstance(message, Mapping) for message in given):
-        given = loads(canonical)
-    return [_plain(message) for message in given]
+    canonical = canonical_chat(messages)  # refuses what is no chat
+    if not all(isinstance(message, Mapping) for message in messages):
+        messages = json.loads(canonical)
+    return [_plain_message(message) for message in messages]
 
 
-def answer(completion: Completion) -> list[dict[str, Any]]:
-    """The messages of a completion; a text is what the assistant says."""
+def completion_messages(completion: Completion) -> list[dict[str, Any]]:
+    """Return the messages of a completion; a text becomes an assistant's message."""
     if isinstance(completion, str):
         return [{"role": "assistant", "content": completion}]
     return plain_messages(completion) if len(completion) else []
 
 
 @lru_cache(64)
-def dated(template: str, today: str) -> str:
-    """The template with a date that stays: one that writes today's would score otherwise tomorrow.
+def fix_date(template: str, today: str) -> str:
+    """Put a fixed date into a template: one that writes today's would score otherwise tomorrow.
 
-    >>> dated("It is {{ strftime_now('%d %b %Y') }}.", "2024-07-26")
+    >>> fix_date("It is {{ strftime_now('%d %b %Y') }}.", "2024-07-26")
     "It is {{ '26 Jul 2024' }}."
     """
     day = datetime.fromisoformat(today)
     return NOW.sub(lambda call: repr(day.strftime(call[2])), template)
 
 
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    kept: dict[str, Any] = _without_none(message)
-    content = kept.get("content", "")
-    text = content if isinstance(content, str) else "".join(map(_text_of, content))
-    rest = {name: member for name, member in kept.items() if name not in ("role", "content")}
-    return {"role": kept["role"], "content": text, **rest}
+def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    members: dict[str, Any] = _without_none(message)
+    content = members.pop("content", "")
+    parts = [content] if isinstance(content, str) else content
+    text = "".join(part if isinstance(part, str) else str(part["text"]) for part in parts)
+    return {"role": members.pop("role"), "content": text, **members}
 
 
 def _without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _without_none(member) for name, member in value.items() if member is not None}
     return [_without_none(member) for member in value] if isinstance(value, list | tuple | np.ndarray) else value
-
-
-def _text_of(part: Any) -> str:
-    return part if isinstance(part, str) else str(part["text"])
 
 
 def _check_text(content: Any, place: str) -> None:
@@ -96,7 +93,7 @@ NO_LIMIT = 2**30
 
 
 class TruncationWarning(UserWarning):
-    """Some inputs were longer than the reward model reads; says how many, and what was kept."""
+    """A warning that some inputs were longer than the reward model reads: how many, and what was kept."""
 
 
 # Each call that cuts says so; Python would show the same warning once. Filters that are set elsewhere come first.
@@ -106,7 +103,7 @@ _copies: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Text:
-    """How text becomes tokens; every choice is part of the scorer's fingerprint.
+    """Settings by which text becomes tokens; every one is part of the scorer's fingerprint.
 
     A chat (a prompt that is a list of messages, or any with `chat=True`) is rendered with the reward model's own
     template, which writes the special tokens itself; a string completion is an assistant's message. A plain prompt and
@@ -118,20 +115,20 @@ class Text:
     """
 
     max_length: int | None = None
-    """Most tokens of an input; None for what the model and its tokenizer say they can read."""
+    """Tokens above which an input is truncated; None for what the model and its tokenizer say they can read."""
     on_long: Literal["warn", "raise"] = "warn"
     chat: bool | None = None
     """None: render prompts that are messages. True: a string prompt is a user's message. False: refuse messages."""
     template: str | None = None
     """A chat template (Jinja) in place of the tokenizer's."""
     template_options: Mapping[str, Any] = field(default_factory=dict)
-    """Passed to the template: tools, enable_thinking, ..."""
+    """Variables that are passed to the template: tools, enable_thinking, ..."""
     special_tokens: bool | None = None
-    """Whether the tokenizer adds its special tokens; None: to plain text, not to a rendered chat."""
+    """Lets the tokenizer add its special tokens, or not; None: to plain text, not to a rendered chat."""
     append_eos: bool = False
-    """End each input with EOS, unless it ends so already."""
+    """Ends each input with EOS, unless it ends so already."""
     strip: tuple[str, ...] = ()
-    """Taken off the end of completions first, such as an "<|im_end|>" that sampling left there."""
+    """Strings that are taken off the end of completions first, such as an "<|im_end|>" that sampling left there."""
     today: str = "2024-07-26"
     """The date, for templates that write today's: with the true one, scores would change overnight."""
 
@@ -152,24 +149,24 @@ class Text:
             raise ValueError(f"Text needs template to be a template itself, in Jinja, got {start_of(self.template)}")
 
     def fingerprint(self, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-        """The settings, and the template that they lead to."""
+        """Describe the settings, and the template that they lead to."""
         settings = {**asdict(self), "strip": list(self.strip), "template": self.template or tokenizer.chat_template}
         return {name: value for name, value in settings.items() if name != "on_long"}
 
     def limit(self, tokenizer: "PreTrainedTokenizerBase", positions: int | None) -> int:
-        """Most tokens of an input: `max_length`, or what the model (its positions) and its tokenizer can read."""
+        """Return the most tokens of an input: `max_length`, or what the model's positions and its tokenizer allow."""
         # Some tokenizers say -1, 0 or 1, which nobody means.
         known = [int(n) for n in (tokenizer.model_max_length, positions) if n is not None and 2 <= n < NO_LIMIT]
         if self.max_length is None:
             return min(known, default=NO_LIMIT)
         if positions and self.max_length > positions:
-            given = setting("max_length", str(self.max_length))
-            raise ValueError(Message(f"the model reads at most {positions} tokens, got {given}"))
+            length = setting("max_length", str(self.max_length))
+            raise ValueError(Message(f"the model reads at most {positions} tokens, got {length}"))
         return self.max_length
 
     def render(self, tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, completion: Completion) -> tuple[str, bool]:
-        """The text that is tokenised, and whether a template wrote it."""
-        completion = self.stripped(completion)
+        """Write the text that is tokenised; also tell if a template wrote it."""
+        completion = self.strip_ends(completion)
         if isinstance(prompt, str) and not self.chat:
             if not isinstance(completion, str):
                 raise TypeError(
@@ -177,10 +174,10 @@ class Text:
                     "Text(chat=True) makes the prompt a user's message"
                 )
             return prompt + completion, False
-        return self._rendered(tokenizer, self.messages(prompt) + answer(completion)), True
+        return self._render_chat(tokenizer, self.messages(prompt) + completion_messages(completion)), True
 
     def messages(self, prompt: Prompt) -> list[dict[str, Any]]:
-        """A prompt as messages; a text, as a user's."""
+        """Return the messages of a prompt; a text becomes a user's message."""
         if isinstance(prompt, str):
             return [{"role": "user", "content": prompt}]
         if self.chat is False:
@@ -188,20 +185,20 @@ class Text:
         return plain_messages(prompt)
 
     def opening(self, tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> tuple[str, bool]:
-        """A prompt alone, ready for its completion, and whether a template wrote it."""
+        """Write a prompt alone, ready for its completion; also tell if a template wrote it."""
         if isinstance(prompt, str) and not self.chat:
             return prompt, False
-        return self._rendered(tokenizer, self.messages(prompt), add_generation_prompt=True), True
+        return self._render_chat(tokenizer, self.messages(prompt), add_generation_prompt=True), True
 
     def tokens(self, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
-        """The ids of rendered texts, whole: special tokens once each, EOS if asked for, never empty."""
+        """Encode rendered texts, whole: special tokens once each, EOS if asked for, never empty."""
         ids: list[list[int]] = [[]] * len(texts)
         for rendered in (False, True):
             at = [i for i, (_, by_template) in enumerate(texts) if by_template == rendered]
             add = not rendered if self.special_tokens is None else self.special_tokens
-            found = _ids(tokenizer, [texts[i][0] for i in at], add) if at else []
-            for i, row in zip(at, found, strict=True):
-                ids[i] = self._mended(row, tokenizer, texts[i][0])
+            rows = _tokenize(tokenizer, [texts[i][0] for i in at], add) if at else []
+            for i, row in zip(at, rows, strict=True):
+                ids[i] = self._mend_ends(row, tokenizer, texts[i][0])
         return ids
 
     def encode(
@@ -211,14 +208,14 @@ class Text:
         completions: Sequence[Completion],
         limit: int = NO_LIMIT,
     ) -> list[list[int]]:
-        """The token ids of each pair, cut to `limit`, which is reported."""
+        """Encode each pair, truncated to `limit`, which is reported."""
         texts = [self.render(tokenizer, p, c) for p, c in zip(prompts, completions, strict=True)]
         ids = self.tokens(tokenizer, texts)
         self.report([len(row) for row in ids], limit)
-        return [kept(row, limit, tokenizer) for row in ids]
+        return [truncate(row, limit, tokenizer) for row in ids]
 
     def report(self, lengths: Sequence[int], limit: int) -> None:
-        """Say that inputs are longer than the limit, if some are: as a warning, or as an error."""
+        """Report inputs that are longer than the limit: by a warning, or as an error."""
         long = [length for length in lengths if length > limit]
         if long:
             message = f"{len(long)} of {len(lengths)} inputs are longer than max_length={limit} (longest: {max(long)})"
@@ -226,19 +223,18 @@ class Text:
                 raise ValueError(f"{message}; shorten them, or set on_long='warn' to keep their last {limit} tokens")
             warnings.warn(f"{message}: their first tokens were left out", TruncationWarning, stacklevel=4)
 
-    def stripped(self, completion: Completion) -> Completion:
-        """A completion less the ends in `strip`; of messages, the last one's text."""
+    def strip_ends(self, completion: Completion) -> Completion:
+        """Take the strings in `strip` off the end of a completion; of messages, off the last one's text."""
         if not isinstance(completion, str):
-            return self._last_stripped(completion) if self.strip and len(completion) else completion
+            if not self.strip or not len(completion):
+                return completion
+            *before, last = completion_messages(completion)
+            return [*before, {**last, "content": self.strip_ends(last["content"])}]
         while any(end and completion.endswith(end) for end in self.strip):
             completion = completion.removesuffix(next(end for end in self.strip if end and completion.endswith(end)))
         return completion
 
-    def _last_stripped(self, completion: Completion) -> Completion:
-        said = answer(completion)
-        return [*said[:-1], {**said[-1], "content": self.stripped(said[-1]["content"])}]
-
-    def _rendered(self, tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], **options: Any) -> str:
+    def _render_chat(self, tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], **options: Any) -> str:
         template = self.template or tokenizer.chat_template
         if template is None:
             raise ValueError(
@@ -250,14 +246,14 @@ class Text:
         from jinja2 import TemplateError
 
         # A tokenizer may have several, by name; then it picks.
-        own = dated(template, self.today) if isinstance(template, str) else None
-        options = {**self.template_options, **options, "chat_template": own}
+        one = fix_date(template, self.today) if isinstance(template, str) else None
+        options = {**self.template_options, **options, "chat_template": one}
         try:
             return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses the messages {start_of(messages)}: {error}") from error
 
-    def _mended(self, row: list[int], tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    def _mend_ends(self, row: list[int], tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if bos is not None and row[:2] == [bos, bos]:
             row = row[1:]
@@ -270,11 +266,11 @@ class Text:
         return row
 
 
-def kept(row: list[int], limit: int, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The tokens of a row that the model reads: the first if it opens every text, and the last.
+def truncate(row: list[int], limit: int, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Truncate a row to the tokens that the model reads: the first if it opens every text, and the last.
 
     >>> from types import SimpleNamespace
-    >>> kept([0, 5, 6, 7, 8], 3, SimpleNamespace(bos_token_id=0, cls_token_id=None))
+    >>> truncate([0, 5, 6, 7, 8], 3, SimpleNamespace(bos_token_id=0, cls_token_id=None))
     [0, 7, 8]
     """
     if len(row) <= limit:
@@ -283,16 +279,114 @@ def kept(row: list[int], limit: int, tokenizer: "PreTrainedTokenizerBase") -> li
     return row[:1] + row[len(row) - limit + 1 :] if opens else row[len(row) - limit :]
 
 
-def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-    """By a copy of the tokenizer: the original may at this moment pad or cut for somebody else, in another thread."""
-    own = _copies.get(tokenizer)
-    if own is None:
-        own = _copies.setdefault(tokenizer, copy.deepcopy(tokenizer))
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    """Tokenize by a copy: the original may at this moment pad or truncate for somebody else, in another thread."""
+    duplicate = _copies.get(tokenizer)
+    if duplicate is None:
+        duplicate = _copies.setdefault(tokenizer, copy.deepcopy(tokenizer))
     try:
         options = {"padding": False, "truncation": False, "verbose": False}
-        ids: list[list[int]] = own(texts, add_special_tokens=add_special_tokens, **options)["input_ids"]
+        ids: list[list[int]] = duplicate(texts, add_special_tokens=add_special_tokens, **options)["input_ids"]
     except (TypeError, UnicodeEncodeError) as error:
         # Half a character, which JSON can hold and UTF-8 cannot.
         bad = next((text for text in texts if any("\ud800" <= c <= "\udfff" for c in text)), texts[0])
         raise ValueError(f"the tokenizer cannot read {start_of(bad)}: {error}") from error
     return ids
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question to a judge, with {prompt} and {completion} in it, and the settings by which it becomes tokens.
+
+    It is a user's message in the judge's own chat template, with the opening of the answer; plain text for a judge that
+    has no template, or with `Text(chat=False)`. A chat in it is written `User: ...`, an empty line, `Assistant: ...`;
+    a prompt of one user's message, and a completion of one assistant's, as they are. Put {prompt} first: completions of
+    one prompt then share its cache, and of what is too long the prompt's beginning goes.
+    """
+
+    tokenizer: Any
+    wording: str
+    text: Text
+    values: Mapping[str, str] = field(default_factory=dict)
+    """Values for other names in braces."""
+    closes: bool = False
+    """Leaves its tokenizer's EOS on a question that is text: an encoder reads to it, a decoder goes on."""
+
+    def __post_init__(self) -> None:
+        if "{completion}" not in self.wording:
+            raise ValueError(f"a question holds {{completion}}, and mostly {{prompt}}, got {start_of(self.wording)}")
+        if self.text.append_eos:
+            raise ValueError("a question goes on with its answer: it takes no EOS, got Text(append_eos=True)")
+
+    def write(self, prompt: Prompt, completion: Completion) -> str:
+        """Write the question about one completion."""
+        if isinstance(completion, str):
+            completion = self.text.strip_ends(completion)
+        asker, answerer = format_conversation(prompt, "user"), format_conversation(completion, "assistant")
+        return fill_in(self.wording, {**self.values, "prompt": asker, "completion": answerer})
+
+    def tokens(self, prompts: Sequence[Prompt], completions: Sequence[Completion], limit: int) -> list[list[int]]:
+        """Encode the questions, ready for their answers and truncated to `limit`, which is reported."""
+        questions = [self.write(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        text = replace(self.text, chat=self._templated)
+        rows = text.tokens(self.tokenizer, [text.opening(self.tokenizer, question) for question in questions])
+        if not self._templated and not self.closes:
+            # A tokenizer that ends plain text with EOS would have the judge answer after its end.
+            rows = [row[:-1] if len(row) > 1 and row[-1] == self.tokenizer.eos_token_id else row for row in rows]
+        text.report([len(row) for row in rows], limit)
+        return [truncate(row, limit, self.tokenizer) for row in rows]
+
+    def fingerprint(self, limit: int) -> dict[str, Any]:
+        """Describe all that the tokens depend on, but for the tokenizer."""
+        settings = {**self.text.fingerprint(self.tokenizer), "max_length": limit, "chat": self._templated}
+        return {"question": fill_in(self.wording, self.values), "text": settings}
+
+    @property
+    def _templated(self) -> bool:
+        if self.text.chat is not None:
+            return self.text.chat
+        return (self.text.template or self.tokenizer.chat_template) is not None
+
+
+def fill_in(wording: str, values: Mapping[str, str]) -> str:
+    """Put values in the place of their names in braces; braces within a value stay.
+
+    >>> fill_in("{a} {b} {c}", {"a": "{b}", "b": "1"})
+    '{b} 1 {c}'
+    """
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), wording)
+
+
+def format_conversation(messages: Prompt | Completion, by: str) -> str:
+    """Write messages as text: a single one, if it is `by` this role, as it is; else each with its role.
+
+    >>> format_conversation([{"role": "user", "content": "Hi"}], "user")
+    'Hi'
+    >>> format_conversation([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}], "user")
+    'User: Hi\\n\\nAssistant: Yes?'
+    """
+    if isinstance(messages, str):
+        return messages
+    turns = json.loads(canonical_chat(messages)) if len(messages) else []
+    if [turn["role"] for turn in turns] == [by] and not turns[0].get("tool_calls"):
+        return _turn_text(turns[0])
+    return "\n\n".join(f"{turn['role'].capitalize()}: {_turn_text(turn)}" for turn in turns)
+
+
+def find_token(tokenizer: Any, text: str, what: str) -> int:
+    """Find the id of a text that is a single token."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise ValueError(
+            f"{what} is one token of the model's, got {text!r}, which is {tokenizer.convert_ids_to_tokens(ids)}"
+        )
+    return int(ids[0])
+
+
+def _turn_text(turn: Mapping[str, Any]) -> str:
+    """Write a message's content, and the calls it makes, as JSON."""
+    content = turn.get("content") or ""
+    if not isinstance(content, str):
+        raise TypeError(f"a judge reads messages that are text, got {start_of(content)}")
+    calls = turn.get("tool_calls")
+    return "\n".join([content] * bool(content) + [json.dumps(calls, ensure_ascii=False)] * bool(calls))

@@ -1,6 +1,8 @@
-"""Random numbers that a forward draws in evaluation: the same ones each time, and none of the loop around it.
+"""Run a forward so that it changes nothing: random generators, attributes, settings and buffers are put back.
 
-A forward that leaves its model as it was: attributes, settings and buffers that it changes are put back."""
+`steady_draws` gives each forward the same random numbers, and none of those of the loop around it. `StateKeeper` puts
+back what a forward changes in its model, so that no score depends on what was scored before.
+"""
 
 import logging
 from collections import deque
@@ -59,15 +61,16 @@ VERSION = attrgetter("_version")
 
 @dataclass(eq=False)
 class StateKeeper:
-    """Runs forwards of a model, and remembers its state from one to the next: to look it up costs more than to compare.
+    """A runner of forwards that puts back what they change in the model.
 
-    Most forwards change nothing, and nobody changes the model between them.
+    It remembers the model's state from one forward to the next, as looking it up costs more than comparing it: most
+    forwards change nothing, and nobody changes the model between them.
     """
 
     state: "State | None" = None
 
     def run(self, model: nn.Module, forward: Callable[[], T]) -> T:
-        """The forward's answer; what it changed in the model is put back, so that no score depends on earlier inputs.
+        """Run a forward, and put back what it changed in the model, so that no score depends on earlier inputs.
 
         Weights cannot be put back, for no copy is held. A model that prepares them at its first forward, as RWKV does,
         is read again; one that changes them each time is refused.
@@ -92,7 +95,7 @@ class StateKeeper:
 
 
 def unchanging(model: nn.Module, forward: Callable[[], T]) -> T:
-    """The same for a single forward."""
+    """Run a single forward, and put back what it changed in the model."""
     return StateKeeper().run(model, forward)
 
 
@@ -104,9 +107,9 @@ class Contents(NamedTuple):
     before: Any
 
     def put_back(self) -> list[str]:
-        """Make it hold the same things again; the names of those that were replaced, added or removed."""
+        """Restore the contents; return the names of what was replaced, added or removed."""
         held, before = self.held, self.before
-        if same_things(held, before):
+        if are_identical(held, before):
             return []
         if not isinstance(held, dict):
             held.clear()
@@ -129,7 +132,7 @@ class Numbers(NamedTuple):
     before: Tensor
 
     def put_back(self) -> list[str]:
-        """Make it hold the same numbers again; its name if it did not."""
+        """Restore the numbers; return the tensor's name if they had changed."""
         if torch.equal(self.tensor, self.before):
             return []
         self.tensor.detach().copy_(self.before)
@@ -137,7 +140,7 @@ class Numbers(NamedTuple):
 
 
 class State:
-    """What a forward may change: attributes, settings, buffers and weights of a model, as they are now."""
+    """A model's attributes, settings, buffers and weights as they are now: all that a forward may change."""
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         self.parts = parts
@@ -145,9 +148,9 @@ class State:
         self.contents: list[Contents] = []
         self.numbers: list[Numbers] = []
         self.versions: list[tuple[str, Tensor, int]] = []
-        """How often weights, and other tensors that are not copied, had been written to."""
+        """Weights, and other tensors that are not copied, and how often each had been written to."""
         self._attributes = [*chain.from_iterable(map(dict.values, map(vars, parts)))]
-        """All that modules have, in one list, which is compared in one go."""
+        """The attributes of all modules in one list, which is compared in one go."""
         self._inside = [each for part in parts for each in tables_of(part)[1:]]
         self._filled = [(each, each.copy()) for each in self._inside if each]
         self._sizes = [*map(len, self._inside)]
@@ -164,11 +167,11 @@ class State:
         self._written_before = [*map(VERSION, self._written)]
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether this is the state of a model."""
+        """Tell if this is the state of a model."""
         return self.parts[0] is model
 
     def is_now(self) -> bool:
-        """Whether all is as it was: the very same things, or equal ones."""
+        """Tell if all is as it was: the very same things, or equal ones."""
         if [*map(VERSION, self._written)] != self._written_before:
             return False
         try:
@@ -183,7 +186,7 @@ class State:
             return False
 
     def put_back(self) -> list[str]:
-        """Put back what was changed; the names of weights that were changed, of which there is no copy.
+        """Put back what was changed; return the names of changed weights, of which there is no copy.
 
         If there are any, all stays as it is: the rest may say that those were changed.
         """
@@ -195,7 +198,7 @@ class State:
             Contents(type(part).__name__, now, before)
             for part, tables in zip(self.parts, self.tables, strict=True)
             for now, before in zip(tables_of(part), tables, strict=True)
-            if not same_things(now, before)
+            if not are_identical(now, before)
         ]
         changed = {name for each in (*contents, *self.contents) for name in each.put_back()}
         changed |= {name for each in self.numbers for name in each.put_back()}
@@ -204,7 +207,7 @@ class State:
         return []
 
     def _note(self, name: str, values: Mapping[str, Any]) -> None:
-        """Things that a module holds, and whatever those hold in turn."""
+        """Note the things that a module holds, and whatever those hold in turn."""
         waiting = [(f"{name}.{key}", value) for key, value in values.items() if may_change(value)]
         while waiting:
             where, value = waiting.pop()
@@ -225,36 +228,36 @@ class State:
 
 
 def tables_of(part: nn.Module) -> list[dict[str, Any]]:
-    """What a module keeps: attributes, buffers, parts, and weights unless accelerate moves those in and out."""
+    """Return a module's tables: attributes, buffers, parts, and weights unless accelerate moves those in and out."""
     tables: list[dict[str, Any]] = [vars(part), part._buffers, part._modules]
     return tables if "_hf_hook" in tables[0] else [*tables, part._parameters]
 
 
-def same_things(now: Any, before: Any) -> bool:
-    """Whether two containers hold the very same things, in the same order."""
+def are_identical(now: Any, before: Any) -> bool:
+    """Tell if two containers hold the very same things, in the same order."""
     both = (now.values(), before.values()) if isinstance(now, dict) else (now, before)
     return len(now) == len(before) and all(map(is_, *both))
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was written to; those that were made in inference mode do not count."""
+    """Return how often a tensor was written to; those that were made in inference mode do not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def is_small(tensor: Tensor) -> bool:
-    """Whether a copy of a tensor is cheap, and possible."""
+    """Tell if a copy of a tensor is cheap, and possible."""
     return tensor.layout == torch.strided and tensor.device.type != "meta" and tensor.nbytes <= COPIED_BYTES
 
 
 def may_change(value: object) -> bool:
-    """Whether a thing holds something that a forward may change: not numbers, texts, functions or modules."""
+    """Tell if a thing holds something that a forward may change: not numbers, texts, functions or modules."""
     kind: Any = type(value)
     return holds_things(kind)
 
 
 @cache
 def holds_things(kind: type) -> bool:
-    """Whether things of a type are tensors, containers, settings, or objects of somebody's own class."""
+    """Tell if things of a type are tensors, containers, settings, or objects of somebody's own class."""
     if issubclass(kind, (Tensor, tuple, *CONTAINERS, PretrainedConfig)):
         return True
     if issubclass(kind, nn.Module | type) or "__dict__" not in dir(kind):
@@ -264,5 +267,5 @@ def holds_things(kind: type) -> bool:
 
 @cache
 def is_sharded(kind: type) -> bool:
-    """Whether modules of a type gather their weights for a forward, and release them."""
+    """Tell if modules of a type gather their weights for a forward, and release them."""
     return any(base.__module__.startswith(SHARDING) for base in kind.__mro__)

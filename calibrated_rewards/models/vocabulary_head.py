@@ -1,15 +1,19 @@
-"""Heads over the vocabulary: the next token's logits, and the log-probability of the token that follows, in float32."""
+"""Heads over the vocabulary, in float32: the next token's logits, and the log-probability of the token that follows.
+
+`logits_of` makes the head of a decoder; `read_first_token` reads the first token that an encoder-decoder writes.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from calibrated_rewards.models.batches import Budget
-from calibrated_rewards.models.parts import body_of, device_of, dtype_of, for_scoring, in_float32, vocabulary
-from calibrated_rewards.models.shared_prefix import Decoder, Head, Row, Sharing
+from calibrated_rewards.models.own_forward import precise
+from calibrated_rewards.models.parts import body_of, device_of, dtype_of, for_scoring, in_float32, unwrap, vocabulary
+from calibrated_rewards.models.shared_prefix import Decoder, Head, ModelReader, Row, Sharing
 from calibrated_rewards.models.unchanged import unchanging
 
 # Logits that LogProbability holds at a time: 256 MB.
@@ -24,25 +28,35 @@ class Logits:
     """A head: the logits of the next token as the model's own forward makes them, of all tokens or of some."""
 
     model: Any
-    """A causal LM; its output layer is looked up and read anew at each call, for it may be in training."""
+    """The causal LM; its output layer is looked up and read anew at each call, for it may be in training."""
     tokens: tuple[int, ...] | None = None
-    """Which of the layer's outputs; None: all."""
+    """Outputs of the layer to give; None: all."""
     scale: float = 1.0
-    """What the model multiplies them by (Cohere, Granite)."""
+    """Factor that the model has for its logits (Cohere, Granite)."""
     cap: float | None = None
-    """What it bounds them by (Gemma)."""
+    """Bound that the model has for its logits (Gemma)."""
 
     def __call__(self, hidden: Tensor, following: Tensor, /) -> Tensor:
-        """The logits, whatever follows."""
+        """Compute the logits, whatever follows."""
         return self.of(self.layer, hidden)
 
     @property
     def layer(self) -> nn.Module:
-        """The output layer as it is now, in float32, for these tokens."""
-        return _layer(output_layer(self.model), self.tokens)
+        """The output layer as it is now, in float32; of a plain one, these tokens' rows alone are copied."""
+        layer = output_layer(self.model)
+        if self.tokens is None:
+            return in_float32(layer)
+        at = list(self.tokens)
+        if type(layer) is not nn.Linear or not layer.weight.is_floating_point():
+            return nn.Sequential(in_float32(layer), Columns(at))
+        few = nn.Linear(layer.in_features, len(at), layer.bias is not None, device="meta")
+        few.weight = nn.Parameter(layer.weight.detach()[at].float(), requires_grad=False)
+        if layer.bias is not None:
+            few.bias = nn.Parameter(layer.bias.detach()[at].float(), requires_grad=False)
+        return few
 
     def of(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """The logits that this layer gives."""
+        """Compute the logits by this layer."""
         logits = layer(hidden.to(next(layer.parameters()).device)) * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
@@ -57,7 +71,7 @@ class LogProbability:
     cells: int = CELLS
 
     def __call__(self, hidden: Tensor, following: Tensor, /) -> Tensor:
-        """log_softmax(logits)[following], (n, 1)."""
+        """Compute log_softmax(logits)[following], (n, 1)."""
         some = max(1, self.cells // self.size)
         starts = range(0, len(hidden), some)
         layer = self.logits.layer
@@ -70,18 +84,18 @@ class LogProbability:
 
 
 def logits_of(model: Any, lock: Any, tokens: Sequence[int] | None = None) -> Logits:
-    """The head that a language model ends in; its scale is measured, for models name it in many ways."""
+    """Make the head that a language model ends in; its scale is measured, for models name it in many ways."""
     chosen = None if tokens is None else tuple(tokens)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    read, own = both(model, Logits(model, chosen), lock, tokens)
+    read, expected = _read_both(model, Logits(model, chosen), lock, tokens)
     # Behind a learned prompt the model's own forward gives more, which check_head refuses.
-    head = Logits(model, chosen, _scale(read, own, cap) if read.shape == own.shape else 1.0, cap)
+    head = Logits(model, chosen, _scale(read, expected, cap) if read.shape == expected.shape else 1.0, cap)
     check_head(model, head, lock, tokens)
     return head
 
 
 def output_layer(model: Any) -> nn.Module:
-    """The layer from hidden states to the vocabulary."""
+    """Return the layer from hidden states to the vocabulary."""
     layer = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_output_embeddings()
     if layer is None or body_of(model) is model:
         raise TypeError(
@@ -92,62 +106,86 @@ def output_layer(model: Any) -> nn.Module:
 
 def check_head(model: Any, head: Head, lock: Any, columns: Sequence[int] | None = None) -> None:
     """Refuse a head that, behind the model's body, does not give what the model's own forward gives first."""
-    read, own = both(model, head, lock, columns)
-    near = NEAR.get(dtype_of(model), NEAR_16_BIT) * float(own.abs().max())
-    apart = float((read - own).abs().max()) if read.shape == own.shape else float("inf")
+    read, expected = _read_both(model, head, lock, columns)
+    largest = float(expected.abs().max())
+    near = NEAR.get(dtype_of(model), NEAR_16_BIT) * largest
+    apart = float((read - expected).abs().max()) if read.shape == expected.shape else float("inf")
     if not apart <= near:
         raise ValueError(
             f"body and head of {type(model).__name__} have to give what its own forward gives, got logits {apart:.1e} "
-            f"apart (the largest is {float(own.abs().max()):.1e}): score with a callable of yours that runs its forward"
+            f"apart (the largest is {largest:.1e}): score with a callable of yours that runs its forward"
         )
 
 
-def both(model: Any, head: Head, lock: Any, columns: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-    """What body and head give for a few tokens, and what the model's own forward gives for them."""
+def _read_both(model: Any, head: Head, lock: Any, columns: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Read a few tokens by body and head, and by the model's own forward."""
     few = min(32, vocabulary(model))
     ids = [i % few for i in range(3, 12)]
     decoder = Decoder(model, body_of(model), head, Budget(64), Sharing(False), show_progress=False, lock=lock)
     read = decoder([Row(ids, list(range(len(ids))))], [0])[0]
     with for_scoring(model, lock):
         row = torch.tensor([ids], device=device_of(model))
-        own = unchanging(model, lambda: model(input_ids=row))[0][0].float().cpu()
-    if own.isnan().any():
+        expected = unchanging(model, lambda: model(input_ids=row))[0][0].float().cpu()
+    if expected.isnan().any():
         raise ValueError(f"{type(model).__name__} gives nan for a few tokens: look for nan among its weights")
-    return read, own if columns is None else own[:, list(columns)]
+    return read, expected if columns is None else expected[:, list(columns)]
 
 
 class Columns(nn.Module):
-    """Some of a layer's outputs."""
+    """A layer that picks some columns of its input."""
 
     def __init__(self, at: list[int]) -> None:
         super().__init__()
         self.at = at
 
     def forward(self, logits: Tensor) -> Tensor:
-        """The columns."""
+        """Pick the columns."""
         return logits[:, self.at]
 
 
-def _layer(layer: nn.Module, tokens: Sequence[int] | None) -> nn.Module:
-    """The layer in float32; of a plain one, these tokens' rows alone are copied."""
-    if tokens is None:
-        return in_float32(layer)
-    at = list(tokens)
-    if type(layer) is not nn.Linear or not layer.weight.is_floating_point():
-        return nn.Sequential(in_float32(layer), Columns(at))
-    few = nn.Linear(layer.in_features, len(at), layer.bias is not None, device="meta")
-    few.weight = nn.Parameter(layer.weight.detach()[at].float(), requires_grad=False)
-    if layer.bias is not None:
-        few.bias = nn.Parameter(layer.bias.detach()[at].float(), requires_grad=False)
-    return few
-
-
-def _scale(read: Tensor, own: Tensor, cap: float | None) -> float:
-    """The factor between the layer's outputs and the model's logits, before it bounds them."""
+def _scale(read: Tensor, expected: Tensor, cap: float | None) -> float:
+    """Measure the factor between the layer's outputs and the model's logits, before it bounds them."""
     if cap is not None:
-        inside = own.abs() < 0.5 * cap
-        read, own = read[inside], cap * torch.atanh(own[inside] / cap)
-    read, own = read.double().flatten(), own.double().flatten()
-    scale = float(read @ own) / max(float(read @ read), 1e-30)
+        inside = expected.abs() < 0.5 * cap
+        read, expected = read[inside], cap * torch.atanh(expected[inside] / cap)
+    read, expected = read.double().flatten(), expected.double().flatten()
+    scale = float(read @ expected) / max(float(read @ read), 1e-30)
     # 16 bits leave this much doubt, and no model scales by so little.
     return 1.0 if abs(scale - 1) < 0.01 else scale
+
+
+class FirstToken(nn.Module):
+    """An encoder-decoder as a model that gives the logits of some tokens at the start of its answer, in float32."""
+
+    base_model_prefix = "inner"
+
+    def __init__(self, inner: Any, tokens: Sequence[int]) -> None:
+        super().__init__()
+        self.inner, self.config, self.tokens = inner, inner.config, list(tokens)
+        if self.config.decoder_start_token_id is None:
+            raise ValueError(
+                f"{type(inner).__name__} needs a decoder_start_token_id in its config, with which its answers begin"
+            )
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the model's embeddings, which tell the size of its vocabulary."""
+        return self.inner.get_input_embeddings()  # type: ignore[no-any-return]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Compute the logits, (inputs, tokens)."""
+        start = torch.full_like(input_ids[:, :1], self.config.decoder_start_token_id)
+        head = self.inner.get_output_embeddings()
+        with precise(head, in_float32(head)):
+            outputs = self.inner(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=start)
+        return outputs.logits[:, 0, self.tokens]  # type: ignore[no-any-return]
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Return whether an encoder reads the input and a decoder writes the answer: T5, BART."""
+    return bool(unwrap(model).config.is_encoder_decoder)
+
+
+def read_first_token(access: ModelReader, rows: Sequence[list[int]], tokens: Sequence[int]) -> Tensor:
+    """Read the logits of these tokens at the first place of the answer to each row, `(n, tokens)`."""
+    reader = access.own_forward(access.pad, output=None)
+    return replace(reader, model=FirstToken(unwrap(access.model), tokens))(rows)

@@ -1,8 +1,14 @@
 """CalibratedReward: a reward model, the table of its reference scores and a transform, as one reward for a trainer.
 
-A raw score becomes its rank among the prompt's references (`calibrators`), the rank a value (`lookup`).
-`CombinedReward` joins several; `frameworks` is what adapters for trainers are made of.
+`calibrators` compare a raw score with the prompt's references, `lookup` turns the rank into a reward, `find_prompts`
+matches what a trainer passes with the table, and `originals` has the prompts as they were calibrated. `device` does
+the lookup on a GPU. `combined` joins several rewards, `batching` scores single completions together, `frameworks` has
+the building blocks of adapters. `verification` checks the reward model, `monitoring` a training run; `saving` is the
+directory of `save_pretrained`.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward as CalibratedReward
 from calibrated_rewards.reward.calibrators import (
@@ -11,15 +17,41 @@ from calibrated_rewards.reward.calibrators import (
     LogSigmoidAtQuantile as LogSigmoidAtQuantile,
     MedianCentered as MedianCentered,
     SmoothedCDF as SmoothedCDF,
+    Uncalibrated as Uncalibrated,
     ZScore as ZScore,
 )
-from calibrated_rewards.reward.combined import (
-    And as And,
-    CombinedReward as CombinedReward,
-    Lowest as Lowest,
-    Or as Or,
-    WeightedMean as WeightedMean,
-)
-from calibrated_rewards.reward.frameworks import configured as configured
+from calibrated_rewards.reward.lookup import Score as Score, Scores as Scores
 from calibrated_rewards.reward.originals import Originals as Originals
-from calibrated_rewards.reward.scores import Score as Score, Scores as Scores
+from calibrated_rewards.reward.verification import Verification as Verification
+
+if TYPE_CHECKING:
+    from calibrated_rewards.reward.batching import ascore as ascore, ascore_one as ascore_one, score_one as score_one
+    from calibrated_rewards.reward.combined import (
+        And as And,
+        CombinedReward as CombinedReward,
+        Lowest as Lowest,
+        Or as Or,
+        WeightedMean as WeightedMean,
+    )
+    from calibrated_rewards.reward.frameworks import (
+        completion_of as completion_of,
+        configured as configured,
+        details as details,
+        identifier as identifier,
+        loud as loud,
+        number as number,
+    )
+
+# Loaded when they are asked for, to keep `import calibrated_rewards` quick.
+LAZY = {
+    **dict.fromkeys(("ascore", "ascore_one", "score_one"), "batching"),
+    **dict.fromkeys(("And", "CombinedReward", "Lowest", "Or", "WeightedMean"), "combined"),
+    **dict.fromkeys(("completion_of", "configured", "details", "identifier", "loud", "number"), "frameworks"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name of `LAZY` from its module."""
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{LAZY[name]}"), name)

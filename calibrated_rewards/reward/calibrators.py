@@ -1,8 +1,8 @@
-"""How a raw score stands among its prompt's references: the paper's way (Eq. 12), and its peers' for comparison.
+"""Calibrators compare a raw score with its prompt's references: the paper's quantile (Eq. 12), and others to compare.
 
-A calibration is any callable `(table, rows, scores) -> values`, one value a score, where `rows` says which references
-each score stands among. `EmpiricalCDF` alone depends on nothing but the order of scores (Lemma 3): whatever strictly
-increasing map a reward model is put through, its values stay. Each of the others says what it does depend on.
+A calibrator is any callable `(table, rows, scores) -> values`, one value a score, where `rows` has the table row of
+each score. `EmpiricalCDF` alone depends on nothing but the order of scores (Lemma 3): whatever strictly increasing map
+a reward model is put through, its values stay. Each of the others says what it depends on.
 
 >>> from calibrated_rewards.table.reference_table import ReferenceTable
 >>> table = ReferenceTable.build([("easy", [7.0, 8.0, 9.0, 9.0]), ("hard", [-3.0, -1.0, 0.0, 2.0])])
@@ -30,10 +30,10 @@ Array: TypeAlias = npt.NDArray[np.float64]
 
 @runtime_checkable
 class Calibration(Protocol):
-    """A way to compare a score with the references of its prompt."""
+    """Compares a score with the references of its prompt."""
 
     def __call__(self, table: ReferenceTable, rows: npt.ArrayLike, scores: npt.ArrayLike) -> Float[np.ndarray, " G"]:
-        """The value of each score among the references of its row; larger is better."""
+        """Compute the value of each score among the references of its row; larger is better."""
 
 
 @dataclass(frozen=True)
@@ -177,23 +177,43 @@ class LogSigmoidAtQuantile:
 
     def __call__(self, table: ReferenceTable, rows: npt.ArrayLike, scores: npt.ArrayLike) -> Float[np.ndarray, " G"]:
         """Return the log-chances."""
-        known, checked = _checked(rows, scores)
-        return np.asarray(log_expit(checked - table.icdf(known, np.full(len(checked), self.q))), np.float64)
+        each_row, rounded = _check_scores(rows, scores)
+        return np.asarray(log_expit(rounded - table.icdf(each_row, np.full(len(rounded), self.q))), np.float64)
+
+
+@dataclass(frozen=True)
+class Uncalibrated:
+    """The raw score as it is, in float64: what calibrated rewards are compared with.
+
+    `dataclasses.replace(reward, calibration=Uncalibrated(), beta=None)` is the reward without calibration: the same
+    scorer, table, prompt lookup and logs, and the raw score in place of the transformed quantile. Its transform,
+    estimator and scale are not applied; a beta belongs to the unit of its reward, so the old one means nothing here.
+    Every map of the scores, a shift or a scale too, changes it by just that map.
+
+    >>> from calibrated_rewards.table.reference_table import ReferenceTable
+    >>> table = ReferenceTable.build([("p", [0.0, 1.0, 2.0, 3.0])])
+    >>> Uncalibrated()(table, table.rows(["p"]), [1.5])
+    array([1.5])
+    """
+
+    def __call__(self, table: ReferenceTable, rows: npt.ArrayLike, scores: npt.ArrayLike) -> Float[np.ndarray, " G"]:
+        """Return the scores."""
+        return np.asarray(scores, np.float64)
 
 
 def _in_blocks(
     value: Callable[[Array, Array], Array], table: ReferenceTable, rows: npt.ArrayLike, scores: npt.ArrayLike
 ) -> Float[np.ndarray, " G"]:
-    """value(scores (b, 1), references (b, K)) for chunks of rows with equally many references."""
-    known, checked = _checked(rows, scores)
-    out = np.empty(len(checked))
-    for positions, references in table.blocks(known):
-        out[positions] = value(checked[positions, None], references.astype(np.float64))
-    return out
+    """Compute value(scores (b, 1), references (b, K)) for chunks of rows with equally many references."""
+    each_row, rounded = _check_scores(rows, scores)
+    values = np.empty(len(rounded))
+    for positions, references in table.blocks(each_row):
+        values[positions] = value(rounded[positions, None], references.astype(np.float64))
+    return values
 
 
-def _checked(rows: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Int[np.ndarray, " G"], Float[np.ndarray, " G"]]:
-    """The rows, and the scores as the table compares them, rounded to float32, for arithmetic in float64."""
+def _check_scores(rows: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Int[np.ndarray, " G"], Float[np.ndarray, " G"]]:
+    """Convert scores as the table compares them: rounded to float32, for arithmetic in float64."""
     if not isinstance(scores, np.ndarray | list | tuple):
         raise TypeError(
             "this calibration needs numpy scores (EmpiricalCDF() without tolerance takes tensors), "

@@ -1,7 +1,7 @@
-"""Several calibrated rewards as one: quantiles, unlike raw scores, can be averaged, compared and multiplied.
+"""Combine several calibrated rewards: quantiles, unlike raw scores, can be averaged, compared and multiplied.
 
-Each component has its own reward model and table, and says how good a completion is among its prompt's references. So
-a weight means what it says, and the lowest of several is the aspect that is worst, not the one with the lowest scale.
+Each component has its own reward model and table, and ranks a completion among its prompt's references. So a weight
+does not depend on a scale, and the lowest of several is the worst aspect, not the reward model with the lowest scores.
 
 >>> from calibrated_rewards import ReferenceTable
 >>> from calibrated_rewards.testing.suites import NumberScorer
@@ -28,19 +28,19 @@ from jaxtyping import Float64
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
-from calibrated_rewards.scorers.ensemble import identity_of
+from calibrated_rewards.scorers.ensemble import identify
 from calibrated_rewards.scorers.protocol import fingerprint
 from calibrated_rewards.theory.transforms import Identity
 
 
 @runtime_checkable
 class Combining(Protocol):
-    """Makes one value of the quantiles of M components; yours may do it otherwise."""
+    """Combines the quantiles of M components to one value; a function of yours may do it too."""
 
     def __call__(
         self, u: Float64[np.ndarray, "M n"], least: Float64[np.ndarray, "M n"], /
     ) -> Float64[np.ndarray, " n"]:
-        """The values; `least` is half a reference, 1 / 2K, where a logarithm takes 0 to be."""
+        """Compute the values; `least` is half a reference, 1 / 2K, which a logarithm takes in place of 0."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class WeightedMean:
     def __call__(
         self, u: Float64[np.ndarray, "M n"], least: Float64[np.ndarray, "M n"], /
     ) -> Float64[np.ndarray, " n"]:
-        """The mean."""
+        """Compute the mean."""
         if self.weights is not None and len(self.weights) != len(u):
             raise ValueError(f"WeightedMean needs a weight for each of {len(u)} components, got {self.weights}")
         return np.asarray(np.average(u, axis=0, weights=self.weights))
@@ -69,12 +69,12 @@ class WeightedMean:
 
 @dataclass(frozen=True)
 class Lowest:
-    """min_m u_m: as good as its worst aspect; in [0, 1]."""
+    """min_m u_m: the quantile of the worst aspect; in [0, 1]."""
 
     def __call__(
         self, u: Float64[np.ndarray, "M n"], least: Float64[np.ndarray, "M n"], /
     ) -> Float64[np.ndarray, " n"]:
-        """The minimum."""
+        """Compute the minimum."""
         return np.asarray(u.min(0))
 
 
@@ -85,7 +85,7 @@ class And:
     def __call__(
         self, u: Float64[np.ndarray, "M n"], least: Float64[np.ndarray, "M n"], /
     ) -> Float64[np.ndarray, " n"]:
-        """The sum of logarithms."""
+        """Compute the sum of logarithms."""
         return np.asarray(np.log(np.maximum(u, least)).sum(0))
 
 
@@ -96,20 +96,20 @@ class Or:
     def __call__(
         self, u: Float64[np.ndarray, "M n"], least: Float64[np.ndarray, "M n"], /
     ) -> Float64[np.ndarray, " n"]:
-        """The logarithm."""
+        """Compute the logarithm."""
         return np.asarray(np.log1p(-np.prod(1 - np.maximum(u, least), axis=0)))
 
 
 @dataclass(frozen=True, eq=False)
 class CombinedReward:
-    """A reward made of several, which is called as each of them is."""
+    """A reward that combines several, and is called as each of them is."""
 
     rewards: Mapping[str, CalibratedReward]
-    """By name. Their transforms are Identity(): what is combined is quantiles."""
+    """The components by name. Their transforms are Identity(), since quantiles are combined."""
     how: Combining = field(default_factory=WeightedMean)
     constraints: Mapping[str, float] = field(default_factory=dict)
-    """Components that are no part of the value, and the least quantile of each. A completion that falls short is worth
-    1 less than the worst that does not, less what it falls short by."""
+    """Components that are no part of the value, and the least quantile of each. The reward of a completion that falls
+    short is 1 below that of the worst one that does not, minus the shortfall."""
     name: str = "combined"
 
     def __post_init__(self) -> None:
@@ -133,7 +133,7 @@ class CombinedReward:
                 )
             if reward.on_missing == "skip":
                 raise ValueError(f'the component {name!r} skips unknown prompts: on_missing="raise" or "neutral"')
-        _ = self._combined({name: np.zeros(1) for name in self.rewards}, {name: np.ones(1) for name in self.rewards})
+        _ = self._combine({name: np.zeros(1) for name in self.rewards}, {name: np.ones(1) for name in self.rewards})
 
     @property
     def __name__(self) -> str:
@@ -142,79 +142,73 @@ class CombinedReward:
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Completion], completion_ids: Any = None, **columns: Any
     ) -> list[float]:
-        """The reward of each completion; columns, ids among them, and functions for logging go to the components."""
+        """Compute the reward of each completion; ids, other columns and functions for logging go to the components."""
         prompts, completions = list(prompts), list(completions)
         log_metric = columns.get("log_metric")
         u = {
             name: np.asarray(reward(prompts, completions, completion_ids, **columns), np.float64)
             for name, reward in self.rewards.items()
         }
-        least = {name: self._least(reward, prompts, columns) for name, reward in self.rewards.items()}
-        values = self._combined(u, least)
+        least = {
+            name: _find_least(reward, prompts, columns.get(reward.id_column) if reward.id_column else None)
+            for name, reward in self.rewards.items()
+        }
+        values = self._combine(u, least)
         if log_metric is not None:
-            for name, at_least in self.constraints.items():
-                log_metric(f"{self.name}/{name}_violated", float((u[name] < at_least).mean()) if len(values) else 0.0)
+            for name, least_u in self.constraints.items():
+                log_metric(f"{self.name}/{name}_violated", float((u[name] < least_u).mean()) if len(values) else 0.0)
         rewards: list[float] = values.tolist()
         return rewards
 
     def from_scores(self, prompts: Sequence[Prompt], raw: Mapping[str, Any], ids: Any = None) -> Any:
-        """The rewards of each component's raw scores, by its name: arrays, or tensors, of shape (P,) or (P, G)."""
+        """Compute the rewards of raw scores by component name: arrays, or tensors, of shape (P,) or (P, G)."""
         if {*raw} != {*self.rewards}:
             raise ValueError(f"raw scores come by the names {sorted(self.rewards)}, got {sorted(raw)}")
         prompts = list(prompts)
         first = next(iter(raw.values()))
         shape = tuple(np.shape(first))
-        u = {name: _flat(reward.from_scores(prompts, raw[name], ids)) for name, reward in self.rewards.items()}
-        least = {}
+        u, least = {}, {}
         for name, reward in self.rewards.items():
-            each = 0.5 / _counts(reward, reward.table.find(list(prompts), ids))
-            least[name] = np.repeat(each, int(np.prod(shape[1:])))
-        values = self._combined(u, least).reshape(shape)
+            quantiles = reward.from_scores(prompts, raw[name], ids)
+            array = quantiles if isinstance(quantiles, np.ndarray) else quantiles.detach().cpu().double().numpy()
+            u[name] = np.asarray(array, np.float64).ravel()
+            least[name] = np.repeat(_find_least(reward, prompts, ids), int(np.prod(shape[1:])))
+        values = self._combine(u, least).reshape(shape)
         if isinstance(first, np.ndarray | list | tuple):
             return values
         import torch
 
-        from calibrated_rewards.reward.device import like
+        from calibrated_rewards.reward.device import match_precision
 
-        return like(torch.from_numpy(values).to(first.device), first)
+        return match_precision(torch.from_numpy(values).to(first.device), first)
 
     @property
     def thread_safe(self) -> bool:
-        """Whether all components' reward models say so, of which a call may ask each."""
+        """Whether the reward models of all components say so: a call may use each of them."""
         return all(reward.thread_safe for reward in self.rewards.values())
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the values depend on: each component's scorer and references, and how they are combined."""
+        """Describe all that the values depend on: each component's scorer and references, and the combination."""
         parts = {
             name: {"scorer": fingerprint(reward.scorer), "table": reward.table.describe(), "meta": reward.table.meta}
             for name, reward in self.rewards.items()
         }
-        return {"kind": "combined", "how": identity_of(self.how), "constraints": dict(self.constraints), "of": parts}
+        return {"kind": "combined", "how": identify(self.how), "constraints": dict(self.constraints), "of": parts}
 
-    def _combined(
+    def _combine(
         self, u: Mapping[str, Float64[np.ndarray, " n"]], least: Mapping[str, Float64[np.ndarray, " n"]]
     ) -> Float64[np.ndarray, " n"]:
-        valued = [name for name in self.rewards if name not in self.constraints]
-        members, floor = np.stack([u[name] for name in valued]), np.stack([least[name] for name in valued])
+        components = [name for name in self.rewards if name not in self.constraints]
+        members, floor = np.stack([u[name] for name in components]), np.stack([least[name] for name in components])
         values = self.how(members, floor)
-        short = [np.maximum(at_least - u[name], 0.0) for name, at_least in self.constraints.items()]
+        short = [np.maximum(least_u - u[name], 0.0) for name, least_u in self.constraints.items()]
         if not short:
             return values
         shortfall = np.max(short, axis=0)
         return np.where(shortfall > 0, self.how(np.zeros_like(floor), floor) - 1 - shortfall, values)
 
-    def _least(
-        self, reward: CalibratedReward, prompts: Sequence[Prompt], columns: Mapping[str, Any]
-    ) -> Float64[np.ndarray, " n"]:
-        ids = columns.get(reward.id_column) if reward.id_column else None
-        return np.asarray(0.5 / _counts(reward, reward.table.find(list(prompts), ids)))
 
-
-def _counts(reward: CalibratedReward, rows: Any) -> Any:
-    """K of each row; of an unknown prompt, as good as many."""
-    return np.where(rows >= 0, reward.table.counts(np.maximum(rows, 0)), 10**6)
-
-
-def _flat(values: Any) -> Float64[np.ndarray, " n"]:
-    array = values if isinstance(values, np.ndarray) else values.detach().cpu().double().numpy()
-    return np.asarray(array, np.float64).ravel()
+def _find_least(reward: CalibratedReward, prompts: Sequence[Prompt], ids: Any) -> Float64[np.ndarray, " n"]:
+    """Half a reference of each prompt, 1 / 2K; next to 0 for an unknown prompt."""
+    rows = reward.table.find(list(prompts), ids)
+    return np.asarray(0.5 / np.where(rows >= 0, reward.table.counts(np.maximum(rows, 0)), 10**6))

@@ -1,9 +1,4 @@
-"""Special tokens that a trainer leaves at the end of completions: taken off, or at least seen.
-
->>> without(("<|im_end|>", "<pad>"), "Hello!<|im_end|><pad><pad>")
-'Hello!'
-
-What to look at while a policy trains on a calibrated reward, and an alarm for a calibration that does not fit.
+"""Metrics of a training run on a calibrated reward, and an alarm for a table that does not fit the policy.
 
 Before its first step the policy is the reference, so its quantiles are uniform: their mean is one half, that of their
 logarithm -1. If the first few hundred are not, the rollouts of the table and those of the trainer differ: another
@@ -11,7 +6,6 @@ checkpoint, temperature, template, length limit, or reward model.
 """
 
 import logging
-import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,68 +16,27 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from calibrated_rewards.prompts import Completion
-from calibrated_rewards.reward.scores import Scores
+from calibrated_rewards.reward.lookup import Scores
 from calibrated_rewards.table.reference_table import ReferenceTable
-
-logger = logging.getLogger("calibrated_rewards")
-_SPECIAL = re.compile(r"(<\|[^<>|\s]{1,30}\|>|</s>|<(?:eos|pad|end_of_turn)>|\[(?:EOS|PAD|SEP)\])\s*$")
-
-
-def without(endings: Sequence[str], completion: Completion) -> Completion:
-    """A text without these at its end, however many there are; messages as they are."""
-    while isinstance(completion, str) and (found := next(filter(completion.endswith, filter(None, endings)), None)):
-        completion = completion.removesuffix(found)
-    return completion
-
-
-@dataclass
-class EndingsWatch:
-    """Says, once, that completions end with what looks like a special token: the calibration had none."""
-
-    told: bool = False
-
-    def look(self, name: str, completions: Sequence[Completion]) -> None:
-        """At completions as the reward model is about to read them."""
-        found = None if self.told else left_over(completions)
-        if found is not None:
-            self.told = True
-            logger.warning(
-                "%s: a completion ends with %r, which looks like a special token that the trainer left there, and "
-                "the reward model will read it. If so, say endings=(%r,)",
-                name,
-                found,
-                found,
-            )
-
-
-def left_over(completions: Sequence[Completion]) -> str | None:
-    """What looks like a special token at the end of a text.
-
-    >>> left_over(["Hello!", "Hi</s>"])
-    '</s>'
-    """
-    texts = (text for text in completions if isinstance(text, str) and text.endswith((">", "]")))
-    return next((found[1] for text in texts if (found := _SPECIAL.search(text))), None)
-
 
 Rows: TypeAlias = Int64[np.ndarray, " n"]
 Quantiles: TypeAlias = Float64[np.ndarray, " n"]
 logger = logging.getLogger("calibrated_rewards")
 
-# Responses that the alarm waits for, and of fewer that a first step may have, how many it takes them from.
+# Responses that the alarm waits for, and the fewest that it judges when the first step ends the wait.
 ENOUGH, FEWEST = 256, 32
-# References that it takes to say how log u varies.
+# References that it takes to estimate how log u varies.
 FEWEST_REFERENCES = 8
-# Standard errors at which it sounds: one sound calibration in a million.
+# Standard errors at which the alarm warns: one correct calibration in a million.
 FAR = 5.0
 
 
-def measures(scores: Scores) -> dict[str, float]:
-    """Means over the known prompts of a batch, for a trainer's log.
+def compute_metrics(scores: Scores) -> dict[str, float]:
+    """Compute means over the known prompts of a batch, for a trainer's log.
 
-    `u`: the mean quantile, which is the win rate against the reference; 1/2 at first. `log_u`: that of its logarithm
-    (0 counts as 1e-3), -1 at first. `saturated`: the share above all references, where the reward can grow no more.
-    `raw`: the reward model's mean score. `misses`: the share of unknown prompts.
+    `u`: the mean quantile, which is the win rate against the reference; 1/2 at first. `log_u`: the mean logarithm of
+    the quantile (0 counts as 1e-3), -1 at first. `saturated`: the share above all references, where the
+    reward can grow no more. `raw`: the reward model's mean score. `misses`: the share of unknown prompts.
     """
     known = scores.known
     if not known.any():  # the same names always: trainers average them over processes
@@ -100,33 +53,36 @@ def measures(scores: Scores) -> dict[str, float]:
 
 @dataclass(eq=False)
 class Alarm:
-    """Listens to the first responses of a training run, and warns once if their quantiles are not uniform."""
+    """Collects the first responses of a training run, and warns once if their quantiles are not uniform."""
 
     name: str
     table: ReferenceTable
-    _heard: list[tuple[Rows, Quantiles]] = field(default_factory=list, init=False)
+    _parts: list[tuple[Rows, Quantiles]] = field(default_factory=list, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     done: bool = field(default=False, init=False)
 
-    def hear(self, rows: Rows, u: Quantiles, *, trained: bool = False) -> None:
-        """Some more responses of known prompts; `trained` says that the policy has taken steps, which ends it."""
-        if self.done:
-            return
+    def hear(self, rows: Rows, u: Quantiles) -> None:
+        """Add some more responses of known prompts, and judge as soon as there are enough."""
         with self._lock:
-            if not trained:
-                self._heard.append((rows, u))
-            heard = sum(len(part) for part, _ in self._heard)
-            if self.done or (heard < ENOUGH and not trained):
+            if self.done:
                 return
-            self.done, parts = True, self._heard
-            self._heard = []
-        if heard >= FEWEST:
-            self._judge(np.concatenate([part for part, _ in parts]), np.concatenate([part for _, part in parts]))
+            self._parts.append((rows, u))
+            enough = sum(len(part) for part, _ in self._parts) >= ENOUGH
+        if enough:
+            self.finish()
 
-    def _judge(self, rows: Rows, u: Quantiles) -> None:
-        away = drift(rows, u, self.table.counts(rows))
-        spread = log_drift(rows, u, self.table)
-        if max(abs(away), abs(spread)) > FAR:
+    def finish(self) -> None:
+        """Judge what was collected, once: later responses are not those of the reference policy."""
+        with self._lock:
+            if self.done:
+                return
+            self.done, parts, self._parts = True, self._parts, []
+        if sum(len(part) for part, _ in parts) < FEWEST:
+            return
+        rows, u = np.concatenate([part for part, _ in parts]), np.concatenate([part for _, part in parts])
+        mean_errors = drift(rows, u, self.table.counts(rows))
+        log_errors = log_drift(rows, u, self.table)
+        if max(abs(mean_errors), abs(log_errors)) > FAR:
             logger.warning(
                 "%s: the first %d responses have a mean quantile of %.3f, %.1f standard errors from the 1/2 of the "
                 "reference policy, and a mean logarithm of it %.1f from what that has. Unless the policy has been "
@@ -135,15 +91,15 @@ class Alarm:
                 self.name,
                 len(u),
                 u.mean(),
-                abs(away),
-                abs(spread),
+                abs(mean_errors),
+                abs(log_errors),
             )
 
 
-def first_ones(
+def drop_repeats(
     rows: Rows, u: Quantiles, completions: Sequence[Completion]
 ) -> tuple[Int64[np.ndarray, " m"], Float64[np.ndarray, " m"]]:
-    """Rows and quantiles of known prompts, of the same completion of the same prompt the first one only."""
+    """Drop unknown prompts, and all but the first of equal completions of the same prompt."""
     places = {
         (row, repr(c)): at for at, (row, c) in reversed([*enumerate(zip(rows.tolist(), completions, strict=True))])
     }
@@ -152,7 +108,7 @@ def first_ones(
 
 
 def drift(rows: Rows, u: Quantiles, counts: Int64[np.ndarray, " n"]) -> float:
-    """How many standard errors the mean quantile is from 1/2, if the policy is the reference.
+    """Standard errors between the mean quantile and 1/2, if the policy is the reference.
 
     For G responses and K references of a prompt, all of one continuous law, the variance of the mean quantile is
     (G + K + 1) / (12 G K) (Mann and Whitney, 1947); ties make it smaller.
@@ -168,19 +124,19 @@ def drift(rows: Rows, u: Quantiles, counts: Int64[np.ndarray, " n"]) -> float:
 
 
 def log_drift(rows: Rows, u: Quantiles, table: ReferenceTable) -> float:
-    """The same for the mean of log u, which is -1 for uniform u, and otherwise where references tie.
+    """The same for the mean of log u, which is -1 for uniform u, and another number where references tie.
 
-    What it should be, and how it varies, is taken from the references themselves; prompts with few are left out.
+    Its expectation and variance are estimated from the references themselves; prompts with few are left out.
     """
     gap, variance = 0.0, 0.0
     for row in np.unique(rows).tolist():
-        own = table.scores(row)
-        if len(own) < FEWEST_REFERENCES:
+        references = table.scores(row)
+        if len(references) < FEWEST_REFERENCES:
             continue
-        floor = 0.5 / len(own)
-        expected = np.log(np.maximum(table.cdf(np.full(len(own), row), own), floor))
-        found = np.log(np.maximum(u[rows == row], floor))
-        weight = len(found) / len(rows)
-        gap += weight * (found.mean() - expected.mean())
-        variance += weight**2 * float(expected.var()) * (1 / len(found) + 1 / len(own))
+        floor = 0.5 / len(references)
+        expected = np.log(np.maximum(table.cdf(np.full(len(references), row), references), floor))
+        observed = np.log(np.maximum(u[rows == row], floor))
+        weight = len(observed) / len(rows)
+        gap += weight * (observed.mean() - expected.mean())
+        variance += weight**2 * float(expected.var()) * (1 / len(observed) + 1 / len(references))
     return gap / sqrt(variance) if variance else 0.0

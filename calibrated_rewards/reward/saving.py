@@ -1,15 +1,16 @@
-"""Settings as JSON, and back: the library's frozen dataclasses by name and fields, functions by where they are.
+"""A calibrated reward as a directory: reward.json with its settings, the table, and the prompts as calibrated.
+
+Settings are JSON: a class of `CLASSES` by its bare name and fields, a function by where it can be imported from.
 
 >>> from calibrated_rewards.theory.transforms import Affine, Chain, Exponential
->>> spelled(Chain(Exponential(5.0), Affine(2.0)))["parts"][0]
-{'is': 'calibrated_rewards.theory.transforms.Exponential', 't': 5.0}
->>> read(spelled(Chain(Exponential(5.0), Affine(2.0))))
+>>> to_json(Chain(Exponential(5.0), Affine(2.0)))["parts"][0]
+{'is': 'Exponential', 't': 5.0}
+>>> from_json(to_json(Chain(Exponential(5.0), Affine(2.0))))
 Chain(Exponential(t=5.0), Affine(scale=2.0, shift=0.0))
 
-What is read makes nothing but the library's own dataclasses: a file runs no code, and asks no server. A function, a
-checkpoint that brings code, options for loading one, and a server need `trust=True`, wherever the file is.
-
-A calibrated reward as a directory: reward.json with the settings, the table, the prompts as they were calibrated."""
+Reading makes nothing but those classes: a file runs no code, and asks no server. A function, a checkpoint that brings
+code, options for loading one, and a server need `trust=True`, wherever the file is.
+"""
 
 import json
 import os
@@ -17,7 +18,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from importlib import import_module
 from math import isfinite
 from pathlib import Path
@@ -26,84 +27,123 @@ from typing import Any
 
 import numpy as np
 
-from calibrated_rewards.files import import_function
-from calibrated_rewards.models.server_address import check_saved, is_secret, named, token_for
-from calibrated_rewards.reward.originals import Originals, of_run
+from calibrated_rewards.files import import_function, write_file
+from calibrated_rewards.models.server_address import check_saved, is_secret, format_url, token_for
+from calibrated_rewards.reward.originals import Originals, RunPrompts
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.theory.transforms import Chain
 
+# The classes that a file may name, by the module in which they are now. Files of version 0.1 name modules of that
+# version: of such a path only the last part counts, so a class may move, but not change its name.
+CLASSES = {
+    name: f"calibrated_rewards.{module}"
+    for module, names in {
+        "theory.transforms": "Affine Chain Exponential Identity Log NormalQuantile Power Tabulated",
+        "theory.optimum": "Optimal",
+        "theory.procedures": "BestOf Calibrated RewindAndRepeat SoftBestOf Standard WorstOf",
+        "models.labels": "Difference Expected Label Ordinal Weighted",
+        "models.loading": "Placement",
+        "models.questions": "Question",
+        "models.text": "Text",
+        "scorers.ensemble": "Cost Ensemble Function LowerBound Mean Min",
+        "scorers.lazy": "Loaded",
+        "scorers.loading": "FromCheckpoint",
+        "scorers.pair_models": "PairClassifier",
+        "scorers.pairwise": "BothOrders MeanWin",
+        "scorers.remote": "Native OpenRlhf Remote",
+        "scorers.remote_vllm": "Vllm VllmScore",
+        "reward.calibrators": "EmpiricalCDF LogSigmoidAtQuantile MedianCentered SmoothedCDF Uncalibrated ZScore",
+        "reward.combined": "And Lowest Or WeightedMean",
+        "testing.suites": "HashScorer NumberSampler NumberScorer",
+    }.items()
+    for name in names.split()
+}
 OURS = "calibrated_rewards."
 # Settings that run code that comes with a checkpoint, load kernels, or send prompts elsewhere.
 RISKY = ("trust_remote_code", "model_options", "quantization_config", "url")
-# Where the dataclasses are that a reward is made of.
-OF_REWARDS = re.compile(
-    r"calibrated_rewards\.(transforms|optimal|procedures|score_procedures|calibrations|combined|testing"
-    r"|scorers\.\w+|reading\.\w+)"
-)
 # A user and a password, in an url that is some setting's value.
 _CREDENTIALS = re.compile(r"://[^/?#\s]*@")
 
 
 class NeedsTrust(ValueError):
-    """A file names something that runs code or asks a server, and the caller did not say that it may."""
+    """A file names something that runs code or asks a server, and the caller did not allow it."""
 
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{what}: read it, then allow it with trust_remote_code=True, or give the scorer, scorer=")
-        self.what = what
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}: read it, then allow it with trust_remote_code=True, or give the scorer, scorer=")
+        self.reason = reason
 
 
-def spelled(thing: Any) -> Any:
-    """JSON for a setting; TypeError for one that has none."""
-    if isinstance(thing, FunctionType):
-        return {"function": f"{thing.__module__}:{_importable(thing)}"}
-    if is_dataclass(thing) and not isinstance(thing, type) and type(thing).__module__.startswith(OURS):
-        name = f"{type(thing).__module__}.{type(thing).__qualname__}"
-        return {"is": name, **{field: spelled(value) for field, value in _fields(thing)}}
-    if isinstance(thing, Mapping):
-        if "is" in thing or "function" in thing or not all(isinstance(name, str) for name in thing):
+def to_json(setting: Any) -> Any:
+    """Convert a setting to JSON; TypeError for one that has no such form."""
+    if isinstance(setting, FunctionType):
+        if "<" in setting.__qualname__ or setting.__module__ == "__main__":
             raise TypeError(
-                f'a mapping that is saved has names other than "is" and "function", got {list(thing)!r:.80}'
+                f"a function is saved by where it can be imported from, {setting.__module__}.{setting.__qualname__} "
+                "cannot: define it in a module"
             )
-        return {name: spelled(value) for name, value in _without_credentials(thing)}
-    if isinstance(thing, tuple | list):
-        return [spelled(value) for value in thing]
-    if type(thing).__module__.partition(".")[0] == "torch" and str(thing).startswith("torch."):
-        return str(thing).removeprefix("torch.")  # a dtype or a layout, which transformers takes by name too
-    return _plain(thing)
+        return {"function": f"{setting.__module__}:{setting.__qualname__}"}
+    name = type(setting).__name__
+    if name in CLASSES and type(setting) is _find_class(name):
+        return {"is": name, **{field: to_json(value) for field, value in _saved_fields(setting)}}
+    if isinstance(setting, Mapping):
+        if "is" in setting or "function" in setting or not all(isinstance(key, str) for key in setting):
+            raise TypeError(
+                f'a mapping that is saved has names other than "is" and "function", got {list(setting)!r:.80}'
+            )
+        return {key: to_json(value) for key, value in _without_credentials(setting)}
+    if isinstance(setting, tuple | list):
+        return [to_json(value) for value in setting]
+    if type(setting).__module__.partition(".")[0] == "torch" and str(setting).startswith("torch."):
+        return str(setting).removeprefix("torch.")  # a dtype or a layout, which transformers takes by name too
+    if isinstance(setting, np.ndarray | np.generic):
+        return to_json(setting.tolist())
+    if setting is None or isinstance(setting, bool | int | str) or (isinstance(setting, float) and isfinite(setting)):
+        return setting
+    raise TypeError(
+        f"a calibrated reward is saved as JSON, which cannot say {setting!r:.80}: use the library's transforms and "
+        "load_scorer(name_or_path), or a function of a module"
+    )
 
 
-def read(said: Any, *, trust: bool = False) -> Any:
-    """What `spelled` was given; what was a list comes back as a tuple."""
-    if isinstance(said, list):
-        return tuple(read(value, trust=trust) for value in said)
-    if not isinstance(said, dict):
-        return said
-    if "function" in said and "is" not in said:
+def from_json(value: Any, *, trust: bool = False) -> Any:
+    """Make the setting that `to_json` was given; a list comes back as a tuple."""
+    if isinstance(value, list):
+        return tuple(from_json(each, trust=trust) for each in value)
+    if not isinstance(value, dict):
+        return value
+    if "function" in value and "is" not in value:
         if not trust:
-            raise NeedsTrust(f"the function {said['function']!r:.80} would be imported and called")
-        return import_function(str(said["function"]))
-    values = {name: read(value, trust=trust) for name, value in said.items() if name != "is"}
-    risky = [name for name in RISKY if values.get(name)]
-    if risky and not trust:
-        raise NeedsTrust("; ".join(_risk(name, values[name]) for name in risky))
-    if "is" not in said:
-        return values
-    made = _class(str(said["is"]))
-    if {"token", "url"} <= {field.name for field in fields(made)}:
-        values["token"] = token_for(str(values.get("url")))
-    return Chain(*values["parts"]) if made is Chain else made(**values)
+            raise NeedsTrust(f"the function {value['function']!r:.80} would be imported and called")
+        return import_function(str(value["function"]))
+    settings = {name: from_json(each, trust=trust) for name, each in value.items() if name != "is"}
+    risks = [_describe_risk(name, settings[name]) for name in RISKY if settings.get(name)]
+    if risks and not trust:
+        raise NeedsTrust("; ".join(risks))
+    if "is" not in value:
+        return settings
+    cls = _find_class(str(value["is"]))
+    if {"token", "url"} <= {field.name for field in fields(cls)}:
+        settings["token"] = token_for(str(settings.get("url")))
+    return cls(*settings["parts"]) if cls.__name__ == "Chain" else cls(**settings)
 
 
-def _risk(name: str, value: Any) -> str:
-    """What a setting would do that needs trust; of a url as much as messages show."""
+def _find_class(name: str) -> Any:
+    """Import a class of `CLASSES` by its name, or by its dotted path in any version of the library."""
+    last = name.rpartition(".")[2]
+    if last not in CLASSES or not (name == last or name.startswith(OURS)):
+        raise ValueError(f"a saved setting is one of the library's dataclasses: this version has no {name!r:.80}")
+    return getattr(import_module(CLASSES[last]), last)
+
+
+def _describe_risk(name: str, value: Any) -> str:
+    """Say what a setting would do that needs trust; a url is shown as far as messages may show it."""
     if name != "url":
         return f"{name} may run code that comes with a checkpoint"
-    return f"prompts and completions would be sent to the server {named(str(value))}"
+    return f"prompts and completions would be sent to the server {format_url(str(value))}"
 
 
-def _fields(thing: Any) -> Iterator[tuple[str, Any]]:
-    for field in fields(thing):
-        value = getattr(thing, field.name)
+def _saved_fields(setting: Any) -> Iterator[tuple[str, Any]]:
+    for field in fields(setting):
+        value = getattr(setting, field.name)
         if field.name == "url":
             check_saved(str(value))
         if (field.init or not field.name.startswith("_")) and not is_secret(field.name):
@@ -111,46 +151,13 @@ def _fields(thing: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _without_credentials(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Settings by name: those that hold a secret are left out, whoever reads the file has one of their own."""
+    """Leave out settings that hold a secret: whoever reads the file has one of their own."""
     for name, value in settings.items():
         if isinstance(value, str) and _CREDENTIALS.search(value):
             raise ValueError(f"a setting that is saved holds no url with a password, {name} has one: leave it out")
-        if not is_secret(name):
+        # The number of a token, which the kind token-logit reads, opens nothing.
+        if not is_secret(name) or (name == "token" and isinstance(value, int) and not isinstance(value, bool)):
             yield name, value
-
-
-def _plain(thing: Any) -> Any:
-    if isinstance(thing, np.ndarray | np.generic):
-        return _plain(thing.tolist())
-    if thing is None or isinstance(thing, bool | int | str) or (isinstance(thing, float) and isfinite(thing)):
-        return thing
-    raise TypeError(
-        f"a calibrated reward is saved as JSON, which cannot say {thing!r:.80}: use the library's transforms and "
-        "load_scorer(name_or_path), or a function of a module"
-    )
-
-
-def _importable(function: FunctionType) -> str:
-    if "<" in function.__qualname__ or function.__module__ == "__main__":
-        raise TypeError(
-            f"a function is saved by where it can be imported from, {function.__module__}.{function.__qualname__} "
-            "cannot: define it in a module"
-        )
-    return function.__qualname__
-
-
-def _class(name: str) -> Any:
-    """A dataclass of ours, and nothing else that a name may lead to."""
-    module, _, path = name.rpartition(".")
-    if not OF_REWARDS.fullmatch(module) or not all(part.isidentifier() for part in name.split(".")):
-        raise ValueError(f"a saved setting is one of the library's dataclasses, got {name!r:.80}")
-    try:
-        found = getattr(import_module(module), path)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"this version of the library has no {name}") from error
-    if not (isinstance(found, type) and is_dataclass(found) and found.__module__ == module):
-        raise ValueError(f"a saved setting is one of the library's dataclasses, got {name!r:.80}")
-    return found
 
 
 FORMAT, VERSION = "calibrated reward", 1
@@ -158,24 +165,41 @@ SETTINGS, TABLE, PROMPTS = "reward.json", "table", "prompts.jsonl"
 TABLE_HINT = (
     ": it is a table, of which `calibrated-rewards reward {at} --reward-model ... --out reward/` makes a reward"
 )
-# What has a file of its own.
+# Settings that have a file of their own.
 FILES = {"table", "originals"}
 
 
-def write(reward: Any, to: str | os.PathLike[str]) -> None:
-    """Each file in one step, the settings last: they say which table they belong to."""
-    settings = {each.name: _setting(reward, each.name) for each in fields(reward) if each.name not in FILES}
+def save(reward: Any, to: str | os.PathLike[str]) -> None:
+    """Write each file in one step, the settings last: they name the table that they belong to."""
+    settings = {each.name: _setting_to_json(reward, each.name) for each in fields(reward) if each.name not in FILES}
     at = Path(to)
     at.mkdir(parents=True, exist_ok=True)
     reward.table.save(at / TABLE)
-    _write_prompts(reward, at / PROMPTS)
-    text = json.dumps({"format": FORMAT, "version": VERSION, "table": _digest(at), **settings}, indent=2)
-    new = at / f".{SETTINGS}.{os.getpid()}"
-    new.write_text(text + "\n")
-    new.replace(at / SETTINGS)
+    _save_prompts(reward, at / PROMPTS)
+    text = json.dumps({"format": FORMAT, "version": VERSION, "table": _read_digest(at), **settings}, indent=2)
+    write_file(at / SETTINGS, text + "\n")
 
 
-def read_of_directory(
+def _setting_to_json(reward: Any, name: str) -> Any:
+    value = getattr(reward, name)
+    if name == "on_missing" and callable(value):
+        raise ValueError("on_missing is a function, which is not saved: save with another, and give it when loading")
+    return to_json(value)
+
+
+def _save_prompts(reward: Any, to: Path) -> None:
+    if reward.originals is not None:
+        if not (to.exists() and os.path.samefile(reward.originals.path, to)):
+            shutil.copyfile(reward.originals.path, to)
+        return
+    run = RunPrompts.beside(reward.table)
+    if run is not None:
+        Originals.write(to, reward.table, (prompt for _, prompt in run.items()))
+    else:
+        to.unlink(missing_ok=True)
+
+
+def load(
     cls: Any,
     name: str | os.PathLike[str],
     scorer: Any,
@@ -184,39 +208,61 @@ def read_of_directory(
     trust: bool,
     changes: Mapping[str, Any],
 ) -> Any:
-    """A reward, `cls`, of what was written; from the Hub, if `name` is no directory."""
+    """Load a reward, of the class `cls`, from a directory; from the Hub, if `name` is no directory."""
     at = Path(name) if os.path.isdir(name) else Path(_download(str(name), revision, token))
     try:
-        return _read(cls, at, scorer, trust, changes)
+        return _load(cls, at, scorer, trust, changes)
     except NeedsTrust as error:
-        raise NeedsTrust(f"{at / SETTINGS}: {error.what}") from None
+        raise NeedsTrust(f"{at / SETTINGS}: {error.reason}") from None
     except (TypeError, KeyError, UnicodeDecodeError, RecursionError, AttributeError) as error:
         raise ValueError(f"{at / SETTINGS} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _read(cls: Any, at: Path, scorer: Any, trust: bool, changes: Mapping[str, Any]) -> Any:
-    said = _settings(at)
-    if said.pop("table", None) != _digest(at) and "table" not in changes:
+def _load(cls: Any, at: Path, scorer: Any, trust: bool, changes: Mapping[str, Any]) -> Any:
+    saved = _read_settings(at)
+    if saved.pop("table", None) != _read_digest(at) and "table" not in changes:
         raise ValueError(f"{at / SETTINGS} and {at / TABLE} are not of one save, which was not finished: save it again")
-    stored = {
-        field: value for field, value in said.items() if field not in changes and (field != "scorer" or not scorer)
+    settings = {
+        field: from_json(value, trust=trust)
+        for field, value in saved.items()
+        if field not in changes and (field != "scorer" or not scorer)
     }
-    settings = {field: read(value, trust=trust) for field, value in stored.items()}
     known = {each.name for each in fields(cls)}
     if unknown := {*settings, *changes} - known:
         raise ValueError(f"a calibrated reward has no setting {', '.join(sorted(unknown))}; it has {sorted(known)}")
-    own_prompts = (at / PROMPTS).exists() and "table" not in changes
-    prompts = Originals(str(at / PROMPTS)) if own_prompts else None
+    has_prompts = (at / PROMPTS).exists() and "table" not in changes
+    prompts = Originals(str(at / PROMPTS)) if has_prompts else None
     table = changes["table"] if "table" in changes else ReferenceTable.load(at / TABLE)
     return cls(**{"scorer": scorer, "table": table, "originals": prompts, **settings, **changes})
 
 
+def _read_settings(at: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((at / SETTINGS).read_text())
+    except FileNotFoundError:
+        hint = TABLE_HINT.format(at=at) if (at / "table.json").exists() else ""
+        raise FileNotFoundError(f"{at} has no {SETTINGS}, so it is no calibrated reward{hint}") from None
+    except ValueError as error:
+        raise ValueError(f"{at / SETTINGS} is no JSON: {error}") from None
+    if not isinstance(settings, dict) or (settings.pop("format", None), settings.pop("version", None)) != (
+        FORMAT,
+        VERSION,
+    ):
+        raise ValueError(f"{at / SETTINGS} is no calibrated reward of version {VERSION}")
+    return settings
+
+
+def _read_digest(at: Path) -> str | None:
+    """Read which table a directory has."""
+    summary = at / TABLE / "table.json"
+    return str(json.loads(summary.read_bytes())["header_digest"]) if summary.exists() else None
+
+
 def push(reward: Any, repo_id: str, private: bool | None, token: str | bool | None) -> str:
-    """Upload what `write` writes, to a new repository if there is none."""
+    """Upload what `save` writes, to a new repository if there is none."""
     from huggingface_hub import HfApi
 
-    setting = _setting(reward, "scorer")
-    for place in _places(setting):
+    for place in find_checkpoints(_setting_to_json(reward, "scorer")):
         if os.path.isabs(place):
             raise ValueError(
                 f"the reward model is a folder of this machine, {place}: push it, and give the reward "
@@ -224,7 +270,7 @@ def push(reward: Any, repo_id: str, private: bool | None, token: str | bool | No
             )
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as directory:
-        write(reward, directory)
+        save(reward, directory)
         repo = api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo.repo_id, repo_type="model", folder_path=directory, commit_message="Upload calibrated reward"
@@ -232,53 +278,18 @@ def push(reward: Any, repo_id: str, private: bool | None, token: str | bool | No
     return str(commit.commit_url)
 
 
-def _digest(at: Path) -> str | None:
-    """Which table it is."""
-    summary = at / TABLE / "table.json"
-    return str(json.loads(summary.read_bytes())["header_digest"]) if summary.exists() else None
+def find_checkpoints(value: Any) -> list[str]:
+    """Find the names of all checkpoints in the JSON of a scorer.
 
-
-def _setting(reward: Any, name: str) -> Any:
-    value = getattr(reward, name)
-    if name == "on_missing" and callable(value):
-        raise ValueError("on_missing is a function, which is not saved: save with another, and give it when loading")
-    return spelled(value)
-
-
-def _settings(at: Path) -> dict[str, Any]:
-    try:
-        said = json.loads((at / SETTINGS).read_text())
-    except FileNotFoundError:
-        is_table = (at / "table.json").exists()
-        hint = TABLE_HINT.format(at=at) if is_table else ""
-        raise FileNotFoundError(f"{at} has no {SETTINGS}, so it is no calibrated reward{hint}") from None
-    except ValueError as error:
-        raise ValueError(f"{at / SETTINGS} is no JSON: {error}") from None
-    if not isinstance(said, dict) or said.pop("format", None) != FORMAT or said.pop("version", None) != VERSION:
-        raise ValueError(f"{at / SETTINGS} is no calibrated reward of version {VERSION}")
-    return said
-
-
-def _write_prompts(reward: Any, to: Path) -> None:
-    if reward.originals is not None:
-        if not (to.exists() and os.path.samefile(reward.originals.path, to)):
-            shutil.copyfile(reward.originals.path, to)
-        return
-    run = of_run(reward.table)
-    if run is not None:
-        Originals.write(to, reward.table, (prompt for _, prompt in run.prompts()))
-    else:
-        to.unlink(missing_ok=True)
-
-
-def _places(said: Any) -> list[str]:
-    """Where checkpoints are, in a spelled scorer."""
-    if isinstance(said, list):
-        return [place for each in said for place in _places(each)]
-    if not isinstance(said, dict):
+    >>> find_checkpoints([{"is": "Loaded", "recipe": {"is": "FromCheckpoint", "name": "/a/model"}}])
+    ['/a/model']
+    """
+    if isinstance(value, list):
+        return [place for each in value for place in find_checkpoints(each)]
+    if not isinstance(value, dict):
         return []
-    own = [str(said["name"])] if str(said.get("is", "")).endswith(".FromCheckpoint") else []
-    return own + [place for each in said.values() for place in _places(each)]
+    own = [str(value["name"])] if str(value.get("is", "")).rpartition(".")[2] == "FromCheckpoint" else []
+    return own + [place for each in value.values() for place in find_checkpoints(each)]
 
 
 def _download(repo_id: str, revision: str | None, token: str | bool | None) -> str:

@@ -1,7 +1,9 @@
-"""Samplers: K completions of the reference policy for each prompt. A plain function is one.
+"""Samplers: K completions of the reference policy for each prompt. A plain function of prompts and seeds is one.
 
-`load_sampler` loads a policy in the engine that is asked for: transformers, continuous batching, or vLLM;
-`OpenAISampler` asks a server.
+`protocol.py` has `Decoding`, `Rollout`, the protocol and `sample`, which calls any sampler. `loading.py` has
+`load_sampler`, which loads a policy (`policy.py`) into an engine: transformers (`hf.py`, which writes by
+`generation.py` and `drawing.py`), its continuous batching (`continuous.py`), or vLLM (`vllm.py`, `vllm_engine.py`).
+`openai.py` asks a server.
 """
 
 from importlib import import_module
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from calibrated_rewards.samplers.openai import OpenAISampler as OpenAISampler
     from calibrated_rewards.samplers.vllm import VllmSampler as VllmSampler
 
-# Loaded when they are asked for: they bring heavy libraries.
+# Imported at their first use: they bring heavy libraries.
 LAZY = {
     "load_sampler": "loading",
     "HfSampler": "hf",

@@ -1,4 +1,4 @@
-"""Which token comes next: the distribution that the decoding settings leave, and a draw from it, half by half."""
+"""Draw the next token: from the distribution that the decoding settings leave, with numbers that belong to a seed."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,11 +18,11 @@ from transformers import (
 
 from calibrated_rewards.samplers.protocol import Decoding
 
-# Numbers that are set aside for each token: one for each halving of the vocabulary.
+# Uniform numbers for each token: one for each halving of the vocabulary.
 HALVINGS = 32
 # Philox makes four numbers at a time.
 COUNTS = HALVINGS // 4
-# What helps a policy that gives nan.
+# Advice for a policy that gives nan.
 ADVICE = "look for nan among the weights, or try --policy-dtype float32 / bfloat16"
 
 
@@ -34,7 +34,7 @@ class Drawn(NamedTuple):
 
 
 def uniforms(seeds: Sequence[int], first: int, tokens: int) -> Float64[np.ndarray, "rows tokens halvings"]:
-    """Numbers in [0, 1): those of a seed for its tokens, from the first one on, depend on nothing else.
+    """Generate numbers in [0, 1) that depend on a seed and the number of a token alone, from the first token on.
 
     >>> bool((uniforms([7, 8], 0, 9)[1, 5:] == uniforms([8], 5, 4)).all())
     True
@@ -46,7 +46,7 @@ def uniforms(seeds: Sequence[int], first: int, tokens: int) -> Float64[np.ndarra
 
 
 def processors(decoding: Decoding) -> LogitsProcessorList:
-    """What stands between the logits and the draw: transformers' own processors, those that are on, in its order."""
+    """List transformers' own processors of logits for the settings that are on, in its order."""
     chain: list[Any] = []
     if decoding.repetition_penalty != 1:
         chain.append(RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
@@ -62,7 +62,7 @@ def processors(decoding: Decoding) -> LogitsProcessorList:
 
 
 def draw(scores: Tensor, chances: Tensor) -> Drawn:
-    """A token for each row, with the probability that its score has there: softmax(scores).
+    """Draw a token for each row from softmax(scores).
 
     The vocabulary is halved until one token is left, by a chance for each halving. Inverting the cumulative
     probability is as fast, but where a batch of another size rounds the scores otherwise, each of the vocabulary's
@@ -70,27 +70,23 @@ def draw(scores: Tensor, chances: Tensor) -> Drawn:
     """
     # Apple's GPUs have no float64.
     scores = (scores.cpu() if scores.device.type == "mps" else scores).float()
-    folds = _folded(scores.softmax(-1))
-    _check(folds[-1], scores.dtype)
+    folds = _fold(scores.softmax(-1))
+    totals = folds[-1]
+    wrong = ~((totals > 0) & totals.isfinite())
+    if wrong.any():  # a token would be drawn all the same
+        raise FloatingPointError(
+            f"the policy gives nan or no probabilities, in {int(wrong.sum())} of {len(totals)} rows of {scores.dtype} "
+            f"scores: {ADVICE}"
+        )
     at = torch.zeros(len(scores), 1, dtype=torch.long, device=scores.device)
     for chance, weights in zip(chances.to(scores.device).unbind(1), reversed(folds[:-1]), strict=False):
-        at = _half(weights, at, chance[:, None])
-    logprobs = folds[0].gather(1, at).double().log() - folds[-1].double().log()
+        at = _choose_half(weights, at, chance[:, None])
+    logprobs = folds[0].gather(1, at).double().log() - totals.double().log()
     return Drawn(at[:, 0], logprobs[:, 0])
 
 
-def _check(totals: Tensor, dtype: torch.dtype) -> None:
-    """FloatingPointError for a row whose probabilities have no sum: something would be drawn from it all the same."""
-    wrong = ~((totals > 0) & totals.isfinite())
-    if wrong.any():
-        raise FloatingPointError(
-            f"the policy gives nan or no probabilities, in {int(wrong.sum())} of {len(totals)} rows of {dtype} scores: "
-            f"{ADVICE}"
-        )
-
-
-def _folded(weights: Tensor) -> list[Tensor]:
-    """The weights; their second half added to the first; its second half to its first; down to the sum of all."""
+def _fold(weights: Tensor) -> list[Tensor]:
+    """Add the second half of the weights to the first, again and again: all foldings, down to the sum of all."""
     folds = [weights]
     while weights.shape[1] > 1:
         half = (weights.shape[1] + 1) // 2
@@ -102,8 +98,8 @@ def _folded(weights: Tensor) -> list[Tensor]:
     return folds
 
 
-def _half(weights: Tensor, at: Tensor, chance: Tensor) -> Tensor:
-    """Which of the two weights that were added at `at` is drawn: never one that is 0."""
+def _choose_half(weights: Tensor, at: Tensor, chance: Tensor) -> Tensor:
+    """Choose one of the two weights that were added at `at`, never one that is 0."""
     size = weights.shape[1]
     other = at + (size + 1) // 2
     left = weights.gather(1, at).double()

@@ -1,8 +1,8 @@
-"""A cache of keys and values for many rows: taken from one row or more, and with room for what is yet to come.
+"""Write completions token by token: read rows through the model's own forward, draw, drop rows that have ended.
 
-Rows of tokens in a causal language model: read once, then a token at a time, by the model's own forward.
-
-Completions, token by token: read, draw, leave out who has ended, go on."""
+`Writer` writes completions. `Reader` reads rows of tokens behind a cache of keys and values, which `add_room` gives
+room for the tokens that are yet to come.
+"""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -18,17 +18,22 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
-from calibrated_rewards.models.parts import device_of, rope_turn
-from calibrated_rewards.models.unread import reading_errors
+from calibrated_rewards.models.parts import device_of, reading_errors, rope_turn
 from calibrated_rewards.samplers.drawing import HALVINGS, Drawn, draw, uniforms
 from calibrated_rewards.samplers.policy import Draft, Endings
 
-# Room for at least so many tokens more, and for this part of what is there, whenever there is no room left.
+# A full cache gets room for at least so many tokens more, and for this part of its tokens.
 ROOM, PART = 32, 4
+# Names of the cache that models take and return; recurrent ones have names of their own.
+CACHES = ("past_key_values", "cache_params", "state")
+# Tokens for which a row's uniforms are made at a time.
+AHEAD = 16
+# Rows that have ended leave the batch when no more than this part goes on: taking the others out copies their cache.
+CROWD = 0.75
 
 
 class Roomy(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Keys and values of a layer, in tensors that are longer than they: DynamicLayer copies all for each token."""
+    """The keys and values of a layer, in longer tensors: a DynamicLayer copies all of them for each token."""
 
     def __init__(self, layer: DynamicLayer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -44,67 +49,54 @@ class Roomy(DynamicLayer):  # type: ignore[no-untyped-call]
         needed = length + key_states.shape[-2]
         if self._space is None or self._space[0].shape[-2] < needed:
             size = needed + max(ROOM, needed // PART)
-            self._space = (_longer(self.keys, size), _longer(self.values, size))
+            self._space = (_lengthen(self.keys, size), _lengthen(self.values, size))
         for space, states in zip(self._space, (key_states, value_states), strict=True):
             space[..., length:needed, :] = states
         self.keys, self.values = self._space[0][..., :needed, :], self._space[1][..., :needed, :]
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Some of the rows, in the order given, in tensors of their own."""
+        """Select rows, in the order given, into tensors of their own."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._space = None
 
 
-def roomy(cache: Any) -> Any:
-    """The cache, with room in the layers that keep all keys and values; others (windows, states) stay as they are."""
-    if layers := layers_of(cache):
-        layers[:] = [Roomy(layer) if _holds_all(layer) else layer for layer in layers]
-    return cache
-
-
-def layers_of(cache: Any) -> list[Any]:
-    """The layers of a decoder's cache; none of what is no cache."""
-    if isinstance(cache, EncoderDecoderCache):  # BERT and its kin as decoders: nothing is kept of an encoder
-        cache = cache.self_attention_cache
-    return cache.layers if isinstance(cache, Cache) else []
-
-
-def _holds_all(layer: Any) -> bool:
-    """Whether it keeps all keys and values; MiniMax has layers of that class which stay empty."""
-    return type(layer) is DynamicLayer and layer.is_initialized
-
-
-def is_roomy(cache: Any) -> bool:
-    """Whether every layer keeps all keys and values."""
-    layers = layers_of(cache)
-    return bool(layers) and all(type(layer) is Roomy for layer in layers)
-
-
-def choose(cache: Cache, rows: Tensor) -> None:
-    """Keep these rows of the cache, in this order; a row may be there many times."""
-    cache.reorder_cache(rows)  # type: ignore[arg-type]
-
-
-def bytes_of(cache: Any) -> int:
-    """How much memory the keys and values take; 0 where that cannot be said."""
-    layers = layers_of(cache)
-    kept = [tensor for layer in layers for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept if isinstance(tensor, torch.Tensor))
-
-
-def _longer(tensor: Tensor, size: int) -> Tensor:
+def _lengthen(tensor: Tensor, size: int) -> Tensor:
     space = tensor.new_empty((*tensor.shape[:-2], size, tensor.shape[-1]))
     space[..., : tensor.shape[-2], :] = tensor
     return space
 
 
-# What models call the cache that they take and return; recurrent ones have names of their own.
-CACHES = ("past_key_values", "cache_params", "state")
+def add_room(cache: Any) -> Any:
+    """Give room to the layers that keep all keys and values; others (windows, states) stay as they are."""
+    if layers := layers_of(cache):
+        # MiniMax has layers of that class which stay empty.
+        keep_all = [type(layer) is DynamicLayer and layer.is_initialized for layer in layers]
+        layers[:] = [Roomy(layer) if keeps else layer for layer, keeps in zip(layers, keep_all, strict=True)]
+    return cache
+
+
+def layers_of(cache: Any) -> list[Any]:
+    """The layers of a decoder's cache; none of anything else."""
+    if isinstance(cache, EncoderDecoderCache):  # BERT and its kin as decoders: the part of an encoder is empty
+        cache = cache.self_attention_cache
+    return cache.layers if isinstance(cache, Cache) else []
+
+
+def has_room(cache: Any) -> bool:
+    """Check that every layer keeps all keys and values."""
+    layers = layers_of(cache)
+    return bool(layers) and all(type(layer) is Roomy for layer in layers)
+
+
+def bytes_of(cache: Any) -> int:
+    """Count the bytes of keys and values; 0 where the cache has none to count."""
+    tensors = [getattr(layer, name, None) for layer in layers_of(cache) for name in ("keys", "values")]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
 class Rows(NamedTuple):
-    """Rows that were read: their tokens, padded on the left, what the model keeps of them, and what it says next."""
+    """Rows that were read: their tokens, padded on the left, the model's cache, and the logits of the next token."""
 
     ids: Tensor
     mask: Tensor | None
@@ -115,51 +107,51 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """Reads rows through the model's own forward, which knows its scales and caps, in the model's precision."""
+    """Reads rows through the model's own forward, with its scales and caps, in the model's precision."""
 
     model: Any
     share: bool = True
     """Read each prompt once, for all the rows that go on from it."""
     caches: bool = True
-    """Keep what the model returns as its cache; if not, or if it returns none, each token takes a whole reading."""
+    """Use the cache that the model returns; if not, or if it returns none, each token takes a whole reading."""
 
     def open(self, prompts: Sequence[list[int]], of: Sequence[int]) -> Rows:
-        """Rows that begin with a prompt each: row i with prompts[of[i]]."""
+        """Read prompts: row i begins with prompts[of[i]]."""
         # A shared prompt is read once; if not shared, each row reads its own.
         read = list(prompts) if self.share else [prompts[i] for i in of]
         ids, mask = left_padded(read, device_of(self.model))
         rows = self._forward(Rows(ids, mask, None, ids), ids)
         if self.share and list(of) != list(range(len(prompts))):
-            if not self.parts(rows):
+            if not self.can_select(rows):
                 return replace(self, share=False).open(prompts, of)
-            rows = self.choose(rows, of)
-        return rows._replace(cache=roomy(rows.cache))
+            rows = self.select(rows, of)
+        return rows._replace(cache=add_room(rows.cache))
 
     def next(self, rows: Rows, tokens: Tensor) -> Rows:
-        """The rows with a token more each."""
+        """Read one more token of each row."""
         ids = torch.cat([rows.ids, tokens[:, None]], 1)
         if ids.shape[1] - 1 == self._turn:
-            # From here on all angles are others, and so are all keys.
+            # From this length on all angles are others, and so are all keys.
             return self.open(ids.tolist(), range(len(ids)))
         mask = None if rows.mask is None else torch.cat([rows.mask, rows.mask.new_ones(len(ids), 1)], 1)
         return self._forward(rows._replace(ids=ids, mask=mask), tokens[:, None])
 
-    def choose(self, rows: Rows, at: Sequence[int]) -> Rows:
-        """Some of the rows; one may be there many times."""
+    def select(self, rows: Rows, at: Sequence[int]) -> Rows:
+        """Select rows; one may be selected many times."""
         index = torch.tensor(list(at), device=rows.ids.device)
         if rows.cache is not None:
-            choose(rows.cache, index)
+            rows.cache.reorder_cache(index)
         mask = None if rows.mask is None else rows.mask[index]
         return Rows(rows.ids[index], mask, rows.cache, rows.logits[index.to(rows.logits.device)])
 
-    def parts(self, rows: Rows) -> bool:
-        """Whether some of the rows can go on without the others; not where sharing, which is the same, went wrong."""
+    def can_select(self, rows: Rows) -> bool:
+        """Check that rows can go on without the others; not where sharing, which selects too, went wrong."""
         # A model's own cache class may keep more than reorder_cache moves, as MiniMax's does.
         return self.share and (rows.cache is None or type(rows.cache) in (DynamicCache, EncoderDecoderCache))
 
     @property
     def pads(self) -> bool:
-        """Whether prompts of several lengths may be read together."""
+        """True if prompts of several lengths may be read together."""
         return self._turn is None
 
     def _forward(self, rows: Rows, ids: Tensor) -> Rows:
@@ -168,7 +160,7 @@ class Reader:
         options: dict[str, Any] = {"use_cache": self.caches}
         if rows.cache is not None:
             options[self._cache_name] = rows.cache
-            if rows.mask is None and self._groups(rows.cache):
+            if rows.mask is None and self._needs_empty_mask(rows.cache):
                 seen = rows.cache.get_seq_length() + ids.shape[1]
                 options["attention_mask"] = ids.new_ones(1, 1, 1, seen, dtype=torch.bool)
         if rows.mask is not None:
@@ -179,22 +171,19 @@ class Reader:
             options["logits_to_keep"] = 1
         with contiguous_input(self.model), reading_errors(self.model, rows.ids.shape[1]):
             answer = self.model(input_ids=ids, **options)
-        return rows._replace(cache=self._cache_in(answer), logits=answer.logits[:, -1])
+        cache = answer.get(self._cache_name) if self.caches else None
+        return rows._replace(cache=cache, logits=answer.logits[:, -1])
 
-    def _cache_in(self, answer: Any) -> Any:
-        """What the model returns to be read behind; None where it returns nothing, or should not."""
-        return answer.get(self._cache_name) if self.caches else None
+    def _needs_empty_mask(self, cache: Any) -> bool:
+        """Find models that are faster with a mask that masks nothing: heads that share keys then read them together.
 
-    def _groups(self, cache: Any) -> bool:
-        """Whether a mask that masks nothing helps: with one, heads that share keys read them together.
-
-        Without, torch's attention for 16 bits on CPUs takes several times as long for a single token.
+        Without one, torch's attention for 16 bits on CPUs takes several times as long for a single token.
         """
         config, part = self.model.config.get_text_config(), next(self.model.parameters())
         heads = getattr(config, "num_attention_heads", 1)
         grouped = getattr(config, "num_key_value_heads", heads) != heads and config._attn_implementation == "sdpa"
         slow = part.device.type == "cpu" and part.dtype in (torch.bfloat16, torch.float16)
-        return self.share and grouped and slow and "position_ids" in self._parameters and is_roomy(cache)
+        return self.share and grouped and slow and "position_ids" in self._parameters and has_room(cache)
 
     @cached_property
     def _parameters(self) -> set[str]:
@@ -212,9 +201,9 @@ class Reader:
 
 @contextmanager
 def contiguous_input(model: Any) -> Iterator[None]:
-    """While it runs, the output layer reads its input from one piece: on CPUs it is up to 1000 times slower if not."""
+    """Make the input of the output layer contiguous during the block: on CPUs it is up to 1000 times slower if not."""
     layer = model.get_output_embeddings()
-    hook = layer.register_forward_pre_hook(_in_one_piece) if layer is not None else None
+    hook = None if layer is None else layer.register_forward_pre_hook(lambda _, x: (x[0].contiguous(), *x[1:]))
     try:
         yield
     finally:
@@ -223,7 +212,7 @@ def contiguous_input(model: Any) -> Iterator[None]:
 
 
 def left_padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Token ids, and the mask of those that are not padding, if there is any.
+    """Pad rows on the left; return token ids, and the mask of those that are not padding, if there is any.
 
     A row is padded with its own first token: a penalty on tokens that were there already sees no others.
     """
@@ -235,19 +224,9 @@ def left_padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor
     return ids, (torch.arange(longest, device=device) >= blank[:, None]).long()
 
 
-def _in_one_piece(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (inputs[0].contiguous(), *inputs[1:])
-
-
-# Tokens for which a row's chances are made at a time.
-AHEAD = 16
-# Rows that have ended leave the batch when no more than this part goes on: taking the others out copies their cache.
-CROWD = 0.75
-
-
 @dataclass(frozen=True, eq=False)
 class Writer:
-    """Writes completions of prompts; each depends on its prompt and its seed, not on those beside it."""
+    """Writes completions of prompts, each of which depends on its prompt and its seed, not on those beside it."""
 
     reader: Reader
     processors: LogitsProcessorList
@@ -255,9 +234,9 @@ class Writer:
     max_tokens: int
 
     def __call__(self, prompts: Sequence[list[int]], of: Sequence[int], seeds: Sequence[int]) -> list[Draft]:
-        """A draft for each seed: the i-th continues prompts[of[i]]."""
+        """Write a draft for each seed: the i-th continues prompts[of[i]]."""
         drafts = [Draft() for _ in seeds]
-        # The drafts that the rows of the batch are of, those that have ended but not left among them.
+        # The draft of each row of the batch, those that have ended but not left among them.
         members = list(range(len(drafts)))
         chances = np.empty((len(drafts), 0, HALVINGS))
         rows = self.reader.open(prompts, of)
@@ -265,14 +244,14 @@ class Writer:
             if written % AHEAD == 0:
                 chances = uniforms([seeds[i] for i in members], written, AHEAD)
             drawn = self._draw(rows, chances[:, written % AHEAD])
-            self._note([drafts[i] for i in members], drawn)
+            self._append([drafts[i] for i in members], drawn)
             going = [at for at, i in enumerate(members) if drafts[i].end is None]
             if not going or written + 1 == self.max_tokens:
                 break
             tokens = drawn.tokens
-            if self.reader.parts(rows) and len(going) <= CROWD * len(members):
+            if self.reader.can_select(rows) and len(going) <= CROWD * len(members):
                 members, chances = [members[at] for at in going], chances[going]
-                rows, tokens = self.reader.choose(rows, going), tokens[torch.tensor(going, device=tokens.device)]
+                rows, tokens = self.reader.select(rows, going), tokens[torch.tensor(going, device=tokens.device)]
             rows = self.reader.next(rows, tokens.to(rows.ids.device))
         return drafts
 
@@ -281,11 +260,12 @@ class Writer:
         scores = self.processors(rows.ids.to(logits.device), logits)  # type: ignore[arg-type]
         return draw(scores, torch.from_numpy(chances))
 
-    def _note(self, drafts: Sequence[Draft], drawn: Drawn) -> None:
-        """Write down the tokens of the drafts that go on."""
-        found = zip(drafts, drawn.tokens.tolist(), drawn.logprobs.tolist(), strict=True)
-        going = [(draft, token, logprob) for draft, token, logprob in found if draft.end is None]
-        for draft, token, logprob in going:
-            draft.ids.append(token)
-            draft.logprob += logprob
-        self.endings.mark([draft for draft, _, _ in going])
+    def _append(self, drafts: Sequence[Draft], drawn: Drawn) -> None:
+        """Append the tokens of the drafts that go on, and mark those that they end."""
+        going = []
+        for draft, token, logprob in zip(drafts, drawn.tokens.tolist(), drawn.logprobs.tolist(), strict=True):
+            if draft.end is None:
+                draft.ids.append(token)
+                draft.logprob += logprob
+                going.append(draft)
+        self.endings.mark(going)

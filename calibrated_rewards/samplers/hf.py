@@ -1,6 +1,8 @@
-"""Whether completions are what the model would write: their log-probabilities again, by a plain forward of each.
+"""The Hugging Face sampler: K completions of a prompt that is read once, by any causal language model.
 
-The Hugging Face sampler: K completions of a prompt that is read once, by any causal language model."""
+`HfSampler` batches and writes. A `Route` remembers which shortcuts (sharing, padding, a cache) give the model's own
+log-probabilities: completions are read again, each alone and whole, the first time that one is taken.
+"""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,164 +15,40 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrated_rewards.models.batches import PATIENCE, Budget
+from calibrated_rewards.models.batches import Budget
 from calibrated_rewards.models.parts import (
+    UnreadError,
     default_budget,
     device_of,
     dtype_of,
     for_scoring,
     lock_of,
-    unwrapped,
+    reading_errors,
+    unwrap,
     vocabulary,
 )
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.models.unread import UnreadError, reading_errors
 from calibrated_rewards.prompts import Prompt, start_of
 from calibrated_rewards.samplers.drawing import ADVICE, processors
 from calibrated_rewards.samplers.generation import Reader, Writer, bytes_of, contiguous_input
 from calibrated_rewards.samplers.policy import Draft, Policy
-from calibrated_rewards.samplers.protocol import Decoding, Rollout, Seeds
+from calibrated_rewards.samplers.protocol import PATIENCE, Decoding, Rollout, Seeds
 
 logger = logging.getLogger(__name__)
 
-# How many rows are compared, and how many of their tokens.
+# Memory for keys and values by default: so much on a CPU, and this part of a GPU.
+ON_CPU, PART_OF_GPU = 2**31, 4
+# Logits that a batch may hold.
+CELLS_ON_CPU, CELLS_ON_GPU = 2**26, 2**28
+# Rows that are compared, and tokens of each.
 CHECKED_ROWS, CHECKED_TOKENS = 4, 8
-# How far log-probabilities may be apart, in nats a token: small models are within 5e-6. 16 bits round by the shape of
+# Largest difference of log-probabilities, in nats a token: small models are within 5e-6. 16 bits round by the shape of
 # a batch: on a 135M Llama in bfloat16 that is 0.02, and after another prompt 3.
 AGREEMENT, AGREEMENT_16_BIT = 1e-3, 0.2
 
 
-@dataclass
-class Route:
-    """How rows go through the model: what comparisons with plain forwards have shown, once for each way."""
-
-    shares: bool
-    pads: bool = True
-    caches: bool = True
-    """Each token is read behind a cache; without one, it takes a reading of the whole row."""
-    checked: set[tuple[bool, bool]] = field(default_factory=set)
-    """(sharing, padded) that were compared."""
-
-    def agrees(
-        self, reader: Reader, prompts: Sequence[list[int]], of: Sequence[int], completions: Sequence[list[int]]
-    ) -> bool:
-        """Whether completions may stay, of which i follows prompts[of[i]]; if not, that way is not gone again."""
-        padded = len({*map(len, prompts)}) > 1
-        way = (self.shares, padded)
-        # A completion of one token says nothing of what follows a token.
-        chosen = sorted(range(len(of)), key=lambda i: -len(completions[i]))[:CHECKED_ROWS]
-        chosen = [i for i in chosen if len(completions[i]) > 1]
-        if way in self.checked or not chosen:
-            return True
-        # All of the prompts, for it is their padding that may disturb.
-        gap = apart(reader, prompts, [of[i] for i in chosen], [completions[i][:CHECKED_TOKENS] for i in chosen])
-        self.checked.add(way)
-        return self.judged(gap, reader, padded)
-
-    def judged(self, gap: float, reader: Reader, padded: bool) -> bool:
-        """Whether a gap may be; if not, what may be its cause is not done again, and an error if nothing is left."""
-        if gap <= _allowed(reader.model):  # nan agrees with nothing
-            return True
-        if self.fall_back(reader.model, f"gives log-probabilities {gap:.1e} apart", padded):
-            return False
-        name = type(reader.model).__name__
-        if isnan(gap):
-            raise FloatingPointError(
-                f"the policy gives nan or no probabilities, {name} in {dtype_of(reader.model)}: {ADVICE}"
-            )
-        raise ValueError(_not_causal(name, gap))
-
-    def fall_back(self, model: Any, trouble: str, padded: bool) -> bool:
-        """Give up padding, then sharing, then the cache, and log it; False where there is nothing left to give up."""
-        name = type(model).__name__
-        if padded:
-            logger.warning("%s %s in a padded batch: not padding", name, trouble)
-            self.pads = False
-        elif self.shares:
-            logger.warning("%s %s behind a shared prompt: not sharing", name, trouble)
-            self.shares = False
-        elif self.caches:
-            logger.warning("%s %s behind its cache: reading whole rows for each token, which is slow", name, trouble)
-            self.caches = False
-            self.checked.clear()
-        else:
-            return False
-        return True
-
-
-def check_causal(model: Any) -> None:
-    """Refuse a model that does not read token ids alone, or is no causal language model, by a few made-up tokens."""
-    few = min(32, vocabulary(model))
-    ids = [i % few for i in range(3, 10)]
-    gap = apart(Reader(model, share=False, caches=False), [ids[:4]], [0], [ids[4:]])
-    if gap > _allowed(model):  # nan is for the first batch, which names its prompt
-        raise ValueError(_not_causal(type(model).__name__, gap))
-
-
-def _not_causal(name: str, gap: float) -> str:
-    return (
-        "a policy is a causal language model, whose probabilities depend on the tokens before and on nothing else; "
-        f"those of {name} are {gap:.1e} nats a token apart when the same tokens are read one by one and as a whole: "
-        "it reads in both directions, or draws random numbers. Give a model that was trained to continue text, or "
-        "sample with a callable of yours that runs its generate"
-    )
-
-
-def _allowed(model: Any) -> float:
-    # GPUs may be told to multiply float32 as if it had fewer bits.
-    exact = torch.get_float32_matmul_precision() == "highest" and dtype_of(model) in (torch.float32, torch.float64)
-    return AGREEMENT if exact else AGREEMENT_16_BIT
-
-
-def apart(reader: Reader, prompts: Sequence[list[int]], of: Sequence[int], completions: Sequence[list[int]]) -> float:
-    """The mean difference in nats a token, between rows read as the reader does and each row read alone and whole.
-
-    Completion i follows prompts[of[i]]; halfway, half of the rows leave.
-    """
-    length = min(map(len, completions))
-    tokens = torch.tensor([ids[:length] for ids in completions], device=device_of(reader.model))
-    plain = [_plain(reader, prompts[at], ids[:length]) for at, ids in zip(of, completions, strict=True)]
-    rows, members, gaps = reader.open(prompts, of), list(range(len(completions))), []
-    for step in range(length):
-        fed = tokens[members, step]
-        found = _chosen(rows.logits, fed)
-        gaps += [abs(float(found[at]) - float(plain[i][step])) for at, i in enumerate(members)]
-        if reader.parts(rows) and step == length // 2 and len(members) > 1:
-            keep = list(range(0, len(members), 2))
-            rows, fed, members = reader.choose(rows, keep), fed[keep], members[::2]
-        if step + 1 < length:
-            rows = reader.next(rows, fed)
-    return sum(gaps) / len(gaps)
-
-
-def _plain(reader: Reader, prompt: list[int], completion: list[int]) -> Tensor:
-    """The log-probability of each token of a completion, by forwards without a cache."""
-    if not reader.pads:  # how it reads a token depends on the length of the whole
-        parts = range(len(completion))
-        return torch.cat([_forward(reader, prompt + completion[:i], completion[i : i + 1]) for i in parts])
-    return _forward(reader, prompt, completion)
-
-
-def _forward(reader: Reader, prompt: list[int], completion: list[int]) -> Tensor:
-    ids = torch.tensor([prompt + completion], device=device_of(reader.model))
-    with contiguous_input(reader.model), reading_errors(reader.model, ids.shape[1] - 1):
-        # The last token is not read: nothing is asked of what follows it.
-        logits = reader.model(input_ids=ids[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :]
-    return _chosen(logits, ids[0, len(prompt) :])
-
-
-def _chosen(logits: Tensor, tokens: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1).gather(1, tokens.to(logits.device)[:, None])[:, 0]
-
-
-# Memory for keys and values, unless the user says otherwise: so much on a CPU, and this part of a GPU.
-ON_CPU, PART_OF_GPU = 2**31, 4
-# Logits that a batch may hold.
-CELLS_ON_CPU, CELLS_ON_GPU = 2**26, 2**28
-
-
 class Task(NamedTuple):
-    """A completion to be written: of which prompt, with which seed."""
+    """A completion to be written: the number of its prompt, and its seed."""
 
     prompt: int
     seed: int
@@ -181,10 +59,10 @@ class HfSampler:
     """Writes completions with a causal language model of transformers.
 
     A prompt is read once, and its keys and values are shared by all its completions. Each completion depends on the
-    model, the prompt and its seed alone, not on how many or which others are written: the numbers that it is drawn with
-    come from its seed. In batches of other sizes a model may round differently, by its last bits: in float32
-    hardly a token changes by that, in 16 bits one does now and then. With one prompt at a time (the default on CPUs)
-    the same prompt and seeds give the same bits, whatever the other prompts.
+    model, the prompt and its seed alone, not on the others that are written: its uniform numbers come from its seed. In
+    batches of other sizes a model may round the last bits differently: in float32 hardly a token changes by that, in 16
+    bits one does now and then. With one prompt at a time (the default on CPUs) the same prompt and seeds give the same
+    bits, whatever the other prompts.
 
     With the first batch, and with the first padded one, some completions are read again, each alone and without a
     cache; if that gives other probabilities, prompts are no longer shared or padded, or read behind a cache, and a
@@ -198,7 +76,7 @@ class HfSampler:
     prompts_at_once: int | None = None
     """Most prompts in a batch, padded on the left; None: one on a CPU, on a GPU as many as there is room for."""
     batch_tokens: int | None = None
-    """Most tokens of a batch, prompts and completions; None: what a part of the memory holds."""
+    """Most tokens of a batch, prompts and completions; None: as many as a part of the memory holds."""
     share_prefill: bool = True
     show_progress: bool = True
 
@@ -210,19 +88,18 @@ class HfSampler:
         _ = self._policy  # refuses a model that cannot write
 
     def __call__(self, prompts: Sequence[Prompt], seeds: Seeds) -> list[list[Rollout]]:
-        """For each prompt a rollout for each of its seeds."""
+        """Draw for each prompt a rollout for each of its seeds."""
         if len(prompts) != len(seeds):
             raise ValueError(f"each prompt needs its seeds, got {len(prompts)} prompts and seeds for {len(seeds)}")
         rows = self._policy.check(prompts)
-        tasks = [Task(prompt, seed) for prompt, own in enumerate(seeds) for seed in own]
+        tasks = [Task(prompt, seed) for prompt, each in enumerate(seeds) for seed in each]
         drafts: list[Draft | None] = [None] * len(tasks)
-        with (
-            for_scoring(self._model, lock_of(self.model)),
-            _progress(len(tasks), self.show_progress) as bar,
-        ):
+        hidden = None if self.show_progress else True
+        bar = tqdm(total=len(tasks), desc="sampling", unit=" completions", delay=PATIENCE, leave=False, disable=hidden)
+        with for_scoring(self._model, lock_of(self.model)), bar:
             for batch in self._batches(rows, tasks):
                 try:
-                    written = self._written(rows, [tasks[i] for i in batch])
+                    written = self._write(rows, [tasks[i] for i in batch])
                 except FloatingPointError as error:
                     first = start_of(prompts[tasks[batch[0]].prompt])
                     raise FloatingPointError(f"{error}; the first prompt of the batch is {first}") from error
@@ -230,18 +107,18 @@ class HfSampler:
                     drafts[i] = draft
                 bar.update(len(batch))
         rollouts = iter(self._policy.endings.rollouts([draft for draft in drafts if draft is not None]))
-        return [[next(rollouts) for _ in own] for own in seeds]
+        return [[next(rollouts) for _ in each] for each in seeds]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """ValueError for a prompt without tokens, or too long for the model with its completion."""
+        """Refuse a prompt without tokens, or too long for the model with its completion: ValueError."""
         self._policy.check(prompts)
 
     def rendered(self, prompt: Prompt) -> str:
-        """The text that the model reads."""
+        """Return the text that the model reads."""
         return self._policy.rendered(prompt)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the completions depend on, but for the seeds."""
+        """Describe all that the completions depend on, but for the seeds."""
         return {"kind": "hf sampler", **self._policy.fingerprint()}
 
     def __reduce__(self) -> NoReturn:
@@ -251,7 +128,7 @@ class HfSampler:
         )
 
     def _batches(self, rows: Sequence[list[int]], tasks: Sequence[Task]) -> Iterator[list[int]]:
-        """Which tasks go together: the budget, which may shrink, and the number of prompts are what bounds them."""
+        """Group tasks within the budget, which may shrink, and the number of prompts at once."""
         order = list(range(len(tasks)))
         if self._most_prompts > 1:
             order.sort(key=lambda i: (-len(rows[tasks[i].prompt]), tasks[i].prompt))
@@ -262,54 +139,52 @@ class HfSampler:
             first = order[start : start + max(1, fit)]
             # What the forward of the prompts holds is bounded too.
             most = min(self._most_prompts, max(1, default_budget(self._model) // longest))
-            together = set(_distinct(tasks[i].prompt for i in first)[:most])
-            batch = [i for i in first if tasks[i].prompt in together]
+            prompts = set(_distinct(tasks[i].prompt for i in first)[:most])
+            batch = [i for i in first if tasks[i].prompt in prompts]
             yield batch
             start += len(batch)
 
-    def _written(self, rows: Sequence[list[int]], tasks: Sequence[Task]) -> list[Draft]:
-        """The drafts of a batch: in halves if memory does not suffice, prompt by prompt if padding disturbs."""
+    def _write(self, rows: Sequence[list[int]], tasks: Sequence[Task]) -> list[Draft]:
+        """Write a batch: in halves if memory does not suffice, prompt by prompt if padding disturbs."""
         costs = [len(rows[task.prompt]) + self.decoding.max_tokens for task in tasks]
         if len(set(costs)) > 1 and not (self._route.pads and self._reader.pads):
             alone = [[task for task in tasks if task.prompt == at] for at in _distinct(task.prompt for task in tasks)]
-            return [draft for own in alone for draft in self._written(rows, own)]
-        prompts, of = _apart(tasks)
-        read = [rows[prompt] for prompt in prompts]
-        everyone = list(range(len(tasks)))
+            return [draft for each in alone for draft in self._write(rows, each)]
+        padded, every = len(set(costs)) > 1, list(range(len(tasks)))
         try:
-            drafts = self._budget.run(lambda at: self._write(rows, [tasks[i] for i in at]), everyone, costs)
+            drafts = self._budget.run(lambda at: self._write_at_once(rows, [tasks[i] for i in at]), every, costs)
         except FloatingPointError:
             # Padding or sharing may be why: an error once there is neither.
-            self._route.judged(nan, self._reader, len(set(costs)) > 1)
-            return self._written(rows, tasks)
+            self._route.judge(nan, self._reader, padded)
+            return self._write(rows, tasks)
         except UnreadError as error:
-            if not self._route.fall_back(self._model, f"fails ({error.__cause__})", len(set(costs)) > 1):
+            if not self._route.fall_back(self._model, f"fails ({error.__cause__})", padded):
                 raise
-            return self._written(rows, tasks)
-        if self._route.agrees(self._reader, read, of, [draft.ids for draft in drafts]):
+            return self._write(rows, tasks)
+        prompts, of = _distinct_prompts(rows, tasks)
+        if self._route.check(self._reader, prompts, of, [draft.ids for draft in drafts]):
             return drafts
-        return self._written(rows, tasks)
+        return self._write(rows, tasks)
 
-    def _write(self, rows: Sequence[list[int]], tasks: Sequence[Task]) -> list[Draft]:
-        prompts, of = _apart(tasks)
+    def _write_at_once(self, rows: Sequence[list[int]], tasks: Sequence[Task]) -> list[Draft]:
         writer = Writer(self._reader, processors(self.decoding), self._policy.endings, self.decoding.max_tokens)
-        return writer([rows[prompt] for prompt in prompts], of, [task.seed for task in tasks])
+        return writer(*_distinct_prompts(rows, tasks), [task.seed for task in tasks])
 
     @property
     def _model(self) -> Any:
-        return unwrapped(self.model)
+        return unwrap(self.model)
 
     @cached_property
     def _policy(self) -> Policy:
         return Policy(self.model, self.tokenizer, self.decoding, self.text)
 
     def try_out(self) -> None:
-        """Read a few made-up tokens: ValueError for a model that cannot be read, or is not causal."""
+        """Read a few made-up tokens; refuse a model that cannot be read, or is not causal."""
         with for_scoring(self._model, lock_of(self.model)):
             _ = self._route
 
     @cached_property
-    def _route(self) -> Route:
+    def _route(self) -> "Route":
         check_causal(self._model)
         return Route(self.share_prefill)
 
@@ -331,12 +206,12 @@ class HfSampler:
 
     @property
     def _most_tokens(self) -> int:
-        """Tokens of a batch: without a cache, all of them go through the model at once."""
+        """Most tokens of a batch: without a cache, all of them go through the model at once."""
         return self._budget.tokens if self._route.caches else min(self._budget.tokens, default_budget(self._model))
 
     @property
     def _room(self) -> int:
-        """How many tokens' keys and values there is memory for."""
+        """The number of tokens whose keys and values there is memory for."""
         device = device_of(self._model)
         gpu = device.type == "cuda"
         memory = torch.cuda.get_device_properties(device).total_memory // PART_OF_GPU if gpu else ON_CPU
@@ -351,17 +226,137 @@ class HfSampler:
         return max(1, cells // vocabulary(self._model))
 
 
-def _apart(tasks: Sequence[Task]) -> tuple[list[int], list[int]]:
-    """The distinct prompts of some tasks, and which of these each task has."""
-    prompts = _distinct(task.prompt for task in tasks)
-    place = {prompt: at for at, prompt in enumerate(prompts)}
-    return prompts, [place[task.prompt] for task in tasks]
+def _distinct_prompts(rows: Sequence[list[int]], tasks: Sequence[Task]) -> tuple[list[list[int]], list[int]]:
+    """List the distinct prompts of some tasks, as tokens, and the place of each task's among them."""
+    numbers = _distinct(task.prompt for task in tasks)
+    place = {number: at for at, number in enumerate(numbers)}
+    return [rows[number] for number in numbers], [place[task.prompt] for task in tasks]
 
 
 def _distinct(values: Iterable[int]) -> list[int]:
     return list(dict.fromkeys(values))
 
 
-def _progress(total: int, shown: bool) -> "tqdm[Any]":
-    hidden = None if shown else True
-    return tqdm(total=total, desc="sampling", unit=" completions", delay=PATIENCE, leave=False, disable=hidden)
+@dataclass
+class Route:
+    """The way of rows through the model: shortcuts that agree with plain forwards, each compared once."""
+
+    shares: bool
+    pads: bool = True
+    caches: bool = True
+    """Each token is read behind a cache; without one, it takes a reading of the whole row."""
+    checked: set[tuple[bool, bool]] = field(default_factory=set)
+    """(sharing, padded) that were compared."""
+
+    def check(
+        self, reader: Reader, prompts: Sequence[list[int]], of: Sequence[int], completions: Sequence[list[int]]
+    ) -> bool:
+        """Compare completions, of which i follows prompts[of[i]]; False if they have to be written another way."""
+        padded = len({*map(len, prompts)}) > 1
+        way = (self.shares, padded)
+        # A completion of one token shows nothing of what follows a token.
+        chosen = sorted(range(len(of)), key=lambda i: -len(completions[i]))[:CHECKED_ROWS]
+        chosen = [i for i in chosen if len(completions[i]) > 1]
+        if way in self.checked or not chosen:
+            return True
+        # With all of the prompts, for their padding may disturb.
+        gap = measure_gap(reader, prompts, [of[i] for i in chosen], [completions[i][:CHECKED_TOKENS] for i in chosen])
+        self.checked.add(way)
+        return self.judge(gap, reader, padded)
+
+    def judge(self, gap: float, reader: Reader, padded: bool) -> bool:
+        """Accept a gap, or give up a shortcut that may be its cause; raise if there is none."""
+        if gap <= _largest_gap(reader.model):  # nan agrees with nothing
+            return True
+        if self.fall_back(reader.model, f"gives log-probabilities {gap:.1e} apart", padded):
+            return False
+        name = type(reader.model).__name__
+        if isnan(gap):
+            raise FloatingPointError(
+                f"the policy gives nan or no probabilities, {name} in {dtype_of(reader.model)}: {ADVICE}"
+            )
+        raise ValueError(_not_causal(name, gap))
+
+    def fall_back(self, model: Any, trouble: str, padded: bool) -> bool:
+        """Give up padding, then sharing, then the cache, and log it; False if nothing is left to give up."""
+        name = type(model).__name__
+        if padded:
+            logger.warning("%s %s in a padded batch: not padding", name, trouble)
+            self.pads = False
+        elif self.shares:
+            logger.warning("%s %s behind a shared prompt: not sharing", name, trouble)
+            self.shares = False
+        elif self.caches:
+            logger.warning("%s %s behind its cache: reading whole rows for each token, which is slow", name, trouble)
+            self.caches = False
+            self.checked.clear()
+        else:
+            return False
+        return True
+
+
+def check_causal(model: Any) -> None:
+    """Read a few made-up tokens; refuse a model that needs more than token ids, or is no causal language model."""
+    few = min(32, vocabulary(model))
+    ids = [i % few for i in range(3, 10)]
+    gap = measure_gap(Reader(model, share=False, caches=False), [ids[:4]], [0], [ids[4:]])
+    if gap > _largest_gap(model):  # nan is for the first batch, which names its prompt
+        raise ValueError(_not_causal(type(model).__name__, gap))
+
+
+def _not_causal(name: str, gap: float) -> str:
+    return (
+        "a policy is a causal language model, whose probabilities depend on the tokens before and on nothing else; "
+        f"those of {name} are {gap:.1e} nats a token apart when the same tokens are read one by one and as a whole: "
+        "it reads in both directions, or draws random numbers. Give a model that was trained to continue text, or "
+        "sample with a callable of yours that runs its generate"
+    )
+
+
+def _largest_gap(model: Any) -> float:
+    # GPUs may be told to multiply float32 as if it had fewer bits.
+    exact = torch.get_float32_matmul_precision() == "highest" and dtype_of(model) in (torch.float32, torch.float64)
+    return AGREEMENT if exact else AGREEMENT_16_BIT
+
+
+def measure_gap(
+    reader: Reader, prompts: Sequence[list[int]], of: Sequence[int], completions: Sequence[list[int]]
+) -> float:
+    """Average the difference in nats a token between rows read as the reader does and each row read alone and whole.
+
+    Completion i follows prompts[of[i]]; halfway, half of the rows leave.
+    """
+    length = min(map(len, completions))
+    tokens = torch.tensor([ids[:length] for ids in completions], device=device_of(reader.model))
+    plain = [_plain(reader, prompts[at], ids[:length]) for at, ids in zip(of, completions, strict=True)]
+    rows, members, gaps = reader.open(prompts, of), list(range(len(completions))), []
+    for step in range(length):
+        fed = tokens[members, step]
+        logprobs = _pick(rows.logits, fed)
+        gaps += [abs(float(logprobs[at]) - float(plain[i][step])) for at, i in enumerate(members)]
+        if reader.can_select(rows) and step == length // 2 and len(members) > 1:
+            keep = list(range(0, len(members), 2))
+            rows, fed, members = reader.select(rows, keep), fed[keep], members[::2]
+        if step + 1 < length:
+            rows = reader.next(rows, fed)
+    return sum(gaps) / len(gaps)
+
+
+def _plain(reader: Reader, prompt: list[int], completion: list[int]) -> Tensor:
+    """Compute the log-probability of each token of a completion by forwards without a cache."""
+    if not reader.pads:  # the reading of a token depends on the length of the whole
+        parts = range(len(completion))
+        return torch.cat([_forward(reader, prompt + completion[:i], completion[i : i + 1]) for i in parts])
+    return _forward(reader, prompt, completion)
+
+
+def _forward(reader: Reader, prompt: list[int], completion: list[int]) -> Tensor:
+    ids = torch.tensor([prompt + completion], device=device_of(reader.model))
+    with contiguous_input(reader.model), reading_errors(reader.model, ids.shape[1] - 1):
+        # The last token is not read: the token that follows it does not matter.
+        logits = reader.model(input_ids=ids[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :]
+    return _pick(logits, ids[0, len(prompt) :])
+
+
+def _pick(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1).gather(1, tokens.to(logits.device)[:, None])[:, 0]

@@ -1,37 +1,33 @@
-"""`load_sampler`: a policy saved as a Hugging Face checkpoint, in the engine that is asked for."""
+"""Load a policy from a Hugging Face checkpoint into the engine of choice."""
 
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from typing import Any, Literal, TypeAlias, get_args
 
 import transformers
 
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.checkpoints import (
-    Checkpoint,
     architecture,
     check_writes,
-    checkpoint,
+    find_checkpoint,
     is_encoder,
     needs_code,
 )
-from calibrated_rewards.models.loading import Placement, Source, source
+from calibrated_rewards.models.lazy import Lazy, fields_only
+from calibrated_rewards.models.loading import Placement, Source, find_source
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.continuous import ContinuousSampler
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding, Rollout, Sampler, Seeds
-from calibrated_rewards.scorers.lazy import LOADING
 
 logger = logging.getLogger(__name__)
 
 Engine: TypeAlias = Literal["hf", "continuous", "vllm"]
 CLASSES: dict[str, Any] = {"hf": HfSampler, "continuous": ContinuousSampler}
-# What `load_sampler` gives them.
-LOADED = {"model", "tokenizer", "decoding", "text"}
 
 
 def load_sampler(
@@ -51,41 +47,48 @@ def load_sampler(
     model_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Sampler:
-    """The sampler for a checkpoint: a folder, or a repository of the Hub; of a model, or of a PEFT adapter.
+    """Return the sampler for a checkpoint: a folder, or a repository of the Hub; of a model, or of a PEFT adapter.
 
-    `engine` is "hf" (HfSampler), "continuous" (ContinuousSampler) or "vllm" (VllmSampler). `text` says how prompts
+    `engine` is "hf" (HfSampler), "continuous" (ContinuousSampler) or "vllm" (VllmSampler). `text` tells how prompts
     become tokens, `base` where an adapter's base model is if it is no longer where the adapter says, and `tokenizer`
     where the tokenizer is if it is not beside the model. `dtype` to `model_options` are as in `from_pretrained`.
     `options` go to the engine's class: `prompts_at_once=`, `batch_tokens=`, ..., or to `vllm.LLM`.
 
-    The weights are read at the first call, in each process anew: what is pickled is how to load them.
+    The weights are read at the first call, in each process anew: a sampler pickles as how to load it.
     """
-    place = os.fspath(name_or_path)
     if engine not in get_args(Engine):
         raise ValueError(f"load_sampler needs engine= one of {', '.join(get_args(Engine))}, got engine={engine!r}")
-    lasting = {"base": base, "tokenizer": tokenizer}
-    others = {what: None if other is None else checkpoint(os.fspath(other)).name for what, other in lasting.items()}
-    placed = {"device": device, "device_map": device_map, "quantization_config": quantization_config}
+    words, at = (None if each is None else find_checkpoint(os.fspath(each)).name for each in (tokenizer, base))
+    devices = {"device": device, "device_map": device_map, "quantization_config": quantization_config}
     if engine == "vllm":
-        told = {**placed, "model_options": model_options, "base": base}
-        words = {"tokenizer": others["tokenizer"]} if tokenizer is not None else {}
-        known = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code, **words}
-        return _in_vllm(place, decoding, text, told, {**known, **options})
-    _check_options(engine, options)
-    found = checkpoint(place, revision)
+        from calibrated_rewards.samplers.vllm import VllmSampler
+
+        foreign = {**devices, "model_options": model_options, "base": base}
+        if given := sorted(name for name, value in foreign.items() if value is not None):
+            raise TypeError(
+                f"engine='vllm' takes no {given[0]}=: vLLM has options of its own, which are passed on to it"
+            )
+        options = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code} | (
+            {"tokenizer": words, **options} if tokenizer is not None else options
+        )
+        return VllmSampler.load(name_or_path, decoding, text, **options)
+    known = {each.name for each in fields(CLASSES[engine])} - {"model", "tokenizer", "decoding", "text"}
+    if unknown := sorted(set(options) - known):
+        raise TypeError(
+            Message(f"the engine {engine} takes no {setting(unknown[0])}; it takes {', '.join(sorted(known))}")
+        )
+    found = find_checkpoint(os.fspath(name_or_path), revision)
     placement = Placement(
-        dtype=dtype, trust_remote_code=trust_remote_code, model_options=dict(model_options or {}), **placed
+        dtype=dtype, trust_remote_code=trust_remote_code, model_options=dict(model_options or {}), **devices
     )
-    recipe = FromCheckpoint(
-        found.name, decoding, text or Text(), engine, found.revision, **others, placement=placement, options=options
-    )
-    check_policy(recipe.source)
-    return LoadedSampler(recipe)
+    sampler = LoadedSampler(found.name, decoding, text or Text(), engine, found.revision, at, words, placement, options)
+    check_policy(sampler.source)
+    return sampler
 
 
-@dataclass(frozen=True)
-class FromCheckpoint:
-    """The recipe of a sampler that comes from a checkpoint: where it is, and what `load_sampler` was told."""
+@dataclass(frozen=True, repr=False)
+class LoadedSampler:
+    """A sampler of a checkpoint. It loads when it is first used, and again in another process, after pickling."""
 
     name: str
     decoding: Decoding
@@ -96,105 +99,62 @@ class FromCheckpoint:
     tokenizer: str | None = None
     placement: Placement = field(default_factory=Placement)
     options: Mapping[str, Any] = field(default_factory=dict)
+    __getstate__ = fields_only
 
     @property
     def source(self) -> Source:
         """The checkpoint, and the base of an adapter's."""
-        return source(self.name, self.revision, self.base, self.placement, self.tokenizer)
+        return find_source(self.name, self.revision, self.base, self.placement, self.tokenizer)
 
-    def load(self) -> Any:
-        """The sampler, with its weights in memory."""
-        at = self.source
-        model = at.model(transformers.AutoModelForCausalLM)
+    @Lazy
+    def sampler(self) -> Any:
+        """Load the sampler that does the work; the same one from then on."""
+        source = self.source
+        model = source.model(transformers.AutoModelForCausalLM)
         logger.info("%s: %s", self.name, type(model).__name__)
-        sampler = CLASSES[self.engine](model, at.tokenizer(model), self.decoding, self.text, **self.options)
+        sampler = CLASSES[self.engine](model, source.tokenizer(model), self.decoding, self.text, **self.options)
         if isinstance(sampler, HfSampler):
             sampler.try_out()
         return sampler
 
-
-@dataclass(frozen=True, repr=False)
-class LoadedSampler:
-    """A sampler and its recipe: it loads when it is first used, and again in another process, after pickling."""
-
-    recipe: FromCheckpoint
-
     def __call__(self, prompts: Sequence[Prompt], seeds: Seeds) -> list[list[Rollout]]:
-        """For each prompt a rollout for each of its seeds."""
+        """Draw for each prompt a rollout for each of its seeds."""
         return self.sampler(prompts, seeds)  # type: ignore[no-any-return]
 
-    @property
-    def sampler(self) -> Any:
-        """The sampler that does the work; the same one from then on."""
-        with LOADING:
-            return self._sampler
-
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """ValueError for a prompt without tokens, or too long for the model with its completion."""
+        """Refuse a prompt without tokens, or too long for the model with its completion: ValueError."""
         self.sampler.check(prompts)
 
     def rendered(self, prompt: Prompt) -> str:
-        """The text that the model reads."""
+        """Return the text that the model reads."""
         return str(self.sampler.rendered(prompt))
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the completions depend on, but for the seeds."""
+        """Describe all that the completions depend on, but for the seeds."""
         return dict(self.sampler.fingerprint())
 
     def __repr__(self) -> str:
-        return f"LoadedSampler({self.recipe.name!r}, {self.recipe.engine!r}, {self.recipe.decoding!r})"
+        return f"LoadedSampler({self.name!r}, {self.engine!r}, {self.decoding!r})"
 
     def __hash__(self) -> int:
-        """By name: a recipe may hold options that have no hash."""
-        return hash(self.recipe.name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"recipe": self.recipe}
-
-    @cached_property
-    def _sampler(self) -> Any:
-        return self.recipe.load()
+        return hash(self.name)  # options may have no hash
 
 
-def check_policy(at: Source) -> None:
-    """Refuse what was trained to give scores, or to fill in words: loaded as a policy it would write at random."""
-    name, what = at.checkpoint.name, architecture(at.base)
-    if at.base.config.get("is_encoder_decoder"):
+def check_policy(source: Source) -> None:
+    """Refuse a model that was trained to give scores, or to fill in words: as a policy it would write at random."""
+    name, what, base = source.checkpoint.name, architecture(source.base), source.base
+    if base.config.get("is_encoder_decoder"):
         raise ValueError(f"a policy is a causal language model, {name} is an encoder-decoder ({what})")
-    if needs_code(at.base) and not at.placement.trust_remote_code:
+    if needs_code(base) and not source.placement.trust_remote_code:
         trust = setting("trust_remote_code", "True")
         raise ValueError(Message(f"{name} is a {what}, which brings its own code: read it, then say {trust}"))
-    if not writes(at.checkpoint, at.base):
+    writes = needs_code(base) or not is_encoder(base)
+    try:
+        check_writes(source.checkpoint, base, "policy")
+    except ValueError:
+        writes = False
+    if not writes:
         raise ValueError(
             f"{name} ({what}) gives scores or fills in words, and would write at random: a policy is the causal "
             "language model that training starts from"
-        )
-
-
-def writes(found: Checkpoint, base: Checkpoint) -> bool:
-    """Whether it is a language model that goes on from what it reads."""
-    try:
-        check_writes(found, base, "policy")
-    except ValueError:
-        return False
-    return needs_code(base) or not is_encoder(base)
-
-
-def _in_vllm(
-    place: str, decoding: Decoding, text: Text | None, told: Mapping[str, Any], options: Mapping[str, Any]
-) -> Sampler:
-    given = sorted(name for name, value in told.items() if value is not None)
-    if given:
-        raise TypeError(f"engine='vllm' takes no {given[0]}=: vLLM has options of its own, which are passed on to it")
-    from calibrated_rewards.samplers.vllm import VllmSampler
-
-    return VllmSampler.load(place, decoding, text, **options)
-
-
-def _check_options(engine: str, options: Mapping[str, Any]) -> None:
-    known = {each.name for each in fields(CLASSES[engine])} - LOADED
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise TypeError(
-            Message(f"the engine {engine} takes no {setting(unknown[0])}; it takes {', '.join(sorted(known))}")
         )

@@ -1,32 +1,33 @@
-"""Decoding settings: what the trainer will use, and calibration with it, whatever the engine calls them.
-
-What a sampler is, what it gives, and the one place where its answer is checked."""
+"""Decoding settings, the protocol of samplers, and `sample`, which calls any sampler and checks its answer."""
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from math import isfinite
 from numbers import Real
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.scorers.protocol import name_of
+from calibrated_rewards.models.text import Text
+from calibrated_rewards.prompts import Completion, Prompt, name_of, start_of
+
+# Seconds after which a progress bar is shown.
+PATIENCE = 3.0
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How completions are drawn. They belong to the reference policy: other settings are another policy.
+    """Settings for drawing completions. They belong to the reference policy: other settings are another policy.
 
-    The defaults are those under which a KL to the reference is what RLHF's objective means: nothing but temperature
-    bends the model's distribution. With top_p, top_k or min_p the reference gives some completions no probability.
+    With the defaults a KL to the reference is that of RLHF's objective: nothing but temperature changes the model's
+    distribution. With top_p, top_k or min_p the reference gives some completions no probability.
 
     >>> Decoding(max_tokens=128, temperature=0.8)
     Decoding(max_tokens=128, temperature=0.8, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, stop=(), ...)
     """
 
     max_tokens: int
-    """Most tokens of a completion; give the trainer's own number: a completion that is cut is another one."""
+    """Most tokens of a completion; use the trainer's own number: a completion that is cut is another one."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -35,7 +36,7 @@ class Decoding:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     """Texts that end a completion, besides the model's own end tokens; they are cut off. Special tokens are no
-    text: with a transformers model one of them, such as "<|im_end|>", is taken by its id; else give stop_token_ids."""
+    text: with a transformers model one of them, such as "<|im_end|>", is found by its id; else use stop_token_ids."""
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -62,14 +63,14 @@ class Decoding:
                 raise ValueError(f"Decoding needs {rule}, got {self!r}")
 
     def fingerprint(self) -> dict[str, Any]:
-        """All settings, as JSON has them."""
+        """Return all settings as JSON values."""
         return {**asdict(self), "stop": list(self.stop), "stop_token_ids": list(self.stop_token_ids)}
 
 
 def _whole(value: Any) -> Any:
-    """A whole number as an int, whatever its type, as JSON and sums may have it; anything else as it is."""
-    counts = isinstance(value, Real) and not isinstance(value, bool)
-    return int(value) if counts and value % 1 == 0 else value
+    """Convert a whole number of any type to an int; leave anything else."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return int(value) if number and value % 1 == 0 else value
 
 
 def _is_count(value: Any, least: int) -> bool:
@@ -81,11 +82,11 @@ Seeds: TypeAlias = Sequence[Sequence[int]]
 
 
 class Rollout(NamedTuple):
-    """A completion of the reference policy, and how it came to its end."""
+    """A completion of the reference policy, with its length, its log-probability and the reason that it ended."""
 
     completion: Completion
     tokens: int | None = None
-    """How many were drawn, the one that ended it included."""
+    """The number of tokens that were drawn, the one that ended it included."""
     finish: Finish | None = None
     """"stop": it ended by itself; "length": it was cut; None: the engine does not say."""
     logprob: float | None = None
@@ -94,12 +95,12 @@ class Rollout(NamedTuple):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Draws completions: `sampler(prompts, seeds)` gives each prompt one completion for each of its seeds."""
+    """Draws completions: `sampler(prompts, seeds)` returns for each prompt one completion for each of its seeds."""
 
     def __call__(self, prompts: Sequence[Prompt], seeds: Seeds, /) -> Sequence[Sequence[Any]]:
-        """Rollouts, or completions alone. Prompt i has len(seeds[i]) of them; equal seeds give equal completions.
+        """Draw rollouts, or completions alone, len(seeds[i]) of prompt i; equal seeds give equal completions.
 
-        An engine that cannot promise the latter makes of the seeds what it can; what it drew is kept.
+        An engine that cannot promise the latter uses the seeds as well as it can; what it drew is kept.
         """
 
 
@@ -108,54 +109,62 @@ class Particular(Protocol):
     """A sampler that knows beforehand which prompts it cannot complete."""
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """ValueError for a prompt that is empty, or too long with its completion, or refused by the template."""
+        """Refuse a prompt that is empty, too long with its completion, or refused by the template: ValueError."""
 
 
 @runtime_checkable
 class Rendering(Protocol):
-    """A sampler that can say which text a prompt becomes."""
+    """A sampler that can tell which text a prompt becomes."""
 
     def rendered(self, prompt: Prompt) -> str:
-        """What the policy reads: the chat template's text for messages, a text as it is."""
+        """Return the text that the policy reads: the chat template's for messages, a text as it is."""
 
 
 def seeds_of(seed: int, key: bytes, first: int, last: int) -> list[int]:
-    """The seeds of a prompt's rollouts first to last - 1: 63 bits that depend on nothing but seed, key and number.
+    """Derive the seeds of a prompt's rollouts first to last - 1: 63 bits of a digest of seed, key and number.
 
     >>> seeds_of(0, bytes(16), 2, 4) == seeds_of(0, bytes(16), 0, 4)[2:]
     True
     """
     start = blake2b(key + str(seed).encode(), digest_size=32)
-    return [_number(start.copy(), number) for number in range(first, last)]
+    seeds = []
+    for number in range(first, last):
+        digest = start.copy()
+        digest.update(f":{number}".encode())
+        seeds.append(int.from_bytes(digest.digest()[:8], "little") >> 1)
+    return seeds
 
 
 def sample(sampler: Sampler, prompts: Iterable[Prompt], seeds: Seeds) -> list[list[Rollout]]:
-    """The rollouts that any sampler gives, checked: as many as there are seeds, each a text or messages."""
-    asked = list(prompts)
-    if len(asked) != len(seeds):
-        raise ValueError(f"each prompt needs its seeds, got {len(asked)} prompts and seeds for {len(seeds)}")
-    # Copies: what a sampler does to its arguments is its own affair.
-    given = sampler(deepcopy(asked), [[*own] for own in seeds]) if asked else []
-    who = name_of(sampler)
-    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != len(asked):
+    """Call any sampler and check its rollouts: as many as there are seeds, each a text or messages."""
+    prompts = list(prompts)
+    if len(prompts) != len(seeds):
+        raise ValueError(f"each prompt needs its seeds, got {len(prompts)} prompts and seeds for {len(seeds)}")
+    # Copies: a sampler may change its arguments.
+    answer = sampler(deepcopy(prompts), [[*each] for each in seeds]) if prompts else []
+    if not isinstance(answer, Sequence) or isinstance(answer, str) or len(answer) != len(prompts):
         raise ValueError(
-            f"a sampler gives a list of completions for each of {len(asked)} prompts, {who} gave {start_of(given)}"
+            f"a sampler gives a list of completions for each of {len(prompts)} prompts, {name_of(sampler)} gave "
+            f"{start_of(answer)}"
         )
-    return [_rollouts(each, prompt, len(own), who) for each, prompt, own in zip(given, asked, seeds, strict=True)]
+    rollouts = []
+    for prompt, own, drawn in zip(prompts, seeds, answer, strict=True):
+        if not isinstance(drawn, Sequence) or isinstance(drawn, str) or len(drawn) != len(own):
+            raise ValueError(
+                f"{name_of(sampler)} gives {len(own)} completions for {start_of(prompt)}, got {start_of(drawn)}"
+            )
+        rollouts.append([_check_rollout(each, prompt, sampler) for each in drawn])
+    return rollouts
 
 
-def _rollouts(given: Any, prompt: Prompt, wanted: int, who: str) -> list[Rollout]:
-    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != wanted:
-        raise ValueError(f"{who} gives {wanted} completions for {start_of(prompt)}, got {start_of(given)}")
-    return [_rollout(each, prompt, who) for each in given]
-
-
-def _rollout(given: Any, prompt: Prompt, who: str) -> Rollout:
-    rollout = given if isinstance(given, Rollout) else Rollout(given)
-    said, tokens, finish, logprob = rollout
-    if not isinstance(said, str | list | tuple):
-        kind = type(said).__name__
-        raise TypeError(f"a completion is a text or a list of messages, {who} gave {kind} for {start_of(prompt)}")
+def _check_rollout(drawn: Any, prompt: Prompt, sampler: Sampler) -> Rollout:
+    rollout = drawn if isinstance(drawn, Rollout) else Rollout(drawn)
+    completion, tokens, finish, logprob = rollout
+    if not isinstance(completion, str | list | tuple):
+        raise TypeError(
+            f"a completion is a text or a list of messages, {name_of(sampler)} gave {type(completion).__name__} for "
+            f"{start_of(prompt)}"
+        )
     rules = {
         "tokens is a count": tokens is None or 0 <= tokens < 2**31,
         'finish is "stop", "length" or None': finish in ("stop", "length", None),
@@ -163,13 +172,34 @@ def _rollout(given: Any, prompt: Prompt, who: str) -> Rollout:
     }
     for rule, holds in rules.items():
         if not holds:
-            raise ValueError(f"of a rollout, {rule}; {who} gave {rollout!r:.120} for {start_of(prompt)}")
-    # Half a character, which JSON can bring and UTF-8 cannot keep, is what a tokenizer writes for bytes that are none.
-    whole = said.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(said, str) else said
-    own = None if tokens is None else int(tokens), None if logprob is None else float(logprob)
-    return Rollout(whole, own[0], finish, own[1])
+            raise ValueError(f"of a rollout, {rule}; {name_of(sampler)} gave {rollout!r:.120} for {start_of(prompt)}")
+    if isinstance(completion, str):
+        # Half a character, which JSON can bring and UTF-8 cannot keep, becomes what tokenizers write for invalid bytes.
+        completion = completion.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    count = None if tokens is None else int(tokens)
+    return Rollout(completion, count, finish, None if logprob is None else float(logprob))
 
 
-def _number(digest: Any, number: int) -> int:
-    digest.update(b":" + str(number).encode())
-    return int.from_bytes(digest.digest()[:8], "little") >> 1
+def logprob_of_draw(logprob: float | None, decoding: Decoding, processed: bool) -> float | None:
+    """Return an engine's log-probability if it is that of the draw: `processed`, or of a decoding that changes nothing.
+
+    >>> logprob_of_draw(-3.5, Decoding(9, stop=("END",)), processed=False)
+    -3.5
+    >>> logprob_of_draw(-3.5, Decoding(9, temperature=0.7), processed=False)
+    """
+    plain = replace(decoding, max_tokens=1, stop=(), stop_token_ids=()) == Decoding(max_tokens=1)
+    return logprob if processed or plain else None
+
+
+def tokenize_prompts(text: Text, tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Make prompts into tokens, as a trainer does.
+
+    An end token, which an input of a scorer may have, is left out: it would end the completion before it begins.
+    """
+    text = replace(text, append_eos=False)
+    return text.tokens(tokenizer, [text.opening(tokenizer, prompt) for prompt in prompts])
+
+
+def fingerprint_of_prompts(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """Select the parts of a `Text`'s fingerprint that a prompt's tokens depend on."""
+    return {name: fingerprint[name] for name in ("chat", "template", "template_options", "special_tokens", "today")}

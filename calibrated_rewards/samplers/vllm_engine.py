@@ -1,6 +1,6 @@
-"""A vLLM engine: one that runs already, or how one is started, which pickles; and what each knows of its model."""
+"""vLLM engines: one that runs already, or the settings to start one, which pickle; with their model's fingerprint."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from hashlib import blake2b
@@ -8,22 +8,22 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
-from calibrated_rewards.scorers.lazy import LOADING
+from calibrated_rewards.models.lazy import Lazy, fields_only
 
-# What of a file of weights is read for its digest: this many pieces, evenly spread, of so many bytes.
+# Pieces of a file of weights that its digest reads, evenly spread, and bytes of each.
 PIECES, PIECE = 1024, 4096
 PROCESSED = "processed_logprobs"
 
 
 @dataclass(frozen=True)
 class Running:
-    """A `vllm.LLM` that was made elsewhere."""
+    """A `vllm.LLM` that runs already."""
 
     llm: Any
 
     @property
     def tokenizer(self) -> Any:
-        """The engine's own."""
+        """The engine's own tokenizer."""
         return self.llm.get_tokenizer()
 
     @property
@@ -33,16 +33,16 @@ class Running:
 
     @property
     def processed(self) -> bool:
-        """Whether the log-probabilities that it tells are those that it draws with."""
+        """True if the log-probabilities that it returns are those that it draws with."""
         return getattr(self._model, "logprobs_mode", "raw_logprobs") == PROCESSED
 
     @property
     def lora(self) -> Any:
-        """No adapter is known of."""
+        """None: an adapter of such an engine is not known."""
         return None
 
     def fingerprint(self) -> dict[str, Any]:
-        """What is known of the weights: a folder's files, or a repository's commit; and their precision."""
+        """Describe the weights by a folder's files, or a repository's commit; and their precision."""
         commit = self._model.revision or getattr(self._model.hf_config, "_commit_hash", None)
         quantised = {"quantization": self._model.quantization} if self._model.quantization else {}
         dtype = str(self._model.dtype).removeprefix("torch.")
@@ -55,10 +55,10 @@ class Running:
 
 @dataclass(frozen=True)
 class Engine:
-    """How an engine is started: the same in every process. It starts when something is first asked of `llm`.
+    """The settings to start an engine, the same in every process. It starts at the first use of `llm`.
 
-    What a run needs to know beforehand (tokenizer, limit, fingerprint) comes from the checkpoint's small files, so that
-    a process that only plans work, or has no GPU, starts no engine.
+    Tokenizer, limit and fingerprint come from the checkpoint's small files, so that a process that only plans work, or
+    has no GPU, starts no engine.
     """
 
     name: str
@@ -67,32 +67,37 @@ class Engine:
     adapter: str | None = None
     """The folder of a LoRA adapter on top of it."""
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """What else `vllm.LLM` takes; they may hold tokens, so no repr shows them."""
+    """More arguments of `vllm.LLM`; they may hold tokens, so no repr shows them."""
+    __getstate__ = fields_only
 
     def __hash__(self) -> int:
         return hash((self.name, self.revision))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("name", "revision", "adapter", "options")}
-
-    @property
+    @Lazy
     def llm(self) -> Any:
-        """The engine; the same one from then on."""
-        with LOADING:
-            return self._llm
+        """Start the engine; the same one from then on."""
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ImportError(f"VllmSampler needs vllm, which does not load ({error}): pip install vllm") from error
+        return LLM(model=self.name, **self._settings)
 
-    @property
+    @Lazy
     def tokenizer(self) -> Any:
-        """The one that is saved beside the model, or that `tokenizer=` names."""
-        with LOADING:
-            return self._tokenizer
+        """Load the tokenizer that is saved beside the model, or that `tokenizer=` names."""
+        from transformers import AutoTokenizer
+
+        name = self._settings.get("tokenizer")
+        code = bool(self._settings.get("trust_remote_code", False))
+        of_the_model = {} if name else self._own
+        return AutoTokenizer.from_pretrained(name or self.name, **{"trust_remote_code": code, **of_the_model})
 
     @cached_property
     def limit(self) -> int | None:
         """Most tokens of a prompt and its completion: max_model_len, or the positions of the model."""
-        asked = self.options.get("max_model_len")
-        if isinstance(asked, int) and asked > 0:
-            return asked
+        limit = self.options.get("max_model_len")
+        if isinstance(limit, int) and limit > 0:
+            return limit
         from transformers import AutoConfig
 
         most = getattr(
@@ -102,12 +107,12 @@ class Engine:
 
     @property
     def processed(self) -> bool:
-        """Whether the log-probabilities that it tells are those that it draws with."""
+        """True if the log-probabilities that it returns are those that it draws with."""
         return bool(self._settings["logprobs_mode"] == PROCESSED)
 
     @property
     def lora(self) -> Any:
-        """What a request says of the adapter."""
+        """The adapter, as requests name it."""
         if self.adapter is None:
             return None
         from vllm.lora.request import LoRARequest
@@ -115,37 +120,20 @@ class Engine:
         return LoRARequest("policy", 1, self.adapter)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What is known of the weights: a folder's files, or a repository's commit; and what changes them."""
+        """Describe the weights by a folder's files, or a repository's commit; and the settings that change them."""
         over = {} if self.adapter is None else {"adapter": weights(self.adapter, None)}
         changing = ("quantization", "kv_cache_dtype", "hf_overrides", "rope_scaling")
-        given = {name: str(self.options[name]) for name in changing if name in self.options}
+        options = {name: str(self.options[name]) for name in changing if name in self.options}
         dtype = str(self._settings["dtype"]).removeprefix("torch.")
-        return {**self._weights, **over, "dtype": dtype, **given, "vllm": installed()}
+        return {**self._weights, **over, "dtype": dtype, **options, "vllm": installed()}
 
     @cached_property
     def _weights(self) -> dict[str, Any]:
         return weights(self.name, self.revision)
 
-    @cached_property
-    def _llm(self) -> Any:
-        try:
-            from vllm import LLM
-        except ImportError as error:
-            raise ImportError(f"VllmSampler needs vllm, which does not load ({error}): pip install vllm") from error
-        return LLM(model=self.name, **self._settings)
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        name = self._settings.get("tokenizer")
-        code = bool(self._settings.get("trust_remote_code", False))
-        of_the_model = {} if name else self._own
-        return AutoTokenizer.from_pretrained(name or self.name, **{"trust_remote_code": code, **of_the_model})
-
     @property
     def _own(self) -> dict[str, Any]:
-        """How the model's own files are asked for."""
+        """The keyword arguments to read the model's own files."""
         code = bool(self.options.get("trust_remote_code", False))
         return {"trust_remote_code": code} | ({} if self.revision is None else {"revision": self.revision})
 
@@ -159,43 +147,37 @@ class Engine:
 
 
 def weights(name: str, revision: str | None) -> dict[str, Any]:
-    """What names the weights: digests of a folder's files, or a repository and its commit."""
+    """Describe weights by a digest of a folder's files, or a repository and its commit."""
     if Path(name).is_dir():
         return {"weights": files_digest(Path(name))}
     return {"model": name, "revision": revision}
 
 
 def files_digest(folder: Path) -> str:
-    """A digest of the config and the weights in a folder; of a large file its size and evenly spread pieces.
+    """Digest the config and the weights in a folder; of a large file its size and evenly spread pieces.
 
-    An engine keeps its weights to itself, and may hold them quantised or spread over machines: these are the files
-    that it was started from. Training moves all of a model's weights, or an adapter's, so pieces tell two apart.
+    An engine does not show its weights, and may hold them quantised or spread over machines: these are the files that
+    it was started from. Training moves all of a model's weights, or an adapter's, so pieces distinguish two.
     """
     digest = blake2b(digest_size=16)
     files = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt", ".gguf")]
     for path in [folder / "config.json", folder / "adapter_config.json", *files]:
         if path.exists():
             digest.update(f"{path.name} {path.stat().st_size} ".encode())
-            for piece in _pieces(path):
-                digest.update(piece)
+            step = max(PIECE, path.stat().st_size // PIECES)
+            with path.open("rb") as file:
+                for start in range(0, path.stat().st_size, step):
+                    file.seek(start)
+                    digest.update(file.read(PIECE))
     return digest.hexdigest()
 
 
 @cache
 def installed() -> str | None:
-    """The version of vLLM, which a CPU build has under another name; None where it is not installed.
+    """Return the version of vLLM, which a CPU build has under another name; None where it is not installed.
 
     >>> installed() is None or installed()[0].isdigit()
     True
     """
     names = packages_distributions().get("vllm", [])
     return version(names[0]) if names else None
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    size = path.stat().st_size
-    step = max(PIECE, size // PIECES)
-    with path.open("rb") as file:
-        for start in range(0, size, step):
-            file.seek(start)
-            yield file.read(PIECE)

@@ -1,6 +1,10 @@
 """Scorers: anything that gives a prompt's completion a number. A plain function is one.
 
-Reward models have a file a kind; `load_scorer` looks at a checkpoint and picks the kind.
+`protocol` defines them and calls them. `loading` has `load_scorer`, which looks at a checkpoint and picks the kind of
+reward model; the kinds have a file each: `sequence_classifier`, `cross_encoder`, `multi_attribute`, `value_head`,
+`process`, `implicit`, and `judge` for language models that are asked. `remote` and `remote_vllm` ask servers,
+`ensemble` combines scorers, `pairwise` and `pair_models` make scorers of models that compare two completions.
+`differences` compares two scorers' fingerprints; `lazy` has the scorer that pickles as how it is loaded.
 
 >>> from calibrated_rewards.scorers import score
 >>> score(lambda prompts, completions: [len(c) for c in completions], ["Hi", "Hi"], ["Hello!", "Go away"])
@@ -25,16 +29,8 @@ if TYPE_CHECKING:
     from calibrated_rewards.scorers.remote import Remote as Remote
 
 # Loaded when they are asked for: they bring heavy libraries.
-LAZY = {
-    "load_scorer": "loading",
-    "Cost": "ensemble",
-    "Ensemble": "ensemble",
-    "Function": "ensemble",
-    "LowerBound": "ensemble",
-    "Mean": "ensemble",
-    "Min": "ensemble",
-    "Remote": "remote",
-}
+_COMBINED = ("Cost", "Ensemble", "Function", "LowerBound", "Mean", "Min")
+LAZY = {"load_scorer": "loading", "Remote": "remote", **dict.fromkeys(_COMBINED, "ensemble")}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,9 @@
-"""An encoder that reads the prompt and the response as a pair of texts, and gives the pair a score."""
+"""Encoders that read a prompt and its response as a pair of texts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
@@ -12,18 +12,17 @@ from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.labels import Labels, labels_of
 from calibrated_rewards.models.own_forward import OwnForward, check_reads
 from calibrated_rewards.models.parts import vocabulary
-from calibrated_rewards.models.reader import Access
+from calibrated_rewards.models.shared_prefix import reader_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.scorers.lazy import in_memory
-from calibrated_rewards.scorers.protocol import finite, name_of, paired
+from calibrated_rewards.scorers.protocol import check_pairs, refuse_pickle, score_with
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Pair(NamedTuple):
-    """The tokens of a pair, their types, and which text each is of: 0, 1, or None for special tokens."""
+    """The tokens of a pair, their types, and the text that each is of: 0, 1, or None for special tokens."""
 
     ids: list[int]
     types: list[int]
@@ -32,7 +31,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class CrossEncoder:
-    """Scores with an AutoModelForSequenceClassification that takes `tokenizer(prompt, response)`.
+    """A scorer that is an AutoModelForSequenceClassification and takes `tokenizer(prompt, response)`.
 
     Of what is longer than `max_length` tokens, the prompt loses its first tokens and the response is kept; only where
     the response alone is too long does it lose its first tokens as well. That is reported as `Text` reports it.
@@ -44,7 +43,7 @@ class CrossEncoder:
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     labels: Labels | None = None
-    """How several labels make one score; None: as `labels_of` reads their names."""
+    """The rule that makes one score of several labels; None: as `labels_of` reads their names."""
     text: Text = field(default_factory=Text)
     """`max_length`, `on_long` and `strip`; the tokenizer's own form of a pair leaves nothing else to choose."""
     batch_tokens: int | None = None
@@ -52,6 +51,8 @@ class CrossEncoder:
     show_progress: bool = True
 
     thread_safe = True  # each call takes the model's lock
+    __reduce__ = refuse_pickle
+    _access = cached_property(reader_of)
 
     def __post_init__(self) -> None:
         plain = Text(max_length=self.text.max_length, on_long=self.text.on_long, strip=self.text.strip)
@@ -59,19 +60,21 @@ class CrossEncoder:
             raise ValueError(f"CrossEncoder takes max_length, on_long and strip of a Text, got {self.text}")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
-        """The score of each pair."""
-        prompts, completions = paired(prompts, completions)
-        if not prompts:
-            return np.empty(0, np.float32)
-        return finite(self._labels(self.logits(prompts, completions)), prompts, completions, name_of(self))
+        """Score each completion of its prompt."""
+        return score_with(lambda *pairs: self._labels(self.logits(*pairs)), self, prompts, completions)
 
     def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, "n L"]:
-        """The numbers of all labels."""
-        prompts, completions = paired(prompts, completions)
-        with self._access.lock:
-            pairs = self._pairs(prompts, completions)
+        """Return the numbers of all labels."""
+        prompts, completions = check_pairs(prompts, completions)
+        with self._access.lock:  # fast tokenizers do not bear two threads
+            responses = [self.text.render(self.tokenizer, "", write_flat(each))[0] for each in completions]
+            texts = [write_flat(prompt) for prompt in prompts], responses
+            encoding = self.tokenizer(*texts, padding=False, truncation=False, verbose=False)
+        ids: list[list[int]] = encoding["input_ids"]
+        token_types = encoding.get("token_type_ids", [[]] * len(ids))
+        pairs = [Pair(row, token_types[i], encoding.sequence_ids(i)) for i, row in enumerate(ids)]
         self.text.report([len(pair.ids) for pair in pairs], self._access.limit)
-        pairs = [shortened(pair, self._access.limit) for pair in pairs]
+        pairs = [shorten(pair, self._access.limit) for pair in pairs]
         types = [pair.types for pair in pairs] if all(pair.types for pair in pairs) else None
         return self._reader([pair.ids for pair in pairs], types).numpy()
 
@@ -80,24 +83,14 @@ class CrossEncoder:
         check_reads(self._reader, self._access.limit)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the scores depend on."""
-        return {
-            "kind": "cross-encoder",
-            **model_fingerprint(self.model, self.tokenizer),
-            "labels": repr(self._labels),
-            "text": {"max_length": self._access.limit, "strip": list(self.text.strip)},
-        }
-
-    def __reduce__(self) -> NoReturn:
-        in_memory(self)
+        """Name all that the scores depend on."""
+        text = {"max_length": self._access.limit, "strip": list(self.text.strip)}
+        model = model_fingerprint(self.model, self.tokenizer)
+        return {"kind": "cross-encoder", **model, "labels": repr(self._labels), "text": text}
 
     @cached_property
     def _labels(self) -> Labels:
         return self.labels if self.labels is not None else labels_of(self.model.config.id2label)  # type: ignore[arg-type]
-
-    @cached_property
-    def _access(self) -> Access:
-        return Access(self.model, self.tokenizer, self.text, self.batch_tokens, show_progress=self.show_progress)
 
     @property
     def _reader(self) -> OwnForward:
@@ -106,37 +99,30 @@ class CrossEncoder:
         pad = next((i for i in ids if i is not None and 0 <= i < vocabulary(self.model)), 0)
         return self._access.own_forward(pad)
 
-    def _pairs(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Pair]:
-        """The tokens of the pairs, whole."""
-        responses = [self.text.render(self.tokenizer, "", flat(completion))[0] for completion in completions]
-        asked = [flat(prompt) for prompt in prompts]
-        found = self.tokenizer(asked, responses, padding=False, truncation=False, verbose=False)
-        ids: list[list[int]] = found["input_ids"]
-        types: list[list[int]] = found.get("token_type_ids", [[]] * len(ids))
-        texts = [found.sequence_ids(i) for i in range(len(ids))]
-        return [Pair(*pair) for pair in zip(ids, types, texts, strict=True)]
 
+def write_flat(messages: Prompt | Completion) -> str:
+    """Write messages as one text: the content of a single one, or lines "role: content"; a text stays as it is.
 
-def flat(messages: Prompt | Completion) -> str:
-    """A text as it is; messages as one: the content of a single one, or lines "role: content".
-
-    >>> flat([{"role": "user", "content": "Hi"}])
+    >>> write_flat([{"role": "user", "content": "Hi"}])
     'Hi'
-    >>> flat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    >>> write_flat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
     'system: Be brief.\\nuser: Hi'
     """
     if isinstance(messages, str) or not len(messages):
         return messages if isinstance(messages, str) else ""
-    read = Text().messages(messages)
-    if len(read) == 1 and read[0]["role"] != "system":
-        return _content(read[0])
-    return "\n".join(f"{message['role']}: {_content(message)}" for message in read)
+    plain = Text().messages(messages)
+    for message in plain:
+        if not isinstance(message.get("content"), str) or message.get("tool_calls"):
+            raise TypeError(f"a cross-encoder reads messages that are text alone, got {message}")
+    if len(plain) == 1 and plain[0]["role"] != "system":
+        return str(plain[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in plain)
 
 
-def shortened(pair: Pair, limit: int) -> Pair:
-    """At most `limit` tokens: without the prompt's first ones, and then without the response's.
+def shorten(pair: Pair, limit: int) -> Pair:
+    """Cut a pair to `limit` tokens: first the prompt's first ones go, then the response's.
 
-    >>> shortened(Pair([0, 5, 6, 1, 7, 8, 1], [], [None, 0, 0, None, 1, 1, None]), 5).ids
+    >>> shorten(Pair([0, 5, 6, 1, 7, 8, 1], [], [None, 0, 0, None, 1, 1, None]), 5).ids
     [0, 1, 7, 8, 1]
     """
     over = len(pair.ids) - limit
@@ -147,13 +133,5 @@ def shortened(pair: Pair, limit: int) -> Pair:
         raise ValueError(
             f"max_length={limit} leaves no room for text beside {len(pair.ids) - len(order)} special tokens"
         )
-    dropped = set(order[:over])
-    stay = [i for i in range(len(pair.ids)) if i not in dropped]
+    stay = sorted({*range(len(pair.ids))} - {*order[:over]})
     return Pair([pair.ids[i] for i in stay], [pair.types[i] for i in stay if pair.types], [pair.texts[i] for i in stay])
-
-
-def _content(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    if not isinstance(content, str) or message.get("tool_calls"):
-        raise TypeError(f"a cross-encoder reads messages that are text alone, got {message}")
-    return content

@@ -4,7 +4,7 @@
 [Difference(place='scorers.reward.seed', there=0, here=1)]
 
 A plain callable is the same if its code and its state are, wherever it stands. Where that cannot be compared (another
-version of Python, a fingerprint of a release that had no digest of the state), only its name is.
+version of Python, another layout of the digests, a release that had no digest of the state), only its name is.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ class Difference(NamedTuple):
 
 
 def differences(there: Any, here: Any, place: str = "") -> Iterator[Difference]:
-    """Every place in which two fingerprints differ."""
+    """Yield every place in which two fingerprints differ."""
     if not isinstance(there, Mapping) or not isinstance(here, Mapping):
         yield from _unlike(there, here, place)
     elif _are_of_kind("callable", there, here):
@@ -40,7 +40,7 @@ def differences(there: Any, here: Any, place: str = "") -> Iterator[Difference]:
 
 
 def merge(there: Any, here: Any) -> Any:
-    """The fingerprint `here`, which is the same as `there`, with what is known of either's changing state."""
+    """Return the fingerprint `here`, an equal one of `there`, with the parts of state that either knows to change."""
     if isinstance(there, list) and isinstance(here, list):
         return [merge(*pair) for pair in zip(there, here, strict=True)] if len(there) == len(here) else here
     if not isinstance(there, Mapping) or not isinstance(here, Mapping):
@@ -51,27 +51,36 @@ def merge(there: Any, here: Any) -> Any:
 
 
 def tolerance_of(there: Any, here: Any) -> float:
-    """How far the scores of one pair by two scorers that are the same may be apart, in standard deviations."""
-    return TOLERANCE_16_BIT if _names_few_bits(there) and _names_few_bits(here) else TOLERANCE
+    """Return the largest gap between two equal scorers' scores of one pair, in standard deviations."""
+    few_bits = [
+        any(str(each.get("dtype", "")).startswith(FEW_BITS) for each in _walk(fingerprint))
+        for fingerprint in (there, here)
+    ]
+    return TOLERANCE_16_BIT if all(few_bits) else TOLERANCE
 
 
 def depends_on_calls(fingerprint: Any) -> bool:
-    """Whether a fingerprint is that of a plain callable, or holds one, whose state its calls may change."""
-    if isinstance(fingerprint, Mapping):
-        return fingerprint.get("kind") == "callable" or any(map(depends_on_calls, fingerprint.values()))
-    return isinstance(fingerprint, list) and any(map(depends_on_calls, fingerprint))
+    """Return whether a fingerprint is that of a plain callable, or holds one, whose state its calls may change."""
+    return any(each.get("kind") == "callable" for each in _walk(fingerprint))
 
 
 def unread(fingerprint: Any) -> list[str]:
-    """The parts of the state of plain callables that no fingerprint can tell apart."""
+    """List the parts of the state of plain callables that no fingerprint can tell apart."""
+    callables = (each for each in _walk(fingerprint) if each.get("kind") == "callable")
+    return [str(name) for each in callables for name in each.get("unread") or ()]
+
+
+def _walk(fingerprint: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield every mapping inside a fingerprint, itself first."""
     if isinstance(fingerprint, Mapping):
-        own = fingerprint.get("unread") if fingerprint.get("kind") == "callable" else None
-        return [*map(str, own or ()), *(name for value in fingerprint.values() for name in unread(value))]
-    return [name for value in fingerprint for name in unread(value)] if isinstance(fingerprint, list) else []
+        yield fingerprint
+        fingerprint = [*fingerprint.values()]
+    for member in fingerprint if isinstance(fingerprint, list) else ():
+        yield from _walk(member)
 
 
 def mark_changing(before: Any, after: Any) -> Any:
-    """The fingerprint before some calls, with the names of the parts of its state that the calls have changed.
+    """Return the fingerprint before some calls, with the names of the parts of its state that the calls changed.
 
     A counter, a cache or a model that is loaded at the first call makes no other scorer.
 
@@ -92,8 +101,8 @@ def mark_changing(before: Any, after: Any) -> Any:
 
 
 def _between_callables(there: Mapping[str, Any], here: Mapping[str, Any], place: str) -> Iterator[Difference]:
-    if there.get("python") is None or there.get("python") != here.get("python"):
-        yield from _unlike(there.get("name"), here.get("name"), f"{place}.name")
+    if not _have_comparable_digests(there, here):
+        yield from _unlike(_place_free(there.get("name")), _place_free(here.get("name")), f"{place}.name")
         return
     if there["code"] != here["code"]:
         yield from _unlike(there.get("name"), here.get("name"), f"{place}.name")
@@ -104,13 +113,23 @@ def _between_callables(there: Mapping[str, Any], here: Mapping[str, Any], place:
 
 
 def _uncompared(there: Mapping[str, Any], here: Mapping[str, Any]) -> set[str]:
-    """What says nothing about two Functions: the code of one alone, and the place of two whose code is the same."""
+    """Return the fields that tell nothing about two Functions: the code of one alone, the place of equal code."""
     if not ("function" in there and "function" in here):
         return {"function"}
     both = there["function"], here["function"]
-    known = all(isinstance(each, Mapping) and "python" in each for each in both)
-    same = known and both[0]["python"] == both[1]["python"] and not [*differences(*both)]
-    return {"name"} if same else set()
+    mappings = all(isinstance(each, Mapping) for each in both)
+    return {"name"} if mappings and _have_comparable_digests(*both) and not [*differences(*both)] else set()
+
+
+def _have_comparable_digests(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Return whether two callables were digested by the same Python and in the same layout (0.1 names none)."""
+    return there.get("python") is not None and all(there.get(name) == here.get(name) for name in ("python", "layout"))
+
+
+def _place_free(name: Any) -> Any:
+    """Return a callable's name; of one of the package's own without the module that it stood in, as 0.1 wrote it."""
+    ours = isinstance(name, str) and name.startswith("calibrated_rewards.")
+    return f"calibrated_rewards.{name.rpartition('.')[2]}" if ours else name
 
 
 def _unlike(there: Any, here: Any, place: str) -> Iterator[Difference]:
@@ -121,13 +140,6 @@ def _unlike(there: Any, here: Any, place: str) -> Iterator[Difference]:
         return  # a release that knew a function by its name or its repr
     elif there != here:
         yield Difference(place, there, here)
-
-
-def _names_few_bits(fingerprint: Any) -> bool:
-    if isinstance(fingerprint, Mapping):
-        own = str(fingerprint.get("dtype", "")).startswith(FEW_BITS)
-        return own or any(map(_names_few_bits, fingerprint.values()))
-    return isinstance(fingerprint, list) and any(map(_names_few_bits, fingerprint))
 
 
 def _are_of_kind(kind: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:

@@ -1,8 +1,7 @@
-"""A plain function of one prompt and one completion, as a scorer that has an identity.
+"""Scorers made of something else: of a function of one pair, minus a scorer, or several combined into one.
 
-Minus a scorer: cost models, and whatever else says how bad a completion is.
-
-Several scorers as one: their mean, the worst of them, or the mean less what they disagree by."""
+`Ensemble` combines by a `Mean`, the worst (`Min`), or the mean less what the scorers disagree by (`LowerBound`).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, is_dataclass
@@ -15,11 +14,11 @@ from jaxtyping import Float32, Float64
 from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.scorers.protocol import (
     Scorer,
-    checked,
+    check_pairs,
+    check_scores,
     fingerprint,
     is_thread_safe,
     name_of,
-    paired,
     reads_messages,
     score,
 )
@@ -47,58 +46,48 @@ class Function:
     """
 
     function: Callable[[Any, Any], Any]
-    """What gives a number for a prompt and a completion of it; higher is better."""
+    """A number for a prompt and a completion of it; higher is better."""
     name: str = ""
-    """What the fingerprint calls it; where it stands (module.function) if nothing is said."""
+    """Its name in the fingerprint; by default where the function is defined, module.function."""
     version: str = ""
-    """Say another one whenever the function changes, and its code is not compared; "": its code and state are."""
+    """Change it whenever the function changes, and its code is not compared; "": its code and state are."""
+
+    # The function gets what calibration gave it, so messages may not take the place of a text.
+    reads_messages = False
+    thread_safe = property(lambda self: is_thread_safe(self.function))
 
     def __post_init__(self) -> None:
-        if not self.name:
-            object.__setattr__(self, "name", _place(self.function))
+        if self.name:
+            return
+        function = self.function
+        if not isinstance(function, FunctionType | BuiltinFunctionType) or "<" in function.__qualname__:
+            raise ValueError(
+                f"Function needs a name for what is not a function of a module, got {function!r}: say name=..., "
+                "by which a calibration knows the scorer again"
+            )
+        object.__setattr__(self, "name", f"{function.__module__}.{function.__qualname__}")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
-        """The score of each pair."""
-        asked, answered = paired(prompts, completions)
-        scores = [self._score(prompt, completion) for prompt, completion in zip(asked, answered, strict=True)]
-        return checked(scores, asked, answered, self.name)
-
-    @property
-    def reads_messages(self) -> bool:
-        """Whether messages may take the place of a text: no, the function gets what calibration gave it."""
-        return False
-
-    @property
-    def thread_safe(self) -> bool:
-        """Whether the function says so."""
-        return is_thread_safe(self.function)
+        """Score each completion of its prompt."""
+        prompts, completions = check_pairs(prompts, completions)
+        scores = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            try:
+                scores.append(float(self.function(prompt, completion)))
+            except Exception as error:
+                error.add_note(f"{self.name} was scoring {start_of(completion)} for the prompt {start_of(prompt)}")
+                raise
+        return check_scores(scores, prompts, completions, self.name)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the scores depend on: the name and the version that were given; without a version, the function too."""
-        own = {} if self.version else {"function": fingerprint(self.function)}
-        return {"kind": "function", "name": self.name, "version": self.version, **own}
-
-    def _score(self, prompt: Prompt, completion: Completion) -> float:
-        try:
-            return float(self.function(prompt, completion))
-        except Exception as error:
-            error.add_note(f"{self.name} was scoring {start_of(completion)} for the prompt {start_of(prompt)}")
-            raise
-
-
-def _place(function: Callable[[Any, Any], Any]) -> str:
-    """Where a function stands; refused for those that stand nowhere, or are more than their code."""
-    if isinstance(function, FunctionType | BuiltinFunctionType) and "<" not in function.__qualname__:
-        return f"{function.__module__}.{function.__qualname__}"
-    raise ValueError(
-        f"Function needs a name for what is not a function of a module, got {function!r}: say name=..., "
-        "by which a calibration knows the scorer again"
-    )
+        """Name all that the scores depend on: the given name and version; without a version, the function too."""
+        function = {} if self.version else {"function": fingerprint(self.function)}
+        return {"kind": "function", "name": self.name, "version": self.version, **function}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The other way round: a completion that costs little scores high.
+    """Minus a scorer: a completion that costs little scores high.
 
     >>> Cost(lambda prompts, completions: [len(c) for c in completions])(["Hi", "Hi"], ["Hello!", "Go away"])
     array([-6., -7.], dtype=float32)
@@ -106,43 +95,36 @@ class Cost:
 
     scorer: Scorer
 
+    reads_messages = property(lambda self: reads_messages(self.scorer))
+    thread_safe = property(lambda self: is_thread_safe(self.scorer))
+
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
-        """Minus the cost of each pair."""
+        """Return minus the cost of each pair."""
         return -score(self.scorer, prompts, completions)
 
-    @property
-    def reads_messages(self) -> bool:
-        """Whether the scorer reads messages."""
-        return reads_messages(self.scorer)
-
-    @property
-    def thread_safe(self) -> bool:
-        """Whether the scorer says so."""
-        return is_thread_safe(self.scorer)
-
     def fingerprint(self) -> dict[str, Any]:
-        """What the scores depend on."""
+        """Name all that the scores depend on."""
         return {"kind": "cost", "of": fingerprint(self.scorer)}
 
 
 @runtime_checkable
 class Combination(Protocol):
-    """Makes one score of those of M scorers; yours may do it otherwise."""
+    """A way to make one score of those of M scorers; yours may do it otherwise."""
 
     def __call__(self, members: Float64[np.ndarray, "M n"], /) -> Float64[np.ndarray, " n"]:
-        """The scores."""
+        """Combine each column of scores into one."""
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of all.
+    """The mean of the scores of all scorers.
 
     >>> Mean()(np.array([[1.0], [4.0]]))
     array([2.5])
     """
 
     def __call__(self, members: Float64[np.ndarray, "M n"], /) -> Float64[np.ndarray, " n"]:
-        """members.mean(0)."""
+        """Return the mean of each column."""
         return np.asarray(members.mean(0))
 
 
@@ -155,7 +137,7 @@ class Min:
     """
 
     def __call__(self, members: Float64[np.ndarray, "M n"], /) -> Float64[np.ndarray, " n"]:
-        """members.min(0)."""
+        """Return the lowest of each column."""
         return np.asarray(members.min(0))
 
 
@@ -174,17 +156,17 @@ class LowerBound:
             raise ValueError(f"LowerBound needs a finite k >= 0, got k={self.k}")
 
     def __call__(self, members: Float64[np.ndarray, "M n"], /) -> Float64[np.ndarray, " n"]:
-        """members.mean(0) - k * members.std(0)."""
+        """Return members.mean(0) - k * members.std(0)."""
         return np.asarray(members.mean(0) - self.k * members.std(0))
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Combines scorers; each counts as (score - shift) / scale.
+    """A combination of scorers; each counts as (score - shift) / scale.
 
-    Raw scores of different reward models stand on different scales: as they are, the one with the widest spread
-    outweighs all others in a mean, and the one with the lowest level is nearly always the minimum. So say each one's
-    shift and scale: the mean and the standard deviation of its scores for the reference completions, which
+    Raw scores of different reward models have different scales: as they are, the one with the widest spread outweighs
+    all others in a mean, and the one with the lowest level is nearly always the minimum. So give each one's shift and
+    scale: the mean and the standard deviation of its scores for the reference completions, which
     `Ensemble.standardised` measures. A smaller scale is a larger weight.
 
     >>> length = lambda prompts, completions: [len(c) for c in completions]
@@ -199,6 +181,8 @@ class Ensemble:
     """One for each scorer; None for 0."""
     scales: Sequence[float] | np.ndarray | None = None
     """One for each scorer, all above 0; None for 1."""
+
+    reads_messages = property(lambda self: all(map(reads_messages, self.scorers)))
 
     def __post_init__(self) -> None:
         scorers = tuple(self.scorers)
@@ -224,51 +208,47 @@ class Ensemble:
         completions: Sequence[Completion],
         how: Combination | None = None,
     ) -> "Ensemble":
-        """An ensemble in which each scorer has mean 0 and standard deviation 1 over these completions."""
-        asked, answered = paired(prompts, completions)
-        members = tuple(scorers)
-        found = [score(scorer, asked, answered).astype(np.float64) for scorer in members]
-        for scorer, scores in zip(members, found, strict=True):
+        """Build an ensemble in which each scorer has mean 0 and standard deviation 1 over these completions."""
+        prompts, completions = check_pairs(prompts, completions)
+        scorers, shifts, scales = tuple(scorers), [], []
+        for scorer in scorers:
+            scores = score(scorer, prompts, completions).astype(np.float64)
             if len(scores) < 2 or not scores.std() > 0:
                 raise ValueError(
                     f"a scale needs two different scores, {name_of(scorer)} gave {len(scores)} without a spread"
                 )
-        shifts, scales = [float(s.mean()) for s in found], [float(s.std()) for s in found]
-        return cls(members, Mean() if how is None else how, shifts, scales)
+            shifts.append(float(scores.mean()))
+            scales.append(float(scores.std()))
+        return cls(scorers, Mean() if how is None else how, shifts, scales)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
-        """The combined score of each pair."""
-        asked, answered = paired(prompts, completions)
-        if not asked:
+        """Combine the scores of each pair."""
+        prompts, completions = check_pairs(prompts, completions)
+        if not prompts:
             return np.empty(0, np.float32)
-        members = np.stack([score(scorer, asked, answered).astype(np.float64) for scorer in self.scorers])
+        members = np.stack([score(scorer, prompts, completions).astype(np.float64) for scorer in self.scorers])
         shifts, scales = np.asarray(self.shifts)[:, None], np.asarray(self.scales)[:, None]
-        return checked(self.how((members - shifts) / scales), asked, answered, f"the ensemble's {name_of(self.how)}")
-
-    @property
-    def reads_messages(self) -> bool:
-        """Whether all of the scorers read messages."""
-        return all(map(reads_messages, self.scorers))
+        scores = self.how((members - shifts) / scales)
+        return check_scores(scores, prompts, completions, f"the ensemble's {name_of(self.how)}")
 
     @property
     def thread_safe(self) -> bool:
-        """Whether all members, and a combination of yours, say so."""
-        return all(map(is_thread_safe, self.scorers)) and (
-            isinstance(self.how, Mean | Min | LowerBound) or is_thread_safe(self.how)
-        )
+        """True if all members, and a combination of yours, say so."""
+        how_is_safe = isinstance(self.how, Mean | Min | LowerBound) or is_thread_safe(self.how)
+        return how_is_safe and all(map(is_thread_safe, self.scorers))
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the scores depend on."""
+        """Name all that the scores depend on."""
         return {
             "kind": "ensemble",
             "of": [fingerprint(scorer) for scorer in self.scorers],
-            "how": identity_of(self.how),
+            "how": identify(self.how),
             "shifts": np.asarray(self.shifts).tolist(),
             "scales": np.asarray(self.scales).tolist(),
         }
 
 
-def identity_of(how: Any) -> Any:
-    """What a way to combine scores is, the same in every process: the repr of one of ours, or a fingerprint."""
+def identify(how: Any) -> Any:
+    """Identify a way to combine scores, alike in every process: by the repr of one of ours, or by its fingerprint."""
     ours = is_dataclass(how) and type(how).__module__.startswith("calibrated_rewards.")
     return repr(how) if ours else fingerprint(how)

@@ -1,9 +1,9 @@
-"""Models whose score is not `logits` but another of their outputs: attributes, end scores, or a bare tensor."""
+"""Models whose score is another output than `logits`: attributes, end scores, or a bare tensor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -12,11 +12,10 @@ from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.fingerprint import model_fingerprint
 from calibrated_rewards.models.labels import Label, Labels
 from calibrated_rewards.models.own_forward import HeadPrecision, OwnForward, fit_precision
-from calibrated_rewards.models.reader import Access
+from calibrated_rewards.models.shared_prefix import reader_of
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.scorers.lazy import in_memory
-from calibrated_rewards.scorers.protocol import finite, name_of, paired
+from calibrated_rewards.scorers.protocol import check_pairs, refuse_pickle, score_with
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class MultiAttribute:
-    """Scores with one output of the model's own forward, of any shape (inputs, numbers).
+    """A scorer that reads one output of the model's own forward, of any shape (inputs, numbers).
 
     ArmoRM and QRM: `output="score"`, or `output="rewards"` with `labels=Weighted(...)`. Beaver: `output="end_scores"`.
     WorldPM and Qwen2.5-Math-RM: `output=0`. UltraRM, whose forward returns the scores: `output=None`.
@@ -35,19 +34,21 @@ class MultiAttribute:
     output: str | int | None = "score"
     """A key or an index of what the forward returns; None if it returns the scores themselves."""
     labels: Labels | None = None
-    """How several numbers make one score; None: the only one."""
+    """The rule that makes one score of several numbers; None: the only one."""
     text: Text = field(default_factory=Text)
     batch_tokens: int | None = None
     """Tokens in a batch, padding included; halved by itself where memory does not suffice."""
     show_progress: bool = True
 
     thread_safe = True  # each call takes the model's lock
+    __reduce__ = refuse_pickle
+    _access = cached_property(reader_of)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
-        """The score of each pair."""
-        prompts, completions = paired(prompts, completions)
-        if not prompts:
-            return np.empty(0, np.float32)
+        """Score each completion of its prompt."""
+        return score_with(self._scores, self, prompts, completions)
+
+    def _scores(self, prompts: list[Prompt], completions: list[Completion]) -> Float32[np.ndarray, " n"]:
         numbers = self.logits(prompts, completions)
         if self.labels is None and numbers.shape[1] != 1:
             raise ValueError(
@@ -56,51 +57,15 @@ class MultiAttribute:
                     f"score, with {setting('labels', 'Label(i) or Weighted(weights)')}"
                 )
             )
-        return finite((self.labels or Label(0))(numbers), prompts, completions, name_of(self))
+        return (self.labels or Label(0))(numbers)
 
     def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, "n L"]:
-        """The numbers of the output, all of them."""
-        prompts, completions = paired(prompts, completions)
-        ids = self._access.encode(prompts, completions)
+        """Return the numbers of the output, all of them."""
+        ids = self._access.encode(*check_pairs(prompts, completions))
         reader = fit_precision(self._reader, ids, self._precision)
-        self._examine(reader, ids)
-        return reader(ids).numpy()
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What the scores depend on."""
-        return {
-            "kind": "multi-attribute",
-            **model_fingerprint(self.model, self.tokenizer),
-            "output": self.output,
-            "labels": repr(self.labels or Label(0)),
-            "text": self._access.text_fingerprint(),
-        }
-
-    def __reduce__(self) -> NoReturn:
-        in_memory(self)
-
-    @cached_property
-    def _access(self) -> Access:
-        return Access(self.model, self.tokenizer, self.text, self.batch_tokens, show_progress=self.show_progress)
-
-    @cached_property
-    def _precision(self) -> HeadPrecision:
-        return HeadPrecision()
-
-    @cached_property
-    def _widths(self) -> set[int]:
-        """How many numbers the first inputs gave, of two lengths; empty until they were asked."""
-        return set()
-
-    @property
-    def _reader(self) -> OwnForward:
-        return self._access.own_forward(self._access.pad, output=self.output)
-
-    def _examine(self, reader: OwnForward, rows: list[list[int]]) -> None:
-        """Refuse an output that has a number for each token: two inputs of different lengths tell."""
         if len(self._widths) != 1:
             self._widths.clear()
-            self._widths.update(reader([row]).shape[1] for row in pick_two_lengths(rows, self._access.limit))
+            self._widths.update(reader([row]).shape[1] for row in pick_two_lengths(ids, self._access.limit))
         if len(self._widths) > 1:
             raise ValueError(
                 Message(
@@ -108,6 +73,26 @@ class MultiAttribute:
                     f"is the score, {setting('output', 'NAME')}"
                 )
             )
+        return reader(ids).numpy()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Name all that the scores depend on."""
+        settings = {"output": self.output, "labels": repr(self.labels or Label(0))}
+        model, text = model_fingerprint(self.model, self.tokenizer), self._access.text_fingerprint()
+        return {"kind": "multi-attribute", **model, **settings, "text": text}
+
+    @property
+    def _reader(self) -> OwnForward:
+        return self._access.own_forward(self._access.pad, output=self.output)
+
+    @cached_property
+    def _precision(self) -> HeadPrecision:
+        return HeadPrecision()
+
+    @cached_property
+    def _widths(self) -> set[int]:
+        """The numbers that two first inputs of different lengths gave: two widths if the output has one a token."""
+        return set()
 
 
 def pick_two_lengths(rows: list[list[int]], limit: int) -> tuple[list[int], list[int]]:

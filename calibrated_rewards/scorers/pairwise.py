@@ -1,27 +1,28 @@
-"""Preference models, which compare two completions, as scorers: the mean chance to win against cached references."""
+"""Preference models, which compare two completions, as scorers: the mean probability to beat cached references."""
 
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from calibrated_rewards.prompts import KEY_BYTES, Completion, Prompt, as_key, start_of
+from calibrated_rewards.files import write_file
+from calibrated_rewards.prompts import KEY_BYTES, Completion, Prompt, UnknownPromptError, as_key, start_of
 from calibrated_rewards.scorers.protocol import (
+    check_pairs,
     fingerprint,
     is_thread_safe,
     name_of,
-    paired,
-    plain,
     reads_messages,
+    to_plain,
     without_tensors,
 )
-from calibrated_rewards.table.reference_table import UnknownPromptError
 
 # How far rounding may carry a probability out of [0, 1].
 ROUNDING = 1e-5
@@ -29,39 +30,50 @@ ROUNDING = 1e-5
 
 @runtime_checkable
 class Preference(Protocol):
-    """Compares: `preference(prompts, firsts, seconds)`, three lists of one length, gives as many probabilities."""
+    """A callable that compares: `preference(prompts, firsts, seconds)`, lists of one length, gives as many numbers."""
 
     def __call__(
         self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion], /
     ) -> Any:
-        """For each prompt the probability that its first completion is better than its second."""
+        """Return for each prompt the probability that its first completion is better than its second."""
 
 
-def win_chances(
+def check_comparisons(
+    prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion]
+) -> tuple[list[Prompt], list[Completion], list[Completion]]:
+    """Return prompts, first and second completions as three lists of one length."""
+    if not len(prompts) == len(firsts) == len(seconds):
+        raise ValueError(
+            f"a comparison has a prompt and two completions, got {len(prompts)}, {len(firsts)} and {len(seconds)}"
+        )
+    return *check_pairs(prompts, firsts), check_pairs(prompts, seconds)[1]
+
+
+def compare(
     preference: Preference, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion]
 ) -> Float64[np.ndarray, " n"]:
-    """What a preference model answers, checked: one probability for each pair."""
-    prompts, firsts, seconds = _compared(prompts, firsts, seconds)
-    given = preference(prompts, firsts, seconds) if len(prompts) else []
+    """Call a preference model and check its answer: one probability for each pair."""
+    prompts, firsts, seconds = check_comparisons(prompts, firsts, seconds)
+    answer = preference(prompts, firsts, seconds) if len(prompts) else []
     try:
-        answer = np.asarray(without_tensors(given), dtype=np.float64)
+        chances = np.asarray(without_tensors(answer), dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{name_of(preference)} gave no list of probabilities: {start_of(given)}") from error
-    if answer.shape != (len(prompts),):
-        raise ValueError(f"a preference gives one number a pair, got shape {answer.shape} for {len(prompts)} pairs")
-    bad = np.flatnonzero(~((answer >= -ROUNDING) & (answer <= 1 + ROUNDING)))
+        raise TypeError(f"{name_of(preference)} gave no list of probabilities: {start_of(answer)}") from error
+    if chances.shape != (len(prompts),):
+        raise ValueError(f"a preference gives one number a pair, got shape {chances.shape} for {len(prompts)} pairs")
+    bad = np.flatnonzero(~((chances >= -ROUNDING) & (chances <= 1 + ROUNDING)))
     if len(bad):
         i = int(bad[0])
         raise ValueError(
-            f"a preference is a probability in [0, 1], got {answer[i]} for {start_of(firsts[i])} against "
+            f"a preference is a probability in [0, 1], got {chances[i]} for {start_of(firsts[i])} against "
             f"{start_of(seconds[i])} (log-odds need a sigmoid)"
         )
-    return np.clip(answer, 0.0, 1.0)
+    return np.clip(chances, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class BothOrders:
-    """A preference asked both ways: the mean of P(a beats b) and 1 - P(b beats a).
+    """A preference asked in both orders: the mean of P(a beats b) and 1 - P(b beats a).
 
     Models favour a place, mostly the first. This cancels it: the answers of (a, b) and (b, a) then add up to 1.
 
@@ -72,28 +84,21 @@ class BothOrders:
 
     preference: Preference
 
+    reads_messages = property(lambda self: reads_messages(self.preference))
+    thread_safe = property(lambda self: is_thread_safe(self.preference))
+
     def __call__(
         self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion]
     ) -> Float64[np.ndarray, " n"]:
-        """For each prompt the probability that its first completion is better than its second."""
-        prompts, firsts, seconds = _compared(prompts, firsts, seconds)
-        both = win_chances(self.preference, [*prompts, *prompts], [*firsts, *seconds], [*seconds, *firsts])
+        """Return for each prompt the probability that its first completion is better than its second."""
+        prompts, firsts, seconds = check_comparisons(prompts, firsts, seconds)
+        both = compare(self.preference, [*prompts, *prompts], [*firsts, *seconds], [*seconds, *firsts])
         ahead, behind = both[: len(prompts)], both[len(prompts) :]
         return np.asarray((ahead + (1 - behind)) / 2)
 
-    @property
-    def reads_messages(self) -> bool:
-        """Whether the preference reads messages."""
-        return reads_messages(self.preference)
-
-    @property
-    def thread_safe(self) -> bool:
-        """Whether the preference says so."""
-        return is_thread_safe(self.preference)
-
     def fingerprint(self) -> dict[str, Any]:
-        """What the answers depend on."""
-        return {"kind": "both orders", "of": fingerprint(cast(Any, self.preference))}
+        """Name all that the answers depend on."""
+        return {"kind": "both orders", "of": fingerprint(self.preference)}
 
 
 @dataclass(frozen=True)
@@ -117,30 +122,28 @@ class References:
 
     @classmethod
     def of(cls, rows: Iterable[tuple[Prompt, Sequence[Completion]]]) -> "References":
-        """From (prompt, completions) pairs, a prompt only once."""
-        found: dict[bytes, Sequence[Completion]] = {}
+        """Build them from (prompt, completions) pairs, a prompt only once."""
+        by_key: dict[bytes, Sequence[Completion]] = {}
         for prompt, completions in rows:
             key = as_key(prompt)
-            if key in found:
+            if key in by_key:
                 raise ValueError(f"a prompt has one list of references, got two for {start_of(prompt)}")
-            found[key] = listed(completions, prompt)
-        return cls(found)
+            by_key[key] = check_references(completions, prompt)
+        return cls(by_key)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "References":
-        """From the file that `save` wrote."""
+        """Read them from the file that `save` wrote."""
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             lines = ((line, f"{os.fspath(path)} line {at}") for at, line in enumerate(file, 1))
-            return cls.of(_read(line, place) for line, place in lines if line.strip())
+            return cls.of(_parse_line(line, place) for line, place in lines if line.strip())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """To one JSONL file, a prompt a line by ascending key: equal references are equal bytes."""
-        partial = Path(f"{os.fspath(path)}.partial")
-        partial.write_text("".join(f"{line}\n" for line in self._lines()), encoding="utf-8")
-        partial.replace(path)
+        """Write them to one JSONL file, a prompt a line by ascending key: equal references are equal bytes."""
+        write_file(path, "".join(f"{line}\n" for line in self._lines()))
 
     def __call__(self, prompt: Prompt) -> Sequence[Completion]:
-        """The references of a prompt; UnknownPromptError if there are none."""
+        """Return the references of a prompt; UnknownPromptError if there are none."""
         key = as_key(prompt)
         if key not in self.by_key:
             raise UnknownPromptError(
@@ -149,20 +152,20 @@ class References:
         return self.by_key[key]
 
     def fingerprint(self) -> dict[str, Any]:
-        """A digest of all references."""
+        """Count the prompts and digest all references."""
         digest = blake2b("\n".join(self._lines()).encode(), digest_size=16).hexdigest()
         return {"kind": "references", "prompts": len(self.by_key), "digest": digest}
 
     def _lines(self) -> list[str]:
         return [
-            json.dumps({"key": key.hex(), "completions": [plain(c) for c in self.by_key[key]]})
+            json.dumps({"key": key.hex(), "completions": [to_plain(c) for c in self.by_key[key]]})
             for key in sorted(self.by_key)
         ]
 
 
 @dataclass(frozen=True, eq=False)
 class MeanWin:
-    """A scorer: the mean probability to beat the references of the prompt, a number in [0, 1].
+    """A scorer made of a preference: the mean probability to beat the references of the prompt, in [0, 1].
 
     A completion that is itself one of the references is not compared with that one (with one of them, if several are
     the same text): the references' own scores, which a calibration is made of, are then means over the *others*, as
@@ -179,78 +182,60 @@ class MeanWin:
     references: Callable[[Prompt], Sequence[Completion]]
     """The references of a prompt: `References`, or a function of yours."""
 
+    reads_messages = property(lambda self: reads_messages(self.preference))
+    thread_safe = property(lambda self: is_thread_safe(self.preference) and is_thread_safe(self.references))
+
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
-        """The score of each pair."""
-        asked, answered = paired(prompts, completions)
-        rivals = [self._rivals(prompt, own) for prompt, own in zip(asked, answered, strict=True)]
+        """Score each completion of its prompt."""
+        prompts, completions = check_pairs(prompts, completions)
+        rivals = [self._find_rivals(prompt, own) for prompt, own in zip(prompts, completions, strict=True)]
         counts = np.array([len(others) for others in rivals], dtype=np.int64)
         at = np.repeat(np.arange(len(rivals)), counts)
-        chances = win_chances(
+        chances = compare(
             self.preference,
-            [asked[i] for i in at.tolist()],
-            [answered[i] for i in at.tolist()],
+            [prompts[i] for i in at.tolist()],
+            [completions[i] for i in at.tolist()],
             [other for others in rivals for other in others],
         )
         wins = np.bincount(at, weights=chances, minlength=len(rivals))
         return np.where(counts > 0, wins / np.maximum(counts, 1), 0.5).astype(np.float32)
 
-    @property
-    def reads_messages(self) -> bool:
-        """Whether the preference reads messages."""
-        return reads_messages(self.preference)
-
-    @property
-    def thread_safe(self) -> bool:
-        """Whether the preference and the references say so."""
-        return is_thread_safe(self.preference) and is_thread_safe(self.references)
-
     def fingerprint(self) -> dict[str, Any]:
-        """What the scores depend on."""
+        """Name all that the scores depend on."""
         return {
             "kind": "mean win",
-            "preference": fingerprint(cast(Any, self.preference)),
-            "references": fingerprint(cast(Any, self.references)),
+            "preference": fingerprint(self.preference),
+            "references": fingerprint(self.references),
         }
 
-    def _rivals(self, prompt: Prompt, completion: Completion) -> list[Completion]:
-        others = list(listed(self.references(prompt), prompt))
-        own = plain(completion)
-        same = next((i for i, other in enumerate(others) if plain(other) == own), None)
+    def _find_rivals(self, prompt: Prompt, completion: Completion) -> list[Completion]:
+        """Return the references of a prompt, without one that is the completion itself."""
+        others, own = list(check_references(self.references(prompt), prompt)), to_plain(completion)
+        same = next((i for i, other in enumerate(others) if to_plain(other) == own), None)
         return others if same is None else others[:same] + others[same + 1 :]
 
 
-def _compared(
-    prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion]
-) -> tuple[list[Prompt], list[Completion], list[Completion]]:
-    """Three lists of one length."""
-    if not len(prompts) == len(firsts) == len(seconds):
-        raise ValueError(
-            f"a comparison has a prompt and two completions, got {len(prompts)}, {len(firsts)} and {len(seconds)}"
-        )
-    return *paired(prompts, firsts), paired(prompts, seconds)[1]
+def check_references(completions: Any, prompt: Prompt | bytes) -> tuple[Completion, ...]:
+    """Return the references of a prompt as a tuple; refuse anything but one or more texts, or lists of messages.
 
-
-def listed(completions: Any, prompt: Prompt | bytes) -> tuple[Completion, ...]:
-    """The references of a prompt, if that is what they are: one or more texts, or lists of messages.
-
-    >>> listed("Hello!", "Hi")
+    >>> check_references("Hello!", "Hi")
     Traceback (most recent call last):
     ValueError: references are a list of completions, one or more, got 'Hello!' for 'Hi'
     """
-    given = completions if isinstance(completions, Sequence | np.ndarray) else ()
-    if isinstance(completions, str | bytes) or not len(given):
+    listed = isinstance(completions, Sequence | np.ndarray) and not isinstance(completions, str | bytes)
+    if not listed or not len(completions):
         raise ValueError(
             f"references are a list of completions, one or more, got {start_of(completions)} for {start_of(prompt)}"
         )
-    for completion in given:
+    for completion in completions:
         if isinstance(completion, bytes | Mapping) or not isinstance(completion, Sequence | np.ndarray):
             raise ValueError(
                 f"a reference is a text or a list of messages, got {start_of(completion)} for {start_of(prompt)}"
             )
-    return tuple(given)
+    return tuple(completions)
 
 
-def _read(line: str, place: str) -> tuple[bytes, Sequence[Completion]]:
+def _parse_line(line: str, place: str) -> tuple[bytes, Sequence[Completion]]:
     try:
         row = json.loads(line)
         key, completions = bytes.fromhex(row["key"]), row["completions"]

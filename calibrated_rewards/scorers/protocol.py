@@ -1,88 +1,31 @@
-"""Call a scorer from one thread at a time, unless it says that several may call it at once.
+"""The definition of a scorer, and the one way to call it: from one thread at a time, its scores checked.
 
-A scorer says so by an attribute, `thread_safe = True`. Every call that goes through `scorers.score` comes by here:
-those of `CalibratedReward`, of `calibrate` and of the members of an ensemble.
-
-Prompts and completions in the one form that JSON has for them.
-
-What a scorer is, and the one place where its answer is checked."""
+Every call that `CalibratedReward`, `calibrate` and the members of an ensemble make goes through `score`. A scorer that
+several threads may call at once says so by an attribute, `thread_safe = True`.
+"""
 
 import json
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from inspect import Parameter, iscoroutine, signature
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.models.callable_fingerprint import describe
-from calibrated_rewards.prompts import Completion, Prompt, canonical_chat, start_of
-
-
-class _Lock:
-    """A reentrant lock that can be referred to weakly."""
-
-    def __init__(self, owner: object) -> None:
-        self.owner, self.lock = owner, threading.RLock()
-
-    def __enter__(self) -> None:
-        self.lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self.lock.release()
-
-
-def is_thread_safe(scorer: object) -> bool:
-    """Whether a scorer says that several threads may call it at once; one that says nothing may not.
-
-    >>> is_thread_safe(len)
-    False
-    """
-    if isinstance(scorer, partial):
-        return is_thread_safe(scorer.func)
-    return getattr(scorer, "thread_safe", False) is True
-
-
-class _Registry:
-    """The locks of scorers by id, each for as long as a call uses it; its caller holds the scorer, so the id is its."""
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Start anew, in a forked process: nobody there releases the locks of its parent's threads."""
-        self.guard, self.locks = threading.Lock(), WeakValueDictionary[int, _Lock]()
-
-    def lock_for(self, scorer: object) -> _Lock:
-        """The lock that all who call this scorer at this moment share."""
-        with self.guard:
-            lock = self.locks.get(id(scorer))
-            if lock is None:
-                lock = self.locks[id(scorer)] = _Lock(scorer)
-            return lock
-
-
-_registry = _Registry()
-lock_for = _registry.lock_for
-os.register_at_fork(after_in_child=_registry.forget)
-
-
-def plain(said: Prompt | Completion) -> Any:
-    """A text as it is; messages as lists and dicts, the same for all ways to write the same messages.
-
-    >>> plain([{"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": None}])
-    [{'content': 'Hi', 'role': 'user'}]
-    """
-    if isinstance(said, str):
-        return said
-    return json.loads(canonical_chat(said)) if len(said) else []
-
+from calibrated_rewards.models.callable_fingerprint import describe, place_free_name
+from calibrated_rewards.prompts import (
+    Completion,
+    Prompt,
+    canonical_chat,
+    name_of as name_of,  # noqa: PLC0414 (scorers import it from here)
+    start_of,
+)
 
 TEXTS_OF_CHATS = (
     "completions are texts here, also where prompts are messages: a function that reads completion[0]['content'], as "
@@ -93,59 +36,63 @@ _OTHER = {"prompts": "completion", "completions": "prompt"}
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Scores completions: `scorer(prompts, completions)`, two lists of one length, gives as many numbers.
+    """A callable that scores completions: `scorer(prompts, completions)`, two lists of one length, gives numbers.
 
     One thread at a time calls it, whatever number of threads ask a reward. A scorer that several threads may call at
     once says so by an attribute, `thread_safe = True`, on its class, on the object or on the function.
     """
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], /) -> Any:
-        """One score for each pair, higher is better: a list, a numpy array or a torch tensor."""
+        """Score each pair, higher is better: a list, a numpy array or a torch tensor."""
 
 
 @runtime_checkable
 class Fingerprinted(Protocol):
-    """A scorer or sampler that can say what it is: two that say the same do the same."""
+    """A scorer or sampler with an identity: two that have the same fingerprint do the same."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """What its scores depend on, as JSON: weights, tokenizer, template, precision, truncation."""
+        """Name as JSON all that the scores depend on: weights, tokenizer, template, precision, truncation."""
 
 
 @runtime_checkable
 class ReadsMessages(Protocol):
-    """A scorer that says whether it scores an answer alike as a text and as messages, tool calls included."""
+    """A scorer that declares whether it scores an answer alike as a text and as messages, tool calls included."""
 
     @property
     def reads_messages(self) -> bool:
-        """Whether it does."""
-
-
-def reads_messages(scorer: object) -> bool:
-    """Whether a scorer may be given messages where it was calibrated with texts; a plain function may not."""
-    if isinstance(scorer, ReadsMessages):
-        return bool(scorer.reads_messages)
-    return type(scorer).__module__.startswith("calibrated_rewards.")
+        """True if both have the same score."""
 
 
 def score(scorer: Scorer, prompts: Iterable[Prompt], completions: Iterable[Completion]) -> Float32[np.ndarray, " n"]:
-    """The scores that any scorer gives, checked: one for each pair, none of them nan or infinite."""
-    asked, answered = paired(prompts, completions)
-    if not asked:
+    """Call any scorer and check its scores: one for each pair, none of them nan or infinite."""
+    prompts, completions = check_pairs(prompts, completions)
+    if not prompts:
         return np.empty(0, np.float32)
     with nullcontext() if is_thread_safe(scorer) else lock_for(scorer):
         # Copies: what a scorer does to its arguments is its own affair. The answer is copied before the next call.
         try:
-            answer = call(scorer, deepcopy(asked), deepcopy(answered))
+            answer = call(scorer, deepcopy(prompts), deepcopy(completions))
         except (TypeError, AttributeError) as error:
-            if not reads_messages(scorer) and _are_texts_of_chats(asked, answered):
+            chats = any(
+                not isinstance(p, str) and isinstance(c, str) for p, c in zip(prompts, completions, strict=True)
+            )
+            if chats and not reads_messages(scorer):  # TRL's own functions are given messages there
                 error.add_note(TEXTS_OF_CHATS)
             raise
-        return checked(answer, asked, answered, name_of(scorer))
+        return check_scores(answer, prompts, completions, name_of(scorer))
 
 
-def _are_texts_of_chats(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> bool:
-    """Whether completions are texts where prompts are messages: TRL's own functions are given messages there."""
-    return any(not isinstance(p, str) and isinstance(c, str) for p, c in zip(prompts, completions, strict=True))
+def score_with(
+    compute: Callable[[list[Prompt], list[Completion]], Float32[np.ndarray, " n"]],
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+) -> Float32[np.ndarray, " n"]:
+    """Check the pairs, compute their scores and check these: what a scorer's own `__call__` does."""
+    prompts, completions = check_pairs(prompts, completions)
+    if not prompts:
+        return np.empty(0, np.float32)
+    return check_finite(compute(prompts, completions), prompts, completions, name_of(scorer))
 
 
 def call(scorer: Any, prompts: Sequence[Any], completions: Sequence[Any]) -> Any:
@@ -153,12 +100,15 @@ def call(scorer: Any, prompts: Sequence[Any], completions: Sequence[Any]) -> Any
 
     TRL's functions have their arguments in any order, and often no prompts: `def reward(completions, **kwargs)`.
     """
-    parameters = _parameters(scorer)
+    try:
+        parameters = {n: each for n, each in signature(scorer).parameters.items() if each.kind != each.POSITIONAL_ONLY}
+    except (TypeError, ValueError):  # a builtin without a signature
+        parameters = {}
     if "completions" not in parameters:
         return scorer(prompts, completions)
     second = list(parameters)[1:2] == ["completions"]
     known = ("prompts", "completions", *list(parameters)[: 2 * second])  # the first may have any name
-    lacking = [name for name, each in parameters.items() if name not in known and _is_asked(each)]
+    lacking = [name for name, each in parameters.items() if name not in known and _is_required(each)]
     if lacking:
         raise TypeError(
             f"{name_of(scorer)} needs {', '.join(lacking)} beside prompts and completions: a scorer is given nothing "
@@ -170,62 +120,66 @@ def call(scorer: Any, prompts: Sequence[Any], completions: Sequence[Any]) -> Any
     return scorer(completions=completions, **({"prompts": prompts} if takes_prompts else {}))
 
 
-def _parameters(scorer: Any) -> dict[str, Parameter]:
-    """The arguments that can be given by name; none for a builtin without a signature."""
-    try:
-        named = signature(scorer).parameters
-    except (TypeError, ValueError):
-        return {}
-    return {name: each for name, each in named.items() if each.kind is not each.POSITIONAL_ONLY}
-
-
-def _is_asked(parameter: Parameter) -> bool:
+def _is_required(parameter: Parameter) -> bool:
     by_name = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     return by_name and parameter.default is parameter.empty
 
 
-def checked(
-    answer: Any, prompts: Sequence[Prompt], completions: Sequence[Completion], who: str
-) -> Float32[np.ndarray, " n"]:
-    """An answer as scores of its own memory: one finite number for each pair; errors call the answerer `who`."""
-    given = _as_array(answer, who)
-    if given.shape != (len(prompts),):
-        hint = "" if given.shape else ". A function of one prompt and one completion: scorers.function.Function"
-        raise ValueError(
-            f"a scorer gives one number a completion, {who} gave shape {given.shape} for {len(prompts)}{hint}"
-        )
-    # A copy: the scorer may go on to use its array.
-    return finite(given.copy(), prompts, completions, who)
+def check_pairs(prompts: Iterable[Any], completions: Iterable[Completion]) -> tuple[list[Any], list[Completion]]:
+    """Return prompts and completions as lists of one length; refuse a text in the place of a list.
 
-
-def paired(prompts: Iterable[Any], completions: Iterable[Completion]) -> tuple[list[Any], list[Completion]]:
-    """Prompts and completions as lists of one length; a text in the place of a list is refused, not read by letters.
-
-    >>> paired("Hi", "Hello")
+    >>> check_pairs("Hi", "Hello")
     Traceback (most recent call last):
     TypeError: prompts are a list, one for each completion, got the text 'Hi'
     """
-    for name, given in (("prompts", prompts), ("completions", completions)):
-        if isinstance(given, str):
-            raise TypeError(f"{name} are a list, one for each {_OTHER[name]}, got the text {start_of(given)}")
-    asked, answered = list(prompts), list(completions)
-    if len(asked) != len(answered):
-        raise ValueError(f"each completion needs its prompt, got {len(asked)} prompts and {len(answered)} completions")
-    for i, completion in enumerate(answered):
+    for name, values in (("prompts", prompts), ("completions", completions)):
+        if isinstance(values, str):  # it would be read by letters
+            raise TypeError(f"{name} are a list, one for each {_OTHER[name]}, got the text {start_of(values)}")
+    prompts, completions = list(prompts), list(completions)
+    if len(prompts) != len(completions):
+        raise ValueError(
+            f"each completion needs its prompt, got {len(prompts)} prompts and {len(completions)} completions"
+        )
+    for i, completion in enumerate(completions):
         if completion is None or isinstance(completion, bytes | int | float):
             raise TypeError(f"a completion is a text or a list of messages, completion {i} is {start_of(completion)}")
-    return asked, answered
+    return prompts, completions
 
 
-def finite(
-    scores: Float32[np.ndarray, " n"], prompts: Sequence[Prompt], completions: Sequence[Completion], who: str
+def check_scores(
+    answer: Any, prompts: Sequence[Prompt], completions: Sequence[Completion], name: str
 ) -> Float32[np.ndarray, " n"]:
-    """The scores, if each is a number; else an error that names the first pair whose score is not."""
+    """Return a scorer's answer as a new array of one finite number for each pair; errors call the scorer `name`."""
+    if iscoroutine(answer):
+        answer.close()
+        raise TypeError(f"{name} is asynchronous, and a scorer is not awaited: call it through asyncio.run")
+    try:
+        numbers = np.asarray(without_tensors(answer))
+        if numbers.dtype.kind not in "biufO":
+            raise TypeError(f"numbers of type {numbers.dtype}")
+        with np.errstate(over="ignore"):  # too large for float32 is infinite, which is refused with its pair
+            scores = numbers.astype(np.float32)  # a copy: the scorer may go on to use its array
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name} gave no list of numbers: {start_of(answer)}") from error
+    if scores.shape != (len(prompts),):
+        hint = (
+            "" if scores.shape else ". A function of one prompt and one completion: calibrated_rewards.scorers.Function"
+        )
+        raise ValueError(
+            f"a scorer gives one number a completion, {name} gave shape {scores.shape} for {len(prompts)}{hint}"
+        )
+    return check_finite(scores, prompts, completions, name)
+
+
+def check_finite(
+    scores: Float32[np.ndarray, " n"], prompts: Sequence[Prompt], completions: Sequence[Completion], name: str
+) -> Float32[np.ndarray, " n"]:
+    """Return the scores if each is a number; else raise an error that names the first pair whose score is not."""
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         i = int(bad[0])
         raise ValueError(
-            f"a score is a finite number, {who} gave {scores[i]} for completion {start_of(completions[i])} "
+            f"a score is a finite number, {name} gave {scores[i]} for completion {start_of(completions[i])} "
             f"of prompt {start_of(prompts[i])} (and {len(bad) - 1} others of {len(scores)}): look for a None, for nan "
             "among the weights, or for scores that float32 cannot hold"
         )
@@ -233,45 +187,78 @@ def finite(
 
 
 def fingerprint(scorer: object) -> dict[str, Any]:
-    """What a scorer or sampler says of itself; of one without such a method its name, and digests of code and state."""
+    """Return the fingerprint of a scorer or sampler; of a plain callable its name and digests of code and state."""
     if isinstance(scorer, Fingerprinted) and not isinstance(scorer, type):
         return scorer.fingerprint()
-    named = scorer
-    while isinstance(named, partial):
-        named = named.func
-    return {"kind": "callable", "name": name_of(named), **describe(scorer)}
+    function = scorer
+    while isinstance(function, partial):
+        function = function.func
+    return {"kind": "callable", "name": place_free_name(function), **describe(scorer)}
+
+
+def reads_messages(scorer: object) -> bool:
+    """Return whether a scorer may be given messages where it was calibrated with texts; a plain function may not."""
+    if isinstance(scorer, ReadsMessages):
+        return bool(scorer.reads_messages)
+    return type(scorer).__module__.startswith("calibrated_rewards.")
+
+
+def is_thread_safe(scorer: object) -> bool:
+    """Return whether several threads may call a scorer at once: only if it says so.
+
+    >>> is_thread_safe(len)
+    False
+    """
+    if isinstance(scorer, partial):
+        return is_thread_safe(scorer.func)
+    return getattr(scorer, "thread_safe", False) is True
+
+
+class _Locks:
+    """The locks of scorers by id, each for as long as a call holds it: its caller holds the scorer as well."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew, in a forked process: nobody there releases the locks of its parent's threads."""
+        self.guard, self.by_id = threading.Lock(), WeakValueDictionary[int, Any]()
+
+    def lock_for(self, scorer: object) -> Any:
+        """Return the reentrant lock that all who call this scorer at this moment share."""
+        with self.guard:
+            lock = self.by_id.get(id(scorer))
+            if lock is None:
+                lock = self.by_id[id(scorer)] = threading.RLock()
+            return lock
+
+
+_locks = _Locks()
+lock_for = _locks.lock_for
+os.register_at_fork(after_in_child=_locks.reset)
+
+
+def to_plain(messages: Prompt | Completion) -> Any:
+    """Write messages as lists and dicts, the same for all forms of the same messages; a text stays as it is.
+
+    >>> to_plain([{"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": None}])
+    [{'content': 'Hi', 'role': 'user'}]
+    """
+    if isinstance(messages, str):
+        return messages
+    return json.loads(canonical_chat(messages)) if len(messages) else []
 
 
 def without_tensors(answer: Any) -> Any:
-    """Torch's tensors as arrays, without importing torch: numpy knows no gradient, no bfloat16, no other device."""
+    """Turn torch's tensors into arrays, without importing torch: numpy knows no gradient, bfloat16 or other device."""
     if type(answer).__module__.partition(".")[0] == "torch":
         return answer.detach().to("cpu").float().numpy()
     return [without_tensors(each) for each in answer] if isinstance(answer, list | tuple) else answer
 
 
-def name_of(scorer: object) -> str:
-    """What errors call a scorer: the function's or the class's name."""
-    named = scorer if isinstance(scorer, type | FunctionLike) else type(scorer)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-@runtime_checkable
-class FunctionLike(Protocol):
-    """What has a name of its own: functions, methods, classes."""
-
-    __module__: str
-    __qualname__: str
-
-
-def _as_array(answer: Any, who: str) -> Float32[np.ndarray, "..."]:
-    if iscoroutine(answer):
-        answer.close()
-        raise TypeError(f"{who} is asynchronous, and a scorer is not awaited: call it through asyncio.run")
-    try:
-        numbers = np.asarray(without_tensors(answer))
-        if numbers.dtype.kind not in "biufO":
-            raise TypeError(f"numbers of type {numbers.dtype}")
-        with np.errstate(over="ignore"):  # too large for float32 is infinite, which is refused with its pair
-            return numbers.astype(np.float32)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{who} gave no list of numbers: {start_of(answer)}") from error
+def refuse_pickle(scorer: object) -> NoReturn:
+    """Refuse to pickle a scorer whose model was given as an object: nothing says how another process would load it."""
+    raise TypeError(
+        f"{type(scorer).__name__} holds a model in memory and is not pickled with its weights; "
+        "save the model and use load_scorer(name_or_path, ...), which pickles as how to load it"
+    )

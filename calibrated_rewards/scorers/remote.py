@@ -1,9 +1,11 @@
-"""How other servers of reward models are asked: OpenRLHF's, and this library's own.
+"""Reward models behind HTTP: several requests in flight, retried with care, scores in the order of the pairs.
 
-A reward model behind HTTP: several requests in flight, retried with care, scores in the order of the pairs."""
+`Remote` sends the requests; a `Dialect` says how a kind of server takes them. Here are OpenRLHF's and this library's
+own, in remote_vllm.py those of vLLM.
+"""
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -11,111 +13,20 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
-from calibrated_rewards.models.batches import progress
+from calibrated_rewards.models.batches import progress_bar
 from calibrated_rewards.models.http_client import (
-    Crew,
     Post,
-    Refused,
-    asked_wait,
+    RequestThreads,
     check_numbers,
     check_plain,
-    client,
-    numbers,
+    open_client,
+    parse_numbers,
     text_fingerprint,
 )
-from calibrated_rewards.models.server_address import Address, named, shown
+from calibrated_rewards.models.server_address import Address, format_url, redact_url
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.scorers.protocol import paired, plain
-
-
-@dataclass(frozen=True)
-class OpenRlhf:
-    """OpenRLHF's /get_reward, and the servers made after it: texts, rendered here, and a list of rewards.
-
-    Its own server takes EOS and padding off the end of a text and adds one EOS. Chats need the tokenizer of the reward
-    model (or of the policy, if the server was made for its texts) for its template.
-    """
-
-    model: str
-    """What is served there, for the fingerprint; it is not sent."""
-    tokenizer: Any = None
-    text: Text = field(default_factory=Text)
-    path: str = "/get_reward"
-
-    def __post_init__(self) -> None:
-        if self.tokenizer is None:
-            check_plain(self.text)
-
-    def inputs(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
-        """The whole text, and that of the prompt."""
-        return [self._texts(p, c) for p, c in zip(prompts, completions, strict=True)]
-
-    def alone(self, item: Any) -> bool:
-        """Never."""
-        return False
-
-    def payload(self, items: list[Any]) -> dict[str, Any]:
-        """The request."""
-        queries, prompts = map(list, zip(*items, strict=True))
-        return {"query": queries, "prompts": prompts, "labels": [""] * len(items)}
-
-    def scores(self, answer: Any, count: int) -> Sequence[float]:
-        """The rewards, each a number or a list of one."""
-        return numbers(answer["rewards"])
-
-    def doubt(self, answer: Any) -> str:
-        """None."""
-        return ""
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What the scores depend on, but for what the server is."""
-        return {"dialect": "openrlhf", "model": self.model, "text": text_fingerprint(self.text, self.tokenizer)}
-
-    def _texts(self, prompt: Prompt, completion: Completion) -> tuple[str, str]:
-        if self.tokenizer is None and not isinstance(prompt, str):
-            raise ValueError(
-                f"OpenRlhf sends text, got messages: {start_of(prompt)}. Give a tokenizer, OpenRlhf(tokenizer=...), "
-                "whose chat template renders them"
-            )
-        return self.text.render(self.tokenizer, prompt, completion)[0], self.text.opening(self.tokenizer, prompt)[0]
-
-
-@dataclass(frozen=True)
-class Native:
-    """This library's own server: prompts and completions as they are, raw scores."""
-
-    model: str
-    """What is served there, for the fingerprint; it is not sent."""
-    path: str = "/score"
-
-    def inputs(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
-        """Texts, and messages as plain JSON."""
-        return [(plain(p), plain(c)) for p, c in zip(prompts, completions, strict=True)]
-
-    def alone(self, item: Any) -> bool:
-        """Never."""
-        return False
-
-    def payload(self, items: list[Any]) -> dict[str, Any]:
-        """The request."""
-        prompts, completions = map(list, zip(*items, strict=True))
-        return {"prompts": prompts, "completions": completions}
-
-    def scores(self, answer: Any, count: int) -> Sequence[float]:
-        """The raw scores."""
-        return numbers(answer["raw"])
-
-    def doubt(self, answer: Any) -> str:
-        """None."""
-        return ""
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What the scores depend on, but for what the server is."""
-        return {"dialect": "native", "model": self.model}
-
-
-__all__ = ["Asking", "Dialect", "Refused", "Remote", "asked_wait"]
+from calibrated_rewards.scorers.protocol import check_pairs, to_plain
 
 # A call fails if so many inputs, and all that came before them, had answers that a dialect doubts.
 ENOUGH = 4
@@ -123,34 +34,34 @@ ENOUGH = 4
 
 @runtime_checkable
 class Dialect(Protocol):
-    """How a kind of server is asked, and how its answer is read; remote_vllm.py and remote_dialects.py have some."""
+    """The requests that a kind of server takes, and how its answers are read; yours may be another one."""
 
     @property
     def path(self) -> str:
-        """Where requests go on a server of which only the host is given."""
+        """The path of requests to a server of which only the host is given."""
 
     def inputs(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
-        """What is sent of each pair."""
+        """Turn each pair into an input of a request."""
 
     def alone(self, item: Any) -> bool:
-        """Whether an input needs a request of its own."""
+        """Return whether an input needs a request of its own."""
 
     def payload(self, items: list[Any]) -> dict[str, Any]:
-        """The body of a request for these inputs."""
+        """Build the body of a request for these inputs."""
 
     def scores(self, answer: Any, count: int) -> Sequence[float]:
-        """The scores in an answer, in the order of the inputs; or ValueError, KeyError, TypeError."""
+        """Read the scores from an answer, in the order of the inputs; or ValueError, KeyError, TypeError."""
 
     def doubt(self, answer: Any) -> str:
-        """What makes an answer that has scores look like something else, in all of its inputs; or nothing."""
+        """Say why all numbers of an answer look like something else than scores; "" if they do not."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the scores depend on, as far as the asking side knows."""
+        """Name all that the scores depend on, as far as this side knows."""
 
 
 @dataclass(frozen=True)
 class Remote:
-    """Scores with a server: `Remote("http://rm:8000", Vllm("my-reward-model", tokenizer))`.
+    """A scorer that asks a server: `Remote("http://rm:8000", Vllm("my-reward-model", tokenizer))`.
 
     Connection errors, timeouts, status 408, 429 and 5xx are tried again, after a time that doubles and is shaken, or
     longer if the server asks for it (Retry-After); anything else is an error at once. The token, sent as
@@ -159,7 +70,7 @@ class Remote:
     """
 
     url: str
-    """Where requests are posted, as it stands; a bare host gets the dialect's path. $NAME: an environment variable."""
+    """The address of requests, as it stands; a bare host gets the dialect's path. $NAME: an environment variable."""
     dialect: Dialect
     batch_size: int = 32
     """Pairs in a request."""
@@ -168,7 +79,7 @@ class Remote:
     timeout: float = 120.0
     """Seconds for each step of a request: to connect, to send, to wait for an answer."""
     retries: int = 5
-    """How often a request is tried again."""
+    """Number of times that a request is tried again."""
     backoff: float = 0.5
     """Seconds before the first of these; then twice as many each time."""
     token: str | None = field(default=None, repr=False)
@@ -186,24 +97,28 @@ class Remote:
         changed = "".join(
             f", {name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value
         )
-        return f"Remote({named(self.url)!r}, {self.dialect!r}{changed})"
+        return f"Remote({format_url(self.url)!r}, {self.dialect!r}{changed})"
 
     def __hash__(self) -> int:
         return hash(self.url)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
-        """The score of each pair."""
-        asked, answered = paired(prompts, completions)
-        items = self.dialect.inputs(asked, answered) if asked else []
+        """Score each completion of its prompt."""
+        prompts, completions = check_pairs(prompts, completions)
+        items = self.dialect.inputs(prompts, completions) if prompts else []
         scores = np.empty(len(items), np.float32)
         batches = list(self._batches(items))
         if not batches:
             return scores
+        stop, connected = threading.Event(), open_client(self._place, self.timeout, self.concurrency)
+        request = Request(self, Post(self._place, connected, self.retries, self.backoff, stop))
+        jobs = [[items[i] for i in batch] for batch in batches]
+        answers = RequestThreads(request, jobs, self.concurrency, stop, connected.close).results()
         doubtful, trusted = 0, False
-        with progress(len(items), self.show_progress) as bar, closing(self._answers(items, batches)) as answers:
-            for number, (found, doubt) in answers:
-                batch = batches[number]
-                scores[batch] = found
+        with progress_bar(len(items), self.show_progress) as bar, closing(answers):
+            for job, (answer, doubt) in answers:
+                batch = batches[job]
+                scores[batch] = answer
                 bar.update(len(batch))
                 doubtful, trusted = doubtful + len(batch), trusted or not doubt
                 if doubtful >= ENOUGH and not trusted:
@@ -211,33 +126,22 @@ class Remote:
         return scores
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the scores depend on, as far as this side knows."""
+        """Name all that the scores depend on, as far as this side knows."""
         return {"kind": "remote", **self.dialect.fingerprint()}
 
     @property
     def address(self) -> str:
-        """Where requests are posted."""
+        """The address that requests are posted to."""
         return self._place.posted(self.dialect.path)
 
     @property
     def shown(self) -> str:
         """The address as errors show it."""
-        return shown(self.address)
-
-    def redacted(self, said: str) -> str:
-        """A text less the secrets that this side has sent, which servers may quote."""
-        return self._place.redacted(said)
+        return redact_url(self.address)
 
     @property
     def _place(self) -> Address:
         return Address(self.url, self.token)
-
-    def _answers(self, items: list[Any], batches: list[list[int]]) -> Generator[tuple[int, Any], None, None]:
-        """The number of each batch with its scores and what is to be doubted of them, as they come."""
-        stop, connected = threading.Event(), client(self._place, self.timeout, self.concurrency)
-        post = Post(self._place, connected, self.retries, self.backoff, stop)
-        asked = [[items[i] for i in batch] for batch in batches]
-        return Crew(Asking(self, post), asked, self.concurrency, stop, connected.close).results()
 
     def _batches(self, items: list[Any]) -> Iterator[list[int]]:
         together = []
@@ -251,24 +155,112 @@ class Remote:
 
 
 @dataclass(frozen=True, eq=False)
-class Asking:
-    """Asks for the scores of some inputs."""
+class Request:
+    """A function of some inputs that asks the server for their scores."""
 
     remote: Remote
     post: Post
 
     def __call__(self, items: list[Any]) -> tuple[Float32[np.ndarray, " n"], str]:
-        """The scores, checked, and what is to be doubted of them."""
-        response = self.post(self.remote.address, self.remote.dialect.payload(items))
-        said = self.post.said(response)
+        """Return the scores, checked, and why they look like something else, or ""."""
+        shown, dialect = self.remote.shown, self.remote.dialect
+        response = self.post(self.remote.address, dialect.payload(items))
+        start = self.post.quote(response)
         try:
             answer = response.json()
             with np.errstate(over="ignore"):
-                scores = np.asarray(self.remote.dialect.scores(answer, len(items))).astype(np.float32)
-            doubt = self.remote.dialect.doubt(answer)
+                scores = np.asarray(dialect.scores(answer, len(items))).astype(np.float32)
+            doubt = dialect.doubt(answer)
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-            why = self.remote.redacted(repr(error))
-            raise ValueError(f"{self.remote.shown} gave an answer that has no scores to read, {why}: {said}") from None
+            why = self.post.place.redacted(repr(error))
+            raise ValueError(f"{shown} gave an answer that has no scores to read, {why}: {start}") from None
         if scores.shape != (len(items),) or not np.isfinite(scores).all():
-            raise ValueError(f"{self.remote.shown} gives a finite number for each of {len(items)} inputs, got {said}")
+            raise ValueError(f"{shown} gives a finite number for each of {len(items)} inputs, got {start}")
         return scores, doubt
+
+
+@dataclass(frozen=True)
+class OpenRlhf:
+    """The dialect of OpenRLHF's /get_reward, and servers made after it: texts, rendered here, and a list of rewards.
+
+    Its own server takes EOS and padding off the end of a text and adds one EOS. Chats need the tokenizer of the reward
+    model (or of the policy, if the server was made for its texts) for its template.
+    """
+
+    model: str
+    """The name of the model served there, for the fingerprint; it is not sent."""
+    tokenizer: Any = None
+    text: Text = field(default_factory=Text)
+    path: str = "/get_reward"
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is None:
+            check_plain(self.text)
+
+    def inputs(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
+        """Render the whole text of each pair, and that of the prompt."""
+        if self.tokenizer is None and (chat := next((p for p in prompts if not isinstance(p, str)), None)) is not None:
+            raise ValueError(
+                f"OpenRlhf sends text, got messages: {start_of(chat)}. Give a tokenizer, OpenRlhf(tokenizer=...), "
+                "whose chat template renders them"
+            )
+        render, opening = self.text.render, self.text.opening
+        return [
+            (render(self.tokenizer, p, c)[0], opening(self.tokenizer, p)[0])
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+
+    def alone(self, item: Any) -> bool:
+        """Return False: any inputs go together."""
+        return False
+
+    def payload(self, items: list[Any]) -> dict[str, Any]:
+        """Build the body of a request for these inputs."""
+        queries, prompts = map(list, zip(*items, strict=True))
+        return {"query": queries, "prompts": prompts, "labels": [""] * len(items)}
+
+    def scores(self, answer: Any, count: int) -> Sequence[float]:
+        """Read the rewards, each a number or a list of one."""
+        return parse_numbers(answer["rewards"])
+
+    def doubt(self, answer: Any) -> str:
+        """Return "": one number has no such sign."""
+        return ""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Name all that the scores depend on, but for what the server is."""
+        return {"dialect": "openrlhf", "model": self.model, "text": text_fingerprint(self.text, self.tokenizer)}
+
+
+@dataclass(frozen=True)
+class Native:
+    """The dialect of this library's own server: prompts and completions as they are, raw scores."""
+
+    model: str
+    """The name of the model served there, for the fingerprint; it is not sent."""
+    path: str = "/score"
+
+    def inputs(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
+        """Return texts, and messages as plain JSON."""
+        return [(to_plain(p), to_plain(c)) for p, c in zip(prompts, completions, strict=True)]
+
+    def alone(self, item: Any) -> bool:
+        """Return False: any inputs go together."""
+        return False
+
+    def payload(self, items: list[Any]) -> dict[str, Any]:
+        """Build the body of a request for these inputs."""
+        prompts, completions = map(list, zip(*items, strict=True))
+        return {"prompts": prompts, "completions": completions}
+
+    def scores(self, answer: Any, count: int) -> Sequence[float]:
+        """Read the raw scores from an answer."""
+        return parse_numbers(answer["raw"])
+
+    def doubt(self, answer: Any) -> str:
+        """Return "": one number has no such sign."""
+        return ""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Name all that the scores depend on, but for what the server is."""
+        return {"dialect": "native", "model": self.model}

@@ -1,26 +1,26 @@
-"""vLLM's way to be asked for scores: /classify and /pooling with tokens, texts or chats, /score with pairs of texts."""
+"""vLLM's dialects for scores: /classify and /pooling with tokens, texts or chats, /score with pairs of texts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float64
 from scipy.special import logit
 
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.models.http_client import check_plain, numbers, text_fingerprint
+from calibrated_rewards.models.http_client import check_plain, parse_numbers, text_fingerprint
 from calibrated_rewards.models.label_names import find_side
 from calibrated_rewards.models.labels import Labels, labels_of
 from calibrated_rewards.models.server_address import without_secrets
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Completion, Prompt, start_of
-from calibrated_rewards.scorers.protocol import lock_for, plain
+from calibrated_rewards.scorers.protocol import lock_for, to_plain
 
 
 @dataclass(frozen=True)
 class Vllm:
-    """vLLM's /classify, and its /pooling with `path="/pooling"`, for models with a classification or a reward head.
+    """The dialect of vLLM's /classify, or of /pooling with `path="/pooling"`, for models with a reward head.
 
     With the reward model's tokenizer the *token ids* are sent: template, special tokens, EOS and truncation are then
     those of `text`, and the score is that of the same checkpoint scored here (vLLM 0.15 or later). Without one, text
@@ -35,8 +35,8 @@ class Vllm:
     tokenizer: Any = None
     text: Text = field(default_factory=Text)
     labels: Labels | None = None
-    """How several labels make one score; None: the only label, or of two the second's log-odds, unless the name that
-    the server gives the larger one says otherwise: then this asks."""
+    """The rule that makes one score of several labels; None: the only label, or of two the second's
+    log-odds, which is refused where the name that the server gives the larger one says otherwise."""
     probabilities: bool = False
     """The server gives probabilities whatever it is asked, as vLLM did before 0.12: take their log-odds."""
     steps: Literal["last", "min", "mean"] = "last"
@@ -52,32 +52,40 @@ class Vllm:
             raise ValueError(f"Vllm needs steps to be 'last', 'min' or 'mean', got steps={self.steps!r}")
 
     def inputs(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
-        """Token ids; or texts and chats."""
+        """Encode each pair as token ids; without a tokenizer as a text or a chat."""
         if self.tokenizer is not None:
             limit = self.text.limit(self.tokenizer, None)
             with lock_for(self.tokenizer):  # requests are made in several threads, tokens in one
                 return list(self.text.encode(self.tokenizer, prompts, completions, limit))
-        return [_text_or_chat(self.text, p, c) for p, c in zip(prompts, completions, strict=True)]
+        return [self._text_or_chat(p, c) for p, c in zip(prompts, completions, strict=True)]
 
     def alone(self, item: Any) -> bool:
-        """Messages are: vLLM takes one chat a request."""
+        """Return True for messages: vLLM takes one chat a request."""
         return isinstance(item, dict)
 
     def payload(self, items: list[Any]) -> dict[str, Any]:
-        """The request."""
-        asked = items[0] if self.alone(items[0]) else {"input": items}
-        return {"model": self.model, "use_activation": False, **self.options, **asked}
+        """Build the body of a request for these inputs."""
+        inputs = items[0] if self.alone(items[0]) else {"input": items}
+        return {"model": self.model, "use_activation": False, **self.options, **inputs}
 
     def scores(self, answer: Any, count: int) -> Sequence[float]:
-        """From each row's probs (/classify) or data (/pooling)."""
-        rows = _rows(answer, count)
+        """Read them from each row's probs (/classify) or data (/pooling)."""
+        rows = _read_rows(answer, count)
         if self.labels is None:
             _check_names(answer)
-        return [self._score((log_odds(row) if self.probabilities else row).astype(np.float32)) for row in rows]
+        scores = []
+        for row in rows:
+            labels = self.labels or labels_of({i: f"LABEL_{i}" for i in range(row.shape[1])})
+            steps = labels((to_log_odds(row) if self.probabilities else row).astype(np.float32))
+            scores.append(float({"last": steps[-1], "min": steps.min(), "mean": steps.mean()}[self.steps]))
+        return scores
 
     def doubt(self, answer: Any) -> str:
-        """Several labels that always sum to one are no logits."""
-        if self.probabilities or not all(map(_sums_to_one, _rows(answer, len(answer["data"])))):
+        """Doubt several labels that always sum to one: they are no logits."""
+        rows = _read_rows(answer, len(answer["data"]))
+        if self.probabilities or any(
+            row.shape[1] == 1 or (row < 0).any() or not (abs(row.sum(1) - 1) < 1e-3).all() for row in rows
+        ):
             return ""
         return (
             "these are probabilities, logits were asked for: a server that does not know use_activation needs "
@@ -85,7 +93,7 @@ class Vllm:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the scores depend on, but for what the server is."""
+        """Name all that the scores depend on, but for what the server is."""
         return {
             "dialect": "vllm",
             "model": self.model,
@@ -97,14 +105,19 @@ class Vllm:
             "options": without_secrets(self.options),
         }
 
-    def _score(self, rows: Float32[np.ndarray, "n L"]) -> float:
-        scores = (self.labels or labels_of({i: f"LABEL_{i}" for i in range(rows.shape[1])}))(rows)
-        return float({"last": scores[-1], "min": scores.min(), "mean": scores.mean()}[self.steps])
+    def _text_or_chat(self, prompt: Prompt, completion: Completion) -> Any:
+        if isinstance(prompt, str) and not self.text.chat:
+            return self.text.render(cast(Any, None), prompt, completion)[0]
+        if isinstance(completion, str):
+            answer = [{"role": "assistant", "content": self.text.strip_ends(completion)}]
+        else:
+            answer = to_plain(completion)
+        return {"messages": self.text.messages(prompt) + answer}
 
 
 @dataclass(frozen=True)
 class VllmScore:
-    """vLLM's /score, for cross-encoders: the prompt is one text, the completion the other.
+    """The dialect of vLLM's /score, for cross-encoders: the prompt is one text, the completion the other.
 
     A chat is sent as its text if it is a single message; longer ones have no such form.
     """
@@ -116,39 +129,39 @@ class VllmScore:
     path: str = "/score"
 
     def inputs(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
-        """Pairs of texts."""
-        return [(_only_text(p), _only_text(c)) for p, c in zip(prompts, completions, strict=True)]
+        """Return the texts of each pair."""
+        return [(_read_text(p), _read_text(c)) for p, c in zip(prompts, completions, strict=True)]
 
     def alone(self, item: Any) -> bool:
-        """Never."""
+        """Return False: any inputs go together."""
         return False
 
     def payload(self, items: list[Any]) -> dict[str, Any]:
-        """The request."""
+        """Build the body of a request for these inputs."""
         first, second = map(list, zip(*items, strict=True))
         return {"model": self.model, "use_activation": False, **self.options, "text_1": first, "text_2": second}
 
     def scores(self, answer: Any, count: int) -> Sequence[float]:
-        """The scores as they come, or their log-odds."""
-        scores = np.array([numbers([row["score"]]) for row in by_index(answer["data"], count)], np.float64)
-        return [float(x) for x in (log_odds(scores) if self.probabilities else scores)[:, 0]]
+        """Read the scores as they come, or as log-odds."""
+        scores = np.array([parse_numbers([row["score"]]) for row in sort_rows(answer["data"], count)], np.float64)
+        return [float(x) for x in (to_log_odds(scores) if self.probabilities else scores)[:, 0]]
 
     def doubt(self, answer: Any) -> str:
-        """None: one number has no such sign."""
+        """Return "": one number has no such sign."""
         return ""
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the scores depend on, but for what the server is."""
+        """Name all that the scores depend on, but for what the server is."""
         return {"dialect": "vllm score", **asdict(self), "options": without_secrets(self.options)}
 
 
-def _rows(answer: Any, count: int) -> list[Float64[np.ndarray, "n L"]]:
-    """The numbers of each input: one row of them, or one for each token or step."""
-    found = [np.asarray(row["probs"] if "probs" in row else row["data"]) for row in by_index(answer["data"], count)]
-    for row in found:
+def _read_rows(answer: Any, count: int) -> list[Float64[np.ndarray, "n L"]]:
+    """Read the numbers of each input: one row of them, or one for each token or step."""
+    rows = [np.asarray(row["probs"] if "probs" in row else row["data"]) for row in sort_rows(answer["data"], count)]
+    for row in rows:
         if row.dtype.kind not in "iuf" or not 1 <= row.ndim <= 2 or not row.size:
             raise ValueError(f"an input has one or more rows of numbers, got {start_of(row.tolist())}")
-    return [np.atleast_2d(row.astype(np.float64)) for row in found]
+    return [np.atleast_2d(row.astype(np.float64)) for row in rows]
 
 
 def _check_names(answer: Any) -> None:
@@ -160,8 +173,8 @@ def _check_names(answer: Any) -> None:
         name, numbers_of_row = row.get("label"), np.asarray(row.get("probs", ()))
         if not isinstance(name, str) or numbers_of_row.shape != (2,):
             continue
-        said = find_side(name)
-        if said and (numbers_of_row[1] > numbers_of_row[0]) != (said == 1):
+        side = find_side(name)
+        if side and (numbers_of_row[1] > numbers_of_row[0]) != (side == 1):
             at = int(numbers_of_row.argmax())
             raise ValueError(
                 Message(
@@ -172,20 +185,20 @@ def _check_names(answer: Any) -> None:
             )
 
 
-def by_index(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """The rows of an answer in the order of the inputs, which each row says.
+def sort_rows(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """Sort the rows of an answer by the index of the input, which each row says.
 
-    >>> by_index([{"index": 1, "score": 5.0}, {"index": 0, "score": 3.0}], 2)
+    >>> sort_rows([{"index": 1, "score": 5.0}, {"index": 0, "score": 3.0}], 2)
     [{'index': 0, 'score': 3.0}, {'index': 1, 'score': 5.0}]
     """
-    found = {int(row["index"]): row for row in rows}
-    if len(rows) != count or sorted(found) != list(range(count)):
+    by_index = {int(row["index"]): row for row in rows}
+    if len(rows) != count or sorted(by_index) != list(range(count)):
         raise ValueError(f"an answer has one row for each of {count} inputs, got {[row['index'] for row in rows]}")
-    return [found[i] for i in range(count)]
+    return [by_index[i] for i in range(count)]
 
 
-def log_odds(probabilities: Float64[np.ndarray, "n L"]) -> Float64[np.ndarray, "n L"]:
-    """Logits that lead to these probabilities: of one label its log-odds, of several their logarithms.
+def to_log_odds(probabilities: Float64[np.ndarray, "n L"]) -> Float64[np.ndarray, "n L"]:
+    """Compute logits that lead to these probabilities: of one label its log-odds, of several their logarithms.
 
     What rounding has made 0 or 1 is as far out as float32 tells apart.
     """
@@ -198,27 +211,11 @@ def log_odds(probabilities: Float64[np.ndarray, "n L"]) -> Float64[np.ndarray, "
     return np.asarray(logit(inside) if probabilities.shape[1] == 1 else np.log(inside))
 
 
-def _sums_to_one(rows: Float64[np.ndarray, "n L"]) -> bool:
-    return bool(rows.shape[1] > 1 and (rows >= 0).all() and (abs(rows.sum(1) - 1) < 1e-3).all())
-
-
-def _text_or_chat(text: Text, prompt: Prompt, completion: Completion) -> Any:
-    if isinstance(prompt, str) and not text.chat:
-        return text.render(cast(Any, None), prompt, completion)[0]
-    return {"messages": text.messages(prompt) + _answer(text, completion)}
-
-
-def _answer(text: Text, completion: Completion) -> list[dict[str, Any]]:
-    if isinstance(completion, str):
-        return [{"role": "assistant", "content": text.stripped(completion)}]
-    return list(plain(completion))
-
-
-def _only_text(said: Prompt | Completion) -> str:
-    """A text, or that of a chat's only message."""
-    messages = said if isinstance(said, str) else plain(said)
-    if isinstance(messages, str):
-        return messages
-    if len(messages) != 1 or not isinstance(messages[0].get("content"), str):
-        raise ValueError(f"/score compares two texts, got {start_of(said)}: a chat of one message with text is one")
-    return str(messages[0]["content"])
+def _read_text(messages: Prompt | Completion) -> str:
+    """Return a text, or that of a chat's only message."""
+    plain = to_plain(messages)
+    if isinstance(plain, str):
+        return plain
+    if len(plain) != 1 or not isinstance(plain[0].get("content"), str):
+        raise ValueError(f"/score compares two texts, got {start_of(messages)}: a chat of one message with text is one")
+    return str(plain[0]["content"])

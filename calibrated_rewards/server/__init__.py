@@ -1,23 +1,10 @@
 """A calibrated reward over HTTP, in the dialects that the trainers' clients speak.
 
-`serve` runs it until it is told to stop; `create_app` is the ASGI application; `Limits` says what it takes on.
+`serve` answers until it is stopped, `serve_replicas` on a Ray cluster, `create_app` is the ASGI application, and
+`Limits` bounds what it accepts. `app` batches the completions of concurrent requests, `dialects` has the requests and
+answers of each client, `limits` reads bodies, `access` checks the token, `listening` holds connections, `metrics`
+counts.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from calibrated_rewards.server.app import create_app as create_app, serve as serve
+from calibrated_rewards.server.app import create_app as create_app, serve as serve, serve_replicas as serve_replicas
 from calibrated_rewards.server.limits import Limits as Limits
-
-if TYPE_CHECKING:
-    from calibrated_rewards.server.replicas import serve_replicas as serve_replicas
-
-# Loaded when they are asked for: they bring heavy libraries.
-LAZY = {"serve_replicas": "replicas"}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name of `LAZY` from its module."""
-    if name not in LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{LAZY[name]}"), name)

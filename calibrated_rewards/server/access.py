@@ -1,6 +1,7 @@
-"""The door of a reward server: who may come in, what is said of the door in logs, and how it is closed."""
+"""ASGI middleware: token authentication, tokens kept out of access logs, connections closed at shutdown."""
 
 import hmac
+import ipaddress
 import json
 import re
 import time
@@ -10,6 +11,7 @@ from hashlib import blake2b
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.server.limits import Limits
 from calibrated_rewards.server.metrics import Metrics
 
@@ -17,77 +19,74 @@ Scope = MutableMapping[str, Any]
 Send = Callable[[Any], Awaitable[None]]
 Receive = Callable[[], Awaitable[Any]]
 PREFIX = "/t/"
-# Whoever has no token, or sends such headers, has no connection to keep.
+# Statuses after which the connection is closed: of clients without a token, or with too large headers.
 CLOSING = (401, 431)
 
 
 @dataclass(eq=False)
-class Door:
-    """Open, or closing: requests that come over connections that are there are answered, and the connections closed."""
+class Shutdown:
+    """The state of a server that stops: it answers requests on open connections, and then closes them."""
 
-    closing: bool = field(default=False, init=False)
+    begun: bool = field(default=False, init=False)
 
 
 @dataclass(frozen=True, eq=False)
-class Gate:
-    """ASGI middleware: without the token 401, and nothing else; no log sees the token in a path or query.
+class AccessControl:
+    """The middleware: without the token 401, and nothing else; no log sees the token in a path or query.
 
     A request that is answered before its body has arrived costs its connection: the rest is not read.
     """
 
     app: Callable[[Scope, Receive, Send], Awaitable[None]]
     token: str | None
-    door: Door
+    shutdown: Shutdown
     metrics: Metrics
     limits: Limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Answer one request."""
         if scope["type"] != "http":
             # Websockets are refused unheard; the lifespan is the application's.
             await (self.app(scope, receive, send) if scope["type"] == "lifespan" else send({"type": "websocket.close"}))
             return
-        given = taken_out(scope)
-        began, status, unread = time.perf_counter(), 500, has_body(scope)
+        tokens = remove_tokens(scope)
+        start, status = time.perf_counter(), 500
+        unread = any(
+            name == b"transfer-encoding" or (name == b"content-length" and value.strip(b" 0"))
+            for name, value in scope["headers"]
+        )
 
-        async def hearing() -> Any:
+        async def note_body() -> Any:
             nonlocal unread
             message = await receive()
             unread = unread and message.get("more_body", False)
             return message
 
-        async def noting(message: Any) -> None:
+        async def note_status(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if self.door.closing or unread or status in CLOSING:
+                if self.shutdown.begun or unread or status in CLOSING:
                     message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
             await send(message)
 
         try:
-            if (trouble := oversized(scope, self.limits)) is not None:
-                await respond(noting, 431, {"error": trouble}, [(b"content-type", b"application/json")])
-            elif self.token is None or any(same(each, self.token) for each in given):
-                await self.app(scope, hearing, noting)
-            else:
-                await unauthorised(noting)
+            if (error := find_excess(scope, self.limits)) is not None:
+                await respond(note_status, 431, {"error": error})
+            elif self.token is None or any(is_same_token(each, self.token) for each in tokens):
+                await self.app(scope, note_body, note_status)
+            else:  # whatever was asked for, the same answer
+                error = "this server wants its token"
+                await respond(note_status, 401, {"error": error}, (b"www-authenticate", b"Bearer"))
         finally:
             dialect = scope.get("dialect", "none")
             self.metrics.requests.labels(dialect, str(status)).inc()
             if dialect != "none":
-                self.metrics.latency.observe(time.perf_counter() - began)
+                self.metrics.latency.observe(time.perf_counter() - start)
 
 
-def has_body(scope: Scope) -> bool:
-    """Whether a request announces a body."""
-    return any(
-        name == b"transfer-encoding" or (name == b"content-length" and value.strip(b" 0"))
-        for name, value in scope["headers"]
-    )
-
-
-def oversized(scope: Scope, limits: Limits) -> str | None:
-    """What is wrong with headers that are too many or too large; they have all arrived, and are not looked into."""
+def find_excess(scope: Scope, limits: Limits) -> str | None:
+    """Say how headers exceed their limits; they have all arrived, and are not looked into."""
     headers = scope["headers"]
     size = sum(len(name) + len(value) for name, value in headers) + len(scope["query_string"]) + len(scope["path"])
     if size > limits.header:
@@ -97,30 +96,31 @@ def oversized(scope: Scope, limits: Limits) -> str | None:
     return None
 
 
-def taken_out(scope: Scope) -> list[str]:
-    """The tokens that a request shows in its headers, its query or its path; they are no more in its query and path.
+def remove_tokens(scope: Scope) -> list[str]:
+    """Collect the tokens in a request's headers, query and path, and remove them from query and path.
 
-    The scope is changed where it is: the server that called us writes it into its access log.
+    The scope is changed in place: the server that called us writes it into its access log.
     """
-    given = []
+    tokens = []
     for name, value in scope["headers"]:
-        kind, _, said = value.decode("latin-1").partition(" ")
+        kind, _, rest = value.decode("latin-1").partition(" ")
         if name == b"authorization" and kind.lower() == "bearer":
-            given.append(said.strip())
+            tokens.append(rest.strip())
     query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-    given += [value for name, value in query if name == "token"]
+    tokens += [value for name, value in query if name == "token"]
     scope["query_string"] = urlencode([item for item in query if item[0] != "token"]).encode("latin-1")
     if scope["path"].startswith(PREFIX):
         token, _, rest = scope["path"].removeprefix(PREFIX).partition("/")
-        given.append(token)
+        tokens.append(token)
         scope["path"] = f"/{rest}"
         scope["raw_path"] = scope["path"].encode("utf-8", "surrogatepass")
-    return given
+    return tokens
 
 
-def same(given: str, token: str) -> bool:
-    """Whether a token is the one, in a time that tells nothing of it."""
-    return hmac.compare_digest(_digest(given), _digest(token))
+def is_same_token(candidate: str, token: str) -> bool:
+    """Compare two tokens in a time that does not depend on where they differ."""
+    digests = (blake2b(text.encode("utf-8", "surrogatepass")).digest() for text in (candidate, token))
+    return hmac.compare_digest(*digests)
 
 
 def check_token(token: str | None) -> None:
@@ -129,19 +129,37 @@ def check_token(token: str | None) -> None:
         raise ValueError(f"a token has 8 or more of letters, digits, and - . _ ~, got {len(token)} characters")
 
 
-async def unauthorised(send: Send) -> None:
-    """The answer to whoever has no token: whatever was asked for, the same."""
-    headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
-    await respond(send, 401, {"error": "this server wants its token"}, headers)
+def check_address(host: str, token: str | None, insecure: bool) -> None:
+    """Refuse an address that others can reach, unless they need a token.
+
+    >>> check_address("0.0.0.0", None, insecure=False)
+    Traceback (most recent call last):
+    ValueError: others can reach 0.0.0.0: serve needs a token there, got none; to serve all who come, insecure=True
+    """
+    if token is None and not insecure and not is_loopback(host):
+        raise ValueError(
+            Message(
+                f"others can reach {host}: serve needs a token there, got none; to serve all who come, "
+                f"{setting('insecure', 'True')}"
+            )
+        )
 
 
-async def respond(send: Send, status: int, content: Any, headers: list[tuple[bytes, bytes]]) -> None:
-    """A whole answer."""
+def is_loopback(host: str) -> bool:
+    """Whether an address is of this machine only; a name that is not localhost may be anything.
+
+    >>> [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "10.0.0.2", "gpu7", "")]
+    [True, True, True, False, False, False, False]
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def respond(send: Send, status: int, content: Any, *headers: tuple[bytes, bytes]) -> None:
+    """Send a whole answer as JSON."""
     body = json.dumps(content).encode()
-    length = (b"content-length", str(len(body)).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
     await send({"type": "http.response.body", "body": body})
-
-
-def _digest(text: str) -> bytes:
-    return blake2b(text.encode("utf-8", "surrogatepass")).digest()

@@ -1,9 +1,9 @@
-"""Connections whose headers have not arrived: how large these may be, how long they may take, how many may wait.
+"""Listen at an address until stopped: limits on connections without a request, and a shutdown that answers all others.
 
-Listening at an address until told to stop, and then letting nobody go without an answer."""
+uvicorn does the work. What is added bounds size, time and number of headers that have not arrived yet.
+"""
 
 import asyncio
-import ipaddress
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,8 +15,7 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from calibrated_rewards.files import Message, setting
-from calibrated_rewards.server.access import Door
+from calibrated_rewards.server.access import Shutdown
 from calibrated_rewards.server.limits import Limits
 
 LATE = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -26,10 +25,10 @@ OTHER_FILES, SHARE, MOST_FILES = 64, 2, 65536
 
 @dataclass(eq=False)
 class Newcomers:
-    """Connections that have not sent the headers of a request yet; for one too many the oldest is closed.
+    """Connections without a request yet; when there are too many, the oldest is closed.
 
     A client sends its headers as soon as it is connected, and is a newcomer for a moment. Whoever opens connections and
-    sends nothing pushes out its own; clients that were heard stay, and those without the token are closed by its 401.
+    sends nothing pushes out its own; connections with a request stay, and those without the token end with a 401.
     """
 
     most: int
@@ -37,7 +36,7 @@ class Newcomers:
     """Connections by age, the oldest first."""
 
     def add(self, connection: "Connection") -> None:
-        """Let one in, and close the oldest if there are too many."""
+        """Add a connection, and close the oldest if there are too many."""
         self.waiting[connection] = None
         if len(self.waiting) > self.most:
             oldest = next(iter(self.waiting))
@@ -45,12 +44,12 @@ class Newcomers:
             oldest.transport.abort()
 
     def discard(self, connection: "Connection") -> None:
-        """One has sent its headers, or is gone."""
+        """Remove a connection that has sent its headers, or is gone."""
         self.waiting.pop(connection, None)
 
 
 class Connection(asyncio.Protocol):
-    """uvicorn's connection over h11, whose headers have to arrive in time.
+    """uvicorn's connection over h11, with a time limit for headers.
 
     h11 bounds their size (`h11_max_incomplete_event_size`), those of trailers and chunks too, and reads them in linear
     time. httptools, which uvicorn prefers, has no bound, and takes quadratic time for one large header.
@@ -64,7 +63,7 @@ class Connection(asyncio.Protocol):
         self.begun = False
 
     def connection_made(self, transport: Any) -> None:
-        """Count it, and wait for headers."""
+        """Count the connection, and start its time limit."""
         # Any: uvloop's is no asyncio.Transport.
         self.transport = transport
         self.http.connection_made(transport)
@@ -72,7 +71,7 @@ class Connection(asyncio.Protocol):
         self.start_clock()
 
     def data_received(self, data: bytes) -> None:
-        """Hand it on; the first bytes of a request start the clock, the end of its headers stops it."""
+        """Pass on bytes: the first of a request start the clock, the end of its headers stops it."""
         before = self.http.cycle
         outside = before is None or before.response_complete
         self.begun = True
@@ -84,36 +83,36 @@ class Connection(asyncio.Protocol):
             self.start_clock()
 
     def eof_received(self) -> None:
-        """Hand it on."""
+        """Pass on the end of the stream."""
         self.http.eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Stop the clock, and remove the connection."""
         self.stop_clock()
         self.newcomers.discard(self)
         self.http.connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Hand it on."""
+        """Pass on the pause."""
         self.http.pause_writing()
 
     def resume_writing(self) -> None:
-        """Hand it on."""
+        """Pass on the resumption."""
         self.http.resume_writing()
 
     def start_clock(self) -> None:
-        """The headers have this long, from their first byte or from the connection's first moment."""
+        """Limit the time for headers, from their first byte or from the start of the connection."""
         if self.clock is None:
             self.clock = asyncio.get_running_loop().call_later(self.seconds, self.expire)
 
     def stop_clock(self) -> None:
-        """They are here."""
+        """End the time limit: the headers have arrived."""
         if self.clock is not None:
             self.clock.cancel()
             self.clock = None
 
     def expire(self) -> None:
-        """They were not: say so if there was a part of them, and close."""
+        """Close the connection; answer 408 if a part of the headers has arrived."""
         self.clock = None
         if not self.transport.is_closing():
             if self.begun:
@@ -122,17 +121,17 @@ class Connection(asyncio.Protocol):
 
 
 def http_protocol(limits: Limits) -> Callable[..., Connection]:
-    """What makes the connections of one server."""
-    newcomers = Newcomers(max(1, min(limits.newcomers, (open_files() - OTHER_FILES) // SHARE)))
+    """Build the connection factory of one server."""
+    newcomers = Newcomers(max(1, min(limits.newcomers, (limit_of_files() - OTHER_FILES) // SHARE)))
 
-    def connection(**given: Any) -> Connection:  # what uvicorn gives its own protocols
-        return Connection(H11Protocol(**given), newcomers, limits.header_seconds)
+    def connection(**arguments: Any) -> Connection:  # what uvicorn gives its own protocols
+        return Connection(H11Protocol(**arguments), newcomers, limits.header_seconds)
 
     return connection
 
 
-def open_files() -> int:
-    """How many files this process may have open, each connection among them."""
+def limit_of_files() -> int:
+    """Read how many files this process may have open, each connection among them."""
     if sys.platform == "win32":
         return MOST_FILES
     import resource
@@ -142,8 +141,8 @@ def open_files() -> int:
 
 
 @contextmanager
-def many_files() -> Iterator[None]:
-    """As many open files as the system lets this process have: a shell's usual 256 or 1024 are soon connections."""
+def raise_file_limit() -> Iterator[None]:
+    """Allow as many open files as the system permits: a shell's usual 256 or 1024 are soon connections."""
     if sys.platform == "win32":
         yield
         return
@@ -159,36 +158,36 @@ def many_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-# Seconds in which those who keep their connection and ask once more are answered, and told that it closes.
+# Seconds in which one more request on an open connection is answered, and told that it closes.
 LINGER = 1.0
 # Threads take turns at Python every 5 ms, and a model's thread asks for its turn at every operation.
 SWITCH = 0.0005
 
 
-class Closing(uvicorn.Server):
-    """A server that on the first SIGTERM or SIGINT takes no more connections, and ends when those there are done."""
+class GracefulServer(uvicorn.Server):
+    """A server that takes no more connections at the first SIGTERM or SIGINT, and ends when the open ones are done."""
 
-    door: Door
+    shutdown_state: Shutdown
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal closes the door; a second one is the system's, and ends the process whatever hangs."""
+        """Begin the shutdown; a second signal is the system's, and ends the process whatever hangs."""
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
-        self.door.closing = True
+        self.shutdown_state.begun = True
         self.loop.call_soon_threadsafe(self.close)
 
     def close(self) -> None:
-        """Take no more connections, and end soon."""
+        """Refuse new connections, and end soon."""
         for each in self.servers:
             each.close()
         self.loop.call_later(LINGER, self.end)
 
     def end(self) -> None:
-        """Close connections that ask nothing; wait for the others."""
+        """Close idle connections, and wait for the others."""
         self.should_exit = True
 
     async def startup(self, sockets: Any = None) -> None:
-        """Keeps the loop, for the signal's handler."""
+        """Keep the loop for the signal handler, and start."""
         self.loop = asyncio.get_running_loop()
         await super().startup(sockets)
 
@@ -197,16 +196,16 @@ def listen(app: Any, host: str, port: int, limits: Limits) -> None:
     """Serve an application until SIGTERM or SIGINT."""
     if not 0 <= port <= 65535:
         raise ValueError(f"a port is a number from 0 to 65535, got port={port}")
-    with switching(), many_files():
-        server = server_of(app, host, port, limits)
+    with switch_threads_often(), raise_file_limit():
+        server = build_server(app, host, port, limits)
         with suppress(SystemExit):  # uvicorn's own, for an address that it cannot have
             server.run()
     if not server.started:
         raise OSError(f"nothing can listen on {host}:{port}: the log above tells why")
 
 
-def server_of(app: Any, host: str, port: int, limits: Limits) -> Closing:
-    """The server of an application, which holds connections to their limits; not running yet."""
+def build_server(app: Any, host: str, port: int, limits: Limits) -> GracefulServer:
+    """Build the server of an application, with limits on its connections; it does not run yet."""
     config = uvicorn.Config(
         app,
         host=host,
@@ -219,45 +218,17 @@ def server_of(app: Any, host: str, port: int, limits: Limits) -> Closing:
         backlog=2048,
         timeout_graceful_shutdown=round(limits.answer_seconds + limits.body_seconds) + 1,
     )
-    server = Closing(config)
-    server.door = app.state.door
+    server = GracefulServer(config)
+    server.shutdown_state = app.state.shutdown
     return server
 
 
 @contextmanager
-def switching() -> Iterator[None]:
-    """Threads take turns at Python more often."""
+def switch_threads_often() -> Iterator[None]:
+    """Let threads take turns at Python more often."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH)
     try:
         yield
     finally:
         sys.setswitchinterval(before)
-
-
-def check_address(host: str, token: str | None, insecure: bool) -> None:
-    """Refuse an address that others can reach, unless they need a token.
-
-    >>> check_address("0.0.0.0", None, insecure=False)
-    Traceback (most recent call last):
-    ValueError: others can reach 0.0.0.0: serve needs a token there, got none; to serve all who come, insecure=True
-    """
-    if token is None and not insecure and not is_loopback(host):
-        raise ValueError(
-            Message(
-                f"others can reach {host}: serve needs a token there, got none; to serve all who come, "
-                f"{setting('insecure', 'True')}"
-            )
-        )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is of this machine only; a name that is not localhost may be anything.
-
-    >>> [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "10.0.0.2", "gpu7", "")]
-    [True, True, True, False, False, False, False]
-    """
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -4,9 +4,9 @@ A table is built in bounded memory (`build`), stored as two files in a directory
 (`ReferenceTable.open`) and searched with numpy (`search`) or on a GPU (`torch_search`).
 """
 
+from calibrated_rewards.prompts import UnknownPromptError as UnknownPromptError
 from calibrated_rewards.table.build import Row as Row
 from calibrated_rewards.table.reference_table import (
     Duplicates as Duplicates,
     ReferenceTable as ReferenceTable,
-    UnknownPromptError as UnknownPromptError,
 )

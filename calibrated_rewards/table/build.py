@@ -1,4 +1,4 @@
-"""From rows in any order to the sorted columns of a table, in memory that does not grow with the scores."""
+"""Build a table from rows in any order, in memory that does not grow with the scores."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build(
     duplicates: str,
     lengths: Iterable[int] = (),
 ) -> Content:
-    """The content of a table of these rows: in memory, or on disk at `path`, by way of a temporary file there."""
+    """Build the content of a table of these rows: in memory, or on disk at `path`, through a temporary file there."""
     if duplicates not in ("error", "pool"):
         raise ValueError(f"duplicates is 'error' or 'pool', got {duplicates!r}")
     meta_text = _as_json(meta)
@@ -68,14 +68,14 @@ def _as_json(meta: Mapping[str, Any]) -> str:
 
 
 def as_row(item: Any, position: int) -> Row:
-    """One item of the rows that a caller hands over."""
+    """Read one item of a caller's rows as a Row."""
     if not isinstance(item, tuple | list) or len(item) not in (2, 3):
         raise TypeError(f"row {position} must be (prompt, scores) or (prompt, scores, aliases), got {start_of(item)}")
     return Row(*item)
 
 
 def rows_of(content: Content) -> Iterator[Row]:
-    """The rows of a table by ascending key, with their aliases, read a megabyte at a time."""
+    """Yield the rows of a table by ascending key, with their aliases, read a megabyte at a time."""
     keys = np.stack([content.column("keys_high"), content.column("keys_low")], axis=1)
     aliases = np.stack([content.column("alias_high"), content.column("alias_low")], axis=1)
     by_row = np.argsort(content.column("alias_rows"), kind="stable")
@@ -92,12 +92,12 @@ def rows_of(content: Content) -> Iterator[Row]:
 
 
 def lengths_of(*contents: Content) -> set[int]:
-    """The lengths of all their text prompts."""
+    """Return the lengths of all text prompts of some tables."""
     return {length for content in contents for length in content.column("lengths").tolist()}
 
 
 def sorted_scores(scores: Any) -> Float32[np.ndarray, " K"]:
-    """One prompt's reference scores as a row of a table.
+    """Sort one prompt's reference scores into a row of a table: float32, finite, without -0.0.
 
     >>> sorted_scores([2, -1.5, -0.0]).tolist()
     [-1.5, 0.0, 2.0]
@@ -106,17 +106,17 @@ def sorted_scores(scores: Any) -> Float32[np.ndarray, " K"]:
         scores = scores.detach().float().cpu().numpy()
     if isinstance(scores, np.ma.MaskedArray):
         raise TypeError("scores must not be a masked array: give the unmasked ones")
-    given = np.asarray(scores)
-    if given.ndim != 1 or not given.size or given.dtype.kind not in "fiub":
-        raise ValueError(f"a row needs a list of K >= 1 numbers, got shape {given.shape} of {given.dtype}")
+    numbers = np.asarray(scores)
+    if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "fiub":
+        raise ValueError(f"a row needs a list of K >= 1 numbers, got shape {numbers.shape} of {numbers.dtype}")
     with np.errstate(over="ignore"):  # what overflows float32 becomes infinite, and is refused below
-        row = given.astype(np.float32)
+        row = numbers.astype(np.float32)
     row += 0.0  # -0.0 becomes 0.0: they are equal, and equal content is equal bytes
     row.sort()
     if not (np.isfinite(row[0]) and np.isfinite(row[-1])):  # nan is sorted last
         with np.errstate(over="ignore"):
-            place = int(np.flatnonzero(~np.isfinite(given.astype(np.float32)))[0])
-        raise ValueError(f"scores must be finite in float32, got {given[place]} at position {place}")
+            place = int(np.flatnonzero(~np.isfinite(numbers.astype(np.float32)))[0])
+        raise ValueError(f"scores must be finite in float32, got {numbers[place]} at position {place}")
     return row
 
 
@@ -137,9 +137,9 @@ class _Spool:
     def add(self, row: Row) -> None:
         if isinstance(row.aliases, str | bytes):
             raise TypeError(f"aliases are a list of prompts or keys, got {start_of(row.aliases)}")
-        given = list(row.aliases)
-        key, aliases, scores = as_key(row.prompt), [as_key(alias) for alias in given], sorted_scores(row.scores)
-        for text in (row.prompt, *given):
+        names = list(row.aliases)
+        key, aliases, scores = as_key(row.prompt), [as_key(alias) for alias in names], sorted_scores(row.scores)
+        for text in (row.prompt, *names):
             if isinstance(text, str):
                 self.lengths.add(len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")))
         self.alias_keys += b"".join(aliases)
@@ -161,7 +161,7 @@ class _Spool:
 
 
 def _spool(rows: Iterable[Any], file: io.BytesIO | io.FileIO, lengths: Iterable[int], place: str = "") -> _Spool:
-    """All rows, taken one at a time; what is wrong with one is said with its position and the start of its prompt."""
+    """Take all rows one at a time; an error about a row names its position and the start of its prompt."""
     from tqdm import tqdm
 
     spool = _Spool(file, set(lengths), place)
@@ -190,7 +190,7 @@ class _Gathered:
     offsets: Int64[np.ndarray, " edges"]
 
     def read(self, first: int, last: int) -> Float32[np.ndarray, " _"]:
-        """The scores of rows first to last - 1, read and not mapped, since mapped pages would count as ours."""
+        """Return the scores of rows first to last - 1, read and not mapped: mapped pages would count as our memory."""
         offsets = (self.offsets[first : last + 1] - self.offsets[first]).tolist()
         groups = self.groups[first : last + 1].tolist()
         flat = np.empty(offsets[-1], np.float32)
@@ -213,7 +213,7 @@ def _gather(spool: _Spool, duplicates: str) -> _Gathered:
     spool.keys.clear()
     order = np.lexsort((low, high))
     high, low = high[order], low[order]
-    new = _first_of_its_kind(high, low)
+    new = _mark_first(high, low)
     if duplicates == "error" and not new.all():
         twice = int(np.flatnonzero(~new)[0])
         first, second = sorted(order[twice - 1 : twice + 1].tolist())
@@ -239,7 +239,7 @@ def _gather(spool: _Spool, duplicates: str) -> _Gathered:
 def _alias_columns(
     spool: _Spool, high: Any, low: Any, order: Int64[np.ndarray, " A"], first: Bool[np.ndarray, " A"]
 ) -> dict[str, np.ndarray]:
-    """Sorted aliases, without those that say nothing new; an alias that leads to two prompts is refused."""
+    """Sort the aliases and drop those that add nothing; an alias that leads to two prompts is refused."""
     alias_high, alias_low = halves(spool.alias_keys)
     if not len(alias_high):
         return {"alias_high": alias_high, "alias_low": alias_low, "alias_rows": np.empty(0, dtype=np.int64)}
@@ -248,11 +248,11 @@ def _alias_columns(
     rows = row_of[np.frombuffer(spool.alias_owners, dtype=np.int64)]
     by_key = np.lexsort((rows, alias_low, alias_high))
     alias_high, alias_low, rows = alias_high[by_key], alias_low[by_key], rows[by_key]
-    new = _first_of_its_kind(alias_high, alias_low)
+    new = _mark_first(alias_high, alias_low)
     prompt = locate(high, low, alias_high, alias_low)
-    wanted = np.where(prompt < 0, rows[np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))], prompt)
-    if (clash := np.flatnonzero(wanted != rows)).size:
-        owners = [int(np.flatnonzero(row_of == row)[0]) for row in (wanted[clash[0]], rows[clash[0]])]
+    targets = np.where(prompt < 0, rows[np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))], prompt)
+    if (clash := np.flatnonzero(targets != rows)).size:
+        owners = [int(np.flatnonzero(row_of == row)[0]) for row in (targets[clash[0]], rows[clash[0]])]
         key = f"{alias_high[clash[0]]:016x}{alias_low[clash[0]]:016x}"
         raise ValueError(
             f"an alias must lead to one prompt, got key {key} for those of rows {min(owners)} and {max(owners)}"
@@ -261,8 +261,8 @@ def _alias_columns(
     return {"alias_high": alias_high[keep], "alias_low": alias_low[keep], "alias_rows": rows[keep]}
 
 
-def _first_of_its_kind(high: Any, low: Any) -> Bool[np.ndarray, " A"]:
-    """Which of the sorted keys differ from the one before."""
+def _mark_first(high: Any, low: Any) -> Bool[np.ndarray, " A"]:
+    """Mark the sorted keys that differ from the one before."""
     new = np.ones(len(high), dtype=bool)
     new[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
     return new

@@ -1,4 +1,4 @@
-"""ReferenceTable: each prompt's reference rollouts as sorted scores, and where a new score stands among them."""
+"""ReferenceTable: each prompt's sorted reference scores, and the ranks of new scores among them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 from jaxtyping import Float32, Float64, Int, Int64, Shaped
 
-from calibrated_rewards.prompts import Prompt, as_key, id_key, longest_prefix, start_of
+from calibrated_rewards.prompts import Prompt, UnknownPromptError, as_key, id_key, longest_prefix, start_of
+from calibrated_rewards.table import search, summary
+from calibrated_rewards.table.build import Row, as_row, build, lengths_of, rows_of
 from calibrated_rewards.table import build as table_build, search as table_search, summary as table_summary
 from calibrated_rewards.table.build import Row
 from calibrated_rewards.table.search import Content
-from calibrated_rewards.table.storage import COLUMNS, open_table, write_table
+from calibrated_rewards.table.storage import COLUMNS, DATA_FILE, SUMMARY_FILE, open_table, write_table
 
 if TYPE_CHECKING:
     import torch
@@ -24,17 +26,10 @@ if TYPE_CHECKING:
 
     from calibrated_rewards.table.torch_search import DeviceTable
 
-__all__ = ["ReferenceTable", "Row", "UnknownPromptError"]
+__all__ = ["ReferenceTable", "Row"]
 
 Duplicates = Literal["error", "pool"]
 Directory = str | os.PathLike[str]
-
-
-class UnknownPromptError(KeyError):
-    """A prompt that the table has no references for."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])  # KeyError would show the message in quotes
 
 
 class ReferenceTable:
@@ -80,7 +75,7 @@ class ReferenceTable:
         meta: Mapping[str, Any] | None = None,
         duplicates: Duplicates = "error",
     ) -> ReferenceTable:
-        """A table of `Row`s, or of (prompt, scores) or (prompt, scores, aliases), in any order.
+        """Build a table of `Row`s, or of (prompt, scores) or (prompt, scores, aliases), in any order.
 
         Aliases are further names of the prompt: a rendered template, messages, or an id as `id_key(7)`.
 
@@ -88,11 +83,11 @@ class ReferenceTable:
         that comes back is the mapped one. `meta` is anything JSON can say (tuples come back as lists).
         A prompt that comes twice is an error unless `duplicates="pool"`.
         """
-        return cls(table_build.build(rows, path, meta or {}, duplicates))
+        return cls(build(rows, path, meta or {}, duplicates))
 
     @classmethod
     def load(cls, path: Directory, *, verify: bool | None = None) -> ReferenceTable:
-        """Open a table on disk.
+        """Open the table in a directory.
 
         Altered bytes raise ValueError when they are first touched; with `verify=True` all are checked now, with
         `verify=False` never.
@@ -123,7 +118,7 @@ class ReferenceTable:
     def find(
         self, prompts: Sequence[Prompt | bytes] | np.ndarray, ids: Sequence[Any] | np.ndarray | None = None
     ) -> Int64[np.ndarray, " G"]:
-        """The row of each prompt, -1 where it is unknown: by its id, if it has a known one, or by its own key."""
+        """Find the row of each prompt by its id, if that is known, or by its own key; -1 where it is unknown."""
         if isinstance(prompts, str | bytes | Mapping) or isinstance(ids, str | bytes | Mapping):
             raise TypeError(f"prompts and ids are lists, got prompts={start_of(prompts)}, ids={ids!r:.60}")
         prompts, ids = list(prompts), None if ids is None else list(ids)  # a Series would be asked by its labels
@@ -131,16 +126,16 @@ class ReferenceTable:
         if ids is not None:
             if len(ids) != len(prompts):
                 raise ValueError(f"ids must be one for each prompt, got {len(ids)} for {len(prompts)} prompts")
-            named = {place: id_key(identifier) for place, identifier in enumerate(ids) if identifier is not None}
-            rows[list(named)] = self._find_keys(list(named.values()))
-        left = np.flatnonzero(rows < 0).tolist()
-        rows[left] = self._find_keys([as_key(prompts[place]) for place in left])
+            keys = {place: id_key(identifier) for place, identifier in enumerate(ids) if identifier is not None}
+            rows[list(keys)] = self._find_keys(list(keys.values()))
+        others = np.flatnonzero(rows < 0).tolist()
+        rows[others] = self._find_keys([as_key(prompts[place]) for place in others])
         return rows
 
     def rows(
         self, prompts: Sequence[Prompt | bytes] | np.ndarray, ids: Sequence[Any] | np.ndarray | None = None
     ) -> Int64[np.ndarray, " G"]:
-        """The row of each prompt, as `find`; UnknownPromptError if there is one without."""
+        """Find the row of each prompt; UnknownPromptError if one has none."""
         rows = self.find(prompts, ids)
         if len(rows) and rows.min() < 0:
             self._refuse(prompts, np.flatnonzero(rows < 0))
@@ -149,14 +144,14 @@ class ReferenceTable:
     def rows_by_prefix(
         self, texts: Sequence[str] | np.ndarray
     ) -> tuple[Int64[np.ndarray, " G"], Int64[np.ndarray, " G"]]:
-        """The row of the longest known text prompt that each text starts with, and where in the text it stops."""
+        """Find the row of the longest known text prompt that each text starts with, and its length in the text."""
         if isinstance(texts, str):
             raise TypeError(f"texts are a list of texts, got the one {start_of(texts)}")
         lengths = self._content.column("lengths").tolist()
-        found = [longest_prefix(text, lengths, self._knows) for text in texts]
-        if None in found:
-            self._refuse(texts, np.array([place for place, hit in enumerate(found) if hit is None]))
-        hits = [hit for hit in found if hit is not None]
+        prefixes = [longest_prefix(text, lengths, self._knows) for text in texts]
+        if None in prefixes:
+            self._refuse(texts, np.array([place for place, hit in enumerate(prefixes) if hit is None]))
+        hits = [hit for hit in prefixes if hit is not None]
         return self._find_keys([key for key, _ in hits]), np.array([split for _, split in hits], dtype=np.int64)
 
     @overload
@@ -164,64 +159,64 @@ class ReferenceTable:
     @overload
     def ranks(self, rows: Any, scores: Any) -> tuple[Int64[np.ndarray, "*P"], Int64[np.ndarray, "*P"]]: ...
     def ranks(self, rows: Any, scores: Any) -> Any:
-        """How many of its row's references each score is above, and how many it equals."""
-        return _route(scores).ranks(self._content, rows, scores)
+        """Count the references of its row that each score is above, and those that it equals."""
+        return self._search("ranks", rows, scores)
 
     @overload
     def cdf(self, rows: Any, scores: Tensor) -> Tensor: ...
     @overload
     def cdf(self, rows: Any, scores: Any) -> Float64[np.ndarray, "*P"]: ...
     def cdf(self, rows: Any, scores: Any) -> Any:
-        """Eq. 12: (below + equal / 2) / K, in float64."""
-        return _route(scores).cdf(self._content, rows, scores)
+        """Return the empirical quantile of Eq. 12, (below + equal / 2) / K, in float64."""
+        return self._search("cdf", rows, scores)
 
     @overload
     def icdf(self, rows: Any, u: Tensor) -> Tensor: ...
     @overload
     def icdf(self, rows: Any, u: Any) -> Float32[np.ndarray, "*P"]: ...
     def icdf(self, rows: Any, u: Any) -> Any:
-        """The generalised inverse: the smallest reference with a share of at least u at or below it."""
-        return _route(u).icdf(self._content, rows, u)
+        """Return the generalised inverse of `cdf`: the smallest reference with a share of at least u at or below it."""
+        return self._search("icdf", rows, u)
 
     @overload
     def counts(self, rows: Tensor) -> Tensor: ...
     @overload
     def counts(self, rows: Any) -> Int64[np.ndarray, " P"]: ...
     def counts(self, rows: Any) -> Any:
-        """K of each row."""
-        return _route(rows).counts(self._content, rows)
+        """Return the number of references, K, of each row."""
+        return self._search("counts", rows)
 
     def keys(self, rows: Any) -> list[bytes]:
-        """The key of each row: `prompt_key` of its prompt, or `id_key` where that is all the table knows."""
-        rows = table_search.checked_rows(rows, len(self))
+        """Return the key of each row: `prompt_key` of its prompt, or `id_key` where that is all the table knows."""
+        rows = search.check_rows(rows, len(self))
         high, low = self._content.column("keys_high")[rows], self._content.column("keys_low")[rows]
         data = np.stack([high, low], axis=1).astype(">u8").tobytes()
         return [data[at : at + 16] for at in range(0, len(data), 16)]
 
     def on(self, device: torch.device) -> DeviceTable:
-        """The scores on a torch device, copied there once, for a search that waits for nothing."""
-        from calibrated_rewards.table import torch_search as table_torch
+        """Copy the scores to a torch device, once, for a search that waits for nothing."""
+        from calibrated_rewards.table import torch_search
 
-        return table_torch.on_device(self._content, device)
+        return torch_search.on_device(self._content, device)
 
     def scores(self, row: int) -> Float32[np.ndarray, " K"]:
-        """The sorted references of one row, as a view that cannot be written to."""
-        rows = table_search.checked_rows([row], len(self))
+        """Return the sorted references of one row, as a view that cannot be written to."""
+        rows = search.check_rows([row], len(self))
         self._content.touch(rows)
-        begin = int(table_search.starts(self._content, rows)[0])
-        view = self._content.scores[begin : begin + int(table_search.counts(self._content, rows)[0])]
+        begin = int(search.starts(self._content, rows)[0])
+        view = self._content.scores[begin : begin + int(search.counts(self._content, rows)[0])]
         view.flags.writeable = False
         return view
 
     def blocks(
         self, rows: Int[np.ndarray, " P"]
     ) -> Iterator[tuple[Int64[np.ndarray, " b"], Float32[np.ndarray, "b K"]]]:
-        """The references of many rows, in chunks of equal K: (positions in `rows`, one row of scores for each)."""
-        return table_search.blocks(self._content, rows)
+        """Yield the references of many rows in chunks of equal K: (positions in `rows`, one row of scores for each)."""
+        return search.blocks(self._content, rows)
 
     def items(self) -> Iterator[tuple[bytes, Float32[np.ndarray, " K"]]]:
-        """All (key, sorted scores), by ascending key."""
-        return ((as_key(row.prompt), row.scores) for row in table_build.rows_of(self._content))
+        """Yield (key, sorted scores) of every row, by ascending key."""
+        return ((as_key(row.prompt), row.scores) for row in rows_of(self._content))
 
     def merge(
         self,
@@ -230,13 +225,13 @@ class ReferenceTable:
         meta: Mapping[str, Any] | None = None,
         duplicates: Duplicates = "error",
     ) -> ReferenceTable:
-        """A table of all the rows of these tables, with their aliases; their meta must agree unless one is given."""
+        """Build a table of all rows of these tables, with their aliases; their meta must agree unless one is given."""
         if meta is None and any(table.meta != self.meta for table in others):
             raise ValueError("merge needs tables of one meta, or the meta of the result: they may be of other scorers")
         contents = [table._content for table in (self, *others)]
-        rows = (row for content in contents for row in table_build.rows_of(content))
+        rows = (row for content in contents for row in rows_of(content))
         meta = self.meta if meta is None else meta
-        return ReferenceTable(table_build.build(rows, path, meta, duplicates, table_build.lengths_of(*contents)))
+        return ReferenceTable(build(rows, path, meta, duplicates, lengths_of(*contents)))
 
     def extend(
         self,
@@ -246,58 +241,79 @@ class ReferenceTable:
         meta: Mapping[str, Any] | None = None,
         allow_new: bool = False,
     ) -> ReferenceTable:
-        """A table with more references for prompts that this one has, found by key or alias; new ones if allowed."""
-        both = (row for part in (table_build.rows_of(self._content), self._known(rows, allow_new)) for row in part)
+        """Build a table with more references for this one's prompts, found by key or alias; new prompts if allowed."""
+        both = (row for part in (rows_of(self._content), self._under_known_keys(rows, allow_new)) for row in part)
         meta = self.meta if meta is None else meta
-        return ReferenceTable(table_build.build(both, path, meta, "pool", table_build.lengths_of(self._content)))
+        return ReferenceTable(build(both, path, meta, "pool", lengths_of(self._content)))
 
     def describe(self) -> dict[str, float]:
-        """The table in ten numbers, which `table_summary.describe` explains."""
-        return table_summary.describe(self._content)
+        """Describe the table in ten numbers, which `summary.describe` explains."""
+        return summary.describe(self._content)
 
     def save_pretrained(self, save_directory: Directory) -> None:
-        """`save`, by the name it has in the Hugging Face world."""
+        """Write the table, as `save` does, under the name that the Hugging Face world uses."""
         self.save(save_directory)
 
     @classmethod
     def from_pretrained(
-        cls,
-        name: Directory,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        verify: bool | None = None,
-        **hub: Any,
+        cls, name: Directory, *, repo_type: str = "dataset", verify: bool | None = None, **hub: Any
     ) -> ReferenceTable:
-        """Open a table from a directory, or from the Hugging Face Hub; `table_hub.download` has the other options."""
+        """Open a table from a directory, or from the Hugging Face Hub with `revision`, `token` and `cache_dir`."""
         if os.path.isdir(name):
             return cls.load(name, verify=verify)
-        from calibrated_rewards.table import hub as table_hub
+        from huggingface_hub import snapshot_download
 
+        files = [DATA_FILE, SUMMARY_FILE]
         try:
-            directory = table_hub.download(str(name), revision=revision, token=token, **hub)
+            directory = snapshot_download(str(name), repo_type=repo_type, allow_patterns=files, **hub)
         except (OSError, ValueError) as error:  # the Hub's own errors do not always name what was asked for
             reason = type(error).__name__
             raise FileNotFoundError(f"{str(name)!r} is no folder, and the Hub does not give it ({reason})") from error
         return cls.load(directory, verify=verify)
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **hub: Any
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        repo_type: str = "dataset",
+        revision: str | None = None,
+        commit_message: str = "Upload reference table",
     ) -> str:
-        """Upload the table to the Hugging Face Hub, for the URL of the commit; `table_hub.upload` has more options."""
-        from calibrated_rewards.table import hub as table_hub
+        """Upload the table to the Hub, to a new repository if there is none, and return the URL of the commit."""
+        from huggingface_hub import HfApi
 
+        api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as directory:
             self.save(directory)
-            return table_hub.upload(directory, repo_id, private=private, token=token, **hub)
+            repo = api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo.repo_id,
+                repo_type=repo_type,
+                folder_path=directory,
+                allow_patterns=[DATA_FILE, SUMMARY_FILE],
+                revision=revision,
+                commit_message=commit_message,
+            )
+        return str(commit.commit_url)
+
+    def _search(self, name: str, *arguments: Any) -> Any:
+        """Call a function of `search`, or that of `torch_search` for tensors; torch is not imported to find out."""
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(arguments[-1], torch.Tensor):
+            return getattr(search, name)(self._content, *arguments)
+        from calibrated_rewards.table import torch_search
+
+        return torch_search.call(name, self._content, *arguments)
 
     def _find_keys(self, keys: Sequence[bytes]) -> Int64[np.ndarray, " G"]:
-        column, wanted = self._content.column, table_search.halves(keys)
-        rows = table_search.locate(column("keys_high"), column("keys_low"), *wanted)
-        left = np.flatnonzero(rows < 0)
-        if len(left) and len(column("alias_rows")):
-            alias = table_search.locate(column("alias_high"), column("alias_low"), wanted[0][left], wanted[1][left])
-            rows[left] = np.where(alias < 0, -1, column("alias_rows")[alias])
+        column, (high, low) = self._content.column, search.halves(keys)
+        rows = search.locate(column("keys_high"), column("keys_low"), high, low)
+        unknown = np.flatnonzero(rows < 0)
+        if len(unknown) and len(column("alias_rows")):
+            alias = search.locate(column("alias_high"), column("alias_low"), high[unknown], low[unknown])
+            rows[unknown] = np.where(alias < 0, -1, column("alias_rows")[alias])
         return rows
 
     def _knows(self, keys: Sequence[bytes]) -> Shaped[np.ndarray, " G"]:
@@ -311,26 +327,16 @@ class ReferenceTable:
             f"key {as_key(prompt).hex()}{of}"
         )
 
-    def _known(self, rows: Iterable[Any], allow_new: bool) -> Iterator[Row]:
-        """Rows under the key that the table has for their prompt."""
+    def _under_known_keys(self, rows: Iterable[Any], allow_new: bool) -> Iterator[Row]:
+        """Yield rows under the key that the table has for their prompt."""
         high, low = self._content.column("keys_high"), self._content.column("keys_low")
         for position, item in enumerate(rows):
-            row = table_build.as_row(item, position)
-            found = int(self._find_keys([as_key(row.prompt)])[0])
-            if found < 0 and not allow_new:
+            row = as_row(item, position)
+            place = int(self._find_keys([as_key(row.prompt)])[0])
+            if place < 0 and not allow_new:
                 raise UnknownPromptError(
                     f"row {position}: the table has no prompt {start_of(row.prompt)}; allow_new=True would add it"
                 )
             # The text stays as an alias, so that prefix look-up knows its length.
-            key = bytes.fromhex(f"{high[found]:016x}{low[found]:016x}")
-            yield row if found < 0 else Row(key, row.scores, [*row.aliases, row.prompt])
-
-
-def _route(values: Any) -> Any:
-    """The module that searches for this kind of values; torch is not imported to find out."""
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(values, torch.Tensor):
-        return table_search
-    from calibrated_rewards.table import torch_search as table_torch
-
-    return table_torch
+            key = bytes.fromhex(f"{high[place]:016x}{low[place]:016x}")
+            yield row if place < 0 else Row(key, row.scores, [*row.aliases, row.prompt])

@@ -1,14 +1,12 @@
-"""The format of a table on disk, `table.safetensors` beside `table.json`: what its header says, and its digests.
+"""A table on disk, `table.safetensors` beside `table.json`: its format, its writer, and the mapped file that is read.
 
-docs/reference/table_format.md is the specification; `table_mapped` reads it and `table_writer` writes it.
+docs/reference/table_format.md specifies the format. A reader sees the old table or the new one, and a kill at any
+moment does no harm: everything goes to temporary names in the same directory, is synced, and is moved into place, the
+data first, then `table.json`, which until then lies there as `.table.json.<digest of the new header>`. A writer that
+dies between the two moves has left a table that can be read, and the next writer finishes the move.
 
-Writing a table so that a reader sees the old one or the new one, and so that a kill at any moment does no harm.
-
-Everything goes to temporary names in the same directory, is synced, and is moved into place: the data, then
-`table.json`, which until then lies there as `.table.json.<digest of the new header>`. A writer that dies between the
-two moves has therefore left a table that can be read, and the next writer finishes the move.
-
-An open table: a mapped file of which every byte is checked before its first use, and none before that."""
+A table that is opened is a mapped file: every byte is checked before its first use, and none before that.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +21,11 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any, TypeAlias
-from uuid import uuid4
 
 import numpy as np
 from jaxtyping import Float32, Int, Shaped
+
+from calibrated_rewards.files import lock_file, open_temporary_file
 
 FORMAT, VERSION, KEYS = "calibrated-rewards table", "1", "blake2b-128 of canonical prompt 1"
 DATA_FILE, SUMMARY_FILE = "table.safetensors", "table.json"
@@ -49,7 +48,7 @@ _LONGEST_HEADER = 100_000_000  # the limit of safetensors itself
 
 @dataclass(frozen=True)
 class Header:
-    """What stands before the data: how much there is of everything, the digests of the columns, the caller's meta."""
+    """The header of the data file: counts, digests of the columns, the caller's meta."""
 
     prompts: int
     total: int
@@ -60,11 +59,11 @@ class Header:
 
     @property
     def blocks(self) -> int:
-        """How many blocks of rows have a checksum of their own."""
+        """The number of blocks of rows, each of which has a checksum."""
         return -(-self.prompts // self.rows_per_block)
 
     def tensors(self) -> dict[str, dict[str, Any]]:
-        """The tensor entries of the header, which follow from the counts alone."""
+        """Return the tensor entries of the header, which follow from the counts alone."""
         every = {"keys_high": self.prompts, "keys_low": self.prompts, **self.sizes, "checksums": self.blocks}
         entries: dict[str, dict[str, Any]] = {}
         end = 0
@@ -76,7 +75,7 @@ class Header:
         return entries
 
     def is_consistent(self) -> bool:
-        """Whether sizes, digests and meta are such as a table can have."""
+        """Return whether sizes, digests and meta are such as a table can have."""
         offsets, *aliases = (self.sizes.get(name, 0) for name in ("offsets", "alias_high", "alias_low", "alias_rows"))
         return (
             (offsets == self.prompts + 1 or (offsets == 0 and self.total % self.prompts == 0))
@@ -86,7 +85,7 @@ class Header:
         )
 
     def encode(self) -> bytes:
-        """The bytes before the data: length, JSON, and spaces up to a multiple of eight."""
+        """Return the bytes before the data: length, JSON, and spaces up to a multiple of eight."""
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -105,7 +104,7 @@ class Header:
         return len(text).to_bytes(8, "little") + text
 
     def summary(self, digest: str) -> bytes:
-        """`table.json`: what people look at, and the digest that ties it to this header."""
+        """Return the bytes of `table.json`: facts for people, and the digest that ties it to this header."""
         fields = {
             "format": FORMAT,
             "version": int(VERSION),
@@ -118,7 +117,7 @@ class Header:
 
 
 def read_head(fd: int, path: Path) -> bytes:
-    """The length and the header of an open data file, as they stand there."""
+    """Read the length and the header of an open data file, as bytes."""
     size = os.fstat(fd).st_size
     length = int.from_bytes(os.pread(fd, 8, 0), "little")
     if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
@@ -127,7 +126,7 @@ def read_head(fd: int, path: Path) -> bytes:
 
 
 def decode_header(head: bytes, path: Path) -> Header:
-    """The header that `read_head` gave, refused with the reason where it is not one of ours."""
+    """Decode the bytes of `read_head`; refuse a header that is not one of ours, with the reason."""
     try:
         entries = json.loads(head[8:])
         metadata = entries.pop("__metadata__")
@@ -147,43 +146,47 @@ def decode_header(head: bytes, path: Path) -> Header:
 
 
 def hex_digest(data: bytes | memoryview) -> str:
-    """The 128-bit digest of a header or of a column."""
+    """Return the 128-bit digest of a header or of a column."""
     return blake2b(data, digest_size=16).hexdigest()
 
 
 def checksum(scores: bytes | memoryview) -> bytes:
-    """The 64-bit checksum of a block of rows."""
+    """Return the 64-bit checksum of a block of rows."""
     return blake2b(scores, digest_size=8).digest()
 
 
 def pending_summary(digest: str) -> str:
-    """The name that `table.json` has until the data it belongs to is in place."""
+    """Return the name that `table.json` has until the data it belongs to is in place."""
     return f".{SUMMARY_FILE}.{digest}"
 
 
 ReadRows: TypeAlias = Callable[[int, int], np.ndarray]
-"""The scores of rows first to last - 1, one row after the other, float32."""
+"""Gives the scores of rows first to last - 1, one row after the other, as float32."""
 
 
 def write_table(
     directory: str | os.PathLike[str], columns: Mapping[str, np.ndarray], total: int, meta: str, read: ReadRows
 ) -> str:
-    """Write the table of these columns, rows by ascending key, whose `total` scores `read` hands out block by block.
+    """Write a table of these columns, rows by ascending key, whose `total` scores `read` gives block by block.
 
     Returns the digest of its header, by which it can be told from another writer's.
     """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    given = {name: np.ascontiguousarray(columns[name], DTYPES[COLUMNS[name]]) for name in COLUMNS if name in columns}
-    with _temporary_file(path) as (file, name):
-        header = _write_data(file, given, total, meta, read)
+    arrays = {name: np.ascontiguousarray(columns[name], DTYPES[COLUMNS[name]]) for name in COLUMNS if name in columns}
+    with contextlib.ExitStack() as closing:
+        with _lock_directory(path):
+            _recover(path)
+            file = closing.enter_context(open_temporary_file(path / DATA_FILE))
+            _try_lock(file.fileno())  # so that others can tell it from what a dead writer left behind
+        header = _write_data(file, arrays, total, meta, read)
         os.fsync(file.fileno())
-        _commit(path, name, header)
+        _commit(path, Path(file.name), header)
     return hex_digest(header.encode())
 
 
 def _write_data(file: IO[bytes], columns: dict[str, np.ndarray], total: int, meta: str, read: ReadRows) -> Header:
-    """Scores first, since their checksums are a column; then columns, since their digests are in the header."""
+    """Write scores, whose checksums are a column; then columns, whose digests are in the header; then the header."""
     prompts = len(columns["keys_high"])
     rows = max(1, BLOCK_BYTES // (4 * -(-total // prompts)))
     sizes = {name: len(column) for name, column in columns.items() if not name.startswith("keys")}
@@ -213,27 +216,10 @@ def _bytes(array: np.ndarray) -> memoryview:
     return array.data.cast("B")
 
 
-@contextlib.contextmanager
-def _temporary_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
-    """A new file that its writer keeps locked, so that others can tell it from what a dead writer left behind."""
-    name = path / f".{DATA_FILE}.{uuid4().hex}"
-    with _locked(path):
-        _recover(path)
-        file = open(name, "xb")  # noqa: SIM115 (closed below, when the table is in place)
-        _try_lock(file.fileno())
-    try:
-        with file:
-            yield file, name
-    except OSError as error:  # a full disk does not say of which file
-        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path / DATA_FILE)) from error
-    finally:
-        name.unlink(missing_ok=True)
-
-
 def _commit(path: Path, data: Path, header: Header) -> None:
     digest = hex_digest(header.encode())
     pending = path / pending_summary(digest)
-    with _locked(path) as directory:
+    with _lock_directory(path) as directory:
         with open(pending, "wb") as file:
             file.write(header.summary(digest))
             file.flush()
@@ -244,7 +230,7 @@ def _commit(path: Path, data: Path, header: Header) -> None:
 
 
 def _recover(path: Path) -> None:
-    """Finish the move of a writer that died between its two, and remove what dead writers left."""
+    """Finish the move of a writer that died between its two moves, and remove the files that dead writers left."""
     if (path / DATA_FILE).exists():
         with open(path / DATA_FILE, "rb") as data, contextlib.suppress(ValueError, FileNotFoundError):
             # Nearly always there is nothing to finish; and a foreign file is about to be replaced.
@@ -258,27 +244,21 @@ def _recover(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """One writer at a time, for the moment of the moves; some network file systems know no locks, and go without."""
-    import fcntl
-
+def _lock_directory(path: Path) -> Iterator[int]:
+    """Keep other writers out for the moment of the moves; a file system without locks goes without."""
     fd = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            lock_file(fd, wait=True)
         yield fd
     finally:
         os.close(fd)
 
 
 def _try_lock(fd: int) -> bool:
-    import fcntl
-
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    with contextlib.suppress(OSError):
+        return lock_file(fd)
+    return False
 
 
 _READ_BYTES = 1 << 20
@@ -286,10 +266,10 @@ _ATTEMPTS, _PAUSE = 10, 0.005
 
 
 class MappedTable:
-    """The content of a table on disk: columns and scores are views of the mapped file.
+    """Content of a table on disk: columns and scores are views of the mapped file.
 
-    `touch(rows)` comes before any use of `scores`; `column(name)` checks by itself. Threads may share it: the worst
-    that they do to each other is to check the same block twice.
+    `touch(rows)` comes before any use of `scores`; `column(name)` checks by itself. Threads may share it: at worst
+    they check the same block twice.
     """
 
     def __init__(self, path: str, header: Header, head: bytes, fd: int, verify: bool | None) -> None:
@@ -313,7 +293,7 @@ class MappedTable:
         weakref.finalize(self, os.close, fd)
 
     def column(self, name: str) -> Shaped[np.ndarray, " _"]:
-        """One of COLUMNS, empty where the table has none."""
+        """Return one of COLUMNS, empty where the table has none."""
         if name in self._unchecked:
             self._check_column(name)
         return self._columns[name]
@@ -329,13 +309,13 @@ class MappedTable:
             self._complete = bool(self._checked.all())
 
     def check(self) -> None:
-        """Check everything now."""
+        """Check all columns and scores now."""
         for name in list(self._unchecked):
             self._check_column(name)
         self.touch(np.arange(0, self.prompts, self.header.rows_per_block))
 
     def read(self, first: int, last: int) -> Float32[np.ndarray, " _"]:
-        """The scores of rows first to last - 1, read and not mapped: a pass over all of them keeps no memory."""
+        """Return the scores of rows first to last - 1, read and not mapped: a pass over all of them keeps no memory."""
         self.touch(np.arange(first, last))
         return np.frombuffer(self._read_rows(first, last), DTYPES["F32"])
 
@@ -351,10 +331,10 @@ class MappedTable:
     def _check_block(self, block: int) -> None:
         first = block * self.header.rows_per_block
         last = min(first + self.header.rows_per_block, self.prompts)
-        got = checksum(self._read_rows(first, last))
-        if got != self.column("checksums")[block].tobytes():
+        digest = checksum(self._read_rows(first, last))
+        if digest != self.column("checksums")[block].tobytes():
             rows = f"the scores of rows {first} to {last - 1}"
-            raise ValueError(f"{self.path}: {rows} must be as they were written, got a checksum of {got.hex()}")
+            raise ValueError(f"{self.path}: {rows} must be as they were written, got a checksum of {digest.hex()}")
         self._checked[block] = True
 
     def _read_rows(self, first: int, last: int) -> bytes:
@@ -373,7 +353,7 @@ class MappedTable:
 
 
 def reopen(path: str, digest: str, verify: bool | None) -> MappedTable:
-    """The table that was pickled or built, if its path still holds that one."""
+    """Open the table that was pickled or built, if its path still holds that one."""
     table = open_table(path, verify)
     if table.digest != digest:
         raise ValueError(f"{path} must hold the table with digest {digest}; got another, {table.digest}")
@@ -384,7 +364,7 @@ def open_table(directory: str | os.PathLike[str], verify: bool | None = None) ->
     """Open a table: `verify` None checks what is touched when it is touched, True everything now, False nothing."""
     path = Path(os.path.abspath(directory))
     for _ in range(_ATTEMPTS):
-        if table := _attempt(path, verify):
+        if table := _open_once(path, verify):
             if verify:
                 table.check()
             return table
@@ -392,9 +372,9 @@ def open_table(directory: str | os.PathLike[str], verify: bool | None = None) ->
     raise ValueError(f"{path / SUMMARY_FILE} must carry the digest of the header of {DATA_FILE}, got another")
 
 
-def _attempt(path: Path, verify: bool | None) -> MappedTable | None:
-    """The table, or None where the two files belong to different ones."""
-    summary = _read_if_there(path / SUMMARY_FILE)
+def _open_once(path: Path, verify: bool | None) -> MappedTable | None:
+    """Open the table, or return None where the two files belong to different tables."""
+    summary = _read_or_none(path / SUMMARY_FILE)
     if summary is None and not (path / DATA_FILE).exists():
         tables = sorted(str(each.parent) for each in path.glob(f"*/{SUMMARY_FILE}"))
         if tables and (path / "reward.json").is_file():
@@ -408,35 +388,35 @@ def _attempt(path: Path, verify: bool | None) -> MappedTable | None:
     try:
         head = read_head(fd, path / DATA_FILE)
         digest = hex_digest(head)
-        if summary is None or _claimed_digest(summary, path / SUMMARY_FILE) != digest:
+        if summary is None or _read_digest(summary, path / SUMMARY_FILE) != digest:
             # A writer is between its two moves, or died there.
-            summary = _read_if_there(path / pending_summary(digest))
+            summary = _read_or_none(path / pending_summary(digest))
         if summary is None:
             return None
-        return MappedTable(str(path), _agreed(head, summary, fd, path), head, os.dup(fd), verify)
+        return MappedTable(str(path), _check_header(head, summary, fd, path), head, os.dup(fd), verify)
     finally:
         os.close(fd)
 
 
-def _agreed(head: bytes, summary: bytes, fd: int, path: Path) -> Header:
-    """The header, once it fits the size of the file and `table.json` says the same."""
+def _check_header(head: bytes, summary: bytes, fd: int, path: Path) -> Header:
+    """Return the header; refuse one that does not fit the size of the file or `table.json`."""
     header = decode_header(head, path / DATA_FILE)
-    size, wanted = os.fstat(fd).st_size, len(head) + header.tensors()["scores"]["data_offsets"][1]
-    if size != wanted:
-        raise ValueError(f"{path / DATA_FILE} must have {wanted} bytes, as its header says, got {size}")
+    size, expected = os.fstat(fd).st_size, len(head) + header.tensors()["scores"]["data_offsets"][1]
+    if size != expected:
+        raise ValueError(f"{path / DATA_FILE} must have {expected} bytes, as its header says, got {size}")
     if summary != header.summary(hex_digest(head)):
         raise ValueError(f"{path / SUMMARY_FILE} must be as it was written, a copy of the header; got an edited one")
     return header
 
 
-def _claimed_digest(summary: bytes, path: Path) -> str:
+def _read_digest(summary: bytes, path: Path) -> str:
     try:
         return str(json.loads(summary)["header_digest"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON with a header_digest, got {error!r}") from None
 
 
-def _read_if_there(path: Path) -> bytes | None:
+def _read_or_none(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
     except FileNotFoundError:

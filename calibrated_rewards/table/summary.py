@@ -1,9 +1,8 @@
-"""A table in ten numbers: how large it is, how fine its scores are, and how far prompts are apart."""
+"""Ten numbers about a table: its size, the resolution of its scores, and the distance between prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -15,17 +14,8 @@ _POOLED_SCORES = 1 << 20
 _COMPARED_PROMPTS = 4096
 
 
-class _Statistics(NamedTuple):
-    """What a run of rows has to say."""
-
-    means: Float64[np.ndarray, " P"]
-    variances: Float64[np.ndarray, " P"]  # unbiased, of rows with K >= 2 only
-    tied: int
-    constant: int
-
-
 def describe(content: Content) -> dict[str, float]:
-    """A table in ten numbers, in memory that does not grow with the scores.
+    """Describe a table in ten numbers, in memory that does not grow with the scores.
 
     - `prompts`; `references` in all, and `references_min`, `_median`, `_max` per prompt
     - `tied_share`: of the references that equal another one of their prompt
@@ -36,17 +26,16 @@ def describe(content: Content) -> dict[str, float]:
       distribution it is about 0.87 / sqrt(K). From 4,096 prompts or a million references on it is of a sample.
     """
     size = np.broadcast_to(sizes(content, np.arange(content.prompts)), content.prompts)
-    parts = [_statistics(begins, scores) for begins, scores in _chunks(content, size)]
-    means = np.concatenate([part.means for part in parts])
-    variances = np.concatenate([part.variances for part in parts])
+    columns = zip(*(_statistics(begins, scores) for begins, scores in _chunks(content, size)), strict=True)
+    means, variances, tied, constant = map(np.concatenate, columns)
     return {
         "prompts": content.prompts,
         "references": content.total,
         "references_min": int(size.min()),
         "references_median": float(np.median(size)),
         "references_max": int(size.max()),
-        "tied_share": sum(part.tied for part in parts) / content.total,
-        "prompts_without_resolution": sum(part.constant for part in parts),
+        "tied_share": int(tied.sum()) / content.total,
+        "prompts_without_resolution": int(constant.sum()),
         "within_prompt_sd": float(np.sqrt(variances).mean()) if len(variances) else 0.0,
         "between_prompts_sd": float(means.std(ddof=1)) if len(means) > 1 else 0.0,
         "kolmogorov_distance": _mean_distance(content),
@@ -56,14 +45,15 @@ def describe(content: Content) -> dict[str, float]:
 def _chunks(
     content: Content, size: Int64[np.ndarray, " P"]
 ) -> Iterator[tuple[Int64[np.ndarray, " edges"], Float32[np.ndarray, " _"]]]:
-    """Runs of rows, as where each of them begins and the last one ends, and their scores."""
+    """Yield runs of rows: the begins of each row with the end of the last, and their scores."""
     step = max(1, _CHUNK_SCORES * content.prompts // content.total)
     for first in range(0, content.prompts, step):
         ends = np.cumsum(size[first : first + step])
         yield np.append(0, ends), content.read(first, first + len(ends))
 
 
-def _statistics(begins: Int64[np.ndarray, " edges"], scores: Float32[np.ndarray, " _"]) -> _Statistics:
+def _statistics(begins: Int64[np.ndarray, " edges"], scores: Float32[np.ndarray, " _"]) -> tuple[np.ndarray, ...]:
+    """Return the mean of each row, the unbiased variance of each with K >= 2, and which scores tie, which rows do."""
     size = np.diff(begins)
     means = np.add.reduceat(scores, begins[:-1], dtype=np.float64) / size
     squares = np.add.reduceat((scores - np.repeat(means, size)) ** 2, begins[:-1])
@@ -73,11 +63,11 @@ def _statistics(begins: Int64[np.ndarray, " edges"], scores: Float32[np.ndarray,
     constant = scores[begins[:-1]] == scores[begins[1:] - 1]
     several = size > 1
     variances = squares[several] / (size[several] - 1)
-    return _Statistics(means, variances, int((like_next | like_previous).sum()), int(constant.sum()))
+    return means, variances, like_next | like_previous, constant
 
 
 def _mean_distance(content: Content) -> float:
-    """The mean of sup |F_prompt - F_pooled|; prompts are ordered by their hashes, so every n-th is a fair sample."""
+    """Return the mean of sup |F_prompt - F_pooled|; keys are hashes, so every n-th prompt is a fair sample."""
     pooled_rows = _spread(content.prompts, max(1, _POOLED_SCORES * content.prompts // content.total))
     pooled = np.sort(np.concatenate([matrix.ravel() for _, matrix in blocks(content, pooled_rows)]))
     distances = [
@@ -91,7 +81,7 @@ def _spread(prompts: int, most: int) -> Int64[np.ndarray, " _"]:
 
 
 def _distances(matrix: Float32[np.ndarray, "b K"], pooled: Float32[np.ndarray, " _"]) -> Float64[np.ndarray, " b"]:
-    """Kolmogorov distances: both steps change only at the row's scores, or between them in the pool's favour."""
+    """Return Kolmogorov distances, which are largest at one of the row's scores or just before it."""
     k = matrix.shape[1]
     last = np.ones(matrix.shape, dtype=bool)
     last[:, :-1] = matrix[:, 1:] != matrix[:, :-1]
@@ -102,5 +92,4 @@ def _distances(matrix: Float32[np.ndarray, "b K"], pooled: Float32[np.ndarray, "
     place = np.arange(k)
     above = np.where(last, np.abs(at - (place + 1) / k), 0.0)
     below = np.where(first, np.abs(before - place / k), 0.0)
-    distances: Float64[np.ndarray, " b"] = np.maximum(above, below).max(axis=1)
-    return distances
+    return np.asarray(np.maximum(above, below).max(axis=1))

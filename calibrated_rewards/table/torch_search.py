@@ -1,8 +1,8 @@
-"""The table for torch tensors: searched on the device where the scores are.
+"""Search in a table for torch tensors, on the device where the scores are.
 
-On the CPU a tensor and an array share their memory, so the numpy route does the work. Any other device gets a copy of
-the table's scores, once, all of them checked on the way, and searches there. That non-finite scores raise costs one
-synchronisation a call; an assertion on the device would spare it, and would take the process down with it.
+On the CPU a tensor and an array share their memory, so the functions for numpy do the work. Any other device gets a
+copy of the table's scores, once, all of them checked on the way, and searches there. That non-finite scores raise
+costs one synchronisation a call; an assertion on the device would spare it, and would take the process down with it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-from calibrated_rewards.table import search as table_search
+from calibrated_rewards.table import search
 from calibrated_rewards.table.search import Content
 
 _UPLOAD_SCORES = 1 << 20
@@ -35,7 +35,7 @@ class DeviceTable:
     @classmethod
     def upload(cls, content: Content, device: torch.device) -> DeviceTable:
         """Copy a table to a device, every block of it checked, a few megabytes at a time."""
-        starts = table_search.starts(content, np.arange(content.prompts + 1))
+        starts = search.starts(content, np.arange(content.prompts + 1))
         scores = torch.empty(content.total, dtype=torch.float32, device=device)
         step = max(1, _UPLOAD_SCORES * content.prompts // content.total)
         for first in range(0, content.prompts, step):
@@ -44,28 +44,28 @@ class DeviceTable:
         return cls(scores, torch.from_numpy(starts.copy()).to(device), int(np.diff(starts).max()))
 
     def counts(self, rows: Any) -> Int64[Tensor, " B"]:
-        """K of each row."""
-        return self._sizes(self._queries(rows, torch.as_tensor(rows), torch.isfinite, table_search.finite)[0])
+        """Return the K of each row."""
+        return self._sizes(self._queries(rows, torch.as_tensor(rows), torch.isfinite, search.as_float32)[0])
 
     def ranks(self, rows: Any, scores: Tensor) -> tuple[Int64[Tensor, "*B"], Int64[Tensor, "*B"]]:
-        """How many references of its row each score is above, and how many it equals."""
-        below, equal = self.search(*self._queries(rows, scores.float(), torch.isfinite, table_search.finite))
+        """Count the references of its row that each score is above, and those that it equals."""
+        below, equal = self.search(*self._queries(rows, scores.float(), torch.isfinite, search.as_float32))
         return below.reshape(scores.shape), equal.reshape(scores.shape)
 
     def search(self, rows: Tensor, scores: Tensor) -> tuple[Int64[Tensor, " B"], Int64[Tensor, " B"]]:
-        """`ranks` of one score a row, all of them here and in order: nothing is checked, nothing waited for."""
+        """Rank one score a row, all on this device and valid: nothing is checked, nothing waited for."""
         below = self._count(rows, scores, torch.lt)
         return below, self._count(rows, scores, torch.le) - below
 
     def cdf(self, rows: Any, scores: Tensor) -> Float64[Tensor, "*B"]:
-        """Eq. 12."""
+        """Return the empirical quantiles of Eq. 12."""
         below, equal = self.ranks(rows, scores)
         size = self._sizes(torch.as_tensor(rows, device=scores.device).long())
         return (below.double() + equal.double() / 2) / size.reshape(-1, *[1] * (scores.ndim - 1))
 
     def icdf(self, rows: Any, u: Tensor) -> Float32[Tensor, "*B"]:
-        """The smallest reference that has a share of at least u at or below it, rounded as in `table_search.icdf`."""
-        rows, flat = self._queries(rows, u.double(), _is_quantile, table_search.quantiles)
+        """Return the smallest reference with a share of at least u at or below it, rounded as in `search.icdf`."""
+        rows, flat = self._queries(rows, u.double(), _is_quantile, search.as_quantiles)
         size = self._sizes(rows)
         place = torch.ceil(size * flat)
         place = place - ((place - 1) / size >= flat).double()
@@ -76,7 +76,7 @@ class DeviceTable:
         return self.offsets[rows + 1] - self.offsets[rows]
 
     def _count(self, rows: Tensor, scores: Tensor, before: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The search of `table_search._count`, probe by probe."""
+        """Count as `search._count` does, probe by probe."""
         start, window = self.offsets[rows], self._sizes(rows)
         base = start
         for _ in range((self.longest - 1).bit_length()):
@@ -88,14 +88,14 @@ class DeviceTable:
     def _queries(
         self, rows: Any, values: Tensor, valid: Callable[[Tensor], Tensor], refuse: Callable[[Any, Any], Any]
     ) -> tuple[Tensor, Tensor]:
-        """Rows and values, one for each; what is wrong with them is found here, and said by the numpy route."""
+        """Return rows with a value each; faults are found here, and reported by the functions for numpy."""
         prompts, values = len(self.offsets) - 1, values.detach()
         rows = torch.as_tensor(rows, device=values.device)
         whole = not (rows.is_floating_point() or rows.dtype == torch.bool)
         fitting = whole and rows.ndim == 1 and values.shape[:1] == rows.shape
         # The one synchronisation of a call.
         if not fitting or not (((rows >= 0) & (rows < prompts)).all() & valid(values).all()):
-            _, flat, shape = table_search.aligned(prompts, as_numpy(rows), as_numpy(values))
+            _, flat, shape = search.align(prompts, as_numpy(rows), as_numpy(values))
             refuse(flat, shape)
         each = values[0].numel() if values.ndim > 1 and len(rows) else 1
         return rows.long().repeat_interleave(each), values.reshape(-1)
@@ -106,7 +106,7 @@ _uploading = threading.Lock()
 
 
 def on_device(content: Content, device: torch.device) -> DeviceTable:
-    """The table on a device, copied there by the first call."""
+    """Return the table on a device, copied there by the first call."""
     with _uploading:
         tables = _uploaded.setdefault(content, {})
         if device not in tables:
@@ -114,44 +114,20 @@ def on_device(content: Content, device: torch.device) -> DeviceTable:
         return tables[device]
 
 
-def ranks(content: Content, rows: Any, scores: Tensor) -> tuple[Int64[Tensor, "*B"], Int64[Tensor, "*B"]]:
-    """`table_search.ranks` for a tensor of scores."""
-    if not _on_host(scores):
-        return on_device(content, scores.device).ranks(rows, scores)
-    below, equal = table_search.ranks(content, as_numpy(rows), as_numpy(scores))
-    return torch.from_numpy(below), torch.from_numpy(equal)
-
-
-def cdf(content: Content, rows: Any, scores: Tensor) -> Float64[Tensor, "*B"]:
-    """`table_search.cdf` for a tensor of scores."""
-    if not _on_host(scores):
-        return on_device(content, scores.device).cdf(rows, scores)
-    return torch.from_numpy(table_search.cdf(content, as_numpy(rows), as_numpy(scores)))
-
-
-def icdf(content: Content, rows: Any, u: Tensor) -> Float32[Tensor, "*B"]:
-    """`table_search.icdf` for a tensor of quantiles."""
-    if not _on_host(u):
-        return on_device(content, u.device).icdf(rows, u)
-    return torch.from_numpy(table_search.icdf(content, as_numpy(rows), as_numpy(u)))
-
-
-def counts(content: Content, rows: Tensor) -> Int64[Tensor, " B"]:
-    """K of each row."""
-    if not _on_host(rows):
-        return on_device(content, rows.device).counts(rows)
-    return torch.from_numpy(table_search.counts(content, as_numpy(rows)))
+def call(name: str, content: Content, *arguments: Any) -> Any:
+    """Call `ranks`, `cdf`, `icdf` or `counts`, whose last argument is a tensor, on the tensor's device."""
+    device = arguments[-1].device
+    if device.type != "cpu":
+        return getattr(on_device(content, device), name)(*arguments)
+    result = getattr(search, name)(content, *map(as_numpy, arguments))
+    return tuple(map(torch.from_numpy, result)) if isinstance(result, tuple) else torch.from_numpy(result)
 
 
 def as_numpy(values: Any) -> Any:
-    """A tensor as an array, sharing its memory where numpy knows its type and it is on the host already."""
+    """Return a tensor as an array, which shares its memory where numpy knows the type and the tensor is on the CPU."""
     if not isinstance(values, Tensor):
         return values
     return (values.detach().float() if values.dtype == torch.bfloat16 else values.detach()).cpu().numpy()
-
-
-def _on_host(values: Tensor) -> bool:
-    return values.device.type == "cpu"
 
 
 def _is_quantile(u: Tensor) -> Tensor:

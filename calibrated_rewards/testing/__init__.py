@@ -1,7 +1,10 @@
-"""Checks for what users bring: transforms, procedures, scorers and adapters; and small fakes for tests.
+"""Checks for your own transforms, procedures, scorers and adapters; and scorers and a sampler without a model.
 
-`check_transform` and `check_procedure` are conformance suites, `check_scorer` examines a reward model, `check_adapter`
-an adapter for a trainer. `HashScorer`, `NumberScorer` and `NumberSampler` are fakes without a model.
+- suites.py: `check_transform`, `check_procedure`, `check_picklable`; `HashScorer`, `NumberScorer`, `NumberSampler`
+- check_scorer.py: `check_scorer` and its table of checks, which lie in check_inputs.py, check_same_score.py,
+  check_side_effects.py and check_reading.py, by what they check
+- subject.py, probes.py, process_state.py: the scorer under examination, the test texts, what a call must not change
+- check_adapter.py: `check_adapter`, for the file between a trainer and a calibrated reward
 """
 
 from calibrated_rewards.testing.check_adapter import AdapterVerdict as AdapterVerdict, check_adapter as check_adapter

@@ -1,39 +1,38 @@
-"""Checks that a pair has one score, whatever it is scored with: each compares two ways to the same numbers."""
+"""Checks that a pair has one score however it is scored: alone, in a batch, in any order, before and after others."""
 
 import random
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
 
 from calibrated_rewards.scorers.protocol import call, score
 from calibrated_rewards.testing.probes import (
     ODD,
     SPECIAL_TOKENS,
     Pairs,
-    answers,
-    asked,
+    as_message,
+    as_prompt,
     everyday,
     long_prompt,
-    message,
-    two_turns,
+    make_answers,
+    three_messages,
 )
-from calibrated_rewards.testing.subject import PADS, Embedding, Outcome, Subject, in_units
+from calibrated_rewards.testing.subject import PADS, Model, Outcome, Subject, in_units
 
 # Words of the long prompt whose completions may share it; the first that the scorer reads whole is taken.
 LONG = (400, 60, 12)
-# Numbers of pairs in a call: none fills the usual batches. Above `MOST` only where there is time to spare.
+# Numbers of pairs in a call: none fills the usual batches. Above MOST only where there is time to spare.
 COUNTS, MOST = (2, 3, 7, 17, 33, 65, 130, 300, 1_030), 65
-# What long prompts end in that begin alike.
+# The ends of long prompts that begin alike.
 ENDS = ("What is the capital of France?", "What is it not?", "Sing.", "Who was here, and when did he go?")
-# Special tokens of a tokenizer that are tried; some have hundreds that are reserved.
+# The most special tokens of a tokenizer that are tried; some have hundreds of reserved ones.
 SPECIALS = 12
-# What may stand behind one of them: a good and a bad text each.
+# A good and a bad text to stand behind a special token.
 BEHIND = (
     (", good to see you! How can I help?", " asdf jkl; zzzz 00000"),
     (" and welcome. The answer is 42.", " you idiot, I hate it all."),
@@ -41,219 +40,206 @@ BEHIND = (
 )
 
 
-def alone(subject: Subject) -> Outcome:
-    """Each pair in a call of its own, against all in one."""
-    return subject.same(subject.pairs, subject.one_by_one(subject.pairs), subject.mixed, PADS)
+def check_alone(subject: Subject) -> Outcome:
+    """Each pair in a call of its own = all in one call."""
+    return subject.compare(subject.pairs, subject.score_one_by_one(subject.pairs), subject.mixed, PADS)
 
 
-def neighbours(subject: Subject) -> Outcome:
-    """Each of some pairs before the longest one, and behind the shortest."""
+def check_neighbours(subject: Subject) -> Outcome:
+    """A pair before the longest one and behind the shortest = the pair among all."""
     order = np.argsort([len(str(pair)) for pair in zip(subject.pairs.prompts, subject.pairs.completions, strict=True)])
     by_length = order.tolist()
     some = by_length[1 : -1 : max(1, len(by_length) // 8)] or by_length
     before = [subject.score(subject.pairs.at([i, by_length[-1]]))[0] for i in some]
     behind = [subject.score(subject.pairs.at([by_length[0], i]))[1] for i in some]
     expected = np.tile(subject.mixed[some], 2)
-    return subject.same(subject.pairs.at([*some, *some]), np.array([*before, *behind]), expected, PADS)
+    return subject.compare(subject.pairs.at([*some, *some]), np.array([*before, *behind]), expected, PADS)
 
 
-def permuted(subject: Subject) -> Outcome:
+def compare_selections(subject: Subject, selections: Sequence[list[int]], hint: str) -> Outcome:
+    """Score some selections of the pairs, a call each, and compare them with the scores of all pairs in one call."""
+    scores = [subject.score(subject.pairs.at(places)) for places in selections]
+    places = [i for selection in selections for i in selection]
+    return subject.compare(subject.pairs.at(places), np.concatenate(scores), subject.mixed[places], hint)
+
+
+def check_permuted(subject: Subject) -> Outcome:
     """The same pairs in two other orders."""
     order = random.Random(0).sample(range(len(subject.pairs)), len(subject.pairs))
-    found = [subject.score(subject.pairs.at(some)) for some in (order, order[::-1])]
-    expected = [subject.mixed[some] for some in (order, order[::-1])]
     hint = "a score belongs to its place in the list: keep the order of the inputs"
-    return subject.same(subject.pairs.at(order + order[::-1]), np.concatenate(found), np.concatenate(expected), hint)
+    return compare_selections(subject, (order, order[::-1]), hint)
 
 
-def repeated(subject: Subject) -> Outcome:
+def check_repeated(subject: Subject) -> Outcome:
     """Each pair twice in a call: one beside the other, and the whole list again."""
-    beside = np.repeat(np.arange(len(subject.pairs)), 2).tolist()
-    twice = [*range(len(subject.pairs))] * 2
-    found = [subject.score(subject.pairs.at(some)) for some in (beside, twice)]
-    expected = np.concatenate([subject.mixed[beside], subject.mixed[twice]])
+    places = [*range(len(subject.pairs))]
     hint = "a pair that occurs twice in a call needs its score twice"
-    return subject.same(subject.pairs.at(beside + twice), np.concatenate(found), expected, hint)
+    return compare_selections(subject, (sorted([*places, *places]), [*places, *places]), hint)
 
 
-def called_twice(subject: Subject) -> Outcome:
-    """The same call again, twice; the very first call is one of them."""
+def check_called_twice(subject: Subject) -> Outcome:
+    """Three calls with the same pairs; the very first call is one of them."""
+    hint = "the first call gives other scores than those behind it"
+    first = subject.compare(subject.pairs, subject.mixed, subject.first[0], hint)
     hint = "something is random: model.eval(), temperature 0"
-    first = subject.same(
-        subject.pairs, subject.mixed, subject.first[0], "the first call gives other scores than those behind it"
-    )
-    return (
-        first
-        if first.status == "FAIL"
-        else subject.same(subject.pairs, subject.score(subject.pairs), subject.mixed, hint)
-    )
+    return first if first.status == "FAIL" else subject.compare_again(hint)
 
 
-def any_number(subject: Subject) -> Outcome:
-    """Calls with so many pairs that a batch is not full, or that there are several."""
+def check_counts(subject: Subject) -> Outcome:
+    """Calls whose number of pairs leaves a batch part full, or needs several batches."""
     counts = [count for count in COUNTS if count <= MOST or subject.spare.seconds > 0]
     hint = "scores depend on how many pairs a call has: look at the last batch, and at what is done per batch"
     for count in counts:
-        at = random.Random(count).choices(range(len(subject.pairs)), k=count)
-        with subject.spare.spent() if count > MOST else nullcontext():
-            found = subject.score(subject.pairs.at(at))
-        outcome = subject.same(subject.pairs.at(at), found, subject.mixed[at], hint)
+        places = random.Random(count).choices(range(len(subject.pairs)), k=count)
+        with subject.spare.spend() if count > MOST else nullcontext():
+            outcome = compare_selections(subject, [places], hint)
         if outcome.status == "FAIL":
             return Outcome("FAIL", f"{count} pairs in a call: {outcome.detail}")
     return Outcome("ok", f"{', '.join(map(str, counts))} pairs")
 
 
-def after_error(subject: Subject) -> Outcome:
-    """The same call again, after one with something that is no text, which a scorer should refuse."""
+def check_after_error(subject: Subject) -> Outcome:
+    """The same call again, after one with inputs that are no texts, which a scorer should refuse."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for nonsense in (None, object()):
             with suppress(Exception):
                 call(subject.scorer, [nonsense] * 2, [nonsense] * 2)
-    hint = "a call that fails leaves something behind: put things back in a finally"
-    return subject.same(subject.pairs, subject.score(subject.pairs), subject.mixed, hint)
+    return subject.compare_again("a call that fails leaves something behind: put things back in a finally")
 
 
-def at_the_end(subject: Subject) -> Outcome:
-    """The first call again, after all that other checks have asked."""
+def check_at_the_end(subject: Subject) -> Outcome:
+    """The first call again, after all other checks."""
     hint = (
         "scores drift with what was scored before: a counter, a running mean, a cache that is too small or too coarse"
     )
-    found = subject.same(subject.pairs, subject.score(subject.pairs), subject.mixed, hint)
+    outcome = subject.compare_again(hint)
     calls, pairs = len(subject.scored_pairs), sum(subject.scored_pairs)
-    return found if found.status == "FAIL" else Outcome("ok", f"after {calls:,} calls with {pairs:,} pairs")
+    return outcome if outcome.status == "FAIL" else Outcome("ok", f"after {calls:,} calls with {pairs:,} pairs")
 
 
-def left_alone(subject: Subject) -> Outcome:
-    """A call changes neither the lists and messages that it is given, nor the scores that were given out before."""
-    first, second = subject.pairs, subject.pairs.at(range(len(subject.pairs))[::-1])
-    talks = Pairs([two_turns()] * 2, [message("42"), "42"])
-    for pairs in [first, talks] if subject.reads_whole(talks) else [first]:
-        given = deepcopy(pairs)
+def check_left_alone(subject: Subject) -> Outcome:
+    """A call changes neither the lists and messages that it is given, nor scores that were returned before."""
+    talks = Pairs([three_messages()] * 2, [as_message("42"), "42"])
+    for pairs in [subject.pairs, talks] if subject.reads_whole(talks) else [subject.pairs]:
+        copy = deepcopy(pairs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            answer = call(subject.scorer, given.prompts, given.completions)
-        changed = [name for name in ("prompts", "completions") if getattr(given, name) != getattr(pairs, name)]
-        if changed:
-            return Outcome("FAIL", f"the {' and the '.join(changed)} given are changed by a call -> work on a copy")
-        before = read(answer, pairs)
-        subject.score(second)
-        if not np.array_equal(before, read(answer, pairs)):
-            told = "scores that were given out are changed by the next call: one array is used again and again"
-            return Outcome("FAIL", f"{told} -> give a copy of it")
+            answer = call(subject.scorer, copy.prompts, copy.completions)
+        changes = [name for name in ("prompts", "completions") if getattr(copy, name) != getattr(pairs, name)]
+        if changes:
+            return Outcome("FAIL", f"the {' and the '.join(changes)} given are changed by a call -> work on a copy")
+        before = read_scores(answer, pairs)
+        subject.score(subject.pairs.at(range(len(subject.pairs))[::-1]))
+        if not np.array_equal(before, read_scores(answer, pairs)):
+            detail = "scores that were given out are changed by the next call: one array is used again and again"
+            return Outcome("FAIL", f"{detail} -> give a copy of it")
     return Outcome("ok")
 
 
-def read(answer: Any, pairs: Pairs) -> Float32[np.ndarray, " n"]:
-    """A scorer's answer as numbers, as they are at this moment."""
+def read_scores(answer: Any, pairs: Pairs) -> np.ndarray:
+    """Read a scorer's answer as numbers, as they are at this moment."""
     return score(lambda prompts, completions: answer, pairs.prompts, pairs.completions).copy()
 
 
-def after_others(subject: Subject) -> Outcome:
+def check_after_others(subject: Subject) -> Outcome:
     """The same call again, after calls with other inputs."""
-    half = len(subject.pairs) // 2
-    subject.score(subject.pairs.at(range(half)))
-    subject.score(Pairs([asked("Hi", subject.chat)] * 2, ["Hello!", "What do you want? " * 3]))
-    hint = "a score depends on what was scored before: a running mean, a cache, a state that is kept"
-    return subject.same(subject.pairs, subject.score(subject.pairs), subject.mixed, hint)
+    subject.score(subject.pairs.at(range(len(subject.pairs) // 2)))
+    subject.score(Pairs([as_prompt("Hi", subject.chat)] * 2, ["Hello!", "What do you want? " * 3]))
+    return subject.compare_again(
+        "a score depends on what was scored before: a running mean, a cache, a state that is kept"
+    )
 
 
-def long_again(subject: Subject) -> Outcome:
-    """Long inputs before and after short ones: a forward may change its model, as BigBird's does."""
-    before = subject.long_first
-    if before is None:
+def check_long_again(subject: Subject) -> Outcome:
+    """Long inputs before and after short ones: a forward pass may change its model, as BigBird's does."""
+    if subject.long_first is None:
         return Outcome("-", "no long input is read whole")
-    pairs, scores = before
-    subject.score(Pairs([asked("Hi", subject.chat)] * 2, ["Yes", "No."]))
+    pairs, scores = subject.long_first
+    subject.score(Pairs([as_prompt("Hi", subject.chat)] * 2, ["Yes", "No."]))
     hint = "a short input changes the model, as BigBird's attention_type: put it back after each forward"
-    return subject.same(pairs, subject.score(pairs), scores, hint)
+    return subject.compare(pairs, subject.score(pairs), scores, hint)
 
 
-def one_prompt(subject: Subject) -> Outcome:
-    """Eight completions of a long prompt together, as they may share its prefix, against each alone."""
-    group = readable_group(subject)
+def check_one_prompt(subject: Subject) -> Outcome:
+    """Eight completions of a long prompt together, as they may share its prefix = each alone."""
+    groups = [Pairs([long_prompt(words, subject.chat)] * 8, make_answers(0)) for words in LONG]
+    group = next(filter(subject.reads_whole, groups[:-1]), groups[-1])
     hint = "completions of one prompt are not read alike together and alone: a shared prefix, or padding"
-    return subject.same(group, subject.score(group), subject.one_by_one(group), hint)
+    return subject.compare(group, subject.score(group), subject.score_one_by_one(group), hint)
 
 
-def alike_prompts(subject: Subject) -> Outcome:
-    """Long prompts that differ at their ends alone, together, as they may share a prefix, against each alone."""
+def check_alike_prompts(subject: Subject) -> Outcome:
+    """Long prompts that differ only at their ends, together, as they may share a prefix = each alone."""
     for words in LONG:
-        starts = [long_prompt(words, False)] * 4
-        prompts = [asked(f"{start} {end}", subject.chat) for start, end in zip(starts, ENDS, strict=True)]
-        pairs = Pairs(prompts, answers(0)[:1] * len(ENDS))
+        prompts = [as_prompt(f"{long_prompt(words, False)} {end}", subject.chat) for end in ENDS]
+        pairs = Pairs(prompts, make_answers(0)[:1] * len(ENDS))
         if subject.reads_whole(pairs):
             break
     hint = "prompts that begin alike are taken for one prompt: compare the whole of them"
-    return subject.same(pairs, subject.score(pairs), subject.one_by_one(pairs), hint)
+    return subject.compare(pairs, subject.score(pairs), subject.score_one_by_one(pairs), hint)
 
 
-def readable_group(subject: Subject) -> Pairs:
-    """The completions of one prompt, as long a one as the scorer reads without leaving anything out."""
-    groups = [Pairs([long_prompt(words, subject.chat)] * 8, answers(0)) for words in LONG]
-    return next(filter(subject.reads_whole, groups[:-1]), groups[-1])
-
-
-def special_tokens(subject: Subject) -> Outcome:
-    """Completions in which special tokens stand as text, at the end and inside, together and alone."""
-    known = (subject.tokenizer.all_special_tokens if subject.tokenizer is not None else SPECIAL_TOKENS)[:SPECIALS]
-    completions = [text for token in known for text in (f"Hello{token}", f"Hel{token}lo, {token}{token}")]
+def check_special_tokens(subject: Subject) -> Outcome:
+    """Completions that contain special tokens as text, together = alone; the text behind a token is read."""
+    tokens = (subject.tokenizer.all_special_tokens if subject.tokenizer is not None else SPECIAL_TOKENS)[:SPECIALS]
+    completions = [text for token in tokens for text in (f"Hello{token}", f"Hel{token}lo, {token}{token}")]
     if not completions:
         return Outcome("-", "the tokenizer has none")
     hint = "where the text ends is told by a token's id, and the text holds that token: count tokens, or use the mask"
-    found = together_and_alone(subject, completions, hint)
-    if subject.discrete or found.status == "FAIL":
-        return found
-    if not read_on(subject, ""):
+    outcome = compare_with_alone(subject, completions, hint)
+    if subject.discrete or outcome.status == "FAIL":
+        return outcome
+    if not reads_on(subject, ""):
         return Outcome("-", "what stands behind them does not move the score without them either")
-    unread = [token for token in known if not read_on(subject, token)]
-    return Outcome("FAIL", f"what stands behind {unread[0]} is not read -> {hint}") if unread else found
+    unread = next((token for token in tokens if not reads_on(subject, token)), None)
+    return Outcome("FAIL", f"what stands behind {unread} is not read -> {hint}") if unread is not None else outcome
 
 
-def read_on(subject: Subject, token: str) -> bool:
-    """Whether what stands behind a special token makes a difference, in any of some texts."""
+def reads_on(subject: Subject, token: str) -> bool:
+    """Return True if the text behind a special token changes the score, for any of three pairs of texts."""
     prompt = subject.pairs.prompts[0]
     for ends in BEHIND:
-        one, other = subject.one_by_one(Pairs([prompt] * 2, [f"Hello{token}{end}" for end in ends])).tolist()
-        # Of two equal texts the scores would be apart by rounding alone.
+        one, other = subject.score_one_by_one(Pairs([prompt] * 2, [f"Hello{token}{end}" for end in ends])).tolist()
+        # Scores of two equal texts would differ by rounding only.
         if in_units(abs(one - other), subject.sd) > 0.1 * subject.near:
             return True
     return False
 
 
-def odd_text(subject: Subject) -> Outcome:
-    """Unicode, emoji, white space, single characters, together and alone."""
-    return together_and_alone(subject, list(ODD), PADS)
+def check_odd_texts(subject: Subject) -> Outcome:
+    """Unicode, emoji, white space and single characters, together = alone."""
+    return compare_with_alone(subject, list(ODD), PADS)
 
 
-def together_and_alone(subject: Subject, completions: list[str], hint: str) -> Outcome:
-    """Completions in one call with a longer one, against each alone."""
+def compare_with_alone(subject: Subject, completions: list[str], hint: str) -> Outcome:
+    """Compare completions in one call with a longer one, and each alone."""
     prompts = [subject.pairs.prompts[i % len(subject.pairs)] for i in range(len(completions))]
     pairs = Pairs(prompts, completions)
-    found = subject.score(pairs + everyday(subject.chat).at([3]))[:-1]
-    return subject.same(pairs, found, subject.one_by_one(pairs), hint)
+    scores = subject.score(pairs + everyday(subject.chat).at([3]))[:-1]
+    return subject.compare(pairs, scores, subject.score_one_by_one(pairs), hint)
 
 
-def training_mode(subject: Subject) -> Outcome:
-    """With the model in training mode, and after another seed."""
+def check_training_mode(subject: Subject) -> Outcome:
+    """The same scores with the model in training mode, and after another seed."""
     if subject.model is None:
         return Outcome("-", "the scorer shows no model")
-    with as_in_training(subject.model):
-        found = subject.score(subject.pairs)
+    with in_training_mode(subject.model):
+        scores = subject.score(subject.pairs)
     hint = "dropout is on: call model.eval() before each scoring, a trainer may have turned it back"
-    return subject.same(subject.pairs, found, subject.mixed, hint)
+    return subject.compare(subject.pairs, scores, subject.mixed, hint)
 
 
 @contextmanager
-def as_in_training(model: Embedding) -> Iterator[None]:
-    """The model in training mode, and torch's generators at another seed; then all as before."""
+def in_training_mode(model: Model) -> Iterator[None]:
+    """Put the model into training mode and torch's generators to another seed; then restore all."""
     torch = sys.modules["torch"]
-    parts = [(part, part.training) for part in model.modules()]
+    modes = [(part, part.training) for part in model.modules()]
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model.train()
         try:
             yield
         finally:
-            for part, was in parts:
-                part.training = was
+            for part, was_training in modes:
+                part.training = was_training

@@ -1,13 +1,19 @@
 """The paper on [0, 1]: transforms, procedures, the tilted policy and its optimum; numpy and scipy only.
 
-A *transform* maps a calibrated reward u to the reward that is trained on. A *procedure* says how the policy is served
-(best of N, ...). `win_rate`, `kl` and `frontier` say what training for a transform gives; `optimum` and `tune` pick the
-transform for a procedure; `values` and `references_needed` say what K references can tell.
+A *transform* (`transforms`) maps a calibrated reward u to the reward that is trained on. A *procedure* (`procedures`)
+is the way the policy is served, such as best of N. `tilted_policy` computes what training for a transform gives,
+`optimum` the best transform for a procedure, `named` reads the names of both. `finite_k`, `fixed_references` and
+`bands` say what K references can tell, `quadrature` integrates over u.
 """
 
 from calibrated_rewards.theory.bands import band as band, coverage as coverage, dkw as dkw
-from calibrated_rewards.theory.finite_k import Estimator as Estimator, values as values
-from calibrated_rewards.theory.finite_k_error import bias as bias, references_needed as references_needed, rmse as rmse
+from calibrated_rewards.theory.finite_k import (
+    Estimator as Estimator,
+    bias as bias,
+    references_needed as references_needed,
+    rmse as rmse,
+    values as values,
+)
 from calibrated_rewards.theory.fixed_references import win_rate_at_k as win_rate_at_k, win_rate_at_kl as win_rate_at_kl
 from calibrated_rewards.theory.named import NamedTransform as NamedTransform, parse_transform as parse_transform
 from calibrated_rewards.theory.optimum import (

@@ -1,4 +1,4 @@
-"""Bands: where the true quantile C can be, given how a score stands among K references (Lemma 6, and tighter ones).
+"""Confidence bands of the true quantile C, given the rank of a score among K references (Lemma 6, and tighter ones).
 
 The index i = 2 below + equal of a score is all that its rank can be (`finite_k`), so a band is two vectors of 2K+1.
 
@@ -19,12 +19,13 @@ import numpy.typing as npt
 from jaxtyping import Float
 from scipy.special import betaincinv, gammaln, xlogy
 
-Array: TypeAlias = npt.NDArray[np.float64]
+from calibrated_rewards.theory.quadrature import Array
+
 Kind: TypeAlias = Literal["dkw", "pointwise", "simultaneous"]
 
 
 def dkw(K: int, delta: float) -> float:
-    """sqrt(log(2/delta) / 2K): sup |C^ - C| is at most this with probability 1 - delta (Lemma 6, Massart's constant).
+    """Return sqrt(log(2/delta) / 2K): sup |C^ - C| is at most this with probability 1 - delta (Lemma 6, Massart).
 
     >>> round(dkw(100, 0.05), 4)
     0.1358
@@ -36,7 +37,7 @@ def dkw(K: int, delta: float) -> float:
 def band(
     K: int, delta: float, kind: Kind = "simultaneous"
 ) -> tuple[Float[np.ndarray, " {2*K+1}"], Float[np.ndarray, " {2*K+1}"]]:
-    """Lower and upper end of the true quantile by index i = 2 below + equal, each with its guarantee at 1 - delta.
+    """Return both ends of the true quantile by index i = 2 below + equal, each with its guarantee at 1 - delta.
 
     "dkw" (Lemma 6) and "simultaneous" hold for all responses at once; "simultaneous" gives every order statistic the
     same chance to leave, which is narrower at both ends and, for large K, a little wider in the middle. "pointwise"
@@ -61,7 +62,7 @@ def band(
 
 
 def coverage(lower: npt.ArrayLike, upper: npt.ArrayLike) -> float:
-    """P(lower_i <= U_(i) <= upper_i for every i), U_(1) <= ... <= U_(K) sorted uniforms: exact, for any boxes.
+    """Return P(lower_i <= U_(i) <= upper_i for every i), U_(1) <= ... <= U_(K) sorted uniforms: exact, for any boxes.
 
     The number of uniforms below t is a Poisson process given its value at 1; its law is carried from one end of a box
     to the next, and each end takes away the counts that would leave a box (Moscovich and Nadler 2017).
@@ -89,7 +90,7 @@ def coverage(lower: npt.ArrayLike, upper: npt.ArrayLike) -> float:
 
 
 def _sorted_boxes(lower: npt.ArrayLike, upper: npt.ArrayLike) -> tuple[Array, Array]:
-    """The boxes without what sorted uniforms could not use: ends that an earlier or a later box has passed already."""
+    """Narrow the boxes to what sorted uniforms can reach: no end that an earlier or a later box has passed already."""
     low, high = np.asarray(lower, np.float64), np.asarray(upper, np.float64)
     if not (low.ndim == 1 and low.size and low.shape == high.shape and np.isfinite([low, high]).all()):
         raise ValueError(
@@ -100,7 +101,7 @@ def _sorted_boxes(lower: npt.ArrayLike, upper: npt.ArrayLike) -> tuple[Array, Ar
 
 
 def _boxes(K: int, level: float) -> tuple[Array, Array]:
-    """The central interval of each order statistic, U_(i) ~ Beta(i, K - i + 1), at 1 - level."""
+    """Return the central interval of each order statistic, U_(i) ~ Beta(i, K - i + 1), at 1 - level."""
     i = np.arange(1, K + 1)
     low = np.asarray(betaincinv(i, K - i + 1, level / 2), np.float64)
     return low, 1.0 - low[::-1]
@@ -108,7 +109,7 @@ def _boxes(K: int, level: float) -> tuple[Array, Array]:
 
 @lru_cache(maxsize=256)
 def _local_level(K: int, delta: float) -> float:
-    """The level at which all K central intervals hold together with probability 1 - delta exactly."""
+    """Find the level at which all K central intervals hold together with probability 1 - delta exactly."""
     from scipy.optimize import brentq
 
     # Between Bonferroni's level and the one that a single order statistic would have.

@@ -1,4 +1,4 @@
-"""What K references can tell: any transform with any estimator is one vector of 2K + 1 numbers.
+"""Values of a rank among K references, one vector of 2K + 1 numbers for any transform and estimator; their errors.
 
 A score with `below` of its K references strictly below it and `equal` tied has the index i = 2 below + equal: its
 empirical quantile (Eq. 12) is i / 2K, and no more is known of it. Four ways to value the index:
@@ -8,7 +8,7 @@ empirical quantile (Eq. 12) is i / 2K, and no more is known of it. Four ways to 
 * "unbiased": its mean over references is Phi(C) for every C, exactly or as nearly as a non-decreasing vector can;
 * "randomised": the mean of Phi over the bin `randomised` draws from, whose u is exactly uniform under pi_ref.
 
-`finite_k_error` has the bias and the mean square error of each, `fixed_references` what K costs in win rate.
+`bias`, `rmse` and `references_needed` say how far off each is, `fixed_references` what K costs in win rate.
 
 >>> for estimator in "empirical", "posterior", "unbiased", "randomised":
 ...     print(f"{estimator:10}", values(Identity(), 2, estimator).round(3))
@@ -16,10 +16,21 @@ empirical  [0.   0.25 0.5  0.75 1.  ]
 posterior  [0.25  0.375 0.5   0.625 0.75 ]
 unbiased   [0.   0.25 0.5  0.75 1.  ]
 randomised [0.167 0.333 0.5   0.667 0.833]
+
+The posterior mean has the least mean square error, and yet more bias than the plug-in where e^{tu} is small:
+
+>>> for estimator in "empirical", "posterior", "unbiased", "randomised":
+...     excess = float(bias(Exponential(10.0), 32, estimator, 0.5)) / np.exp(5.0)
+...     print(f"{estimator:10}  bias at C = 1/2 {excess:+.1%}  rmse {rmse(Exponential(10.0), 32, estimator):.0f}")
+empirical   bias at C = 1/2 +47.6%  rmse 2011
+posterior   bias at C = 1/2 +96.5%  rmse 1695
+unbiased    bias at C = 1/2 -0.0%  rmse 1980
+randomised  bias at C = 1/2 +44.7%  rmse 1747
 """
 
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from math import ceil, exp, isfinite, log, sqrt
 from typing import Literal, TypeAlias
 
@@ -28,17 +39,20 @@ import numpy.typing as npt
 from jaxtyping import Float
 from scipy.special import digamma, gammaln, log_expit, logit, logsumexp, xlog1py, xlogy
 
-from calibrated_rewards.theory.quadrature import MOST_PANELS, ORDER, WINDOW, Grid
+from calibrated_rewards.theory.bands import band
+from calibrated_rewards.theory.quadrature import MOST_PANELS, ORDER, WINDOW, Array, Grid
 from calibrated_rewards.theory.transforms import Affine, Chain, Exponential, Identity, Log, Power, Transform, knots
 
-Array: TypeAlias = npt.NDArray[np.float64]
 Estimator: TypeAlias = Literal["empirical", "posterior", "unbiased", "randomised"]
 # The least-squares fit behind "unbiased" takes up to a second at this K, and much longer soon after.
 MOST_FITTED = 1000
+MOST_REFERENCES = 10**6
+# The exact band takes some tenths of a second at this K, and much longer soon after.
+MOST_BANDED = 1000
 
 
 def values(transform: Transform, K: int, estimator: Estimator = "empirical") -> Float[np.ndarray, " {2*K+1}"]:
-    """The value of each index i = 2 below + equal in 0..2K: non-decreasing and finite.
+    """Return the value of each index i = 2 below + equal in 0..2K: non-decreasing and finite.
 
     "empirical" values index 0 at u = 1/2K where Phi is infinite at 0, and index 2K at u = 1 - 1/2K where it is at 1.
     "unbiased" is exact for Identity and for Power with a whole p <= K; for Exponential its bias is O(t^{K+1}/(K+1)!);
@@ -62,7 +76,7 @@ def values(transform: Transform, K: int, estimator: Estimator = "empirical") -> 
 
 
 def _shifted(transform: Transform, K: int, estimate: Callable[[Transform, int], Array]) -> Array:
-    """Every estimator is linear in Phi, so affine parts at the end of a chain act on the vector."""
+    """Estimate, with affine parts at the end of a chain acting on the vector: every estimator is linear in Phi."""
     match transform:
         case Chain(parts=(only,)):
             return _shifted(only, K, estimate)
@@ -111,7 +125,7 @@ def _posterior(transform: Transform, K: int) -> Array:
 
 
 def _confluent(a: Array, b: float, t: float) -> Array:
-    """1F1(a; b; t) for 0 < a <= b and t > 0, which is at most e^t, by its series."""
+    """Sum 1F1(a; b; t) for 0 < a <= b and t > 0, which is at most e^t, as a series."""
     term, total, m = np.ones_like(a), np.ones_like(a), 0
     while (term > 1e-18 * total).any():
         term = term * (a + m) / (b + m) * (t / (m + 1))
@@ -134,7 +148,7 @@ def _unbiased(transform: Transform, K: int) -> Array:
 
 
 def _falling(j: Array, K: int, p: int) -> Array:
-    """binom(j, p) / binom(K, p), whose mean over j ~ Binomial(K, C) is C^p."""
+    """Return binom(j, p) / binom(K, p), whose mean over j ~ Binomial(K, C) is C^p."""
     product = np.ones_like(j)
     for m in range(p):
         product *= np.maximum(j - m, 0.0) / (K - m)
@@ -142,7 +156,7 @@ def _falling(j: Array, K: int, p: int) -> Array:
 
 
 def _exponential_series(K: int, t: float) -> Array:
-    """Sum over m <= j of t^m / m! binom(j, m) / binom(K, m), the unbiased e^{tC} but for its terms beyond K."""
+    """Sum, over m <= j, of t^m / m! binom(j, m) / binom(K, m), the unbiased e^{tC} but for its terms beyond K."""
     j = np.arange(K + 1.0)
     term, total = np.ones_like(j), np.ones_like(j)
     for m in range(K):
@@ -154,7 +168,7 @@ def _exponential_series(K: int, t: float) -> Array:
 
 
 def _least_biased(transform: Transform, K: int) -> Array:
-    """Non-negative least squares for the increments, against the Bernstein basis on the panels' nodes.
+    """Fit increments by non-negative least squares against the Bernstein basis on the panels' nodes.
 
     The basis is singular in double precision from K = 50 or so. A penalty of 1e-8 of the mean square error picks, among
     vectors whose biases no double can tell apart, the one with the least variance: the root mean square bias is within
@@ -175,8 +189,8 @@ def _least_biased(transform: Transform, K: int) -> Array:
     target = np.concatenate([weight * (phi - origin), penalty * (_posterior(transform, K)[::2] - origin)]) / span
     steps = np.flip(np.cumsum(np.flip(basis, 1), axis=1), 1)
     triangle = np.asarray(np.linalg.qr(np.column_stack([steps, -steps[:, :1], target]), mode="r"))
-    found = nnls(triangle[:, :-1], triangle[:, -1], maxiter=100 * (K + 2))[0]
-    return np.asarray(origin + span * (np.cumsum(found[:-1]) - found[-1]))
+    increments = nnls(triangle[:, :-1], triangle[:, -1], maxiter=100 * (K + 2))[0]
+    return np.asarray(origin + span * (np.cumsum(increments[:-1]) - increments[-1]))
 
 
 def _randomised(transform: Transform, K: int) -> Array:
@@ -196,14 +210,14 @@ _ESTIMATES: dict[str, Callable[[Transform, int], Array]] = {
 
 
 def _with_ties(whole: Array) -> Array:
-    """Values of i = 0, 2, ... 2K, and for the odd ones between them the mean of their neighbours."""
+    """Give the odd indices between 0, 2, ... 2K the mean of their neighbours."""
     vector = np.empty(2 * len(whole) - 1)
     vector[::2], vector[1::2] = whole, (whole[1:] + whole[:-1]) / 2
     return vector
 
 
 def randomised(below: npt.ArrayLike, equal: npt.ArrayLike, K: int, rng: np.random.Generator) -> Array | np.float64:
-    """u = (below + V (equal + 1)) / (K + 1), V ~ Unif(0, 1): exactly uniform under pi_ref, for any K and any ties.
+    """Draw u = (below + V (equal + 1)) / (K + 1), V ~ Unif(0, 1): exactly uniform under pi_ref, for any K and any ties.
 
     >>> randomised([0, 3], [2, 0], 3, np.random.default_rng(0)).round(3)
     array([0.478, 0.817])
@@ -216,12 +230,12 @@ def randomised(below: npt.ArrayLike, equal: npt.ArrayLike, K: int, rng: np.rando
 
 
 def inside(transform: Transform, grid: Grid) -> Array:
-    """Phi at the nodes, short of u = 1 where the logit is finite and the float is not."""
+    """Evaluate Phi at the nodes, short of u = 1 where the logit is finite and the float is not."""
     return np.asarray(transform(np.clip(grid.u, 1e-300, 1 - 2.0**-53)), np.float64)
 
 
 def panels(transform: Transform, K: int = 1, edges: npt.ArrayLike = ()) -> Grid:
-    """Panels that resolve Phi, to 1e-12 of its largest value on each, and the likelihood of C given any index of K."""
+    """Make panels that resolve Phi to 1e-12 of its largest value on each, and the likelihood of C given any index."""
     turns = np.linspace(0, np.pi / 2, ceil(sqrt(K)) + 1)[1:-1]  # 3.1 standard deviations of arcsin sqrt(C) each
     kinks = np.asarray(logit(knots(transform)), np.float64)
     grid = Grid(np.unique(np.concatenate([WINDOW, edges, kinks, 2 * np.log(np.tan(turns))])))
@@ -250,7 +264,7 @@ def _check_tails(transform: Transform, grid: Grid) -> None:
 
 
 def binomial_chances(K: int, u: Array) -> tuple[npt.NDArray[np.intp], Array]:
-    """Counts j and the probabilities of J = j, J ~ Binomial(K, u): a row for each u, all that is above 1e-17 of it."""
+    """Return counts j and P(J = j), J ~ Binomial(K, u): a row for each u, with all that is above 1e-17."""
     width = min(K + 1, int(2 * (9 * sqrt(K / 4) + 40)))
     start = np.clip(np.floor(K * u) - width // 2, 0, K + 1 - width).astype(np.intp)
     j = start[:, None] + np.arange(width)
@@ -261,7 +275,7 @@ def binomial_chances(K: int, u: Array) -> tuple[npt.NDArray[np.intp], Array]:
 
 
 def log_partition(transform: Transform, beta: float, K: int, estimator: Estimator = "empirical") -> float:
-    """log Z_K, Z_K = (1/(K+1)) sum_j e^{v_j / beta}: exact over references and responses, for the rank is uniform.
+    """Return log Z_K, Z_K = (1/(K+1)) sum_j e^{v_j / beta}: exact over references, for the rank is uniform.
 
     >>> round(log_partition(Identity(), 0.1, 8), 4), round(log_partition(Identity(), 0.1, 10_000), 4)
     (8.1403, 7.6978)
@@ -273,3 +287,97 @@ def log_partition(transform: Transform, beta: float, K: int, estimator: Estimato
     if not isfinite(total):
         raise OverflowError(f"log_partition needs values / beta that a float can hold, got beta={beta!r}.")
     return total
+
+
+def bias(transform: Transform, K: int, estimator: Estimator, c: npt.ArrayLike) -> Array | np.float64:
+    """Return the mean value over K references at true quantiles c, less Phi(c): exact, and infinite where Phi(c) is.
+
+    >>> u = np.array([0.1, 0.5, 0.9])
+    >>> bias(Identity(), 8, "posterior", u).round(4)
+    array([ 0.08,  0.  , -0.08])
+    """
+    c = np.asarray(c, np.float64)
+    if not ((c >= 0) & (c <= 1)).all():
+        raise ValueError(f"bias needs true quantiles c in [0, 1], got c={c!r}.")
+    mean = _mean_deviation(values(transform, K, estimator)[::2], c.ravel(), np.zeros(c.size), 1)
+    return np.asarray(mean.reshape(c.shape) - transform(c))[()]
+
+
+def rmse(transform: Transform, K: int, estimator: Estimator = "empirical") -> float:
+    """Return the root mean square of value less Phi(C) over C ~ Unif[0, 1] and K references, to 1e-9 of itself.
+
+    >>> [round(rmse(Identity(), 50, estimator) ** -2, 6) for estimator in ("empirical", "posterior")]  # 6K, 6(K + 2)
+    [300.0, 312.0]
+    """
+    whole = values(transform, K, estimator)[::2]
+    grid = panels(transform)
+    most = len(grid.widths) + MOST_PANELS
+    while True:
+        phi = inside(transform, grid)
+        scale = max(np.abs(whole).max(), np.abs(phi).max()) or 1.0
+        density = _mean_deviation(whole / scale, grid.u, phi / scale, 2) * np.exp(grid.log_slope)
+        coarse = grid.unresolved(density, 1e-10) & (grid.widths > 1e-6)
+        if not coarse.any() or len(coarse) > most:
+            return float(scale * sqrt(grid.weights @ density))
+        grid = grid.split(coarse)
+
+
+def references_needed(
+    transform: Transform, error: float, estimator: Estimator = "empirical", delta: float | None = None
+) -> int:
+    """Find the smallest K, by doubling and bisection, whose `rmse` is at most `error`.
+
+    With delta: whose values are within `error` of Phi(C) for all responses at once with probability 1 - delta, by the
+    better of two bands (no ties; "simultaneous" is considered up to K = 1000).
+
+    >>> references_needed(Identity(), 0.05), references_needed(Identity(), 0.05, delta=0.05)
+    (67, 738)
+    """
+    if not (isfinite(error) and error > 0):
+        raise ValueError(f"references_needed needs a finite error > 0, got error={error!r}.")
+    if delta is not None and not np.isfinite(transform(np.array([0.0, 1.0]))).all():
+        raise ValueError(f"references_needed with delta needs a transform that is finite on [0, 1], got {transform!r}.")
+    worst = partial(_worst_error, delta=delta) if delta is not None else rmse
+    most = MOST_FITTED if estimator == "unbiased" and not _has_unbiased(transform) else MOST_REFERENCES
+    fails, tried, enough = 0, 1, most + 1
+    for step in count():
+        excess = worst(transform, tried, estimator) / error
+        fails, enough = (tried, enough) if excess > 1 else (fails, tried)
+        if fails == most:
+            raise ValueError(f"references_needed finds no K <= {fails} with an error of {error!r} for {transform!r}.")
+        if enough - fails == 1:
+            break
+        # Errors fall about as 1/sqrt(K): follow that from the last K tried, and bisect (or double) every other time.
+        guess = tried * excess**2 if step % 2 == 0 else min((fails + enough) / 2, max(2 * fails, 1))
+        tried = min(max(ceil(guess), fails + 1), enough - 1)
+    return enough
+
+
+def _worst_error(transform: Transform, K: int, estimator: Estimator, delta: float) -> float:
+    """Return the largest distance from a value to Phi at an end of its band, for the better of two bands."""
+    whole = values(transform, K, estimator)[::2]
+    bands = [band(K, delta, "dkw")] + ([band(K, delta, "simultaneous")] if K <= MOST_BANDED else [])
+    gaps = [max(np.max(transform(high[::2]) - whole), np.max(whole - transform(low[::2]))) for low, high in bands]
+    return float(min(gaps))
+
+
+def _mean_deviation(whole: Array, u: Array, phi: Array, power: int) -> Array:
+    """Return E[(v_J - phi)^power] over references, at each true quantile u."""
+    K = len(whole) - 1
+    means = []
+    for part in np.array_split(np.arange(len(u)), ceil(len(u) * min(K + 1, 9 * sqrt(K) + 80) / 2e6) or 1):
+        j, chance = binomial_chances(K, u[part])
+        means.append((chance * (whole[j] - phi[part, None]) ** power).sum(axis=1))
+    return np.concatenate(means)
+
+
+def _has_unbiased(transform: Transform) -> bool:
+    """True if "unbiased" is exact, or a series, once K is large."""
+    match transform:
+        case Chain(parts=(only,)):
+            return _has_unbiased(only)
+        case Chain(parts=(*head, Affine())):
+            return _has_unbiased(Chain(*head))
+        case Power(p=p):
+            return p == int(p)
+    return isinstance(transform, Identity | Affine | Exponential)

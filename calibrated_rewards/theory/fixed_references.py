@@ -1,4 +1,4 @@
-"""What a policy gets that is trained on the same K references a prompt from the first step to the last.
+"""Win rate and KL of a policy that is trained on the same K references a prompt from the first step to the last.
 
 Its reward is a step function of the true quantile, and nothing keeps it from fitting the noise of the steps: the worst
 case for finite K, computed exactly for each draw of references and averaged over draws.
@@ -7,7 +7,6 @@ case for finite K, computed exactly for each draw of references and averaged ove
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, exp, isfinite, log, sqrt
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +15,13 @@ from scipy.special import xlogy
 
 from calibrated_rewards.theory.finite_k import Estimator, values
 from calibrated_rewards.theory.procedures import CalibratedProcedure, Procedure
+from calibrated_rewards.theory.quadrature import Array, NodeLaw
 from calibrated_rewards.theory.transforms import Transform
-
-Array: TypeAlias = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class WinRateAtK:
-    """What the policy that is optimal for K fixed references a prompt gets, on the average over references.
+    """Mean win rate and KL, over references, of the policy that is optimal for K fixed references a prompt.
 
     The errors are standard errors over draws of references; from `win_rate_at_kl`, that of the win rate at that KL.
     """
@@ -46,7 +44,7 @@ def win_rate_at_k(
     draws: int = 1000,
     seed: int = 0,
 ) -> WinRateAtK:
-    """True win rate over the reference, and true KL, when each prompt keeps the same K references all through training.
+    """Compute true win rate and KL when each prompt keeps the same K references all through training.
 
     The reward is then a step function of the true quantile, v_2j between the references' own quantiles U_(j) and
     U_(j+1), and so is the optimal policy's density. This is the worst case for finite K, a policy free to fit the noise
@@ -59,7 +57,7 @@ def win_rate_at_k(
     """
     if not (isfinite(beta) and beta > 0):
         raise ValueError(f"win_rate_at_k needs a finite beta > 0, got beta={beta!r}.")
-    return _drawn(transform, procedure, K, estimator, base, draws, seed).outcome(beta)
+    return _draw_policies(transform, procedure, K, estimator, base, draws, seed).outcome(beta)
 
 
 def win_rate_at_kl(
@@ -73,7 +71,7 @@ def win_rate_at_kl(
     draws: int = 1000,
     seed: int = 0,
 ) -> WinRateAtK:
-    """`win_rate_at_k` at the beta where the mean true KL over the draws is `kl`.
+    """Compute `win_rate_at_k` at the beta where the mean true KL over the draws is `kl`.
 
     >>> from calibrated_rewards.theory.procedures import BestOf
     >>> from calibrated_rewards.theory.transforms import Exponential
@@ -83,7 +81,7 @@ def win_rate_at_kl(
     """
     from scipy.optimize import brentq
 
-    policies = _drawn(transform, procedure, K, estimator, base, draws, seed)
+    policies = _draw_policies(transform, procedure, K, estimator, base, draws, seed)
     scale = float(np.ptp(policies.rewards)) or 1.0
     low, high = max(log(scale) - 25, -700.0), min(log(scale) + 25, 700.0)  # what exp can hold
     reached = [float(policies.kl(exp(log_beta)).mean()) for log_beta in (low, high)]
@@ -91,16 +89,6 @@ def win_rate_at_kl(
         raise ValueError(f"win_rate_at_kl needs a KL > 0 and < {reached[0]:.4g}, the most K={K} gives, got kl={kl!r}.")
     log_beta = brentq(lambda x: float(policies.kl(exp(x)).mean()) - kl, low, high, xtol=1e-13)
     return policies.outcome(exp(log_beta), fixed_kl=True)
-
-
-@dataclass(frozen=True)
-class _Law:
-    """Laws of u at the nodes of a Gauss rule on each panel: what `Procedure.tilt` reads, one row at a time."""
-
-    u: Array
-    mass: Array
-    cdf: Array
-    survival: Array
 
 
 @dataclass(frozen=True)
@@ -118,28 +106,28 @@ class StepPolicies:
     """Which panels are atoms; None for none."""
 
     def density(self, beta: float) -> Array:
-        """f on each panel, proportional to e^{reward / beta}."""
+        """Return f on each panel, proportional to e^{reward / beta}."""
         with np.errstate(over="ignore"):
             height = np.exp(np.minimum(self.rewards - self._highest, 0.0) / beta)
         return np.asarray(height / (height * np.diff(self.ends)).sum(axis=1, keepdims=True))
 
     @property
     def _highest(self) -> Array:
-        """The highest reward of each row, of the panels that have a width."""
+        """The highest reward of each row, among panels that have a width."""
         return np.asarray(np.where(np.diff(self.ends) > 0, self.rewards, -np.inf).max(axis=1, keepdims=True))
 
     def most_kl(self) -> Array:
-        """KL of each as beta falls to 0: minus the log of what has the highest reward."""
+        """Return the KL of each policy as beta falls to 0: minus the log of what has the highest reward."""
         at_highest = (self.rewards == self._highest) * np.diff(self.ends)
         return np.asarray(np.maximum(-np.log(np.minimum(at_highest.sum(axis=1), 1.0)), 0.0))
 
     def kl(self, beta: float) -> Array:
-        """KL of each."""
+        """Return the KL of each policy."""
         density = self.density(beta)
         return np.asarray((np.diff(self.ends) * xlogy(density, density)).sum(axis=1))
 
     def win_rates(self, beta: float) -> Array:
-        """Win rate of each."""
+        """Return the win rate of each policy."""
         blocks = np.array_split(np.arange(len(self.ends)), ceil(self.ends.size * self.order / 2e6))
         density = self.density(beta)
         atoms = np.zeros_like(density, bool) if self.atoms is None else self.atoms
@@ -151,7 +139,7 @@ class StepPolicies:
         return min(128, max(16, self.procedure.draws, self.base.draws))
 
     def _win_rates(self, ends: Array, density: Array, atoms: npt.NDArray[np.bool_]) -> Array:
-        """Integral of the policies' output density against the CDF of the base's output (Thm 4)."""
+        """Integrate the policies' output density against the CDF of the base's output (Thm 4)."""
         _, weights, running = rule = _gauss(self.order)
         policy, reference = _step_law(ends, density, rule), _step_law(ends, np.ones_like(density), rule)
         base_density = _tilt(self.base, reference) * np.diff(ends)[:, :, None]
@@ -163,7 +151,7 @@ class StepPolicies:
         return np.asarray(won / (output.sum(axis=(1, 2)) * totals.sum(axis=1)))
 
     def outcome(self, beta: float, fixed_kl: bool = False) -> WinRateAtK:
-        """Means and standard errors."""
+        """Return means over the policies with their standard errors."""
         wins, kls = self.win_rates(beta), self.kl(beta)
         trade = 0.0
         if fixed_kl:  # beta moves with the draws, along the frontier, so that only what is off the frontier is noise
@@ -173,7 +161,7 @@ class StepPolicies:
         return WinRateAtK(float(wins.mean()), float(kls.mean()), beta, *errors)
 
 
-def _drawn(
+def _draw_policies(
     transform: Transform,
     procedure: Procedure,
     K: int,
@@ -182,7 +170,7 @@ def _drawn(
     draws: int,
     seed: int,
 ) -> StepPolicies:
-    """Policies for `draws` draws of K references; panels end at references and where a procedure's tilt jumps."""
+    """Make the policies of many draws of K references; panels end at references and where a tilt jumps."""
     if not (isfinite(draws) and int(draws) == draws and draws >= 2):
         raise ValueError(f"A standard error needs a whole draws >= 2, got draws={draws!r}.")
     whole, base = values(transform, K, estimator)[::2], procedure if base is None else base
@@ -195,26 +183,26 @@ def _drawn(
     return StepPolicies(rewards, ends, procedure, base)
 
 
-def _step_law(ends: Array, density: Array, rule: tuple[Array, Array, Array]) -> _Law:
-    """Laws with a constant density on each panel."""
+def _step_law(ends: Array, density: Array, rule: tuple[Array, Array, Array]) -> NodeLaw:
+    """Return laws with a constant density on each panel."""
     gap, (x, weights, _) = np.diff(ends)[:, :, None], rule
     mass = gap * density[:, :, None]
     cdf = np.cumsum(mass, axis=1) - mass * (1 - x)
     survival = np.flip(np.cumsum(np.flip(mass, 1), axis=1), 1) - mass * x
-    return _Law(ends[:, :-1, None] + gap * x, mass * weights, np.clip(cdf, 0, 1), np.clip(survival, 0, 1))
+    return NodeLaw(ends[:, :-1, None] + gap * x, mass * weights, np.clip(cdf, 0, 1), np.clip(survival, 0, 1))
 
 
-def _tilt(procedure: Procedure, law: _Law) -> Array:
-    """The procedure's tilt of each law, all at once where it is a function of the rank alone (Def. 6)."""
+def _tilt(procedure: Procedure, law: NodeLaw) -> Array:
+    """Compute the procedure's tilt of each law, all at once where it is a function of the rank alone (Def. 6)."""
     if isinstance(procedure, CalibratedProcedure):
         return procedure.density(law.cdf, law.survival)
     flat = [part.reshape(len(part), -1) for part in (law.u, law.mass, law.cdf, law.survival)]
-    return np.array([procedure.tilt(_Law(*row)) for row in zip(*flat, strict=True)]).reshape(law.u.shape)
+    return np.array([procedure.tilt(NodeLaw(*row)) for row in zip(*flat, strict=True)]).reshape(law.u.shape)
 
 
 @lru_cache(maxsize=32)
 def _gauss(order: int) -> tuple[Array, Array, Array]:
-    """Gauss-Legendre on [0, 1]: nodes, weights, and the matrix from values at nodes to integrals from 0 to nodes."""
+    """Return the Gauss-Legendre rule on [0, 1]: nodes, weights, and a matrix from values to running integrals."""
     x, weights = legendre.leggauss(order)
     p, odd = legendre.legvander(x, order), 2 * np.arange(order) + 1
     integrals = np.column_stack([x + 1, (p[:, 2:] - p[:, :-2]) / odd[1:]])

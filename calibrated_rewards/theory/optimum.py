@@ -1,4 +1,9 @@
-"""The transform that is best for a procedure (Corollary 2).
+"""The transform to train with for a procedure: the optimum (Corollary 2), or the best exponential at a KL (Eq. 11).
+
+>>> from calibrated_rewards.theory.procedures import BestOf
+>>> best, tuned = optimum(BestOf(4), kl=1.0), tune(BestOf(4), kl=1.0)
+>>> print(f"{best.win_rate:.4f} {tuned.win_rate:.4f} {tuned.transform.parts[0].t:.1f}")
+0.9411 0.9399 17.3
 
 For calibrated procedures the win rate's derivative with respect to the policy's density at u is, up to a constant,
 Phi(u) = -int_u^1 g_policy(F(v)) g_base(v) dv, and the optimum has f ~ e^{Phi/beta} with this very Phi:
@@ -10,13 +15,6 @@ polish the result to rounding error. Where g_policy rises, as for best-of-N, the
 there is one solution; else there may be several, and we take the best of them. The paper iterates Phi -> f -> Phi;
 undamped, that ends in a cycle of two functions in nearly every best-of-N case. `Optimal.iterate` shows it and, damped,
 is our cross-check.
-
-Which transform to train with, for a procedure and a KL budget: the optimum, or the best exponential.
-
->>> from calibrated_rewards.theory.procedures import BestOf
->>> best, tuned = optimum(BestOf(4), kl=1.0), tune(BestOf(4), kl=1.0)
->>> print(f"{best.win_rate:.4f} {tuned.win_rate:.4f} {tuned.transform.parts[0].t:.1f}")
-0.9411 0.9399 17.3
 """
 
 from collections.abc import Iterator
@@ -25,20 +23,18 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from math import asinh, exp, expm1, inf, isfinite, log, log1p, sinh
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, logit
 
 from calibrated_rewards.theory.procedures import CalibratedProcedure, Procedure, Rank
-from calibrated_rewards.theory.quadrature import WINDOW, Grid, Law, normalised, reference_law
+from calibrated_rewards.theory.quadrature import WINDOW, Array, Grid, Law, normalised, reference_law
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl_of, win_rate, win_rate_of
 from calibrated_rewards.theory.transforms import Exponential, Identity, Transform, Values, scaled, span
 
-Array: TypeAlias = npt.NDArray[np.float64]
-
-SMALLEST_BETA = 1e-4
+SMALLEST_BETA, LARGEST_BETA = 1e-4, 1e6
+LARGEST_T = 600.0
 # The shots go from this logit to minus it, in steps of this at most.
 TOP, LARGEST_STEP = 45.0, 1.5
 
@@ -82,7 +78,7 @@ class Optimal:
         return {"procedure": self.procedure, "beta": self.beta, "base": self.base}
 
     def __call__(self, u: npt.ArrayLike) -> Values:
-        """Return Phi(u) <= 0."""
+        """Return Phi(u), which is 0 at u = 1 and negative below."""
         u = np.asarray(u, np.float64)
         if not ((u >= 0) & (u <= 1)).all():
             raise ValueError(f"Optimal is defined for u in [0, 1], got {u[~((u >= 0) & (u <= 1))].ravel()[0]}.")
@@ -90,7 +86,7 @@ class Optimal:
             return self.at_logit(logit(u))
 
     def at_logit(self, s: npt.ArrayLike) -> Values:
-        """Return Phi(expit(s))."""
+        """Return Phi at the logits s."""
         s = np.asarray(s, np.float64)
         grid, curve = self._solved
         return np.asarray(self.beta * grid.interpolate(curve, s.ravel())).reshape(s.shape)[()]
@@ -102,14 +98,14 @@ class Optimal:
 
     @property
     def residuals(self) -> tuple[float, float]:
-        """Largest misses of the fixed point, over Phi's range, and of the ODE, over its largest slope in the logit."""
+        """The largest misses of the fixed point, over Phi's range, and of the ODE, over its largest logit slope."""
         grid, curve = self._solved
         image, slope = self._step(grid, curve)
         fixed_point = np.abs(image - curve).max() / np.abs(curve).max()
         return float(fixed_point), float(np.abs(grid.derivative(curve) - slope).max() / slope.max())
 
     def iterate(self, rounds: int, damping: float = 0.1) -> Iteration:
-        """Phi <- (1 - damping) Phi + damping step(Phi) from Phi = 0, as the paper does with damping = 1.
+        """Iterate Phi <- (1 - damping) Phi + damping step(Phi) from Phi = 0, as the paper does with damping = 1.
 
         `changes` are the largest differences between Phi and its image, over the range of the image.
         """
@@ -146,7 +142,7 @@ class Optimal:
             )
 
     def _rivals(self) -> Iterator[Law]:
-        """The reference; and, where the stationary point need not be the optimum, what some exponentials lead to."""
+        """Yield laws to beat: the reference; if the stationary point need not be the optimum, exponentials' too."""
         grid = Grid(np.linspace(-45.0, 45.0, 181))
         yield reference_law(grid)
         if not self._rises:
@@ -155,7 +151,7 @@ class Optimal:
                 yield from (normalised(grid, unit / beta) for beta in (0.03, 0.3))
 
     def _solve_from(self, start: float) -> tuple[Grid, Array]:
-        """Shot from log f(1) = start, on panels fine enough for it, then polished by Newton's method."""
+        """Shoot from log f(1) = start on panels fine enough for it, and polish by Newton's method."""
         grid = Grid(WINDOW)
         for _ in range(40):
             curve = self._shoot(start, grid.s[::-1])[::-1, 0] - start
@@ -171,16 +167,16 @@ class Optimal:
         return self._value(normalised(*solution))
 
     def _value(self, law: Law) -> float:
-        """Win rate - beta KL."""
+        """Return win rate - beta KL."""
         return win_rate_of(law, self.procedure, self.base) - self.beta * kl_of(law)
 
     def _rate(self, rank: Rank, below_one: Rank, u: Rank, v: Rank) -> Rank:
-        """d log f / du."""
+        """Return d log f / du."""
         base = self.base or self.procedure
         return self.procedure.density(rank, below_one) * base.density(u, v) / self.beta
 
     def _slope_at(self, state: Array, s: float) -> tuple[float, float]:
-        """Derivatives of (log f, 1 - F) by the logit s of u; a shot far past F = 0 goes straight on."""
+        """Return the derivatives of (log f, 1 - F) by the logit s of u; a shot far past F = 0 goes straight on."""
         log_density, below_one = state.tolist()
         u, v = float(expit(s)), float(expit(-s))
         growth = -exp(min(log_density, 700.0)) * u * v
@@ -190,7 +186,7 @@ class Optimal:
         return self._rate(1 - below_one, below_one, u, v) * u * v, growth
 
     def _shoot(self, start: float, s: Array, tolerance: float = 1e-9) -> Array:
-        """(log f, 1 - F) at descending logits, from log f(1) = start; `LARGEST_STEP` so that no layer is stepped over.
+        """Return (log f, 1 - F) at descending logits from log f(1) = start; LARGEST_STEP steps over no layer.
 
         Whatever acts at a distance of 1/N from an end has a width of about 1 in the logit, however large N is.
         """
@@ -204,17 +200,17 @@ class Optimal:
         return np.asarray(shot[1:])
 
     def _miss(self, start: float, tolerance: float = 1e-9) -> float:
-        """F(0) when log f(1) = start."""
+        """Return F(0) when log f(1) = start."""
         return float(1 - self._shoot(start, np.array([-30.0]), tolerance)[-1, 1])
 
     @property
     def _rises(self) -> bool:
-        """Whether g_policy rises: W is then concave in the policy, and the stationary point the one optimum."""
+        """True if g_policy rises: the win rate is then concave in the policy, with one stationary point."""
         u = np.linspace(0.0, 1.0, 1025)
         return bool((np.diff(self.procedure.density(u, 1 - u)) >= 0).all())
 
     def _starts(self) -> list[float]:
-        """Every log f(1) that leads to F(0) = 0."""
+        """Find every log f(1) that leads to F(0) = 0."""
         u = np.linspace(0.0, 1.0, 1025)
         # df/dF <= max(g_base) g_policy(F) / beta, and f(0) <= 1 because f rises: f(1) <= 1 + max(g_base) / beta.
         largest = float((self.base or self.procedure).density(u, 1 - u).max())
@@ -270,17 +266,13 @@ class Optimal:
         return curve
 
     def _derivative(self, grid: Grid, curve: Array, direction: Array) -> Array:
-        """(I - step') direction, by a central difference."""
+        """Return (I - step') direction, by a central difference."""
         size = float(np.abs(direction).max())
         if size == 0:
             return direction
         h = 1e-6 / size
         ahead, behind = (self._step(grid, curve + sign * h * direction)[0] for sign in (1, -1))
         return np.asarray(direction - (ahead - behind) / (2 * h))
-
-
-LARGEST_T = 600.0
-LARGEST_BETA = 1e6
 
 
 @dataclass(frozen=True)
@@ -300,7 +292,7 @@ def optimal_transform(
     kl: float | None = None,
     base: CalibratedProcedure | None = None,
 ) -> Optimal:
-    """The Phi of Corollary 2 at the beta of Def. 5, or at the beta where its policy has the given KL.
+    """Return the Phi of Corollary 2 at the beta of Def. 5, or at the beta where its policy has the given KL.
 
     >>> from calibrated_rewards.theory.procedures import BestOf
     >>> print(f"{optimal_transform(BestOf(4), kl=1.0).beta:.4f}")
@@ -314,7 +306,7 @@ def optimal_transform(
 
 
 def _beta_of_optimum(procedure: CalibratedProcedure, base: CalibratedProcedure | None, kl: float) -> float:
-    """Secant steps on log KL against log beta, between betas known to be too small and too large."""
+    """Find the beta for a KL by secant steps on log KL against log beta, kept within betas that bracket it."""
     if not (isfinite(kl) and kl > 0):
         raise ValueError(f"kl must be finite and > 0, got kl={kl!r}.")
     excess = partial(_excess_kl, procedure, base, kl)
@@ -340,7 +332,7 @@ def _beta_of_optimum(procedure: CalibratedProcedure, base: CalibratedProcedure |
 
 
 def _check_reach(procedure: CalibratedProcedure, base: CalibratedProcedure | None, kl: float) -> None:
-    """ValueError if even the smallest beta leaves the optimum at a smaller KL: at once, and not after a long search."""
+    """Raise ValueError if even the smallest beta leaves the optimum at a smaller KL, before a long search."""
     try:
         law = Optimal(procedure, SMALLEST_BETA, base).law
     except ArithmeticError:  # not known, so searched for
@@ -365,7 +357,7 @@ def optimum(
     kl: float | None = None,
     base: CalibratedProcedure | None = None,
 ) -> Choice:
-    """The optimal transform, ready to train with: no other policy does better at win rate - beta KL.
+    """Return the optimal transform ready to train with: no other policy does better at win rate - beta KL.
 
     `beta` is the price of KL in that objective (Def. 5), where a win rate counts as it is; the Choice carries another,
     the one to train the transform with now that it is scaled to [0, 1].
@@ -379,7 +371,7 @@ def optimum(
 
 
 def tune(procedure: Procedure, *, kl: float, base: Procedure | None = None) -> Choice:
-    """The best exponential transform (Eq. 11) for any procedure at a KL budget; the identity where t would be 0."""
+    """Return the best exponential transform (Eq. 11) for a procedure at a KL; the identity where t would be 0."""
     from scipy.optimize import minimize_scalar
 
     if not (isfinite(kl) and kl > 0):
@@ -388,13 +380,13 @@ def tune(procedure: Procedure, *, kl: float, base: Procedure | None = None) -> C
     trials = np.linspace(-asinh(LARGEST_T), asinh(LARGEST_T), 27)
     best = int(np.argmin([loss(x) for x in trials.tolist()]))
     around = trials[max(best - 1, 0)], trials[min(best + 1, len(trials) - 1)]
-    found = minimize_scalar(loss, bounds=around, method="bounded", options={"xatol": 1e-7})
-    chosen = _exponential(float(found.x))
-    return Choice(chosen, beta_for_kl(chosen, kl), kl, -float(found.fun))
+    nearest = minimize_scalar(loss, bounds=around, method="bounded", options={"xatol": 1e-7})
+    chosen = _exponential(float(nearest.x))
+    return Choice(chosen, beta_for_kl(chosen, kl), kl, -float(nearest.fun))
 
 
 def _exponential(x: float) -> Transform:
-    """e^{tu} on [0, 1] with t = sinh x: a family that passes smoothly through the identity at x = 0."""
+    """Return e^{tu} on [0, 1] with t = sinh x: a family that passes smoothly through the identity at x = 0."""
     return Identity() if abs(x) < 1e-6 else scaled(Exponential(sinh(x)), "unit")
 
 

@@ -1,6 +1,6 @@
-"""Inference-time procedures: how a response is chosen once the policy can be sampled (sections 2, 4.2 and App. G).
+"""Inference-time procedures: ways to choose one of a policy's responses (sections 2, 4.2 and App. G of the paper).
 
-Every procedure is one definition with three faces, which the tests hold against each other:
+Every procedure has three methods, which the tests hold against each other:
 
 * `choose(scores, rng)`: run it, on the calibrated scores of `draws` responses;
 * `tilt(law)`: what it does to the law of u, as the density of its output against the density of one draw (Def. 6);
@@ -10,10 +10,9 @@ Every procedure is one definition with three faces, which the tests hold against
 >>> BestOf(2).pool_weights([0.1, 0.7, 0.4]).round(4)
 array([0.    , 0.6667, 0.3333])
 
-Procedures that look at the calibrated score itself, not only at its rank among the draws.
-
-They are not calibrated procedures in the sense of Def. 6, for a given score of theirs stands for a different quantile
-under every policy, so their tilt is computed from the whole law. The scores they act on are C_{r,pi_ref} in [0, 1].
+`SoftBestOf` and `RewindAndRepeat` look at the calibrated score C_{r,pi_ref} itself, not only at its rank among the
+draws. They are no calibrated procedures in the sense of Def. 6, since a score is another quantile under every policy,
+so their tilt is computed from the whole law.
 """
 
 from collections.abc import Callable
@@ -27,30 +26,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import gammaln
 
-Array: TypeAlias = npt.NDArray[np.float64]
+from calibrated_rewards.theory.quadrature import Array, Law, NodeLaw
+
 # Quantiles one by one (an ODE solver asks for millions of them) or as an array.
 Rank = TypeVar("Rank", float, npt.NDArray[np.float64])
-
-
-@runtime_checkable
-class Law(Protocol):
-    """What a procedure needs to know of the policy's law of u, at the nodes of a quadrature (`quadrature.Law`)."""
-
-    @property
-    def u(self) -> Array:
-        """Quantiles of the reference, ascending."""
-
-    @property
-    def mass(self) -> Array:
-        """Weight of each node."""
-
-    @property
-    def cdf(self) -> Array:
-        """F(u): the policy's own quantile."""
-
-    @property
-    def survival(self) -> Array:
-        """1 - F(u)."""
+AnyLaw: TypeAlias = Law | NodeLaw
 
 
 @runtime_checkable
@@ -59,20 +39,20 @@ class Procedure(Protocol):
 
     @property
     def draws(self) -> int:
-        """How many responses it looks at, at the most."""
+        """The largest number of responses that it looks at."""
 
     @property
     def breaks(self) -> tuple[float, ...]:
         """Quantiles at which its tilt jumps."""
 
     def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
-        """Index of the response that comes out, along the last axis of `scores`."""
+        """Return the index of the response that comes out, along the last axis of `scores`."""
 
-    def tilt(self, law: Law) -> Array:
-        """Density of the output over the density of a single draw."""
+    def tilt(self, law: AnyLaw) -> Array:
+        """Return the density of the output over the density of a single draw."""
 
     def pool_weights(self, scores: npt.ArrayLike) -> Array:
-        """Probability of each response of a pool to come out."""
+        """Return the probability of each response of a pool to come out."""
 
 
 @runtime_checkable
@@ -80,18 +60,18 @@ class CalibratedProcedure(Procedure, Protocol):
     """A procedure whose tilt is a function g of the policy's own quantile (Def. 6): Theorem 2 holds for it."""
 
     def density(self, rank: Rank, below_one: Rank) -> Rank:
-        """g at the quantile `rank`, with `below_one` = 1 - rank given to full precision; its integral is 1."""
+        """Return g at the quantile `rank`, with `below_one` = 1 - rank given to full precision; its integral is 1."""
 
 
-def checked_whole(name: str, **number: object) -> None:
+def check_count(name: str, **number: object) -> None:
     """Refuse a count that is not a whole number >= 1, naming the procedure and the parameter."""
     for key, value in number.items():
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} needs a whole {key} >= 1, got {key}={value!r}.")
 
 
-def checked_pool(scores: npt.ArrayLike, draws: int, name: str) -> Array:
-    """Finite scores on one axis, at least as many as the procedure draws."""
+def check_pool(scores: npt.ArrayLike, draws: int, name: str) -> Array:
+    """Return the scores as an array; refuse any that are not finite, on one axis and as many as the procedure draws."""
     pool = np.asarray(scores, np.float64)
     if pool.ndim != 1 or len(pool) < draws:
         raise ValueError(f"{name} needs a pool of at least {draws} scores on one axis, got shape {pool.shape}.")
@@ -101,7 +81,7 @@ def checked_pool(scores: npt.ArrayLike, draws: int, name: str) -> Array:
 
 
 def _random_best(scores: Array, rng: np.random.Generator) -> npt.NDArray[np.intp]:
-    """The first largest in a random order, so that ties fall to each with equal chance."""
+    """Pick the first largest in a random order, so that ties fall to each with equal chance."""
     order = rng.permuted(np.broadcast_to(np.arange(scores.shape[-1]), scores.shape), axis=-1)
     best = np.argmax(np.take_along_axis(scores, order, -1), axis=-1)
     return np.asarray(np.take_along_axis(order, best[..., None], -1)[..., 0], np.intp)
@@ -116,7 +96,7 @@ def share_ties(pool: Array, by_rank: Array) -> Array:
 
 
 def best_of_subset(m: int, n: int) -> Array:
-    """P(the best of a random n of m is the i-th smallest) = binom(i - 1, n - 1) / binom(m, n), i = 1..m.
+    """Return P(the best of a random n of m is the i-th smallest) = binom(i - 1, n - 1) / binom(m, n), i = 1..m.
 
     >>> best_of_subset(4, 2)
     array([0.        , 0.16666667, 0.33333333, 0.5       ])
@@ -141,16 +121,16 @@ class Standard:
         return np.zeros(np.shape(scores)[:-1], np.intp)
 
     def density(self, rank: Rank, below_one: Rank) -> Rank:
-        """g = 1."""
+        """Return g = 1."""
         return 0 * rank + 1.0
 
-    def tilt(self, law: Law) -> Array:
+    def tilt(self, law: AnyLaw) -> Array:
         """Return 1 everywhere."""
         return np.ones_like(law.u)
 
     def pool_weights(self, scores: npt.ArrayLike) -> Array:
         """Return 1/m each."""
-        pool = checked_pool(scores, 1, "Standard")
+        pool = check_pool(scores, 1, "Standard")
         return np.full(len(pool), 1 / len(pool))
 
 
@@ -162,11 +142,11 @@ class BestOf:
     breaks = ()
 
     def __post_init__(self) -> None:
-        checked_whole("BestOf", n=self.n)
+        check_count("BestOf", n=self.n)
 
     @property
     def draws(self) -> int:
-        """N."""
+        """The number n."""
         return self.n
 
     def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
@@ -174,16 +154,16 @@ class BestOf:
         return _random_best(np.asarray(scores, np.float64), rng)
 
     def density(self, rank: Rank, below_one: Rank) -> Rank:
-        """g(C) = n C^{n-1}."""
+        """Return g(C) = n C^{n-1}."""
         return self.n * rank ** (self.n - 1)
 
-    def tilt(self, law: Law) -> Array:
+    def tilt(self, law: AnyLaw) -> Array:
         """Return g(F(u))."""
         return self.density(law.cdf, law.survival)
 
     def pool_weights(self, scores: npt.ArrayLike) -> Array:
-        """Exact: the best of a random n-subset of the pool."""
-        pool = checked_pool(scores, self.n, f"BestOf({self.n})")
+        """Return the exact chances to be the best of a random n-subset of the pool."""
+        pool = check_pool(scores, self.n, f"BestOf({self.n})")
         return share_ties(pool, best_of_subset(len(pool), self.n))
 
 
@@ -195,11 +175,11 @@ class WorstOf:
     breaks = ()
 
     def __post_init__(self) -> None:
-        checked_whole("WorstOf", n=self.n)
+        check_count("WorstOf", n=self.n)
 
     @property
     def draws(self) -> int:
-        """N."""
+        """The number n."""
         return self.n
 
     def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
@@ -207,22 +187,22 @@ class WorstOf:
         return _random_best(-np.asarray(scores, np.float64), rng)
 
     def density(self, rank: Rank, below_one: Rank) -> Rank:
-        """g(C) = n (1 - C)^{n-1}."""
+        """Return g(C) = n (1 - C)^{n-1}."""
         return self.n * below_one ** (self.n - 1)
 
-    def tilt(self, law: Law) -> Array:
+    def tilt(self, law: AnyLaw) -> Array:
         """Return g(F(u))."""
         return self.density(law.cdf, law.survival)
 
     def pool_weights(self, scores: npt.ArrayLike) -> Array:
-        """Exact: the worst of a random n-subset of the pool."""
-        pool = checked_pool(scores, self.n, f"WorstOf({self.n})")
+        """Return the exact chances to be the worst of a random n-subset of the pool."""
+        pool = check_pool(scores, self.n, f"WorstOf({self.n})")
         return share_ties(pool, best_of_subset(len(pool), self.n)[::-1])
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Any calibrated procedure: T_pi(y) ~ pi(y) g(C_pi(y)) for a g >= 0 on [0, 1] (Def. 6, Theorem 4).
+    """A calibrated procedure of any density: T_pi(y) ~ pi(y) g(C_pi(y)) for a g >= 0 on [0, 1] (Def. 6, Theorem 4).
 
     It is known by its density alone, so it is run by drawing `draws` responses and picking one in proportion to
     g(rank): exact as draws grows, as any sampling-importance-resampling is.
@@ -236,7 +216,7 @@ class Calibrated:
     breaks = ()
 
     def __post_init__(self) -> None:
-        checked_whole("Calibrated", draws=self.draws)
+        check_count("Calibrated", draws=self.draws)
         values = np.asarray(self.g(np.linspace(0, 1, 1025)), np.float64)
         if values.shape != (1025,) or not (np.isfinite(values) & (values >= 0)).all() or not self.total > 0:
             raise ValueError(
@@ -257,11 +237,11 @@ class Calibrated:
         return float(np.asarray(self.g(np.array([c])))[0])
 
     def density(self, rank: Rank, below_one: Rank) -> Rank:
-        """g(C) over its integral."""
+        """Return g(C) over its integral."""
         value: Any = self.g(np.asarray(rank))
         return cast(Rank, value / self.total)
 
-    def tilt(self, law: Law) -> Array:
+    def tilt(self, law: AnyLaw) -> Array:
         """Return g(F(u))."""
         return self.density(law.cdf, law.survival)
 
@@ -273,8 +253,8 @@ class Calibrated:
         return np.array(picked, np.intp).reshape(scores.shape[:-1])
 
     def pool_weights(self, scores: npt.ArrayLike) -> Array:
-        """Self-normalised: in proportion to g at the middle of each rank's bin; ties share."""
-        pool = checked_pool(scores, 1, "Calibrated")
+        """Return self-normalised weights in proportion to g at the middle of each rank's bin; ties share."""
+        pool = check_pool(scores, 1, "Calibrated")
         by_rank = np.asarray(self.g((np.arange(len(pool)) + 0.5) / len(pool)), np.float64)
         if not by_rank.any():
             raise ValueError(f"Calibrated needs more than {len(pool)} responses: g is 0 at the ranks of all of them.")
@@ -298,7 +278,7 @@ class SoftBestOf:
     breaks = ()
 
     def __post_init__(self) -> None:
-        checked_whole("SoftBestOf", n=self.n)
+        check_count("SoftBestOf", n=self.n)
         if not (isfinite(self.temperature) and self.temperature >= 1e-3):
             raise ValueError(
                 "SoftBestOf needs a finite temperature >= 0.001 (BestOf is the same thing below that), "
@@ -307,7 +287,7 @@ class SoftBestOf:
 
     @property
     def draws(self) -> int:
-        """N."""
+        """The number n."""
         return self.n
 
     def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
@@ -315,8 +295,8 @@ class SoftBestOf:
         scores = np.asarray(scores, np.float64)
         return np.asarray(np.argmax(scores / self.temperature + rng.gumbel(size=scores.shape), axis=-1), np.intp)
 
-    def tilt(self, law: Law) -> Array:
-        """n E[e_1 / (e_1 + ... + e_n)] given the first, the other n - 1 drawn from the law.
+    def tilt(self, law: AnyLaw) -> Array:
+        """Return n E[e_1 / (e_1 + ... + e_n)] given the first, the other n - 1 drawn from the law.
 
         1/S = int_0^inf e^{-xS} dx turns the mean over n - 1 others into the (n - 1)th power of one.
         """
@@ -329,8 +309,8 @@ class SoftBestOf:
         return np.asarray(self.n * total * self._step)
 
     def pool_weights(self, scores: npt.ArrayLike) -> Array:
-        """Exact over all n-subsets of the pool, by the same integral and elementary symmetric polynomials."""
-        pool = checked_pool(scores, self.n, f"SoftBestOf({self.n})")
+        """Return exact weights over all n-subsets of the pool, by elementary symmetric polynomials."""
+        pool = check_pool(scores, self.n, f"SoftBestOf({self.n})")
         coldest = max(-700.0, (pool.min() - pool.max()) / self.temperature)
         y = np.arange(-40.0, 6.0 - coldest, self._step)
         z = np.minimum(y + np.maximum((pool - pool.max()) / self.temperature, -700.0)[:, None], 700.0)
@@ -349,7 +329,7 @@ class SoftBestOf:
 
 
 def _symmetric(x: Array, degree: int) -> Array:
-    """Elementary symmetric polynomials e_0..e_degree of x[:i], for i = 0..len(x)."""
+    """Return the elementary symmetric polynomials e_0..e_degree of x[:i], for i = 0..len(x)."""
     table = np.zeros((len(x) + 1, degree + 1, *x.shape[1:]))
     table[0, 0] = 1.0
     for i, new in enumerate(x):
@@ -370,18 +350,18 @@ class RewindAndRepeat:
     max_tries: int = 32
 
     def __post_init__(self) -> None:
-        checked_whole("RewindAndRepeat", max_tries=self.max_tries)
+        check_count("RewindAndRepeat", max_tries=self.max_tries)
         if not 0 < self.threshold < 1:
             raise ValueError(f"RewindAndRepeat needs a threshold in (0, 1), got threshold={self.threshold!r}.")
 
     @property
     def draws(self) -> int:
-        """max_tries."""
+        """The number max_tries."""
         return self.max_tries
 
     @property
     def breaks(self) -> tuple[float, ...]:
-        """The threshold."""
+        """The threshold, where the tilt jumps."""
         return (self.threshold,)
 
     def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
@@ -390,21 +370,21 @@ class RewindAndRepeat:
         last = passed.shape[-1] - 1
         return np.asarray(np.where(passed.any(axis=-1), passed.argmax(axis=-1), last), np.intp)
 
-    def mean_tries(self, law: Law) -> float:
-        """(1 - q^N) / (1 - q) with q = F(threshold)."""
+    def mean_tries(self, law: AnyLaw) -> float:
+        """Return (1 - q^N) / (1 - q) with q = F(threshold)."""
         success = float(law.mass[law.u >= self.threshold].sum())
         if not 0 < success < 1:
             return 1.0 if success > 0 else float(self.max_tries)
         return float(-np.expm1(self.max_tries * np.log1p(-success)) / success)
 
-    def tilt(self, law: Law) -> Array:
+    def tilt(self, law: AnyLaw) -> Array:
         """Return the mean number of tries above the threshold, and q^{N-1} below it."""
         failure = float(law.mass[law.u < self.threshold].sum())
         return np.where(law.u >= self.threshold, self.mean_tries(law), failure ** (self.max_tries - 1))
 
     def pool_weights(self, scores: npt.ArrayLike) -> Array:
-        """Exact: tries drawn from the pool without replacement."""
-        pool = checked_pool(scores, self.max_tries, f"RewindAndRepeat(max_tries={self.max_tries})")
+        """Return exact weights for tries drawn from the pool without replacement."""
+        pool = check_pool(scores, self.max_tries, f"RewindAndRepeat(max_tries={self.max_tries})")
         below = pool < self.threshold
         failed = int(below.sum())
         if failed < self.max_tries:

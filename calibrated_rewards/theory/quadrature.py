@@ -67,7 +67,7 @@ class Grid:
         return (self.widths[:, None] / 2 * WEIGHTS).ravel()
 
     def running(self, density: Array) -> tuple[Array, Array]:
-        """Integrals of a density in s from -inf to each node and from there to inf, each precise near its end."""
+        """Integrate a density in s from -inf to each node and from there to inf, each precise near its end."""
         panels = density.reshape(-1, ORDER) * (self.widths[:, None] / 2)
         inside, total = panels @ RUNNING.T, panels @ WEIGHTS
         before = np.concatenate([[0.0], np.cumsum(total)[:-1]])
@@ -75,15 +75,15 @@ class Grid:
         return (before[:, None] + inside).ravel(), (after[:, None] + total[:, None] - inside).ravel()
 
     def derivative(self, values: Array) -> Array:
-        """Derivative with respect to s of the panels' polynomials through `values`."""
+        """Differentiate with respect to s the panels' polynomials through `values`."""
         return np.asarray((values.reshape(-1, ORDER) @ DIFFERENTIATE.T * (2 / self.widths)[:, None]).ravel())
 
     def unresolved(self, density: Array, tolerance: float, breaks: Array | None = None) -> npt.NDArray[np.bool_]:
-        """Which panels miss more than `tolerance` of a density in s."""
+        """Mark the panels that miss more than `tolerance` of a density in s."""
         return np.asarray(self.missed(density, breaks) * self.widths > tolerance * (self.weights @ density))
 
     def missed(self, values: Array, breaks: Array | None = None) -> Array:
-        """How much each panel's polynomial misses of a function of s, about.
+        """Estimate how much each panel's polynomial misses of a function of s.
 
         Judged by its last Legendre coefficients, and by whether neighbours agree at their common edge: a jump between
         an edge and the next node is seen by no coefficient. At `breaks`, logits where it jumps, they need not.
@@ -139,22 +139,32 @@ class Law:
 
     @property
     def cdf(self) -> Array:
-        """F(u) at the nodes."""
+        """The cumulative F(u) at the nodes."""
         return np.clip(self._running[0], 0.0, 1.0)
 
     @property
     def survival(self) -> Array:
-        """1 - F(u) at the nodes, to full relative precision."""
+        """The survival 1 - F(u) at the nodes, to full relative precision."""
         return np.clip(self._running[1], 0.0, 1.0)
 
 
+@dataclass(frozen=True)
+class NodeLaw:
+    """A law of u by its values at some nodes alone: all that `Procedure.tilt` reads of a law."""
+
+    u: Array
+    mass: Array
+    cdf: Array
+    survival: Array
+
+
 def reference_law(grid: Grid) -> Law:
-    """The reference's own law, Unif[0, 1] (Lemma 4)."""
+    """Return the reference's own law, Unif[0, 1] (Lemma 4)."""
     return Law(grid, np.zeros_like(grid.s))
 
 
 def normalised(grid: Grid, log_weight: Array) -> Law:
-    """The law whose density against the reference is proportional to e^{log_weight}, however large that is."""
+    """Return the law whose density against the reference is proportional to e^{log_weight}, however large that is."""
     log_mass = log_weight + grid.log_slope
     peak = log_mass.max()
     return Law(grid, log_weight - peak - np.log(grid.weights @ np.exp(log_mass - peak)))
@@ -166,7 +176,7 @@ def resolve(
     tolerance: float = 1e-13,
     watch: Callable[[Law], Array] | None = None,
 ) -> Law:
-    """The law with density proportional to e^{log_weight(s)} on a grid fine enough for it (and for `watch` of it).
+    """Return the law with density e^{log_weight(s)}, normalised, on a grid fine enough for it (and for `watch`).
 
     `breaks` are quantiles in (0, 1) where something jumps or bends. Refinement ends at the tolerance, at the rounding
     error of log_weight itself, or where a panel has become too short to matter.
@@ -193,12 +203,11 @@ def resolve(
 
 
 def _window(log_weight: Callable[[Array], Array]) -> Array:
-    """Panel edges that cover the bulk of both the reference and e^{log_weight}, wherever in the logit that is."""
+    """Place panel edges that cover the bulk of both the reference and e^{log_weight}, wherever in the logit that is."""
     edges: Array = np.concatenate([-FAR[:0:-1], WINDOW, FAR[1:]])
     log_mass = log_weight(edges) + log_expit(edges) + log_expit(-edges)
     if not np.max(log_mass) < np.inf or log_mass[-1] > np.max(log_mass) - 60.0:
         raise ValueError("e^{Phi/beta} has no finite integral: Phi rises too fast towards u = 1 for this beta.")
     heavy = np.flatnonzero(log_mass > np.max(log_mass) - 60.0)
     low, high = edges[max(heavy[0] - 1, 0)], edges[min(heavy[-1] + 1, len(edges) - 1)]
-    kept: Array = edges[(edges >= min(low, -45.0)) & (edges <= max(high, 45.0))]
-    return kept
+    return np.asarray(edges[(edges >= min(low, -45.0)) & (edges <= max(high, 45.0))])

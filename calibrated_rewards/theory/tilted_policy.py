@@ -1,10 +1,10 @@
-"""What training for a transform will give, before any training: win rates and KL of the tilted policy (Thms 2-4).
+"""Win rates and KL of the policy that is optimal for a transform, known before any training (Thms 2-4).
 
 For a continuous model the policy that maximises E[Phi(C)] - beta KL has, whatever the prompt, the reward model and the
 reference, the density f(u) ~ e^{Phi(u)/beta} over the calibrated reward u. Everything here is an integral over that.
 
-beta means something only together with the scale of Phi, which `scaling.scaled` fixes. Functions here take Phi and beta
-as they are given.
+beta means something only together with the scale of Phi, which `transforms.scaled` fixes. Functions here take Phi and
+beta as they are given.
 
 >>> from calibrated_rewards.theory.procedures import BestOf
 >>> from calibrated_rewards.theory.transforms import Exponential, Identity
@@ -19,16 +19,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import exp, inf, log, nan
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from calibrated_rewards.theory.procedures import Procedure, RewindAndRepeat
-from calibrated_rewards.theory.quadrature import Law, reference_law, resolve
+from calibrated_rewards.theory.quadrature import Array, Law, reference_law, resolve
 from calibrated_rewards.theory.transforms import Transform, at_logit, knots
-
-Array: TypeAlias = npt.NDArray[np.float64]
 
 
 def _log_weight(transform: Transform, beta: float, s: Array) -> Array:
@@ -36,7 +33,7 @@ def _log_weight(transform: Transform, beta: float, s: Array) -> Array:
 
 
 def policy_law(transform: Transform, beta: float, *procedures: Procedure, breaks: Iterable[float] = ()) -> Law:
-    """The law of u under the optimal policy, on panels fine enough for it and for the procedures' outputs.
+    """Return the law of u under the optimal policy, on panels fine enough for it and for the procedures' outputs.
 
     beta = infinity stands for the reference itself.
     """
@@ -48,12 +45,12 @@ def policy_law(transform: Transform, beta: float, *procedures: Procedure, breaks
 
 
 def _outputs(procedures: Sequence[Procedure], law: Law) -> Array:
-    """Sum of the outputs' densities in the logit: whatever one of them leaves unresolved shows in the sum."""
+    """Sum the outputs' densities in the logit: whatever one of them leaves unresolved shows in the sum."""
     return law.per_logit * sum(procedure.tilt(law) for procedure in procedures)
 
 
 def kl(transform: Transform, beta: float) -> float:
-    """KL(pi || pi_ref) of the optimal policy (Eq. 10).
+    """Return KL(pi || pi_ref) of the optimal policy (Eq. 10).
 
     >>> from calibrated_rewards.theory.transforms import Exponential
     >>> round(kl(Exponential(10.0), 22025.0 * 0.05), 1)
@@ -63,13 +60,13 @@ def kl(transform: Transform, beta: float) -> float:
 
 
 def kl_of(law: Law) -> float:
-    """KL of a law from the reference, as a sum of terms >= 0: no cancellation at large beta."""
+    """Return the KL of a law from the reference, as a sum of terms >= 0: no cancellation at large beta."""
     terms = law.mass * law.log_density - reference_law(law.grid).mass * np.expm1(np.minimum(law.log_density, 700.0))
     return float(terms.sum()) if law.log_density.max() < 700.0 else float(law.mass @ law.log_density)
 
 
 def win_rate(transform: Transform, beta: float, procedure: Procedure, base: Procedure | None = None) -> float:
-    """Inference-time win rate of the optimal policy over the reference (Eqs. 8 and 9, Thm 4).
+    """Return the inference-time win rate of the optimal policy over the reference (Eqs. 8 and 9, Thm 4).
 
     `procedure` is how the policy is decoded and `base` how the reference is; the same, unless given.
     """
@@ -83,7 +80,7 @@ def _uneven(base: Procedure) -> list[Procedure]:
 
 
 def win_rate_of(law: Law, procedure: Procedure, base: Procedure | None = None) -> float:
-    """P(u > u') for u from the procedure on `law` and u' from the base procedure on the reference."""
+    """Return P(u > u') for u from the procedure on `law` and u' from the base procedure on the reference."""
     uniform = reference_law(law.grid)
     against = (base or procedure).tilt(uniform) * uniform.per_logit
     beaten, _ = law.grid.running(against)
@@ -92,7 +89,7 @@ def win_rate_of(law: Law, procedure: Procedure, base: Procedure | None = None) -
 
 
 def mean_tries(transform: Transform, beta: float, procedure: RewindAndRepeat) -> float:
-    """Mean number of draws rewind-and-repeat makes from the optimal policy (App. G).
+    """Return the mean number of draws that rewind-and-repeat makes from the optimal policy (App. G).
 
     >>> from calibrated_rewards.theory.transforms import Identity
     >>> round(mean_tries(Identity(), 1e9, RewindAndRepeat(threshold=0.85, max_tries=1000)), 3)  # the reference: 1/.15
@@ -102,7 +99,7 @@ def mean_tries(transform: Transform, beta: float, procedure: RewindAndRepeat) ->
 
 
 def bin_masses(transform: Transform, beta: float, procedure: Procedure, bins: int) -> Array:
-    """Mass that the procedure on the optimal policy puts on each of `bins` equal bins of u: weights for references.
+    """Return the mass that the procedure on the optimal policy puts on each of `bins` equal bins of u.
 
     >>> from calibrated_rewards.theory.procedures import BestOf
     >>> from calibrated_rewards.theory.transforms import Identity
@@ -118,7 +115,7 @@ def bin_masses(transform: Transform, beta: float, procedure: Procedure, bins: in
 
 
 def kl_range(transform: Transform) -> tuple[float, float]:
-    """The KL that beta from infinity down to 0 can reach: 0, and minus the log of the share of u at Phi's maximum.
+    """Return the range of KL that beta can reach: 0, and minus the log of the share of u at Phi's maximum.
 
     A plain function is known at floats alone, the last of which before 1 leaves a share of e^-36.7.
 
@@ -137,7 +134,7 @@ def kl_range(transform: Transform) -> tuple[float, float]:
 
 
 def beta_for_kl(transform: Transform, kl: float) -> float:
-    """The beta at which the optimal policy's KL is `kl`: KL falls strictly as beta rises.
+    """Solve for the beta at which the optimal policy's KL is `kl`: KL falls strictly as beta rises.
 
     >>> from calibrated_rewards.theory.transforms import NormalQuantile
     >>> beta_for_kl(NormalQuantile(), 0.5)  # its KL is 1 / (2 beta^2)
@@ -186,7 +183,7 @@ class Frontier:
 def frontier(
     transform: Transform, procedures: Sequence[Procedure], betas: npt.ArrayLike, base: Procedure | None = None
 ) -> Frontier:
-    """The whole alignment curve (Figs. 2 and 11): KL and each procedure's win rate at every beta."""
+    """Compute the whole alignment curve (Figs. 2 and 11): KL and each procedure's win rate at every beta."""
     grid = np.atleast_1d(np.asarray(betas, np.float64))
     watched = [*procedures, *_uneven(base or procedures[0])]
     laws = [policy_law(transform, beta, *watched) for beta in grid.tolist()]

@@ -1,19 +1,16 @@
 """Transforms: monotone maps Phi of a calibrated reward u in [0, 1] (sections 4.2 and 4.3 of the paper).
 
 A transform is any non-decreasing callable `u -> value`. The ones here are frozen dataclasses: they compare, hash and
-pickle by value, their repr is the call that makes them, and `Chain` composes them. A transform means something only up
-to scale and shift, which change beta and nothing else; `scaling.py` fixes both.
+pickle by value, their repr is the call that makes them, and `Chain` composes them.
+
+Scale and shift of Phi are the unit in which beta is measured: they change no family of optimal policies, only which
+beta gives which of them. Raw e^{10u} reaches 22026, and with the paper's beta of .01 to .09 its optimum is an argmax.
+`scaled` makes beta comparable.
 
 >>> Chain(Exponential(5.0), Affine(scale=2.0))
 Chain(Exponential(t=5.0), Affine(scale=2.0, shift=0.0))
 >>> Exponential(-10.0)([0.0, 0.5, 1.0]).round(4)
 array([-1.    , -0.0067, -0.    ])
-
-The scale of a transform, which is the unit in which beta is measured.
-
-Scale and shift of Phi change no family of optimal policies, only which beta gives which of them: raw e^{10u} reaches
-22026, and with the paper's beta of .01 to .09 its optimum is an argmax. `scaled` makes beta comparable.
-
 >>> scaled(Exponential(10.0), "unit")([0.0, 0.5, 1.0]).round(4)
 array([0.    , 0.0067, 1.    ])
 >>> scaled(Log(), "standard")
@@ -31,38 +28,36 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, log_expit, ndtri, ndtri_exp
 
-from calibrated_rewards.theory.quadrature import Law, resolve
+from calibrated_rewards.theory.quadrature import Array, Law, resolve
 
 if TYPE_CHECKING:
     from scipy.interpolate import PPoly
 
-Values: TypeAlias = npt.NDArray[np.float64] | np.float64
+Values: TypeAlias = Array | np.float64
+Scale: TypeAlias = Literal["unit", "standard", "raw"]
 
 
 @runtime_checkable
 class Transform(Protocol):
-    """Any non-decreasing map of [0, 1]; finite inside, and infinite at most at u = 0 (downwards) or u = 1 (upwards).
+    """A non-decreasing map of [0, 1]; finite inside, and infinite at most at u = 0 (downwards) or u = 1 (upwards).
 
     It is for quantiles: what it makes of a raw score outside [0, 1] means nothing. Arrays come back as numpy's.
     """
 
     def __call__(self, u: npt.ArrayLike, /) -> Values:
-        """Phi(u), element by element."""
+        """Evaluate Phi(u), element by element."""
 
 
 @runtime_checkable
-class PreciseTransform(Protocol):
+class PreciseTransform(Transform, Protocol):
     """A transform that can also be evaluated where u differs from 0 or 1 by less than a float can show."""
 
-    def __call__(self, u: npt.ArrayLike, /) -> Values:
-        """Phi(u), element by element."""
-
     def at_logit(self, s: npt.ArrayLike, /) -> Values:
-        """Phi(u) - Phi(1) at u = 1 / (1 + e^-s), or Phi(u) if Phi(1) is infinite, free of cancellation near u = 1."""
+        """Evaluate Phi(u) - Phi(1) at u = 1 / (1 + e^-s), or Phi(u) if Phi(1) is infinite, without cancellation."""
 
 
 def at_logit(transform: Transform, s: npt.ArrayLike) -> Values:
-    """`transform.at_logit(s)` where the transform has it, else its value at expit(s), kept off 0 and 1."""
+    """Evaluate `transform.at_logit(s)` where the transform has it, else Phi at expit(s), kept off 0 and 1."""
     if isinstance(transform, PreciseTransform):
         return transform.at_logit(s)
     return transform(np.clip(expit(np.asarray(s, np.float64)), np.finfo(np.float64).tiny, 1 - 2.0**-53))
@@ -262,7 +257,7 @@ class Chain:
         return np.asarray(u, np.float64)[()]
 
     def at_logit(self, s: npt.ArrayLike) -> Values:
-        """Hands logits from part to part where a part maps onto quantiles, so that no precision near 1 is lost."""
+        """Hand logits from part to part where a part maps onto quantiles, so that no precision near 1 is lost."""
         *head, last = self.parts
         if not head:
             return at_logit(last, s)
@@ -279,7 +274,7 @@ class Chain:
 
 
 def knots(transform: Transform) -> tuple[float, ...]:
-    """Where the transform has kinks, strictly inside (0, 1), so that quadrature can put its panel edges there.
+    """List the kinks of a transform strictly inside (0, 1), so that quadrature can put its panel edges there.
 
     >>> knots(Chain(Tabulated([0.0, 0.5, 1.0], [0.0, 0.2, 1.0]), Affine(2.0)))
     (0.5,)
@@ -293,12 +288,8 @@ def knots(transform: Transform) -> tuple[float, ...]:
             return ()
 
 
-Array: TypeAlias = npt.NDArray[np.float64]
-Scale: TypeAlias = Literal["unit", "standard", "raw"]
-
-
 def scaled(transform: Transform, scale: Scale) -> Transform:
-    """The transform at a fixed scale.
+    """Return the transform at a fixed scale.
 
     "unit" maps a bounded transform's range onto [0, 1] and leaves an unbounded one (Log, NormalQuantile) as it is;
     "standard" gives mean 0 and variance 1 under the reference; "raw" is Phi as printed.
@@ -322,7 +313,7 @@ def _affine(transform: Transform, scale: float, shift: float) -> Transform:
 
 
 def span(transform: Transform) -> tuple[float, float]:
-    """Phi(0) and Phi(1); a constant transform, which rewards nothing, is refused.
+    """Return Phi(0) and Phi(1); a constant transform, which rewards nothing, is refused.
 
     >>> span(Identity())
     (0.0, 1.0)
@@ -334,7 +325,7 @@ def span(transform: Transform) -> tuple[float, float]:
 
 
 def moments(transform: Transform) -> tuple[float, float]:
-    """Mean and standard deviation under the reference, u ~ Unif[0, 1]: in closed form, or by quadrature.
+    """Return mean and standard deviation under the reference, u ~ Unif[0, 1]: in closed form, or by quadrature.
 
     >>> moments(Log())
     (-1.0, 1.0)

@@ -1,5 +1,7 @@
-"""Training runs to start, to read and to edit, online and offline, and checks of other trainers' settings.
+"""Training runs to start, to read and to edit, and checks of other trainers' settings.
 
-`online` holds a file a run (RLOO, GRPO, PPO); `offline` learns from rollouts that are there; `check_settings` says
-what in a framework's settings changes the optimum.
+`online` has a file for each run (`trl.py`, `grpo.py`, `ppo.py`), which reads from top to bottom; `offline` learns from
+rollouts that exist already; `check_settings` says under which settings a framework maximises E[reward] - beta KL.
+Runs call the others by name: `launch.py` loads policy, reward and prompts, `run_folder.py` keeps settings, log and
+model, `loop.py` has the parts of the plain loops, `policy_model.py` LoRA and the reference, `callbacks.py` TRL's log.
 """

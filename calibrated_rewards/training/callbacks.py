@@ -1,99 +1,160 @@
-"""How long drawing, scoring and looking up take in a training run, for its log."""
+"""Callbacks of TRL's trainers: time drawing, scoring and lookup, write a log row a step, show progress."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
+from tqdm import tqdm
+from transformers import TrainerCallback
+
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.scorers.protocol import call, fingerprint, is_thread_safe, reads_messages
-from calibrated_rewards.training.raw import RawReward
+from calibrated_rewards.training.run_folder import RunFolder
+
+# Seconds between the lines that stand for a bar where there is no terminal.
+BETWEEN_LINES = 30.0
 
 
 @dataclass
-class Seconds:
-    """Those that were spent so far."""
+class Stopwatch:
+    """The seconds that calls took so far."""
 
-    spent: float = 0.0
+    seconds: float = 0.0
 
-    def __call__(self, work: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    def __call__(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Do the work, and add its time."""
-        began = perf_counter()
+        start = perf_counter()
         try:
-            return work(*given, **named)
+            return work(*args, **kwargs)
         finally:
-            self.spent += perf_counter() - began
+            self.seconds += perf_counter() - start
 
 
 @dataclass(frozen=True, eq=False)
 class TimedScorer:
-    """A reward model by the clock."""
+    """A scorer whose calls are timed."""
 
     scorer: Any
-    seconds: Seconds
+    stopwatch: Stopwatch
 
     def __call__(self, prompts: Any, completions: Any) -> Any:
-        """Its scores."""
-        return self.seconds(call, self.scorer, prompts, completions)
+        """Score the completions."""
+        return self.stopwatch(call, self.scorer, prompts, completions)
 
     @property
     def reads_messages(self) -> bool:
-        """Whether the reward model reads messages."""
+        """True if the scorer reads messages."""
         return reads_messages(self.scorer)
 
     @property
     def thread_safe(self) -> bool:
-        """Whether the reward model says so."""
+        """True if the scorer says that it is thread-safe."""
         return is_thread_safe(self.scorer)
 
     def fingerprint(self) -> dict[str, Any]:
-        """That of the reward model."""
+        """Return the scorer's own fingerprint."""
         return fingerprint(self.scorer)
 
 
 @dataclass(frozen=True, eq=False)
 class TimedReward:
-    """A reward that logs the seconds that it takes, and how many of them its reward model does not."""
+    """A reward that logs the seconds that it takes, and how many of them are spent outside of its scorer."""
 
     reward: Any
-    scoring: Seconds | None = field(default_factory=Seconds)
-    """None where it is not known what calls a reward model."""
+    scoring: Stopwatch | None = field(default_factory=Stopwatch)
+    """None where the scorer's calls cannot be told from the others."""
 
     @classmethod
     def of(cls, reward: Any) -> "TimedReward":
-        """Any reward that TRL can call."""
-        if isinstance(reward, RawReward):
-            inner = cls.of(reward.reward)
-            return cls(replace(reward, reward=inner.reward), inner.scoring)
+        """Time any reward that TRL can call."""
         if not isinstance(reward, CalibratedReward):
             return cls(reward, None)
-        seconds = Seconds()
-        return cls(replace(reward, scorer=TimedScorer(reward.scorer, seconds), name=reward.__name__), seconds)
+        stopwatch = Stopwatch()
+        return cls(replace(reward, scorer=TimedScorer(reward.scorer, stopwatch), name=reward.__name__), stopwatch)
 
     @property
     def __name__(self) -> str:
         return str(getattr(self.reward, "__name__", type(self.reward).__name__))
 
-    def __call__(self, *, log_metric: Callable[[str, float], Any], **given: Any) -> Any:
-        """The rewards."""
-        whole, before = Seconds(), self.scoring.spent if self.scoring else 0.0
-        rewards = whole(self.reward, log_metric=log_metric, **given)
-        log_metric("seconds_scoring", whole.spent)
+    def __call__(self, *, log_metric: Callable[[str, float], Any], **columns: Any) -> Any:
+        """Compute the rewards."""
+        whole, before = Stopwatch(), self.scoring.seconds if self.scoring else 0.0
+        rewards = whole(self.reward, log_metric=log_metric, **columns)
+        log_metric("seconds_scoring", whole.seconds)
         if self.scoring is not None:
-            log_metric("seconds_lookup", whole.spent - (self.scoring.spent - before))
+            log_metric("seconds_lookup", whole.seconds - (self.scoring.seconds - before))
         return rewards
 
 
 @dataclass(frozen=True, eq=False)
 class TimedDrawing:
-    """A trainer's own function for completions, by the clock."""
+    """A trainer's own function for completions, timed."""
 
     draw: Callable[..., Any]
     log_metric: Callable[[str, float], Any]
 
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        """The completions."""
-        seconds = Seconds()
-        drawn = seconds(self.draw, *given, **named)
-        self.log_metric("seconds_drawing", seconds.spent)
-        return drawn
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw the completions."""
+        stopwatch = Stopwatch()
+        completions = stopwatch(self.draw, *args, **kwargs)
+        self.log_metric("seconds_drawing", stopwatch.seconds)
+        return completions
+
+
+@dataclass(eq=False)
+class StepLog(TrainerCallback):
+    """Write a log row for each step, under the names that the plain loops use, and show progress."""
+
+    folder: RunFolder
+    beta: float
+    steps: int
+    show_progress: bool
+    step_start: float = 0.0
+    bar: Any = None
+    last_line: float = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write the log up to the checkpoint again: what came after it happens again."""
+        if state.is_world_process_zero:
+            self.last_line = perf_counter()
+            self.folder.write_log(convert_row(each, self.beta) for each in state.log_history if "kl" in each)
+            bar: Any = {"desc": "training", "unit": " steps", "disable": None if self.show_progress else True}
+            self.bar = tqdm(total=self.steps, initial=state.global_step, delay=3, **bar)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock of a step."""
+        self.step_start = perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write a step's row; its seconds go into the history, which a checkpoint keeps."""
+        if state.is_world_process_zero and "kl" in state.log_history[-1]:
+            state.log_history[-1]["seconds"] = perf_counter() - self.step_start
+            row = convert_row(state.log_history[-1], self.beta)
+            self.folder.add_to_log(row)
+            self.bar.update()
+            self._print_line(row)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End the bar's line."""
+        if state.is_world_process_zero:
+            self.bar.close()
+
+    def _print_line(self, row: Mapping[str, Any]) -> None:
+        """Print a line now and then, where stderr is a file or a pipe and has no bar."""
+        if self.show_progress and self.bar.disable and perf_counter() - self.last_line >= BETWEEN_LINES:
+            self.last_line = perf_counter()
+            names = [name for name in ("reward", "u", "kl") if row.get(name) is not None]
+            numbers = ", ".join(f"{name} {row[name]:.4g}" for name in names)
+            sys.stderr.write(f"step {row['step']} of {self.steps}: {numbers}\n")
+
+
+def convert_row(logged: Mapping[str, Any], beta: float) -> dict[str, Any]:
+    """Convert TRL's log of a step to a row: its KL is a mean over tokens, a row's a sum over the completion."""
+    tokens, reward = logged["completions/mean_length"], logged["reward"]
+    kl = logged["kl"] * tokens
+    quantile = {name.rpartition("/")[2]: value for name, value in logged.items() if name.endswith(("/u", "/raw"))}
+    row = {"step": logged["step"] - 1, "lr": logged["learning_rate"], "reward": reward, **quantile, "kl": kl}
+    row |= {"objective": None if reward is None else reward - beta * kl, "tokens": tokens}
+    return row | {name: value for name, value in logged.items() if name.startswith("seconds")}

@@ -1,200 +1,287 @@
-"""A recipe as a command: options from its settings, a log of its steps, and at the end what came of it."""
+"""Start a training run: load policy, reward and prompts, and refuse a policy, decoding or prompts that do not fit.
 
-import argparse
+The references of a table are of one policy, drawn in one way, for its prompts in one form. A run that starts elsewhere
+works as well as any, and what it converges to is something else. At the end, `print_outcome` compares the log with the
+optimum on the reward's table.
+"""
+
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
-from inspect import getfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from calibrated_rewards.cli.errors import Real, Whole, error_text, folder
+import torch
+
+from calibrated_rewards.calibration.sources import Asked, prompts_from
 from calibrated_rewards.evaluation.expectations import expect_of
+from calibrated_rewards.files import Message, setting
+from calibrated_rewards.models.fingerprint import tokenizer_digest, weights_digest, weights_of
+from calibrated_rewards.models.text import Text
+from calibrated_rewards.prompts import as_key, id_key, start_of
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
-from calibrated_rewards.table.reference_table import UnknownPromptError
-from calibrated_rewards.theory.named import parse_transform
-from calibrated_rewards.training import opening
-from calibrated_rewards.training.run_folder import RunFolder, about
-from calibrated_rewards.training.together import Together
+from calibrated_rewards.reward.calibrators import Uncalibrated
+from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.samplers.protocol import Decoding
+from calibrated_rewards.theory.named import NamedTransform
+from calibrated_rewards.training.policy_model import resolve_policy
+from calibrated_rewards.training.run_folder import RunFolder
 
-# What a user can do something about; the rest comes with its traceback.
-TOLD = (ValueError, TypeError, OSError, ImportError, UnknownPromptError)
-UNUSABLE, STOPPED = 2, 130
-# Steps at the beginning and at the end that the last words are means of.
-FEW = 10
-TRANSFORM = (
-    "in place of the reward's: identity, log, exp:T; for a KL, with its beta: exp:T:KL, best-of:N:KL, worst-of:N:KL"
-)
-BETA = "the reward's, or {}; a --transform for a KL brings its own, which this one replaces"
-DTYPES = ("float32", "bfloat16", "float16", "auto")
-METAVARS = {int: "N", float: "FLOAT"}
+# Other values draw from another distribution than softmax(logits / temperature), where the KL would mean nothing.
+WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "stop": []}
+# The least value of a setting; learning rates are above 0.
+LEAST = dict.fromkeys(("completions", "epochs", "minibatches", "prompts_a_step", "rows", "save_steps", "steps"), 1)
+LEAST |= dict.fromkeys(("beta", "lora_layers", "lora_rank"), 0)
+# Steps at the beginning and at the end over which the outcome is averaged.
+AVERAGED_STEPS = 10
 
 
-def main(
-    doc: str,
-    settings: type[Any],
-    train: Callable[..., Any],
-    arguments: Sequence[str] | None = None,
-    run: Callable[..., None] | None = None,
-) -> int:
-    """Parse, run, tell: 0, or 2 and a line if something is wrong; `run` is that of a loop, if none is given."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, settings)
-    if run is None:
-        parser.add_argument("--force", action="store_true", help="remove what another run left in --out")
-        parser.add_argument("--device", metavar="DEVICE", help="a GPU if there is one")
-    options = parser.parse_args(arguments)
-    try:
-        (run or run_loop)(options, settings, train)
-    except TOLD as error:
-        if options.debug:
-            raise
-        said = " ".join(error_text(error, "--{flag} {value}").split())
-        sys.stderr.write(f"{parser.prog}: error: {said} (--debug shows where)\n")
-        return UNUSABLE
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{parser.prog}: stopped; what there is is in {options.out}\n")
-        return STOPPED
-    return 0
+def option(default: Any, description: str, *choices: str) -> Any:
+    """Declare a field of a run's settings, with its line in --help and, if they can be listed, its values."""
+    return field(default=default, metadata={"help": description, "choices": choices or None})
 
 
-def add_arguments(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
-    """The options of a recipe: what it is made of, and a line for each of its settings."""
-    parser.add_argument("--policy", required=True, metavar="PATH|ID", help="the policy that the table is of")
-    parser.add_argument("--reward", required=True, metavar="DIR|ID", help="a CalibratedReward that was saved")
-    parser.add_argument("--transform", type=parse_transform, metavar="NAME", help=TRANSFORM)
-    parser.add_argument("--raw", action="store_true", help="train on the raw scores, not calibrated; wants --beta")
-    parser.add_argument("--prompts", required=True, metavar="FILE|FOLDER|ID", help="JSONL or what else calibrate reads")
-    parser.add_argument("--out", required=True, type=folder, metavar="DIR", help="for model/ and log.jsonl")
-    parser.add_argument("--column", metavar="NAME", help="the prompts' column, where it is not what TRL would read")
-    parser.add_argument("--max-tokens", type=Whole(1), metavar="N", help="of a completion; by default the table's")
-    parser.add_argument("--temperature", type=Real(1e-4), metavar="FLOAT", help="the table's, if nothing is said")
-    told = "go on with another policy, or another way to draw, than the table's references are of"
-    parser.add_argument("--any-policy", action="store_true", help=told)
-    dtype = "(%(default)s) in bfloat16 small steps are rounded away"
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help=dtype)
-    told = "run the code that the policy or the saved reward brings, and ask the servers that the reward names"
-    parser.add_argument("--trust-remote-code", action="store_true", help=told)
-    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+def check_numbers(settings: Any) -> None:
+    """Raise ValueError for a number that no run can be made with, such as a learning rate of 0 or nan."""
     for each in fields(settings):
-        _add(parser, each)
-
-
-def _add(parser: argparse.ArgumentParser, each: Field[Any]) -> None:
-    """The option of a setting."""
-    if each.default is MISSING:
-        raise TypeError(f"settings of a recipe have defaults, got {each.name} without one")
-    name, choices, kind = f"--{each.name.replace('_', '-')}", each.metadata["choices"], type(each.default)
-    shown: dict[str, Any] = {"choices": choices} if choices else {"metavar": METAVARS.get(kind, "TEXT")}
-    default = BETA.format(each.default) if each.name == "beta" else each.default
-    parser.add_argument(name, type=kind, help=f"{each.metadata['help']} ({default})", **shown)
-
-
-def settings_of(options: argparse.Namespace, settings: type[Any], beta: float | None = None) -> Any:
-    """The settings that were given, and for what beta the reward was made, if another one was not."""
-    given = {each.name: getattr(options, each.name) for each in fields(settings)}
-    if given.get("beta") is None and beta is not None:
-        given["beta"] = beta
-    return settings(**{name: value for name, value in given.items() if value is not None})
+        name, value = each.name, getattr(settings, each.name)
+        if name.endswith("lr") and not (isfinite(value) and value > 0):
+            raise ValueError(Message(f"a run needs a finite {name} > 0, got {setting(name, str(value))}"))
+        if name in LEAST and not (isfinite(value) and value >= LEAST[name]):
+            raise ValueError(Message(f"a run needs {name} >= {LEAST[name]}, got {setting(name, str(value))}"))
+        if value != value:
+            raise ValueError(Message(f"a run needs {name} to be a number, got {setting(name, str(value))}"))
 
 
 @dataclass(frozen=True)
-class LogFile:
-    """A line of JSON for each step, written at once."""
+class Launch:
+    """The parts of a run and where it leaves its files, beside the settings of its trainer."""
 
-    path: Path
-
-    def __call__(self, row: Mapping[str, float]) -> None:
-        """Write one."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def run_loop(options: argparse.Namespace, settings: type[Any], train: Callable[..., Any]) -> None:
-    """Open, train, save: the model that came out, its tokenizer, and a line of log for each step."""
-    folder, together = RunFolder(options.out), Together.here()
-    if together.first:
-        check_free(folder, options)
-    settings_of(options, settings)  # what is wrong with them is said before anything is loaded
-    policy, reward, asked = opening.opened(options)
-    policy.model.to(together.device(options.device))
-    given = settings_of(options, settings, reward.beta)
-    recipe = Path(getfile(settings)).stem  # under `python -m` its module has another name
-    told = about(recipe, policy.model, reward, asked, policy.decoding, given, options.dtype)
-    with folder.held(together.first):
-        if together.first:
-            check_free(folder, options)  # a run may have ended there since
-            folder.empty()
-            folder.describe(told)
-            folder.log.touch()
-        trained = train(policy, reward, asked, given, LogFile(folder.log))
-        if together.first:
-            trained.save_pretrained(folder.unfinished_model)
-            policy.tokenizer.save_pretrained(folder.unfinished_model)
-            folder.finish()
-            tell(folder.log, folder.model, reward, given.beta)
-    together.wait()
+    policy: str
+    reward: str
+    prompts: str
+    out: Path
+    column: str | None = None
+    transform: NamedTransform | None = None
+    """In place of the reward's; one that names a KL brings its beta."""
+    beta: float | None = None
+    """None for the reward's, or the one that the transform brings."""
+    raw: bool = False
+    """Train on the raw scores."""
+    max_tokens: int | None = None
+    temperature: float | None = None
+    any_policy: bool = False
+    """Go on where policy or decoding are not those that the table was made with."""
+    dtype: str = "float32"
+    device: str | None = None
+    trust_remote_code: bool = False
+    force: bool = False
+    """Remove the files of another run, in the plain loops."""
 
 
-def check_free(folder: RunFolder, options: argparse.Namespace) -> None:
-    """FileExistsError if a run is there that may not be removed: without --force none, and never the policy itself."""
-    if folder.used is None:
-        return
-    if not options.force:
-        raise FileExistsError(f"{folder.used} is of another run: choose another --out, or --force to remove it")
-    if Path(options.policy).resolve().is_relative_to(folder.model.resolve()):
-        raise FileExistsError(f"--policy is {folder.model}, which --force would remove: choose another --out")
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The loaded parts of a run, which fit together."""
+
+    policy: Policy
+    reward: CalibratedReward
+    prompts: list[Asked]
+    beta: float | None
+    """As given, or the reward's; None where neither says one."""
+
+    def complete(self, settings: Any) -> Any:
+        """Put the run's beta into its settings, whose own is a mere default."""
+        return settings if self.beta is None else replace(settings, beta=self.beta)
 
 
-def tell(log: Path, model: Path, reward: Any, beta: float) -> None:
-    """What came of it, what the optimum would be, and where it is."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    sys.stdout.write(f"{outcome(rows)}{against_optimum(rows, reward, beta)}model: {model}\nlog: {log}\n")
+def load_inputs(launch: Launch) -> Inputs:
+    """Load policy, reward and prompts, and verify the reward; ValueError if they do not fit together."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    reward = load_reward(launch)
+    prompts = list(prompts_from(launch.prompts, column=launch.column, id_column=reward.id_column))
+    check_prompts(reward, prompts)
+    meta = reward.table.meta
+    decoding = choose_decoding(meta, launch.max_tokens, launch.temperature, launch.any_policy)
+    place, trust = resolve_policy(launch.policy), launch.trust_remote_code
+    model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=launch.dtype, trust_remote_code=trust)
+    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust)
+    policy = Policy(model, tokenizer, decoding, Text())
+    if not launch.any_policy:
+        check_policy(policy, meta)
+    policy.check([each.prompt for each in prompts])
+    reward.verify()
+    beta = reward.beta if launch.beta is None else launch.beta
+    if launch.raw:
+        reward = replace(reward, calibration=Uncalibrated(), beta=None)
+    return Inputs(policy, reward, prompts, beta)
 
 
-def against_optimum(rows: Sequence[Mapping[str, float]], reward: Any, beta: float) -> str:
-    """The KL at the optimum of a calibrated reward, on its table, and what to do if the last steps are far from it."""
-    if not (isinstance(reward, CalibratedReward) and rows and beta > 0):
-        return ""
-    expected = expect_of(reward, beta=beta)
+def load_reward(launch: Launch) -> CalibratedReward:
+    """Load the saved reward, with another transform if one is named; its beta goes with its transform."""
+    named, beta = launch.transform, launch.beta
+    if launch.raw and named is not None:
+        raise ValueError("--raw is without a transform, got --transform as well")
+    if launch.raw and beta is None:
+        raise ValueError("a beta is in the unit of the reward, and raw scores have their own: say --beta")
+    if named is None:
+        return CalibratedReward.from_pretrained(launch.reward, trust_remote_code=launch.trust_remote_code)
+    if named.kl is None and beta is None:
+        raise ValueError(f"--transform {named.name} says no KL, and so no beta: say --beta, or {named.name}:KL")
+    reward = CalibratedReward.from_pretrained(
+        launch.reward,
+        trust_remote_code=launch.trust_remote_code,
+        transform=named.transform,
+        beta=beta,
+        scale="unit",
+    )
+    if named.kl is None:
+        return reward
+    expected = expect_of(reward, kl=named.kl, procedure=named.procedure, name=named.name)
+    if expected is None:
+        raise ValueError(
+            f"--transform {named.name} says a KL, whose beta is known for a reward of ranks alone, got "
+            f"{reward.calibration!r}: say {named.name.rpartition(':')[0]}, and --beta"
+        )
+    if beta is None:
+        sys.stderr.write("".join(f"{line}\n" for line in expected.lines()))
+        return replace(reward, beta=expected.beta)
+    if abs(beta - expected.beta) > 1e-4 * expected.beta:
+        sys.stderr.write(
+            f"--transform {named.name} takes beta={expected.beta:.6g} on this table, got --beta {beta:.6g}: "
+            "that one is trained with, and the KL will be another than the one in the name. Leave --beta out to have "
+            "that KL\n"
+        )
+    return reward
+
+
+def choose_decoding(
+    meta: Mapping[str, Any], max_tokens: int | None, temperature: float | None, any_policy: bool = False
+) -> Decoding:
+    """Draw as the references of a table were drawn; another length or temperature only where any policy will do.
+
+    >>> choose_decoding({"sampler": {"decoding": {"max_tokens": 64, "temperature": 0.8, "top_p": 1.0}}}, None, None)
+    Decoding(max_tokens=64, temperature=0.8, top_p=1.0, ...)
+    """
+    recorded = dict((meta.get("sampler") or {}).get("decoding") or {})
+    bent = {name: recorded[name] for name, off in WHOLE_DISTRIBUTION.items() if name in recorded}
+    bent = {name: value for name, value in bent.items() if value != WHOLE_DISTRIBUTION[name]}
+    if bent:
+        raise ValueError(
+            f"the plain loops draw from the whole distribution, the table's references were drawn with {bent}: "
+            "calibrate again without, or KL and quantiles are of another policy than the one that is trained"
+        )
+    for name, value in (("max_tokens", max_tokens), ("temperature", temperature)):
+        if value is not None and recorded.get(name, value) != value and not any_policy:
+            raise ValueError(
+                Message(
+                    f"the table's references were drawn with {setting(name, str(recorded[name]))}, got "
+                    f"{setting(name, str(value))}: leave it out, or --any-policy to go on, and quantiles are of "
+                    "another policy than the one that is trained"
+                )
+            )
+    length = max_tokens or recorded.get("max_tokens")
+    if length is None:
+        raise ValueError("the table does not say how its references were drawn: say --max-tokens")
+    heat = recorded.get("temperature", 1.0) if temperature is None else temperature
+    return Decoding(length, heat, stop_token_ids=tuple(recorded.get("stop_token_ids", ())))
+
+
+def check_prompts(reward: CalibratedReward, prompts: Sequence[Asked]) -> None:
+    """Raise ValueError for a prompt whose id leads to the references of another: of a text, say, that is now a chat.
+
+    The policy would answer the one, and its answers be compared with answers to the other.
+    """
+    rows = reward.rows([each.prompt for each in prompts], [each.id for each in prompts])
+    known = [(each, row) for each, row in zip(prompts, rows.tolist(), strict=True) if row >= 0]
+    for (each, _), key in zip(known, reward.table.keys([row for _, row in known]), strict=True):
+        if key != as_key(each.prompt) and (each.id is None or key != id_key(each.id)):
+            by = "" if each.id is None else f" (id {each.id!r})"
+            raise ValueError(
+                f"the table knows {start_of(each.prompt)}{by} as another prompt, or in another form (text, messages): "
+                "the policy would not answer what was calibrated. Calibrate these prompts as they are"
+            )
+
+
+def check_policy(policy: Policy, meta: Mapping[str, Any]) -> None:
+    """Raise ValueError for another policy than the table's; print that it is not checked if the table does not say."""
+    sampler = meta.get("sampler") or {}
+    wrong = None
+    if "weights" not in sampler or not str(sampler.get("kind")).startswith("hf"):
+        sys.stderr.write(
+            "the table does not say which weights drew its references: that they are these is not checked\n"
+        )
+    elif sampler["weights"] != digest_weights(policy.model, sampler["dtype"]):
+        wrong = "weights are others than those"
+    if wrong is None and sampler.get("tokenizer") not in (None, tokenizer_digest(policy.tokenizer)):
+        wrong = "tokenizer is another than that"
+    here, there = json.loads(json.dumps(policy.text.fingerprint(policy.tokenizer))), sampler.get("text") or {}
+    for name in ("chat", "template", "template_options", "special_tokens"):
+        if wrong is None and name in there and there[name] != here[name]:
+            wrong = f"text settings ({name}) are others than those"
+    if wrong is not None:
+        raise ValueError(
+            f"the policy's {wrong} of the policy that the table's references were drawn from: give that one, or "
+            "calibrate this one, or --any-policy to go on, and quantiles are of another policy than the one that is "
+            "trained"
+        )
+
+
+def digest_weights(model: Any, dtype: str) -> str:
+    """Digest a model's weights as if they had been loaded in a dtype."""
+    wanted = getattr(torch, dtype)
+    weights = weights_of(model).items()
+    return weights_digest({name: each.to(wanted) if each.is_floating_point() else each for name, each in weights})
+
+
+def print_outcome(folder: RunFolder, reward: Any, beta: float) -> None:
+    """Print first and last steps, the optimum that they should come to, and where model and log are."""
+    rows = folder.read_log()
+    text = f"{summarise_steps(rows)}{compare_with_optimum(rows, reward, beta)}"
+    sys.stdout.write(f"{text}model: {folder.model}\nlog: {folder.log}\n")
+
+
+def compare_with_optimum(rows: Sequence[Mapping[str, float]], reward: Any, beta: float) -> str:
+    """Say the KL at the optimum of a calibrated reward on its table, and what to do if the last steps are far off."""
+    expected = expect_of(reward, beta=beta) if isinstance(reward, CalibratedReward) and rows and beta > 0 else None
     if expected is None:
         return ""
-    said = "".join(f"{line}\n" for line in expected.lines())
-    least, most = sorted([expected.kl, expected.kl if expected.theory_kl is None else expected.theory_kl])
-    last = _mean(_ends(rows)[-1], "kl")
-    if last < least / 4:
-        return f"{said}the last steps' KL, {last:.3g}, is far below that: more steps or a larger --lr\n"
-    return f"{said}the last steps' KL, {last:.3g}, is far above that: a smaller --lr\n" if last > 2 * most else said
+    text = "".join(f"{line}\n" for line in expected.lines())
+    low, high = sorted([expected.kl, expected.kl if expected.theory_kl is None else expected.theory_kl])
+    last = _average(_first_and_last(rows)[-1], "kl")
+    if last < low / 4:
+        return f"{text}the last steps' KL, {last:.3g}, is far below that: more steps or a larger --lr\n"
+    if last > 2 * high:
+        return f"{text}the last steps' KL, {last:.3g}, is far above that: a smaller --lr\n"
+    return text
 
 
-def outcome(rows: Sequence[Mapping[str, float]]) -> str:
-    """Mean reward, quantile, if there is one, KL and objective of the first steps and of the last.
+def summarise_steps(rows: Sequence[Mapping[str, float]]) -> str:
+    """Average reward, quantile, if there is one, KL and objective over the first steps and over the last.
 
     >>> rows = [{"step": i, "reward": i, "u": 0.5, "kl": 0.1 * i, "objective": 0.9 * i} for i in range(4)]
-    >>> print(outcome(rows), outcome(rows[:1]), sep="")
+    >>> print(summarise_steps(rows), summarise_steps(rows[:1]), sep="")
     steps 0 to 1: reward 0.5, u 0.5, KL 0.05, objective 0.45
     steps 2 to 3: reward 2.5, u 0.5, KL 0.25, objective 2.25
     step 0: reward 0, u 0.5, KL 0, objective 0
     <BLANKLINE>
     """
-    return "".join(f"{_steps(end)}: {_means(end)}\n" for end in _ends(rows))
+    lines = []
+    for part in _first_and_last(rows):
+        first, last = part[0]["step"], part[-1]["step"]
+        steps = f"step {first}" if first == last else f"steps {first} to {last}"
+        columns = {"reward": "reward", "u": "u", "kl": "KL", "objective": "objective"}
+        numbers = [f"{label} {_average(part, name):.4g}" for name, label in columns.items() if name in part[0]]
+        lines.append(f"{steps}: {', '.join(numbers)}\n")
+    return "".join(lines)
 
 
-def _ends(rows: Sequence[Mapping[str, float]]) -> list[Sequence[Mapping[str, float]]]:
-    few = max(1, min(FEW, len(rows) // 2))
-    return [rows[:few], rows[-few:]] if len(rows) > 1 else [rows][: len(rows)]
+def _first_and_last(rows: Sequence[Mapping[str, float]]) -> list[Sequence[Mapping[str, float]]]:
+    count = max(1, min(AVERAGED_STEPS, len(rows) // 2))
+    return [rows[:count], rows[-count:]] if len(rows) > 1 else [rows][: len(rows)]
 
 
-def _steps(rows: Sequence[Mapping[str, float]]) -> str:
-    first, last = rows[0]["step"], rows[-1]["step"]
-    return f"step {first}" if first == last else f"steps {first} to {last}"
-
-
-def _means(rows: Sequence[Mapping[str, float]]) -> str:
-    shown = {"reward": "reward", "u": "u", "kl": "KL", "objective": "objective"}
-    return ", ".join(f"{said} {_mean(rows, name):.4g}" for name, said in shown.items() if name in rows[0])
-
-
-def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
+def _average(rows: Sequence[Mapping[str, float]], name: str) -> float:
     return sum(row[name] for row in rows) / len(rows)

@@ -1,27 +1,26 @@
-"""What the plain loops share: prompts in turn, completions and their log-probabilities, the learning rate.
+"""The parts that the plain PyTorch loops share: batches of prompts, completions with log-probabilities, processes.
 
 Completions are drawn with `model.generate` from the whole distribution at the temperature, as the references of the
-table were: a KL to the reference policy is then what the objective says it is.
+table were, so that the KL to the reference policy is the one in the objective. Several processes, started by
+`accelerate launch`, each draw for their own prompts and average their gradients.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from math import isfinite
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from calibrated_rewards.calibration.sources import Asked
-from calibrated_rewards.files import Message, setting as given
 from calibrated_rewards.models.parts import device_of
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.policy import Draft, Policy
-
-# What settings of a recipe may be at the least; rates are above 0.
-LEAST = dict.fromkeys(("completions", "epochs", "minibatches", "prompts_a_step", "rows", "save_steps", "steps"), 1)
-LEAST |= dict.fromkeys(("beta", "lora_layers", "lora_rank"), 0)
+from calibrated_rewards.training.launch import Launch, load_inputs, print_outcome
+from calibrated_rewards.training.run_folder import RunFolder, describe_run
 
 
 @dataclass(frozen=True)
@@ -32,109 +31,161 @@ class Episodes:
     ids: Int64[Tensor, "n T"]
     attention: Int64[Tensor, "n T"]
     mask: Bool[Tensor, "n L"]
-    """Of the last L columns, which are the completion's: up to the token that ends it, and with it."""
+    """Of the last L columns, which are the completion's: True up to the token that ends it, and for that token."""
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def at(self, rows: Sequence[int]) -> "Episodes":
-        """Some of them."""
+    def select(self, rows: Sequence[int]) -> "Episodes":
+        """Keep the episodes of these rows."""
         return Episodes([self.texts[i] for i in rows], self.ids[rows], self.attention[rows], self.mask[rows])
 
 
 @torch.no_grad()
-def write(policy: Policy, prompts: Sequence[Prompt], each: int = 1) -> Episodes:
-    """So many completions of each prompt, prompt after prompt; their text is what calibration would have scored."""
+def generate(policy: Policy, prompts: Sequence[Prompt], each: int = 1) -> Episodes:
+    """Draw `each` completions of each prompt, prompt after prompt, with the text that calibration would have scored."""
     rows, device, ends = policy.ids(prompts), device_of(policy.model), sorted(policy.endings.ids)
     longest = max(map(len, rows))
     # Any token will do for padding, for no mask is made of it: many models have none, or end with the one they have.
     pad = policy.tokenizer.pad_token_id if policy.tokenizer.pad_token_id is not None else 0
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
-    known = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    # All are said, because a checkpoint's generation_config may say otherwise.
-    whole = {"do_sample": True, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "num_beams": 1}
-    asked = {"max_new_tokens": policy.decoding.max_tokens, "temperature": policy.decoding.temperature}
-    ids, known = ids.repeat_interleave(each, 0), known.repeat_interleave(each, 0)
-    out = policy.model.generate(
-        input_ids=ids, attention_mask=known, eos_token_id=ends or None, pad_token_id=pad, **whole, **asked
+    attention = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    ids, attention = ids.repeat_interleave(each, 0), attention.repeat_interleave(each, 0)
+    # All settings are given, because a checkpoint's generation_config may have others.
+    tokens = policy.model.generate(
+        input_ids=ids,
+        attention_mask=attention,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        max_new_tokens=policy.decoding.max_tokens,
+        temperature=policy.decoding.temperature,
+        do_sample=True,
+        top_p=1.0,
+        top_k=0,
+        min_p=None,
+        repetition_penalty=1.0,
+        num_beams=1,
     )
-    written = out[:, longest:]
-    ended = torch.isin(written, torch.tensor(ends, dtype=written.dtype, device=device)).long()
+    completions = tokens[:, longest:]
+    ended = torch.isin(completions, torch.tensor(ends, dtype=completions.dtype, device=device)).long()
     mask = ended.cumsum(1) - ended == 0
-    return Episodes(texts(policy, written, mask), out, torch.cat([known, mask.long()], 1), mask)
-
-
-def texts(policy: Policy, written: Int64[Tensor, "n L"], mask: Bool[Tensor, "n L"]) -> list[str]:
-    """Completions as text, without the token that ended them: as a sampler gives them to the scorer."""
-    drafts = [Draft(row[own].tolist()) for row, own in zip(written.cpu(), mask.cpu(), strict=True)]
+    # As a sampler gives them to the scorer: without the token that ended them.
+    drafts = [Draft(row[own].tolist()) for row, own in zip(completions.cpu(), mask.cpu(), strict=True)]
     policy.endings.mark(drafts)
-    return [str(rollout.completion) for rollout in policy.endings.rollouts(drafts)]
+    texts = [str(rollout.completion) for rollout in policy.endings.rollouts(drafts)]
+    return Episodes(texts, tokens, torch.cat([attention, mask.long()], 1), mask)
 
 
-def read(model: Any, part: Episodes, temperature: float) -> tuple[Float32[Tensor, "n L"], Float32[Tensor, "n L H"]]:
-    """The log-probability of each token of the completions, 0 in the padding, and the hidden state it is drawn from."""
-    length = part.mask.shape[1]
+def forward(
+    model: Any, episodes: Episodes, temperature: float
+) -> tuple[Float32[Tensor, "n L"], Float32[Tensor, "n L H"]]:
+    """Compute each completion token's log-probability, 0 in the padding, and the hidden state that predicts it."""
+    length = episodes.mask.shape[1]
     out = model(
-        input_ids=part.ids,
-        attention_mask=part.attention,
-        position_ids=(part.attention.cumsum(1) - 1).clamp(min=0),
+        input_ids=episodes.ids,
+        attention_mask=episodes.attention,
+        position_ids=(episodes.attention.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
         output_hidden_states=True,
         logits_to_keep=length + 1,
     )
-    # The token in a column is drawn from what the model says one column before.
+    # The token in a column is drawn from the logits one column before.
     logits = out.logits[:, -length - 1 : -1].float() / temperature
-    chosen = part.ids[:, -length:, None]
+    chosen = episodes.ids[:, -length:, None]
     logprobs = logits.gather(2, chosen)[..., 0] - logits.logsumexp(2)
-    return logprobs.masked_fill(~part.mask, 0.0), out.hidden_states[-1][:, -length - 1 : -1].float()
+    return logprobs.masked_fill(~episodes.mask, 0.0), out.hidden_states[-1][:, -length - 1 : -1].float()
 
 
-def parts(n: int, most: int) -> Iterator[list[int]]:
-    """The numbers below n, at most so many together: what goes through the model at once.
+@torch.no_grad()
+def compute_logprobs(model: Any, episodes: Episodes, temperature: float, rows: int) -> Float32[Tensor, "n L"]:
+    """Compute the log-probability of each completion token without gradients, `rows` completions at once."""
+    parts = split_rows(len(episodes), rows)
+    return torch.cat([forward(model, episodes.select(part), temperature)[0] for part in parts])
 
-    >>> [*parts(5, 2)]
+
+def split_rows(n: int, most: int) -> Iterator[list[int]]:
+    """Split the numbers below n into parts of at most `most`, each of which goes through the model at once.
+
+    >>> [*split_rows(5, 2)]
     [[0, 1], [2, 3], [4]]
     """
     return (list(range(first, min(first + most, n))) for first in range(0, n, most))
 
 
-@torch.no_grad()
-def logprobs_of(model: Any, episodes: Episodes, temperature: float, most: int) -> Float32[Tensor, "n L"]:
-    """The log-probability of each token of the completions, without gradients, `most` rows at once."""
-    return torch.cat([read(model, episodes.at(at), temperature)[0] for at in parts(len(episodes), most)])
-
-
-def turns(prompts: Sequence[Asked], n: int, seed: int) -> Iterator[list[Asked]]:
-    """n prompts at a time, without end: each comes once before any comes again."""
+def iterate_batches(prompts: Sequence[Asked], n: int, seed: int) -> Iterator[list[Asked]]:
+    """Yield n prompts at a time, without end: each prompt comes once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     waiting: list[Asked] = []
     while True:
         while len(waiting) < n:
             waiting += [prompts[i] for i in torch.randperm(len(prompts), generator=generator).tolist()]
-        turn, waiting = waiting[:n], waiting[n:]
-        yield turn
+        batch, waiting = waiting[:n], waiting[n:]
+        yield batch
 
 
-def set_rate(optimizer: torch.optim.Optimizer, start: float, step: int, steps: int) -> float:
-    """The learning rate of a step, which falls on a line to 0: the noise of the last steps is what stays."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, start: float, step: int, steps: int) -> float:
+    """Lower the learning rate on a line to 0, so that the last steps leave little noise; return it."""
     rate = start * (1 - step / steps)
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("times", 1.0)
     return rate
 
 
-def check_numbers(settings: Any) -> None:
-    """ValueError for a number that no run can be made with, such as a learning rate that is none."""
-    for each in fields(settings):
-        name, value = each.name, getattr(settings, each.name)
-        if name.endswith("lr") and not (isfinite(value) and value > 0):
-            raise ValueError(Message(f"a run needs a finite {name} > 0, got {given(name, str(value))}"))
-        if name in LEAST and not (isfinite(value) and value >= LEAST[name]):
-            raise ValueError(Message(f"a run needs {name} >= {LEAST[name]}, got {given(name, str(value))}"))
-        if value != value:
-            raise ValueError(Message(f"a run needs {name} to be a number, got {given(name, str(value))}"))
+def find_processes() -> PartialState:
+    """Find the processes that train together, as `accelerate launch` or torchrun says; usually this one alone."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
-def setting(default: Any, told: str, *choices: str) -> Any:
-    """A field of a recipe's settings, what --help says of it, and what it may be, if that can be listed."""
-    return field(default=default, metadata={"help": told, "choices": choices or None})
+def seed_process(seed: int) -> None:
+    """Draw other completions in each process; a single process goes on with what was seeded before."""
+    processes = find_processes()
+    if processes.num_processes > 1:
+        torch.manual_seed(seed + processes.process_index)
+
+
+def check_shares(prompts_a_step: int, processes: int) -> None:
+    """Raise ValueError if a step's prompts cannot be shared out evenly: a mean of means would be another mean."""
+    if prompts_a_step % processes:
+        raise ValueError(
+            f"{processes} processes need prompts_a_step to be a multiple of {processes}, got {prompts_a_step}"
+        )
+
+
+def average_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Replace each gradient by its mean over all processes."""
+    if find_processes().num_processes > 1:
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+            if weight.grad is not None:
+                weight.grad = reduce(weight.grad, "mean")
+
+
+def average_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Average each number over all processes."""
+    # float32, which every device has: these are for reading.
+    numbers = torch.tensor(list(metrics.values()), device=find_processes().device)
+    return dict(zip(metrics, reduce(numbers, "mean").tolist(), strict=True))
+
+
+def run_in_folder(name: str, train: Callable[..., Any], launch: Launch, settings: Any) -> None:
+    """Load, train and save in a folder: the trained model, its tokenizer, the run's settings and a log of its steps."""
+    folder, processes = RunFolder(launch.out), find_processes()
+    main = processes.is_main_process
+    if main:
+        folder.check_free(launch.force, launch.policy)
+    inputs = load_inputs(launch)
+    policy, settings = inputs.policy, inputs.complete(settings)
+    policy.model.to(launch.device or processes.device)
+    run = describe_run(name, policy.model, inputs.reward, inputs.prompts, policy.decoding, settings, launch.dtype)
+    with folder.lock(main):
+        if main:
+            folder.check_free(launch.force, launch.policy)  # a run may have ended there since
+            folder.empty()
+            folder.write_settings(run)
+            folder.log.touch()
+        model = train(policy, inputs.reward, inputs.prompts, settings, folder.add_to_log)
+        if main:
+            model.save_pretrained(folder.unfinished_model)
+            policy.tokenizer.save_pretrained(folder.unfinished_model)
+            folder.finish()
+            print_outcome(folder, inputs.reward, settings.beta)
+    processes.wait_for_everyone()

@@ -1,10 +1,7 @@
-"""The folder of a training run: what it was asked for, a line of log for each step, checkpoints, and at last the model.
+"""The folder of a training run: its settings, checkpoints, log and model, and the rules for who may write there.
 
-settings.json   what the run is; another run does not go on here
-log.jsonl       a JSON object for each step
-checkpoints/    while it goes on
-model/          when it is finished, whole
-.lock           held by the process that trains here
+`settings.json` says which run it is, and another run is refused. Checkpoints are transformers' own. `log.jsonl` has a
+row for each step. `model` is the trained model, whole, or absent: it is written beside and renamed.
 """
 
 import json
@@ -19,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from calibrated_rewards.calibration.sources import Asked
-from calibrated_rewards.files import claim
+from calibrated_rewards.files import claim, write_file
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.reward.calibrators import EmpiricalCDF, Uncalibrated
 from calibrated_rewards.samplers.protocol import Decoding
-from calibrated_rewards.training.policy_model import place_of
-from calibrated_rewards.training.raw import RawReward
+from calibrated_rewards.scorers.differences import differences
+from calibrated_rewards.training.policy_model import resolve_policy
 
 # The last file that transformers' Trainer writes of a checkpoint: one without it was cut short.
 LAST_WRITTEN = "trainer_state.json"
@@ -32,7 +30,7 @@ LAST_WRITTEN = "trainer_state.json"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run keeps what it has."""
+    """The files of a run."""
 
     out: Path
 
@@ -43,29 +41,28 @@ class RunFolder:
 
     @property
     def log(self) -> Path:
-        """A line for each step."""
+        """The log, a row for each step."""
         return self.out / "log.jsonl"
 
     @property
+    def settings(self) -> Path:
+        """The file that says which run this is."""
+        return self.out / "settings.json"
+
+    @property
     def checkpoints(self) -> Path:
-        """What a run goes on from."""
+        """The folder of checkpoints, from the last of which a run goes on."""
         return self.out / "checkpoints"
 
     @property
     def unfinished_model(self) -> Path:
-        """Where the model is written, before it gets its name."""
+        """The place where the model is written before it gets its name."""
         return self.out / ".model"
 
-    @property
-    def used(self) -> Path | None:
-        """What a run left here; None if there was none."""
-        left = (self.log, self.model, self.out / "settings.json")
-        return next((each for each in left if each.exists()), None)
-
     @contextmanager
-    def held(self, first: bool = True) -> Iterator[None]:
-        """Be the only run that works here; of several processes of one run, the first one sees to it."""
-        if not first:
+    def lock(self, main: bool = True) -> Iterator[None]:
+        """Be the only run in the folder; of several processes of one run, the main one takes the lock."""
+        if not main:
             yield
             return
         self.out.mkdir(parents=True, exist_ok=True)
@@ -79,128 +76,126 @@ class RunFolder:
                 )
             yield
 
+    def check_free(self, force: bool, policy: str | os.PathLike[str]) -> None:
+        """Raise FileExistsError for a run that may not be removed: any without `force`, and never the policy itself."""
+        used = next((each for each in (self.log, self.model, self.settings) if each.exists()), None)
+        if used is None:
+            return
+        if not force:
+            raise FileExistsError(f"{used} is of another run: choose another --out, or --force to remove it")
+        if Path(policy).resolve().is_relative_to(self.model.resolve()):
+            raise FileExistsError(f"--policy is {self.model}, which --force would remove: choose another --out")
+
     def empty(self) -> None:
-        """Remove what a run left: its model first, so that none lies beside the log of another."""
-        for each in (self.model, self.unfinished_model, self.checkpoints, self.log, self.out / "settings.json"):
+        """Remove the files of a run: its model first, so that none lies beside the log of another."""
+        for each in (self.model, self.unfinished_model, self.checkpoints, self.log, self.settings):
             _remove(each)
 
-    def finished(self, about: Mapping[str, Any]) -> bool:
-        """Whether this very run has its model; checkpoints that it still has go."""
-        self.check(about)
+    def is_finished(self, run: Mapping[str, Any]) -> bool:
+        """Return True if this very run has its model, and remove its checkpoints; ValueError if another run is here."""
+        if not self.settings.exists():
+            if self.model.exists() or self.log.exists():
+                raise ValueError(f"{self.out} has a run without settings.json: choose another folder")
+        else:
+            before, now = json.loads(self.settings.read_text()), json.loads(json.dumps(run))
+            if before.get("reward", {}).get("kind") == "raw":  # 0.1 wrote the beta of the calibrated reward
+                before["reward"]["beta"] = now["reward"].get("beta")
+            changes = [f"{place} was {there!r:.80}, is {here!r:.80}" for place, there, here in differences(before, now)]
+            if changes:
+                raise ValueError(
+                    f"{self.out} has a run with other settings ({'; '.join(changes)}): choose another folder"
+                )
         if self.model.exists():
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         return self.model.exists()
 
-    def check(self, about: Mapping[str, Any]) -> None:
-        """ValueError if another run, or something else, is here."""
-        at = self.out / "settings.json"
-        if not at.exists():
-            if self.model.exists() or self.log.exists():
-                raise ValueError(f"{self.out} has a run without settings.json: choose another folder")
-            return
-        before = json.loads(at.read_text())
-        now = json.loads(json.dumps(about))
-        others = _differences(before, now)
-        if others:
-            raise ValueError(f"{self.out} has a run with other settings ({'; '.join(others)}): choose another folder")
-
-    def begin(self, about: Mapping[str, Any]) -> None:
-        """Write down what the run is; what was cut short goes, since no run can go on from it."""
-        from calibrated_rewards.calibration.shards import replacing  # needs pyarrow, as the plain loops do not
-
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """Write which run it is; remove checkpoints that were cut short, since no run can go on from them."""
         _remove(self.unfinished_model)
         for each in self.checkpoints.glob("checkpoint-*"):
-            if not _whole(each):
+            if not _is_whole(each):
                 sys.stderr.write(f"{each} was cut short: it is removed, and the run goes on from before it\n")
                 shutil.rmtree(each, ignore_errors=True)
-        with replacing(self.out / "settings.json") as file:
-            file.write(json.dumps(about, indent=2).encode())
+        self.write_settings(run)
 
-    def describe(self, about: Mapping[str, Any]) -> None:
-        """Write down what the run is, and no more: for loops that have no checkpoints."""
-        unfinished = self.out / ".settings.json"
-        unfinished.write_text(json.dumps(about, indent=2))
-        os.replace(unfinished, self.out / "settings.json")
+    def write_settings(self, run: Mapping[str, Any]) -> None:
+        """Write which run it is."""
+        write_file(self.settings, json.dumps(run, indent=2))
 
-    def last_checkpoint(self) -> str | None:
-        """The newest that is whole; None at the start."""
-        whole = [at for at in self.checkpoints.glob("checkpoint-*") if _whole(at)]
-        return str(max(whole, key=lambda at: int(at.name.rpartition("-")[2]))) if whole else None
+    def find_checkpoint(self) -> str | None:
+        """Find the newest checkpoint that is whole; None at the start."""
+        whole = [each for each in self.checkpoints.glob("checkpoint-*") if _is_whole(each)]
+        return str(max(whole, key=lambda each: int(each.name.rpartition("-")[2]))) if whole else None
 
     def write_log(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """The log of the steps so far, in place of what was there."""
-        from calibrated_rewards.calibration.shards import replacing
-
-        with replacing(self.log) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        """Replace the log by these rows."""
+        write_file(self.log, "".join(json.dumps(row) + "\n" for row in rows))
 
     def add_to_log(self, row: Mapping[str, Any]) -> None:
-        """A line more."""
+        """Append a row to the log, at once."""
         with self.log.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def read_log(self) -> list[dict[str, Any]]:
+        """Read the rows of the log."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
     def finish(self) -> None:
-        """Give the model that was written its name; checkpoints are of no use any more."""
+        """Give the model that was written its name, and remove the checkpoints."""
         os.replace(self.unfinished_model, self.model)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
-def _whole(checkpoint: Path) -> bool:
-    """Whether the file that is written last is there and can be read to its end."""
+def _is_whole(checkpoint: Path) -> bool:
+    """Tell whether the file that is written last is there and can be read to its end."""
     try:
         return isinstance(json.loads((checkpoint / LAST_WRITTEN).read_text()), dict)
     except (OSError, ValueError):
         return False
 
 
-def _remove(at: Path) -> None:
-    """A file, or a folder: under another name first, for a folder that is half there may be taken for a whole one."""
-    doomed = at.with_name(".removed")
+def _remove(path: Path) -> None:
+    """Remove a file or a folder: a folder is renamed first, for one that is half there may be taken for a whole one."""
+    doomed = path.with_name(".removed")
     if doomed.exists():
         shutil.rmtree(doomed)
-    if at.is_dir() and not at.is_symlink():
-        os.replace(at, doomed)
+    if path.is_dir() and not path.is_symlink():
+        os.replace(path, doomed)
         shutil.rmtree(doomed)
     else:
-        at.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
-def about(
-    recipe: str, policy: Any, reward: Any, prompts: Sequence[Asked], decoding: Decoding, settings: Any, dtype: str
+def describe_run(
+    name: str, policy: Any, reward: Any, prompts: Sequence[Asked], decoding: Decoding, settings: Any, dtype: str
 ) -> dict[str, Any]:
-    """All that a run depends on but for the weights, as JSON."""
-    named = place_of(policy) if isinstance(policy, str | os.PathLike) else policy.config._name_or_path
+    """Describe as JSON all that a run depends on but for the weights."""
+    is_path = isinstance(policy, str | os.PathLike)
     keys = b"".join(prompt_key(each.prompt) for each in prompts)
     return {
-        "recipe": recipe,
-        "policy": named,
+        "recipe": name,
+        "policy": resolve_policy(policy) if is_path else policy.config._name_or_path,
         "dtype": dtype,
         "settings": asdict(settings),
         "decoding": decoding.fingerprint(),
         "prompts": {"number": len(prompts), "digest": _digest(keys)},
-        "reward": about_reward(reward),
+        "reward": describe_reward(reward),
     }
 
 
-def about_reward(reward: Any) -> dict[str, Any]:
-    """Which reward it is: its name, and of a calibrated one transform and table."""
-    if isinstance(reward, RawReward):
-        return {**about_reward(reward.reward), "kind": "raw"}
+def describe_reward(reward: Any) -> dict[str, Any]:
+    """Describe a reward by its name and, of a calibrated one, transform and table."""
     if not isinstance(reward, CalibratedReward):
         return {"kind": "function", "name": getattr(reward, "__name__", type(reward).__name__)}
-    shown = {name: repr(getattr(reward, name)) for name in ("transform", "estimator", "scale", "calibration")}
+    raw = isinstance(reward.calibration, Uncalibrated)
+    settings = {name: repr(getattr(reward, name)) for name in ("transform", "estimator", "scale", "calibration")}
+    name = reward.__name__
+    if raw:  # as 0.1 described it: the calibrated reward, of another kind
+        settings["calibration"], name = repr(EmpiricalCDF()), name.removeprefix("raw_")
     meta = json.dumps(reward.table.meta, sort_keys=True, default=str).encode()
     table = {"prompts": len(reward.table), "digest": _digest(meta)}
-    return {"kind": "calibrated", "name": reward.__name__, "beta": reward.beta, **shown, "table": table}
+    return {"kind": "raw" if raw else "calibrated", "name": name, "beta": reward.beta, **settings, "table": table}
 
 
-def _digest(data: bytes) -> str:
-    return blake2b(data, digest_size=8).hexdigest()
-
-
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """What differs, by name."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = sorted({*before, *now})
-        return [each for key in names for each in _differences(before.get(key), now.get(key), f"{name}.{key}")]
-    return [] if before == now else [f"{name.removeprefix('.')} was {before!r:.80}, is {now!r:.80}"]
+def _digest(content: bytes) -> str:
+    return blake2b(content, digest_size=8).hexdigest()

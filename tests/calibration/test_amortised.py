@@ -12,11 +12,18 @@ from hypothesis import given, strategies as st
 from scipy import stats
 
 from calibrated_rewards.calibration.prediction import Amortised, Errors, fit
-from calibrated_rewards.calibration.prediction.conditional import moved
-from calibrated_rewards.calibration.prediction.curves import Sample, curve_of, sample_of
-from calibrated_rewards.calibration.prediction.judgement import LEVELS, OWN, among_others, from_uniform, pinball
-from calibrated_rewards.calibration.prediction.regression import Network, trained
-from calibrated_rewards.table.reference_table import ReferenceTable, UnknownPromptError
+from calibrated_rewards.calibration.prediction.conditional import map_values
+from calibrated_rewards.calibration.prediction.curves import Sample, fit_curve, read_sample
+from calibrated_rewards.calibration.prediction.judgement import (
+    LEVELS,
+    OWN,
+    distance_from_uniform,
+    pinball,
+    rank_among_others,
+)
+from calibrated_rewards.calibration.prediction.regression import Network, train_network
+from calibrated_rewards.prompts import UnknownPromptError
+from calibrated_rewards.table.reference_table import ReferenceTable
 
 rng = np.random.default_rng(0)
 WEIGHTS = rng.normal(size=(8, 2)) * [0.5, 0.15]
@@ -62,7 +69,7 @@ def test_quantiles_of_unseen_prompts() -> None:
     """They are near those of the known distribution, in the tails as well; one distribution for all is not."""
     levels = np.array([0.01, 0.1, 0.5, 0.9, 0.99])
     exact, found = truth(UNSEEN).ppf(levels), FITTED.quantiles(UNSEEN, levels)
-    pooled = np.quantile(sample_of(TABLE, np.arange(250)).scores, levels)
+    pooled = np.quantile(read_sample(TABLE, np.arange(250)).scores, levels)
     assert np.abs(found - exact).mean() < 0.15
     assert np.abs(pooled - exact).mean() > 0.9
     assert FITTED.errors.chosen == "+ scale"
@@ -154,7 +161,7 @@ def test_distance_from_uniform(weighted: list[tuple[float, int]]) -> None:
     """Kolmogorov's, as scipy has it; a weight of 3 is three times the value."""
     u, weights = (np.array(each) for each in zip(*weighted, strict=True))
     expected = stats.kstest(np.repeat(u, weights), "uniform").statistic
-    assert from_uniform(u, weights.astype(float)) == pytest.approx(expected, abs=1e-12)
+    assert distance_from_uniform(u, weights.astype(float)) == pytest.approx(expected, abs=1e-12)
 
 
 @given(st.lists(st.lists(st.integers(0, 3).map(float), min_size=1, max_size=6), min_size=1, max_size=5))
@@ -166,7 +173,7 @@ def test_quantile_among_the_others(rows: list[list[float]]) -> None:
         for row in rows
         for z in sorted(row)
     ]
-    np.testing.assert_allclose(among_others(sample), by_hand)
+    np.testing.assert_allclose(rank_among_others(sample), by_hand)
 
 
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.integers(0, 99))
@@ -251,10 +258,10 @@ def test_moved_is_a_monotone_map() -> None:
     start, end = np.array([[0.0, 1.0, 4.0]]), np.array([[-1.0, 5.0, 6.0]])
     values = np.linspace(-3, 8, 45)
     inside = (values >= 0) & (values <= 4)
-    found = moved(values, start, end)
+    found = map_values(values, start, end)
     np.testing.assert_allclose(found[inside], np.interp(values[inside], start[0], end[0]))
     np.testing.assert_allclose(found[~inside], values[~inside] + np.where(values[~inside] < 0, -1, 2))
-    np.testing.assert_allclose(moved(found, end, start), values)
+    np.testing.assert_allclose(map_values(found, end, start), values)
 
 
 @pytest.fixture(scope="module")
@@ -287,8 +294,8 @@ def test_the_network_reads_no_more_than_helps() -> None:
     rng = np.random.default_rng(31)
     coordinates = np.hstack([rng.choice([-1.5, 1.5], (150, 1)), rng.normal(size=(150, 60))])
     scores = np.sort(np.sign(coordinates[:, :1]) * (rng.exponential(size=(150, 32)) - 1), axis=1)
-    curve = curve_of(scores.ravel(), np.ones(4800), LEVELS)
-    network = trained(coordinates, Sample(scores.ravel(), np.full(150, 32)), curve, 0)
+    curve = fit_curve(scores.ravel(), np.ones(4800), LEVELS)
+    network = train_network(coordinates, Sample(scores.ravel(), np.full(150, 32)), curve, 0)
     assert network.first.shape[0] == 61
     assert np.abs(network.first[:8]).min() > 0
     assert np.abs(network.first[8:]).max() == 0

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from calibrated_rewards.calibration.prediction.curves import Curve, curve_of
+from calibrated_rewards.calibration.prediction.curves import Curve, fit_curve
 
 values = st.lists(st.floats(-100, 100).map(lambda x: round(x, 1)), min_size=3, max_size=30)
 LEVELS = (np.arange(10) + 0.5) / 10
 
 
 def of(sample: list[float]) -> Curve:
-    return curve_of(np.array(sample), np.ones(len(sample)), LEVELS)
+    return fit_curve(np.array(sample), np.ones(len(sample)), LEVELS)
 
 
 @given(values)
@@ -40,7 +40,7 @@ def test_the_inverse_is_one(sample: list[float]) -> None:
 
 def test_ties_are_at_their_middle() -> None:
     """A value that takes a third of the sample in its middle has the quantile one half, and so on."""
-    tied = curve_of(np.repeat([0.0, 1.0, 2.0], 100), np.ones(300), (np.arange(300) + 0.5) / 300)
+    tied = fit_curve(np.repeat([0.0, 1.0, 2.0], 100), np.ones(300), (np.arange(300) + 0.5) / 300)
     np.testing.assert_allclose(tied.cdf(np.array([0.0, 1.0, 2.0])), [1 / 6, 1 / 2, 5 / 6], atol=0.005)
 
 
@@ -49,8 +49,8 @@ def test_weights_count() -> None:
     rng = np.random.default_rng(0)
     sample, weights = rng.normal(size=4000), rng.integers(1, 4, 4000)
     heavy, many = (
-        curve_of(sample, weights.astype(float), LEVELS),
-        curve_of(np.repeat(sample, weights), np.ones(weights.sum()), LEVELS),
+        fit_curve(sample, weights.astype(float), LEVELS),
+        fit_curve(np.repeat(sample, weights), np.ones(weights.sum()), LEVELS),
     )
     np.testing.assert_allclose(heavy.values, many.values, atol=0.01)
     assert np.abs(heavy.values - of(sample.tolist()).values).max() < 0.1
@@ -59,7 +59,7 @@ def test_weights_count() -> None:
 def test_tails_are_exponential() -> None:
     """Of an exponential distribution the upper tail has its scale, so quantiles far out are right as well."""
     sample = np.random.default_rng(1).exponential(2.0, 20_000)
-    curve = curve_of(sample, np.ones(len(sample)), LEVELS)
+    curve = fit_curve(sample, np.ones(len(sample)), LEVELS)
     far = curve.icdf(np.array([0.99, 0.999]))
     np.testing.assert_allclose(far, -2 * np.log([0.01, 0.001]), rtol=0.05)
 

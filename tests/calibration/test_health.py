@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from calibrated_rewards.calibration.inspect_table import health, percent, precision
-from calibrated_rewards.calibration.suspicious_rows import row_statistics
+from calibrated_rewards.calibration.inspect_table import health, measure_precision, percent
+from calibrated_rewards.calibration.suspicious_rows import describe_rows
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.theory.finite_k_error import references_needed
+from calibrated_rewards.theory.finite_k import references_needed
 from calibrated_rewards.theory.transforms import Identity
 
 scores = st.lists(
@@ -29,7 +29,7 @@ def table_of(rows, **meta):
 @given(scores)
 def test_row_statistics_are_numpys(rows):
     """Row by row, of any K, with ties and with scores as large as float32 has them."""
-    of = row_statistics(table_of(rows))
+    of = describe_rows(table_of(rows))
     for place, row in enumerate(np.array(row, np.float32) for row in rows):
         wide = row.astype(np.float64)
         five = [np.quantile(wide, u).astype(np.float32) for u in (0, 0.25, 0.5, 0.75, 1)]
@@ -47,7 +47,7 @@ def test_digests_tell_rows_apart(row):
     row = np.array(row, np.float32)
     other = row.copy()
     other[0] = np.nextafter(row[0], np.float32(np.inf if row[0] < 0 else -np.inf))
-    first, again, unlike = row_statistics(table_of([row, row[::-1], other])).digest
+    first, again, unlike = describe_rows(table_of([row, row[::-1], other])).digest
 
     assert first == again != unlike
 
@@ -78,7 +78,7 @@ def test_a_clipping_reward_model_is_seen():
 @pytest.mark.parametrize("K", [1, 10, 100, 1001])
 def test_precision_is_of_the_beta_laws(K):
     """Clopper and Pearson's ends by scipy; for all at once wider, or not told for a large K."""
-    found = precision(row_statistics(table_of([range(K)] * 3)), 0.0)
+    found = measure_precision(describe_rows(table_of([range(K)] * 3)), 0.0)
 
     assert found.above_all == pytest.approx(stats.beta.ppf(0.025, K, 1))
     if K % 2 == 0:  # an even K has a middle between two references

@@ -11,8 +11,7 @@ import pytest
 
 from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
 from calibrated_rewards.calibration.run_directory import RunDirectory
-from calibrated_rewards.calibration.run_identity import RunIdentity
-from calibrated_rewards.calibration.work import Task, Work
+from calibrated_rewards.calibration.work import RunIdentity, Task, Work
 from calibrated_rewards.scorers.ensemble import Ensemble, Function
 from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 
@@ -308,11 +307,11 @@ def test_a_folder_that_is_removed_is_made_by_the_next(tmp_path):
     directory, done = RunDirectory(tmp_path / "run"), []
 
     def second():
-        with RunDirectory(tmp_path / "run").locked():
+        with RunDirectory(tmp_path / "run").lock():
             done.append((tmp_path / "run" / ".lock").exists())
 
     thread = threading.Thread(target=second)
-    with contextlib.suppress(RuntimeError), directory.locked():
+    with contextlib.suppress(RuntimeError), directory.lock():
         thread.start()
         thread.join(0.2)
         raise RuntimeError
@@ -338,6 +337,6 @@ def test_one_rollout_is_warned_of(tmp_path, caplog):
 def test_a_column_of_scores_has_a_name_for_a_folder(tmp_path, name):
     """As a reward model has: its table is written there, and not over the run's own files or beside them."""
     rows = [{"prompt": "p", "completions": ["1", "2"], "scores": [1.0, 2.0]}]
-    with pytest.raises(ValueError, match="the name of a reward model has letters"):
+    with pytest.raises(ValueError, match="the name of a reward model is that of its folder: letters"):
         import_rollouts(rows, tmp_path / "run", scores={name: "scores"})
     assert [*tmp_path.iterdir()] == []

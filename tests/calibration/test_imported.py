@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from calibrated_rewards.calibration.importing import Imported, imported
+from calibrated_rewards.calibration.importing import Imported, read_rollouts
 from calibrated_rewards.calibration.shards import Planned, Shard, write_shard
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import Rollout
@@ -108,12 +108,12 @@ def test_every_shape_gives_the_same_rollouts(
         parquet(path / "long.parquet", long(table)),
     ]
     for source in sources:
-        assert read(imported(source, scores="reward")) == table
-    assert read(imported(lines(path / "a.jsonl", engine(table)), completions="outputs", scores="reward")) == table
+        assert read(read_rollouts(source, scores="reward")) == table
+    assert read(read_rollouts(lines(path / "a.jsonl", engine(table)), completions="outputs", scores="reward")) == table
 
     shuffled = long(table)
     chance.shuffle(shuffled)
-    found = read(imported(shuffled, scores={"helpful": "reward"}))
+    found = read(read_rollouts(shuffled, scores={"helpful": "reward"}))
     assert {prompt: sorted(own, key=repr) for prompt, own in found.items()} == {
         prompt: sorted(own, key=repr) for prompt, own in table.items()
     }
@@ -138,11 +138,11 @@ def test_what_this_library_wrote_is_read(tmp_path_factory: pytest.TempPathFactor
     )
     write_shard(path / "00000.parquet", shard)
 
-    *texts, messages = imported(path)
+    *texts, messages = read_rollouts(path)
     assert read(iter(texts)) == {prompt: [(*each, i) for i, each in enumerate(own)] for prompt, own in table.items()}
     assert [*texts[0].scores] == ["a", "b:c"]
     assert (messages.prompt, messages.rollouts) == (chat, [rollout for rollout, _ in spoken])
-    assert [each.prompt for each in imported(path, scores={})] == [prompt for prompt, _ in everything]
+    assert [each.prompt for each in read_rollouts(path, scores={})] == [prompt for prompt, _ in everything]
 
 
 FORMS: list[tuple[Any, Rollout]] = [
@@ -166,10 +166,10 @@ FORMS: list[tuple[Any, Rollout]] = [
 @pytest.mark.parametrize(("said", "rollout"), FORMS, ids=range(len(FORMS)))
 def test_a_completion_has_many_forms(said: Any, rollout: Rollout) -> None:
     """The same rollout alone in its row, and in a list of two; but messages of a list are one completion."""
-    [alone] = imported([{"prompt": "2+2=", "completion": said}])
+    [alone] = read_rollouts([{"prompt": "2+2=", "completion": said}])
     assert alone.rollouts == [rollout]
     if not (isinstance(said, dict) and "role" in said):
-        [both] = imported([{"prompt": "2+2=", "completions": [said, said]}])
+        [both] = read_rollouts([{"prompt": "2+2=", "completions": [said, said]}])
         assert (both.rollouts, both.scores) == ([rollout, rollout], {})
 
 
@@ -186,7 +186,7 @@ def test_numbers_may_be_texts_and_columns_may_have_gaps(tmp_path: Path) -> None:
         }
     )
     for source in (tmp_path / "a.csv", frame):
-        [found] = imported(source, scores="r")
+        [found] = read_rollouts(source, scores="r")
         assert found.rollouts == [Rollout("4", 7, "stop"), Rollout("5")]
         assert found.scores["r"].tolist() == [1.5, -2.0]
 
@@ -197,16 +197,18 @@ def test_columns_have_the_names_that_are_given() -> None:
         {"input": "2+2=", "output": "4", "reward": True, "n": 7},
         {"input": "2+2=", "output": "5", "reward": 0, "n": 7},
     ]
-    [found] = imported(rows, prompt="input", completions="output", scores={"r": "reward"}, id_column="n")
+    [found] = read_rollouts(rows, prompt="input", completions="output", scores={"r": "reward"}, id_column="n")
     assert (found.prompt, found.id, found.scores["r"].tolist()) == ("2+2=", 7, [1.0, 0.0])
 
-    [found] = imported([{"prompt": "Hi", "completion": "a"}, {"prompt": "Hi", "completion": "b", "prompt_id": "x"}])
+    [found] = read_rollouts(
+        [{"prompt": "Hi", "completion": "a"}, {"prompt": "Hi", "completion": "b", "prompt_id": "x"}]
+    )
     assert (found.id, len(found.rollouts)) == ("x", 2)
 
 
 def test_a_completion_knows_itself_better_than_columns_do() -> None:
     """What stands within it goes before the column; what does not is taken from there."""
-    [found] = imported([row(completion={"text": "4", "tokens": 3}, tokens=9, finish="stop")])
+    [found] = read_rollouts([row(completion={"text": "4", "tokens": 3}, tokens=9, finish="stop")])
     assert found.rollouts == [Rollout("4", 3, "stop")]
 
 
@@ -225,7 +227,7 @@ class Counted:
 def test_a_prompt_is_given_with_its_last_row() -> None:
     """Not one row later: what waits in memory are the prompts whose rows have not all been read."""
     rows = Counted([{"prompt": prompt, "completion": f"{i}"} for i, prompt in enumerate("aabacc")])
-    found = [(each.prompt, len(each.rollouts), rows.read - 6) for each in imported(rows)]
+    found = [(each.prompt, len(each.rollouts), rows.read - 6) for each in read_rollouts(rows)]
 
     assert found == [("b", 1, 3), ("a", 3, 4), ("c", 2, 6)]
 
@@ -233,7 +235,7 @@ def test_a_prompt_is_given_with_its_last_row() -> None:
 def test_rows_of_one_prompt_in_both_shapes_and_forms_are_one() -> None:
     """The key decides: the same messages written in another way are the same prompt."""
     one, other = ([{"role": "user", "content": "Hi", "name": None}], [{"content": "Hi", "role": "user"}])
-    [found] = imported([{"prompt": one, "completions": ["a", "b"]}, {"prompt": other, "completion": "c"}])
+    [found] = read_rollouts([{"prompt": one, "completions": ["a", "b"]}, {"prompt": other, "completion": "c"}])
     assert [rollout.completion for rollout in found.rollouts] == ["a", "b", "c"]
 
 
@@ -275,14 +277,14 @@ REFUSED: list[tuple[list[Any], type[Exception], str]] = [
 def test_what_is_no_rollout_is_told(rows: list[Any], kind: type[Exception], said: str) -> None:
     """Each error names the row and the prompt, the rule and what was there."""
     with pytest.raises(kind, match=said):
-        [*imported(rows, scores="s")]
+        [*read_rollouts(rows, scores="s")]
 
 
 def test_scores_are_the_same_in_all_rows() -> None:
     """A reward model whose column is in some rows only would leave rollouts without a score."""
     rows = [row(completion="4", **{"score:a": 1.0}), row(completion="5", **{"score:b": 1.0})]
     with pytest.raises(ValueError, match=r"row 1: all rows have the same scores, \['a'\], got \['b'\]"):
-        [*imported(rows)]
+        [*read_rollouts(rows)]
 
 
 def test_a_source_that_changes_is_noticed(tmp_path: Path) -> None:
@@ -301,6 +303,6 @@ def test_a_source_that_changes_is_noticed(tmp_path: Path) -> None:
         source = Fickle([])
         source.more = more
         with pytest.raises(ValueError, match="gave other rows when it was read again"):
-            [*imported(source)]
+            [*read_rollouts(source)]
     with pytest.raises(FileNotFoundError, match="no file or folder"):
-        imported(tmp_path / "rollouts.jsonl")
+        read_rollouts(tmp_path / "rollouts.jsonl")

@@ -64,7 +64,7 @@ def test_a_terminal_has_a_bar(monkeypatch):
         told.add(prompts=8, completions=80, tokens=160)
         assert told._bar.n == 8
         assert "completions/s" in told._bar.postfix
-        told.again(3)
+        told.repeat(3)
         assert told._bar.n == told.done == 5
 
 
@@ -72,9 +72,9 @@ def test_a_pace_is_known_when_something_is_done(clock):
     """What was done before this process began says nothing of it."""
     with Progress(10, shown=False, done=5) as told:
         clock.now += 5
-        assert told.left() == "unknown"
+        assert told.time_left() == "unknown"
         told.add(prompts=1)
-        assert told.left() == "00:20"
+        assert told.time_left() == "00:20"
 
 
 def test_what_others_did_says_nothing_of_the_pace(clock, monkeypatch):
@@ -82,6 +82,6 @@ def test_what_others_did_says_nothing_of_the_pace(clock, monkeypatch):
     monkeypatch.setattr("sys.stderr", Terminal())
     with Progress(40) as told:
         clock.now += 10
-        told.found(20)
+        told.skip(20)
         told.add(prompts=10)
-        assert (told.done, told._bar.n, told._bar.initial, told.left()) == (30, 30, 20, "00:10")
+        assert (told.done, told._bar.n, told._bar.initial, told.time_left()) == (30, 30, 20, "00:10")

@@ -10,8 +10,7 @@ import pytest
 from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
 from calibrated_rewards.calibration.dry_run import forecast
 from calibrated_rewards.calibration.run_directory import RunDirectory
-from calibrated_rewards.calibration.run_identity import Kept
-from calibrated_rewards.calibration.work import Work
+from calibrated_rewards.calibration.work import Kept, Work
 from calibrated_rewards.samplers.protocol import Rollout
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 

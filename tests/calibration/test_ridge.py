@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from calibrated_rewards.calibration.prediction.regression import directions, penalties, ridge
+from calibrated_rewards.calibration.prediction.regression import find_directions, fit_ridge, list_penalties
 
 
 def solved(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
@@ -28,8 +28,8 @@ def test_leaving_out_equals_solving_again(noise: float) -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(24, 5)) * [1, 2, 3, 0.5, 0.1]
     y = np.stack([x[:, 0] + noise * rng.normal(size=24), rng.normal(size=24)], axis=1)
-    found = ridge(x, y)
-    grid = penalties(np.linalg.eigvalsh((x - x.mean(0)).T @ (x - x.mean(0))))
+    found = fit_ridge(x, y)
+    grid = list_penalties(np.linalg.eigvalsh((x - x.mean(0)).T @ (x - x.mean(0))))
     for target in range(2):
         long = [left_out(x, y[:, target], penalty) for penalty in grid]
         best = int(np.argmin([np.mean((each - y[:, target]) ** 2) for each in long]))
@@ -45,7 +45,7 @@ def test_directions_keep_all_there_is(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(1)
     features = rng.normal(size=shape) * rng.uniform(0.1, 100, shape[1]) + 7
     features[:, 2] = 7
-    axes = directions(features)
+    axes = find_directions(features)
     standard = np.delete((features - features.mean(0)) / np.maximum(features.std(0), 1e-12), 2, axis=1)
     distances = [((each[:, None] - each[None]) ** 2).sum(-1) for each in (axes(features), standard)]
     np.testing.assert_allclose(*distances, atol=1e-8)
@@ -60,13 +60,13 @@ def test_many_features_become_few_directions(monkeypatch: pytest.MonkeyPatch) ->
     few = rng.normal(size=(1100, 3)).astype(np.float32)
     features = np.hstack([few @ rng.normal(size=(3, 150)), rng.normal(size=(1100, 150))]).astype(np.float32)
     monkeypatch.setattr("calibrated_rewards.calibration.prediction.regression.MOST_DIRECTIONS", 20)
-    axes = directions(features)
+    axes = find_directions(features)
     assert axes.basis.shape == (300, 20)
-    fitted = ridge(axes(features)[:, :3], few.astype(np.float64))
+    fitted = fit_ridge(axes(features)[:, :3], few.astype(np.float64))
     assert ((fitted.left_out - few) ** 2).mean() < 0.01
 
 
 def test_equal_features_are_refused() -> None:
     """Features that are the same for all prompts tell nothing."""
     with pytest.raises(ValueError, match=r"features need to differ between prompts, got 9 equal rows"):
-        directions(np.ones((9, 4)))
+        find_directions(np.ones((9, 4)))

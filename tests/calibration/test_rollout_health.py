@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from calibrated_rewards.calibration.inspect_rollouts import rollout_health
-from calibrated_rewards.calibration.shards import Planned, empty, write_shard
+from calibrated_rewards.calibration.shards import Planned, new_shard, write_shard
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import Rollout
 
@@ -19,9 +19,9 @@ CALL = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"nam
 def write(folder, prompts, scores=None):
     """A shard a prompt: {prompt: rollouts}, and scores in the same order."""
     for number, (prompt, rollouts) in enumerate(prompts.items()):
-        shard = empty([Planned(prompt_key(prompt), prompt)]).drawn([rollouts], [[*range(len(rollouts))]])
+        shard = new_shard([Planned(prompt_key(prompt), prompt)]).add_rollouts([rollouts], [[*range(len(rollouts))]])
         for name, of in (scores or {}).items():
-            shard = shard.scored(name, [np.float32(of[number])])
+            shard = shard.add_scores(name, [np.float32(of[number])])
         write_shard(folder / f"{number:05d}.parquet", shard)
 
 
@@ -106,9 +106,11 @@ def test_the_share_cut_is_of_those_that_say(tmp_path):
 def test_many_prompts_in_a_file(tmp_path, texts):
     """Prompts next to each other in one file are told apart: the same text of two prompts is no repetition."""
     planned = [Planned(prompt_key(f"p{i}"), f"p{i}") for i in range(len(texts))]
-    shard = empty(planned).drawn([[Rollout(text) for text in own] for own in texts], [[1] * len(own) for own in texts])
+    shard = new_shard(planned).add_rollouts(
+        [[Rollout(text) for text in own] for own in texts], [[1] * len(own) for own in texts]
+    )
     write_shard(tmp_path / "00000.parquet", shard)
-    write_shard(tmp_path / "00001.parquet", empty([]))
+    write_shard(tmp_path / "00001.parquet", new_shard([]))
     found, total = rollout_health(tmp_path), sum(map(len, texts))
 
     assert (found.prompts, found.rollouts) == (len(texts), total)
@@ -119,8 +121,10 @@ def test_many_prompts_in_a_file(tmp_path, texts):
 def test_the_worst_prompts_of_a_file(tmp_path):
     """Of three in one file the two that repeat themselves the most, the most first."""
     texts = {"a": "xxxxyz", "b": "xxxxxx", "c": "xxxxxz", "d": "uvwxyz"}
-    shard = empty([Planned(prompt_key(name), name) for name in texts])
-    write_shard(tmp_path / "0.parquet", shard.drawn([[*map(Rollout, own)] for own in texts.values()], [[1] * 6] * 4))
+    shard = new_shard([Planned(prompt_key(name), name) for name in texts])
+    write_shard(
+        tmp_path / "0.parquet", shard.add_rollouts([[*map(Rollout, own)] for own in texts.values()], [[1] * 6] * 4)
+    )
     found = rollout_health(tmp_path, most=2)
 
     assert found.odd_prompts == {"mostly repeated": 3}

@@ -15,14 +15,13 @@ from hypothesis import given, settings, strategies as st
 from calibrated_rewards.calibration.shards import (
     Planned,
     Shard,
-    empty,
+    count_rows,
+    new_shard,
     read_keys,
     read_prompts,
     read_scores,
     read_shard,
-    replacing,
-    rows_in,
-    state_of,
+    read_state,
     write_prompts,
     write_shard,
 )
@@ -46,11 +45,11 @@ def shards(draw: st.DrawFn) -> Shard:
     given = draw(prompts)
     drawn = [draw(st.lists(rollouts, max_size=4)) for _ in given]
     seeds = [[draw(st.none() | st.integers(0, 2**63 - 1)) for _ in own] for own in drawn]
-    shard = empty(given).drawn(drawn, seeds)
+    shard = new_shard(given).add_rollouts(drawn, seeds)
     for name in draw(st.sets(st.sampled_from(["reward", "safe"]))):
         counts = [draw(st.integers(0, len(own))) for own in drawn]
         scores = [np.array(draw(st.lists(numbers, min_size=n, max_size=n)), np.float32) for n in counts]
-        shard = shard.scored(name, scores)
+        shard = shard.add_scores(name, scores)
     return shard
 
 
@@ -62,7 +61,7 @@ def test_a_shard_comes_back_from_its_file(shard):
         write_shard(Path(folder, "rollouts", "0.parquet"), shard)
         write_prompts(Path(folder, "0.parquet"), shard.prompts)
         back = read_shard(Path(folder, "rollouts", "0.parquet"), read_prompts(Path(folder, "0.parquet")))
-        assert state_of(Path(folder, "rollouts", "0.parquet")) == shard.state
+        assert read_state(Path(folder, "rollouts", "0.parquet")) == shard.state
     assert (back.prompts, back.rollouts, back.seeds) == (shard.prompts, shard.rollouts, shard.seeds)
     assert back.scores.keys() == shard.scores.keys()
     for name, scores in shard.scores.items():
@@ -72,10 +71,10 @@ def test_a_shard_comes_back_from_its_file(shard):
 def test_rollouts_are_a_table_that_anybody_reads(tmp_path):
     """pandas sees a row a rollout, with the issue's columns, and null where a score is missing."""
     chat = [{"role": "user", "content": "Hi"}]
-    shard = empty([Planned(prompt_key("2+2="), "2+2="), Planned(prompt_key(chat), chat)])
+    shard = new_shard([Planned(prompt_key("2+2="), "2+2="), Planned(prompt_key(chat), chat)])
     drawn = [[Rollout("4", 2, "stop", -0.5), Rollout("5", 9, "length")], [Rollout("Hello")]]
-    shard = shard.drawn(drawn, [[1, 2], [3]])
-    write_shard(tmp_path / "0.parquet", shard.scored("reward", [*np.float32([[1.5], [2]])]))
+    shard = shard.add_rollouts(drawn, [[1, 2], [3]])
+    write_shard(tmp_path / "0.parquet", shard.add_scores("reward", [*np.float32([[1.5], [2]])]))
     frame = pandas.read_parquet(tmp_path / "0.parquet")
     assert frame.completion.tolist() == ["4", "5", "Hello"]
     assert frame.key.tolist() == [prompt_key("2+2=")] * 2 + [prompt_key(chat)]
@@ -96,20 +95,9 @@ def test_a_file_that_is_not_the_shard_is_refused_by_name(tmp_path, what):
     elif what == "parquet":
         pq.write_table(pa.table({"a": [1]}), path)
     else:
-        write_shard(path, empty(planned * 2).drawn([[Rollout("a")], []], [[1], []]))
+        write_shard(path, new_shard(planned * 2).add_rollouts([[Rollout("a")], []], [[1], []]))
     with pytest.raises(ValueError, match=r"00000\.parquet must"):
         read_shard(path, planned)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    """A write that fails leaves the old file, and nothing beside it."""
-    path = tmp_path / "file"
-    with replacing(path) as file:
-        file.write(b"old")
-    with pytest.raises(TypeError), replacing(path) as file:
-        file.write(3)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def kept_files(folder: Path) -> list[Path]:
@@ -117,8 +105,8 @@ def kept_files(folder: Path) -> list[Path]:
     chat = [{"role": "user", "content": "Grüße " * 5}]
     given = [Planned(prompt_key("p"), "p", "rendered"), Planned(prompt_key(chat), chat)]
     rollouts = [[Rollout(f"é {i}", i, "stop", -1.0) for i in range(5)], [Rollout(chat, 3)] * 3]
-    shard = empty(given).drawn(rollouts, [[*range(len(own))] for own in rollouts])
-    shard = shard.scored("reward", [np.arange(5, dtype=np.float32), np.zeros(3, np.float32)])
+    shard = new_shard(given).add_rollouts(rollouts, [[*range(len(own))] for own in rollouts])
+    shard = shard.add_scores("reward", [np.arange(5, dtype=np.float32), np.zeros(3, np.float32)])
     write_prompts(folder / "prompts.parquet", given)
     write_shard(folder / "rollouts.parquet", shard)
     return [folder / "prompts.parquet", folder / "rollouts.parquet"]
@@ -129,8 +117,8 @@ def read_all(folder: Path) -> str:
     prompts = read_prompts(folder / "prompts.parquet")
     own = read_scores(folder / "rollouts.parquet", prompts, "reward")
     shard = read_shard(folder / "rollouts.parquet", prompts)
-    keys, rows = read_keys(folder / "prompts.parquet"), rows_in(folder / "prompts.parquet")
-    return repr((prompts, shard, [x.tolist() for x in own], state_of(folder / "rollouts.parquet"), keys, rows))
+    keys, rows = read_keys(folder / "prompts.parquet"), count_rows(folder / "prompts.parquet")
+    return repr((prompts, shard, [x.tolist() for x in own], read_state(folder / "rollouts.parquet"), keys, rows))
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["prompts", "rollouts"])
@@ -165,19 +153,19 @@ def test_a_state_that_does_not_fit_its_rows_names_the_file(tmp_path: Path) -> No
     for said in ('{"drawn":[5,9],"scored":{}}', '{"drawn":[5,3],"scored":{"reward":[6,2]}}', "[]", "{}"):
         pq.write_table(table.replace_schema_metadata({b"calibrated-rewards shard": said.encode()}), file)
         with pytest.raises(ValueError, match=r"rollouts\.parquet"):
-            state_of(file)
+            read_state(file)
 
 
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from calibrated_rewards.calibration.shards import replacing
+from calibrated_rewards.files import replace_file
 from calibrated_rewards.table.reference_table import ReferenceTable
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 folder = Path(sys.argv[1])
 def fill():
-    with replacing(folder / "00000.parquet") as file:
+    with replace_file(folder / "00000.parquet") as file:
         file.write(b"x" * 100_000)
 for write in fill, lambda: ReferenceTable.build([("p", [0.0] * 5000)], path=folder / "table"):
     try:

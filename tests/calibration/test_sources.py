@@ -20,9 +20,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from calibrated_rewards.calibration.records import rows
 from calibrated_rewards.calibration.shards import Planned, write_prompts
-from calibrated_rewards.calibration.sources import Asked, prompts_from
+from calibrated_rewards.calibration.sources import Asked, prompts_from, read_rows
 from calibrated_rewards.prompts import prompt_key
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
@@ -383,7 +382,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
     for name in (".hidden.jsonl", "README.md"):
         (tmp_path / name).write_text("no")
 
-    found: Iterator[Any] = rows(tmp_path)
+    found: Iterator[Any] = read_rows(tmp_path)
     assert [(Path(place.split(",")[0]).name, value) for place, value in found] == [
         ("a.parquet", {"prompt": "one"}),
         ("b.jsonl", "two"),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from calibrated_rewards.calibration.suspicious_rows import limit, row_statistics, suspicions
+from calibrated_rewards.calibration.suspicious_rows import describe_rows, find_suspicious_rows, limit
 from calibrated_rewards.table.reference_table import ReferenceTable
 
 P, K = 400, 40
@@ -19,7 +19,7 @@ def table_of(rows):
 def found(rows):
     """Reasons and rows."""
     table = table_of(rows)
-    return [(each.reason, each.row) for each in suspicions(table, row_statistics(table))]
+    return [(each.reason, each.row) for each in find_suspicious_rows(table, describe_rows(table))]
 
 
 def clean(rng, law="normal"):
@@ -124,9 +124,9 @@ def test_the_same_scores_by_chance():
 def test_equal_digests_are_not_enough():
     """Rows are compared where their digests agree, be it by chance."""
     table = table_of(clean(np.random.default_rng(0))[:9])
-    statistics = row_statistics(table)._replace(digest=np.zeros(9, np.uint64))
+    statistics = describe_rows(table)._replace(digest=np.zeros(9, np.uint64))
 
-    assert suspicions(table, statistics) == []
+    assert find_suspicious_rows(table, statistics) == []
 
 
 def test_minus_zero_is_zero():
@@ -144,7 +144,7 @@ def test_details_have_the_numbers():
     rows[6] += 1000
     rows[7][3], rows[8], rows[9] = 500.0, np.zeros(K, np.float32), np.repeat(np.float32([1, 2]), K // 2)
     table = table_of(rows)
-    details = {each.reason: each.detail for each in suspicions(table, row_statistics(table))}
+    details = {each.reason: each.detail for each in find_suspicious_rows(table, describe_rows(table))}
     median = float(np.median(rows[7]))
     medians = np.array([np.median(row) for row in rows])
     sd, middle = stats.median_abs_deviation(medians, scale="normal"), np.median(medians)

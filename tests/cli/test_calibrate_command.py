@@ -8,7 +8,7 @@ import tiny
 
 from calibrated_rewards import ReferenceTable, id_key
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.cli import model_options as reward_model, policy_options as policy
+from calibrated_rewards.cli import model_options
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding
@@ -123,6 +123,15 @@ def test_other_settings_are_refused_in_words(models, tmp_path, capsys):
     assert (tmp_path / "t" / "table.safetensors").read_bytes() == before
 
 
+def test_another_cost_than_the_runs_names_the_file_and_the_rule(models, tmp_path, capsys):
+    """The same command with --cost added: which file, and what to leave out."""
+    assert main(asked(models, tmp_path / "t", "--quiet")) == 0
+    assert main(asked(models, tmp_path / "t", "--quiet", "--cost")) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 't' / 'run.json'}: the scorer reward was made without --cost" in said
+    assert "leave --cost out" in said
+
+
 def test_a_dry_run_refuses_what_the_run_would(models, tmp_path, capsys):
     """Settings of another run."""
     assert main(asked(models, tmp_path / "t", "--quiet")) == 0
@@ -175,8 +184,8 @@ def test_prompts_are_checked_before_models_are_loaded(models, tmp_path, capsys, 
     def load(*_):
         raise AssertionError("a model was loaded before the prompts were read")
 
-    monkeypatch.setattr(policy, "load", load)
-    monkeypatch.setattr(reward_model, "load_several", load)
+    monkeypatch.setattr(model_options, "load_policy", load)
+    monkeypatch.setattr(model_options, "load_reward_models", load)
     good = (models / "prompts.jsonl").read_text() if line else ""
     (tmp_path / "bad.jsonl").write_text(f"{good}{line}")
     for more in [], ["--dry-run"]:

@@ -17,8 +17,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import calibrated_rewards
 from calibrated_rewards.cli import check_scorer, evaluate
 from calibrated_rewards.cli.check_scorer import read_pairs
-from calibrated_rewards.cli.main import COMMANDS, FAILED, PASSED, UNUSABLE, main
-from calibrated_rewards.cli.model_options import add_arguments_of_reward_model, labels, load_of_reward_model, settings
+from calibrated_rewards.cli.main import COMMANDS, FAILED, PASSED, PLACES, UNUSABLE, load_command, main
+from calibrated_rewards.cli.model_options import (
+    add_reward_model_options,
+    collect_settings,
+    load_reward_model,
+    parse_labels,
+)
 from calibrated_rewards.models.labels import Difference, Expected, Label, Ordinal, Weighted
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.ensemble import Cost
@@ -265,7 +270,7 @@ def test_a_server_that_is_not_there(capsys):
 def test_an_empty_token_is_none(monkeypatch):
     """An environment variable that is set to nothing; a password is not what the model is called."""
     monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN", "")
-    scorer = load_of_reward_model(parsed("--reward-model", "http://me:password@rm:8000/?key=secret"))
+    scorer = load_reward_model(parsed("--reward-model", "http://me:password@rm:8000/?key=secret"))
 
     assert scorer.token is None
     assert scorer.dialect == Native("http://rm:8000/")
@@ -337,26 +342,26 @@ def test_the_judge_of_an_evaluation_has_a_sign_of_its_own(model):
     words = ["--policy", "p", "--reference", "r", "--prompts", "x", "--out", "o"]
     both = ["--reward-model", model, "--judge", model]
     for more, costs in ((["--cost"], [True, False]), (["--judge-cost"], [False, True]), ([], [False, False])):
-        found = evaluate._scorers(parser.parse_args([*words, *both, *more]), None)
+        found = evaluate.load_scorers(parser.parse_args([*words, *both, *more]), None)
         assert [isinstance(scorer.scorer, Cost) for scorer in (found["reward"], found["judge"])] == costs
     for more in (["--judge", model, "--cost"], ["--reward-model", model, "--judge-cost"]):
         with pytest.raises(ValueError, match="there is none"):
-            evaluate._scorers(parser.parse_args([*words, *more]), None)
+            evaluate.load_scorers(parser.parse_args([*words, *more]), None)
 
 
 def test_a_server_may_serve_a_cost():
     """Its scores are turned round here."""
-    scorer = load_of_reward_model(parsed("--reward-model", "http://rm:8000", "--cost"))
+    scorer = load_reward_model(parsed("--reward-model", "http://rm:8000", "--cost"))
     assert isinstance(scorer, Cost)
-    assert scorer.scorer == load_of_reward_model(parsed("--reward-model", "http://rm:8000"))
+    assert scorer.scorer == load_reward_model(parsed("--reward-model", "http://rm:8000"))
 
 
 def test_what_is_being_checked_is_shown(monkeypatch, capsys):
     """Where somebody watches, until it is done; nothing elsewhere."""
-    with check_scorer.doing("permuted"):
+    with check_scorer.show_progress("permuted"):
         assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with check_scorer.doing("permuted"):
+    with check_scorer.show_progress("permuted"):
         assert "permuted" in capsys.readouterr().err
     assert capsys.readouterr().err == "\x1b[2K\r"
 
@@ -372,7 +377,9 @@ def test_each_setting_has_its_place():
     words = (
         "--kind judge --batch-tokens 99 --device cpu --dtype float16 --revision v1 --trust-remote-code --label 1 --cost"
     )
-    said = settings(parsed("--reward-model", "x", *words.split(), "--max-length", "9", "--option", "reference=[1]"))
+    said = collect_settings(
+        parsed("--reward-model", "x", *words.split(), "--max-length", "9", "--option", "reference=[1]")
+    )
     known = signature(load_scorer).parameters
 
     assert said == {
@@ -387,7 +394,7 @@ def test_each_setting_has_its_place():
         "trust_remote_code": True,
         "reference": [1],
     }
-    assert all(known[name].default == value for name, value in settings(parsed("--reward-model", "x")).items())
+    assert all(known[name].default == value for name, value in collect_settings(parsed("--reward-model", "x")).items())
 
 
 def test_each_question_has_its_option():
@@ -395,12 +402,15 @@ def test_each_question_has_its_option():
     url = ("--reward-model", "http://rm:8000")
     words = ["--tolerance", "0.5", "--no-sign", "--discrete", "--no-prompt", "--long-words", "7"]
     words += ["--may-ignore", "digits", "--may-ignore", "roles", "--spare-seconds", "0.5"]
-    told, plain = check_scorer.asked(parsed(*url, *words, "--chat")), check_scorer.asked(parsed(*url))
+    told, plain = (
+        check_scorer.build_examination(parsed(*url, *words, "--chat")),
+        check_scorer.build_examination(parsed(*url)),
+    )
 
     assert (told.tolerance, told.sign, told.discrete, told.long_words, told.chat) == (0.5, False, True, 7, True)
     assert (told.reads_prompt, told.may_ignore, told.spare_seconds) == (False, ("digits", "roles"), 0.5)
     assert vars(plain) == vars(Examination(plain.scorer))
-    assert check_scorer.asked(parsed(*url, "--no-chat")).chat is False
+    assert check_scorer.build_examination(parsed(*url, "--no-chat")).chat is False
 
 
 @pytest.mark.parametrize(
@@ -417,15 +427,15 @@ def test_labels(how, made):
     """Each way to make one score of several labels can be said in a word."""
     logits = np.array([[0.5, 2.0, -1.0]], np.float32)[:, : 2 if ":" in how else 3]
 
-    assert labels(how) == made
-    assert labels(how)(logits) == made(logits)
+    assert parse_labels(how) == made
+    assert parse_labels(how)(logits) == made(logits)
 
 
 @pytest.mark.parametrize("how", ["", "a", "1-", "expected:", "expected:1;2", "mean:1,2"])
 def test_labels_that_are_none(how):
     """What is no such word is an error that shows them all."""
     with pytest.raises(ArgumentTypeError, match="expected:1,2,3"):
-        labels(how)
+        parse_labels(how)
 
 
 @pytest.mark.parametrize(
@@ -442,8 +452,8 @@ def test_a_server(words, asked, monkeypatch):
     monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN", "secret")
     monkeypatch.setenv("CALIBRATED_REWARDS_TOKEN_URL", "http://rm:8000")
     parser = ArgumentParser()
-    add_arguments_of_reward_model(parser)
-    scorer = load_of_reward_model(parser.parse_args(["--reward-model", "http://rm:8000", *words]))
+    add_reward_model_options(parser)
+    scorer = load_reward_model(parser.parse_args(["--reward-model", "http://rm:8000", *words]))
 
     assert scorer == Remote("http://rm:8000", asked, token="secret")
     assert "secret" not in repr(scorer)
@@ -452,17 +462,16 @@ def test_a_server(words, asked, monkeypatch):
 def test_a_server_that_renders_text_itself():
     """What would have no effect is refused."""
     parser = ArgumentParser()
-    add_arguments_of_reward_model(parser)
+    add_reward_model_options(parser)
     with pytest.raises(ValueError, match="renders text itself"):
-        load_of_reward_model(parser.parse_args(["--reward-model", "http://rm:8000", "--max-length", "99"]))
+        load_reward_model(parser.parse_args(["--reward-model", "http://rm:8000", "--max-length", "99"]))
 
 
 def test_every_command_has_its_module():
     """What the help lists is there."""
-    folder = Path(calibrated_rewards.__file__).parent / "cli"
-
-    assert [
-        name
-        for name in COMMANDS
-        if not (folder / f"{name.replace('-', '_')}.py").is_file() and not (folder / name / "__init__.py").is_file()
-    ] == []
+    assert {*PLACES} <= {*COMMANDS}
+    for name in COMMANDS:
+        command = load_command(name)
+        assert command.EPILOG
+        assert callable(command.add_arguments)
+        assert callable(command.run)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from calibrated_rewards import adapters
-from calibrated_rewards.cli import cp, path
+from calibrated_rewards.cli.adapters import CP, PATH, find_adapters, list_adapters
 
 SHIPPED = sorted(Path(adapters.__path__[0]).glob("[!_]*.py"))
 
@@ -24,10 +24,10 @@ def test_path_says_where_each_lies(capsys):
     """The absolute path of each, with or without .py; all of them by name where none is asked for."""
     for file in SHIPPED:
         for name in (file.stem, file.name):
-            assert path.run(asked(path, name)) == 0
+            assert PATH.run(asked(PATH, name)) == 0
             assert capsys.readouterr().out == f"{file.absolute()}\n"
 
-    assert path.run(asked(path)) == 0
+    assert PATH.run(asked(PATH)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [file.stem for file in SHIPPED]
     docstrings = [ast.get_docstring(ast.parse(file.read_text())) or "" for file in SHIPPED]
@@ -38,9 +38,9 @@ def test_what_is_no_adapter_is_refused_with_those_there_are():
     """Also the package's own file, and a path."""
     for name in ("trl", "__init__", "../adapters/trl_reward"):
         with pytest.raises(ValueError, match=f"one of .*trl_reward.*got '{name}'"):
-            path.run(asked(path, name))
+            PATH.run(asked(PATH, name))
         with pytest.raises(ValueError, match=r"one of .*trl_reward"):
-            cp.run(asked(cp, name))
+            CP.run(asked(CP, name))
 
 
 def test_a_copy_lies_where_one_stands(tmp_path, monkeypatch, capsys):
@@ -48,9 +48,9 @@ def test_a_copy_lies_where_one_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
     for to, lies in [([], "trl_reward.py"), (["there"], "there/trl_reward.py"), (["mine.py"], "mine.py")]:
-        assert cp.run(asked(cp, "trl_reward", *to)) == 0
+        assert CP.run(asked(CP, "trl_reward", *to)) == 0
         assert capsys.readouterr().out == f"{lies}\n"
-        assert (tmp_path / lies).read_bytes() == path.adapters()["trl_reward"].read_bytes()
+        assert (tmp_path / lies).read_bytes() == find_adapters()["trl_reward"].read_bytes()
 
 
 def test_nothing_is_written_over(tmp_path):
@@ -58,28 +58,29 @@ def test_nothing_is_written_over(tmp_path):
     there = tmp_path / "trl_reward.py"
     there.write_text("mine")
     with pytest.raises(FileExistsError, match=r"trl_reward.py exists: .*--force"):
-        cp.run(asked(cp, "trl_reward", str(tmp_path)))
+        CP.run(asked(CP, "trl_reward", str(tmp_path)))
     assert there.read_text() == "mine"
 
-    assert cp.run(asked(cp, "trl_reward", str(tmp_path), "--force")) == 0
-    assert there.read_bytes() == path.adapters()["trl_reward"].read_bytes()
+    assert CP.run(asked(CP, "trl_reward", str(tmp_path), "--force")) == 0
+    assert there.read_bytes() == find_adapters()["trl_reward"].read_bytes()
 
     with pytest.raises(FileNotFoundError, match="is no directory: make it first"):
-        cp.run(asked(cp, "trl_reward", str(tmp_path / "nowhere" / "file.py")))
+        CP.run(asked(CP, "trl_reward", str(tmp_path / "nowhere" / "file.py")))
 
 
 def test_list_needs_no_name_and_all_else_does(capsys):
     """`cp --list` says what `path` says; `cp` alone is told of it."""
-    assert cp.run(asked(cp, "--list")) == 0
-    assert capsys.readouterr().out == f"{path.listed()}\n"
+    assert CP.run(asked(CP, "--list")) == 0
+    assert capsys.readouterr().out == f"{list_adapters()}\n"
     with pytest.raises(ValueError, match="--list says which there are"):
-        cp.run(asked(cp))
+        CP.run(asked(CP))
 
 
 def test_no_framework_is_imported():
     """Neither to list the adapters nor to find one: their frameworks may not be installed."""
     code = (
-        "import sys; from calibrated_rewards.cli import path; path.listed(); path.adapter('trl_reward');"
+        "import sys; from calibrated_rewards.cli.adapters import find_adapter, list_adapters;"
+        "list_adapters(); find_adapter('trl_reward');"
         "print([name for name in sys.modules if name.startswith('calibrated_rewards.adapters.') or name == 'torch'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,12 +12,11 @@ import torch
 from transformers import BertConfig, BertModel
 
 from calibrated_rewards.cli.demo import miniature, reward_models
-from calibrated_rewards.cli.demo.assets import Rated, made
-from calibrated_rewards.cli.demo.parts import QUICK
-from calibrated_rewards.cli.demo.show import foreseen
+from calibrated_rewards.cli.demo.assets import Rated, make_folder
+from calibrated_rewards.cli.demo.command import format_frontier
+from calibrated_rewards.cli.demo.pipeline import QUICK
 from calibrated_rewards.cli.main import main
-from calibrated_rewards.evaluation.outcomes import Evaluation
-from calibrated_rewards.evaluation.prospects import Reweighted
+from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 
 COMMAND = [sys.executable, "-m", "calibrated_rewards", "demo", "--quick", "--out"]
@@ -39,7 +38,7 @@ def test_all_parts_are_there_and_agree(whole: Path) -> None:
     found = Evaluation.load(whole / "evaluation" / "evaluation.json")
     assert [each.name for each in found.policies] == ["calibrated", "raw"]
     assert str(found) in said
-    assert foreseen(Reweighted.load(whole / "frontier.json"), QUICK) in said
+    assert format_frontier(FrontierEstimate.load(whole / "frontier.json"), QUICK) in said
     assert "nothing else" in said.splitlines()[2]  # that random models mean nothing is said first
     reward = CalibratedReward.from_pretrained(whole / "reward")
     assert reward.table.meta["sampler"]["decoding"]["max_tokens"] == 8
@@ -112,16 +111,16 @@ def test_what_is_half_made_does_not_count(tmp_path: Path) -> None:
         (folder / "whole").touch()
 
     with pytest.raises(OSError, match="no more room"):
-        made(tmp_path, "thing", broken)
+        make_folder(tmp_path, "thing", broken)
     assert not (tmp_path / "thing").exists()
-    assert made(tmp_path, "thing", right) == made(tmp_path, "thing", broken) == tmp_path / "thing"
+    assert make_folder(tmp_path, "thing", right) == make_folder(tmp_path, "thing", broken) == tmp_path / "thing"
     assert [each.name for each in (tmp_path / "thing").iterdir()] == ["whole"]
     assert not [*tmp_path.glob("*.partial-*")]
 
 
 def test_prompts_are_different_and_the_models_disagree(tmp_path: Path) -> None:
     """In miniature: prompts that a table would not take for one another, and a judge that is not the reward model."""
-    assert len({*miniature.prompts(50)}) == 50
-    miniature.reward_models(tmp_path)
+    assert len({*miniature.make_prompts(50)}) == 50
+    miniature.save_reward_models(tmp_path)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("reward-model", "judge"))
     assert one != two

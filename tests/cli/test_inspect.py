@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 import numpy as np
 import pytest
 
-from calibrated_rewards.calibration.shards import Planned, empty, write_shard
+from calibrated_rewards.calibration.shards import Planned, new_shard, write_shard
 from calibrated_rewards.cli import inspect
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import Rollout
@@ -34,7 +34,7 @@ def run_at(path, names=()):
     (path / "run.json").write_text("{}")
     planned = [Planned(prompt_key(prompt), prompt) for prompt, _ in rows(2)]
     drawn = [[Rollout(f"{j}", 3, "stop") for j in range(12)] for _ in planned]
-    shard = empty(planned).drawn(drawn, [[*range(12)]] * len(planned))
+    shard = new_shard(planned).add_rollouts(drawn, [[*range(12)]] * len(planned))
     write_shard(path / "rollouts" / "00000.parquet", shard)
 
 
@@ -46,6 +46,8 @@ def test_a_table_is_told(tmp_path, capsys):
     assert code == 0
     headings = [line for line in said.splitlines() if not line.startswith(" ")]
     assert headings == [
+        "Suspicious rows: 1 all equal.",
+        "",
         str(tmp_path / "t"),
         "made with",
         "resolution",
@@ -103,14 +105,14 @@ def test_a_table_of_the_hub(tmp_path, monkeypatch, capsys):
     ReferenceTable.build(rows(), path=tmp_path / "t")
     asked = []
 
-    def download(name, revision=None, **options):
-        asked.append((name, revision, options))
+    def download(name, revision=None, token=None, **_):
+        asked.append((name, revision, token))
         return str(tmp_path / "t")
 
-    monkeypatch.setattr("calibrated_rewards.table.hub.download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
 
     assert told(capsys, "mine/table", "--revision", "v1")[0] == 0
-    assert asked == [("mine/table", "v1", {"token": None})]
+    assert asked == [("mine/table", "v1", None)]
 
 
 @pytest.mark.parametrize(

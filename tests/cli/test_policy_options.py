@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 
-from calibrated_rewards.cli import model_options as reward_model, policy_options as policy
+from calibrated_rewards.cli import model_options
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.openai import OpenAISampler
@@ -29,18 +29,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def parsed(*words: str, required: bool = True) -> argparse.Namespace:
     """Beside the options of a reward model, as `calibrate` has them."""
     parser = argparse.ArgumentParser()
-    reward_model.add_arguments_of_reward_model(parser)
-    policy.add_arguments(parser, required)
+    model_options.add_reward_model_options(parser)
+    model_options.add_policy_options(parser, required)
     return parser.parse_args(["--reward-model", "rm", *words])
 
 
 def test_the_decoding_is_what_was_said():
     """Every setting has its option, and nothing said is the model's own distribution."""
-    assert policy.decoding(parsed("--policy", "p", *SHORT)) == Decoding(max_tokens=4)
+    assert model_options.build_decoding(parsed("--policy", "p", *SHORT)) == Decoding(max_tokens=4)
     words = (
         "--max-tokens 9 --temperature 0.7 --top-p 0.9 --top-k 5 --min-p 0.1 --repetition-penalty 1.2 --stop a --stop"
     )
-    said = policy.decoding(parsed("--policy", "p", *words.split(), "b c"))
+    said = model_options.build_decoding(parsed("--policy", "p", *words.split(), "b c"))
     assert said == Decoding(9, 0.7, 0.9, 5, 0.1, 1.2, ("a", "b c"))
 
 
@@ -51,13 +51,13 @@ def test_what_must_be_said(words, capsys):
         parsed(*words)
     assert "required" in capsys.readouterr().err
     with pytest.raises(ValueError, match="sampling needs --"):
-        policy.load(parsed(*words, required=False))
+        model_options.load_policy(parsed(*words, required=False))
 
 
 def test_a_folder_is_sampled(folder):
     """By transformers, if nothing is said: the same as load_sampler's."""
     options = ["--policy-dtype", "float32", "--policy-device", "cpu", "--temperature", "0.5"]
-    found = sample(policy.load(parsed("--policy", folder, *SHORT, *options)), ["ab"], [[1, 2]])
+    found = sample(model_options.load_policy(parsed("--policy", folder, *SHORT, *options)), ["ab"], [[1, 2]])
 
     expected = load_sampler(folder, Decoding(max_tokens=4, temperature=0.5), dtype="float32", device="cpu")
     assert found == sample(expected, ["ab"], [[1, 2]])
@@ -68,7 +68,7 @@ def test_vllm_is_told_its_options(folder, tmp_path):
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages[0]['content'] }}!")
     words = "--engine vllm --policy-dtype bfloat16 --policy-option gpu_memory_utilization=0.5 --policy-chat-template"
-    found: Any = policy.load(parsed("--policy", folder, *SHORT, *words.split(), str(template)))
+    found: Any = model_options.load_policy(parsed("--policy", folder, *SHORT, *words.split(), str(template)))
     sampler = found if isinstance(found, VllmSampler) else found.sampler
 
     assert sampler.llm.options["gpu_memory_utilization"] == 0.5
@@ -80,13 +80,19 @@ def test_a_url_is_asked(folder, tmp_path):
     """By the API of OpenAI, if nothing is said; with a tokenizer, prompts become tokens here."""
     url = ["--policy", "http://h:8000/v1", "--policy-served-model", "m", *SHORT]
     plain = OpenAISampler("http://h:8000/v1", "m", Decoding(max_tokens=4))
-    assert policy.load(parsed(*url)) == policy.load(parsed(*url, "--engine", "openai")) == plain
-    chat: Any = policy.load(parsed(*url, "--policy-api", "chat", "--policy-option", "concurrency=3"))
+    assert (
+        model_options.load_policy(parsed(*url))
+        == model_options.load_policy(parsed(*url, "--engine", "openai"))
+        == plain
+    )
+    chat: Any = model_options.load_policy(parsed(*url, "--policy-api", "chat", "--policy-option", "concurrency=3"))
     assert (chat.api, chat.concurrency) == ("chat", 3)
 
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages[0]['content'] }}!")
-    read: Any = policy.load(parsed(*url, "--policy-tokenizer", folder, "--policy-chat-template", str(template)))
+    read: Any = model_options.load_policy(
+        parsed(*url, "--policy-tokenizer", folder, "--policy-chat-template", str(template))
+    )
     assert read.text == Text(template="{{ messages[0]['content'] }}!")
     assert read.rendered([{"role": "user", "content": "Hi"}]) == "Hi!"
 
@@ -108,7 +114,7 @@ def test_a_url_is_asked(folder, tmp_path):
 def test_what_has_no_effect_or_no_sense_is_refused(words, message):
     """Before anything is loaded, and without the secrets of a URL."""
     with pytest.raises((ValueError, OSError), match=message) as caught:
-        policy.load(parsed("--policy", *words, *SHORT))
+        model_options.load_policy(parsed("--policy", *words, *SHORT))
     assert "secret" not in str(caught.value)
 
 
@@ -121,8 +127,8 @@ def test_every_setting_of_a_decoding_has_an_option():
 def test_options_load_nothing():
     """Help and parsing take neither torch nor transformers."""
     code = (
-        "import argparse, sys\nfrom calibrated_rewards.cli import policy_options as policy\n"
-        "policy.add_arguments(argparse.ArgumentParser())\n"
+        "import argparse, sys\nfrom calibrated_rewards.cli import model_options\n"
+        "model_options.add_policy_options(argparse.ArgumentParser())\n"
         "sys.exit(not {'torch', 'transformers', 'httpx', 'vllm'}.isdisjoint(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False)

@@ -78,6 +78,22 @@ def test_another_reward_model_is_no_reward(
     assert main([*asked, "--no-verify"]) == 0
 
 
+def test_a_cost_that_the_table_is_not_of_names_the_table_and_the_rule(
+    made: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --cost for a table without, and the other way round: no list of fingerprints."""
+    table, model = made
+    words = ["--reward-model", model, "--out", str(tmp_path / "reward")]
+    assert main(["reward", table, *words, "--cost"]) == 2
+    assert f"the table {table} was made without --cost" in capsys.readouterr().err
+    calibrate(PROMPTS, NumberSampler(), load_scorer(model, cost=True), k=8, out=tmp_path / "cost")
+    assert main(["reward", str(tmp_path / "cost"), *words]) == 2
+    said = capsys.readouterr().err
+    assert f"the table {tmp_path / 'cost'} was made with --cost" in said
+    assert "fingerprint" not in said
+    assert main(["reward", str(tmp_path / "cost"), *words, "--cost"]) == 0
+
+
 def test_settings_are_checked(made: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A transform that has no name here, an estimator that there is not."""
     table, model = made
@@ -136,6 +152,15 @@ def test_an_optimum_that_there_is_not_is_a_message(
     assert stopped.value.code == 2
     assert message in said
     assert "beta" not in said
+
+
+@pytest.mark.parametrize(("name", "instead"), [("best-of:4:9", "exp:10:9"), ("worst-of:64:1", "exp:-10:1")])
+def test_a_kl_out_of_reach_names_what_to_type(name: str, instead: str) -> None:
+    """tune() is a function, and no option: the message has a transform that --transform takes."""
+    with pytest.raises(argparse.ArgumentTypeError, match=f"such as {instead}") as refused:
+        parse_transform(name)
+    assert "tune()" not in str(refused.value)
+    assert parse_transform(instead).kl == float(name.rpartition(":")[2])
 
 
 def test_what_is_not_solved_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:

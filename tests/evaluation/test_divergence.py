@@ -14,8 +14,8 @@ from hypothesis import given, strategies as st
 from scipy.special import rel_entr, softmax
 
 from calibrated_rewards.evaluation import kl as divergence
-from calibrated_rewards.evaluation.kl import Divergence, _terms, between
-from calibrated_rewards.evaluation.outcomes import Precision
+from calibrated_rewards.evaluation.kl import Divergence, _terms, build_divergence
+from calibrated_rewards.evaluation.results import Precision
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding, Rollout
 from calibrated_rewards.testing.suites import NumberSampler
@@ -167,7 +167,7 @@ def test_refuses_what_has_no_kl(caplog):
     with pytest.raises(ValueError, match="cells >= 1, got cells=0"):
         Divergence(plain, plain, 0)
     with caplog.at_level(logging.WARNING):
-        assert between(NumberSampler(), plain) is None
+        assert build_divergence(NumberSampler(), plain) is None
     assert "the policy is a NumberSampler" in caplog.text
     with pytest.raises(ValueError, match="make other tokens of a completion of 'a'"):
         Divergence(plain, tabular(0))(["a"], [[Rollout("abc", 4, "stop")]])

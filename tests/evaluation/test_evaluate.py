@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.main import COMMANDS, main
-from calibrated_rewards.evaluation.estimates import Estimate, Stated
+from calibrated_rewards.evaluation.estimates import Estimate, IntervalEstimate
 from calibrated_rewards.evaluation.kl import Divergence
-from calibrated_rewards.evaluation.outcomes import Difference, Evaluation, Precision
 from calibrated_rewards.evaluation.policies import evaluate
-from calibrated_rewards.evaluation.responses import distances, responses
+from calibrated_rewards.evaluation.responses import measure_kl, read_responses
+from calibrated_rewards.evaluation.results import Comparison, Evaluation, Precision
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.loading import load_sampler
@@ -225,7 +225,7 @@ def test_seeds_are_apart_from_the_references_and_shared_by_policies(tmp_path):
     theirs = [[row["completion"] for row in own] for own in rows_of(tmp_path / "reference")]
     assert not {text for own in theirs for text in own} & {text for own in texts["a"] for text in own}
     assert {d.value.value for d in found.differences} == {0.0}
-    assert not any(d.tells for d in found.differences)
+    assert not any(d.significant for d in found.differences)
     calibrate(PROMPTS, NumberSampler(), NumberScorer(), tmp_path / "table", k=4)
     table = [[row["completion"] for row in own] for own in rows_of(tmp_path / "table")]
     assert not {text for own in theirs for text in own} & {text for own in table for text in own}
@@ -298,14 +298,14 @@ def plain():
 @given(value=st.floats(-1, 1), below=st.floats(0, 1), above=st.floats(0, 1))
 def test_a_difference_is_claimed_only_outside_its_interval(plain, value, below, above):
     """In words, the larger first; else that the prompts do not tell."""
-    each = Difference("a", "b", "judge", "Standard()", Stated(value, value - below, value + above, 0.1, 30))
+    each = Comparison("a", "b", "judge", "Standard()", IntervalEstimate(value, value - below, value + above, 0.1, 30))
     known = below + above > 1e-6
     assume(known or below == above == 0)
-    assert each.tells == (known and (value - below > 0 or value + above < 0))
+    assert each.significant == (known and (value - below > 0 or value + above < 0))
     said = str(replace(plain, differences=(each,)))
     assert ("a wins more than b" in said) == (known and value - below > 0)
     assert ("b wins more than a" in said) == (known and value + above < 0)
-    assert ("do not tell" in said) == (not each.tells)
+    assert ("do not tell" in said) == (not each.significant)
 
 
 def test_few_prompts_are_said_before_any_claim():
@@ -324,15 +324,15 @@ def test_few_prompts_are_said_before_any_claim():
     assert (kl.value, kl.low) == (3.0, 0.0)
     said = str(found)
     assert said.startswith("3 prompts, 4 completions of each")
-    assert said.index("fewer than 20 prompts: intervals are rough") < said.index("up wins more than down")
+    assert said.index("3 prompts are few: below 20 even the intervals are rough") < said.index("up wins more than down")
     rate = found.policies[0].win_rates["r"]["Standard()"]
     assert rate.value < rate.high <= 1
     every = [*found.reference.scores.values(), *(each.tokens for each in found.policies)]
     assert all(each.low <= each.value <= each.high for each in every)
     more = evaluate(policies, Shifted(), [f"p{i}" for i in range(20)], {"r": NumberScorer()}, m=4)
-    assert "fewer than" not in str(more)
+    assert "are few" not in str(more)
     for prompts in (3, 20):
-        rates = Stated.of(Estimate(np.linspace(0, 1, prompts)))
+        rates = IntervalEstimate.of(Estimate(np.linspace(0, 1, prompts)))
         assert (rates.low, rates.high) == Estimate(np.linspace(0, 1, prompts)).interval()
 
 
@@ -343,12 +343,12 @@ def test_an_interval_without_width_claims_nothing():
         prompts = [f"p{i}" for i in range(n)]
         found = evaluate(far, Shifted(), prompts, {"r": NumberScorer()}, m=1, procedures=[Standard()])
         assert found.differences[0].value.value == 1
-        assert not found.differences[0].tells
+        assert not found.differences[0].significant
         assert "wins more than" not in str(found)
     assert f"{n} prompts, 1 completion of each" in str(found)
     # A resampled mean of equal values is off by rounding.
-    rounded = Stated(0.1, 0.1, float(np.nextafter(0.1, 1)), 0.0, 25)
-    assert not Difference("a", "b", "judge", "Standard()", rounded).tells
+    rounded = IntervalEstimate(0.1, 0.1, float(np.nextafter(0.1, 1)), 0.0, 25)
+    assert not Comparison("a", "b", "judge", "Standard()", rounded).significant
 
 
 def test_a_single_prompt_has_no_intervals(tmp_path):
@@ -415,13 +415,13 @@ def test_refuses_what_cannot_be_evaluated(tmp_path):
     calibrate(PROMPTS, policy, reward, tmp_path, k=3)
     asked = {prompt_key(prompt): prompt for prompt in [*PROMPTS, "new"]}
     with pytest.raises(ValueError, match=r"m=3 completions of each prompt, scored; .* has 0 for 'new'"):
-        responses(tmp_path, asked, ["r"], 3)
+        read_responses(tmp_path, asked, ["r"], 3)
     with pytest.raises(ValueError, match=r"m=4 completions .* has 3 for '2\+2='"):
-        responses(tmp_path, {prompt_key("2+2="): "2+2="}, ["r"], 4)
+        read_responses(tmp_path, {prompt_key("2+2="): "2+2="}, ["r"], 4)
     with pytest.raises(ValueError, match="has 0 for '2"):
-        responses(tmp_path, {prompt_key("2+2="): "2+2="}, ["other"], 3)
+        read_responses(tmp_path, {prompt_key("2+2="): "2+2="}, ["other"], 3)
     with pytest.raises(ValueError, match=r"the KL of .* has 3 for '2"):
-        distances(tmp_path, {prompt_key("2+2="): "2+2="}, Counting(), 4)
+        measure_kl(tmp_path, {prompt_key("2+2="): "2+2="}, Counting(), 4)
 
 
 CHATS = [[{"role": "user", "content": f"question {i}"}] for i in range(3)]

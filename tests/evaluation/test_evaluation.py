@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.special import ndtr, ndtri
 from scipy.stats import binom, t as student
 
-from calibrated_rewards.evaluation.estimates import Estimate, Influence, Samples, difference, stated
+from calibrated_rewards.evaluation.estimates import Estimate, Influence, Samples, difference, estimate_columns
 from calibrated_rewards.evaluation.win_rate import Prediction, predict, win_rate
 from calibrated_rewards.theory.procedures import BestOf, Calibrated, RewindAndRepeat, SoftBestOf, Standard, WorstOf
 
@@ -257,7 +257,7 @@ NUMBERS_OF_PROMPTS = (5, 12, 20, 24, 30, 50, 100)
 def test_of_normal_values_the_bootstrap_is_students_interval(prompts):
     """On the mean as wide as scipy's t has it, at each number of prompts: no step from a few to many."""
     values = np.random.default_rng(prompts).normal(size=(prompts, 300))
-    widths = np.array([each.high - each.low for each in stated(values)])
+    widths = np.array([each.high - each.low for each in estimate_columns(values)])
     half = student.ppf(0.975, prompts - 1) * values.std(axis=0, ddof=1) / sqrt(prompts)
 
     assert np.mean(widths) == pytest.approx(2 * half.mean(), rel=0.035)
@@ -267,12 +267,12 @@ def test_of_normal_values_the_bootstrap_is_students_interval(prompts):
 def test_intervals_cover_means_of_skewed_values_and_of_zeros_and_ones(prompts):
     """Of 0 and 1 exactly, over all numbers of ones; of win rates near 1 and of near 0 or 1, from seeded draws."""
     ones, rng = np.arange(prompts + 1), np.random.default_rng(prompts)
-    of_ones = [(each.low, each.high) for each in stated((np.arange(prompts)[:, None] < ones).astype(float))]
+    of_ones = [(each.low, each.high) for each in estimate_columns((np.arange(prompts)[:, None] < ones).astype(float))]
     low, high = np.array(of_ones).T
     exact = binom.pmf(ones, prompts, 0.5) @ ((low <= 0.5) & (high >= 0.5))
     covered = {}
     for mean, (a, b) in {0.8: (2, 0.5), 0.5: (0.3, 0.3)}.items():
-        found = stated(rng.beta(a, b, size=(prompts, 600)))
+        found = estimate_columns(rng.beta(a, b, size=(prompts, 600)))
         covered[mean] = np.mean([each.low <= mean <= each.high for each in found])
 
     # Less than nominal where values are few, and skewed; benchmarks/intervals.py has the figures. 3 standard errors.

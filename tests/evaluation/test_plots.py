@@ -13,39 +13,38 @@ from matplotlib.figure import Figure
 
 from calibrated_rewards import theory
 from calibrated_rewards.evaluation import plots
-from calibrated_rewards.evaluation.estimates import Stated
-from calibrated_rewards.evaluation.frontier import Point, Reweighted
-from calibrated_rewards.evaluation.outcomes import Evaluation, Outcome
-from calibrated_rewards.evaluation.wording import arm, spoken
+from calibrated_rewards.evaluation.estimates import IntervalEstimate
+from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate, FrontierPoint, PolicyResult
+from calibrated_rewards.evaluation.wording import format_objective, format_procedure
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import values
 from calibrated_rewards.theory.procedures import BestOf, Standard
 from calibrated_rewards.theory.transforms import Exponential, Identity, Log, moments
 
 ONE, FOUR = "Standard()", "BestOf(n=4)"
-ARMS = ["raw", "identity", "log", "exp:10", "best-of:4", "par", "log-sigmoid", "$ _^{"]
+OBJECTIVES = ["raw", "identity", "log", "exp:10", "best-of:4", "par", "log-sigmoid", "$ _^{"]
 
 
 def about(value, down=0.02, up=0.03):
-    return Stated(value, value - down, value + up, down, 50)
+    return IntervalEstimate(value, value - down, value + up, down, 50)
 
 
 def point(name, place, kl, ess):
     rates = {judge: {ONE: about(0.5 + place / 50), FOUR: about(0.6 + place / 40)} for judge in ("reward", "judge")}
-    return Point(name, kl, 0.1, 0.2, ess, {ONE: 99.0, FOUR: ess}, rates, rates)
+    return FrontierPoint(name, kl, 0.1, 0.2, ess, {ONE: 99.0, FOUR: ess}, rates, rates)
 
 
 def policy(name, shift):
-    rates = {"judge": {ONE: about(0.6 + shift), FOUR: Stated(0.7 + shift, None, None, None, 1)}}
-    return Outcome(name, about(0.5), about(20.0), {"judge": about(1.0)}, rates)
+    rates = {"judge": {ONE: about(0.6 + shift), FOUR: IntervalEstimate(0.7 + shift, None, None, None, 1)}}
+    return PolicyResult(name, about(0.5), about(20.0), {"judge": about(1.0)}, rates)
 
 
 CURVES = [
     theory.frontier(t, [Standard(), BestOf(4)], [1.0, 0.2, 0.5])
     for t in (Identity(), Exponential(3.0), Exponential(-2.0))
 ]
-FOUND = Reweighted(
-    tuple(point(name, i, kl, 9 - 8 * kl) for i, name in enumerate(ARMS) for kl in (1.0, 0.25)),
+FOUND = FrontierEstimate(
+    tuple(point(name, i, kl, 9 - 8 * kl) for i, name in enumerate(OBJECTIVES) for kl in (1.0, 0.25)),
     (ONE, FOUR),
     "reward",
     50,
@@ -161,15 +160,15 @@ def test_reweighted_draws_each_arm_and_hollows_what_rests_on_few():
     """Rates are those of procedure and judge, by ascending KL near their own; below five effective rollouts hollow."""
     ax = plots.reweighted(FOUND, FOUR, "judge")
     assert [text.get_text().strip().strip("$") for text in ax.get_legend().get_texts()][:4] == [
-        arm(n) for n in ARMS[:4]
+        format_objective(n) for n in OBJECTIVES[:4]
     ]
     drawn = lines(ax)
-    assert len(drawn) == len(ARMS)
+    assert len(drawn) == len(OBJECTIVES)
     for place, (x, y) in enumerate(drawn):
         assert np.allclose(y, 0.6 + place / 40)
         assert np.allclose(x, [0.25, 1.0], atol=0.05)
     marks = [c for c in ax.collections if len(c.get_offsets()) == 2 and c.get_facecolor().size]
-    assert [len(c.get_facecolor()) for c in marks] == [2] * len(ARMS)
+    assert [len(c.get_facecolor()) for c in marks] == [2] * len(OBJECTIVES)
     assert all(c.get_facecolor()[0, 3] == 1 and c.get_facecolor()[1, 3] == 0 for c in marks)
 
 
@@ -233,4 +232,4 @@ def test_outcomes_stand_beside_their_policies():
     assert np.allclose(four.get_xdata(), [0.8, 0.7])
     ends = whiskers(ax)[:, :, 0]
     assert np.allclose(ends, [[0.68, 0.73], [0.58, 0.63], [0.8, 0.8], [0.7, 0.7]])
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == [spoken(ONE), spoken(FOUR)]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [format_procedure(ONE), format_procedure(FOUR)]

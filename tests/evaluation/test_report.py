@@ -13,19 +13,27 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from fake_experiment import NASTY, SAID, Shifted, make
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 import calibrated_rewards
 from calibrated_rewards.cli import report as command
 from calibrated_rewards.evaluation.expectations import expect
-from calibrated_rewards.evaluation.outcomes import Evaluation
 from calibrated_rewards.evaluation.policies import evaluate
-from calibrated_rewards.evaluation.report.calibration_section import fresh
-from calibrated_rewards.evaluation.report.expected import expectation_lines, table_curve
-from calibrated_rewards.evaluation.report.experiment import experiment
-from calibrated_rewards.evaluation.report.markup import element, raised
-from calibrated_rewards.evaluation.report.outcome_section import outcome
+from calibrated_rewards.evaluation.report.calibration_section import check_fresh_completions, expectation_lines
+from calibrated_rewards.evaluation.report.evaluation_section import compute_table_curve, write_evaluation
+from calibrated_rewards.evaluation.report.experiment import read_experiment
+from calibrated_rewards.evaluation.report.page import (
+    Bullets,
+    Details,
+    Heading,
+    Paragraph,
+    Quote,
+    Section,
+    Table,
+    render_page,
+)
 from calibrated_rewards.evaluation.report.report import report
+from calibrated_rewards.evaluation.results import Evaluation
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 from calibrated_rewards.theory.procedures import BestOf
@@ -33,7 +41,7 @@ from calibrated_rewards.theory.transforms import scaled
 
 TITLES = {
     "table": "What was calibrated",
-    "frontier.json": "What was promised without training",
+    "frontier.json": "What to expect without training",
     "calibrated": "What was trained",
     "evaluation": "What came out",
 }
@@ -180,7 +188,7 @@ def test_training_is_told_by_its_log(demo, page):
 def test_fresh_completions_are_ranked_among_their_prompts_references(demo, page):
     """The mean quantile, against one count a completion."""
     table = ReferenceTable.load(demo / "table" / "reward")
-    found = fresh(table, demo / "evaluation", "reward")
+    found = check_fresh_completions(table, demo / "evaluation", "reward")
     rows = [
         row for p in (demo / "evaluation/reference/rollouts").glob("*.parquet") for row in pq.read_table(p).to_pylist()
     ]
@@ -198,7 +206,7 @@ def test_fresh_completions_of_another_policy_are_not_as_they_should_be(demo):
     """Completions that score higher than the references do say so."""
     table = ReferenceTable.load(demo / "table" / "reward")
     lower = ReferenceTable.build([(key, scores - 1.0) for key, scores in table.items()])
-    found = fresh(lower, demo / "evaluation", "reward")
+    found = check_fresh_completions(lower, demo / "evaluation", "reward")
     assert not found.uniform
     assert "not as it should be" in str(found)
 
@@ -316,34 +324,54 @@ def test_other_tokens_than_drawn_are_told(demo, page):
     assert "other tokens" not in page.text
     told = Evaluation.load(demo / "evaluation" / "evaluation.json")
     some = replace(told, policies=(replace(told.policies[0], not_as_drawn=1234), told.policies[1]))
-    found = outcome(replace(experiment(demo / "calibrated"), evaluation=some))
-    assert "1,234 of calibrated." in " ".join(block.text for block in found.blocks)
+    section = write_evaluation(replace(read_experiment(demo / "calibrated"), evaluation=some))
+    said = "calibrated: 1,234 of 192 completions make other tokens than were drawn"
+    assert said in Page(render_page("t", [section])).text
 
 
-@given(st.text(), st.text())
-def test_any_text_is_text(inside, attribute):
-    """What goes in comes out of a parser, and nothing else does."""
-    page = Page(element("p", inside, raised(inside), title=attribute).text)
-    assert page.tags == ["p", *["sup"] * page.tags.count("sup")]
-    assert "".join(page.texts).startswith(inside)
-    assert len(page.attributes) == 1
+PLAIN = Page(render_page("", []))
+
+
+@given(st.text())
+@example("<script>alert(1)</script> & '\"^{<b>}")
+def test_any_text_is_text(text):
+    """What goes in comes out of a parser, in every block, and no element or attribute comes with it."""
+    table = Table([text], [[text, text]])
+    blocks = (Heading(text), Paragraph(text), Bullets([text]), table, Quote(text), Details(text, table))
+    page = Page(render_page(text, [Section(text, blocks, (text,))]))
+    assert set(page.tags) - {"sup"} <= {
+        *PLAIN.tags,
+        *["h2", "h3", "p", "ul", "li", "div", "table", "thead", "tbody", "tr", "th", "td", "details", "summary"],
+    }
+    assert {name for _, name, _ in page.attributes} <= {
+        "charset",
+        "name",
+        "content",
+        "lang",
+        "class",
+        "tabindex",
+        "role",
+        "scope",
+    }
+    assert page.tags.count("h1") == page.tags.count("h2") == page.tags.count("h3") == page.tags.count("p") == 1
+    assert page.texts.count(text) >= 4 or not text.strip()
 
 
 def test_the_reward_is_promised_what_its_table_gives(demo, tmp_path):
     """KL and win rate of the policy that fits the table's rewards, and theory's; of equal references, why not."""
-    of = experiment(demo)
+    of = read_experiment(demo)
     found = expect(of.tables["reward"], scaled(of.transform, "unit"), beta=0.4, procedure=BestOf(4))
     own, theirs = expectation_lines(of)
 
     assert f"at beta=0.4 the policy that fits its rewards has KL {found.kl:.3g} nats" in own
     assert f"win rate {found.win_rate:.3f}, best of 4" in own
     assert f"KL {found.theory_kl:.3g} at this beta" in theirs
-    curve = table_curve(of, BestOf(4), 0.5)
+    curve = compute_table_curve(of, BestOf(4), 0.5)
     assert curve.kl[[0, -1]] == pytest.approx([0.01, 0.5])
     equal = ReferenceTable.build([("p", [1.0] * 4)])
     (why,) = expectation_lines(replace(of, tables={"reward": equal}))
     assert "has nothing to tell on this table" in why
-    assert table_curve(replace(of, tables={"reward": equal}), BestOf(4), 0.5) is None
+    assert compute_table_curve(replace(of, tables={"reward": equal}), BestOf(4), 0.5) is None
     assert not [*expectation_lines(replace(of, reward=None))]
     shutil.copytree(demo, tmp_path / "copy")
     assert own in Page(report(tmp_path / "copy").read_text()).text

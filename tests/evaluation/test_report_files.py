@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from calibrated_rewards.evaluation.report.experiment import experiment
+from calibrated_rewards.evaluation.report.experiment import read_experiment
 from calibrated_rewards.evaluation.report.report import report
 from calibrated_rewards.table.reference_table import ReferenceTable
 
@@ -45,10 +45,10 @@ def run(tmp_path):
 )
 def test_what_is_wrong_is_named(run, name, holds, says):
     """The file, and what it holds in place of what it should."""
-    experiment(run)
+    read_experiment(run)
     (run / name).write_bytes(holds)
     with pytest.raises(ValueError, match=f"{re.escape(str(run / name))}.*{says}"):
-        experiment(run)
+        read_experiment(run)
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", '"<b>x"', "null"])
@@ -59,17 +59,17 @@ def test_an_estimate_is_of_numbers(run, value):
     said = {"reference": reference, "policies": [], "differences": [], "selected_by": "judge"}
     text = json.dumps({**said, "prompts": 1, "completions": 1})
     (run / "evaluation.json").write_text(text.replace('"here"', "0.5"))
-    experiment(run)
+    read_experiment(run)
     (run / "evaluation.json").write_text(text.replace('"here"', value))
     with pytest.raises(ValueError, match=re.escape(str(run / "evaluation.json"))):
-        experiment(run)
+        read_experiment(run)
 
 
 def test_a_line_that_was_broken_off_is_passed_over(run):
     """A killed run's last line, also where another run has gone on after it; a step of NaN is a step."""
     rows = ['{"step": 0, "u": 0.5}', '{"step": 1, "u"', "", '{"step": 1, "u": NaN}', '{"st']
     (run / "log.jsonl").write_text("\n".join(rows))
-    assert [row["step"] for row in experiment(run).runs[run.name].rows] == [0, 1]
+    assert [row["step"] for row in read_experiment(run).runs[run.name].rows] == [0, 1]
     assert "<svg" in report(run).read_text()
 
 

@@ -16,12 +16,14 @@ from hypothesis import given, settings, strategies as st
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import frontier
 from calibrated_rewards.cli.main import main
-from calibrated_rewards.evaluation.estimates import Estimate, Samples, Stated, stated
-from calibrated_rewards.evaluation.frontier import Reweighted, references_of, reweighted
-from calibrated_rewards.evaluation.objectives import ARMS, AnyKL, BestAtKL, Transformed, Uncalibrated
-from calibrated_rewards.evaluation.prospects import ERRORS, Point, margin, told
-from calibrated_rewards.evaluation.weighted_rollouts import WeightedPools, won
+from calibrated_rewards.evaluation.estimates import Estimate, IntervalEstimate, Samples, estimate_columns
+from calibrated_rewards.evaluation.frontier import estimate_frontier
+from calibrated_rewards.evaluation.objectives import OBJECTIVES, Fixed, OptimumAtKL, Transformed
+from calibrated_rewards.evaluation.responses import read_scores
+from calibrated_rewards.evaluation.results import ERRORS, FrontierEstimate, FrontierPoint, resolution_limit
+from calibrated_rewards.evaluation.weighted_rollouts import WeightedPools, win_rates_of
 from calibrated_rewards.evaluation.win_rate import predict
+from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory.procedures import BestOf, Calibrated, SoftBestOf, Standard, WorstOf
@@ -47,11 +49,11 @@ def normals(prompts, rollouts, seed=0, correlation=0.6):
 @pytest.mark.parametrize("kl", [0.25, 1.0])
 def test_transforms_are_as_good_as_theory_says(kl):
     """By the selecting score, a continuous model's win rates at the same KL, within O(1/K)."""
-    arms = {name: ARMS[name] for name in ("identity", "log", "exp:5", "exp:-5")}
+    arms = {name: OBJECTIVES[name] for name in ("identity", "log", "exp:5", "exp:-5")}
     transforms = {"identity": Identity(), "log": Log(), "exp:5": Exponential(5.0), "exp:-5": Exponential(-5.0)}
     errors = []
     for rollouts in 200, 800:
-        found = reweighted(normals(2, rollouts), arms, [kl], PROCEDURES)
+        found = estimate_frontier(normals(2, rollouts), arms, [kl], PROCEDURES)
         errors.append(
             [
                 rates(found, name)[repr(each)] - win_rate(transform, beta_for_kl(transform, kl), each)
@@ -66,8 +68,8 @@ def test_transforms_are_as_good_as_theory_says(kl):
 
 def test_the_optimum_and_the_raw_score_are_as_good_as_theory_says():
     """The solved optimum at its KL; and a raw score of one normal law everywhere, whose quantile is NormalQuantile."""
-    best = BestAtKL(BestOf(4)).at(0.5)
-    found = reweighted(normals(100, 500), {"raw": AnyKL(Uncalibrated()), "best": AnyKL(best)}, [0.5])
+    best = OptimumAtKL(BestOf(4)).at(0.5)
+    found = estimate_frontier(normals(100, 500), {"raw": Fixed(Uncalibrated()), "best": Fixed(best)}, [0.5])
     for name, transform in {"raw": NormalQuantile(), "best": best.transform}.items():
         for procedure in PROCEDURES:
             truth = win_rate(transform, beta_for_kl(transform, 0.5), procedure)
@@ -79,7 +81,7 @@ def test_prediction_from_bins_agrees_as_k_grows():
     gaps = []
     for rollouts in 50, 400:
         references = normals(20, rollouts)
-        found = reweighted(references, {"exp:5": ARMS["exp:5"]}, [0.5], [BestOf(4)])
+        found = estimate_frontier(references, {"exp:5": OBJECTIVES["exp:5"]}, [0.5], [BestOf(4)])
         transform = Exponential(5.0)
         mass = bin_masses(transform, beta_for_kl(transform, 0.5), BestOf(4), rollouts)
         predicted = predict(references, mass, bin_masses(transform, np.inf, BestOf(4), rollouts))
@@ -112,8 +114,8 @@ def test_a_small_weighted_pool_by_enumeration(which, draws):
     weights = pools.filled(np.concatenate([rng.dirichlet(np.ones(5)), rng.dirichlet(np.ones(3))]), 0.0)
     procedure = BestOf(draws) if which == "best" else WorstOf(draws)
     ours, theirs = pools.output(weights, procedure), pools.output(pools.uniform, procedure)
-    by_judge = won(ours, theirs, pools.by_judge.beaten(theirs), itself=False)
-    by_select = won(ours, theirs, pools.by_select.beaten(theirs), itself=True)
+    by_judge = win_rates_of(ours, theirs, pools.by_judge.beaten(theirs), itself=False)
+    by_select = win_rates_of(ours, theirs, pools.by_select.beaten(theirs), itself=True)
     for p, size in enumerate((5, 3)):
         a = brute(select[p], weights[p, :size], which, draws)
         b = brute(select[p], np.full(size, 1 / size), which, draws)
@@ -143,16 +145,18 @@ def test_by_simulation():
     ours_judged, theirs_judged = (references.judge[0][each] for each in outputs)
     apart = outputs[0] != outputs[1]
     simulated = (ours_judged > theirs_judged)[apart].mean()
-    assert won(ours, theirs, pools.by_judge.beaten(theirs), itself=False)[0] == pytest.approx(simulated, abs=0.006)
+    assert win_rates_of(ours, theirs, pools.by_judge.beaten(theirs), itself=False)[0] == pytest.approx(
+        simulated, abs=0.006
+    )
 
 
 def test_a_procedure_known_by_its_density_alone():
     """`Calibrated` with the g of the best of three gives what `BestOf(3)` does; one that reads scores is refused."""
     g = Calibrated(np.square)
-    found = reweighted(normals(5, 40), {"identity": ARMS["identity"]}, [0.5], [BestOf(3), g])
+    found = estimate_frontier(normals(5, 40), {"identity": OBJECTIVES["identity"]}, [0.5], [BestOf(3), g])
     assert rates(found, "identity")[repr(g)] == pytest.approx(rates(found, "identity")["BestOf(n=3)"], abs=1e-9)
     with pytest.raises(ValueError, match=r"functions of the rank, got \[SoftBestOf"):
-        reweighted(normals(5, 40), procedures=[SoftBestOf(4, 1.0)])
+        estimate_frontier(normals(5, 40), procedures=[SoftBestOf(4, 1.0)])
 
 
 @given(st.lists(st.lists(st.integers(-20, 20), min_size=6, max_size=9), min_size=2, max_size=4))
@@ -160,10 +164,10 @@ def test_a_procedure_known_by_its_density_alone():
 def test_ranks_know_nothing_of_the_scale(rows):
     """An increasing map of the raw scores changes nothing of a transform, whatever the ties."""
     wide = [[*row, -30, 30] for row in rows]
-    arms = {name: ARMS[name] for name in ("identity", "exp:5")}
+    arms = {name: OBJECTIVES[name] for name in ("identity", "exp:5")}
     judge = [np.cos(np.arange(len(row)) * 2.3) for row in wide]
-    plain = reweighted(Samples(wide, judge), arms, [0.3], PROCEDURES)
-    mapped = reweighted(Samples([np.array(row) ** 3 for row in wide], judge), arms, [0.3], PROCEDURES)
+    plain = estimate_frontier(Samples(wide, judge), arms, [0.3], PROCEDURES)
+    mapped = estimate_frontier(Samples([np.array(row) ** 3 for row in wide], judge), arms, [0.3], PROCEDURES)
     assert plain == mapped
 
 
@@ -171,10 +175,10 @@ def test_the_raw_score_knows_the_scale():
     """Exponentiated scores make another optimum of the raw reward, and of everything that is not a rank."""
     references, arms = (
         normals(20, 60),
-        {name: ARMS[name] for name in ("raw", "z-score", "par", "median", "log-sigmoid")},
+        {name: OBJECTIVES[name] for name in ("raw", "z-score", "par", "median", "log-sigmoid")},
     )
-    plain = reweighted(references, arms, [0.5])
-    mapped = reweighted(Samples([np.exp(row) for row in references.select], references.judge), arms, [0.5])
+    plain = estimate_frontier(references, arms, [0.5])
+    mapped = estimate_frontier(Samples([np.exp(row) for row in references.select], references.judge), arms, [0.5])
     for name in arms:
         assert abs(rates(plain, name)["Standard()"] - rates(mapped, name)["Standard()"]) > 1e-3
 
@@ -183,23 +187,23 @@ def test_shifts_between_prompts():
     """Each calibration takes a shift of a prompt away, and the raw score does too: its optimum is by prompt."""
     references = normals(10, 50)
     shifted = Samples([row + 64.0 * p for p, row in enumerate(references.select)], references.judge)
-    plain, moved = (reweighted(each, ARMS, [0.5], PROCEDURES) for each in (references, shifted))
+    plain, moved = (estimate_frontier(each, OBJECTIVES, [0.5], PROCEDURES) for each in (references, shifted))
     for a, b in zip(plain.points, moved.points, strict=True):
         assert b.beta == pytest.approx(a.beta, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_all_arms_spend_the_same_kl(name):
     """The mean KL of the weights is the one asked for, by a sum of its own, with ragged rows; so is the ess."""
     rng = np.random.default_rng(3)
     select = [rng.normal(size=n) * (1 + n / 20) for n in (20, 31, 40)]
-    (point,) = reweighted(Samples(select), {name: ARMS[name]}, [0.6], [Standard()]).points
+    (point,) = estimate_frontier(Samples(select), {name: OBJECTIVES[name]}, [0.6], [Standard()]).points
     from calibrated_rewards.table.reference_table import ReferenceTable
 
     spent, squares = [], []
     for row in select:
         table = ReferenceTable.build([("p", row)])
-        v = ARMS[name].at(0.6)(table, table.rows(["p"] * len(row)), np.float32(row).astype(np.float64))
+        v = OBJECTIVES[name].at(0.6)(table, table.rows(["p"] * len(row)), np.float32(row).astype(np.float64))
         w = np.exp((v - v.max()) / point.beta)
         w /= w.sum()
         spent.append(np.log(len(row)) + np.sum(w * np.log(np.maximum(w, 1e-300))))
@@ -211,19 +215,19 @@ def test_all_arms_spend_the_same_kl(name):
 
 
 def test_intervals_are_those_of_each_estimate():
-    """The shared resampling gives the very bootstrap of `Stated.of`, gains are paired, and one prompt has none."""
+    """The shared resampling gives the bootstrap of `IntervalEstimate.of`, gains are paired, and one prompt has none."""
     rng = np.random.default_rng(0)
     per_prompt = rng.normal(size=(30, 3))
-    for one, column in zip(stated(per_prompt), per_prompt.T, strict=True):
-        expected = Stated.of(Estimate(np.ascontiguousarray(column)))
+    for one, column in zip(estimate_columns(per_prompt), per_prompt.T, strict=True):
+        expected = IntervalEstimate.of(Estimate(np.ascontiguousarray(column)))
         assert [one.value, one.low, one.high] == pytest.approx([expected.value, expected.low, expected.high])
         assert one.standard_error == pytest.approx(expected.standard_error)
-    assert stated(per_prompt[:1])[0].low is None
+    assert estimate_columns(per_prompt[:1])[0].low is None
 
 
 def test_gains_are_paired():
     """Over the first arm, prompt by prompt: zero without width of itself, and much narrower than the rates."""
-    raw, z, _ = reweighted(normals(200, 60), dict(list(ARMS.items())[:3]), [0.5]).points
+    raw, z, _ = estimate_frontier(normals(200, 60), dict(list(OBJECTIVES.items())[:3]), [0.5]).points
     assert (raw.gains["judge"]["Standard()"].low, raw.gains["judge"]["Standard()"].high) == (0.0, 0.0)
     gain, rate = z.gains["judge"]["BestOf(n=4)"], z.win_rates["judge"]["BestOf(n=4)"]
     assert gain.value == pytest.approx(rate.value - raw.win_rates["judge"]["BestOf(n=4)"].value)
@@ -233,13 +237,13 @@ def test_gains_are_paired():
 def test_a_kl_out_of_reach_is_left_out_in_words():
     """Ties or too few rollouts bound the KL; an arm that cannot go there is missing, and none at all is an error."""
     references = Samples([[0.0, 1.0, 1.0, 1.0]] * 3, [[0.0, 1.0, 2.0, 3.0]] * 3)
-    half = AnyKL(Transformed(Identity()))
-    found = reweighted(references, {"identity": half}, [0.1, 1.0], [Standard()])
+    half = Fixed(Transformed(Identity()))
+    found = estimate_frontier(references, {"identity": half}, [0.1, 1.0], [Standard()])
     assert [point.kl for point in found.points] == [0.1]
     assert found.left_out == ("identity at KL 1: these rollouts, K >= 4, reach a KL between 0 and 0.288, got kl=1.0.",)
     assert "Left out: identity at KL 1" in str(found)
-    with pytest.raises(ValueError, match="needs a KL that an arm reaches, got none: identity at KL 1"):
-        reweighted(references, {"identity": half}, [1.0], [Standard()])
+    with pytest.raises(ValueError, match="needs a KL that an objective reaches, got none: identity at KL 1"):
+        estimate_frontier(references, {"identity": half}, [1.0], [Standard()])
 
 
 @pytest.mark.parametrize(
@@ -249,15 +253,15 @@ def test_a_kl_out_of_reach_is_left_out_in_words():
 def test_what_cannot_be_compared_is_refused(options, says):
     """Budgets of nothing and no procedure at all."""
     with pytest.raises(ValueError, match=says):
-        reweighted(normals(3, 8), **options)
+        estimate_frontier(normals(3, 8), **options)
     with pytest.raises(ValueError, match="2 rollouts of each prompt"):
-        reweighted(Samples([[1.0], [1.0, 2.0]]))
+        estimate_frontier(Samples([[1.0], [1.0, 2.0]]))
     with pytest.raises(ValueError, match=r"in float32 as tables do, got -1e\+39"):
-        reweighted(Samples([[1.0, -1e39, 2.0]]))
+        estimate_frontier(Samples([[1.0, -1e39, 2.0]]))
     with pytest.raises(ValueError, match="selected_by='judge' and judged_by='judge' with two arrays"):
-        reweighted(normals(3, 8), selected_by="judge")
-    three, raw = Samples([[1.0, 2.0, 4.0]]), {"raw": ARMS["raw"]}
-    (point,) = reweighted(three, raw, [0.1], [Standard()], selected_by="judge").points
+        estimate_frontier(normals(3, 8), selected_by="judge")
+    three, raw = Samples([[1.0, 2.0, 4.0]]), {"raw": OBJECTIVES["raw"]}
+    (point,) = estimate_frontier(three, raw, [0.1], [Standard()], selected_by="judge").points
     assert [*point.win_rates] == ["judge"]
 
 
@@ -265,21 +269,21 @@ def test_what_cannot_be_compared_is_refused(options, says):
 def test_kls_are_numbers(kls):
     """A list of them, or an error that says so."""
     with pytest.raises(ValueError, match="finite kls > 0, a list of numbers, got kls="):
-        inspect.unwrap(reweighted)(normals(3, 8), kls=kls)
+        inspect.unwrap(estimate_frontier)(normals(3, 8), kls=kls)
 
 
 def test_kept_and_read_again(tmp_path):
     """The same object after JSON; a file of something else is refused by name."""
-    found = reweighted(normals(6, 30), ARMS, [0.5, 30.0])
+    found = estimate_frontier(normals(6, 30), OBJECTIVES, [0.5, 30.0])
     found.save(tmp_path / "new" / "frontier.json")
-    assert Reweighted.load(tmp_path / "new" / "frontier.json") == found
+    assert FrontierEstimate.load(tmp_path / "new" / "frontier.json") == found
     (tmp_path / "other.json").write_text(json.dumps({"points": [{"arm": "raw"}]}))
     whole = (tmp_path / "new" / "frontier.json").read_text()
     broken = whole[: len(whole) // 2], "", "null", re.sub('"value": ([^,]+)', r'"value": "\1"', whole, count=1)
     for text in ((tmp_path / "other.json").read_text(), *broken, whole.replace('"value": ', '"value": NaN, "x": ', 1)):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match=r"other\.json needs to be a frontier"):
-            Reweighted.load(tmp_path / "other.json")
+            FrontierEstimate.load(tmp_path / "other.json")
 
 
 def test_the_errors_are_those_that_were_measured():
@@ -299,7 +303,7 @@ def test_the_errors_are_those_that_were_measured():
     ]
     cells = [[float(cell) for cell in line.split("|")[2:6:2]] for line in table]
     assert cells == [list(each[1:]) for each in ERRORS]
-    assert [margin(ess) for ess in (1.0, 1.5, 2.99, 5.0, 49.0, 1e12, inf)] == [
+    assert [resolution_limit(ess) for ess in (1.0, 1.5, 2.99, 5.0, 49.0, 1e12, inf)] == [
         0.113,
         0.062,
         0.062,
@@ -313,27 +317,34 @@ def test_the_errors_are_those_that_were_measured():
 @given(st.floats(-0.3, 0.3), st.floats(0, 0.1), st.floats(1, 100), st.floats(1, 100))
 def test_a_gain_is_told_only_beyond_its_margin(value, half, ess, of_gain):
     """Its interval, widened by what gains were off at that ESS, leaves out 0; without an interval nothing is told."""
-    rate, gain = {"judge": {"p": Stated(0.6, 0.5, 0.7, 0.1, 30)}}, Stated(value, value - half, value + half, 0.1, 30)
-    point = Point("exp:5", 0.5, 0.0, 1.0, ess, {"p": ess}, rate, {"judge": {"p": gain}}, {"p": of_gain})
-    wide = half + margin(of_gain)
-    assert told(point, "judge", "p") == ("better" if value > wide else "worse" if value < -wide else None)
-    assert told(replace(point, gains={}), "judge", "p") is None
-    assert told(replace(point, gains={"judge": {"p": Stated(value, None, None, None, 1)}}), "judge", "p") is None
+    rate = {"judge": {"p": IntervalEstimate(0.6, 0.5, 0.7, 0.1, 30)}}
+    gain = IntervalEstimate(value, value - half, value + half, 0.1, 30)
+    point = FrontierPoint("exp:5", 0.5, 0.0, 1.0, ess, {"p": ess}, rate, {"judge": {"p": gain}}, {"p": of_gain})
+    wide = half + resolution_limit(of_gain)
+    assert point.verdict("judge", "p") == ("better" if value > wide else "worse" if value < -wide else None)
+    assert replace(point, gains={}).verdict("judge", "p") is None
+    alone = IntervalEstimate(value, None, None, None, 1)
+    assert replace(point, gains={"judge": {"p": alone}}).verdict("judge", "p") is None
 
 
 def test_a_gain_rests_on_the_lesser_of_two():
     """Of the arm's effective rollouts and the first arm's, by procedure."""
-    raw, log = reweighted(normals(100, 60), {name: ARMS[name] for name in ("raw", "log")}, [0.5]).points
+    raw, log = estimate_frontier(normals(100, 60), {name: OBJECTIVES[name] for name in ("raw", "log")}, [0.5]).points
     assert log.ess_of["BestOf(n=4)"] > 8 > 5 > raw.ess_of["BestOf(n=4)"]
     assert log.ess_of_gains == {name: min(raw.ess_of[name], log.ess_of[name]) for name in log.ess_of}
 
 
 def test_words_say_what_is_told_apart():
     """Better, worse and neither against the first arm, and a mark on what rests on too little."""
-    same = {"raw": ARMS["raw"], "again": ARMS["raw"], "exp:10": ARMS["exp:10"], "log": ARMS["log"]}
+    same = {
+        "raw": OBJECTIVES["raw"],
+        "again": OBJECTIVES["raw"],
+        "exp:10": OBJECTIVES["exp:10"],
+        "log": OBJECTIVES["log"],
+    }
 
     def judged(rollouts, start):
-        text = str(reweighted(normals(100, rollouts), same, [0.5]))
+        text = str(estimate_frontier(normals(100, rollouts), same, [0.5]))
         rows = text[text.index("judged by reward") : text.index("judged by judge")].splitlines()
         return next(line for line in rows if line.startswith(start)), text
 
@@ -347,27 +358,27 @@ def test_words_say_what_is_told_apart():
     assert "~; not told apart: again, exp:10" in best
     assert judged(60, "  exp:10")[0].count("~") == 1
     assert "up to 0.042 at an ESS of\n3 to 5, 0.072 at 1.5 to 3, 0.137 below" in text
-    assert "~" not in str(reweighted(normals(100, 60), {"log": ARMS["log"]}, [0.1]))
+    assert "~" not in str(estimate_frontier(normals(100, 60), {"log": OBJECTIVES["log"]}, [0.1]))
 
 
 def test_few_prompts_are_said_first():
     """Intervals within what a rate can be, and words before any claim; one prompt has no intervals at all."""
-    arms = {name: ARMS[name] for name in ("raw", "log")}
-    found = reweighted(normals(3, 60), arms, [0.5])
+    arms = {name: OBJECTIVES[name] for name in ("raw", "log")}
+    found = estimate_frontier(normals(3, 60), arms, [0.5])
     text = str(found)
-    assert text.index("Fewer than 20 prompts: intervals are rough") < text.index("against raw")
+    assert text.index("3 prompts are few: below 20 even the intervals are rough") < text.index("against raw")
     per_prompt = np.random.default_rng(1).normal(size=(5, 2))
-    for one, column in zip(stated(per_prompt), per_prompt.T, strict=True):
-        expected = Stated.of(Estimate(column))
+    for one, column in zip(estimate_columns(per_prompt), per_prompt.T, strict=True):
+        expected = IntervalEstimate.of(Estimate(column))
         assert [one.low, one.high] == pytest.approx([expected.low, expected.high])
-    assert stated(np.array([[0.5], [1.0]]))[0].high > 1
-    noisy = reweighted(normals(2, 60, seed=5), arms, [0.5]).points
+    assert estimate_columns(np.array([[0.5], [1.0]]))[0].high > 1
+    noisy = estimate_frontier(normals(2, 60, seed=5), arms, [0.5]).points
     ends = [rate for point in noisy for by in point.win_rates.values() for rate in by.values()]
     assert all(0 <= rate.low <= rate.value <= rate.high <= 1 for rate in ends)
     assert {0.0, 1.0} & {end for rate in ends for end in (rate.low, rate.high)}
-    one = str(reweighted(normals(1, 60), arms, [0.5]))
+    one = str(estimate_frontier(normals(1, 60), arms, [0.5]))
     assert one.startswith("1 prompt, ")
-    assert "nothing is told apart" in one
+    assert "nothing is claimed" in one
     assert "interval" not in one.split("there are no intervals")[0]
 
 
@@ -393,7 +404,7 @@ def test_rollouts_of_a_run_keep_their_pairs(run):
     import pyarrow.parquet as pq
 
     at, tables = run
-    references = references_of(at, "reward", "judge")
+    references = read_scores(at, "reward", "judge")
     for name, rows in ("reward", references.select), ("judge", references.judge):
         ours = sorted(tuple(np.sort(row)) for row in rows)
         assert ours == sorted(tuple(scores.astype(float)) for _, scores in tables[name].items())
@@ -412,8 +423,10 @@ def test_the_command(run, capsys, tmp_path):
     assert [point["arm"] for point in told["points"]] == ["raw", "exp:3", "log"]
     assert list(told["points"][0]["win_rates"]) == ["reward", "judge"]
     assert told["procedures"] == ["Standard()", "BestOf(n=2)"]
-    found = reweighted(references_of(at, "reward", "judge"), {"raw": ARMS["raw"]}, [0.3], [Standard(), BestOf(2)])
-    kept = Reweighted.load(tmp_path / "f.json")
+    found = estimate_frontier(
+        read_scores(at, "reward", "judge"), {"raw": OBJECTIVES["raw"]}, [0.3], [Standard(), BestOf(2)]
+    )
+    kept = FrontierEstimate.load(tmp_path / "f.json")
     assert kept.points[0] == found.points[0]
     swapped = json.loads(asked(capsys, at, "--select", "judge", "--json", "--kl", "0.3", "--arms", "raw"))
     assert list(swapped["points"][0]["win_rates"]) == ["judge", "reward"]
@@ -443,9 +456,9 @@ def test_the_command_on_a_bare_table(run, capsys, tmp_path):
 
 def test_arms_by_name():
     """As transforms are called elsewhere; what is none is refused with the list."""
-    assert frontier.arm("worst-of:3") == ("worst-of:3", BestAtKL(WorstOf(3)))
+    assert frontier.parse_arm("worst-of:3") == ("worst-of:3", OptimumAtKL(WorstOf(3)))
     with pytest.raises(ArgumentTypeError, match="an arm is raw, z-score"):
-        frontier.arm("best-of:zero")
+        frontier.parse_arm("best-of:zero")
 
 
 @dataclass(frozen=True)
@@ -460,17 +473,17 @@ class Steeper:
 def test_an_arm_may_depend_on_the_kl():
     """Each KL has the win rate of its own reward."""
     references = normals(3, 50)
-    both = reweighted(references, {"arm": Steeper()}, [0.25, 1.0]).points
+    both = estimate_frontier(references, {"arm": Steeper()}, [0.25, 1.0]).points
     for point in both:
-        alone = reweighted(references, {"arm": AnyKL(Steeper().at(point.kl))}, [point.kl]).points
+        alone = estimate_frontier(references, {"arm": Fixed(Steeper().at(point.kl))}, [point.kl]).points
         assert alone == (point,)
 
 
 def test_scores_tie_as_they_do_in_tables():
     """What float32 cannot tell apart ties, for the reward and for the procedure alike."""
     near = [1.0, 1.0 + 1e-12, 2.0, 3.0]
-    found = reweighted(Samples([near], [[0.0, 1.0, 2.0, 3.0]]), {"raw": ARMS["raw"]}, [0.3])
-    tied = reweighted(Samples([[1.0, 1.0, 2.0, 3.0]], [[0.0, 1.0, 2.0, 3.0]]), {"raw": ARMS["raw"]}, [0.3])
+    found = estimate_frontier(Samples([near], [[0.0, 1.0, 2.0, 3.0]]), {"raw": OBJECTIVES["raw"]}, [0.3])
+    tied = estimate_frontier(Samples([[1.0, 1.0, 2.0, 3.0]], [[0.0, 1.0, 2.0, 3.0]]), {"raw": OBJECTIVES["raw"]}, [0.3])
     assert found == tied
 
 
@@ -480,8 +493,8 @@ def test_a_procedure_that_draws_more_than_there_is_is_refused(tmp_path, capsys):
     for procedure in (BestOf(33), WorstOf(100)):
         said = rf"of {procedure.n} needs {procedure.n} rollouts .* got K=32: .* K={3 * procedure.n} or more"
         with pytest.raises(ValueError, match=said):
-            reweighted(references, procedures=[Standard(), procedure])
-    assert reweighted(references, {"log": ARMS["log"]}, [0.5], [BestOf(32)]).points
+            estimate_frontier(references, procedures=[Standard(), procedure])
+    assert estimate_frontier(references, {"log": OBJECTIVES["log"]}, [0.5], [BestOf(32)]).points
     ReferenceTable.build((f"p{i}", row) for i, row in enumerate(references.select)).save(tmp_path / "table")
     assert main(["frontier", str(tmp_path / "table"), "--best-of", "100"]) == 2
     assert "best of 100 needs 100 rollouts of each prompt or more, got K=32" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate as predicted
 from calibrated_rewards.theory.transforms import Exponential
-from calibrated_rewards.training.online import grpo as grpo_plain, ppo
+from calibrated_rewards.training.online import GRPOSettings, PPOSettings, grpo, ppo
 
 PROCEDURES = {repr(each): each for each in (Standard(), BestOf(4), WorstOf(4), RewindAndRepeat())}
 each_procedure = pytest.mark.parametrize("name", PROCEDURES)
@@ -146,17 +146,17 @@ def rewarded(here: Exact) -> CalibratedReward:
     return CalibratedReward(enumerable.TiedScorer(), ReferenceTable.build(rows), Exponential(5.0))
 
 
-@pytest.mark.parametrize("recipe", [ppo, grpo_plain])
-def test_the_loops_reach_the_optimum(recipe: Any, small: Exact) -> None:
+@pytest.mark.parametrize(("loop", "settings"), [(ppo, PPOSettings), (grpo, GRPOSettings)])
+def test_the_loops_reach_the_optimum(loop: Any, settings: Any, small: Exact) -> None:
     """Best-of-4 win rate within half a point of the optimum's at the same KL, and near it in total variation."""
     values = np.expm1(5 * small.quantiles) / np.expm1(5)
     beta = small.beta(values, 0.5)
     model = enumerable.Tabular(2, prompts=PROMPTS, letters=4)
     policy = Policy(model, enumerable.tokenizer(4), Decoding(2), Text())
-    size = {"completions": 128, "epochs": 1, "value_lr": 3e-2} if recipe is ppo else {"completions": 32}
-    settings = recipe.Settings(beta=beta, steps=120, prompts_a_step=4, lr=0.15, rows=256, **size)
+    size = {"completions": 128, "epochs": 1, "value_lr": 3e-2} if loop is ppo else {"completions": 32}
+    chosen = settings(beta=beta, steps=120, prompts_a_step=4, lr=0.15, rows=256, **size)
 
-    recipe.train(policy, rewarded(small), [Asked(p) for p in PROMPTS], settings)
+    loop.train(policy, rewarded(small), [Asked(p) for p in PROMPTS], chosen)
 
     got = np.array([enumerable.law(model, prompt, 2) for prompt in PROMPTS])
     best = small.at_kl(values, small.kl(got))

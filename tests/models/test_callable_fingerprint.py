@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 
+from calibrated_rewards import Exponential, scaled, theory
 from calibrated_rewards.models.callable_fingerprint import describe
 from calibrated_rewards.scorers.differences import differences
 from calibrated_rewards.scorers.protocol import fingerprint
@@ -307,7 +308,11 @@ def test_a_value_that_holds_itself_is_read() -> None:
 
 def test_numbers_are_shown_and_all_else_is_a_digest() -> None:
     """An error can say from what to what; a secret is not written down."""
-    said = describe(Holder(2.5))["state"], describe(Holder("sk-secret"))["state"], describe(Holder(float("nan")))
+    said = (
+        describe(Holder(2.5))["state"],
+        describe(Holder("sk-secret"))["state"],
+        describe(Holder(float("nan"))),
+    )
     assert said[0] == {"held": 2.5}
     assert "secret" not in str(said[1])
     assert re.fullmatch("[0-9a-f]{16}", said[2]["state"]["held"])
@@ -342,3 +347,26 @@ def test_installed_code_is_known_by_its_name() -> None:
     assert fingerprint(Holder(np.mean)) == fingerprint(Holder(np.mean)) != fingerprint(Holder(np.median))
     copy = FunctionType(np.mean.__wrapped__.__code__, {}, "mean")
     assert fingerprint(Holder(copy)) != fingerprint(Holder(np.mean))
+
+
+def with_the_package(_prompts: list[str], completions: list[str]) -> list[float]:
+    """A scorer that calls classes and functions of the package, and one of its modules."""
+    return [scaled(Exponential(2.0), "unit")(len(c) / theory.win_rate(LARGEST, 1.0)) for c in completions]
+
+
+LARGEST = Exponential(3.0)
+
+
+def test_the_package_may_move_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own objects go by their bare names, those of other packages by the module too."""
+    before = describe(with_the_package)
+    monkeypatch.setattr(Exponential, "__module__", "calibrated_rewards.elsewhere")
+    monkeypatch.setattr(scaled, "__module__", "calibrated_rewards.theory.scales")
+    assert describe(with_the_package) == before
+    monkeypatch.setattr(theory, "__name__", "calibrated_rewards.theories")
+    changed = describe(with_the_package)
+    assert changed["layout"] == before["layout"]
+    assert changed["code"] == before["code"]
+    assert [name for name in before["state"] if changed["state"][name] != before["state"][name]] == ["global.theory"]
+    monkeypatch.setattr(Exponential, "__module__", "numpy")
+    assert describe(with_the_package)["state"]["global.LARGEST"] != before["state"]["global.LARGEST"]

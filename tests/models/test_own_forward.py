@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from architectures import DISTURBED_BY_PADDING, ENCODERS, SEQUENCE_TO_SEQUENCE, Architecture, one_by_one
-from test_batches import Memory
+from memory import Memory
 from tiny import EOS, PAD, texts, tokenizer
 from torch import Tensor, nn
 
 from calibrated_rewards.models.batches import Budget
-from calibrated_rewards.models.own_forward import OwnForward, Precise, precise, taken
+from calibrated_rewards.models.own_forward import OwnForward, Precise, pick_output, precise
 
 ROWS = tokenizer()(texts(12, seed=5))["input_ids"]
 
@@ -83,7 +83,7 @@ def test_outputs_that_are_not_there() -> None:
     with pytest.raises(ValueError, match="the model's outputs have no 'rewards', they are: kinds, score; say output="):
         reader(Heads("named"), output="rewards")(ROWS)
     with pytest.raises(ValueError, match="no 'score', they are: a tuple"):
-        taken((torch.zeros(1),), "score")
+        pick_output((torch.zeros(1),), "score")
     with pytest.raises(ValueError, match=r"returns the scores themselves.* no output 'logits'.*kind=multi-attribute"):
         reader(Heads("alone"))(ROWS)
 
@@ -124,11 +124,11 @@ def test_padding_is_checked_once(caplog: pytest.LogCaptureFixture) -> None:
     model = ENCODERS["Roberta"].classifier()
     read = reader(model)
     read([ROWS[0]] * 3)
-    assert (read.padding.allowed, read.padding.checked) == (True, 0)
+    assert (read.padding.allowed, len(read.padding.lengths)) == (True, 0)
     read(ROWS[:3])
-    assert (read.padding.allowed, read.padding.checked) == (True, 3)
+    assert (read.padding.allowed, len(read.padding.lengths)) == (True, 3)
     read(ROWS)
-    assert read.padding.checked > 3
+    assert len(read.padding.lengths) > 3
     sizes: list[int] = []
     model.get_input_embeddings().register_forward_pre_hook(Memory(10**9, sizes))
     read(ROWS)

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 from architectures import DECODERS, DISTURBED_BY_PADDING, ENCODERS, SEQUENCE_TO_SEQUENCE, Architecture, one_by_one
-from test_batches import Memory
+from memory import Memory
 from tiny import EOS, PAD, VOCABULARY
 from torch import Tensor, nn
 
-from calibrated_rewards.models.batches import Budget
+from calibrated_rewards.models.batches import Budget, Padding, choose_lengths
 from calibrated_rewards.models.own_forward import OwnForward
-from calibrated_rewards.models.padding import Padding, spread
 from calibrated_rewards.models.parts import body_of
-from calibrated_rewards.models.shared_prefix import Decoder, Plain, Row
+from calibrated_rewards.models.shared_prefix import Decoder, ModuleHead, Row
 
 LONG = {"max_position_embeddings": 514}
 
@@ -219,7 +218,7 @@ def test_decoders_are_compared_too() -> None:
     expected = torch.tensor(np.array(fresh))
 
     def read() -> Tensor:
-        decoder = Decoder(model, body_of(model), Plain(model.score), Budget(8192), show_progress=False)
+        decoder = Decoder(model, body_of(model), ModuleHead(model.score), Budget(8192), show_progress=False)
         return torch.cat(decoder([Row(row, [len(row) - 1]) for row in rows], range(8)))
 
     for _ in range(2):
@@ -259,8 +258,8 @@ def test_spread_lengths() -> None:
     """The shortest, never the longest, each once; all of them where there are few."""
     for seed in range(20):
         known = sorted(set(lengths(60, 1, 500, seed)))
-        chosen = spread(known, 8)
+        chosen = choose_lengths(known, 8)
         assert chosen[0] == known[0]
         assert len(set(chosen)) == len(chosen) == 8
         assert chosen[-1] < known[-1]
-    assert spread([3, 9], 8) == [3, 9]
+    assert choose_lengths([3, 9], 8) == [3, 9]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, strategies as st
 from tiny import BOS, EOS, TEMPLATE, texts, tokenizer
 
-from calibrated_rewards.models.text import NO_LIMIT, Text, TruncationWarning, kept
+from calibrated_rewards.models.text import NO_LIMIT, Text, TruncationWarning, truncate
 
 USER, ASSISTANT, END, SEP = 4, 5, 6, 7
 TOOLS = (
@@ -218,7 +218,7 @@ def test_what_is_not_left_out() -> None:
 @given(row=st.lists(st.integers(0, 3), min_size=1, max_size=12), limit=st.integers(2, 12))
 def test_kept_tokens(row: list[int], limit: int) -> None:
     """At most the limit, a suffix of the row but for a first special token, and the row itself if it is short."""
-    found = kept(row, limit, tokenizer())
+    found = truncate(row, limit, tokenizer())
 
     assert len(found) == min(len(row), limit)
     assert found == row or found[-(limit - 1) :] == row[-(limit - 1) :]

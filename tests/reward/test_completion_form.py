@@ -8,7 +8,7 @@ import pytest
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
 from calibrated_rewards.reward.combined import CombinedReward
-from calibrated_rewards.reward.verification import Form
+from calibrated_rewards.reward.find_prompts import CompletionForm
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble, Function
 from calibrated_rewards.testing.suites import HashScorer, NumberScorer
 
@@ -105,8 +105,8 @@ def test_what_is_no_text_is_an_error_for_a_function(what):
     with pytest.raises(ValueError, match=r"completion 1 is not the same as a text: it (has|is a message)"):
         reward(CHATS[:2], [said("fine"), UNFAITHFUL[what]])
     own = HashScorer()
-    form = Form.of(calibrate(CHATS, words, own, k=4).meta)
-    assert form.read(own, CHATS[:1], [UNFAITHFUL[what]]) == (CHATS[:1], [UNFAITHFUL[what]])
+    form = CompletionForm.of(calibrate(CHATS, words, own, k=4).meta)
+    assert form.apply(own, CHATS[:1], [UNFAITHFUL[what]]) == (CHATS[:1], [UNFAITHFUL[what]])
 
 
 def test_a_scorer_of_ones_own_may_read_messages():
@@ -141,11 +141,11 @@ def test_older_tables_say_it_by_their_probes():
     old = ReferenceTable.build(rows, meta={"probes": [probe]})
     assert CalibratedReward(has_the, old).raw(CHATS[:1], [said("the")]).tolist() == [1.0]
     messages = ReferenceTable.build(rows, meta={"probes": [{**probe, "completion": said("the")}]})
-    assert Form.of(messages.meta).read(has_the, ["p"], ["the"]) == (["p"], [said("the")])
+    assert CompletionForm.of(messages.meta).apply(has_the, ["p"], ["the"]) == (["p"], [said("the")])
     bare = CalibratedReward(has_the, ReferenceTable.build(rows))
     assert bare.raw(CHATS[:1], [said("the")]).tolist() == [0.0]
     both = ReferenceTable.build(rows, meta={"probes": [probe, {**probe, "completion": said("the")}]})
-    assert Form.of(both.meta).completions == "both"
+    assert CompletionForm.of(both.meta).completions == "both"
 
 
 def test_verify_takes_the_path_of_training():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from calibrated_rewards import Exponential, Log, ReferenceTable, scaled
-from calibrated_rewards.reward.device import OnDevice
+from calibrated_rewards.reward.device import DeviceLookup
 from calibrated_rewards.reward.lookup import Lookup
 
 CPU = torch.device("cpu")
@@ -32,18 +32,18 @@ def test_the_device_s_route_is_the_table_s(transform: Any, shape: tuple[int, ...
     raw = rng.normal(size=shape).round(1).astype(np.float32)
     expected = known.values(rows, known.index(rows, raw))
 
-    found, bad = OnDevice(known, CPU, 0.5).values(torch.from_numpy(rows), torch.from_numpy(raw))
+    found, bad = DeviceLookup(known, CPU, 0.5).values(torch.from_numpy(rows), torch.from_numpy(raw))
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
     assert found.dtype == torch.float32
     assert not bad
-    exact, _ = OnDevice(known, CPU, 0.5).values(torch.from_numpy(rows), torch.from_numpy(raw).double())
+    exact, _ = DeviceLookup(known, CPU, 0.5).values(torch.from_numpy(rows), torch.from_numpy(raw).double())
     np.testing.assert_array_equal(exact.numpy(), expected)
 
 
 @pytest.mark.parametrize("unknown", [False, True])
 def test_what_is_unsound_is_neutral_and_is_told(unknown: bool) -> None:
     """Scores that are not finite, and rows that there are not, unless unknown prompts are allowed; the rest stands."""
-    on = OnDevice(lookup(Log()), CPU, -0.5, unknown)
+    on = DeviceLookup(lookup(Log()), CPU, -0.5, unknown)
     rows, raw = torch.tensor([3, 4]), torch.tensor([[0.1, 0.2], [0.3, 0.4]])
     sound, _ = on.values(rows, raw)
     for at in (0, 1):
@@ -73,12 +73,12 @@ class Event:
 
 def test_a_score_that_is_not_finite_is_heard_of_later() -> None:
     """Not before the device has answered, and then once."""
-    on = OnDevice(lookup(Log()), CPU, 0.5)
-    on._asked.append((torch.tensor(True), Event()))
-    on.listen()
+    on = DeviceLookup(lookup(Log()), CPU, 0.5)
+    on._checks.append((torch.tensor(True), Event()))
+    on.raise_errors()
     with pytest.raises(ValueError, match="an earlier call"):
-        on.listen()
-    on.listen()
-    on._asked.append((torch.tensor(False), Event(deque([True]))))
-    on.listen()
-    assert not on._asked
+        on.raise_errors()
+    on.raise_errors()
+    on._checks.append((torch.tensor(False), Event(deque([True]))))
+    on.raise_errors()
+    assert not on._checks

@@ -11,6 +11,7 @@ import textwrap
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,15 @@ from calibrated_rewards import (
     UnknownPromptError,
     id_key,
     optimum,
+    prompt_key,
     scaled,
 )
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.on_demand import OnTheSpot
-from calibrated_rewards.reward.calibrators import SmoothedCDF, ZScore
-from calibrated_rewards.reward.monitoring import measures
+from calibrated_rewards.reward.batching import ascore, ascore_one, score_one
+from calibrated_rewards.reward.calibrators import SmoothedCDF, Uncalibrated, ZScore
+from calibrated_rewards.reward.monitoring import compute_metrics
+from calibrated_rewards.reward.originals import RunPrompts
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory import finite_k
@@ -107,12 +111,12 @@ def test_every_way_of_asking_gives_the_same(transform: Any) -> None:
 
     async def alone() -> list[Any]:
         pairs = zip(prompts, completions, strict=True)
-        return list(await asyncio.gather(*(reward.ascore_one(*pair) for pair in pairs)))
+        return list(await asyncio.gather(*(ascore_one(reward, *pair) for pair in pairs)))
 
     assert reward.score(prompts, completions).reward == expected
-    assert [reward.score_one(p, c).reward for p, c in zip(prompts, completions, strict=True)] == expected
+    assert [score_one(reward, p, c).reward for p, c in zip(prompts, completions, strict=True)] == expected
     assert [score.reward for score in asyncio.run(alone())] == expected
-    assert asyncio.run(reward.ascore(prompts, completions)).reward == expected
+    assert asyncio.run(ascore(reward, prompts, completions)).reward == expected
     assert reward.from_scores(prompts, raw).tolist() == expected
     assert reward.from_scores(reward.rows(prompts), raw).tolist() == expected
     glued = [f"{p} {c}" for p, c in zip(prompts, completions, strict=True)]
@@ -357,7 +361,7 @@ def test_texts_without_a_known_prompt_are_unknown_prompts() -> None:
 
 def test_more_pairs_than_may_wait_are_scored_all_the_same() -> None:
     """A large batch is a batch, and waits in no queue."""
-    found = asyncio.run(reward_of().ascore(["prompt 1"] * 10_000, ["0.3"] * 10_000))
+    found = asyncio.run(ascore(reward_of(), ["prompt 1"] * 10_000, ["0.3"] * 10_000))
     assert found.reward == reward_of()(["prompt 1"], ["0.3"]) * 10_000
 
 
@@ -445,7 +449,7 @@ def test_what_is_logged() -> None:
     assert metrics["calm/log_u"] == pytest.approx(np.log(np.maximum(u, 1e-3)).mean())
     assert metrics["calm/misses"] == 0
     assert extra["calm/u"] == pytest.approx(u)
-    nobody = measures(reward_of(on_missing="neutral").score(["stranger"], ["1"]))
+    nobody = compute_metrics(reward_of(on_missing="neutral").score(["stranger"], ["1"]))
     assert {*nobody} == {name.removeprefix("calm/") for name in metrics}
     assert nobody["misses"] == 1
 
@@ -552,7 +556,7 @@ def test_thirty_two_threads_give_the_same_rewards(tmp_path: Path) -> None:
 
     def one(at: int) -> tuple[float | None, list[Any]]:
         barrier.wait()
-        alone = reward.score_one(prompts[at], completions[at]).reward
+        alone = score_one(reward, prompts[at], completions[at]).reward
         return alone, reward(prompts[at : at + 3], completions[at : at + 3])
 
     with ThreadPoolExecutor(32) as pool:
@@ -683,7 +687,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
             other.save_pretrained(tmp_path / "reward")
     assert CalibratedReward.from_pretrained(tmp_path / "reward").name == "first"
     with monkeypatch.context() as patched:
-        patched.setattr("calibrated_rewards.reward.saving._write_prompts", full)
+        patched.setattr("calibrated_rewards.reward.saving._save_prompts", full)
         with pytest.raises(OSError, match="no space"):
             other.save_pretrained(tmp_path / "reward")
     with pytest.raises(ValueError, match="not of one save"):
@@ -703,3 +707,61 @@ def test_a_reward_on_the_hub_needs_a_reward_model_on_the_hub(tmp_path: Path) -> 
     """A folder of this machine is nobody else's."""
     with pytest.raises(ValueError, match="folder of this machine"):
         model_reward(tmp_path).push_to_hub("someone/reward")
+
+
+@pytest.mark.parametrize("transform", [Identity(), Exponential(10.0)])
+@pytest.mark.parametrize("estimator", ["empirical", "unbiased"])
+@pytest.mark.parametrize("scale", ["unit", "standard"])
+def test_without_calibration(transform: Any, estimator: Any, scale: Any) -> None:
+    """The raw score is the reward, whatever transform was there; names, quantiles and misses stay what they were."""
+    calibrated = reward_of(transform, estimator=estimator, scale=scale, on_missing="neutral", beta=0.1)
+    raw = replace(calibrated, calibration=Uncalibrated(), beta=None)
+    prompts, numbers = [*PROMPTS[:3], "unknown"], [-1e6, 0.125, 3.5, 1e6]
+    completions = [str(number) for number in numbers]
+    logs: dict[str, float] = {}
+    assert raw(prompts, completions, log_metric=logs.__setitem__) == numbers
+    assert raw.__name__ == f"raw_{calibrated.__name__}"
+    expected = compute_metrics(calibrated.score(prompts, completions))
+    assert logs == {f"{raw.__name__}/{name}": value for name, value in expected.items()}
+    assert raw.calibrated(prompts, completions).tolist() == calibrated.calibrated(prompts, completions).tolist()
+    exact = np.array([[0.1, 1 / 3], [-2.0, 1e-9]])
+    assert np.array_equal(raw.from_scores(PROMPTS[:2], exact), exact)
+    tensor = torch.tensor(exact, dtype=torch.bfloat16)
+    found = raw.from_scores(PROMPTS[:2], tensor)
+    assert (found.dtype, found.tolist()) == (torch.float32, tensor.float().tolist())
+    assert replace(raw, on_missing="skip")(prompts, completions) == [*numbers[:3], None]
+    with pytest.raises(UnknownPromptError):
+        replace(raw, on_missing="raise")(prompts, completions)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite"):
+            raw.from_scores(PROMPTS[:1], [bad])
+        with pytest.raises(ValueError, match="finite"):
+            raw.from_scores(["unknown"], [bad])
+
+
+def test_without_calibration_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
+    """A run on raw scores is not warned of responses that are better than the references."""
+    table = ReferenceTable.build([(f"p{i}", np.arange(8.0)) for i in range(64)])
+    raw = CalibratedReward(NumberScorer(), table, calibration=Uncalibrated())
+    prompts = [f"p{i % 64}" for i in range(300)]
+    raw(prompts, [f"{8 + i}" for i in range(300)])
+    assert caplog.text == ""
+    replace(raw, calibration=EmpiricalCDF())(prompts, [f"{8 + i}" for i in range(300)])
+    assert "standard errors" in caplog.text
+
+
+def test_a_run_s_prompts_are_read_without_calibration(tmp_path: Path) -> None:
+    """The Parquet files beside a table have texts and chats as they were given; a damaged one is named."""
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "é"}]
+    prompts = ["2+2=", chat, '["no chat"]']
+    table = calibrate(prompts, NumberSampler(), NumberScorer(), tmp_path, k=2, prompts_per_shard=2, show_progress=False)
+    run = RunPrompts.beside(table)
+    assert run is not None
+    assert dict(run.items()) == {prompt_key(prompt): prompt for prompt in prompts}
+    assert run(table.rows(prompts)) == prompts
+    assert RunPrompts.beside(ReferenceTable.build([("2+2=", [1.0])])) is None
+    (tmp_path / "prompts" / "00001 (1).parquet").write_bytes(b"a copy")
+    assert len(dict(run.items())) == 3
+    (tmp_path / "prompts" / "00001.parquet").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"00001\.parquet must hold a run's prompts"):
+        dict(run.items())

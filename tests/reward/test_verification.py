@@ -10,7 +10,7 @@ import torch
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.reward.verification import verified
+from calibrated_rewards.reward.verification import verify_scorer
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 
@@ -74,7 +74,7 @@ def test_a_table_of_another_reward_model_is_caught(folder: str) -> None:
     """The scorer is right, the table is not its."""
     other = calibrate(PROMPTS, NumberSampler(), HashScorer(), k=4)
     with pytest.raises(ValueError, match="not the one that the table was made with"):
-        verified(load_scorer(folder), other)
+        verify_scorer(load_scorer(folder), other)
 
 
 def test_tables_without_probes_say_so() -> None:
@@ -92,9 +92,9 @@ def test_a_tolerance_is_in_standard_deviations_of_a_prompt() -> None:
     spread = 3.0
     table = ReferenceTable.build(rows, meta={"probes": [{"prompt": "a", "completion": "4", "score": 4.0 + spread}]})
 
-    assert verified(NumberScorer(), table, tolerance=1.01).worst == pytest.approx(1.0, abs=1e-6)
+    assert verify_scorer(NumberScorer(), table, tolerance=1.01).worst == pytest.approx(1.0, abs=1e-6)
     with pytest.raises(ValueError, match="1 of 1 probes are apart, by up to 1 standard"):
-        verified(NumberScorer(), table, tolerance=0.99)
+        verify_scorer(NumberScorer(), table, tolerance=0.99)
     for wrong in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="finite tolerance"):
-            verified(NumberScorer(), table, tolerance=wrong)
+            verify_scorer(NumberScorer(), table, tolerance=wrong)

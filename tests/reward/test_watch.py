@@ -77,12 +77,13 @@ def test_a_spread_that_leaves_the_mean_alone_is_heard_too(caplog: pytest.LogCapt
 def test_a_first_step_is_enough_and_later_ones_do_not_count(caplog: pytest.LogCaptureFixture) -> None:
     """What comes after a step of the policy says nothing about the calibration."""
     resumed = Alarm("resumed", TABLE)
-    resumed.hear(*uniform(500, 0.4), trained=True)
+    resumed.finish()
+    resumed.hear(*uniform(500, 0.4))
     assert not caplog.records
     small = Alarm("small", TABLE)
     small.hear(*uniform(64, 0.4))
     assert not caplog.records
-    small.hear(*uniform(64), trained=True)
+    small.finish()
     assert len(caplog.records) == 1
 
 

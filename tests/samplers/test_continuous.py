@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from test_hf import ids_of, spread, words
 from tiny import causal
+from words import ids_of, spread, words
 
 from calibrated_rewards.samplers.continuous import ContinuousSampler
 from calibrated_rewards.samplers.hf import HfSampler

@@ -9,63 +9,35 @@ import numpy as np
 import pytest
 import torch
 from architectures import DECODERS, HYBRIDS
+from memory import Memory
 from scipy import stats
-from test_batches import Memory
 from tiny import EOS, TEMPLATE, causal, classifier, tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    MambaConfig,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoModelForCausalLM, MambaConfig, T5Config, T5ForConditionalGeneration
+from words import WORDS, ids_of, spread, words
 
+from calibrated_rewards.models.parts import UnreadError
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.models.unread import UnreadError
 from calibrated_rewards.samplers.drawing import processors
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding, Particular, Rendering, Rollout, Sampler, sample
 from calibrated_rewards.scorers.protocol import Fingerprinted
 
-WORDS = 24
 # The first word ends a completion.
 PROMPTS = ["w3 w7 w7 w1 w20 w5 w9 w11", "w8", "w2 w4", "w5 w6 " * 10]
 SEEDS = [list(range(9)), list(range(4, 11)), [5, 3], [2**62]]
 ALL = {**DECODERS, **HYBRIDS}
 
 
-def words(size: int = WORDS) -> Any:
-    """A token a word, so that a text tells its tokens."""
-    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w1"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w0")
-
-
-def spread(model: Any, seed: int = 0) -> Any:
-    """Weights that make some tokens much likelier than others: fresh ones give nearly the same to all."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.normal_(std=1.5 / weight.shape[-1] ** 0.5)
-    return model.eval()
-
-
 def writer(name: str, **options: Any) -> Any:
     """A small model of some architecture that writes words."""
     config = ALL[name].config(**{"vocab_size": WORDS, "eos_token_id": 0, "pad_token_id": 1, **options})
+    torch.manual_seed(1)  # `spread` leaves weights of one dimension as they are
     return spread(AutoModelForCausalLM.from_config(config))
 
 
 def sampler(model: Any, decoding: Decoding | None = None, **options: Any) -> HfSampler:
     options = {"tokenizer": words(), "decoding": decoding or Decoding(12), "show_progress": False, **options}
     return HfSampler(model, **options)
-
-
-def ids_of(rollout: Rollout, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that were drawn, the end included."""
-    return (*tokenizer(rollout.completion)["input_ids"], *([0] if rollout.finish == "stop" else []))
 
 
 def texts(rollouts: list[list[Rollout]]) -> list[list[Any]]:

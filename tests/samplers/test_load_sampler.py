@@ -37,7 +37,7 @@ def test_a_checkpoint_writes_what_the_model_would(tmp_path: Path) -> None:
     loaded = load_sampler(saved(tmp_path, writer()), DECODING, show_progress=False, batch_tokens=999)
     again = pickle.loads(data := pickle.dumps(loaded))
 
-    assert "_sampler" not in vars(loaded)
+    assert "sampler" not in vars(loaded)
     assert loaded(PROMPTS, SEEDS) == again(PROMPTS, SEEDS) == plain(PROMPTS, SEEDS)
     assert pickle.dumps(loaded) == data  # now that it has loaded, too
     assert len(data) < 1500

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import tiny
 
-from calibrated_rewards.models.http_client import Crew, Refused
+from calibrated_rewards.models.http_client import Refused, RequestThreads
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers import openai
 from calibrated_rewards.samplers.openai import FINISHES, OpenAISampler
@@ -521,7 +521,7 @@ def test_an_error_stops_the_others():
 
     start = time.monotonic()
     with pytest.raises(KeyError, match="trouble"):
-        list(Crew(work, range(100), 2, stop, close).results())
+        list(RequestThreads(work, range(100), 2, stop, close).results())
     assert closed.wait(5)
     time.sleep(0.1)
     assert said[-1] == "closed"

@@ -134,7 +134,7 @@ def test_log_probabilities_are_those_of_a_plain_forward(name: str) -> None:
     rows = tiny.tokenizer()(["a prompt of some length", "short"])["input_ids"]
     tasks = [Task(0, 1), Task(0, 2), Task(1, 3)]
     with torch.inference_mode():
-        drafts: list[Draft] = made._written(rows, tasks)
+        drafts: list[Draft] = made._write(rows, tasks)
         for task, draft in zip(tasks, drafts, strict=True):
             read = torch.tensor([rows[task.prompt] + draft.ids])
             logits = copy.deepcopy(untouched)(input_ids=read, use_cache=False).logits[0, -len(draft.ids) - 1 : -1]

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, RobertaConfi
 
 from calibrated_rewards.models.labels import Expected
 from calibrated_rewards.models.text import Text, TruncationWarning
-from calibrated_rewards.scorers.cross_encoder import CrossEncoder, flat
+from calibrated_rewards.scorers.cross_encoder import CrossEncoder, write_flat
 
 SMALL: dict[str, Any] = {
     "vocab_size": tiny.VOCABULARY,
@@ -127,9 +127,9 @@ def test_messages_are_flattened() -> None:
     ]
     chats = scorer([chat, chat[:1]], [[{"role": "assistant", "content": "Yes"}], "Yes"])
     np.testing.assert_array_equal(chats, scorer(["user: Hi\nassistant: Ho\nuser: So?", "Hi"], ["Yes", "Yes"]))
-    assert flat([]) == ""
+    assert write_flat([]) == ""
     with pytest.raises(TypeError, match="text alone"):
-        flat([{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}])
+        write_flat([{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}])
 
 
 def test_strip() -> None:

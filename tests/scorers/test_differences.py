@@ -41,12 +41,20 @@ def test_callables_differ_by_code_and_state(change: dict, place: str) -> None:
         {"kind": "callable", "name": "m.f", "code": "an older digest"},
         {"kind": "callable", "name": "m.f", "code": "older", "arguments": "(1,)", "keywords": "{}"},
         {**CALLABLE, "python": "3.12", "code": "cd"},
+        {**CALLABLE, "layout": 2, "code": "cd"},
     ],
 )
 def test_digests_that_cannot_be_compared_leave_the_name(old: dict) -> None:
-    """Of a release that had none, or of another version of Python."""
+    """Of a release that had none, of another version of Python, or of another layout (0.1 wrote none)."""
     assert [*differences(old, CALLABLE)] == []
     assert [*differences(old, {**CALLABLE, "name": "m.g"})] == [Difference(".name", "m.f", "m.g")]
+
+
+def test_names_of_the_package_need_no_module() -> None:
+    """A class of the package is the same one after its module has moved; another module's is not."""
+    old = {"kind": "callable", "name": "calibrated_rewards.scorers.hash.HashScorer"}
+    assert [*differences(old, {**CALLABLE, "layout": 2, "name": "calibrated_rewards.HashScorer"})] == []
+    assert [*differences({**old, "name": "other.scorers.HashScorer"}, {**CALLABLE, "name": "other.HashScorer"})]
 
 
 def test_functions_with_a_name_are_known_by_code_too() -> None:

@@ -11,8 +11,7 @@ import transformers
 from tokenizers import processors
 
 from calibrated_rewards.models.labels import Difference
-from calibrated_rewards.models.questions import conversation, filled
-from calibrated_rewards.models.text import Text, TruncationWarning
+from calibrated_rewards.models.text import Text, TruncationWarning, fill_in, format_conversation
 from calibrated_rewards.scorers.judge import ExpectedRating, Judge
 from calibrated_rewards.scorers.loading import load_scorer
 
@@ -123,7 +122,7 @@ def test_the_question_names_the_answers_and_is_filled_once():
     judge = Judge(model, tokenizer, "{prompt}|{completion}|{good} or {bad}|{other}", "Y", "N")
     row = asked(tokenizer, "a {completion}|{prompt} {bad}|Y or N|{other}")
     np.testing.assert_allclose(judge(["a {completion}"], ["{prompt} {bad}"]), odds(model, tokenizer, [row]), rtol=1e-4)
-    assert filled("{a}{b}", {"a": "{b}"}) == "{b}{b}"
+    assert fill_in("{a}{b}", {"a": "{b}"}) == "{b}{b}"
 
 
 def test_conversations_are_written_out():
@@ -139,10 +138,10 @@ def test_conversations_are_written_out():
     questions = ["Hi >> Yo ok?", "System: Be kind\n\nUser: Hi >> Yo ok?", f"Hi >> {told} ok?"]
     scores = judge([one, more, one], [answer, "Yo", tools])
     assert close(scores, odds(model, tokenizer, [asked(tokenizer, question) for question in questions]))
-    assert conversation([], "assistant") == ""
-    assert conversation([{"role": "system", "content": "Hi"}], "user") == "System: Hi"
+    assert format_conversation([], "assistant") == ""
+    assert format_conversation([{"role": "system", "content": "Hi"}], "user") == "System: Hi"
     with pytest.raises(TypeError, match="messages that are text"):
-        conversation([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "user")
+        format_conversation([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "user")
 
 
 def test_what_the_user_takes_off_completions_is_taken_off():

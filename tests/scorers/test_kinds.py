@@ -14,11 +14,10 @@ from calibrated_rewards.scorers.loading import (
     CLASSES,
     check_labels,
     check_options,
-    labels_from,
-    named,
-    path,
-    taken,
-    text_of,
+    parse_kind,
+    parse_labels,
+    parse_path,
+    parse_text,
 )
 
 
@@ -26,41 +25,41 @@ def test_every_kind_has_a_class() -> None:
     """The names and the classes are the same list; underscores will do."""
     assert tuple(CLASSES) == get_args(Kind)
     for kind in CLASSES:
-        assert named(kind.replace("-", "_")) == named(kind) == kind
-    assert named(None) is None
+        assert parse_kind(kind.replace("-", "_")) == parse_kind(kind) == kind
+    assert parse_kind(None) is None
     with pytest.raises(ValueError, match=r"kind is one of .*rated-judge.*got kind='rater'"):
-        named("rater")
+        parse_kind("rater")
 
 
 def test_paths() -> None:
     """Text and paths name a checkpoint; what is in memory is for the classes."""
-    assert path(Path("a", "b"), "base") == path("a/b", "base") == "a/b"
+    assert parse_path(Path("a", "b"), "base") == parse_path("a/b", "base") == "a/b"
     with pytest.raises(TypeError, match=r"needs reference to be a folder.*LlamaForCausalLM.*ImplicitReward\("):
-        path(tiny.causal(), "reference")
+        parse_path(tiny.causal(), "reference")
     with pytest.raises(TypeError, match=r"needs tokenizer to be a folder.*SequenceClassifier\(model, tokenizer\)"):
-        path(tiny.tokenizer(), "tokenizer")
+        parse_path(tiny.tokenizer(), "tokenizer")
 
 
 def test_text() -> None:
     """A Text, or its settings, but not both, and nothing else."""
-    assert text_of(None, {"mark": "x"}) is None
-    assert text_of(Text(chat=True), {"mark": "x"}) == Text(chat=True)
-    assert text_of(None, {"max_length": 7, "mark": "x", "append_eos": True}) == Text(max_length=7, append_eos=True)
+    assert parse_text(None, {"mark": "x"}) is None
+    assert parse_text(Text(chat=True), {"mark": "x"}) == Text(chat=True)
+    assert parse_text(None, {"max_length": 7, "mark": "x", "append_eos": True}) == Text(max_length=7, append_eos=True)
     with pytest.raises(TypeError, match=r"text= or max_length, got both"):
-        text_of(Text(chat=True), {"max_length": 7})
+        parse_text(Text(chat=True), {"max_length": 7})
     with pytest.raises(TypeError, match=r"text= Text\(...\).*got text=512"):
-        text_of(512, {})
+        parse_text(512, {})
 
 
 @pytest.mark.parametrize("index", [2, np.int64(2)])
 def test_labels(index: Any) -> None:
     """A number is that label's logit; what is no number and cannot be called is refused, with what there is."""
-    assert labels_from(index) == Label(2)
-    assert labels_from(Expected((1, 2))) == Expected((1, 2))
-    assert labels_from(None) is None
+    assert parse_labels(index) == Label(2)
+    assert parse_labels(Expected((1, 2))) == Expected((1, 2))
+    assert parse_labels(None) is None
     for wrong in ("2", [1, 2], 1.0):
         with pytest.raises(TypeError, match=r"labels= Label\(i\), .*got labels="):
-            labels_from(wrong)
+            parse_labels(wrong)
 
 
 def test_labels_that_do_not_fit() -> None:
@@ -80,8 +79,6 @@ def test_options() -> None:
     with pytest.raises(TypeError, match=r"takes no model="):
         check_options("judge", {"model": 1}, False, False)
     check_options("cross-encoder", {"share_prefixes": False}, False, False)
-    assert taken("cross-encoder", {"share_prefixes": False, "batch_tokens": 1}) == {"batch_tokens": 1}
-    assert taken("judge", {"share_prefixes": False}) == {"share_prefixes": False}
 
 
 def test_references() -> None:

@@ -19,14 +19,13 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaForToke
 
 from calibrated_rewards.models.labels import Difference, Expected, Label, Ordinal
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.reward.saving import read, spelled
+from calibrated_rewards.reward.saving import from_json, to_json
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder
 from calibrated_rewards.scorers.implicit import ImplicitReward
-from calibrated_rewards.scorers.judge import ExpectedRating, Judge
+from calibrated_rewards.scorers.judge import ExpectedRating, Judge, RatedJudge
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.scorers.multi_attribute import MultiAttribute
 from calibrated_rewards.scorers.process import ProcessReward
-from calibrated_rewards.scorers.rated_judge import RatedJudge
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.scorers.value_head import ValueHead
 
@@ -213,16 +212,16 @@ def test_rewards_saved_under_the_first_rules(tmp_path: Path, caplog: pytest.LogC
     """They say no rules; they are read as they were, and what is wrong with that is logged."""
     names = {0: "win", 1: "lose"}
     folder = tiny.saved(tiny.classifier(num_labels=2, id2label=names), tmp_path / "two", tiny.tokenizer())
-    saved = spelled(load_scorer(folder))
+    saved = to_json(load_scorer(folder))
     old = {**saved, "recipe": {k: v for k, v in saved["recipe"].items() if k not in ("cost", "rules")}}
     logits = by_itself(tiny.classifier(num_labels=2))
-    np.testing.assert_allclose(read(saved)(PROMPTS, COMPLETIONS), logits[:, 0] - logits[:, 1], atol=1e-4)
+    np.testing.assert_allclose(from_json(saved)(PROMPTS, COMPLETIONS), logits[:, 0] - logits[:, 1], atol=1e-4)
     assert not caplog.records
-    np.testing.assert_allclose(read(old)(PROMPTS, COMPLETIONS), logits[:, 1] - logits[:, 0], atol=1e-4)
+    np.testing.assert_allclose(from_json(old)(PROMPTS, COMPLETIONS), logits[:, 1] - logits[:, 0], atol=1e-4)
     assert "goes on as it was saved, with Difference(good=1, bad=0), but by their names" in caplog.text
     three = named(tmp_path / "three", "harmless", "mild", "harmful")
-    saved = {**old, "recipe": {**old["recipe"], "name": three, "options": spelled({"labels": Ordinal()})}}
-    assert read(saved)(PROMPTS, COMPLETIONS).shape == (len(PROMPTS),)
+    saved = {**old, "recipe": {**old["recipe"], "name": three, "options": to_json({"labels": Ordinal()})}}
+    assert from_json(saved)(PROMPTS, COMPLETIONS).shape == (len(PROMPTS),)
     assert "softmax" in caplog.text
 
 
@@ -567,7 +566,7 @@ def test_device_map_and_model_options(tmp_path: Path) -> None:
 SPAWNED = """
 import pickle, sys
 loaded = pickle.load(open(sys.argv[1], "rb"))
-assert "_scorer" not in vars(loaded)
+assert "scorer" not in vars(loaded)
 scores = loaded(["a prompt", "b"], ["a completion", "c"])
 pickle.dump((scores, loaded.fingerprint()), open(sys.argv[2], "wb"))
 """

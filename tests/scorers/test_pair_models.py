@@ -12,7 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from calibrated_rewards.models.text import Text, TruncationWarning
 from calibrated_rewards.scorers.pair_models import RLHFLOW, STEAM_SHP, WHICH, PairClassifier, PairJudge
-from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, win_chances
+from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, compare
 from calibrated_rewards.scorers.protocol import fingerprint
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 
@@ -180,7 +180,7 @@ def test_as_a_scorer() -> None:
     scorer = MeanWin(BothOrders(preference), References.of([("p", ["r", "s"])]))
 
     chances = {
-        (a, b): float(win_chances(preference, ["p"], [a], [b])[0])
+        (a, b): float(compare(preference, ["p"], [a], [b])[0])
         for a, b in [("c", "r"), ("r", "c"), ("c", "s"), ("s", "c")]
     }
     expected = sum(chances["c", other] + 1 - chances[other, "c"] for other in "rs") / 4
@@ -223,7 +223,7 @@ def test_a_comparison_is_of_lists() -> None:
     """One of each, as many firsts as seconds."""
     with pytest.raises(TypeError, match="completions are a list"):
         judge()(["a"], ["b"], "c")
-    with pytest.raises(ValueError, match="got 1 prompts and 2 completions"):
+    with pytest.raises(ValueError, match="a prompt and two completions, got 1, 1 and 2"):
         judge()(["a"], ["b"], ["c", "d"])
     broken = judge()
     broken(["a"], ["b"], ["c"])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from calibrated_rewards.prompts import prompt_key
-from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, listed, win_chances
+from calibrated_rewards.prompts import UnknownPromptError, prompt_key
+from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, check_references, compare
+from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, check_references, compare
 from calibrated_rewards.scorers.protocol import fingerprint, score
-from calibrated_rewards.table.reference_table import UnknownPromptError
 
 CHAT = [{"role": "user", "content": "Hi"}]
 REPLY = [{"role": "assistant", "content": "2.0"}]
@@ -147,16 +147,16 @@ def test_both_orders_is_one_call() -> None:
 def test_a_preference_is_a_probability(answer, rule) -> None:
     """Log-odds, nan, and answers of another length are refused."""
     with pytest.raises(ValueError, match=rule):
-        win_chances(lambda *_: answer, ["p"], ["a"], ["b"])
+        compare(lambda *_: answer, ["p"], ["a"], ["b"])
 
 
 def test_tensors_are_answers_too() -> None:
     """In bfloat16, and with a gradient."""
     given = torch.tensor([0.25, 0.75], dtype=torch.bfloat16, requires_grad=True)
 
-    assert win_chances(lambda *_: given, ["p"] * 2, ["a"] * 2, ["b"] * 2).tolist() == [0.25, 0.75]
+    assert compare(lambda *_: given, ["p"] * 2, ["a"] * 2, ["b"] * 2).tolist() == [0.25, 0.75]
     with pytest.raises(TypeError, match="no list of probabilities"):
-        win_chances(lambda *_: ["high"], ["p"], ["a"], ["b"])
+        compare(lambda *_: ["high"], ["p"], ["a"], ["b"])
 
 
 def test_both_orders_of_three_lists() -> None:
@@ -169,7 +169,7 @@ def test_both_orders_of_three_lists() -> None:
 def test_references_are_lists_of_completions(given) -> None:
     """From a file or from a function: no letters, bytes or numbers, and not nothing."""
     with pytest.raises(ValueError, match="for 'p'"):
-        listed(given, "p")
+        check_references(given, "p")
     with pytest.raises(ValueError, match="for 'p'"):
         MeanWin(BradleyTerry(), lambda _: given)(["p"], ["1"])
 
@@ -204,13 +204,13 @@ def test_pairs_are_checked() -> None:
 
 def test_rounding_is_no_error() -> None:
     """A softmax in float32 may end a little outside."""
-    assert win_chances(lambda *_: [1 + 1e-7, -1e-7], ["p"] * 2, ["a"] * 2, ["b"] * 2).tolist() == [1.0, 0.0]
+    assert compare(lambda *_: [1 + 1e-7, -1e-7], ["p"] * 2, ["a"] * 2, ["b"] * 2).tolist() == [1.0, 0.0]
 
 
 def test_lists_of_one_length() -> None:
     """A comparison without its second is refused."""
     with pytest.raises(ValueError, match="got 1, 1 and 0"):
-        win_chances(BradleyTerry(), ["p"], ["1"], [])
+        compare(BradleyTerry(), ["p"], ["1"], [])
 
 
 def test_references_on_disk(tmp_path) -> None:

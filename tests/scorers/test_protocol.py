@@ -120,7 +120,7 @@ def test_answers_of_other_functions() -> None:
 
     with pytest.raises(TypeError, match=r"waits is asynchronous, .* asyncio\.run"):
         score(waits, ["p"], ["c"])
-    with pytest.raises(ValueError, match=r"shape \(\) for 2. A function of one prompt .* scorers\.function\.Function"):
+    with pytest.raises(ValueError, match=r"shape \(\) for 2. A function of one prompt .* .*\.scorers\.Function"):
         score(lambda prompt, completion: 1.0, ["p", "q"], ["a", "b"])
 
 
@@ -198,7 +198,7 @@ def test_fingerprints() -> None:
     assert fingerprint(Answers(1))["name"] == f"{__name__}.Answers"
     assert fingerprint(Answers(1))["state"] == {"answer": 1} != fingerprint(Answers(2))["state"]
     logits = fingerprint(made.logits)
-    assert logits["name"] == "calibrated_rewards.scorers.sequence_classifier.SequenceClassifier.logits"
+    assert logits["name"] == "calibrated_rewards.SequenceClassifier.logits"
     other = SequenceClassifier(classifier(seed=1), tokenizer(), show_progress=False)
     assert logits["state"] != fingerprint(other.logits)["state"]
     assert fingerprint(functools.partial(lengths, x=1))["name"] == said["name"]

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, GPTNeoXM
 from calibrated_rewards import CalibratedReward
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.main import FAILED, UNUSABLE, main
-from calibrated_rewards.reward.saving import read, spelled
+from calibrated_rewards.reward.saving import from_json, to_json
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.scorers.multi_attribute import MultiAttribute
 from calibrated_rewards.scorers.pair_models import PairClassifier
@@ -221,10 +221,10 @@ def test_beavers_cost(tmp_path: Path) -> None:
 def test_a_reward_that_was_saved_before_beavers_normaliser_was_read(tmp_path: Path) -> None:
     """It goes on without: its table holds what the head alone gave."""
     folder = published.beaver(tmp_path, do_normalize=True)
-    saved = spelled(load_scorer(folder))
+    saved = to_json(load_scorer(folder))
     old = {**saved, "recipe": {k: v for k, v in saved["recipe"].items() if k not in ("cost", "rules")}}
     raw = at_the_end(tiny.causal().model)
-    np.testing.assert_allclose(read(json.loads(json.dumps(old)))(COMPLETIONS, COMPLETIONS), raw, atol=1e-5)
+    np.testing.assert_allclose(from_json(json.loads(json.dumps(old)))(COMPLETIONS, COMPLETIONS), raw, atol=1e-5)
 
 
 def test_oasst(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from calibrated_rewards.models.text import Text, TruncationWarning
-from calibrated_rewards.scorers.rated_judge import RatedJudge
+from calibrated_rewards.scorers.judge import RatedJudge
 
 SHORT = "{prompt} >> {completion} {low}-{high}"
 PLAIN = "{prompt}{completion}"
@@ -110,13 +110,13 @@ def test_the_rating_is_read_from_the_answer():
 def test_ratings_as_people_write_them(answer, rating):
     """The last number within the range, of a fraction its numerator, and none within a word."""
     model, tokenizer = successor({"a": "7"})
-    assert RatedJudge(model, tokenizer, PLAIN).rating(answer) == rating
+    assert RatedJudge(model, tokenizer, PLAIN).parse_rating(answer) == rating
 
 
 def test_negative_ratings():
     """A sign counts where the range goes below zero."""
     model, tokenizer = successor({"a": "7"})
-    assert RatedJudge(model, tokenizer, PLAIN, low=-5, high=5).rating("It is a -3") == -3
+    assert RatedJudge(model, tokenizer, PLAIN, low=-5, high=5).parse_rating("It is a -3") == -3
 
 
 def test_how_the_checkpoint_samples_does_not_matter():
@@ -248,4 +248,4 @@ def test_half_a_batch_without_memory_halves_what_it_held(monkeypatch):
 
     monkeypatch.setattr(model, "generate", small)
     judge(["abcdef"] * 4, ["g"] * 4)
-    assert judge._budget.tokens == 4 * (8 + 4) // 2
+    assert judge._access.budget.tokens == 4 * (8 + 4) // 2

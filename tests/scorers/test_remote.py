@@ -17,11 +17,12 @@ import pytest
 import tiny
 import torch
 
+from calibrated_rewards.models.http_client import Refused, parse_retry_after
 from calibrated_rewards.models.labels import Difference, Label
 from calibrated_rewards.models.text import Text, TruncationWarning
 from calibrated_rewards.scorers.protocol import fingerprint
-from calibrated_rewards.scorers.remote import Native, OpenRlhf, Refused, Remote, asked_wait
-from calibrated_rewards.scorers.remote_vllm import Vllm, VllmScore, by_index, log_odds
+from calibrated_rewards.scorers.remote import Native, OpenRlhf, Remote
+from calibrated_rewards.scorers.remote_vllm import Vllm, VllmScore, sort_rows, to_log_odds
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -185,8 +186,13 @@ def test_a_date_may_be_asked_for_too() -> None:
     """Retry-After as HTTP writes dates; the past, the far future and nonsense are bounded."""
     soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 10))
 
-    assert 8 <= asked_wait(soon) <= 10
-    assert [asked_wait(said) for said in ("Wed, 21 Oct 2015 07:28:00 GMT", "later", "-3", "86400")] == [0, 0, 0, 60]
+    assert 8 <= parse_retry_after(soon) <= 10
+    assert [parse_retry_after(said) for said in ("Wed, 21 Oct 2015 07:28:00 GMT", "later", "-3", "86400")] == [
+        0,
+        0,
+        0,
+        60,
+    ]
 
 
 @pytest.mark.parametrize(("failure", "shown"), [(status(503, b"it is full"), "it is full"), (reset, "Error")])
@@ -588,21 +594,21 @@ def test_log_odds() -> None:
     logits = np.array([[-3.0, 0.5, 2.0], [9.0, -9.0, 0.0]])
     softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
 
-    assert log_odds(1 / (1 + np.exp(-logits[:, :1]))) == pytest.approx(logits[:, :1])
-    assert np.ptp(log_odds(softmax) - logits, axis=1) == pytest.approx(0, abs=1e-9)
-    ends = log_odds(np.array([[0.0], [1.0]]))[:, 0]
+    assert to_log_odds(1 / (1 + np.exp(-logits[:, :1]))) == pytest.approx(logits[:, :1])
+    assert np.ptp(to_log_odds(softmax) - logits, axis=1) == pytest.approx(0, abs=1e-9)
+    ends = to_log_odds(np.array([[0.0], [1.0]]))[:, 0]
     assert np.isfinite(ends).all()
     assert ends[0] < -80
     assert ends[1] > 16
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
-        log_odds(logits)
+        to_log_odds(logits)
 
 
 @pytest.mark.parametrize("indices", [[0], [0, 0], [0, 2], [0, 1, 1]])
 def test_every_input_has_one_row(indices) -> None:
     """Missing, twice, or of an input that there is not."""
     with pytest.raises(ValueError, match="one row for each of 2"):
-        by_index([{"index": i} for i in indices], 2)
+        sort_rows([{"index": i} for i in indices], 2)
 
 
 def test_vllm_score() -> None:

@@ -15,6 +15,7 @@ import pytest
 import tiny
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
+from calibrated_rewards.reward.batching import score_one
 from calibrated_rewards.reward.combined import CombinedReward
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble, Function
 from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References
@@ -83,7 +84,7 @@ def test_every_way_to_a_scorer_is_serialised():
     third = CalibratedReward(Ensemble([scorer, HashScorer()], shifts=[0, 0], scales=[1, 1e9]), TABLE)
 
     def ask(prompts: Any, completions: Any) -> Any:
-        first.score_one(prompts[0], completions[0])
+        score_one(first, prompts[0], completions[0])
         third.score(prompts, completions)
         return [first(prompts, completions), second(prompts, completions), score(scorer, prompts, completions).tolist()]
 

@@ -10,12 +10,11 @@ import tiny
 import torch
 from torch import nn
 
-from calibrated_rewards.models.checkpoints import checkpoint
+from calibrated_rewards.models.checkpoints import find_checkpoint
 from calibrated_rewards.models.labels import Label
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
-from calibrated_rewards.scorers.shared_base import SharedBase
-from calibrated_rewards.scorers.value_head import head_from
+from calibrated_rewards.scorers.value_head import SharedBase, load_head
 
 # peft asks the model by a name that transformers is about to change.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -72,7 +71,7 @@ def test_equals_standalone(tmp_path: Path) -> None:
     standalone = SequenceClassifier(reward(tmp_path), tiny.tokenizer())
     model = policy(tmp_path)
     before = state(model)
-    scorer = SharedBase(model, tiny.tokenizer(), head_from(checkpoint(str(tmp_path)), "score"))
+    scorer = SharedBase(model, tiny.tokenizer(), load_head(find_checkpoint(str(tmp_path)), "score"))
     scores = scorer(PROMPTS, COMPLETIONS)
     np.testing.assert_allclose(scores, standalone(PROMPTS, COMPLETIONS), atol=1e-6, rtol=1e-6)
     assert state(model) == before
@@ -98,7 +97,7 @@ def test_as_before_after_an_error(adapter: Path) -> None:
 def test_within_disabled_adapters(adapter: Path) -> None:
     """Where the policy's adapters are disabled, to get the reference, the reward's acts all the same."""
     model = policy(adapter)
-    scorer = SharedBase(model, tiny.tokenizer(), head_from(checkpoint(str(adapter)), "score"))
+    scorer = SharedBase(model, tiny.tokenizer(), load_head(find_checkpoint(str(adapter)), "score"))
     expected = scorer(PROMPTS, COMPLETIONS)
     with model.disable_adapter():
         before = state(model)
@@ -109,7 +108,7 @@ def test_within_disabled_adapters(adapter: Path) -> None:
 def test_policy_goes_on_learning(adapter: Path) -> None:
     """Between scorings the policy's adapter trains, the reward's does not, and the scores stay the same."""
     model = policy(adapter, modules_to_save=["embed_tokens"])
-    scorer = SharedBase(model, tiny.tokenizer(), head_from(checkpoint(str(adapter)), "score"))
+    scorer = SharedBase(model, tiny.tokenizer(), load_head(find_checkpoint(str(adapter)), "score"))
     first, print_before = scorer(PROMPTS, COMPLETIONS), scorer.fingerprint()
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     ids = torch.tensor([[1, 20, 30, 40, 50]])

@@ -9,11 +9,14 @@ import pytest
 import tiny
 import torch
 
+from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.models.checkpoints import Kind
+from calibrated_rewards.models.loading import Placement
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.scorers.loading import load_scorer
+from calibrated_rewards.scorers.judge import TokenLogit
+from calibrated_rewards.scorers.lazy import Loaded
+from calibrated_rewards.scorers.loading import FromCheckpoint, load_scorer
 from calibrated_rewards.scorers.protocol import fingerprint
-from calibrated_rewards.scorers.token_logit import TokenLogit
 
 CHATS = [[{"role": "user", "content": text}] for text in tiny.texts(5, 0)]
 COMPLETIONS = tiny.texts(5, 1)
@@ -66,6 +69,29 @@ def test_it_loads(tmp_path: Path) -> None:
     for token in (-1, tiny.VOCABULARY):
         with pytest.raises(ValueError, match=rf"among the model's {tiny.VOCABULARY}, got token={token}"):
             TokenLogit(writer(), tiny.tokenizer(), token=token)
+
+
+def test_its_token_is_saved(tmp_path: Path) -> None:
+    """The number of a token is no secret, as the text of the same name is that opens the Hub."""
+    folder = tiny.saved(writer(), tmp_path / "model", tiny.tokenizer())
+    scorer, table = load_scorer(folder, kind=KIND, token=7), ReferenceTable.build([(chat, [0.0]) for chat in CHATS])
+    CalibratedReward(scorer, table).save_pretrained(tmp_path / "reward")
+
+    again = CalibratedReward.from_pretrained(tmp_path / "reward").scorer
+
+    assert again.fingerprint()["token"] == 7
+    np.testing.assert_array_equal(again(CHATS, COMPLETIONS), scorer(CHATS, COMPLETIONS))
+
+
+@pytest.mark.parametrize("secret", ["hf_x", True, {"is": 7}])
+def test_a_secret_of_the_same_name_is_not_saved(secret: Any, tmp_path: Path) -> None:
+    """Options of `from_pretrained` are not written with what opens the Hub."""
+    placement = Placement(model_options={"token": secret, "attn_implementation": "eager"})
+    reward = CalibratedReward(Loaded(FromCheckpoint("x", placement=placement)), ReferenceTable.build([("p", [0.0])]))
+    reward.save_pretrained(tmp_path)
+
+    options = json.loads((tmp_path / "reward.json").read_text())["scorer"]["recipe"]["placement"]["model_options"]
+    assert options == {"attn_implementation": "eager"}
 
 
 def test_the_fingerprint() -> None:

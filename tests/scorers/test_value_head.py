@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from calibrated_rewards.models.checkpoints import checkpoint
+from calibrated_rewards.models.checkpoints import find_checkpoint
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.scorers.value_head import ValueHead, head_from
+from calibrated_rewards.scorers.value_head import ValueHead, load_head
 
 
 def head(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -87,7 +87,7 @@ def test_linear_head_from_checkpoint(tmp_path: Path, name: str, bias: bool) -> N
     """TRL's and OpenRLHF's heads are found by their shape, whatever they are called."""
     value = head().requires_grad_(False)
     weights = {f"{name}.weight": value.weight} | ({f"{name}.bias": value.bias} if bias else {})
-    found = head_from(checkpoint(str(stored(tmp_path, weights))))
+    found = load_head(find_checkpoint(str(stored(tmp_path, weights))))
     states = torch.randn(5, 32)
     torch.testing.assert_close(found(states), states @ value.weight.T + (value.bias if bias else 0))
 
@@ -97,7 +97,7 @@ def test_two_layers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     first, last = torch.randn(48, 32), torch.randn(1, 48)
     weights = {"score.0.weight": first, "score.0.bias": torch.ones(48), "score.2.weight": last}
-    found = head_from(checkpoint(str(stored(tmp_path, weights))))
+    found = load_head(find_checkpoint(str(stored(tmp_path, weights))))
     states = torch.randn(5, 32)
     torch.testing.assert_close(found(states), (states @ first.T + 1).clamp(min=0) @ last.T)
     assert "ReLU" in caplog.text
@@ -105,10 +105,12 @@ def test_two_layers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_several_heads(tmp_path: Path) -> None:
     """Of two heads one is named."""
-    found = checkpoint(str(stored(tmp_path, {"cost.weight": torch.zeros(1, 32), "reward.weight": torch.ones(1, 32)})))
-    assert float(head_from(found, "reward")(torch.ones(1, 32))) == 32
+    found = find_checkpoint(
+        str(stored(tmp_path, {"cost.weight": torch.zeros(1, 32), "reward.weight": torch.ones(1, 32)}))
+    )
+    assert float(load_head(found, "reward")(torch.ones(1, 32))) == 32
     with pytest.raises(ValueError, match=r"head= one of its value heads \['cost', 'reward'\], got None"):
-        head_from(found)
+        load_head(found)
 
 
 def test_empty_and_fingerprint() -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from test_server_process import TOKEN, a_reward, served
 
-from calibrated_rewards.server.app import Limits, create_app
-from calibrated_rewards.server.listening import Newcomers, http_protocol, server_of
+from calibrated_rewards.server.app import create_app
+from calibrated_rewards.server.limits import Limits
+from calibrated_rewards.server.listening import Newcomers, build_server, http_protocol
 
 KEY = f"Authorization: Bearer {TOKEN}\r\n".encode()
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n" + KEY + b"\r\n"
@@ -26,7 +27,7 @@ BUFFERS = 12 * 2**20
 def listening(token: str | None = TOKEN, **limits: Any) -> Iterator[tuple[str, int]]:
     """A server with these limits, in a thread; its address."""
     held = Limits(**limits)
-    server = server_of(create_app(a_reward(), token=token, limits=held), "127.0.0.1", 0, held)
+    server = build_server(create_app(a_reward(), token=token, limits=held), "127.0.0.1", 0, held)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -270,7 +271,7 @@ def test_no_answer_repeats_the_host(token: str | None) -> None:
 def test_newcomers_are_as_many_as_files_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of what is left of the files, the limit at most, and one at least."""
     for files, most in ((256, 96), (10**6, 1024), (10, 1)):
-        monkeypatch.setattr("calibrated_rewards.server.listening.open_files", lambda files=files: files)
+        monkeypatch.setattr("calibrated_rewards.server.listening.limit_of_files", lambda files=files: files)
         made = []
         monkeypatch.setattr("calibrated_rewards.server.listening.Newcomers", lambda n, made=made: made.append(n))
         http_protocol(Limits())

@@ -14,8 +14,8 @@ import pytest
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
-from calibrated_rewards.server.app import PATHS, Limits, create_app, serve
-from calibrated_rewards.server.replicas import serve_replicas
+from calibrated_rewards.server.app import PATHS, create_app, serve, serve_replicas
+from calibrated_rewards.server.limits import Limits
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory.transforms import Exponential
@@ -437,7 +437,7 @@ def test_health_metrics_and_schema() -> None:
     assert counted(app, "saturated_total") == 2
     assert counted(app, "queue") == 0
     assert [answer.status_code for answer in missing] == [404, 405]
-    app.state.door.closing = True
+    app.state.shutdown.begun = True
     assert asyncio.run(_get(app, "/health")).status_code == 503
     body = schema.json()["paths"]["/get_reward"]["post"]["requestBody"]["content"]["application/json"]
     for name, example in body["examples"].items():

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
-from calibrated_rewards.server.app import PATHS, Limits, create_app
-from calibrated_rewards.server.bodies import EXAMPLES
+from calibrated_rewards.server.app import PATHS, create_app
+from calibrated_rewards.server.dialects import EXAMPLES
+from calibrated_rewards.server.limits import Limits
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer
 

@@ -215,7 +215,7 @@ def test_the_command(tmp_path, capsys) -> None:
     where = tmp_path / "reward"
     CalibratedReward(plain_scores, a_reward_of(plain_scores), Exponential(2.0)).save_pretrained(where)
     here = Path(__file__).parent
-    environment = {"A_TOKEN": TOKEN, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    environment = {"A_TOKEN": TOKEN, "PYTHONPATH": os.pathsep.join(map(str, [here, *here.parents[:2]]))}
     arguments = ["-m", "calibrated_rewards", "serve", str(where), "--port", "0", "--token-env", "A_TOKEN"]
     arguments.append("--trust-remote-code")
     with served(*arguments, environment=environment) as server:

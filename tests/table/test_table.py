@@ -15,9 +15,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from calibrated_rewards.prompts import id_key, prompt_key
+from calibrated_rewards.prompts import UnknownPromptError, id_key, prompt_key
 from calibrated_rewards.table.build import build
-from calibrated_rewards.table.reference_table import ReferenceTable, Row, UnknownPromptError
+from calibrated_rewards.table.reference_table import ReferenceTable, Row
 
 HUGE = float(np.finfo(np.float32).max)
 TINY = float(np.finfo(np.float32).smallest_subnormal)

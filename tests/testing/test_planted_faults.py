@@ -28,10 +28,10 @@ import torch
 from calibrated_rewards.cli.check_scorer import EPILOG
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
-from calibrated_rewards.testing.check_reading import LENGTHS, passage
-from calibrated_rewards.testing.check_scorer import CHECKS, IGNORABLE, Examination, answer, check_scorer
-from calibrated_rewards.testing.check_texts import characters
-from calibrated_rewards.testing.process_state import RANDOM, changed, process_state
+from calibrated_rewards.testing.check_reading import LENGTHS
+from calibrated_rewards.testing.check_scorer import CHECKS, IGNORABLE, Examination, check_scorer, run_check
+from calibrated_rewards.testing.probes import list_characters, passage
+from calibrated_rewards.testing.process_state import RANDOM, find_changes, process_state
 from calibrated_rewards.testing.suites import HashScorer, NumberScorer
 
 Scorer = Callable[[Sequence[Any], Sequence[Any]], Any]
@@ -445,14 +445,14 @@ def verdict(scorer: Any, names: Sequence[str] | None = None, **options: Any) -> 
     """The checks that fail, all or those of some names, and what is said of each; a hash has no sign."""
     subject = Examination(scorer, **{"sign": False, **options}).subject
     asked = [check for check in CHECKS if names is None or check.name in names]
-    outcomes = {check.name: answer(check, subject) for check in asked}
+    outcomes = {check.name: run_check(check, subject) for check in asked}
     return {name: outcome.detail for name, outcome in outcomes.items() if outcome.status == "FAIL"}
 
 
 def first(scorer: Any, names: Sequence[str] | None = None, **options: Any) -> str:
     """What the first check that fails says; nothing if none does."""
     subject = Examination(scorer, **{"sign": False, **options}).subject
-    asked = (answer(check, subject) for check in CHECKS if names is None or check.name in names)
+    asked = (run_check(check, subject) for check in CHECKS if names is None or check.name in names)
     return next((outcome.detail for outcome in asked if outcome.status == "FAIL"), "")
 
 
@@ -474,7 +474,7 @@ def test_a_fault_is_found(fault):
     told = first(STATELESS[fault], meant_for(fault))
 
     assert " -> " in told or "Error: " in told
-    assert {*changed(before, process_state())} <= {"the warnings filters", *RANDOM}
+    assert {*find_changes(before, process_state())} <= {"the warnings filters", *RANDOM}
 
 
 @pytest.mark.parametrize("fault", STATES)
@@ -595,7 +595,7 @@ def test_grades_that_tie_on_long_texts_are_no_fault():
 def test_what_tokenizers_leave_out_is_told_and_is_no_fault(see, unread):
     """BERT's lower case, T5's white space, a vocabulary without emoji: a line that says what is not read."""
     letters = next(check for check in CHECKS if check.name == LETTERS)
-    outcome = answer(letters, Examination(each(see), sign=False).subject)
+    outcome = run_check(letters, Examination(each(see), sign=False).subject)
 
     assert verdict(each(see), (DISTINCT, ANSWER, QUESTION, KINDS, ROLES), spare_seconds=0.0) == {}
     assert outcome.status == "-"
@@ -644,4 +644,4 @@ def test_the_texts_of_the_checks():
     """As long as they say, without white space at the ends, and others for another seed; emoji among the characters."""
     assert [len(passage(length, "a")) for length in LENGTHS] == [*LENGTHS]
     assert all(passage(length, "a").strip() == passage(length, "a") != passage(length, "b") for length in LENGTHS)
-    assert {"🥶", "🦄", "❤️", "é", "中", "\u200b", "\x00"} - {*characters()} == {"\x00"}
+    assert {"🥶", "🦄", "❤️", "é", "中", "\u200b", "\x00"} - {*list_characters()} == {"\x00"}

@@ -17,8 +17,7 @@ from scipy.optimize import lsq_linear
 from strategies import procedures, transforms
 
 from calibrated_rewards.theory.bands import band
-from calibrated_rewards.theory.finite_k import log_partition, randomised, values
-from calibrated_rewards.theory.finite_k_error import bias, references_needed, rmse
+from calibrated_rewards.theory.finite_k import bias, log_partition, randomised, references_needed, rmse, values
 from calibrated_rewards.theory.fixed_references import win_rate_at_k, win_rate_at_kl
 from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, SoftBestOf, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import win_rate

@@ -1,4 +1,7 @@
-"""Unseen prompts by prediction: a prompt's reference quantiles from its features, learnt from a table's prompts.
+"""Predict the reference quantiles of prompts that no table has, from their features.
+
+`prediction` holds `fit` and its result, `Amortised`; `conditional` the model of a distribution given features, made of
+`curves` and `regression`; `judgement` its errors; `prompt_features` the features that a reward model has of a prompt.
 
 >>> import numpy as np
 >>> from calibrated_rewards.table.reference_table import ReferenceTable
@@ -13,6 +16,9 @@ array([[59., 60., 61.]])
 '+ location'
 """
 
-from calibrated_rewards.calibration.prediction.fit import fit as fit
 from calibrated_rewards.calibration.prediction.judgement import Errors as Errors
-from calibrated_rewards.calibration.prediction.prediction import Amortised as Amortised, Features as Features
+from calibrated_rewards.calibration.prediction.prediction import (
+    Amortised as Amortised,
+    Features as Features,
+    fit as fit,
+)

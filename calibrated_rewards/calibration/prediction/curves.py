@@ -1,6 +1,4 @@
-"""The reference scores of some prompts of a table, prompt after prompt in one array: K may differ between them.
-
-One distribution as a curve of quantiles, with exponential tails: no score is ever beyond it."""
+"""Samples of scores of many prompts, and a distribution as a curve of quantiles with exponential tails."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,31 +10,31 @@ from calibrated_rewards.table.reference_table import ReferenceTable
 
 
 class Sample(NamedTuple):
-    """Scores, ascending within each prompt, and how many each prompt has."""
+    """Scores of prompts one after the other, ascending within each prompt; prompts may have different numbers."""
 
     scores: Float[np.ndarray, " n"]
     counts: Int[np.ndarray, " P"]
 
     @property
     def owners(self) -> Int[np.ndarray, " n"]:
-        """The prompt of each score."""
+        """The number of each score's prompt."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
     @property
     def weights(self) -> Float[np.ndarray, " n"]:
-        """What each score counts, so that each prompt counts 1."""
+        """The weight of each score, so that each prompt counts 1."""
         return np.asarray(np.repeat(1 / self.counts, self.counts))
 
     def means(self, values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " P"]:
-        """The mean over each prompt of something that each of its scores has."""
+        """Average values, one for each score, over each prompt."""
         return np.asarray(np.add.reduceat(values, np.cumsum(self.counts) - self.counts) / self.counts)
 
-    def of(self, prompts: Bool[np.ndarray, " P"]) -> "Sample":
-        """The part that belongs to some prompts."""
+    def select(self, prompts: Bool[np.ndarray, " P"]) -> "Sample":
+        """Return the scores of some of the prompts."""
         return Sample(self.scores[np.repeat(prompts, self.counts)], self.counts[prompts])
 
     def halves(self, rng: np.random.Generator) -> tuple["Sample", "Sample"]:
-        """Each prompt's scores in two random halves; the second has the odd one, and the first may have none."""
+        """Split each prompt's scores in two random halves; the second has the odd one, and the first may have none."""
         order = np.lexsort((rng.random(len(self.scores)), self.owners))
         place = np.arange(len(order)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
         half = self.counts // 2
@@ -45,8 +43,8 @@ class Sample(NamedTuple):
         return Sample(self.scores[first], half), Sample(self.scores[~first], self.counts - half)
 
 
-def sample_of(table: ReferenceTable, rows: Int[np.ndarray, " P"]) -> Sample:
-    """The scores of some rows of a table."""
+def read_sample(table: ReferenceTable, rows: Int[np.ndarray, " P"]) -> Sample:
+    """Read the scores of some rows of a table."""
     counts = table.counts(rows)
     starts, scores = np.cumsum(counts) - counts, np.empty(counts.sum())
     for positions, block in table.blocks(rows):
@@ -70,11 +68,11 @@ class Curve:
     levels: Float[np.ndarray, " Q"]
     values: Float[np.ndarray, " Q"]
     below: float
-    """How far beyond the lowest value the scores below it are on average; `above` likewise."""
+    """The mean distance below the lowest value of the scores that are below it; `above` likewise."""
     above: float
 
     def cdf(self, values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """The quantile of each value; a value that stands at several levels is at the middle of them."""
+        """Return the quantile of each value; a value that stands at several levels is at the middle of them."""
         first = np.searchsorted(self.values, values, side="left")
         after = np.searchsorted(self.values, values, side="right")
         last, ends = len(self.values) - 1, np.minimum(first, len(self.values) - 1)
@@ -86,7 +84,7 @@ class Curve:
         return np.asarray(np.where(first > last, high, np.where(after == 0, low, inside)))
 
     def icdf(self, levels: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """The value at each level, in (0, 1)."""
+        """Return the value at each level, in (0, 1)."""
         if not ((levels > 0) & (levels < 1)).all():
             raise ValueError(f"a quantile has a level in (0, 1), got levels from {levels.min()} to {levels.max()}")
         low = np.log(np.minimum(levels / self.levels[0], 1)) * self.below
@@ -94,10 +92,10 @@ class Curve:
         return np.asarray(np.interp(levels, self.levels, self.values) + low - high)
 
 
-def curve_of(
+def fit_curve(
     values: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"], levels: Float[np.ndarray, " Q"]
 ) -> Curve:
-    """The curve of a weighted sample."""
+    """Fit the curve of a weighted sample."""
     order = np.argsort(values, kind="stable")
     values, weights = values[order], weights[order] / weights.sum()
     quantiles = np.interp(levels, np.cumsum(weights) - weights / 2, values)

@@ -1,4 +1,4 @@
-"""Features from a reward model: its own hidden state for the prompt alone."""
+"""PromptFeatures: a reward model's own hidden state for a prompt, as features of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,13 +10,12 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
 
-from calibrated_rewards.models.batches import Budget
+from calibrated_rewards.models.batches import Budget, Padding
 from calibrated_rewards.models.own_forward import OwnForward
-from calibrated_rewards.models.padding import Padding
-from calibrated_rewards.models.parts import body_of, default_budget, lock_of, positions_of, unwrapped, vocabulary
-from calibrated_rewards.models.text import Text, kept
+from calibrated_rewards.models.parts import body_of, default_budget, lock_of, positions_of, unwrap, vocabulary
+from calibrated_rewards.models.text import Text, truncate
 from calibrated_rewards.prompts import Prompt
-from calibrated_rewards.scorers.cross_encoder import CrossEncoder, flat
+from calibrated_rewards.scorers.cross_encoder import CrossEncoder, write_flat
 from calibrated_rewards.scorers.ensemble import Cost
 from calibrated_rewards.scorers.lazy import Loaded
 from calibrated_rewards.scorers.protocol import fingerprint, name_of
@@ -26,7 +25,7 @@ Pool = Literal["last", "first", "mean"]
 
 @runtime_checkable
 class Readable(Protocol):
-    """A scorer that is a transformer with its tokenizer, and says how it reads text."""
+    """A scorer that is a transformer with its tokenizer and its way to write text."""
 
     model: Any
     tokenizer: Any
@@ -43,21 +42,21 @@ class PromptFeatures:
 
     scorer: Any
     pool: Pool | None = None
-    """Which token's state: None is the last one's in a model that looks back only, and the mean in all others."""
+    """The token whose state is read; None is the last one in a causal model, and the mean in all others."""
 
     def __post_init__(self) -> None:
         if self.pool not in (None, "last", "first", "mean"):
             raise ValueError(f"PromptFeatures needs pool to be 'last', 'first' or 'mean', got pool={self.pool!r}")
 
     def __call__(self, prompts: Sequence[Prompt]) -> Float32[np.ndarray, "P d"]:
-        """A row for each prompt: alone, in a batch, in any order the same."""
+        """Return a row for each prompt: the same alone, in a batch, in any order."""
         prompts = list(prompts)
         with lock_of(self._readable.model):  # fast tokenizers do not bear two threads
             rows = self._tokens(prompts)
         return self._reader(rows).numpy() if rows else np.empty((0, self._width), np.float32)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the features depend on: all that the scores do, and the token that is read."""
+        """Return all that the features depend on: what the scores depend on, and the token that is read."""
         return {"kind": "prompt features", "scorer": fingerprint(self.scorer), "pool": self._pool}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,24 +76,24 @@ class PromptFeatures:
 
     @cached_property
     def _body(self) -> nn.Module:
-        """What gives the states; of an encoder-decoder, its encoder."""
-        model = unwrapped(self._readable.model)
+        """The module that gives the states: the body, or the encoder of an encoder-decoder."""
+        model = unwrap(self._readable.model)
         return model.get_encoder() if model.config.is_encoder_decoder else body_of(model)
 
     @property
     def _width(self) -> int:
-        return int(unwrapped(self._readable.model).config.get_text_config().hidden_size)
+        return int(unwrap(self._readable.model).config.get_text_config().hidden_size)
 
     @cached_property
     def _pool(self) -> Pool:
-        return self.pool or ("last" if looks_back(self._one_state) else "mean")
+        return self.pool or ("last" if is_causal(self._one_state) else "mean")
 
     @cached_property
     def _reader(self) -> OwnForward:
         return self._reading(self._pool)
 
     def _reading(self, pool: Pool) -> OwnForward:
-        model = unwrapped(self._readable.model)
+        model = unwrap(self._readable.model)
         pads = getattr(model.config.get_text_config(), "pad_token_id", None), self._readable.tokenizer.pad_token_id
         pad = next((i for i in pads if i is not None and 0 <= i < vocabulary(model)), 0)
         budget = Budget(getattr(self._readable, "batch_tokens", None) or default_budget(model))
@@ -110,13 +109,14 @@ class PromptFeatures:
 
     def _tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         scorer, tokenizer = self._readable, self._readable.tokenizer
-        limit = scorer.text.limit(tokenizer, positions_of(unwrapped(scorer.model)))
+        limit = scorer.text.limit(tokenizer, positions_of(unwrap(scorer.model)))
         # A prompt does not end where a text does.
         text = replace(scorer.text, append_eos=False)
-        alone = [(flat(p), False) if isinstance(scorer, CrossEncoder) else text.opening(tokenizer, p) for p in prompts]
+        pair = isinstance(scorer, CrossEncoder)
+        alone = [(write_flat(p), False) if pair else text.opening(tokenizer, p) for p in prompts]
         rows = text.tokens(tokenizer, alone)
         text.report([len(row) for row in rows], limit)
-        return [kept(row, limit, tokenizer) for row in rows]
+        return [truncate(row, limit, tokenizer) for row in rows]
 
 
 class Pooled(nn.Module):
@@ -129,7 +129,7 @@ class Pooled(nn.Module):
         self.body, self.config, self.pool = body, config, pool
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """The states that are asked for, as {"state": (n, hidden size)}; rows are padded on the right."""
+        """Return the pooled states as {"state": (n, hidden size)}; rows are padded on the right."""
         states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
         lengths = attention_mask.sum(1)
         if self.pool == "mean":
@@ -138,11 +138,11 @@ class Pooled(nn.Module):
         return {"state": states[torch.arange(len(states), device=states.device), at.to(states.device)]}
 
     def get_input_embeddings(self) -> Any:
-        """The body's."""
+        """Return the embeddings of the body."""
         return self.body.get_input_embeddings()  # type: ignore[operator]
 
 
-def looks_back(first_state: Any) -> bool:
-    """Whether the first token's state is the same whatever follows: then only the last one has read it all."""
+def is_causal(first_state: Any) -> bool:
+    """Return whether the first token's state is the same whatever follows: then only the last has read all tokens."""
     one, other = first_state([5, 6, 7, 8, 9, 10, 11, 12, 13]), first_state([5, 9, 10, 11, 6, 7, 8, 13, 12])
     return bool((one - other).abs().max() <= 1e-3 * one.abs().max())

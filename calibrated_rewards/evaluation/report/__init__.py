@@ -1,3 +1,3 @@
-"""One page of HTML that says what was calibrated, whether it is good, what was trained, and what came out."""
+"""The report: one page of HTML about a calibration, its training and its evaluation, by `report(directory)`."""
 
 from calibrated_rewards.evaluation.report.report import report as report

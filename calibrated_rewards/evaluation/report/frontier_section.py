@@ -1,144 +1,131 @@
-"""What the frontier without training promised: the exact optimum of each reward, on the calibrated completions."""
+"""Section on the frontier without training: the exact optimum of each objective, on the calibrated completions."""
 
 from collections.abc import Iterator, Sequence
 
 from calibrated_rewards.evaluation import plots
-from calibrated_rewards.evaluation.prospects import RELIABLE, Point, Reweighted, ess_of_gain, told
-from calibrated_rewards.evaluation.report.experiment import Experiment, main_judge, main_procedure
-from calibrated_rewards.evaluation.report.markup import (
-    Markup,
-    Piece,
-    Section,
-    bullets,
-    element,
-    figure,
-    figures,
-    folded,
-    raised,
-    table,
+from calibrated_rewards.evaluation.report import page
+from calibrated_rewards.evaluation.report.experiment import Experiment, choose_judge, choose_procedure
+from calibrated_rewards.evaluation.results import RELIABLE_ESS, FrontierEstimate, FrontierPoint, mark_ess
+from calibrated_rewards.evaluation.wording import (
+    few_prompts_notes,
+    format_count,
+    format_objective,
+    format_points,
+    format_procedure,
+    format_share,
 )
-from calibrated_rewards.evaluation.wording import arm, caution, counted, percents, points, spoken
 
 
-def promised(of: Experiment) -> Section | None:
-    """The section; None without a frontier, or with none of its points."""
-    found = of.frontier
-    if found is None or not found.points:
+def write_frontier(experiment: Experiment) -> page.Section | None:
+    """Write the section; None without a frontier, or with none of its points."""
+    frontier = experiment.frontier
+    if frontier is None or not frontier.points:
         return None
-    procedure, judge = main_procedure(found.procedures), main_judge([*found.points[0].win_rates], found.selected_by)
-    kls = sorted({point.kl for point in found.points})
-    kl = min(kls, key=lambda each: abs(each - 1.0))
-    at = [point for point in found.points if point.kl == kl]
-    few, headline = caution(found.prompts), _headline(at, judge, procedure)
-    judges = [*found.points[0].win_rates]
-    blocks = [
-        element("p", _explained(found)),
-        bullets([*few, headline, *_against_first(at, judge, procedure)]),
-        figures(*(_figure(found, procedure, name) for name in judges)),
-        *(folded(f"KL {each:g}, judged by {name}", _table(found, each, name)) for each in kls for name in judges),
-        _notes(found),
-    ]
-    return Section("What was promised without training", tuple(blocks), (*few, headline))
-
-
-def _explained(found: Reweighted) -> str:
-    return (
+    judges = [*frontier.points[0].win_rates]
+    procedure, judge = choose_procedure(frontier.procedures), choose_judge(judges, frontier.selected_by)
+    kls = sorted({point.kl for point in frontier.points})
+    at_kl = {kl: [point for point in frontier.points if point.kl == kl] for kl in kls}
+    points = at_kl[min(kls, key=lambda kl: abs(kl - 1.0))]
+    summary = (*few_prompts_notes(frontier.prompts), _write_headline(points, judge, procedure))
+    explanation = (
         "The optimum for any reward is a reweighting of the completions there are, here of "
-        f"{counted(found.prompts, 'prompt')} with {found.rollouts:,} each, so rewards can be compared at equal KL "
-        "before any is trained for. Both sides are under the procedure, which selects by "
-        f"{found.selected_by}. A trained policy may fall short of this."
+        f"{format_count(frontier.prompts, 'prompt')} with {frontier.rollouts:,} each, so rewards can be compared at "
+        "equal KL before any is trained for. Both sides are under the procedure, which selects by "
+        f"{frontier.selected_by}. A trained policy may fall short of this."
     )
+    tables = [
+        page.Details(f"KL {kl:g}, judged by {name}", _tabulate(points, frontier.procedures, name))
+        for kl, points in at_kl.items()
+        for name in judges
+    ]
+    blocks: tuple[page.Block, ...] = (
+        page.Paragraph(explanation),
+        page.Bullets([*summary, *_compare_with_first(points, judge, procedure)]),
+        page.Figures([_draw(frontier, procedure, name) for name in judges]),
+        *tables,
+        *(page.Paragraph(note, note=True) for note in _notes(frontier)),
+    )
+    return page.Section("What to expect without training", blocks, summary)
 
 
-def _headline(at: Sequence[Point], judge: str, procedure: str) -> str:
-    """Of the arm that was made for the procedure, whatever came of it; without one, of the highest, as what it is."""
-    first = at[0]
-    made = next((point for point in at if arm(point.arm) == arm_for(procedure)), None)
-    best = made or max(at, key=lambda point: point.win_rates[judge][procedure].value)
-    picked = "" if made is not None or len(at) == 1 else f", picked as the highest of {len(at)} and flattered by it,"
-    rate = percents(best.win_rates[judge][procedure]) + _mark(best.ess_of[procedure])
-    said = (
-        f"Without training, at KL {best.kl:g} and {spoken(procedure)}, judged by {judge}: {arm(best.arm)}{picked} "
-        f"wins {rate}"
+def _write_headline(points: Sequence[FrontierPoint], judge: str, procedure: str) -> str:
+    """Report the objective that is made for the procedure, or the highest, and then that it was picked."""
+    first = points[0]
+    made_for_it = "identity" if procedure == "Standard()" else f"optimum for {format_procedure(procedure)}"
+    best = next((point for point in points if format_objective(point.arm) == made_for_it), None)
+    picked = ""
+    if best is None:
+        best = max(points, key=lambda point: point.win_rates[judge][procedure].value)
+        picked = f", picked as the highest of {len(points)} and flattered by it," * (len(points) > 1)
+    sentence = (
+        f"Without training, at KL {best.kl:g} and {format_procedure(procedure)}, judged by {judge}: "
+        f"{format_objective(best.arm)}{picked} wins {_format_rate(best, judge, procedure)}"
     )
     if best is not first and best.gains:
-        gain, ess = best.gains[judge][procedure], ess_of_gain(best, procedure)
-        beyond = "" if told(best, judge, procedure) else "; these data do not tell the two apart"
-        said += f", {points(gain)}{_mark(ess)} from {arm(first.arm)}{beyond}"
-    least = min(best.ess_of[procedure], ess_of_gain(best, procedure))
-    few = f" (~: from {least:.1f} effective completions of a prompt, too few to go by the interval)"
-    return f"{said}{few if least < RELIABLE else ''}."
+        open_ = "" if best.verdict(judge, procedure) else "; these data do not tell the two apart"
+        sentence += f", {_format_gain(best, judge, procedure)} from {format_objective(first.arm)}{open_}"
+    ess = min(best.ess_of[procedure], best.ess_of_gain(procedure))
+    if ess < RELIABLE_ESS:
+        sentence += f" (~: from {ess:.1f} effective completions of a prompt, too few to go by the interval)"
+    return f"{sentence}."
 
 
-def arm_for(procedure: str) -> str:
-    """The optimum for a procedure, as arms are called; the quantile itself for a single draw.
-
-    >>> arm_for("BestOf(n=4)"), arm_for("Standard()")
-    ('optimum for best of 4', 'identity')
-    """
-    return "identity" if procedure == "Standard()" else f"optimum for {spoken(procedure)}"
-
-
-def _against_first(at: Sequence[Point], judge: str, procedure: str) -> Iterator[str]:
-    first, *others = at
-    compared = [(point, told(point, judge, procedure)) for point in others if point.gains]
-    for words, way in (("Above", "better"), ("Below", "worse")):
-        if chosen := [point for point, found in compared if found == way]:
+def _compare_with_first(points: Sequence[FrontierPoint], judge: str, procedure: str) -> Iterator[str]:
+    first, *others = points
+    baseline = format_objective(first.arm)
+    names: dict[str | None, list[str]] = {}
+    for point in others:
+        if point.gains:
+            names.setdefault(point.verdict(judge, procedure), []).append(format_objective(point.arm))
+    for verdict, word in (("better", "Above"), ("worse", "Below")):
+        if verdict in names:
             yield (
-                f"{words} {arm(first.arm)}, by intervals without 0 and by more than so few effective completions were "
-                f"found to be off: {_named(chosen)}."
+                f"{word} {baseline}, by intervals without 0 and by more than so few effective completions were found "
+                f"to be off: {', '.join(names[verdict])}."
             )
-    if left := [point for point, found in compared if found is None]:
-        yield f"These data do not tell from {arm(first.arm)}: {_named(left)}."
+    if None in names:
+        yield f"These data do not tell from {baseline}: {', '.join(names[None])}."
 
 
-def _mark(ess: float) -> str:
-    return " ~" * (ess < RELIABLE)
+def _format_rate(point: FrontierPoint, judge: str, procedure: str) -> str:
+    return f"{format_share(point.win_rates[judge][procedure])} {mark_ess(point.ess_of[procedure])}".rstrip()
 
 
-def _named(chosen: Sequence[Point]) -> str:
-    return ", ".join(arm(point.arm) for point in chosen)
+def _format_gain(point: FrontierPoint, judge: str, procedure: str) -> str:
+    return f"{format_points(point.gains[judge][procedure])} {mark_ess(point.ess_of_gain(procedure))}".rstrip()
 
 
-def _figure(found: Reweighted, procedure: str, judge: str) -> Markup:
-    said = f"Judged by {judge}, {spoken(procedure)}"
-    if any(point.ess_of[procedure] < RELIABLE for point in found.points):
-        said += f"; hollow marks rest on fewer than {RELIABLE} effective completions"
-    said += "."
-    return figure(plots.reweighted(found, procedure, judge), said, f"frontier-{_id(judge)}")
+def _draw(frontier: FrontierEstimate, procedure: str, judge: str) -> page.Drawing:
+    hollow = any(point.ess_of[procedure] < RELIABLE_ESS for point in frontier.points)
+    note = f"; hollow marks rest on fewer than {RELIABLE_ESS} effective completions" * hollow
+    caption = f"Judged by {judge}, {format_procedure(procedure)}{note}."
+    name = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in judge)
+    return page.draw(plots.reweighted(frontier, procedure, judge), caption, f"frontier-{name}")
 
 
-def _table(found: Reweighted, kl: float, judge: str) -> Markup:
-    at = [point for point in found.points if point.kl == kl]
-    head = [
-        "",
-        *map(spoken, found.procedures),
-        f"{spoken(main_procedure(found.procedures))}, from {arm(at[0].arm)}",
-        "ESS",
+def _tabulate(points: Sequence[FrontierPoint], procedures: Sequence[str], judge: str) -> page.Table:
+    main = choose_procedure(procedures)
+    gain = f"{format_procedure(main)}, from {format_objective(points[0].arm)}"
+    rows = [
+        [
+            format_objective(point.arm),
+            *(_format_rate(point, judge, procedure) for procedure in procedures),
+            _format_gain(point, judge, main) if point.gains else "not known",
+            f"{point.ess:.1f}",
+        ]
+        for point in points
     ]
-    return table(head, [_row(point, judge, found.procedures) for point in at])
+    return page.Table(["", *map(format_procedure, procedures), gain, "ESS"], rows)
 
 
-def _row(point: Point, judge: str, procedures: Sequence[str]) -> list[Piece]:
-    rates = [percents(point.win_rates[judge][each]) + _mark(point.ess_of[each]) for each in procedures]
-    main = main_procedure(procedures)
-    gain = points(point.gains[judge][main]) + _mark(ess_of_gain(point, main)) if point.gains else "not known"
-    return [raised(arm(point.arm)), *rates, gain, f"{point.ess:.1f}"]
-
-
-def _notes(found: Reweighted) -> Markup:
-    said = [
+def _notes(frontier: FrontierEstimate) -> Iterator[str]:
+    yield (
         "ESS: effective completions of a prompt behind a row. Each interval is at 95 %, over prompts, by itself: of "
-        "many, about one in twenty misses, and the highest of many is flattered by being chosen.",
-    ]
-    if any(value < RELIABLE for point in found.points for value in point.ess_of.values()):
-        said.append(
-            f"~ rests on fewer than {RELIABLE} effective completions of a prompt: off by up to .04, below 3 by .07, "
-            "below 1.5 by .14, whatever the interval says."
+        "many, about one in twenty misses, and the highest of many is flattered by being chosen."
+    )
+    if frontier.unreliable:
+        yield (
+            f"~ rests on fewer than {RELIABLE_ESS} effective completions of a prompt: off by up to .04, below 3 by "
+            ".07, below 1.5 by .14, whatever the interval says."
         )
-    said += [f"Left out: {reason}" for reason in found.left_out]
-    return element("div", *(element("p", each) for each in said), class_="note")
-
-
-def _id(name: str) -> str:
-    return "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in name)
+    yield from (f"Left out: {reason}" for reason in frontier.left_out)

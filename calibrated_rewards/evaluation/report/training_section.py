@@ -1,140 +1,115 @@
-"""What was trained: each run's reward, length and speed, and its curves.
+"""Sections on training and on provenance: each run's reward, length, speed and curves; versions and settings."""
 
-How it was made: versions, seeds, settings and fingerprints, as they are kept."""
-
-import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from markupsafe import Markup
+
 from calibrated_rewards.calibration.inspect_table import percent
 from calibrated_rewards.evaluation import plots
+from calibrated_rewards.evaluation.report import page
 from calibrated_rewards.evaluation.report.experiment import Experiment, TrainingRun
-from calibrated_rewards.evaluation.report.markup import (
-    Markup,
-    Piece,
-    Section,
-    element,
-    figure,
-    figures,
-    folded,
-    raised,
-    table,
-)
-from calibrated_rewards.evaluation.wording import counted, formula_in
+from calibrated_rewards.evaluation.wording import format_count, format_transform_repr
 
-# The share of the steps at either end whose mean is stated: single steps are noise.
+# Means over this share of the steps at either end are reported: single steps are noise.
 END = 0.1
-
-
-def trained(of: Experiment) -> Section | None:
-    """The section; None where no run has made a step."""
-    runs = {name: run for name, run in of.runs.items() if run.rows}
-    if not runs:
-        return None
-    head = ["", "reward", "recipe", "steps", "beta", "u at first", "u at last", "KL at last", "seconds", "in scoring"]
-    drawn = [
-        figure(plots.training({name: run.rows for name, run in runs.items()}, what), said, f"curve-{what}")
-        for what, said in _captions(runs).items()
-    ]
-    told = _told(runs)
-    blocks = (
-        element("p", raised(f"{told} Values at first and at last are means over a tenth of the steps, one at least.")),
-        table(head, [_row(name, run) for name, run in runs.items()]),
-        figures(*drawn),
-    )
-    return Section("What was trained", blocks, (told,))
-
-
-def _captions(runs: Mapping[str, TrainingRun]) -> dict[str, str]:
-    """The curves that there are rows for; rewards of different kinds are no curves of one axis."""
-    kinds = {_reward(run) for run in runs.values()}
-    wanted = {
-        "u": "The quantile among the references; 0.5 is the reference policy.",
-        "kl": "KL from the reference policy, of a completion.",
-        **({"reward": "The reward that is maximised."} if len(kinds) == 1 else {}),
-    }
-    some = {key for run in runs.values() for row in run.rows for key, value in row.items() if value is not None}
-    faint = " Faint: each step; strong: the mean over a tenth of the steps."
-    return {what: said + faint for what, said in wanted.items() if what in some}
-
-
-def _told(runs: Mapping[str, TrainingRun]) -> str:
-    each = [f"{name} ({_reward(run)}; {counted(_steps(run), 'step')})" for name, run in runs.items()]
-    many = "One policy was trained" if len(each) == 1 else f"{len(each)} policies were trained"
-    return f"{many}: {', '.join(each)}."
-
-
-def _steps(run: TrainingRun) -> int:
-    return len({row["step"] for row in run.rows})
-
-
-def _row(name: str, run: TrainingRun) -> list[Piece]:
-    settings = {**run.settings, **_inside(run.settings, "settings")}
-    seconds, scoring = (_total(run.rows, column) for column in ("seconds", "seconds_scoring"))
-    share = "not known" if not seconds or scoring is None else percent(scoring / seconds)
-    numbers = [_at_end(run.rows, "u", first=True), _at_end(run.rows, "u"), _at_end(run.rows, "kl")]
-    beta = settings.get("beta") or _inside(settings, "reward").get("beta")
-    shown = [_number(beta), *map(_number, numbers), "not known" if seconds is None else _time(seconds), share]
-    return [name, raised(_reward(run)), str(settings.get("recipe", "not said")), str(_steps(run)), *shown]
-
-
-def _reward(run: TrainingRun) -> str:
-    said: Any = run.settings.get("reward")
-    if not isinstance(said, Mapping):
-        return "reward not said" if said is None else str(said)
-    transform = said.get("transform")
-    return (
-        "raw score" if said.get("kind") == "raw" or transform is None else f"calibrated, {formula_in(str(transform))}"
-    )
-
-
-def _inside(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = settings.get(name)
-    return found if isinstance(found, Mapping) else {}
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else "not known"
-
-
-def _total(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    known = [float(row[name]) for row in rows if row.get(name) is not None]
-    return sum(known) if known else None
-
-
-def _at_end(rows: Sequence[Mapping[str, Any]], name: str, first: bool = False) -> float | None:
-    known = [float(row[name]) for row in rows if row.get(name) is not None]
-    few = max(1, round(END * len(known)))
-    end = known[:few] if first else known[-few:]
-    return sum(end) / len(end) if end else None
-
-
 PACKAGES = ("calibrated-rewards", "numpy", "scipy", "torch", "transformers", "trl", "peft")
 
 
-def made(of: Experiment) -> Section:
-    """The section."""
-    blocks = [
-        element(
-            "p",
-            "This page was made by ",
-            element("code", f"calibrated-rewards report {of.at}"),
-            ", with:",
-        ),
-        table(("", ""), _versions()),
-        *_kept(of),
+def write_training(experiment: Experiment) -> page.Section | None:
+    """Write the section; None where no run has made a step."""
+    runs = {name: run for name, run in experiment.runs.items() if run.rows}
+    if not runs:
+        return None
+    steps = {name: format_count(len({row["step"] for row in run.rows}), "step") for name, run in runs.items()}
+    policies = ", ".join(f"{name} ({_name_reward(run)}; {steps[name]})" for name, run in runs.items())
+    summary = f"{'One policy was' if len(runs) == 1 else f'{len(runs)} policies were'} trained: {policies}."
+    head = ["", "reward", "recipe", "steps", "beta", "u at first", "u at last", "KL at last", "seconds", "in scoring"]
+    logs = {name: run.rows for name, run in runs.items()}
+    drawings = [
+        page.draw(plots.training(logs, column), caption, f"curve-{column}") for column, caption in _choose_curves(runs)
     ]
-    return Section("How it was made", tuple(blocks))
+    blocks = (
+        page.Paragraph(f"{summary} Values at first and at last are means over a tenth of the steps, one at least."),
+        page.Table(head, [_list_run(name, run) for name, run in runs.items()]),
+        page.Figures(drawings),
+    )
+    return page.Section("What was trained", blocks, (summary,))
 
 
-def _versions() -> Iterator[tuple[str, str]]:
-    yield "Python", platform.python_version()
+def _choose_curves(runs: Mapping[str, TrainingRun]) -> Iterator[tuple[str, str]]:
+    """Choose the columns that have values, with captions; rewards of different kinds do not share an axis."""
+    columns = {key for run in runs.values() for row in run.rows for key, value in row.items() if value is not None}
+    captions = {
+        "u": "The quantile among the references; 0.5 is the reference policy.",
+        "kl": "KL from the reference policy, of a completion.",
+        "reward": "The reward that is maximised.",
+    }
+    if len({_name_reward(run) for run in runs.values()}) > 1:
+        del captions["reward"]
+    for column, caption in captions.items():
+        if column in columns:
+            yield column, f"{caption} Faint: each step; strong: the mean over a tenth of the steps."
+
+
+def _list_run(name: str, run: TrainingRun) -> list[str]:
+    settings = {**run.settings, **_find_mapping(run.settings, "settings")}
+    beta = settings.get("beta") or _find_mapping(settings, "reward").get("beta")
+    columns = {each: _read_column(run.rows, each) for each in ("u", "kl", "seconds", "seconds_scoring")}
+    ends = _mean_of_end(columns["u"], first=True), _mean_of_end(columns["u"]), _mean_of_end(columns["kl"])
+    seconds, scoring = sum(columns["seconds"]), sum(columns["seconds_scoring"])
+    duration = f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"
+    return [
+        name,
+        _name_reward(run),
+        str(settings.get("recipe", "not said")),
+        str(len({row["step"] for row in run.rows})),
+        _format_number(beta),
+        *map(_format_number, ends),
+        duration if columns["seconds"] else "not known",
+        percent(scoring / seconds) if seconds and columns["seconds_scoring"] else "not known",
+    ]
+
+
+def _name_reward(run: TrainingRun) -> str:
+    reward: Any = run.settings.get("reward")
+    if not isinstance(reward, Mapping):
+        return "reward not said" if reward is None else str(reward)
+    transform = reward.get("transform")
+    if reward.get("kind") == "raw" or transform is None:
+        return "raw score"
+    return f"calibrated, {format_transform_repr(str(transform))}"
+
+
+def _find_mapping(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = settings.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _format_number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "not known"
+
+
+def _read_column(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [float(row[name]) for row in rows if row.get(name) is not None]
+
+
+def _mean_of_end(values: Sequence[float], first: bool = False) -> float | None:
+    count = max(1, round(END * len(values)))
+    end = values[:count] if first else values[-count:]
+    return sum(end) / len(end) if end else None
+
+
+def write_provenance(experiment: Experiment) -> page.Section:
+    """Write the section: the command, versions, and settings and fingerprints as the files have them."""
+    command = Markup("This page was made by <code>calibrated-rewards report {}</code>, with:").format(experiment.at)
+    versions = page.Table(("", ""), [("Python", platform.python_version()), *_list_versions()])
+    return page.Section("How it was made", (page.Paragraph(command), versions, *_list_settings(experiment)))
+
+
+def _list_versions() -> Iterator[tuple[str, str]]:
     for package in PACKAGES:
         try:
             yield package, version(package)
@@ -142,20 +117,15 @@ def _versions() -> Iterator[tuple[str, str]]:
             continue
 
 
-def _kept(of: Experiment) -> Iterator[Markup]:
-    if of.demo:
-        yield folded("The demo: its sizes, and the seconds of its steps", _json(of.demo))
-    for name, references in of.tables.items():
-        meta = references.meta
-        probes = meta.get("probes")
-        shown = {**meta, "probes": f"{len(probes)} pairs"} if isinstance(probes, list) else meta
-        yield folded(f"Calibration: {name}", _json(shown))
-    if of.reward is not None:
-        yield folded("Calibrated reward", _json(of.reward))
-    for name, run in of.runs.items():
+def _list_settings(experiment: Experiment) -> Iterator[page.Details]:
+    if experiment.demo:
+        yield page.Details("The demo: its sizes, and the seconds of its steps", page.Json(experiment.demo))
+    for name, table in experiment.tables.items():
+        probes = table.meta.get("probes")
+        count = {"probes": f"{len(probes)} pairs"} if isinstance(probes, list) else {}
+        yield page.Details(f"Calibration: {name}", page.Json({**table.meta, **count}))
+    if experiment.reward is not None:
+        yield page.Details("Calibrated reward", page.Json(experiment.reward))
+    for name, run in experiment.runs.items():
         if run.settings:
-            yield folded(f"Training: {name}", _json(run.settings))
-
-
-def _json(what: object) -> Markup:
-    return element("pre", json.dumps(what, indent=2, ensure_ascii=False), tabindex="0")
+            yield page.Details(f"Training: {name}", page.Json(run.settings))

@@ -1,4 +1,8 @@
-"""Settings under which a trainer maximises E[reward] - beta KL, framework by framework."""
+"""Checks of other trainers' settings: under which a run maximises E[reward] - beta KL, and what to write.
+
+`check.py` has `check_settings`, `trl.py` the settings to give TRL's trainers, `rules.py` the form of the tables, and
+`frameworks.py` the tables of the other frameworks. `python -m calibrated_rewards.training.check_settings` prints them.
+"""
 
 from calibrated_rewards.training.check_settings.check import Report, check_settings
 from calibrated_rewards.training.check_settings.trl import grpo_settings, rloo_settings

@@ -1,14 +1,16 @@
-"""What a framework's settings must be for it to maximise E[R] - beta KL, as rules in a table, and what breaks them.
+"""Rules for a framework's settings: what each must be for a run to maximise E[reward] - beta KL, and what to write.
 
-A rule names a setting, what it may be, and what to write instead. Settings are read from whatever holds them: a
-dataclass or a namespace, nested mappings (OmegaConf's too), or one mapping with dotted names.
+`Framework` is a table of rules, `FrameworkSettings` reads the settings that they name from a dataclass or a namespace,
+nested mappings (OmegaConf's too), or one mapping with dotted names, and `find_broken_rules` compares the two.
 
 >>> rule = Rule("algo.scale", Is("none"), "algo.scale=none", "a reward over its standard deviation has no beta")
 >>> toy = Framework("toy", "1.0", (rule,), {"algo.scale": "group"})
->>> [str(finding) for finding in broken(Settings({}, toy))]
+>>> [str(finding) for finding in find_broken_rules(FrameworkSettings({}, toy))]
 ["error: algo.scale='group': a reward over its standard deviation has no beta. Write algo.scale=none."]
->>> broken(Settings({"algo": {"scale": "none"}}, toy)), broken(Settings({"algo.scale": "none"}, toy))
-([], [])
+>>> find_broken_rules(FrameworkSettings({"algo": {"scale": "none"}}, toy))
+[]
+>>> find_broken_rules(FrameworkSettings({"algo.scale": "none"}, toy))
+[]
 """
 
 from collections.abc import Mapping
@@ -20,10 +22,10 @@ Severity: TypeAlias = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True)
 class Finding:
-    """A setting, what is wrong with it, and what to write instead; a note is to be known, and nothing is wrong."""
+    """A setting, what is wrong with it, and what to write instead; a note is information, and nothing is wrong."""
 
     setting: str
-    """The name alone where the framework does not have it, else name=value."""
+    """The name alone where the framework does not have the setting, else name=value."""
     why: str
     write: str | None = None
     severity: Severity = "error"
@@ -33,8 +35,8 @@ class Finding:
 
 
 @dataclass(frozen=True, eq=False)
-class Settings:
-    """A framework's settings by their dotted names, read from `source`; what it does not have is at its default."""
+class FrameworkSettings:
+    """Settings by their dotted names, read from `source`; a setting that it lacks has the framework's default."""
 
     source: Any
     framework: "Framework"
@@ -43,21 +45,21 @@ class Settings:
         return is_set(self.source, name) or name in self.framework.defaults
 
     def __getitem__(self, name: str) -> Any:
-        found, value = _read(self.source, name)
-        return value if found else self.framework.defaults[name]
+        present, value = _read(self.source, name)
+        return value if present else self.framework.defaults[name]
 
-    def shown(self, name: str) -> str:
-        """The setting as a finding names it."""
+    def describe(self, name: str) -> str:
+        """Name a setting, with its value if it has one, as findings do."""
         return f"{name}={self[name]!r}" if name in self else name
 
 
 def is_set(source: Any, name: str) -> bool:
-    """Whether the source has the setting, and no default stands for it."""
+    """Tell whether the source itself has the setting, so that no default stands for it."""
     return _read(source, name)[0]
 
 
 def _read(source: Any, name: str) -> tuple[bool, Any]:
-    """Whether the source has the setting, whole ("a.b") or nested (a, then b), and its value."""
+    """Look a setting up by its whole name ("a.b") or nested (a, then b): whether it is there, and its value."""
     if isinstance(source, Mapping):
         if name in source:
             return True, source[name]
@@ -66,110 +68,111 @@ def _read(source: Any, name: str) -> tuple[bool, Any]:
     first, _, rest = name.partition(".")
     if not rest:
         return False, None
-    found, inner = _read(source, first)
-    return _read(inner, rest) if found and inner is not None else (False, None)
+    present, inner = _read(source, first)
+    return _read(inner, rest) if present and inner is not None else (False, None)
 
 
 @runtime_checkable
 class Condition(Protocol):
-    """What a setting's value must be, given the others."""
+    """A test of a setting's value, given the other settings."""
 
-    def __call__(self, value: Any, settings: Settings, /) -> bool:
-        """Whether it holds."""
+    def __call__(self, value: Any, settings: FrameworkSettings, /) -> bool:
+        """Return True where the value is as it must be."""
 
 
 @dataclass(frozen=True)
 class Is:
-    """Equal to a value."""
+    """The value equals one that is wanted."""
 
     wanted: Any
 
-    def __call__(self, value: Any, settings: Settings, /) -> bool:
-        """Whether it is."""
+    def __call__(self, value: Any, settings: FrameworkSettings, /) -> bool:
+        """Compare with the wanted value."""
         return bool(value == self.wanted)
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """Equal to one of several values."""
+    """The value equals one of several."""
 
     wanted: tuple[Any, ...]
 
-    def __call__(self, value: Any, settings: Settings, /) -> bool:
-        """Whether it is."""
+    def __call__(self, value: Any, settings: FrameworkSettings, /) -> bool:
+        """Compare with each wanted value."""
         return value in self.wanted
 
 
 @dataclass(frozen=True)
 class Off:
-    """Not set: None, False, 0 or empty."""
+    """The setting is off: None, False, 0 or empty."""
 
-    def __call__(self, value: Any, settings: Settings, /) -> bool:
-        """Whether it is."""
+    def __call__(self, value: Any, settings: FrameworkSettings, /) -> bool:
+        """Test that the value is falsy."""
         return not value
 
 
 @dataclass(frozen=True)
 class Given:
-    """Set to anything at all."""
+    """The setting has any value but None."""
 
-    def __call__(self, value: Any, settings: Settings, /) -> bool:
-        """Whether it is."""
+    def __call__(self, value: Any, settings: FrameworkSettings, /) -> bool:
+        """Test that the value is not None."""
         return value is not None
 
 
 @dataclass(frozen=True)
 class Positive:
-    """A number above 0."""
+    """The value is a number above 0."""
 
-    def __call__(self, value: Any, settings: Settings, /) -> bool:
-        """Whether it is."""
+    def __call__(self, value: Any, settings: FrameworkSettings, /) -> bool:
+        """Test that the value is a number > 0."""
         return isinstance(value, int | float) and value > 0
 
 
 @dataclass(frozen=True)
 class SameAs:
-    """Not set, or equal to another setting."""
+    """The setting is None or equals another setting."""
 
     other: str
 
-    def __call__(self, value: Any, settings: Settings, /) -> bool:
-        """Whether it is."""
+    def __call__(self, value: Any, settings: FrameworkSettings, /) -> bool:
+        """Compare with the other setting."""
         return value is None or self.other not in settings or bool(value == settings[self.other])
 
 
 @dataclass(frozen=True)
 class Never:
-    """Nothing will do: the framework has no faithful setting."""
+    """No value will do: the framework has no faithful setting."""
 
-    def __call__(self, value: Any, settings: Settings, /) -> bool:
-        """Whether it is."""
+    def __call__(self, value: Any, settings: FrameworkSettings, /) -> bool:
+        """Refuse every value of the setting."""
         return False
 
 
-Case: TypeAlias = tuple[str, Condition]
+Cases: TypeAlias = tuple[tuple[str, Condition], ...]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A setting, what it must be, what to write instead, and why."""
+    """A setting, what it must be, what to write instead, and what goes wrong otherwise."""
 
     setting: str
     must: Condition
     write: str | None
     why: str
     severity: Severity = "error"
-    only: tuple[Case, ...] = ()
-    """The rule is about runs of which all of these hold."""
+    only: Cases = ()
+    """The rule applies to runs in which all of these hold."""
 
-    def applies(self, settings: Settings) -> bool:
-        """Whether the framework has the setting, in a run that the rule is about."""
-        return self.setting in settings and holds(self.only, settings)
+    def is_broken(self, settings: FrameworkSettings) -> bool:
+        """Tell whether the framework has the setting, in a run that the rule is about, with a wrong value."""
+        applies = self.setting in settings and all_hold(self.only, settings)
+        return applies and not self.must(settings[self.setting], settings)
 
 
 @dataclass(frozen=True)
 class Strength:
-    """Where beta is: the setting, and what makes the KL weigh more than it says.
+    """The setting that has beta, and the factor by which the KL weighs more than it says.
 
     A group's mean that includes the completion itself shrinks the reward by (G - 1) / G. A KL that is added to the
     loss afterwards is not shrunk, so that what is maximised is E[R] - beta G / (G - 1) KL.
@@ -178,24 +181,24 @@ class Strength:
     coefficient: str
     group: str | None = None
     """The setting that has G, where its factor applies."""
-    only: tuple[Case, ...] = ()
+    only: Cases = ()
 
-    def beta(self, settings: Settings) -> float:
-        """The beta of the objective that the settings amount to."""
+    def beta(self, settings: FrameworkSettings) -> float:
+        """Compute the beta of the objective that the settings amount to."""
         return float(settings[self.coefficient]) / self._shrink(settings)
 
-    def to_write(self, beta: float, settings: Settings) -> str:
-        """What to write for a beta."""
+    def to_write(self, beta: float, settings: FrameworkSettings) -> str:
+        """Spell the setting for a beta that is wanted."""
         return f"{self.coefficient}={beta * self._shrink(settings):.6g}"
 
-    def _shrink(self, settings: Settings) -> float:
+    def _shrink(self, settings: FrameworkSettings) -> float:
         group = settings[self.group] if self.group else None
         return 1 - 1 / group if group and group > 1 else 1.0
 
 
 @dataclass(frozen=True)
 class Framework:
-    """A framework's rules, and where it has what must agree with the reward; all names are those of its version."""
+    """A framework's rules, and the settings that must agree with the reward; names are those of its version."""
 
     name: str
     version: str
@@ -209,6 +212,11 @@ class Framework:
     """Settings that clip rewards: (low, high), or a number for both sides; None and 0 are off."""
     only_prompts: str | None = None
     """The setting that drops the columns which a prompt's id could come from."""
+    title: str = ""
+    optimum: str = ""
+    """How near faithful settings come to the optimum, as the documents say it."""
+    write: str = ""
+    """The faithful settings in one line, as the documents say them."""
 
     def __post_init__(self) -> None:
         names = {each.coefficient for each in self.strengths} | {each.group for each in self.strengths if each.group}
@@ -219,20 +227,67 @@ class Framework:
             raise ValueError(f"{self.name} needs a default for each setting that it names, got none for {missing}")
 
 
-def holds(cases: tuple[Case, ...], settings: Settings) -> bool:
-    """Whether all of these are so."""
+@dataclass(frozen=True)
+class Row:
+    """A line of a framework's table: a rule with the default of its setting."""
+
+    setting: str
+    default: Any
+    must: Condition
+    write: str | None
+    """What to write; `{}` stands for the setting as the framework's command line or configuration spells it."""
+    why: str
+    severity: Severity = "error"
+    only: Cases = ()
+
+
+LEAVE_OUT = "the command without {}"
+SPELLINGS: dict[str, tuple[str, str]] = {"": ("", "_"), "--a_b": ("--", "_"), "--a-b": ("--", "-")}
+
+
+def build_framework(
+    name: str,
+    version: str,
+    *,
+    rows: tuple[Row, ...],
+    sampling: Mapping[str, tuple[str, Any]],
+    others: Mapping[str, Any],
+    spelling: Literal["", "--a_b", "--a-b"] = "",
+    **more: Any,
+) -> Framework:
+    """Build a framework from the rows of its table, its sampling settings and its other settings, with defaults."""
+    dashes, joint = SPELLINGS[spelling]
+    rules = []
+    for row in rows:
+        setting = dashes + row.setting.replace("_", joint)
+        write = None if row.write is None else row.write.replace("{}", setting)
+        rules.append(Rule(row.setting, row.must, write, row.why, row.severity, row.only))
+    defaults = {row.setting: row.default for row in rows} | dict(sampling.values()) | dict(others)
+    names = {decoding: setting for decoding, (setting, _) in sampling.items()}
+    return Framework(name, version, tuple(rules), defaults, sampling=names, **more)
+
+
+def all_hold(cases: Cases, settings: FrameworkSettings) -> bool:
+    """Tell whether each named setting is there and as its condition says."""
     return all(name in settings and must(settings[name], settings) for name, must in cases)
 
 
-def broken(settings: Settings) -> list[Finding]:
-    """The rules that the settings break, in the order of the table."""
+def find_broken_rules(settings: FrameworkSettings) -> list[Finding]:
+    """List the rules that the settings break, in the order of the table."""
     return [
-        Finding(settings.shown(rule.setting), rule.why, rule.write, rule.severity)
+        Finding(settings.describe(rule.setting), rule.why, rule.write, rule.severity)
         for rule in settings.framework.rules
-        if rule.applies(settings) and not rule.must(settings[rule.setting], settings)
+        if rule.is_broken(settings)
     ]
 
 
-def strength(settings: Settings) -> Strength | None:
-    """Where the run has its beta, or None where it has no KL that the reward is weighed against."""
-    return next((each for each in settings.framework.strengths if holds(each.only, settings)), None)
+def find_strength(settings: FrameworkSettings) -> Strength | None:
+    """Find where the run has its beta; None where it has no KL that the reward is weighed against."""
+    return next((each for each in settings.framework.strengths if all_hold(each.only, settings)), None)
+
+
+def read_decoding(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Read from a table's metadata how its references were drawn; None where it does not say."""
+    sampler = meta.get("sampler")
+    decoding = sampler.get("decoding") if isinstance(sampler, Mapping) else None
+    return decoding if isinstance(decoding, Mapping) else None

@@ -1,222 +1,172 @@
-"""TRL's settings, read in 1.16: RLOO is exact, GRPO close if told to be; AsyncGRPO and OnlineDPO have other objectives.
+"""Tables of settings for TRL's trainers, and the settings with which its RLOO and GRPO maximise E[reward] - beta KL.
 
-Measured with the trainers themselves, see docs/evidence/results.md and benchmarks/convergence.py.
+RLOO is exact, GRPO comes close with `grpo_settings`; AsyncGRPO and OnlineDPO have other objectives. That was measured
+with the trainers themselves: see docs/evidence/results.md and benchmarks/convergence.py.
 """
 
 from typing import Any
 
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.training.check_settings.frameworks import (
+    CLIPS_LOSS,
+    CUT,
+    DROPS_TOKENS,
+    LATER_PASSES,
+    LATER_STEPS,
+    MOVING_REFERENCE,
+    NO_KL,
+    OFF,
+    ON,
+    OTHER_OBJECTIVE,
+    POSITIVE,
+)
 from calibrated_rewards.training.check_settings.rules import (
-    Case,
-    Framework,
+    Cases,
     Is,
     Never,
-    Off,
     OneOf,
-    Positive,
-    Rule,
+    Row,
     SameAs,
     Strength,
+    build_framework,
+    read_decoding,
 )
-from calibrated_rewards.training.check_settings.sampling import decoding_of
 
 VERSION = "1.16.0"
-SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-_ON_POLICY = {"num_iterations": 1, "steps_per_generation": None, "mask_truncated_completions": False}
-_STILL = {"sync_ref_model": False, "disable_dropout": True, "remove_unused_columns": False}
-COMMON = {"temperature": 1.0, **SAMPLING, **_ON_POLICY, **_STILL}
+# Names of `Decoding` to settings, with their defaults.
+SAMPLING: dict[str, tuple[str, Any]] = {
+    "max_tokens": ("max_completion_length", 512),
+    "temperature": ("temperature", 1.0),
+    "top_p": ("top_p", 1.0),
+    "top_k": ("top_k", 0),
+    "min_p": ("min_p", None),
+    "repetition_penalty": ("repetition_penalty", 1.0),
+}
+WEIGHED: Cases = (("beta", POSITIVE),)
+CHOSEN_BETA = "the beta that you chose, such as beta=0.05"
+# Reasons: what happens otherwise.
+DROPOUT = "where the policy has dropout, its log-probabilities are of another model than the one that wrote"
+OVERRIDES = "they override the settings that can be checked"
+UNEVEN_STEPS = "only a step size here, as it divides the KL as well, but one that changes with each batch"
+OTHER_BETAS = "rewards over their standard deviation, next to a KL that is not, have another beta for each prompt"
+DIVIDES = "divides by standard deviations whatever scale_rewards says"
+OTHER_WEIGHTS = "weighs tokens by the length of their completion, or clips otherwise than the others do"
+REVERSE_KL = "the gradient is that of the KL from the reference, KL(ref || policy), whose optimum is another"
+MULTIPLIED_KL = "a sequence's ratio multiplies the KL of each of its tokens"
+NO_KL_AT_ALL = (
+    "this trainer has no KL, and divides rewards by their standard deviation whatever is set: with "
+    "any number of generations its optimum is an argmax"
+)
+ORDER_ALONE = "only which of two completions scores higher is used, and no calibration of a prompt changes that"
+LATE_PENALTY = "is taken off after calibration, in units of the calibrated reward"
 
-
-_WEIGHED: tuple[Case, ...] = (("beta", Positive()),)
-_SHARED = (
-    Rule("beta", Positive(), "the beta that you chose, such as beta=0.05", "without a KL the optimum is an argmax"),
-    Rule("num_iterations", Is(1), "num_iterations=1", "later passes are off-policy, and clipped", "warning"),
-    Rule(
-        "steps_per_generation",
-        SameAs("gradient_accumulation_steps"),
-        "steps_per_generation=None",
-        "all but the first step of a generation are off-policy, and clipped",
-        "warning",
-    ),
-    Rule(
-        "mask_truncated_completions",
-        Off(),
-        "mask_truncated_completions=False",
-        "completions that are cut were calibrated like all others, and would now teach nothing",
-    ),
-    Rule(
-        "sync_ref_model",
-        Off(),
-        "sync_ref_model=False",
-        "the reference moves away from the one that the table was drawn from",
-    ),
-    Rule(
-        "disable_dropout",
-        Is(True),
-        "disable_dropout=True",
-        "where the policy has dropout, its log-probabilities are of another model than the one that wrote",
-        "note",
-    ),
-    Rule("generation_kwargs", Off(), None, "they override the settings that can be checked", "warning"),
+SHARED = (
+    Row("num_iterations", 1, Is(1), "{}=1", LATER_PASSES, "warning"),
+    Row("steps_per_generation", None, SameAs("gradient_accumulation_steps"), "{}=None", LATER_STEPS, "warning"),
+    Row("mask_truncated_completions", False, OFF, "{}=False", CUT),
+    Row("sync_ref_model", False, OFF, "{}=False", MOVING_REFERENCE),
+    Row("disable_dropout", False, ON, "{}=True", DROPOUT, "note"),
+    Row("generation_kwargs", None, OFF, None, OVERRIDES, "warning"),
 )
 
-RLOO = Framework(
-    name="trl-rloo",
-    version=VERSION,
-    rules=(
-        *_SHARED,
-        Rule(
-            "normalize_advantages",
-            Off(),
-            "normalize_advantages=False",
-            "only a step size here, as it divides the KL as well, but one that changes with each batch",
-            "warning",
-        ),
+RLOO = build_framework(
+    "trl-rloo",
+    VERSION,
+    title="TRL RLOO",
+    optimum="exact",
+    write="`RLOOConfig(output_dir=..., **rloo_settings(beta=BETA))`",
+    rows=(
+        Row("beta", 0.05, POSITIVE, CHOSEN_BETA, NO_KL),
+        *SHARED,
+        Row("normalize_advantages", False, OFF, "{}=False", UNEVEN_STEPS, "warning"),
     ),
-    defaults={
-        **COMMON,
-        "beta": 0.05,
-        "disable_dropout": False,
+    others={
+        "remove_unused_columns": False,
         "num_generations": 2,
-        "max_completion_length": 512,
         "gradient_accumulation_steps": 1,
-        "generation_kwargs": None,
-        "normalize_advantages": False,
         "reward_clip_range": None,
     },
-    strengths=(Strength("beta", only=_WEIGHED),),
-    sampling={
-        "max_tokens": "max_completion_length",
-        "temperature": "temperature",
-        **{name: name for name in SAMPLING},
-    },
+    strengths=(Strength("beta", only=WEIGHED),),
+    sampling=SAMPLING,
     clips=("reward_clip_range",),
     only_prompts="remove_unused_columns",
 )
 
-GRPO = Framework(
-    name="trl-grpo",
-    version=VERSION,
-    rules=(
-        *_SHARED,
-        Rule(
-            "scale_rewards",
-            OneOf(("none", False)),
-            'scale_rewards="none"',
-            "rewards over their standard deviation, next to a KL that is not, have another beta for each prompt",
-        ),
-        Rule(
+GRPO = build_framework(
+    "trl-grpo",
+    VERSION,
+    title="TRL GRPO",
+    optimum="close: KL in the loss",
+    write="`GRPOConfig(output_dir=..., **grpo_settings(beta=BETA))`, which writes beta \u00d7 (G \u2212 1) / G",
+    rows=(
+        Row("beta", 0.0, POSITIVE, CHOSEN_BETA, NO_KL),
+        *SHARED,
+        Row("scale_rewards", "group", OneOf(("none", False)), '{}="none"', OTHER_BETAS),
+        Row(
             "multi_objective_aggregation",
+            "sum_then_normalize",
             Is("sum_then_normalize"),
-            'multi_objective_aggregation="sum_then_normalize"',
-            "divides by standard deviations whatever scale_rewards says",
+            '{}="sum_then_normalize"',
+            DIVIDES,
         ),
-        Rule(
-            "loss_type",
-            OneOf(("dr_grpo", "dapo", "bnpo")),
-            'loss_type="dr_grpo"',
-            "weighs tokens by the length of their completion, or clips otherwise than the others do",
-        ),
-        Rule(
-            "use_bias_correction_kl",
-            Is(True),
-            "use_bias_correction_kl=True",
-            "the gradient is that of the KL from the reference, KL(ref || policy), whose optimum is another",
-            only=_WEIGHED,
-        ),
-        Rule(
-            "importance_sampling_level",
-            Is("token"),
-            'importance_sampling_level="token"',
-            "a sequence's ratio multiplies the KL of each of its tokens",
-            "warning",
-        ),
-        Rule("top_entropy_quantile", Is(1.0), "top_entropy_quantile=1.0", "leaves out tokens"),
-        Rule("entropy_coef", Off(), "entropy_coef=0.0", "adds another objective"),
-        Rule("use_adaptive_entropy", Off(), "use_adaptive_entropy=False", "adds another objective"),
-        Rule("delta", Off(), "delta=None", "clips the loss from above", "warning"),
-        Rule("off_policy_mask_threshold", Off(), "off_policy_mask_threshold=None", "leaves out completions", "warning"),
+        Row("loss_type", "dapo", OneOf(("dr_grpo", "dapo", "bnpo")), '{}="dr_grpo"', OTHER_WEIGHTS),
+        Row("use_bias_correction_kl", True, ON, "{}=True", REVERSE_KL, only=WEIGHED),
+        Row("importance_sampling_level", "token", Is("token"), '{}="token"', MULTIPLIED_KL, "warning"),
+        Row("top_entropy_quantile", 1.0, Is(1.0), "{}=1.0", DROPS_TOKENS),
+        Row("entropy_coef", 0.0, OFF, "{}=0.0", OTHER_OBJECTIVE),
+        Row("use_adaptive_entropy", False, OFF, "{}=False", OTHER_OBJECTIVE),
+        Row("delta", None, OFF, "{}=None", CLIPS_LOSS, "warning"),
+        Row("off_policy_mask_threshold", None, OFF, "{}=None", "leaves out completions", "warning"),
     ),
-    defaults={
-        **COMMON,
-        "beta": 0.0,
-        "disable_dropout": False,
-        "num_generations": 8,
-        "max_completion_length": 512,
-        "gradient_accumulation_steps": 1,
-        "generation_kwargs": None,
-        "scale_rewards": "group",
-        "multi_objective_aggregation": "sum_then_normalize",
-        "loss_type": "dapo",
-        "use_bias_correction_kl": True,
-        "importance_sampling_level": "token",
-        "top_entropy_quantile": 1.0,
-        "entropy_coef": 0.0,
-        "use_adaptive_entropy": False,
-        "delta": None,
-        "off_policy_mask_threshold": None,
-    },
-    strengths=(Strength("beta", group="num_generations", only=_WEIGHED),),
-    sampling=RLOO.sampling,
+    others={"remove_unused_columns": False, "num_generations": 8, "gradient_accumulation_steps": 1},
+    strengths=(Strength("beta", group="num_generations", only=WEIGHED),),
+    sampling=SAMPLING,
     only_prompts="remove_unused_columns",
 )
 
-ASYNC_GRPO = Framework(
-    name="trl-async-grpo",
-    version=VERSION,
-    rules=(
-        Rule(
-            "num_generations",
-            Never(),
-            "an RLOOConfig",
-            "this trainer has no KL, and divides rewards by their standard deviation whatever is set: with any number "
-            "of generations its optimum is an argmax",
-        ),
-    ),
-    defaults={
-        "num_generations": 8,
-        "max_completion_length": 2048,
-        "temperature": 1.0,
-        **SAMPLING,
-    },
-    sampling=RLOO.sampling,
+ASYNC_GRPO = build_framework(
+    "trl-async-grpo",
+    VERSION,
+    title="TRL AsyncGRPO",
+    optimum="another one",
+    write="`RLOOConfig` in its place",
+    rows=(Row("num_generations", 8, Never(), "an RLOOConfig", NO_KL_AT_ALL),),
+    sampling={**SAMPLING, "max_tokens": ("max_completion_length", 2048)},
+    others={},
 )
 
-ONLINE_DPO = Framework(
-    name="trl-online-dpo",
-    version=VERSION,
-    rules=(
-        Rule(
-            "loss_type",
-            Never(),
-            "an RLOOConfig",
-            "only which of two completions scores higher is used, and no calibration of a prompt changes that",
-            "warning",
-        ),
-        Rule(
-            "missing_eos_penalty",
-            Off(),
-            "missing_eos_penalty=None",
-            "is taken off after calibration, in units of the calibrated reward",
-        ),
+ONLINE_DPO = build_framework(
+    "trl-online-dpo",
+    VERSION,
+    title="TRL OnlineDPO",
+    optimum="another one",
+    write="`RLOOConfig` in its place",
+    rows=(
+        Row("loss_type", "sigmoid", Never(), "an RLOOConfig", ORDER_ALONE, "warning"),
+        Row("missing_eos_penalty", None, OFF, "{}=None", LATE_PENALTY),
     ),
-    defaults={
-        "loss_type": "sigmoid",
-        "missing_eos_penalty": None,
-        "max_new_tokens": 64,
-        "temperature": 0.9,
-        **SAMPLING,
-        "remove_unused_columns": False,
-    },
-    sampling={**RLOO.sampling, "max_tokens": "max_new_tokens"},
+    others={"remove_unused_columns": False},
+    sampling={**SAMPLING, "max_tokens": ("max_new_tokens", 64), "temperature": ("temperature", 0.9)},
     only_prompts="remove_unused_columns",
 )
+
+
+# The same for both trainers: everything on policy, from the whole distribution, against a reference that stays.
+COMMON = {
+    **{setting: default for name, (setting, default) in SAMPLING.items() if name != "max_tokens"},
+    "num_iterations": 1,
+    "steps_per_generation": None,
+    "mask_truncated_completions": False,
+    "sync_ref_model": False,
+    "disable_dropout": True,
+    "remove_unused_columns": False,
+}
 
 
 def rloo_settings(
     beta: float | None = None, num_generations: int = 8, reward: CalibratedReward | None = None, **more: Any
 ) -> dict[str, Any]:
-    """Arguments for `RLOOConfig` under which the optimum is pi_ref e^{R/beta} / Z, exactly.
+    """Choose arguments for `RLOOConfig` under which the optimum is pi_ref e^{R/beta} / Z, exactly.
 
     With a reward, length and sampling are those that its references were drawn with, and beta, if none is given, the
     one that its transform was chosen for.
@@ -224,31 +174,31 @@ def rloo_settings(
     >>> rloo_settings(0.05)["normalize_advantages"]
     False
     """
-    beta = _beta(beta, num_generations, reward)
-    exact = {"normalize_advantages": False, "reward_clip_range": None}
-    return {"beta": beta, "num_generations": num_generations, **exact, **COMMON, **_drawn(reward), **more}
+    own: dict[str, Any] = {"beta": _choose_beta(beta, num_generations, reward), "num_generations": num_generations}
+    own |= {"normalize_advantages": False, "reward_clip_range": None}
+    return {**own, **COMMON, **_copy_decoding(reward), **more}
 
 
 def grpo_settings(
     beta: float | None = None, num_generations: int = 8, reward: CalibratedReward | None = None, **more: Any
 ) -> dict[str, Any]:
-    """Arguments for `GRPOConfig` that come close to pi_ref e^{R/beta} / Z; the smaller beta and the longer the less so.
+    """Choose arguments for `GRPOConfig` that come close to pi_ref e^{R/beta} / Z.
 
-    With a reward, as `rloo_settings`.
+    The smaller beta and the longer the completions, the less close. A reward is used as in `rloo_settings`.
 
     >>> grpo_settings(0.08, num_generations=4)["beta"]
     0.06
     """
-    written = _beta(beta, num_generations, reward) * (num_generations - 1) / num_generations
-    scores = {"scale_rewards": "none", "multi_objective_aggregation": "sum_then_normalize", "loss_type": "dr_grpo"}
-    kl = {"use_bias_correction_kl": True, "importance_sampling_level": "token"}
-    extras = {"top_entropy_quantile": 1.0, "entropy_coef": 0.0, "delta": None, "off_policy_mask_threshold": None}
-    own = {"beta": written, "num_generations": num_generations, **scores, **kl, **extras}
-    return {**own, **COMMON, **_drawn(reward), **more}
+    written = _choose_beta(beta, num_generations, reward) * (num_generations - 1) / num_generations
+    own: dict[str, Any] = {"beta": written, "num_generations": num_generations}
+    own |= {"scale_rewards": "none", "multi_objective_aggregation": "sum_then_normalize", "loss_type": "dr_grpo"}
+    own |= {"use_bias_correction_kl": True, "importance_sampling_level": "token"}
+    own |= {"top_entropy_quantile": 1.0, "entropy_coef": 0.0, "delta": None, "off_policy_mask_threshold": None}
+    return {**own, **COMMON, **_copy_decoding(reward), **more}
 
 
-def _beta(beta: float | None, num_generations: int, reward: CalibratedReward | None) -> float:
-    """The beta that is wanted."""
+def _choose_beta(beta: float | None, num_generations: int, reward: CalibratedReward | None) -> float:
+    """Return the beta that is wanted, which is the reward's if none is given; ValueError where there is none."""
     if num_generations < 2:
         raise ValueError(f"settings need num_generations >= 2, got num_generations={num_generations!r}")
     if beta is None and reward is not None:
@@ -261,9 +211,9 @@ def _beta(beta: float | None, num_generations: int, reward: CalibratedReward | N
     return beta
 
 
-def _drawn(reward: CalibratedReward | None) -> dict[str, Any]:
-    """How completions are drawn, as the references of the reward's table were; nothing where it does not say."""
-    decoding = None if reward is None else decoding_of(reward.table.meta)
+def _copy_decoding(reward: CalibratedReward | None) -> dict[str, Any]:
+    """Copy the settings that the references of the reward's table were drawn with; none where it does not say."""
+    decoding = None if reward is None else read_decoding(reward.table.meta)
     if decoding is None:
         return {}
     return {setting: decoding[name] for name, setting in RLOO.sampling.items() if name in decoding}

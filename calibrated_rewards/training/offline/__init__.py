@@ -1,4 +1,4 @@
-"""Learn from rollouts that are there already: nothing is generated."""
+"""Offline training, from rollouts that exist already: `reward_model.py` distils a calibrated reward."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
-"""A calibrated reward model of its own: pairs whose Bradley-Terry optimum is the logit of the calibrated reward.
+"""Distil a calibrated reward into a reward model: pairs whose Bradley-Terry optimum is the logit of the reward.
 
-The paper trains "calibrated reward models" (section 5.1) and does not say how. Here is a way that any pairwise trainer
-can go whose loss is -log sigmoid(r_chosen - r_rejected - margin), as TRL's RewardTrainer's is.
+The paper trains "calibrated reward models" (section 5.1) and does not say how. This way works with any pairwise trainer
+whose loss is -log sigmoid(r_chosen - r_rejected - margin), as TRL's RewardTrainer's is.
 
 Each pair (a, b) comes in both orders, with margins m and -m, m = logit u_a - logit u_b. The two losses together are
 -log sigmoid(d - m) - log sigmoid(m - d), d = r_a - r_b: convex in d, even around m, and least at d = m exactly. So the
@@ -21,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import logit
 
-from calibrated_rewards.models.text import answer
+from calibrated_rewards.models.text import completion_messages
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.table.reference_table import ReferenceTable
 
-# `center_rewards_coefficient`: how much the sum of a pair counts beside its difference.
+# The weight of a pair's sum beside its difference: `center_rewards_coefficient`.
 CENTER = 1 / 8
 
 
@@ -47,41 +47,46 @@ def distillation_pairs(
     most: int | None = None,
     seed: int = 0,
 ) -> Pairs:
-    """Both orders of the mirrored pairs of each prompt's completions, with margins.
+    """Make both orders of the mirrored pairs of each prompt's completions, with margins.
 
     `prompts`, `completions` and `scores` are rollouts, one of each for each rollout, in any order: those that the table
     was made of. Of others the logits of a pair need not add up to 0, and centring pulls them a little that way.
-    `most` is how many pairs of a prompt are used, drawn at random; None for all.
+    `most` is the number of pairs of a prompt that are used, drawn at random; None for all.
 
     >>> table = ReferenceTable.build([("2+2=", [0.0, 1.0, 2.0, 3.0])])
     >>> pairs = distillation_pairs(table, ["2+2="] * 4, ["5", "3", "four", "4"], [0.0, 1.0, 2.0, 3.0])
     >>> [*zip(pairs["chosen"], pairs["rejected"], np.round(pairs["margin"], 2).tolist())]
     [('4', '5', 3.89), ('5', '4', -3.89), ('four', '3', 1.02), ('3', 'four', -1.02)]
     """
-    asked, answered = list(prompts), list(completions)
-    values = np.asarray(scores)
-    if not len(asked) == len(answered) == len(values):
-        raise ValueError(
-            f"each rollout has a prompt, a completion and a score, got {len(asked)}, {len(answered)} and {len(values)}"
-        )
+    prompts, completions, values = list(prompts), list(completions), np.asarray(scores)
+    if not len(prompts) == len(completions) == len(values):
+        numbers = f"{len(prompts)}, {len(completions)} and {len(values)}"
+        raise ValueError(f"each rollout has a prompt, a completion and a score, got {numbers}")
     if most is not None and most < 1:
         raise ValueError(f"distillation_pairs needs most >= 1, got most={most}")
-    rows = table.rows(asked)
+    rows = table.rows(prompts)
     targets = calibrated_logits(table, rows, values)
     pairs = Pairs(prompt=[], chosen=[], rejected=[], margin=[])
     rng = np.random.default_rng(seed)
-    for own in np.split(np.lexsort((targets, rows)), np.flatnonzero(np.diff(np.sort(rows))) + 1):
-        mirrored = np.stack([own[::-1], own], axis=1)[: len(own) // 2]
+    for rollouts in np.split(np.lexsort((targets, rows)), np.flatnonzero(np.diff(np.sort(rows))) + 1):
+        mirrored = np.stack([rollouts[::-1], rollouts], axis=1)[: len(rollouts) // 2]
         if most is not None and len(mirrored) > most:
             mirrored = mirrored[np.sort(rng.choice(len(mirrored), most, replace=False))]
         for better, worse in mirrored.tolist():
             for chosen, rejected in ((better, worse), (worse, better)):
-                _add(pairs, asked[chosen], answered[chosen], answered[rejected], targets[chosen] - targets[rejected])
+                # Messages where the prompt is messages, as the trainer's chat template wants them.
+                chat = not isinstance(prompts[chosen], str)
+                both = completions[chosen], completions[rejected]
+                good, bad = map(answer, both) if chat else both
+                pairs["prompt"].append(prompts[chosen])
+                pairs["chosen"].append(good)
+                pairs["rejected"].append(bad)
+                pairs["margin"].append(float(targets[chosen] - targets[rejected]))
     return pairs
 
 
 def calibrated_logits(table: ReferenceTable, rows: npt.ArrayLike, scores: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """logit u, u the quantile of Eq. 12; where that is 0 or 1, half a reference short of it."""
+    """Compute logit u, u the quantile of Eq. 12; where that is 0 or 1, half a reference short of it."""
     edge = 0.5 / table.counts(rows)
     return np.asarray(logit(np.clip(table.cdf(rows, scores), edge, 1 - edge)))
 
@@ -101,12 +106,3 @@ def distil(model: Any, tokenizer: Any, pairs: Pairs, output_dir: str, **settings
     trainer = RewardTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     return trainer
-
-
-def _add(pairs: Pairs, prompt: Prompt, chosen: Completion, rejected: Completion, margin: float) -> None:
-    """Messages where the prompt is messages, as the trainer's chat template wants them."""
-    chat = not isinstance(prompt, str)
-    pairs["prompt"].append(prompt)
-    pairs["chosen"].append(answer(chosen) if chat else chosen)
-    pairs["rejected"].append(answer(rejected) if chat else rejected)
-    pairs["margin"].append(float(margin))

@@ -1,29 +1,39 @@
-"""Training runs to read, to start and to edit: each file is one, and nothing imports them."""
+"""Training runs online, each of which reads in one file: RLOO and GRPO by TRL, GRPO and PPO in plain PyTorch.
 
-import sys
-from typing import Any
+`calibrated-rewards train rloo|grpo|ppo` starts one from files. From Python:
 
-from calibrated_rewards.cli.errors import NEEDED, missing_text
+    from calibrated_rewards.training.online import TRLSettings, train_rloo
+
+    train_rloo("./sft", reward, prompts, Decoding(max_tokens=64), TRLSettings(beta=0.1), "run/")
+
+`trl.py` has `train_rloo` and `train_grpo`; `grpo.py` and `ppo.py` are the plain loops, each with its `train`. Copy one
+to change it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calibrated_rewards.training.online.grpo import GRPOSettings as GRPOSettings
+    from calibrated_rewards.training.online.ppo import PPOSettings as PPOSettings
+    from calibrated_rewards.training.online.trl import (
+        TRLSettings as TRLSettings,
+        train_grpo as train_grpo,
+        train_rloo as train_rloo,
+    )
+
+# Loaded when they are asked for: they bring torch and TRL.
+LAZY = {
+    "TRLSettings": "trl",
+    "train_rloo": "trl",
+    "train_grpo": "trl",
+    "GRPOSettings": "grpo",
+    "PPOSettings": "ppo",
+}
 
 
-def _stopped(kind: Any, error: Any, traceback: Any) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        sys.stderr.write("stopped\n")
-    else:
-        sys.__excepthook__(kind, error, traceback)
-
-
-def _check_libraries(words: list[str]) -> None:
-    """Exit with a message where a recipe's libraries are missing: its own imports would end in a traceback."""
-    recipe = next((word.rpartition(".")[2] for word in words if word.startswith(f"{__name__}.")), "")
-    message = missing_text({*NEEDED.get(recipe, ())})
-    if message is not None:
-        sys.stderr.write(f"{recipe}: error: {message}\n")
-        raise SystemExit(2)
-
-
-# While `python -m` looks for a recipe the arguments begin with -m. Its imports take seconds, and Ctrl-C in them is no
-# error either; later `command.main` sees to it.
-if sys.argv[:1] == ["-m"]:
-    sys.excepthook = _stopped
-    _check_libraries(sys.orig_argv)
+def __getattr__(name: str) -> Any:
+    """Import a public name of `LAZY` from its module."""
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{LAZY[name]}"), name)

@@ -1,0 +1,162 @@
+"""`calibrated-rewards train`: train a policy for a saved reward, with RLOO, GRPO or PPO.
+
+A run's own options are the fields of its settings, a frozen dataclass: their names, defaults and lines of help.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from importlib import import_module
+from typing import Any
+
+from calibrated_rewards.cli.errors import missing_text
+from calibrated_rewards.cli.options import Real, Whole, parse_folder
+from calibrated_rewards.prompts import UnknownPromptError
+from calibrated_rewards.reward.saving import NeedsTrust
+from calibrated_rewards.theory.named import parse_transform
+
+EPILOG = """trainers:
+  rloo          TRL's RLOO, whose optimum is exact
+  grpo          TRL's GRPO, whose optimum is close
+  grpo --plain  GRPO in plain PyTorch, whose optimum is exact
+  ppo           PPO in plain PyTorch, the paper's algorithm, whose optimum is exact
+
+examples:
+  calibrated-rewards train rloo --policy ./sft --reward reward/ --prompts prompts.jsonl --out run/
+  calibrated-rewards train ppo --help
+  accelerate launch --num_processes 4 -m calibrated_rewards train rloo ...
+
+docs/guides/train.md says which to take."""
+
+# Errors that a user can do something about; the others come with their traceback.
+EXPECTED = (ValueError, TypeError, OSError, ImportError, UnknownPromptError)
+STOPPED = 130
+# A setting of a run that an error names, in the words of the command line.
+OTHER_OPTION = "--{flag} {value}"
+TRANSFORM = (
+    "in place of the reward's: identity, log, exp:T; for a KL, with its beta: exp:T:KL, best-of:N:KL, worst-of:N:KL"
+)
+BETA = "the reward's, or {}; a --transform for a KL brings its own, which this one replaces"
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+METAVARS = {int: "N", float: "FLOAT"}
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A trainer by the names of its module, of its settings and of the function that runs it."""
+
+    module: str
+    settings: str
+    function: str
+    extras: tuple[str, ...] = ("hf",)
+    plain: bool = False
+    """A loop of ours in PyTorch, which begins anew instead of going on, on any device."""
+
+    def load(self) -> tuple[str, type[Any], Callable[..., None]]:
+        """Import the trainer: its help, settings and function; ImportError names all libraries that are missing."""
+        missing = missing_text({*self.extras})
+        if missing is not None:
+            raise ImportError(missing)
+        module = import_module(f"calibrated_rewards.training.online.{self.module}")
+        run: Any = module
+        for name in self.function.split("."):
+            run = getattr(run, name)
+        return str(module.__doc__), getattr(module, self.settings), run
+
+
+TRL = ("hf", "trl", "calibrate")
+TRAINERS = {
+    "rloo": Trainer("trl", "TRLSettings", "train_rloo.run", TRL),
+    "grpo": Trainer("trl", "TRLSettings", "train_grpo.run", TRL),
+    "grpo --plain": Trainer("grpo", "GRPOSettings", "run", plain=True),
+    "ppo": Trainer("ppo", "PPOSettings", "run", plain=True),
+}
+NAMES = ("rloo", "grpo", "ppo")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the trainer; its own options are read by `run`, because they come with the trainer's libraries."""
+    parser.add_argument("trainer", choices=NAMES, metavar="TRAINER", help=f"one of: {', '.join(NAMES)}")
+    rest = "the trainer's options, which calibrated-rewards train TRAINER --help lists"
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help=rest)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Parse the trainer's options, which `cli.main` then sees as well, and train."""
+    if options.trainer == "grpo" and asks_for_plain(options.words):
+        options.trainer = "grpo --plain"
+    trainer = TRAINERS[options.trainer]
+    description, settings, train = trainer.load()
+    from calibrated_rewards.training.launch import Launch
+
+    parser = argparse.ArgumentParser(
+        prog=f"calibrated-rewards train {options.trainer}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_launch_arguments(parser)
+    if options.trainer.startswith("grpo"):
+        parser.add_argument("--plain", action="store_true", help="GRPO in plain PyTorch, with an exact optimum")
+    for each in fields(settings):
+        add_setting(parser, each)
+    if trainer.plain:
+        parser.add_argument("--force", action="store_true", help="remove what another run left in --out")
+        parser.add_argument("--device", metavar="DEVICE", help="a GPU if there is one")
+    parser.parse_args(options.words, namespace=options)
+    try:
+        # Wrong settings are refused before anything is loaded.
+        train(launch=read_fields(options, Launch), settings=read_fields(options, settings))
+    except NeedsTrust as error:
+        raise ValueError(f"{error.reason}: read it, then allow it with --trust-remote-code") from None
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{parser.prog}: stopped; its files so far are in {options.out}\n")
+        return STOPPED
+    except Exception as error:
+        # A traceback says where hours of training ended.
+        options.debug = options.debug or not isinstance(error, EXPECTED)
+        raise
+    return 0
+
+
+def asks_for_plain(words: Sequence[str]) -> bool:
+    """Look for --plain before the options are known."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--plain", action="store_true")
+    return bool(parser.parse_known_args(words)[0].plain)
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that all trainers have: the parts of a run."""
+    parser.add_argument("--policy", required=True, metavar="PATH|ID", help="the policy that the table is of")
+    parser.add_argument("--reward", required=True, metavar="DIR|ID", help="a CalibratedReward that was saved")
+    parser.add_argument("--transform", type=parse_transform, metavar="NAME", help=TRANSFORM)
+    parser.add_argument("--raw", action="store_true", help="train on the raw scores, not calibrated; wants --beta")
+    parser.add_argument("--prompts", required=True, metavar="FILE|FOLDER|ID", help="JSONL or what else calibrate reads")
+    parser.add_argument("--out", required=True, type=parse_folder, metavar="DIR", help="for model/ and log.jsonl")
+    parser.add_argument("--column", metavar="NAME", help="the prompts' column, where it is not what TRL would read")
+    parser.add_argument("--max-tokens", type=Whole(1), metavar="N", help="of a completion; by default the table's")
+    parser.add_argument("--temperature", type=Real(1e-4), metavar="FLOAT", help="by default the table's")
+    any_policy = "go on with another policy, or another way to draw, than the table's references are of"
+    parser.add_argument("--any-policy", action="store_true", help=any_policy)
+    dtype = "(%(default)s) in bfloat16 small steps are rounded away"
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help=dtype)
+    trust = "run the code that the policy or the saved reward brings, and ask the servers that the reward names"
+    parser.add_argument("--trust-remote-code", action="store_true", help=trust)
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+
+
+def add_setting(parser: argparse.ArgumentParser, field: Field[Any]) -> None:
+    """Add the option of a setting; None, where it is not given, leaves the setting at its default."""
+    if field.default is MISSING:
+        raise TypeError(f"settings of a run have defaults, got {field.name} without one")
+    name, choices, kind = f"--{field.name.replace('_', '-')}", field.metadata["choices"], type(field.default)
+    values: dict[str, Any] = {"choices": choices} if choices else {"metavar": METAVARS.get(kind, "TEXT")}
+    default = BETA.format(field.default) if field.name == "beta" else field.default
+    parser.add_argument(name, type=kind, help=f"{field.metadata['help']} ({default})", **values)
+
+
+def read_fields(options: argparse.Namespace, settings: type[Any]) -> Any:
+    """Fill a dataclass with the options of its fields' names; those that were not given stay at their defaults."""
+    values = {each.name: getattr(options, each.name, None) for each in fields(settings)}
+    return settings(**{name: value for name, value in values.items() if value is not None})
