@@ -34,9 +34,8 @@ from calibrated_rewards.evaluation.report import report
 from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
 from calibrated_rewards.samplers import Decoding
 from calibrated_rewards.scorers.implicit import ImplicitReward
-from calibrated_rewards.scorers.judge import ExpectedRating, Judge
+from calibrated_rewards.scorers.judge import ExpectedRating, Judge, RatedJudge
 from calibrated_rewards.scorers.process import ProcessReward
-from calibrated_rewards.scorers.judge import RatedJudge
 from calibrated_rewards.testing import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.training.online import TRLSettings, train_rloo
 

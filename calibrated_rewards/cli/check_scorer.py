@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from calibrated_rewards.cli import model_options
 from calibrated_rewards.cli.options import Real, Whole, read_text
 from calibrated_rewards.prompts import start_of
-from calibrated_rewards.scorers.protocol import to_plain
 
 if TYPE_CHECKING:
     from calibrated_rewards.testing.check_scorer import Examination
@@ -181,7 +180,7 @@ def parse_pairs(line: str, where: str) -> tuple[Any, list[Any]]:
         if not isinstance(text, str | list):
             raise ValueError(f"{where} needs a {name} that is a text or a list of messages, got {start_of(text)}")
         try:
-            plain(text)
+            to_plain(text)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where} has no {name}: {error}") from error
     if row["prompt"] == []:

@@ -44,7 +44,7 @@ from calibrated_rewards.reward.lookup import OnMissing, RawScores, Scores, Valua
 from calibrated_rewards.reward.monitoring import Alarm, compute_metrics, drop_repeats
 from calibrated_rewards.reward.originals import Originals, RunPrompts
 from calibrated_rewards.reward.verification import Verification, verify_scorer
-from calibrated_rewards.scorers.protocol import Scorer, fingerprint, is_thread_safe, check_pairs, score
+from calibrated_rewards.scorers.protocol import Scorer, check_pairs, fingerprint, is_thread_safe, score
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.optimum import Optimal

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from calibrated_rewards.files import import_function, write_file
-from calibrated_rewards.models.server_address import check_saved, is_secret, format_url, token_for
+from calibrated_rewards.models.server_address import check_saved, format_url, is_secret, token_for
 from calibrated_rewards.reward.originals import Originals, RunPrompts
 from calibrated_rewards.table.reference_table import ReferenceTable
 

@@ -73,7 +73,8 @@ def verify_scorer(
     limit = tolerance if tolerance is not None else tolerance_of(then, now)
     prompts = [probe["prompt"] for probe in probes]
     completions = [
-        probe["completion"] if isinstance(probe["prompt"], str) else completion_messages(probe["completion"]) for probe in probes
+        probe["completion"] if isinstance(probe["prompt"], str) else completion_messages(probe["completion"])
+        for probe in probes
     ]
     if raw is not None:
         scores = raw(prompts, completions)

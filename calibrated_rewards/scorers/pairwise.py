@@ -5,8 +5,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Protocol, cast, runtime_checkable
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np

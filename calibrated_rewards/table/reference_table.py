@@ -15,8 +15,6 @@ from jaxtyping import Float32, Float64, Int, Int64, Shaped
 from calibrated_rewards.prompts import Prompt, UnknownPromptError, as_key, id_key, longest_prefix, start_of
 from calibrated_rewards.table import search, summary
 from calibrated_rewards.table.build import Row, as_row, build, lengths_of, rows_of
-from calibrated_rewards.table import build as table_build, search as table_search, summary as table_summary
-from calibrated_rewards.table.build import Row
 from calibrated_rewards.table.search import Content
 from calibrated_rewards.table.storage import COLUMNS, DATA_FILE, SUMMARY_FILE, open_table, write_table
 

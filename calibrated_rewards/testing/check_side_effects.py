@@ -22,7 +22,6 @@ import numpy as np
 from calibrated_rewards.prompts import start_of
 from calibrated_rewards.scorers.protocol import Fingerprinted, call, check_scores, fingerprint, name_of, score
 from calibrated_rewards.testing.process_state import GROWS, RANDOM, find_changes, process_state, restore
-from calibrated_rewards.scorers.protocol import Fingerprinted, call, check_scores, fingerprint, name_of, score
 from calibrated_rewards.testing.subject import Outcome, Subject
 
 THREADS, EACH, CALLS = 8, 3, 6

@@ -11,7 +11,6 @@ from hypothesis import given, strategies as st
 
 from calibrated_rewards.prompts import UnknownPromptError, prompt_key
 from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, check_references, compare
-from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, check_references, compare
 from calibrated_rewards.scorers.protocol import fingerprint, score
 
 CHAT = [{"role": "user", "content": "Hi"}]
