@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from calibrated_rewards.cli import model_options
 from calibrated_rewards.cli.options import Real, Whole, read_text
 from calibrated_rewards.prompts import start_of
+from calibrated_rewards.scorers.protocol import to_plain
 
 if TYPE_CHECKING:
     from calibrated_rewards.testing.check_scorer import Examination

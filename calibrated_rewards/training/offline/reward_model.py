@@ -76,7 +76,7 @@ def distillation_pairs(
                 # Messages where the prompt is messages, as the trainer's chat template wants them.
                 chat = not isinstance(prompts[chosen], str)
                 both = completions[chosen], completions[rejected]
-                good, bad = map(answer, both) if chat else both
+                good, bad = map(completion_messages, both) if chat else both
                 pairs["prompt"].append(prompts[chosen])
                 pairs["chosen"].append(good)
                 pairs["rejected"].append(bad)
