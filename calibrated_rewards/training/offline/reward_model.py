@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import logit
 
+from calibrated_rewards.models.text import completion_messages
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.table.reference_table import ReferenceTable
 
