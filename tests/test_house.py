@@ -47,7 +47,6 @@ HEAVY = {
 RUN_MODELS = {"models", "samplers", "scorers", "training"}
 ABOUT_THEM = {
     "table.torch_search": {"torch"},
-    "reward.device": {"torch"},
     "calibration.cluster": {"ray"},
     "calibration.prediction.prompt_features": {"torch"},
     "evaluation.kl": {"torch"},

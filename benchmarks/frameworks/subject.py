@@ -19,9 +19,9 @@ import numpy as np
 
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
 from calibrated_rewards.prompts import id_key
+from calibrated_rewards.reward.find_prompts import Originals
 from calibrated_rewards.reward.frameworks import PLACE, configured
 from calibrated_rewards.reward.lookup import Scores
-from calibrated_rewards.reward.originals import Originals
 from calibrated_rewards.table.build import Row
 from calibrated_rewards.testing.suites import HashScorer
 

@@ -24,7 +24,7 @@ COMMANDS = {
     "train": "train a policy for a saved reward: RLOO or GRPO with TRL, GRPO or PPO in plain PyTorch",
     "evaluate": "compare trained policies with their reference: win rates and KL, with their errors",
     "report": "write one HTML page about the calibration, the training and the evaluation",
-    "serve": "answer requests for a reward over HTTP, in the APIs of OpenRLHF, LightRFT, slime and LLaMA-Factory",
+    "serve": "answer requests for a reward over HTTP, in the dialects of OpenRLHF, LightRFT, slime and LLaMA-Factory",
     "path": "print where the adapter for a trainer lies",
     "cp": "copy the adapter for a trainer, to change it",
 }

@@ -12,7 +12,8 @@ EPILOG = """examples:
   REWARD_TOKEN=$(openssl rand -hex 16) calibrated-rewards serve reward/ --host 0.0.0.0 --token-env REWARD_TOKEN
   curl -d '{"prompts": ["2+2="], "completions": ["4"]}' http://127.0.0.1:8900/score
 
-The server has the APIs of OpenRLHF, LightRFT, slime and LLaMA-Factory, and its own: docs/guides/serve.md shows each.
+The server answers the dialects of OpenRLHF, LightRFT, slime and LLaMA-Factory, and its own: docs/guides/serve.md shows
+each request and answer.
 Clients send the token as a header; those that cannot put it into the URL: http://HOST:PORT/t/TOKEN/get_reward. On
 SIGTERM it accepts no more connections, answers the accepted requests, and exits with 0."""
 

@@ -1,10 +1,10 @@
 """CalibratedReward: a reward model, the table of its reference scores and a transform, as one reward for a trainer.
 
-`calibrators` compare a raw score with the prompt's references, `lookup` turns the rank into a reward, `find_prompts`
-matches what a trainer passes with the table, and `originals` has the prompts as they were calibrated. `device` does
-the lookup on a GPU. `combined` joins several rewards, `batching` scores single completions together, `frameworks` has
-the building blocks of adapters. `verification` checks the reward model, `monitoring` a training run; `saving` is the
-directory of `save_pretrained`.
+`find_prompts` finds what a trainer passes in the table and explains unknown prompts, `completions` converts completions
+to the form that they had in calibration. `calibrators` compare a raw score with the prompt's references, `lookup` turns
+the rank into a reward, on a GPU too. `combined` joins several rewards, `batching` scores single completions together,
+`frameworks` has the building blocks of adapters. `verification` checks the reward model, `monitoring` a training run;
+`saving` is the directory of `save_pretrained`.
 """
 
 from importlib import import_module
@@ -20,8 +20,8 @@ from calibrated_rewards.reward.calibrators import (
     Uncalibrated as Uncalibrated,
     ZScore as ZScore,
 )
+from calibrated_rewards.reward.find_prompts import Originals as Originals
 from calibrated_rewards.reward.lookup import Score as Score, Scores as Scores
-from calibrated_rewards.reward.originals import Originals as Originals
 from calibrated_rewards.reward.verification import Verification as Verification
 
 if TYPE_CHECKING:

@@ -26,25 +26,24 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from calibrated_rewards.prompts import Completion, UnknownPromptError
+from calibrated_rewards.prompts import Completion
 from calibrated_rewards.reward.calibrators import Calibration, EmpiricalCDF, Uncalibrated
+from calibrated_rewards.reward.completions import CompletionForm, EndingsWatch, remove_endings
 from calibrated_rewards.reward.find_prompts import (
-    CompletionForm,
-    EndingsWatch,
+    Originals,
     PromptsByRow,
+    RunPrompts,
     compute_keys,
     find_prompts,
     find_rows,
-    remove_endings,
+    raise_unknown_prompt,
     select_ids,
     split_texts,
-    suggest_fix,
 )
 from calibrated_rewards.reward.lookup import OnMissing, RawScores, Scores, Valuation, are_rows, is_tensor
-from calibrated_rewards.reward.monitoring import Alarm, compute_metrics, drop_repeats
-from calibrated_rewards.reward.originals import Originals, RunPrompts
+from calibrated_rewards.reward.monitoring import ENOUGH, Alarm, Responses, compute_metrics
 from calibrated_rewards.reward.verification import Verification, verify_scorer
-from calibrated_rewards.scorers.protocol import Scorer, check_pairs, fingerprint, is_thread_safe, score
+from calibrated_rewards.scorers.protocol import Loaded, Scorer, check_pairs, fingerprint, is_thread_safe, score
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.optimum import Optimal
@@ -109,7 +108,7 @@ class CalibratedReward:
 
     @property
     def thread_safe(self) -> bool:
-        """Whether several threads may call it without waiting for each other: whether the scorer says so."""
+        """True if the scorer says that several threads may call it without waiting for each other."""
         return self.scorer is None or is_thread_safe(self.scorer)
 
     def __call__(
@@ -126,6 +125,7 @@ class CalibratedReward:
         """Compute the reward of each completion; a trainer may pass its other columns, and functions for logging."""
         trained = trainer_state is not None and trainer_state.global_step > 0
         if trained and self._watches:
+            self._alarm.hear_all(self._unheard)
             self._alarm.finish()
         scores = self.score(prompts, completions, select_ids(columns, self.id_column), watch=not trained)
         if log_metric is not None:
@@ -149,11 +149,14 @@ class CalibratedReward:
         """
         prompts, completions = check_pairs(prompts, completions)
         rows, prompts = find_prompts(self.table, prompts, ids, self._prompts_by_row)
-        self._check_known(rows, prompts, ids)
+        if self.on_missing == "raise" and len(rows) and rows.min() < 0:
+            raise_unknown_prompt(self.table, rows, prompts, ids)
         raw = self.raw(prompts, completions)
         rewards, u, known = self._valuation(rows, raw, prompts.__getitem__)
         if watch and self._watches and not self._alarm.done:
-            self._alarm.hear(*drop_repeats(rows, u, completions))
+            self._unheard.append((rows, u, completions))
+            if self._alarm.heard + sum(len(each) for each, *_ in self._unheard) >= ENOUGH:
+                self._alarm.hear_all(self._unheard)
         values: list[float | None] = rewards.tolist()
         if self.on_missing == "skip":
             values = [value if hit else None for value, hit in zip(values, known.tolist(), strict=True)]
@@ -193,7 +196,8 @@ class CalibratedReward:
         """Find the prompts in the table: looked up once, `from_scores` takes rows in their place ever after."""
         prompts = list(prompts)
         rows = find_rows(self.table, compute_keys(prompts), ids)
-        self._check_known(rows, prompts, ids)
+        if self.on_missing == "raise" and len(rows) and rows.min() < 0:
+            raise_unknown_prompt(self.table, rows, prompts, ids)
         return rows
 
     def from_scores(self, prompts: Any, raw: Any, ids: Sequence[Any] | None = None) -> Any:
@@ -253,13 +257,6 @@ class CalibratedReward:
     def __getstate__(self) -> dict[str, Any]:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
-    def _check_known(self, rows: Int64[np.ndarray, " G"], prompts: Sequence[Any], ids: Any) -> None:
-        if self.on_missing == "raise" and len(rows) and rows.min() < 0:
-            try:
-                self.table.rows([f"the id {i}" if p is None else p for i, p in enumerate(prompts)], ids)
-            except UnknownPromptError as error:
-                raise UnknownPromptError(f"{error}: {suggest_fix(self.table, prompts[int(rows.argmin())])}") from None
-
     @cached_property
     def _made_name(self) -> str:
         settings = {each.name: (getattr(self, each.name), each.default) for each in fields(self)}
@@ -296,6 +293,11 @@ class CalibratedReward:
     @cached_property
     def _alarm(self) -> Alarm:
         return Alarm(self.__name__, self.table)
+
+    @cached_property
+    def _unheard(self) -> list[Responses]:
+        """Responses that the alarm gets as soon as there are enough, since a batch is seldom enough."""
+        return []
 
 
 def check_settings(reward: CalibratedReward) -> None:
@@ -341,8 +343,6 @@ def make_name(transform: Transform, scorer: Scorer | None, settings: dict[str, t
     >>> make_name(Exponential(5.0), NumberScorer(), {"estimator": ("unbiased", "empirical"), "scale": ("unit", "unit")})
     'calibrated_Exponential_t_5_0_number_estimator_unbiased'
     """
-    from calibrated_rewards.scorers.lazy import Loaded  # here: it brings ensembles, which few rewards need
-
     if isinstance(scorer, Loaded):
         model = os.path.basename(os.path.normpath(scorer.recipe.name))
     else:

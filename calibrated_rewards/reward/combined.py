@@ -28,6 +28,7 @@ from jaxtyping import Float64
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
+from calibrated_rewards.reward.lookup import match_precision
 from calibrated_rewards.scorers.ensemble import identify
 from calibrated_rewards.scorers.protocol import fingerprint
 from calibrated_rewards.theory.transforms import Identity
@@ -178,13 +179,11 @@ class CombinedReward:
             return values
         import torch
 
-        from calibrated_rewards.reward.device import match_precision
-
         return match_precision(torch.from_numpy(values).to(first.device), first)
 
     @property
     def thread_safe(self) -> bool:
-        """Whether the reward models of all components say so: a call may use each of them."""
+        """True if the reward models of all components are thread-safe: a call may use each of them."""
         return all(reward.thread_safe for reward in self.rewards.values())
 
     def fingerprint(self) -> dict[str, Any]:

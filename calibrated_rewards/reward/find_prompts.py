@@ -1,8 +1,8 @@
-"""Match what a trainer passes with the calibration: prompts to table rows, prompts and completions to scorer input.
+"""Find the prompts that a trainer passes in the table, and the prompts as they were calibrated; explain unknown ones.
 
-A prompt may arrive as it was calibrated, as its rendered template, or as an id. Completions may arrive as messages
-where calibration had texts, and with special tokens at their end: a function that looks for a word in a text finds
-nothing in a list of messages, and would score everything 0 in training only.
+A prompt may arrive as it was calibrated, as its rendered template, or as an id. The table knows all of these as names
+of a row, but does not hold the prompt itself, which the reward model has to read: `Originals` has it, or the run
+directory.
 
 >>> table = ReferenceTable.build([("2+2=", [1.0]), ([{"role": "user", "content": "Hi"}], [1.0])])
 >>> suggest_fix(table, [{"role": "user", "content": "2+2="}])
@@ -11,52 +11,54 @@ nothing in a list of messages, and would score everything 0 in training only.
 'the table has it without the white space around it'
 >>> suggest_fix(table, [{"role": "user", "content": "Hi. The board is empty."}])
 "the table has it without '. The board is empty.' at the end of its last message (does an environment add it? ..."
->>> form = CompletionForm("text")
->>> form.apply(len, ["Hi"], [[{"role": "assistant", "content": "Hello!"}]])
-(['Hi'], ['Hello!'])
->>> form.apply(len, ["Hi"], [[]])
-Traceback (most recent call last):
-ValueError: the table was calibrated with completions that are texts, and completion 0 is not the same as a text: it ...
->>> remove_endings(("<|im_end|>", "<pad>"), "Hello!<|im_end|><pad><pad>")
-'Hello!'
+>>> import tempfile
+>>> chat = [{"role": "user", "content": "Hi"}]
+>>> table = ReferenceTable.build([(chat, [0.5], ["<user>Hi</user>"])])
+>>> originals = Originals.write(tempfile.mkdtemp() + "/prompts.jsonl", table, [chat])
+>>> originals(table.rows(["<user>Hi</user>"]))
+[[{'role': 'user', 'content': 'Hi'}]]
 """
 
-import logging
+import json
+import mmap
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 from jaxtyping import Int64
 
-from calibrated_rewards.models.text import completion_messages, plain_messages
-from calibrated_rewards.prompts import Completion, Prompt, UnknownPromptError, as_key, id_key, start_of
-from calibrated_rewards.scorers.protocol import reads_messages
+from calibrated_rewards.files import write_file
+from calibrated_rewards.models.text import plain_messages
+from calibrated_rewards.prompts import Prompt, UnknownPromptError, as_key, id_key, start_of
 from calibrated_rewards.table.reference_table import ReferenceTable
 
-logger = logging.getLogger("calibrated_rewards")
-# In place of the key of a prompt of which only the id arrives.
+# Stands for the key of a prompt that is None, because only its id arrived.
 _NO_PROMPT = bytes(16)
 PromptsByRow: TypeAlias = Callable[[Int64[np.ndarray, " G"]], list[Prompt | None]]
 """The calibrated prompt of each row, None where that is not known."""
 
 
 class FoundPrompts(NamedTuple):
-    """Prompts with their rows in the table."""
+    """The row of each prompt in the table, and the prompt for the reward model to read."""
 
     rows: Int64[np.ndarray, " G"]
     """-1 for a prompt that the table does not know."""
     prompts: list[Prompt]
-    """As they were calibrated, in whatever form they arrived."""
+    """The prompt as it was calibrated; one that the table does not know as it arrived."""
 
 
 def find_prompts(
     table: ReferenceTable, prompts: Sequence[Prompt | None], ids: Sequence[Any] | None, originals: PromptsByRow | None
 ) -> FoundPrompts:
-    """Find prompts by ids or by themselves; raise if one has to be read in another form, and `originals` lacks it.
+    """Find the row and the calibrated form of each prompt, by its id or by itself; an unknown one has the row -1.
 
-    A prompt that is None is represented by its id alone.
+    A prompt is None if only its id arrived. UnknownPromptError if a prompt arrived in another form than it was
+    calibrated in, and `originals` lacks it.
     """
     prompts = list(prompts)
     keys = compute_keys(prompts)
@@ -106,7 +108,10 @@ def _read_originals(
 
 
 def find_rows(table: ReferenceTable, keys: Sequence[bytes], ids: Sequence[Any] | None) -> Int64[np.ndarray, " G"]:
-    """Find the row of each id, or of its key where the table does not know the id; raise where the two disagree."""
+    """Find the row of each prompt by its id, or by its key where the id is unknown; -1 where both are.
+
+    UnknownPromptError if id and key lead to two rows: the ids are those of other prompts.
+    """
     rows = table.find(list(keys), ids)
     if ids is None:
         return rows
@@ -139,12 +144,32 @@ def split_texts(table: ReferenceTable, texts: Sequence[str], raise_unknown: bool
     for text in texts:
         try:
             end = int(table.rows_by_prefix([text])[1][0])
-        except UnknownPromptError:
+        except UnknownPromptError as error:
             if raise_unknown:
-                raise
+                raise UnknownPromptError(f"{error}: {suggest_fix(table, text, as_prefix=True)}") from None
             end = len(text)
         parts.append((text[:end], text[end:]))
     return parts
+
+
+def raise_unknown_prompt(
+    table: ReferenceTable, rows: Int64[np.ndarray, " G"], prompts: Sequence[Any], ids: Sequence[Any] | None
+) -> NoReturn:
+    """Raise for the first prompt whose row is -1: what the table lacks, under which key, and how to mend it."""
+    unknown = np.flatnonzero(rows < 0)
+    first = int(unknown[0])
+    prompt, identifier = prompts[first], None if ids is None else list(ids)[first]
+    if prompt is not None:
+        name, key = start_of(prompt), as_key(prompt)
+    elif identifier is not None:
+        name, key = f"the id {identifier!r}", id_key(identifier)
+    else:
+        name, key = f"prompt {first}, which is None and has no id", _NO_PROMPT
+    number = f"; {len(unknown)} of {len(rows)} are unknown" if len(rows) > 1 else ""
+    raise UnknownPromptError(
+        f"the table ({table.path or 'in memory'}, {len(table)} prompts) has no references for {name}, "
+        f"key {key.hex()}{number}: {suggest_fix(table, prompt)}"
+    )
 
 
 def select_ids(columns: Mapping[str, Any], id_column: str | None) -> Sequence[Any] | None:
@@ -162,15 +187,26 @@ def select_ids(columns: Mapping[str, Any], id_column: str | None) -> Sequence[An
 
 _SPECIAL_AT_START = re.compile(r"^(<[^<>\s]{1,30}>|\[[A-Z]{2,8}\])+")
 ADVICE = (
-    "calibrate it (the same command with more prompts does only what is missing), or choose what unknown prompts get"
+    "calibrate it (`calibrated-rewards calibrate` with more prompts draws only what is missing), or choose what "
+    "unknown prompts get (on_missing)"
 )
 # The longest beginning of a message that is tried: each try is a look-up.
 TRIED = 4096
 
 
-def suggest_fix(table: ReferenceTable, prompt: Any) -> str:
-    """Suggest why a prompt is missing: try it stripped, as a chat, and without its first or last message."""
+def suggest_fix(table: ReferenceTable, prompt: Any, as_prefix: bool = False) -> str:
+    """Suggest why a prompt is missing: try other forms of it, and say in which of them the table has it.
+
+    A text is tried as a chat and without white space or special tokens around it, a chat as a text, without its first
+    or last message, and with a shorter last message. `as_prefix` is for a text that goes on after its prompt.
+    """
     for suggestion, other in _other_forms(prompt):
+        if as_prefix and isinstance(other, str):
+            try:
+                table.rows_by_prefix([other])
+            except UnknownPromptError:
+                continue
+            return suggestion
         if int(table.find([other])[0]) >= 0:
             return suggestion
     return _suggest_addition(table, prompt) or ADVICE
@@ -194,7 +230,7 @@ def _other_forms(prompt: Any) -> Iterator[tuple[str, Prompt]]:
 
 
 def _suggest_addition(table: ReferenceTable, prompt: Any) -> str | None:
-    """Find the longest beginning of the last message with which the table knows the chat.
+    """Try beginnings of a chat's last message, the longest first, and say what the table has the chat without.
 
     TRL appends what an environment's `reset()` returns to the last message before it generates.
     """
@@ -223,124 +259,80 @@ def _as_messages(prompt: Any) -> list[dict[str, Any]]:
         return []
 
 
-Kind = Literal["text", "messages", "both"]
-
-
 @dataclass(frozen=True)
-class CompletionForm:
-    """The form that completions had in calibration, for scorers to read them in it again."""
+class Originals:
+    """A file of prompts as JSON, line i for row i of a table; null for a row whose prompt is not known."""
 
-    completions: Kind | None = None
-    """None for a table that does not say: then all is passed on as it comes, as with "both"."""
+    path: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", os.path.abspath(self.path))
 
     @classmethod
-    def of(cls, meta: Mapping[str, Any]) -> "CompletionForm":
-        """Read it from a table's metadata; a table of an older release has it in its probes."""
-        kind: Kind | None = (meta.get("form") or {}).get("completions")
-        if kind is not None:
-            return cls(kind)
-        are_texts = {isinstance(probe["completion"], str) for probe in meta.get("probes") or []}
-        if not are_texts:
-            return cls()
-        return cls("both" if len(are_texts) == 2 else "text" if are_texts == {True} else "messages")
+    def write(cls, path: str | os.PathLike[str], table: ReferenceTable, prompts: Iterable[Prompt]) -> "Originals":
+        """Write those prompts that the table knows; of several with the same row, the first."""
+        lines = ["null"] * len(table)
+        for prompt in prompts:
+            row = int(table.find([prompt])[0])
+            if row >= 0 and lines[row] == "null":
+                lines[row] = json.dumps(prompt if isinstance(prompt, str) else plain_messages(prompt))
+        write_file(path, "".join(f"{line}\n" for line in lines))
+        return cls(os.path.abspath(path))
 
-    def apply(
-        self, scorer: Any, prompts: Sequence[Prompt], completions: Sequence[Completion]
-    ) -> tuple[list[Prompt], list[Completion]]:
-        """Convert pairs to the form that the scorer was given in calibration; raise for one that has no such form."""
-        if self.completions is None:
-            return [*prompts], [*completions]
-        prompts = [_as_stored(prompt) for prompt in prompts]
-        if self.completions == "text":
-            return prompts, [self._as_text(scorer, number, each) for number, each in enumerate(completions)]
-        return prompts, [completion_messages(each) if self.completions == "messages" else each for each in completions]
+    def __call__(self, rows: Int64[np.ndarray, " G"]) -> list[Prompt | None]:
+        """Read the calibrated prompt of each row."""
+        data, ends = self._file
+        begins = np.concatenate([[0], ends[:-1] + 1])
+        if len(rows) and not rows.max() < len(ends):
+            raise ValueError(f"{self.path} has {len(ends)} prompts, got row {rows.max()}: it is of another table")
+        return [json.loads(data[begins[row] : ends[row]]) for row in rows.tolist()]
 
-    def _as_text(self, scorer: Any, number: int, completion: Completion) -> Completion:
-        if isinstance(completion, str):
-            return completion
-        reason = _find_more_than_text(completion)
-        if not reason:
-            return str(plain_messages(completion)[0]["content"])
-        if reads_messages(scorer):
-            return completion
-        raise ValueError(
-            f"the table was calibrated with completions that are texts, and completion {number} is not the same as a "
-            f"text: it {reason}; got {start_of(completion)}. Calibrate with completions of this form (import_rollouts "
-            "takes them), or give a scorer that reads messages: one of load_scorer, or with reads_messages = True"
-        )
+    def __getstate__(self) -> dict[str, str]:
+        return {"path": self.path}
+
+    @cached_property
+    def _file(self) -> tuple[mmap.mmap, Int64[np.ndarray, " P"]]:
+        with open(self.path, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return data, np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
 
 
-def _as_stored(prompt: Prompt) -> Prompt:
-    """Convert a chat to its stored form: without the members that are None, which Arrow adds; text parts joined."""
-    if isinstance(prompt, str) or prompt is None or all(map(_is_plain, prompt)):
-        return prompt
-    try:
-        return plain_messages(prompt)
-    except ValueError:
-        return prompt  # with a picture, which was never calibrated: an unknown prompt, as it came
+@dataclass(frozen=True, eq=False)
+class RunPrompts:
+    """The calibrated prompts of a table that lies in its run directory: from the Parquet files there."""
 
+    table: ReferenceTable
+    directory: Path
 
-def _is_plain(message: Any) -> bool:
-    return (
-        type(message) is dict
-        and len(message) == 2
-        and type(message.get("role")) is str
-        and type(message.get("content")) is str
-    )
+    @classmethod
+    def beside(cls, table: ReferenceTable) -> "RunPrompts | None":
+        """Find the run directory that a table lies in, by its run.json; None for a table that stands alone."""
+        if not table.path:
+            return None
+        at = Path(table.path)
+        return next((cls(table, folder) for folder in (at, at.parent) if (folder / "run.json").is_file()), None)
 
+    def __call__(self, rows: Int64[np.ndarray, " G"]) -> list[Prompt | None]:
+        """Look up the prompt of each row."""
+        return [self._prompts.get(key) for key in self.table.keys(rows)]
 
-def _find_more_than_text(completion: Completion) -> str:
-    """Say why messages are more, or less, than the text of an answer; "" if they are not."""
-    if len(completion) != 1:
-        return f"has {len(completion)} messages" if len(completion) else "has no message, not even an empty one"
-    try:
-        (message,) = plain_messages(completion)
-    except (TypeError, ValueError) as error:
-        return f"has content that is no text ({error})"
-    if message["role"] != "assistant":
-        return f"is a message of the role {message['role']!r}"
-    others = sorted({*message} - {"role", "content"} - {name for name, value in message.items() if not value})
-    return f"has more than content: {', '.join(others)}" if others else ""
+    def items(self) -> Iterator[tuple[bytes, Prompt]]:
+        """Read key and prompt of each from the columns that calibration writes; a chat is there as JSON."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
+        # Other names, such as "00000 (1).parquet", are copies that somebody synchronises.
+        for file in sorted(path for path in self.directory.glob("prompts/*.parquet") if path.stem.isdecimal()):
+            try:
+                names = ["key", "prompt", "chat"]
+                columns = pq.ParquetFile(file, page_checksum_verification=True).read(names).to_pydict()
+            except (pa.ArrowException, OSError, KeyError) as error:
+                raise ValueError(
+                    f"{file} must hold a run's prompts, got a file that cannot be read ({error})"
+                ) from error
+            for key, text, is_chat in zip(columns["key"], columns["prompt"], columns["chat"], strict=True):
+                yield key, json.loads(text) if is_chat else text
 
-_SPECIAL_AT_END = re.compile(r"(<\|[^<>|\s]{1,30}\|>|</s>|<(?:eos|pad|end_of_turn)>|\[(?:EOS|PAD|SEP)\])\s*$")
-
-
-def remove_endings(endings: Sequence[str], completion: Completion) -> Completion:
-    """Remove these texts from the end of a completion, however many there are; messages stay as they are."""
-    while isinstance(completion, str):
-        ending = next((each for each in endings if each and completion.endswith(each)), None)
-        if ending is None:
-            break
-        completion = completion.removesuffix(ending)
-    return completion
-
-
-@dataclass
-class EndingsWatch:
-    """Warn once of completions that end with what looks like a special token: those of calibration had none."""
-
-    warned: bool = False
-
-    def check(self, name: str, completions: Sequence[Completion]) -> None:
-        """Look at completions as the reward model is about to read them."""
-        ending = None if self.warned else find_special_token(completions)
-        if ending is not None:
-            self.warned = True
-            logger.warning(
-                "%s: a completion ends with %r, which looks like a special token that the trainer left there, and "
-                "the reward model will read it. If so, say endings=(%r,)",
-                name,
-                ending,
-                ending,
-            )
-
-
-def find_special_token(completions: Sequence[Completion]) -> str | None:
-    """Find what looks like a special token at the end of a text.
-
-    >>> find_special_token(["Hello!", "Hi</s>"])
-    '</s>'
-    """
-    texts = (text for text in completions if isinstance(text, str) and text.endswith((">", "]")))
-    return next((match[1] for text in texts if (match := _SPECIAL_AT_END.search(text))), None)
+    @cached_property
+    def _prompts(self) -> dict[bytes, Prompt]:
+        return dict(self.items())

@@ -1,7 +1,8 @@
-"""From raw scores and table rows to rewards: rank among the references, then one lookup in a vector of 2K + 1 values.
+"""From a rank to a reward: the rank of a score among K references selects one of 2K + 1 values.
 
-A transform with its estimator is one such vector for each K that a table has. `RawScores` does this for arrays and
-tensors of a training loop, `Valuation` also for unknown prompts and for calibrations that are not ranks.
+A transform with its estimator is one vector of such values for each K that a table has: `Lookup`. `Valuation` also
+has rewards for unknown prompts and for calibrations that are not ranks. `RawScores` gives arrays and tensors of a
+training loop their rewards, and `DeviceLookup` those on a CUDA device, without waiting for it.
 
 >>> from calibrated_rewards.table.reference_table import ReferenceTable
 >>> from calibrated_rewards.theory.transforms import Log
@@ -64,7 +65,7 @@ class Scores:
 
     @classmethod
     def of(cls, each: list[Score]) -> "Scores":
-        """Join several scores."""
+        """Join the scores of single completions."""
         raw = np.array([score.raw for score in each], np.float32)
         u, known = np.array([score.u for score in each]), np.array([score.known for score in each], np.bool_)
         return cls([score.reward for score in each], raw, u.astype(np.float64), known)
@@ -96,7 +97,7 @@ class Lookup:
         return np.asarray(index / _align(2 * self.table.counts(rows), index))
 
     def values(self, rows: Any, index: Int64[np.ndarray, "*P"]) -> Float64[np.ndarray, "*P"]:
-        """Look up the rewards."""
+        """Look up the reward of each index."""
         vectors, begins = self.vectors
         return np.asarray(vectors[_align(begins[rows], index) + index])
 
@@ -152,7 +153,7 @@ class Valuation:
 
     @property
     def by_rank(self) -> bool:
-        """Whether a reward depends on the rank alone, so that the lookup vector has it."""
+        """True if a reward depends on the rank alone, so that the lookup vector has it."""
         return isinstance(self.calibration, EmpiricalCDF)
 
     @cached_property
@@ -209,14 +210,85 @@ class Valuation:
 
 
 def are_rows(prompts: Any) -> bool:
-    """Whether prompts are given as rows of the table: an array or a tensor of whole numbers."""
+    """Return True for prompts given as rows of the table: an array or a tensor of whole numbers."""
     return is_tensor(prompts) or (isinstance(prompts, np.ndarray) and prompts.dtype.kind in "iu")
 
 
 def is_tensor(values: Any) -> bool:
-    """Whether values are torch's, which is not imported to find out."""
+    """Return True for a tensor of torch, which is not imported to find out."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(values, torch.Tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceLookup:
+    """The lookup of a reward on one CUDA device, which the computation does not wait for.
+
+    A score that is not finite has to raise, and to know of it means to wait for the device. So the device checks, and
+    the result is read at the next call: by then it is there.
+    """
+
+    lookup: Lookup
+    device: Any
+    neutral: float
+    """The reward of an unknown prompt; and, until its error is raised, of a score that is not finite."""
+    unknown: bool = False
+    """Whether a row may be -1."""
+    _vectors: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _checks: list[tuple[Any, Any]] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        import torch
+
+        vectors, begins = self.lookup.vectors
+        self._vectors["values"] = torch.from_numpy(vectors).to(self.device)
+        self._vectors["begins"] = torch.from_numpy(begins).to(self.device)
+
+    def __call__(self, rows: Any, raw: Any) -> Any:
+        """Compute the rewards; ValueError if a score of an earlier call was not finite."""
+        import torch
+
+        self.raise_errors()
+        if not (isinstance(rows, torch.Tensor) and rows.device == self.device):
+            rows = torch.as_tensor(rows).pin_memory().to(self.device, non_blocking=True)
+        values, bad = self.values(rows, raw)
+        copy = torch.empty((), dtype=torch.bool, pin_memory=True)
+        copy.copy_(bad, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._checks.append((copy, event))
+        return values
+
+    def values(self, rows: Any, raw: Any) -> tuple[Any, Any]:
+        """Compute the rewards, and whether any score is not finite or any row is not in the table.
+
+        Rows are on the device, one for each score or for each line of them.
+        """
+        import torch
+
+        finite, known = torch.isfinite(raw), rows >= 0
+        valid = finite & known.reshape(-1, *[1] * (raw.ndim - 1))
+        bad = ~finite.all() if self.unknown else ~valid.all()
+        scores = torch.where(finite, raw, 0.0).detach().float()
+        row_of_each = rows.clamp(min=0).repeat_interleave(scores[0].numel() if scores.ndim > 1 and len(rows) else 1)
+        below, equal = self.lookup.table.on(self.device).search(row_of_each, scores.reshape(-1))
+        at = self._vectors["begins"][row_of_each] + 2 * below + equal
+        values = self._vectors["values"][at].reshape(scores.shape)
+        return match_precision(values.where(valid, self.neutral), raw), bad
+
+    def raise_errors(self) -> None:
+        """Raise if the device has found, in the meantime, a score that is not finite."""
+        while self._checks and self._checks[0][1].query():
+            bad, _ = self._checks.pop(0)
+            if bad.item():
+                raise ValueError("in an earlier call to from_scores a score was not finite, or a prompt's row was -1")
+
+
+def match_precision(values: Any, raw: Any) -> Any:
+    """Convert to float64 for scores of float64, else to float32: a reward has more digits than bfloat16 holds."""
+    import torch
+
+    return values.to(torch.float64 if raw.dtype == torch.float64 else torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,8 +311,6 @@ class RawScores:
         if not is_tensor(raw):
             return self._compute(rows, raw, prompts)
         import torch
-
-        from calibrated_rewards.reward.device import DeviceLookup, match_precision
 
         if raw.device.type == "cuda" and self.valuation.by_rank and not self.valuation.lookup.tolerance:
             if raw.device not in self._devices:

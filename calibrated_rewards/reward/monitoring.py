@@ -21,6 +21,7 @@ from calibrated_rewards.table.reference_table import ReferenceTable
 
 Rows: TypeAlias = Int64[np.ndarray, " n"]
 Quantiles: TypeAlias = Float64[np.ndarray, " n"]
+Responses: TypeAlias = tuple[Rows, Quantiles, Sequence[Completion]]
 logger = logging.getLogger("calibrated_rewards")
 
 # Responses that the alarm waits for, and the fewest that it judges when the first step ends the wait.
@@ -59,6 +60,7 @@ class Alarm:
     table: ReferenceTable
     _parts: list[tuple[Rows, Quantiles]] = field(default_factory=list, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    heard: int = field(default=0, init=False)
     done: bool = field(default=False, init=False)
 
     def hear(self, rows: Rows, u: Quantiles) -> None:
@@ -67,9 +69,18 @@ class Alarm:
             if self.done:
                 return
             self._parts.append((rows, u))
-            enough = sum(len(part) for part, _ in self._parts) >= ENOUGH
-        if enough:
+            self.heard += len(rows)
+        if self.heard >= ENOUGH:
             self.finish()
+
+    def hear_all(self, batches: list[Responses]) -> None:
+        """Empty a list of batches, and add the responses to known prompts in each of them, without repeats."""
+        while batches:
+            try:
+                batch = batches.pop(0)
+            except IndexError:  # another thread was quicker
+                return
+            self.hear(*drop_repeats(*batch))
 
     def finish(self) -> None:
         """Judge what was collected, once: later responses are not those of the reference policy."""
@@ -100,10 +111,10 @@ def drop_repeats(
     rows: Rows, u: Quantiles, completions: Sequence[Completion]
 ) -> tuple[Int64[np.ndarray, " m"], Float64[np.ndarray, " m"]]:
     """Drop unknown prompts, and all but the first of equal completions of the same prompt."""
-    places = {
+    first_of = {
         (row, repr(c)): at for at, (row, c) in reversed([*enumerate(zip(rows.tolist(), completions, strict=True))])
     }
-    first = np.array(sorted(at for (row, _), at in places.items() if row >= 0), np.int64)
+    first = np.array(sorted(at for (row, _), at in first_of.items() if row >= 0), np.int64)
     return rows[first], u[first]
 
 
@@ -124,7 +135,7 @@ def drift(rows: Rows, u: Quantiles, counts: Int64[np.ndarray, " n"]) -> float:
 
 
 def log_drift(rows: Rows, u: Quantiles, table: ReferenceTable) -> float:
-    """The same for the mean of log u, which is -1 for uniform u, and another number where references tie.
+    """Standard errors between the mean of log u and that of the reference: -1, or another number where references tie.
 
     Its expectation and variance are estimated from the references themselves; prompts with few are left out.
     """

@@ -29,7 +29,7 @@ import numpy as np
 
 from calibrated_rewards.files import import_function, write_file
 from calibrated_rewards.models.server_address import check_saved, format_url, is_secret, token_for
-from calibrated_rewards.reward.originals import Originals, RunPrompts
+from calibrated_rewards.reward.find_prompts import Originals, RunPrompts
 from calibrated_rewards.table.reference_table import ReferenceTable
 
 # The classes that a file may name, by the module in which they are now. Files of version 0.1 name modules of that
@@ -42,10 +42,9 @@ CLASSES = {
         "theory.procedures": "BestOf Calibrated RewindAndRepeat SoftBestOf Standard WorstOf",
         "models.labels": "Difference Expected Label Ordinal Weighted",
         "models.loading": "Placement",
-        "models.questions": "Question",
-        "models.text": "Text",
+        "models.text": "Question Text",
         "scorers.ensemble": "Cost Ensemble Function LowerBound Mean Min",
-        "scorers.lazy": "Loaded",
+        "scorers.protocol": "Loaded",
         "scorers.loading": "FromCheckpoint",
         "scorers.pair_models": "PairClassifier",
         "scorers.pairwise": "BothOrders MeanWin",

@@ -22,7 +22,7 @@ from jaxtyping import Float32
 
 from calibrated_rewards.models.text import completion_messages
 from calibrated_rewards.prompts import start_of
-from calibrated_rewards.reward.find_prompts import CompletionForm
+from calibrated_rewards.reward.completions import CompletionForm
 from calibrated_rewards.scorers.differences import differences, tolerance_of
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, score
 from calibrated_rewards.table.reference_table import ReferenceTable

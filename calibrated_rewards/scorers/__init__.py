@@ -4,7 +4,7 @@
 reward model; the kinds have a file each: `sequence_classifier`, `cross_encoder`, `multi_attribute`, `value_head`,
 `process`, `implicit`, and `judge` for language models that are asked. `remote` and `remote_vllm` ask servers,
 `ensemble` combines scorers, `pairwise` and `pair_models` make scorers of models that compare two completions.
-`differences` compares two scorers' fingerprints; `lazy` has the scorer that pickles as how it is loaded.
+`differences` compares two scorers' fingerprints.
 
 >>> from calibrated_rewards.scorers import score
 >>> score(lambda prompts, completions: [len(c) for c in completions], ["Hi", "Hi"], ["Hello!", "Go away"])

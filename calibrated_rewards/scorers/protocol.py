@@ -1,7 +1,8 @@
 """The definition of a scorer, and the one way to call it: from one thread at a time, its scores checked.
 
 Every call that `CalibratedReward`, `calibrate` and the members of an ensemble make goes through `score`. A scorer that
-several threads may call at once says so by an attribute, `thread_safe = True`.
+several threads may call at once says so by an attribute, `thread_safe = True`. `Loaded` is a scorer that pickles as the
+recipe by which it is loaded, not as its weights.
 """
 
 import json
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter, iscoroutine, signature
 from typing import Any, NoReturn, Protocol, runtime_checkable
@@ -19,6 +21,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from calibrated_rewards.models.callable_fingerprint import describe, place_free_name
+from calibrated_rewards.models.lazy import Lazy, Recipe, fields_only
 from calibrated_rewards.prompts import (
     Completion,
     Prompt,
@@ -262,3 +265,42 @@ def refuse_pickle(scorer: object) -> NoReturn:
         f"{type(scorer).__name__} holds a model in memory and is not pickled with its weights; "
         "save the model and use load_scorer(name_or_path, ...), which pickles as how to load it"
     )
+
+
+@dataclass(frozen=True, repr=False)
+class Loaded:
+    """A scorer and its recipe. In another process, after pickling, it loads again when it is first called."""
+
+    recipe: Recipe
+
+    thread_safe = property(lambda self: is_thread_safe(self.scorer))
+    __getstate__ = fields_only
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
+        """Score each completion of its prompt."""
+        return score_with(self.scorer, self.scorer, prompts, completions)
+
+    @Lazy
+    def scorer(self) -> Scorer:
+        """Load the scorer that does the work, of the kind that the recipe leads to; the same one from then on."""
+        return self.recipe.load()  # type: ignore[no-any-return]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Name all that the scores depend on."""
+        return fingerprint(self.scorer)
+
+    def __repr__(self) -> str:
+        if "scorer" not in self.__dict__:
+            return f"Loaded({self.recipe.name!r})"
+        from calibrated_rewards.scorers.ensemble import Cost  # which imports this file
+
+        identity, kind = self.fingerprint(), type(self.scorer).__name__
+        if isinstance(self.scorer, Cost):
+            identity, kind = identity["of"], f"Cost({type(self.scorer.scorer).__name__})"
+        labels, limit = identity.get("labels"), identity.get("text", {}).get("max_length")
+        details = [f"{labels}"] * (labels is not None) + [f"max_length={limit}"] * (limit is not None)
+        return f"Loaded({', '.join([repr(self.recipe.name), kind, *details])})"
+
+    def __hash__(self) -> int:
+        """Hash the name: a recipe may hold options that have no hash."""
+        return hash(self.recipe.name)

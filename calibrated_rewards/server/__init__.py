@@ -1,9 +1,9 @@
 """A calibrated reward over HTTP, in the dialects that the trainers' clients speak.
 
 `serve` answers until it is stopped, `serve_replicas` on a Ray cluster, `create_app` is the ASGI application, and
-`Limits` bounds what it accepts. `app` batches the completions of concurrent requests, `dialects` has the requests and
-answers of each client, `limits` reads bodies, `access` checks the token, `listening` holds connections, `metrics`
-counts.
+`Limits` bounds what it accepts. `app` batches the completions of concurrent requests and counts them, `dialects` has
+the request and answer of each client, `fields` the types of their fields. `limits` reads bodies, `access` checks the
+token, `listening` holds connections.
 """
 
 from calibrated_rewards.server.app import create_app as create_app, serve as serve, serve_replicas as serve_replicas

@@ -13,7 +13,6 @@ from urllib.parse import parse_qsl, urlencode
 
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.server.limits import Limits
-from calibrated_rewards.server.metrics import Metrics
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[Any], Awaitable[None]]
@@ -40,11 +39,12 @@ class AccessControl:
     app: Callable[[Scope, Receive, Send], Awaitable[None]]
     token: str | None
     shutdown: Shutdown
-    metrics: Metrics
     limits: Limits
+    record: Callable[[str, int, float], None]
+    """Called for each answered request with its dialect, "none" before it is known, its status and its seconds."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Answer a request, or refuse it before the application sees it."""
         if scope["type"] != "http":
             # Websockets are refused unheard; the lifespan is the application's.
             await (self.app(scope, receive, send) if scope["type"] == "lifespan" else send({"type": "websocket.close"}))
@@ -79,10 +79,7 @@ class AccessControl:
                 error = "this server wants its token"
                 await respond(note_status, 401, {"error": error}, (b"www-authenticate", b"Bearer"))
         finally:
-            dialect = scope.get("dialect", "none")
-            self.metrics.requests.labels(dialect, str(status)).inc()
-            if dialect != "none":
-                self.metrics.latency.observe(time.perf_counter() - start)
+            self.record(scope.get("dialect", "none"), status, time.perf_counter() - start)
 
 
 def find_excess(scope: Scope, limits: Limits) -> str | None:
@@ -146,7 +143,7 @@ def check_address(host: str, token: str | None, insecure: bool) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is of this machine only; a name that is not localhost may be anything.
+    """Return True for an address of this machine only; a name that is not localhost may be anything.
 
     >>> [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "10.0.0.2", "gpu7", "")]
     [True, True, True, False, False, False, False]
@@ -158,8 +155,8 @@ def is_loopback(host: str) -> bool:
 
 
 async def respond(send: Send, status: int, content: Any, *headers: tuple[bytes, bytes]) -> None:
-    """Send a whole answer as JSON."""
+    """Send an answer as JSON, headers and body."""
     body = json.dumps(content).encode()
-    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
+    basic = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*basic, *headers]})
     await send({"type": "http.response.body", "body": body})

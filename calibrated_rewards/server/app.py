@@ -12,19 +12,70 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
 from starlette.exceptions import HTTPException
 
 from calibrated_rewards.prompts import UnknownPromptError
 from calibrated_rewards.reward.batching import Coalescer, Full
 from calibrated_rewards.reward.lookup import Score
 from calibrated_rewards.server.access import AccessControl, Shutdown, check_address, check_token
-from calibrated_rewards.server.dialects import Pair, parse_request, request_schema, response_schemas
+from calibrated_rewards.server.dialects import DIALECTS, Dialect, Pair, describe_answer, parse_request
 from calibrated_rewards.server.limits import Bodies, Limits, Refused, parse_json
 from calibrated_rewards.server.listening import listen
-from calibrated_rewards.server.metrics import Metrics
 
 LOG = logging.getLogger("calibrated_rewards.server.app")
 PATHS = ("/", "/get_reward", "/score", "/v1/score/evaluation", "/reward")
+ERRORS = {
+    400: "The body is no JSON.",
+    401: "The token is missing or wrong.",
+    404: "The table does not have a prompt.",
+    408: "The body took too long to arrive.",
+    413: "The body, a text or the number of completions is above the server's limit.",
+    415: "The body is compressed.",
+    422: "A field is missing or malformed.",
+    500: "The reward model failed on a completion of this request.",
+    503: "Too much is waiting, or the server is closing: ask again after Retry-After seconds.",
+    504: "The reward model did not answer in time.",
+}
+SIZE, LATENCY = "Completions that the reward model is given at once", "Seconds from a request's headers to its answer"
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """The counts of one server, in a registry of its own; all are there from the start, at 0."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        common: dict[str, Any] = {"namespace": "calibrated_reward", "registry": self.registry}
+        self.requests = Counter("requests", "Requests, by dialect and status", ("dialect", "status"), **common)
+        self.pairs = Counter("pairs", "Completions scored", **common)
+        self.misses = Counter("misses", "Completions whose prompt the table does not have", **common)
+        self.saturated = Counter("saturated", "Completions below or above all references of their prompt", **common)
+        self.failures = Counter("failures", "Requests that the reward model failed on", **common)
+        self.queue = Gauge("queue", "Completions that wait for the reward model", **common)
+        self.batch_size = Histogram("batch_size", SIZE, buckets=SIZES, **common)
+        self.latency = Histogram("latency_seconds", LATENCY, buckets=SECONDS, **common)
+        self.u = Summary("u", "Quantiles of known prompts: their mean is sum / count", **common)
+
+    def count_request(self, dialect: str, status: int, seconds: float) -> None:
+        """Count a request that was answered; its time too if it was of a dialect, and so for scores."""
+        self.requests.labels(dialect, str(status)).inc()
+        if dialect != "none":
+            self.latency.observe(seconds)
+
+    def count_scores(self, scores: Sequence[Score]) -> None:
+        """Count completions, those of unknown prompts, and those beyond all references."""
+        known = [score.u for score in scores if score.known]
+        self.pairs.inc(len(scores))
+        self.misses.inc(len(scores) - len(known))
+        self.saturated.inc(sum(u <= 0.0 or u >= 1.0 for u in known))
+        for u in known:
+            self.u.observe(u)
+
+    def page(self) -> bytes:
+        """Write the page that Prometheus reads."""
+        return generate_latest(self.registry)
 
 
 @dataclass(frozen=True)
@@ -111,10 +162,12 @@ def create_app(
     token: str | None = None,
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     verify: bool = True,
+    dialects: Sequence[Dialect] = DIALECTS,
 ) -> FastAPI:
     """Build the ASGI application of a reward; ValueError if the reward model is not the one of the table.
 
     `token` is asked of every request: `Authorization: Bearer`, `?token=`, or a path that starts with /t/TOKEN.
+    `dialects` may be `(*DIALECTS, Mine)`, with a class as those of `server.dialects`.
     """
     check_token(token)
     if verify:
@@ -123,10 +176,10 @@ def create_app(
     # A redirect from /score/ to /score would be to whatever host the request names.
     app = FastAPI(title="calibrated-rewards", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.shutdown = shutdown
-    app.add_middleware(AccessControl, token=token, shutdown=shutdown, metrics=metrics, limits=limits)
+    app.add_middleware(AccessControl, token=token, shutdown=shutdown, limits=limits, record=metrics.count_request)
     app.add_exception_handler(Refused, _answer_refusal)
     app.add_exception_handler(HTTPException, _answer_unknown_path)
-    _add_scoring(app, RequestBatcher(reward, limits, metrics), Bodies(limits))
+    _add_scoring(app, RequestBatcher(reward, limits, metrics), dialects)
     _add_status(app, reward, metrics, shutdown, verified=verify)
     return app
 
@@ -190,27 +243,64 @@ def serve_replicas(
     serve.run(deployment(serve.ingress(build)()).bind(), name="calibrated-rewards", route_prefix="/")
 
 
-def _add_scoring(app: FastAPI, batcher: RequestBatcher, bodies: Bodies) -> None:
-    limits = batcher.limits
+def _add_scoring(app: FastAPI, batcher: RequestBatcher, dialects: Sequence[Dialect]) -> None:
+    limits, bodies = batcher.limits, Bodies(batcher.limits)
 
     # Of the body, FastAPI gets the schema alone: it would parse one before its limits are checked.
     async def score(request: Request) -> Response:
         """Rewards of completions, in the dialect of the request."""
         async with bodies.read(request.headers, request.receive) as body:
-            dialect = parse_request(parse_json(body, limits), limits)
-            request.scope["dialect"] = dialect.name
-            scores = await batcher.score(dialect.pairs(batcher.reward.id_column))
-            return _answer(200, dialect.answer(scores))
+            parsed = parse_request(parse_json(body, limits), limits, dialects)
+            request.scope["dialect"] = parsed.name
+            scores = await batcher.score(parsed.pairs(batcher.reward.id_column))
+            return _answer(200, parsed.answer(scores))
 
     batcher.metrics.queue.set_function(lambda: batcher.coalescer.waiting)
     for path in PATHS:
         app.post(
             path,
             operation_id=f"score_{path.strip('/').replace('/', '_')}".strip("_"),
-            responses=response_schemas(),
-            openapi_extra=request_schema(),
+            responses=describe_answers(dialects),
+            openapi_extra=describe_requests(dialects),
             response_class=Response,
         )(score)
+
+
+def describe_requests(dialects: Sequence[Dialect]) -> dict[str, Any]:
+    """Describe the request for OpenAPI: any of the dialects, an example of each."""
+    schemas = [dialect.model_json_schema() for dialect in dialects]
+    schema = {"anyOf": [_inline_definitions(schema, schema.pop("$defs", {})) for schema in schemas]}
+    examples = {dialect.name: {"value": dialect.example} for dialect in dialects}
+    content = {"application/json": {"schema": schema, "examples": examples}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def describe_answers(dialects: Sequence[Dialect]) -> dict[int | str, dict[str, Any]]:
+    """Describe the answers for OpenAPI, by status."""
+    answers = [{"title": dialect.name, **dialect.answer_schema} for dialect in dialects]
+    error = {"title": "error", **describe_answer(error={"type": "string"})}
+    schemas: dict[int | str, tuple[str, Any]] = {200: ("In the dialect of the request.", {"anyOf": answers})}
+    schemas |= {status: (description, error) for status, description in ERRORS.items()}
+    return {
+        status: {"description": description, "content": {"application/json": {"schema": schema}}}
+        for status, (description, schema) in schemas.items()
+    }
+
+
+def _inline_definitions(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    """Put the schemas of nested models where they are referred to: `#/$defs` would be the page's, not the dialect's."""
+    if isinstance(schema, list):
+        return [_inline_definitions(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    name = str(schema.get("$ref", "")).removeprefix("#/$defs/")
+    if name in definitions:
+        # Without its own name: a model that nests itself is described once, and by its type further down.
+        others = {key: value for key, value in definitions.items() if key != name}
+        return _inline_definitions(definitions[name], others)
+    if "$ref" in schema:
+        return {"type": "object", "title": name}
+    return {key: _inline_definitions(value, definitions) for key, value in schema.items()}
 
 
 def _add_status(app: FastAPI, reward: Any, metrics: Metrics, shutdown: Shutdown, *, verified: bool) -> None:
@@ -219,13 +309,13 @@ def _add_status(app: FastAPI, reward: Any, metrics: Metrics, shutdown: Shutdown,
 
     @app.get("/health", response_class=Response)
     async def health() -> Response:
-        """Whether it is ready, what it serves, and whether the table's probes were scored as they should be."""
+        """State of the server: ready or closing, reward and table, table's probes verified or not."""
         ready = not shutdown.begun
         return _answer(200 if ready else 503, {"ready": ready, "verified": verified, "table": table, **settings})
 
     @app.get("/metrics", response_class=Response)
     async def page() -> Response:
-        """Prometheus' text format."""
+        """Counts of requests and scores, in Prometheus' text format."""
         return Response(metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -93,11 +93,11 @@ class Connection(asyncio.Protocol):
         self.http.connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Pass on the pause."""
+        """Pass on the pause of writing."""
         self.http.pause_writing()
 
     def resume_writing(self) -> None:
-        """Pass on the resumption."""
+        """Pass on the resumption of writing."""
         self.http.resume_writing()
 
     def start_clock(self) -> None:

@@ -17,7 +17,7 @@ from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable, ad
 from calibrated_rewards.adapters import verifiers_reward
 from calibrated_rewards.adapters.trl_ppo_module import RewardModule
 from calibrated_rewards.prompts import id_key
-from calibrated_rewards.reward.originals import Originals
+from calibrated_rewards.reward.find_prompts import Originals
 from calibrated_rewards.testing.check_adapter import check_adapter
 from calibrated_rewards.testing.suites import HashScorer
 

@@ -20,8 +20,8 @@ import torch
 import calibrated_rewards.adapters
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
 from calibrated_rewards.prompts import UnknownPromptError, id_key
+from calibrated_rewards.reward.find_prompts import Originals
 from calibrated_rewards.reward.frameworks import completion_of, loud
-from calibrated_rewards.reward.originals import Originals
 from calibrated_rewards.testing.check_adapter import check_adapter
 from calibrated_rewards.testing.suites import HashScorer
 

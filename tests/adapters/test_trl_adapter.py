@@ -20,7 +20,7 @@ from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable, Un
 from calibrated_rewards.adapters import trl_reward
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.prompts import id_key
-from calibrated_rewards.reward.originals import Originals
+from calibrated_rewards.reward.find_prompts import Originals
 from calibrated_rewards.testing.check_adapter import check_adapter
 from calibrated_rewards.testing.suites import HashScorer
 

@@ -8,7 +8,7 @@ import pytest
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
 from calibrated_rewards.reward.combined import CombinedReward
-from calibrated_rewards.reward.find_prompts import CompletionForm
+from calibrated_rewards.reward.completions import CompletionForm
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble, Function
 from calibrated_rewards.testing.suites import HashScorer, NumberScorer
 

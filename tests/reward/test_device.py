@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from calibrated_rewards import Exponential, Log, ReferenceTable, scaled
-from calibrated_rewards.reward.device import DeviceLookup
-from calibrated_rewards.reward.lookup import Lookup
+from calibrated_rewards.reward.lookup import DeviceLookup, Lookup
 
 CPU = torch.device("cpu")
 

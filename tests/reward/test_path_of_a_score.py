@@ -13,7 +13,7 @@ from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.scorers.loading import load_scorer
 
 # What a reader has to know to follow one score, at most; the bar for the whole path is 13.
-MODULES, OF_THE_ROOM = 19, 4
+MODULES, OF_THE_ROOM = 15, 4
 
 
 def find_modules(call: Callable[[], Any]) -> set[str]:

@@ -43,8 +43,8 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.on_demand import OnTheSpot
 from calibrated_rewards.reward.batching import ascore, ascore_one, score_one
 from calibrated_rewards.reward.calibrators import SmoothedCDF, Uncalibrated, ZScore
+from calibrated_rewards.reward.find_prompts import RunPrompts
 from calibrated_rewards.reward.monitoring import compute_metrics
-from calibrated_rewards.reward.originals import RunPrompts
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory import finite_k
@@ -263,7 +263,7 @@ def test_the_reward_model_reads_what_was_calibrated(tmp_path: Path) -> None:
         lost.score(["Hi there"], ["Hello"], ids=["a"])
     assert lost([CHAT], ["Hello"]) == lost.score([CHAT], ["Hello"], ids=["a"]).reward == [5 / 6]
 
-    from calibrated_rewards.reward.originals import Originals
+    from calibrated_rewards.reward.find_prompts import Originals
 
     found = CalibratedReward(reads, table, originals=Originals.write(tmp_path / "prompts.jsonl", table, [CHAT]))
     assert found(["<user>Hi</user>"], ["Hello"]) == [5 / 6]
@@ -278,7 +278,7 @@ def test_the_reward_model_reads_what_was_calibrated(tmp_path: Path) -> None:
 
 def test_prompts_of_another_table_are_not_read(tmp_path: Path) -> None:
     """The file goes by rows: with a table of other rows it is an error, never somebody else's prompt."""
-    from calibrated_rewards.reward.originals import Originals
+    from calibrated_rewards.reward.find_prompts import Originals
 
     chats = [[{"role": "user", "content": text}] for text in "abcd"]
     rows = [(chat, [0.0, 1.0], [f"<user>{text}"]) for chat, text in zip(chats, "abcd", strict=True)]
@@ -313,6 +313,38 @@ def test_a_chat_is_not_taken_for_the_text_of_its_id() -> None:
     reward = CalibratedReward(reads, table, originals=None)
     with pytest.raises(UnknownPromptError, match="another name"):
         reward.score([CHAT], ["Hello"], ids=["a"])
+
+
+def test_an_unknown_id_is_named() -> None:
+    """A prompt that is None has no other name than its id: the error has it, and its key, wherever it stands."""
+    reward = CalibratedReward(reads, ReferenceTable.build([("Hi", [0.0, 1.0])]))
+    for prompts, ids in ([None], ["b"]), (["Hi", None], [None, "b"]):
+        with pytest.raises(UnknownPromptError, match=rf"no references for the id 'b', key {id_key('b').hex()}"):
+            reward.rows(prompts, ids)
+    with pytest.raises(UnknownPromptError, match=r"prompt 1, which is None and has no id.*; 1 of 2 are unknown"):
+        reward.rows(["Hi", None])
+
+
+def test_an_unknown_id_is_not_looked_up_as_a_text() -> None:
+    """A table that has the very text of the error does not make the id known."""
+    reward = CalibratedReward(reads, ReferenceTable.build([("the id 0", [0.0, 1.0]), ("the id 'b'", [0.0])]))
+    with pytest.raises(UnknownPromptError, match="the id 'b'"):
+        reward.rows([None], ["b"])
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        (" Hi there", "without the white space around it"),
+        ("<pad><s>Hi there", "without '<pad><s>' at its beginning"),
+        ("Yo", r"`calibrated-rewards calibrate` with more prompts"),
+    ],
+)
+def test_texts_get_a_hint_too(text: str, hint: str) -> None:
+    """Also where prompt and completion come in one text, and another form of it begins with a known prompt."""
+    reward = CalibratedReward(reads, ReferenceTable.build([("Hi", [0.0, 1.0])]))
+    with pytest.raises(UnknownPromptError, match=hint):
+        reward.score_texts(["Hi you", text])
 
 
 def test_strangers_get_a_hint() -> None:

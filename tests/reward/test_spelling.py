@@ -16,8 +16,8 @@ from calibrated_rewards.models.text import Text
 from calibrated_rewards.reward.combined import WeightedMean
 from calibrated_rewards.reward.saving import CLASSES, NeedsTrust, find_checkpoints, from_json, to_json
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble, Min
-from calibrated_rewards.scorers.lazy import Loaded
 from calibrated_rewards.scorers.loading import FromCheckpoint
+from calibrated_rewards.scorers.protocol import Loaded
 from calibrated_rewards.scorers.remote import Native, Remote
 from calibrated_rewards.scorers.remote_vllm import Vllm
 from calibrated_rewards.testing.suites import HashScorer, NumberScorer

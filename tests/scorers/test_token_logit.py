@@ -14,9 +14,8 @@ from calibrated_rewards.models.checkpoints import Kind
 from calibrated_rewards.models.loading import Placement
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.scorers.judge import TokenLogit
-from calibrated_rewards.scorers.lazy import Loaded
 from calibrated_rewards.scorers.loading import FromCheckpoint, load_scorer
-from calibrated_rewards.scorers.protocol import fingerprint
+from calibrated_rewards.scorers.protocol import Loaded, fingerprint
 
 CHATS = [[{"role": "user", "content": text}] for text in tiny.texts(5, 0)]
 COMPLETIONS = tiny.texts(5, 1)

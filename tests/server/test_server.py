@@ -5,16 +5,22 @@ import json
 import logging
 import socket
 import threading
+from collections.abc import Mapping, Sequence
 from contextlib import asynccontextmanager
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
 import pytest
+from pydantic import BaseModel
 
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.prompts import id_key
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
-from calibrated_rewards.server.app import PATHS, create_app, serve, serve_replicas
+from calibrated_rewards.reward.lookup import Score
+from calibrated_rewards.server.app import PATHS, create_app, describe_requests, serve, serve_replicas
+from calibrated_rewards.server.dialects import DIALECTS, Dialect, Pair, collect_numbers, describe_answer
+from calibrated_rewards.server.fields import Text
 from calibrated_rewards.server.limits import Limits
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
@@ -462,3 +468,95 @@ def test_an_address_that_is_taken_is_an_error():
         table = ReferenceTable.build([("a", [1.0, 2.0])])
         with pytest.raises(OSError, match=f"nothing can listen on 127.0.0.1:{port}"):
             serve(CalibratedReward(NumberScorer(), table), port=port, verify=False)
+
+
+class Question(BaseModel):
+    """A part of the request below: a prompt and, within a second model, its answer."""
+
+    class Answer(BaseModel):
+        """The innermost object."""
+
+        text: Text
+
+    q: Text
+    a: Answer
+
+
+class Nested(BaseModel):
+    """A user's dialect, whose request nests objects."""
+
+    name: ClassVar[str] = "nested"
+    recognised_by: ClassVar[str] = "inputs"
+    same_length: ClassVar[tuple[str, ...]] = ("weights",)
+    example: ClassVar[Mapping[str, Any]] = {"inputs": [{"q": "2+2=", "a": {"text": "4"}}], "weights": [2.0]}
+    answer_schema: ClassVar[Mapping[str, Any]] = describe_answer("weighted")
+
+    inputs: list[Question]
+    weights: list[float]
+    extra: dict[str, Any] | None = None
+
+    def pairs(self, _: str | None) -> list[Pair]:
+        """Each question with its answer."""
+        return [Pair(each.q, each.a.text) for each in self.inputs]
+
+    def answer(self, scores: Sequence[Score]) -> dict[str, Any]:
+        """The rewards times their weights."""
+        numbers = collect_numbers(scores)
+        return {"weighted": [weight * number for weight, number in zip(self.weights, numbers, strict=True)]}
+
+
+def test_a_dialect_is_one_class() -> None:
+    """A user's dialect beside the others, over HTTP; the page describes it without pointers out of itself."""
+    assert all(hasattr(Nested, name) for name in Dialect.__annotations__)
+    app = create_app(a_reward(), verify=False, dialects=(*DIALECTS, Nested))
+    assert ask(Nested.example, "/", app).json() == {"weighted": [1.5]}
+    assert ask(PAIR, "/", app).json()["reward"] == [0.75]
+    assert counted(app, 'requests_total{dialect="nested",status="200"}') == 1
+    page = asyncio.run(_get(app, "/openapi.json")).json()
+    post = page["paths"]["/get_reward"]["post"]
+    request = post["requestBody"]["content"]["application/json"]
+    assert request["examples"]["nested"]["value"] == Nested.example
+    assert "$defs" not in json.dumps(page)
+    assert "$ref" not in json.dumps(request)
+    properties = request["schema"]["anyOf"][-1]["properties"]["inputs"]["items"]["properties"]
+    assert properties["a"]["properties"]["text"]["type"] == "string"
+    answers = post["responses"]["200"]["content"]["application/json"]["schema"]["anyOf"]
+    assert answers[-1] == {"title": "nested", **Nested.answer_schema}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": [{"a": {"text": "4"}}]}, "inputs[0].q is missing from the request"),
+        ({"inputs": [{"q": "2+2=", "a": {}}]}, "inputs[0].a.text is missing from the request"),
+        ({"inputs": [{"q": "2+2=", "a": {"text": 4}}]}, "inputs[0].a.text is a text, got int 4"),
+        ({"inputs": [{"q": "2+2=", "a": "4"}]}, "inputs[0].a is an object, got str '4'"),
+        ({"inputs": [7]}, "inputs[0] is an object, got int 7"),
+        ({"extra": 7}, "extra is an object, got int 7"),
+        ({"weights": ["2"]}, "weights[0] is a number, got str '2'"),
+        ({"weights": [1.0, 2.0]}, "weights has an item for each of inputs, got 2 for 1"),
+        ({"weights": None}, "weights is a list, got nothing"),
+    ],
+)
+def test_errors_name_the_whole_path(change, message) -> None:
+    """An error about a nested object names each step to it, and its rule is one of objects, not of messages."""
+    app = create_app(a_reward(), verify=False, dialects=(*DIALECTS, Nested))
+    answer = ask({**Nested.example, **change}, "/", app)
+    assert (answer.status_code, answer.json()["error"]) == (422, message)
+
+
+class Tree(BaseModel):
+    """A model that nests itself."""
+
+    tree: list["Tree"]
+
+
+def test_a_model_that_nests_itself_is_described() -> None:
+    """Its description ends."""
+
+    class Trees(Tree, Nested):
+        recognised_by: ClassVar[str] = "tree"
+
+    schema = describe_requests([Trees])["requestBody"]["content"]["application/json"]["schema"]["anyOf"][0]
+    assert "$ref" not in json.dumps(schema)
+    assert schema["properties"]["tree"]["type"] == "array"

@@ -10,7 +10,7 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.server.app import PATHS, create_app
-from calibrated_rewards.server.dialects import EXAMPLES
+from calibrated_rewards.server.dialects import DIALECTS
 from calibrated_rewards.server.limits import Limits
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer
@@ -19,7 +19,8 @@ GOOD = {"prompts": ["2+2="], "completions": ["4"]}
 # All letters that JSON can say, halves of characters too.
 ANY_TEXT = st.text(st.characters(), max_size=20)
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT
-WORDS = sorted({name for example in EXAMPLES.values() for name in example} | {"role", "content", "tool_calls", "uid"})
+EXAMPLES = [dialect.example for dialect in DIALECTS]
+WORDS = sorted({name for example in EXAMPLES for name in example} | {"role", "content", "tool_calls", "uid"})
 NAMES = st.sampled_from(WORDS) | ANY_TEXT
 ANY_JSON = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=12
@@ -29,7 +30,7 @@ ANY_JSON = st.recursive(
 @st.composite
 def spoilt(draw):
     """A good request of some dialect, in which one thing or more is something else, or gone."""
-    payload = json.loads(json.dumps(draw(st.sampled_from(sorted(EXAMPLES.values(), key=str)))))
+    payload = json.loads(json.dumps(draw(st.sampled_from(sorted(EXAMPLES, key=str)))))
     for name in draw(st.lists(st.sampled_from(sorted(payload)), min_size=1, unique=True)):
         what = draw(st.sampled_from(["gone", "other", "item", "more"]))
         if what == "gone" or name not in payload:
@@ -46,7 +47,7 @@ def spoilt(draw):
 @st.composite
 def cut(draw):
     """The bytes of a good request with some of them gone, doubled, or others."""
-    data = bytearray(json.dumps(draw(st.sampled_from(sorted(EXAMPLES.values(), key=str)))).encode())
+    data = bytearray(json.dumps(draw(st.sampled_from(sorted(EXAMPLES, key=str)))).encode())
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(0, len(data) - 1)))
         data[at : at + draw(st.integers(0, 5))] = draw(st.binary(max_size=5))

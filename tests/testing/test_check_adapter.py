@@ -10,7 +10,7 @@ import torch
 
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
 from calibrated_rewards.prompts import id_key
-from calibrated_rewards.reward.originals import Originals
+from calibrated_rewards.reward.find_prompts import Originals
 from calibrated_rewards.testing.check_adapter import check_adapter
 from calibrated_rewards.testing.suites import HashScorer
 

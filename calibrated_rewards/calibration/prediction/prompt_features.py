@@ -17,8 +17,7 @@ from calibrated_rewards.models.text import Text, truncate
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.scorers.cross_encoder import CrossEncoder, write_flat
 from calibrated_rewards.scorers.ensemble import Cost
-from calibrated_rewards.scorers.lazy import Loaded
-from calibrated_rewards.scorers.protocol import fingerprint, name_of
+from calibrated_rewards.scorers.protocol import Loaded, fingerprint, name_of
 
 Pool = Literal["last", "first", "mean"]
 
