@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertForSequenceClassification, LlamaForTokenClassification
 
+from calibrated_rewards.models.checkpoints import detect_kind, find_checkpoint
 from calibrated_rewards.models.labels import Difference, Expected, Label, Ordinal
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.reward.saving import from_json, to_json
@@ -345,8 +346,15 @@ def test_encoders(tmp_path: Path) -> None:
     np.testing.assert_allclose(single(PROMPTS, COMPLETIONS), by_itself(bert())[:, 0], atol=1e-6)
     two = tiny.saved(bert(2), tmp_path / "two", tiny.tokenizer())
     assert isinstance(load_scorer(two).scorer, SequenceClassifier)
-    decoding = tiny.saved(bert(is_decoder=True), tmp_path / "decoding", tiny.tokenizer())
-    assert isinstance(load_scorer(decoding).scorer, SequenceClassifier)
+
+
+def test_encoder_as_decoder(tmp_path: Path) -> None:
+    """BERT with is_decoder reads one text, and is refused: its head is at the first token, which sees no other."""
+    decoding = tiny.saved(bert(is_decoder=True), tmp_path, tiny.tokenizer())
+    found = find_checkpoint(decoding)
+    assert detect_kind(found, found) == "sequence-classifier"
+    with pytest.raises(ValueError, match=r"different inputs different numbers, BertForSequenceClassification gives"):
+        load_scorer(decoding)
 
 
 def test_language_model(tmp_path: Path) -> None:
