@@ -28,7 +28,7 @@ from calibrated_rewards.models.batches import (
     read_in_batches,
     stack_means,
 )
-from calibrated_rewards.models.own_forward import Fewest, OwnForward
+from calibrated_rewards.models.own_forward import Fewest, HeadPrecision, OwnForward
 from calibrated_rewards.models.parts import (
     RAISED,
     UnreadError,
@@ -277,6 +277,7 @@ class ModelReader:
     state: StateKeeper = field(default_factory=StateKeeper)
     """The keeper that puts back what a forward changes in the model."""
     fewest: Fewest = field(default_factory=Fewest)
+    precision: HeadPrecision = field(default_factory=HeadPrecision)
 
     @property
     def lock(self) -> Any:

@@ -29,14 +29,12 @@ from calibrated_rewards.models.labels import FIRST_RULES, RULES, Label, Labels, 
 from calibrated_rewards.models.loading import Placement, Source, check_same_tokens, find_source
 from calibrated_rewards.models.server_address import redact_url
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.scorers.cross_encoder import CrossEncoder
+from calibrated_rewards.scorers.classifiers import CrossEncoder, MultiAttribute, SequenceClassifier
 from calibrated_rewards.scorers.ensemble import Cost
 from calibrated_rewards.scorers.implicit import ImplicitReward
 from calibrated_rewards.scorers.judge import ExpectedRating, Judge, RatedJudge, TokenLogit
 from calibrated_rewards.scorers.lazy import Loaded
-from calibrated_rewards.scorers.multi_attribute import MultiAttribute
 from calibrated_rewards.scorers.process import ProcessReward
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.scorers.value_head import ValueHead, choose_auto_class, load_head, read_normalisation
 
 logger = logging.getLogger(__name__)

@@ -21,13 +21,11 @@ from calibrated_rewards.models.checkpoints import detect_kind, find_checkpoint
 from calibrated_rewards.models.labels import Difference, Expected, Label, Ordinal
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.reward.saving import from_json, to_json
-from calibrated_rewards.scorers.cross_encoder import CrossEncoder
+from calibrated_rewards.scorers.classifiers import CrossEncoder, MultiAttribute, SequenceClassifier
 from calibrated_rewards.scorers.implicit import ImplicitReward
 from calibrated_rewards.scorers.judge import ExpectedRating, Judge, RatedJudge
 from calibrated_rewards.scorers.loading import load_scorer
-from calibrated_rewards.scorers.multi_attribute import MultiAttribute
 from calibrated_rewards.scorers.process import ProcessReward
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.scorers.value_head import ValueHead
 
 # peft asks the model by a name that transformers is about to change.
