@@ -175,10 +175,10 @@ def pick_output(outputs: Any, output: str | int | None) -> Tensor:
             )
         )
     if isinstance(output, str) and not (isinstance(outputs, Mapping) and output in outputs):
-        known = ", ".join(outputs) if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
+        names = ", ".join(outputs) if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
         raise ValueError(
             Message(
-                f"the model's outputs have no {output!r}, they are: {known}; say "
+                f"the model's outputs have no {output!r}, they are: {names}; say "
                 f"{setting('output', '...')} which is the score"
             )
         )
