@@ -106,7 +106,7 @@ def models() -> tuple[Any, Any]:
 
     from calibrated_rewards.samplers.hf import HfSampler
     from calibrated_rewards.samplers.protocol import Decoding
-    from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
+    from calibrated_rewards.scorers.classifiers import SequenceClassifier
 
     torch.set_num_threads(1)
     draw = HfSampler(tiny.causal(), tiny.tokenizer(), Decoding(max_tokens=8), show_progress=False)

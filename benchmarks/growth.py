@@ -41,7 +41,7 @@ def one(prompts: int, k: int) -> dict[str, float]:
     from calibrated_rewards.calibration.calibrate import calibrate
     from calibrated_rewards.samplers.hf import HfSampler
     from calibrated_rewards.samplers.protocol import Decoding
-    from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
+    from calibrated_rewards.scorers.classifiers import SequenceClassifier
 
     torch.set_num_threads(1)
     draw = HfSampler(

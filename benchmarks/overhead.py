@@ -30,7 +30,7 @@ from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.lookup import Lookup
 from calibrated_rewards.reward.monitoring import compute_metrics
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
+from calibrated_rewards.scorers.classifiers import SequenceClassifier
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.transforms import Exponential, scaled
 

@@ -26,7 +26,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from calibrated_rewards.models.batches import Budget, Comparison
 from calibrated_rewards.models.parts import default_budget, pad_right
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
+from calibrated_rewards.scorers.classifiers import SequenceClassifier
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import tokenizer

@@ -37,7 +37,7 @@ def reward_of(args: argparse.Namespace) -> Any:
     from tiny import tokenizer
 
     from calibrated_rewards import CalibratedReward, ReferenceTable
-    from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
+    from calibrated_rewards.scorers.classifiers import SequenceClassifier
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(1)

@@ -288,8 +288,9 @@ def classifies(checkpoint: Checkpoint) -> bool:
 
 def is_encoder_decoder(checkpoint: Checkpoint) -> bool:
     """Tell if an encoder reads and a decoder of its own writes: T5, BART."""
-    known = checkpoint.config.get("model_type") in transformers.CONFIG_MAPPING
-    return known and bool(parse_config(checkpoint).is_encoder_decoder)
+    if checkpoint.config.get("model_type") not in transformers.CONFIG_MAPPING:
+        return False
+    return bool(parse_config(checkpoint).is_encoder_decoder)
 
 
 def is_encoder(checkpoint: Checkpoint) -> bool:

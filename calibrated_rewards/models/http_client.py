@@ -54,8 +54,8 @@ class Redacting:
         if isinstance(record.args, tuple):
             record.args = tuple(map(self._redact, record.args))
         redacted = message = record.getMessage()
-        for place in tuple(self.places):
-            redacted = place.redacted(redacted)
+        for address in tuple(self.places):
+            redacted = address.redacted(redacted)
         if redacted != message:
             record.msg, record.args = redacted, ()
         return True
@@ -64,19 +64,19 @@ class Redacting:
         """Write an url of httpx as errors show it, if its host is one of ours."""
         if not isinstance(value, httpx.URL):
             return value
-        ours = any(split_url(place.url).hostname == value.host for place in tuple(self.places))
+        ours = any(split_url(address.url).hostname == value.host for address in tuple(self.places))
         return redact_url(str(value)) if ours else value
 
 
 _REDACTING = Redacting()
 
 
-def redact_in_logs(place: Address) -> None:
+def redact_in_logs(address: Address) -> None:
     """Redact an address in logs from now on."""
-    place = Address(resolve_url(place.url), place.token)  # a variable of the environment may change
-    if place in _REDACTING.places:
+    address = Address(resolve_url(address.url), address.token)  # a variable of the environment may change
+    if address in _REDACTING.places:
         return
-    _REDACTING.places.add(place)
+    _REDACTING.places.add(address)
     for name in LOGGERS:
         logging.getLogger(name).addFilter(_REDACTING)
 
@@ -157,10 +157,10 @@ class Post:
 
     def _redirect_hint(self, response: httpx.Response) -> str:
         try:
-            place = self.place.redacted(redact_url(response.headers.get("Location", "")))
+            target = self.place.redacted(redact_url(response.headers.get("Location", "")))
         except ValueError:
             return ""
-        return f"; it points to {place}, give that address if it is right" if place else ""
+        return f"; it points to {target}, give that address if it is right" if target else ""
 
 
 def open_client(place: Address, timeout: float, connections: int) -> httpx.Client:

@@ -28,7 +28,7 @@ from calibrated_rewards.models.batches import (
     read_in_batches,
     stack_means,
 )
-from calibrated_rewards.models.own_forward import Fewest, OwnForward
+from calibrated_rewards.models.own_forward import Fewest, HeadPrecision, OwnForward
 from calibrated_rewards.models.parts import (
     RAISED,
     UnreadError,
@@ -134,8 +134,11 @@ class Decoder:
         check_vocabulary([row.ids for row in rows], self.model)
         numbers: dict[int, Tensor] = {}
         alone: list[int] = []
+        members_of: dict[Hashable, list[int]] = {}
+        for i, key in enumerate(groups):
+            members_of.setdefault(key, []).append(i)
         with for_scoring(self.model, self.lock), progress_bar(len(rows), self.show_progress) as bar:
-            for members in _group(groups):
+            for members in members_of.values():
                 group = [rows[i] for i in members]
                 shared = self._prefix(group)
                 if shared and self._agrees(group, shared):
@@ -277,6 +280,7 @@ class ModelReader:
     state: StateKeeper = field(default_factory=StateKeeper)
     """The keeper that puts back what a forward changes in the model."""
     fewest: Fewest = field(default_factory=Fewest)
+    precision: HeadPrecision = field(default_factory=HeadPrecision)
 
     @property
     def lock(self) -> Any:
@@ -377,13 +381,6 @@ def repeated(cache: Cache, rows: int) -> Cache:
             layer.keys = layer.keys.expand(rows, *layer.keys.shape[1:])
             layer.values = layer.values.expand(rows, *layer.values.shape[1:])
     return many
-
-
-def _group(groups: Sequence[Hashable]) -> list[list[int]]:
-    members: dict[Hashable, list[int]] = {}
-    for i, group in enumerate(groups):
-        members.setdefault(group, []).append(i)
-    return list(members.values())
 
 
 def find_completion_starts(

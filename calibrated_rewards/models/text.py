@@ -156,9 +156,9 @@ class Text:
     def limit(self, tokenizer: "PreTrainedTokenizerBase", positions: int | None) -> int:
         """Return the most tokens of an input: `max_length`, or what the model's positions and its tokenizer allow."""
         # Some tokenizers say -1, 0 or 1, which nobody means.
-        known = [int(n) for n in (tokenizer.model_max_length, positions) if n is not None and 2 <= n < NO_LIMIT]
+        limits = [int(n) for n in (tokenizer.model_max_length, positions) if n is not None and 2 <= n < NO_LIMIT]
         if self.max_length is None:
-            return min(known, default=NO_LIMIT)
+            return min(limits, default=NO_LIMIT)
         if positions and self.max_length > positions:
             length = setting("max_length", str(self.max_length))
             raise ValueError(Message(f"the model reads at most {positions} tokens, got {length}"))

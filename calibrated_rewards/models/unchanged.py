@@ -94,11 +94,6 @@ class StateKeeper:
         )
 
 
-def unchanging(model: nn.Module, forward: Callable[[], T]) -> T:
-    """Run a single forward, and put back what it changed in the model."""
-    return StateKeeper().run(model, forward)
-
-
 class Contents(NamedTuple):
     """A dict, list, set or deque of a model, and a copy of it."""
 

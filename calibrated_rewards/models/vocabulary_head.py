@@ -14,7 +14,7 @@ from calibrated_rewards.models.batches import Budget
 from calibrated_rewards.models.own_forward import precise
 from calibrated_rewards.models.parts import body_of, device_of, dtype_of, for_scoring, in_float32, unwrap, vocabulary
 from calibrated_rewards.models.shared_prefix import Decoder, Head, ModelReader, Row, Sharing
-from calibrated_rewards.models.unchanged import unchanging
+from calibrated_rewards.models.unchanged import StateKeeper
 
 # Logits that LogProbability holds at a time: 256 MB.
 CELLS = 2**26
@@ -125,7 +125,7 @@ def _read_both(model: Any, head: Head, lock: Any, columns: Sequence[int] | None 
     read = decoder([Row(ids, list(range(len(ids))))], [0])[0]
     with for_scoring(model, lock):
         row = torch.tensor([ids], device=device_of(model))
-        expected = unchanging(model, lambda: model(input_ids=row))[0][0].float().cpu()
+        expected = StateKeeper().run(model, lambda: model(input_ids=row))[0][0].float().cpu()
     if expected.isnan().any():
         raise ValueError(f"{type(model).__name__} gives nan for a few tokens: look for nan among its weights")
     return read, expected if columns is None else expected[:, list(columns)]

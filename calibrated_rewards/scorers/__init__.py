@@ -1,10 +1,9 @@
 """Scorers: anything that gives a prompt's completion a number. A plain function is one.
 
 `protocol` defines them and calls them. `loading` has `load_scorer`, which looks at a checkpoint and picks the kind of
-reward model; the kinds have a file each: `sequence_classifier`, `cross_encoder`, `multi_attribute`, `value_head`,
-`process`, `implicit`, and `judge` for language models that are asked. `remote` and `remote_vllm` ask servers,
-`ensemble` combines scorers, `pairwise` and `pair_models` make scorers of models that compare two completions.
-`differences` compares two scorers' fingerprints.
+reward model: `classifiers`, `value_head`, `process`, `implicit`, or `judge` for language models that are asked.
+`remote` and `remote_vllm` ask servers, `ensemble` combines scorers, `pairwise` and `pair_models` make scorers of models
+that compare two completions. `differences` compares two scorers' fingerprints.
 
 >>> from calibrated_rewards.scorers import score
 >>> score(lambda prompts, completions: [len(c) for c in completions], ["Hi", "Hi"], ["Hello!", "Go away"])

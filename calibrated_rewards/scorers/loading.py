@@ -29,7 +29,7 @@ from calibrated_rewards.models.labels import FIRST_RULES, RULES, Label, Labels, 
 from calibrated_rewards.models.loading import Placement, Source, check_same_tokens, find_source
 from calibrated_rewards.models.server_address import redact_url
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.scorers.cross_encoder import CrossEncoder
+from calibrated_rewards.scorers.classifiers import CrossEncoder, MultiAttribute, SequenceClassifier
 from calibrated_rewards.scorers.ensemble import Cost
 from calibrated_rewards.scorers.implicit import ImplicitReward
 from calibrated_rewards.scorers.judge import ExpectedRating, Judge, RatedJudge, TokenLogit
@@ -37,6 +37,7 @@ from calibrated_rewards.scorers.multi_attribute import MultiAttribute
 from calibrated_rewards.scorers.process import ProcessReward
 from calibrated_rewards.scorers.protocol import Loaded
 from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
+from calibrated_rewards.scorers.lazy import Loaded
 from calibrated_rewards.scorers.value_head import ValueHead, choose_auto_class, load_head, read_normalisation
 
 logger = logging.getLogger(__name__)
@@ -192,11 +193,11 @@ def check_labels(labels: Labels, outputs: int) -> None:
 
 def check_options(kind: Kind, options: Mapping[str, Any], reference: bool, adapter: bool) -> None:
     """Refuse options that the kind's class does not take, and an implicit reward without a reference."""
-    known = {each.name for each in fields(CLASSES[kind])} - LOADED
+    taken = {each.name for each in fields(CLASSES[kind])} - LOADED
     # `share_prefixes=False` holds for kinds that never share.
-    unknown = sorted(set(options) - known - {"share_prefixes"})
+    unknown = sorted(set(options) - taken - {"share_prefixes"})
     if unknown:
-        raise TypeError(Message(f"a {kind} model takes no {setting(unknown[0])}; it takes {', '.join(sorted(known))}"))
+        raise TypeError(Message(f"a {kind} model takes no {setting(unknown[0])}; it takes {', '.join(sorted(taken))}"))
     if kind != "implicit" and reference:
         raise TypeError(Message(f"{setting('reference')} is for implicit rewards, this is a {kind} model"))
     if kind == "implicit" and not (reference or adapter or options.get("reference_free")):
@@ -260,8 +261,8 @@ class FromCheckpoint:
         return Cost(scorer) if self.cost else scorer
 
     def _load_classifier(self, at: Source, kind: Any, options: Mapping[str, Any]) -> Any:
-        known = at.base.config.get("model_type") in transformers.CONFIG_MAPPING
-        if known and not at.checkpoint.adapter and self.rules >= RULES:
+        has_config = at.base.config.get("model_type") in transformers.CONFIG_MAPPING
+        if has_config and not at.checkpoint.adapter and self.rules >= RULES:
             # What names do not say is asked about before any weight is loaded; an adapter's head has no names.
             resolve_labels(options.get("labels"), parse_config(at.base), self.cost)
         model, tokenizer = _load_both(at, transformers.AutoModelForSequenceClassification)

@@ -127,10 +127,10 @@ class SharedBase:
     __reduce__ = refuse_pickle
 
     def __post_init__(self) -> None:
-        known = sorted(self.policy.peft_config)
-        if self.adapter not in known:
+        adapters = sorted(self.policy.peft_config)
+        if self.adapter not in adapters:
             raise ValueError(
-                f"SharedBase needs an adapter that the policy has, {known}, got adapter={self.adapter!r}; "
+                f"SharedBase needs an adapter that the policy has, {adapters}, got adapter={self.adapter!r}; "
                 "policy.load_adapter(folder, name) adds one"
             )
         if self.policy.peft_config[self.adapter].is_prompt_learning:

@@ -15,8 +15,7 @@ from calibrated_rewards.calibration.prediction import fit
 from calibrated_rewards.calibration.prediction.prompt_features import PromptFeatures
 from calibrated_rewards.models.text import Text, TruncationWarning
 from calibrated_rewards.scorers import load_scorer, score
-from calibrated_rewards.scorers.cross_encoder import CrossEncoder
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
+from calibrated_rewards.scorers.classifiers import CrossEncoder, SequenceClassifier
 from calibrated_rewards.table.reference_table import ReferenceTable
 
 TOKENIZER, PROMPTS = tiny.tokenizer(), tiny.texts(9)

@@ -12,7 +12,7 @@ from calibrated_rewards.cli import model_options
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
+from calibrated_rewards.scorers.classifiers import SequenceClassifier
 
 CHATS = [[{"role": "user", "content": f"question {i}"}] for i in range(3)]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from calibrated_rewards.models import unchanged as state
 from calibrated_rewards.models.batches import Budget
 from calibrated_rewards.models.own_forward import OwnForward
-from calibrated_rewards.models.unchanged import steady_draws, unchanging
+from calibrated_rewards.models.unchanged import StateKeeper, steady_draws
 
 SPARSE = {"block_size": 4, "num_random_blocks": 1, "attention_type": "block_sparse"}
 # Up to 7 blocks attention is full.
@@ -257,7 +257,7 @@ def test_a_model_that_changes_nothing_is_not_touched() -> None:
     before = [(part, dict(vars(part)), dict(part._parameters), dict(part._buffers)) for part in model.modules()]
     versions = [weight._version for weight in model.parameters()]
     with torch.inference_mode():
-        unchanging(model, lambda: model(input_ids=torch.tensor(rows_of(9))))
+        StateKeeper().run(model, lambda: model(input_ids=torch.tensor(rows_of(9))))
 
     for part, attributes, weights, buffers in before:
         assert all(vars(part)[name] is value for name, value in attributes.items())

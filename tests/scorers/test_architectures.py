@@ -19,8 +19,8 @@ from calibrated_rewards.samplers.hf import HfSampler, Task
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.policy import Draft
 from calibrated_rewards.samplers.protocol import Decoding
+from calibrated_rewards.scorers.classifiers import SequenceClassifier
 from calibrated_rewards.scorers.loading import load_scorer
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.scorers.value_head import ValueHead
 
 NEAR = 1e-4

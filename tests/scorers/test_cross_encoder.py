@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, RobertaConfi
 
 from calibrated_rewards.models.labels import Expected
 from calibrated_rewards.models.text import Text, TruncationWarning
-from calibrated_rewards.scorers.cross_encoder import CrossEncoder, write_flat
+from calibrated_rewards.scorers.classifiers import CrossEncoder, write_flat
 
 SMALL: dict[str, Any] = {
     "vocab_size": tiny.VOCABULARY,

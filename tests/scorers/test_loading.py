@@ -17,16 +17,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertForSequenceClassification, LlamaForTokenClassification
 
+from calibrated_rewards.models.checkpoints import detect_kind, find_checkpoint
 from calibrated_rewards.models.labels import Difference, Expected, Label, Ordinal
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.reward.saving import from_json, to_json
-from calibrated_rewards.scorers.cross_encoder import CrossEncoder
+from calibrated_rewards.scorers.classifiers import CrossEncoder, MultiAttribute, SequenceClassifier
 from calibrated_rewards.scorers.implicit import ImplicitReward
 from calibrated_rewards.scorers.judge import ExpectedRating, Judge, RatedJudge
 from calibrated_rewards.scorers.loading import load_scorer
-from calibrated_rewards.scorers.multi_attribute import MultiAttribute
 from calibrated_rewards.scorers.process import ProcessReward
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.scorers.value_head import ValueHead
 
 # peft asks the model by a name that transformers is about to change.
@@ -345,8 +344,15 @@ def test_encoders(tmp_path: Path) -> None:
     np.testing.assert_allclose(single(PROMPTS, COMPLETIONS), by_itself(bert())[:, 0], atol=1e-6)
     two = tiny.saved(bert(2), tmp_path / "two", tiny.tokenizer())
     assert isinstance(load_scorer(two).scorer, SequenceClassifier)
-    decoding = tiny.saved(bert(is_decoder=True), tmp_path / "decoding", tiny.tokenizer())
-    assert isinstance(load_scorer(decoding).scorer, SequenceClassifier)
+
+
+def test_encoder_as_decoder(tmp_path: Path) -> None:
+    """BERT with is_decoder reads one text, and is refused: its head is at the first token, which sees no other."""
+    decoding = tiny.saved(bert(is_decoder=True), tmp_path, tiny.tokenizer())
+    found = find_checkpoint(decoding)
+    assert detect_kind(found, found) == "sequence-classifier"
+    with pytest.raises(ValueError, match=r"different inputs different numbers, BertForSequenceClassification gives"):
+        load_scorer(decoding)
 
 
 def test_language_model(tmp_path: Path) -> None:

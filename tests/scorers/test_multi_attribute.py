@@ -12,8 +12,7 @@ from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
 from transformers.utils import ModelOutput
 
 from calibrated_rewards.models.labels import Label, Weighted
-from calibrated_rewards.scorers.multi_attribute import MultiAttribute
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
+from calibrated_rewards.scorers.classifiers import MultiAttribute, SequenceClassifier
 
 
 @dataclass

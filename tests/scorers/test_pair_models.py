@@ -11,10 +11,10 @@ from tokenizers import processors
 from transformers import T5Config, T5ForConditionalGeneration
 
 from calibrated_rewards.models.text import Text, TruncationWarning
+from calibrated_rewards.scorers.classifiers import SequenceClassifier
 from calibrated_rewards.scorers.pair_models import RLHFLOW, STEAM_SHP, WHICH, PairClassifier, PairJudge
 from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References, compare
 from calibrated_rewards.scorers.protocol import fingerprint
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 
 TEMPLATE = "{prompt}[SEP]{first}[SEP]{second}!"
 QUESTION = "Q {prompt} A: {first} B: {second} ?"

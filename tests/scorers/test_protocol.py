@@ -11,8 +11,8 @@ import torch
 from tiny import classifier, tokenizer
 
 from calibrated_rewards.scorers import fingerprint, score
+from calibrated_rewards.scorers.classifiers import SequenceClassifier
 from calibrated_rewards.scorers.protocol import Fingerprinted
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 
 
 def lengths(_prompts: Sequence[Any], completions: Sequence[Any]) -> list[int]:

@@ -18,8 +18,8 @@ from calibrated_rewards import CalibratedReward
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.main import FAILED, UNUSABLE, main
 from calibrated_rewards.reward.saving import from_json, to_json
+from calibrated_rewards.scorers.classifiers import MultiAttribute
 from calibrated_rewards.scorers.loading import load_scorer
-from calibrated_rewards.scorers.multi_attribute import MultiAttribute
 from calibrated_rewards.scorers.pair_models import PairClassifier
 from calibrated_rewards.testing.suites import NumberSampler
 

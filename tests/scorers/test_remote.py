@@ -20,10 +20,10 @@ import torch
 from calibrated_rewards.models.http_client import Refused, parse_retry_after
 from calibrated_rewards.models.labels import Difference, Label
 from calibrated_rewards.models.text import Text, TruncationWarning
+from calibrated_rewards.scorers.classifiers import SequenceClassifier
 from calibrated_rewards.scorers.protocol import fingerprint
 from calibrated_rewards.scorers.remote import Native, OpenRlhf, Remote
 from calibrated_rewards.scorers.remote_vllm import Vllm, VllmScore, sort_rows, to_log_odds
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 
 CHAT = [{"role": "user", "content": "Hi"}]
 QUICK = {"backoff": 0.001, "show_progress": False}

@@ -30,7 +30,7 @@ from calibrated_rewards.models.own_forward import OwnForward
 from calibrated_rewards.models.parts import positions_of
 from calibrated_rewards.models.shared_prefix import Decoder, Sharing
 from calibrated_rewards.models.text import Text, TruncationWarning
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
+from calibrated_rewards.scorers.classifiers import SequenceClassifier
 
 # The issue's bar: parts of the scores' standard deviation, in float32.
 NEAR = 1e-4

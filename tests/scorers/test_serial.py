@@ -17,11 +17,11 @@ import tiny
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.reward.batching import score_one
 from calibrated_rewards.reward.combined import CombinedReward
+from calibrated_rewards.scorers.classifiers import SequenceClassifier
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble, Function
 from calibrated_rewards.scorers.pairwise import BothOrders, MeanWin, References
 from calibrated_rewards.scorers.protocol import is_thread_safe, lock_for, score
 from calibrated_rewards.scorers.remote import Native, Remote
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.testing.suites import HashScorer, NumberScorer
 
 TABLE = ReferenceTable.build([(f"p{i}", [0.0, 4.0, 8.0]) for i in range(16)])

@@ -13,7 +13,7 @@ from torch import nn
 from calibrated_rewards.models.checkpoints import find_checkpoint
 from calibrated_rewards.models.labels import Label
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
+from calibrated_rewards.scorers.classifiers import SequenceClassifier
 from calibrated_rewards.scorers.value_head import SharedBase, load_head
 
 # peft asks the model by a name that transformers is about to change.

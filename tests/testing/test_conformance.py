@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from calibrated_rewards.models.text import Text
+from calibrated_rewards.scorers.classifiers import SequenceClassifier
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.testing.check_scorer import CHECKS, Check, Examination, check_scorer, run_check
 from calibrated_rewards.testing.probes import QUESTIONS, everyday
 from calibrated_rewards.testing.subject import Outcome

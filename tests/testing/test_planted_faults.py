@@ -26,8 +26,8 @@ import tiny
 import torch
 
 from calibrated_rewards.cli.check_scorer import EPILOG
+from calibrated_rewards.scorers.classifiers import SequenceClassifier
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.testing.check_reading import LENGTHS
 from calibrated_rewards.testing.check_scorer import CHECKS, IGNORABLE, Examination, check_scorer, run_check
 from calibrated_rewards.testing.probes import list_characters, passage

@@ -12,7 +12,7 @@ from scipy.special import log_expit, logit
 
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import UnknownPromptError
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
+from calibrated_rewards.scorers.classifiers import SequenceClassifier
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.training.offline.reward_model import (
     CENTER,

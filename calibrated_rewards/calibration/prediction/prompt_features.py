@@ -15,7 +15,7 @@ from calibrated_rewards.models.own_forward import OwnForward
 from calibrated_rewards.models.parts import body_of, default_budget, lock_of, positions_of, unwrap, vocabulary
 from calibrated_rewards.models.text import Text, truncate
 from calibrated_rewards.prompts import Prompt
-from calibrated_rewards.scorers.cross_encoder import CrossEncoder, write_flat
+from calibrated_rewards.scorers.classifiers import CrossEncoder, write_flat
 from calibrated_rewards.scorers.ensemble import Cost
 from calibrated_rewards.scorers.protocol import Loaded, fingerprint, name_of
 
