@@ -31,7 +31,7 @@ _WHOLE_FLOATS = 2.0**53
 
 
 class UnknownPromptError(KeyError):
-    """A prompt that a table, or a file of references, does not have."""
+    """A prompt that a table, or a file of references, does not have, or has in another form only."""
 
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError would show the message in quotes

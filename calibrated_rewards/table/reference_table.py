@@ -75,7 +75,7 @@ class ReferenceTable:
     ) -> ReferenceTable:
         """Build a table of `Row`s, or of (prompt, scores) or (prompt, scores, aliases), in any order.
 
-        Aliases are further names of the prompt: a rendered template, messages, or an id as `id_key(7)`.
+        Aliases are other keys that lead to the prompt's row: a rendered template, messages, or an id as `id_key(7)`.
 
         With `path` the rows stream through a temporary file there, so that memory does not grow with K, and the table
         that comes back is the mapped one. `meta` is anything JSON can say (tuples come back as lists).

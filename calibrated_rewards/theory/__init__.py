@@ -34,6 +34,7 @@ from calibrated_rewards.theory.procedures import (
     WorstOf as WorstOf,
 )
 from calibrated_rewards.theory.quadrature import Law as Law, reference_law as reference_law
+from calibrated_rewards.theory.scale import Scale as Scale, moments as moments, scaled as scaled, span as span
 from calibrated_rewards.theory.tilted_policy import (
     Frontier as Frontier,
     beta_for_kl as beta_for_kl,
@@ -55,10 +56,6 @@ from calibrated_rewards.theory.transforms import (
     Log as Log,
     NormalQuantile as NormalQuantile,
     Power as Power,
-    Scale as Scale,
     Tabulated as Tabulated,
     Transform as Transform,
-    moments as moments,
-    scaled as scaled,
-    span as span,
 )

@@ -30,8 +30,9 @@ from scipy.special import expit, logit
 
 from calibrated_rewards.theory.procedures import CalibratedProcedure, Procedure, Rank
 from calibrated_rewards.theory.quadrature import WINDOW, Array, Grid, Law, normalised, reference_law
+from calibrated_rewards.theory.scale import scaled, span
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl_of, win_rate, win_rate_of
-from calibrated_rewards.theory.transforms import Exponential, Identity, Transform, Values, scaled, span
+from calibrated_rewards.theory.transforms import Exponential, Identity, Transform, Values
 
 SMALLEST_BETA, LARGEST_BETA = 1e-4, 1e6
 LARGEST_T = 600.0
