@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int, Int64, Shaped
 
 from calibrated_rewards.prompts import Prompt, UnknownPromptError, as_key, id_key, longest_prefix, start_of
-from calibrated_rewards.table import search, summary
+from calibrated_rewards.table import search
 from calibrated_rewards.table.build import Row, as_row, build, lengths_of, rows_of
 from calibrated_rewards.table.search import Content
 from calibrated_rewards.table.storage import COLUMNS, DATA_FILE, SUMMARY_FILE, open_table, write_table
@@ -245,8 +245,8 @@ class ReferenceTable:
         return ReferenceTable(build(both, path, meta, "pool", lengths_of(self._content)))
 
     def describe(self) -> dict[str, float]:
-        """Describe the table in ten numbers, which `summary.describe` explains."""
-        return summary.describe(self._content)
+        """Describe the table in ten numbers, which `search.describe` explains."""
+        return search.describe(self._content)
 
     def save_pretrained(self, save_directory: Directory) -> None:
         """Write the table, as `save` does, under the name that the Hugging Face world uses."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from calibrated_rewards.calibration.prediction.curves import Sample
+from calibrated_rewards.calibration.prediction.conditional import Sample
 
 # CRPS is over all of these levels, the pinball loss over the deciles.
 LEVELS = (np.arange(100) + 0.5) / 100

@@ -13,8 +13,15 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Bool, Float
 
-from calibrated_rewards.calibration.prediction.conditional import STEPS, Conditional, Steps, fit_steps
-from calibrated_rewards.calibration.prediction.curves import Curve, Sample, read_sample
+from calibrated_rewards.calibration.prediction.conditional import (
+    STEPS,
+    Conditional,
+    Curve,
+    Sample,
+    Steps,
+    fit_steps,
+    read_sample,
+)
 from calibrated_rewards.calibration.prediction.judgement import (
     DECILES,
     LEVELS,
