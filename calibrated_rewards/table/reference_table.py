@@ -124,10 +124,10 @@ class ReferenceTable:
         if ids is not None:
             if len(ids) != len(prompts):
                 raise ValueError(f"ids must be one for each prompt, got {len(ids)} for {len(prompts)} prompts")
-            keys = {place: id_key(identifier) for place, identifier in enumerate(ids) if identifier is not None}
+            keys = {position: id_key(identifier) for position, identifier in enumerate(ids) if identifier is not None}
             rows[list(keys)] = self._find_keys(list(keys.values()))
         others = np.flatnonzero(rows < 0).tolist()
-        rows[others] = self._find_keys([as_key(prompts[place]) for place in others])
+        rows[others] = self._find_keys([as_key(prompts[position]) for position in others])
         return rows
 
     def rows(
@@ -148,7 +148,7 @@ class ReferenceTable:
         lengths = self._content.column("lengths").tolist()
         prefixes = [longest_prefix(text, lengths, self._knows) for text in texts]
         if None in prefixes:
-            self._refuse(texts, np.array([place for place, hit in enumerate(prefixes) if hit is None]))
+            self._refuse(texts, np.array([position for position, hit in enumerate(prefixes) if hit is None]))
         hits = [hit for hit in prefixes if hit is not None]
         return self._find_keys([key for key, _ in hits]), np.array([split for _, split in hits], dtype=np.int64)
 
@@ -330,11 +330,11 @@ class ReferenceTable:
         high, low = self._content.column("keys_high"), self._content.column("keys_low")
         for position, item in enumerate(rows):
             row = as_row(item, position)
-            place = int(self._find_keys([as_key(row.prompt)])[0])
-            if place < 0 and not allow_new:
+            number = int(self._find_keys([as_key(row.prompt)])[0])
+            if number < 0 and not allow_new:
                 raise UnknownPromptError(
                     f"row {position}: the table has no prompt {start_of(row.prompt)}; allow_new=True would add it"
                 )
             # The text stays as an alias, so that prefix look-up knows its length.
-            key = bytes.fromhex(f"{high[place]:016x}{low[place]:016x}")
-            yield row if place < 0 else Row(key, row.scores, [*row.aliases, row.prompt])
+            key = bytes.fromhex(f"{high[number]:016x}{low[number]:016x}")
+            yield row if number < 0 else Row(key, row.scores, [*row.aliases, row.prompt])

@@ -31,7 +31,7 @@ class InMemory:
 
     @property
     def prompts(self) -> int:
-        """The number of prompts, P."""
+        """The number of prompts, P, and of rows."""
         return len(self.columns["keys_high"])
 
     @property
@@ -119,8 +119,8 @@ def check_rows(rows: Any, prompts: int) -> Int64[np.ndarray, " B"]:
         raise TypeError(f"rows must be a list of whole numbers, got shape {rows.shape} of {rows.dtype}")
     rows = rows.astype(np.int64, copy=False)
     if rows.size and not 0 <= rows.min() <= rows.max() < prompts:
-        place = int(np.flatnonzero((rows < 0) | (rows >= prompts))[0])
-        raise IndexError(f"rows must be within 0..{prompts - 1}, got {rows[place]} at position {place}")
+        position = int(np.flatnonzero((rows < 0) | (rows >= prompts))[0])
+        raise IndexError(f"rows must be within 0..{prompts - 1}, got {rows[position]} at position {position}")
     return np.asarray(rows)
 
 
@@ -142,12 +142,12 @@ def as_quantiles(u: Shaped[np.ndarray, " B"], shape: tuple[int, ...]) -> Float64
 
 
 def _show_first(values: Any, wrong: Any, shape: tuple[int, ...]) -> str:
-    place = int(np.flatnonzero(wrong)[0])
-    return f"{values[place]} at position {', '.join(str(int(i)) for i in np.unravel_index(place, shape))}"
+    position = int(np.flatnonzero(wrong)[0])
+    return f"{values[position]} at position {', '.join(str(int(i)) for i in np.unravel_index(position, shape))}"
 
 
 def counts(content: Content, rows: Any) -> Int64[np.ndarray, " B"]:
-    """Return the K of each row."""
+    """Return K, the number of references, of each row."""
     rows = check_rows(rows, content.prompts)
     return np.broadcast_to(sizes(content, rows), rows.shape).copy()
 
@@ -177,11 +177,11 @@ def icdf(content: Content, rows: Any, u: Any) -> Float32[np.ndarray, "*B"]:
     u = as_quantiles(u, shape)
     content.touch(rows)
     size = sizes(content, rows)
-    place = np.ceil(size * u)
+    rank = np.ceil(size * u)
     # K u is rounded: 100 (7/100) is above 7 and its ceiling would be 8, though the 7th of 100 has a share of 7/100.
-    place -= (place - 1) / size >= u
-    place += place / size < u
-    flat = starts(content, rows) + np.maximum(place, 1).astype(np.int64) - 1
+    rank -= (rank - 1) / size >= u
+    rank += rank / size < u
+    flat = starts(content, rows) + np.maximum(rank, 1).astype(np.int64) - 1
     return np.asarray(content.scores.take(flat)).reshape(shape)
 
 
@@ -301,7 +301,7 @@ def _distances(matrix: Float32[np.ndarray, "b K"], pooled: Float32[np.ndarray, "
     first[:, 1:] = last[:, :-1]
     at = np.searchsorted(pooled, matrix, side="right") / len(pooled)
     before = np.searchsorted(pooled, matrix, side="left") / len(pooled)
-    place = np.arange(k)
-    above = np.where(last, np.abs(at - (place + 1) / k), 0.0)
-    below = np.where(first, np.abs(before - place / k), 0.0)
+    rank = np.arange(k)
+    above = np.where(last, np.abs(at - (rank + 1) / k), 0.0)
+    below = np.where(first, np.abs(before - rank / k), 0.0)
     return np.asarray(np.maximum(above, below).max(axis=1))

@@ -87,7 +87,7 @@ class Optimal:
             return self.at_logit(logit(u))
 
     def at_logit(self, s: npt.ArrayLike) -> Values:
-        """Return Phi at the logits s."""
+        """Return Phi at the logits s, where Phi(1) = 0."""
         s = np.asarray(s, np.float64)
         grid, curve = self._solved
         return np.asarray(self.beta * grid.interpolate(curve, s.ravel())).reshape(s.shape)[()]
@@ -168,11 +168,11 @@ class Optimal:
         return self._value(normalised(*solution))
 
     def _value(self, law: Law) -> float:
-        """Return win rate - beta KL."""
+        """Return the objective, win rate - beta KL."""
         return win_rate_of(law, self.procedure, self.base) - self.beta * kl_of(law)
 
     def _rate(self, rank: Rank, below_one: Rank, u: Rank, v: Rank) -> Rank:
-        """Return d log f / du."""
+        """Return the slope d log f / du of the log density."""
         base = self.base or self.procedure
         return self.procedure.density(rank, below_one) * base.density(u, v) / self.beta
 

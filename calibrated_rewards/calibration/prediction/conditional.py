@@ -51,10 +51,10 @@ class Sample(NamedTuple):
     def halves(self, rng: np.random.Generator) -> tuple["Sample", "Sample"]:
         """Split each prompt's scores in two random halves; the second has the odd one, and the first may have none."""
         order = np.lexsort((rng.random(len(self.scores)), self.owners))
-        place = np.arange(len(order)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
+        rank = np.arange(len(order)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
         half = self.counts // 2
         first = np.zeros(len(order), bool)
-        first[order] = place < np.repeat(half, self.counts)
+        first[order] = rank < np.repeat(half, self.counts)
         return Sample(self.scores[first], half), Sample(self.scores[~first], self.counts - half)
 
 
