@@ -6,7 +6,7 @@ Shapes and types of the same functions are checked wherever other tests call the
 import jaxtyping
 import pytest
 
-SOLVE = ("tests/theory/test_optimal.py", "calibrated_rewards/theory/optimum.py", "calibrated_rewards/theory/named.py")
+SOLVE = ("tests/theory/test_optimum.py", "calibrated_rewards/theory/optimum.py", "calibrated_rewards/theory/named.py")
 EXAMPLES = ("tests/test_readme.py::test_examples_run", "tests/evaluation/test_report.py::test_the_reward_is_promised")
 
 

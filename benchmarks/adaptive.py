@@ -15,7 +15,8 @@ from environment import save
 
 from calibrated_rewards.calibration.adaptive import Adaptive
 from calibrated_rewards.theory.bands import band
-from calibrated_rewards.theory.transforms import Exponential, Identity, scaled
+from calibrated_rewards.theory.scale import scaled
+from calibrated_rewards.theory.transforms import Exponential, Identity
 
 PROMPTS, SEED, WIDTHS = 2000, 0, (0.1, 0.05)
 ROUNDS = (16, 32, 64, 128)

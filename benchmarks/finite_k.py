@@ -18,7 +18,8 @@ from calibrated_rewards.theory.bands import band, dkw
 from calibrated_rewards.theory.finite_k import bias, references_needed, rmse, values
 from calibrated_rewards.theory.fixed_references import win_rate_at_kl
 from calibrated_rewards.theory.procedures import BestOf, Standard
-from calibrated_rewards.theory.transforms import Exponential, Identity, Log, NormalQuantile, moments
+from calibrated_rewards.theory.scale import moments
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log, NormalQuantile
 
 ESTIMATORS = ("empirical", "posterior", "unbiased", "randomised")
 SIZES = (4, 8, 16, 32, 100)

@@ -32,7 +32,8 @@ from calibrated_rewards.reward.lookup import Lookup
 from calibrated_rewards.reward.monitoring import compute_metrics
 from calibrated_rewards.scorers.classifiers import SequenceClassifier
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.theory.transforms import Exponential, scaled
+from calibrated_rewards.theory.scale import scaled
+from calibrated_rewards.theory.transforms import Exponential
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny

@@ -28,13 +28,13 @@ from calibrated_rewards.theory.procedures import (
     Standard as Standard,
     WorstOf as WorstOf,
 )
+from calibrated_rewards.theory.scale import scaled as scaled
 from calibrated_rewards.theory.transforms import (
     Chain as Chain,
     Exponential as Exponential,
     Identity as Identity,
     Log as Log,
     Tabulated as Tabulated,
-    scaled as scaled,
 )
 
 __version__ = "0.1.0"

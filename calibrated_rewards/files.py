@@ -179,8 +179,9 @@ class Message(str):
         """Return the message with an option for each setting; `other` is the form of one without an entry."""
         parts = SETTING.split(self.marked)
         text = parts[0]
-        for name, value, own, rest in zip(*(parts[at::4] for at in range(1, 5)), strict=True):
-            option = (own or options.get(name, other)).replace("{name}", name).replace("{flag}", name.replace("_", "-"))
+        for name, value, template, rest in zip(*(parts[at::4] for at in range(1, 5)), strict=True):
+            option = template or options.get(name, other)
+            option = option.replace("{name}", name).replace("{flag}", name.replace("_", "-"))
             text += option.replace("{value}", value or "...") + rest
         return text
 

@@ -31,7 +31,7 @@ _WHOLE_FLOATS = 2.0**53
 
 
 class UnknownPromptError(KeyError):
-    """A prompt that a table, or a file of references, does not have."""
+    """A prompt that a table, or a file of references, does not have, or has in another form only."""
 
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError would show the message in quotes
@@ -208,10 +208,10 @@ def _members(value: Any, wanted: Sequence[str] = ()) -> Mapping[Any, Any] | None
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if callable(dump := getattr(value, "model_dump", None)):
         return dict(dump())
-    own = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ()), *getattr(value, "_fields", ())]
-    if any(name.startswith("_") for name in own) or not (wanted or isinstance(value, SimpleNamespace)):
+    names = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ()), *getattr(value, "_fields", ())]
+    if any(name.startswith("_") for name in names) or not (wanted or isinstance(value, SimpleNamespace)):
         return None
-    return {name: getattr(value, name, None) for name in (*own, *wanted)}
+    return {name: getattr(value, name, None) for name in (*names, *wanted)}
 
 
 def _canonical(value: Any, place: str) -> str:

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for the objects of layers 0 and 1."""
+"""Hypothesis strategies for transforms, procedures and betas."""
 
 import numpy as np
 from hypothesis import strategies as st

@@ -27,8 +27,9 @@ from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer
 from calibrated_rewards.theory.optimum import optimum
 from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, Standard, WorstOf
+from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate
-from calibrated_rewards.theory.transforms import Exponential, Identity, Log, NormalQuantile, Transform, scaled
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log, NormalQuantile, Transform
 
 # None begins another one; of several lengths, so that batches are padded.
 PROMPTS = ("a", "ba", "bb", "bc", "cad", "cbe", "d", "ea", "ebg", "f", "ga", "gbc")

@@ -104,22 +104,22 @@ class _Tally:
         if not len(table):
             return
         keys = table.column("key").to_pylist()
-        changes = [place for place in range(1, len(keys)) if keys[place] != keys[place - 1]]
+        changes = [row for row in range(1, len(keys)) if keys[row] != keys[row - 1]]
         firsts = np.array([0, *changes])
         prompt = np.repeat(np.arange(len(firsts)), np.diff(np.append(firsts, len(keys))))
         size = np.bincount(prompt).astype(np.float64)
         finish, tokens = table.column("finish").to_pylist(), _numbers(table, "tokens")
         cut = np.bincount(prompt, [each == "length" for each in finish])
-        known = np.bincount(prompt, [each is not None for each in finish])
+        with_finish = np.bincount(prompt, [each is not None for each in finish])
         empty, repeated, characters = _count_texts(table, prompt)
-        self.sums.update(prompts=len(firsts), rollouts=len(keys), cut=int(cut.sum()), known=int(known.sum()))
+        self.sums.update(prompts=len(firsts), rollouts=len(keys), cut=int(cut.sum()), known=int(with_finish.sum()))
         self.sums.update(empty=int(empty.sum()), repeated=int(repeated.sum()))
         self.sums.update(tokens=int(np.nansum(tokens)), counted=int(np.isfinite(tokens).sum()))
         lengths = characters if np.isnan(tokens).any() else tokens
         for name in (each for each in table.column_names if each.startswith(SCORE)):
             self._score(name.removeprefix(SCORE), _numbers(table, name), lengths, prompt)
         for reason, share, least in (
-            ("mostly cut", cut / np.maximum(known, 1), CUT),
+            ("mostly cut", cut / np.maximum(with_finish, 1), CUT),
             ("often empty", empty / size, EMPTY),
             ("mostly repeated", repeated / size, REPEATED),
         ):
@@ -193,8 +193,8 @@ def _count_texts(
     chat = table.column("completion_chat").to_numpy()
     nothing = np.array([not text.strip() for text in texts])[codes]
     short = np.array([len(text) <= 200 for text in texts])[codes]
-    for place in np.flatnonzero(chat & short):  # longer messages say something
-        nothing[place] = not any(_has_content(message) for message in decode_text(texts[codes[place]], True))
+    for row in np.flatnonzero(chat & short):  # longer messages say something
+        nothing[row] = not any(_has_content(message) for message in decode_text(texts[codes[row]], True))
     distinct = np.unique(prompt * len(texts) + codes) // len(texts)
     lengths = np.array([len(text) for text in texts], np.float64)[codes]
     return np.bincount(prompt, nothing), np.bincount(prompt) - np.bincount(distinct), lengths
@@ -205,6 +205,6 @@ def _has_content(message: dict[str, Any]) -> bool:
     return bool(message.get("tool_calls")) or bool(content.strip() if isinstance(content, str) else content)
 
 
-def _start(table: Any, place: int) -> str:
-    prompt = decode_text(table.column("prompt")[place].as_py(), table.column("chat")[place].as_py())
+def _start(table: Any, row: int) -> str:
+    prompt = decode_text(table.column("prompt")[row].as_py(), table.column("chat")[row].as_py())
     return start_of(prompt)

@@ -344,8 +344,8 @@ def made_with(meta: Mapping[str, Any]) -> Lines:
         if name == "probes" and isinstance(value, list):
             yield name, f"{len(value)} pairs with their scores"
             continue
-        for place, text in enumerate(_flat(value) or ["nothing"]):
-            yield "" if place else name, text
+        for number, text in enumerate(_flat(value) or ["nothing"]):
+            yield "" if number else name, text
     if not meta:
         yield "not said", ""
 

@@ -56,8 +56,8 @@ class OnTheSpot:
             if not isinstance(value, int) or isinstance(value, bool) or (name == "k" and value < 1):
                 least = " >= 1" if name == "k" else ""
                 raise ValueError(f"OnTheSpot needs a whole {name}{least}, or a table that has one, got {value!r}")
-        for name, own in (("scorer", self.scorer), ("sampler", self.sampler)):
-            there, here = meta.get(name), json.loads(json.dumps(fingerprint(own)))
+        for name, part in (("scorer", self.scorer), ("sampler", self.sampler)):
+            there, here = meta.get(name), json.loads(json.dumps(fingerprint(part)))
             if there is not None and (apart := [each.place for each in differences(there, here)]):
                 raise ValueError(f"the table was made with another {name}: it differs in {', '.join(apart)}")
 
@@ -83,15 +83,15 @@ class OnTheSpot:
         self.__dict__.update(state, _drawn={}, _kinds={}, _lock=threading.Lock())
 
     def _rows(self, prompts: dict[bytes, Prompt]) -> list[Row]:
-        known = self._find_known(prompts)
+        known_rows = self._find_known(prompts)
         with self._lock:
-            new = [key for key in prompts if key not in known and key not in self._drawn]
+            new = [key for key in prompts if key not in known_rows and key not in self._drawn]
             mine: dict[bytes, Future[Row]] = {key: Future() for key in new}
             self._drawn.update(mine)
-        waiting = {key: self._drawn[key] for key in prompts if key not in known}
+        waiting = {key: self._drawn[key] for key in prompts if key not in known_rows}
         if mine:
             self._draw({key: prompts[key] for key in mine}, mine)
-        return [*known.values(), *(future.result() for future in waiting.values())]
+        return [*known_rows.values(), *(future.result() for future in waiting.values())]
 
     def _find_known(self, prompts: dict[bytes, Prompt]) -> dict[bytes, Row]:
         if self.known is None or not prompts:
@@ -121,16 +121,23 @@ class OnTheSpot:
         planned = [Planned(key, prompt) for key, prompt in prompts.items()]
         work = Work(self.sampler, {"reward": self.scorer}, int(self.seed or 0))
         shard = work(Task("", new_shard(planned), [int(self.k or 0)] * len(planned))).shard
-        done, drawn = shard.scores["reward"], [rollout.completion for own in shard.rollouts for rollout in own]
+        drawn = [rollout.completion for rollouts in shard.rollouts for rollout in rollouts]
         for what, values in (("prompts", [*prompts.values()]), ("completions", drawn)):
             kinds = {"text" if isinstance(value, str) else "messages" for value in values}
             self._kinds.setdefault(what, set()).update(kinds)
-        return {key: Row(prompt, scores) for (key, prompt), scores in zip(prompts.items(), done, strict=True)}
+        return {
+            key: Row(prompt, scores)
+            for (key, prompt), scores in zip(prompts.items(), shard.scores["reward"], strict=True)
+        }
 
     def _meta(self) -> dict[str, Any]:
         """Return the meta of the known table, or the one that `calibrate` would write."""
         if self.known is not None:
             return self.known.meta
         form = {what: "both" if len(kinds) > 1 else min(kinds) for what, kinds in self._kinds.items() if kinds}
-        own = {"scorer": fingerprint(self.scorer), "sampler": fingerprint(self.sampler), "seed": self.seed}
-        return {**own, "form": form}
+        return {
+            "scorer": fingerprint(self.scorer),
+            "sampler": fingerprint(self.sampler),
+            "seed": self.seed,
+            "form": form,
+        }

@@ -102,10 +102,10 @@ def _u_variance(scores: Float32[np.ndarray, "b K"]) -> Float64[np.ndarray, "b K"
     that ties with none has the middle of its K-th of [0, 1] for its F.
     """
     K = scores.shape[1]
-    place = np.broadcast_to(np.arange(K), scores.shape)
+    rank = np.broadcast_to(np.arange(K), scores.shape)
     differs, edge = scores[:, 1:] != scores[:, :-1], np.ones((len(scores), 1), bool)
-    below = np.maximum.accumulate(np.where(np.hstack([edge, differs]), place, 0), axis=1)
-    last = np.where(np.hstack([differs, edge]), place + 1, K)
+    below = np.maximum.accumulate(np.where(np.hstack([edge, differs]), rank, 0), axis=1)
+    last = np.where(np.hstack([differs, edge]), rank + 1, K)
     equal = np.minimum.accumulate(last[:, ::-1], axis=1)[:, ::-1] - below
     u, tied = (below + equal / 2) / K, np.where(equal > 1, equal / K, 0.0)
     # Without ties the mean of u (1 - u) is 1/6 exactly: over a K-th it is its middle's less 1 / 12 K^2.
@@ -202,8 +202,8 @@ def _same_scores(table: ReferenceTable, rows: RowStatistics) -> Iterator[Suspici
     order = np.argsort(rows.digest, kind="stable")
     order = order[((rows.distinct >= 4) & (rows.distinct > rows.size / 2))[order]]
     like_previous = np.append(False, rows.digest[order[1:]] == rows.digest[order[:-1]]) if len(order) else order
-    for place in np.flatnonzero(like_previous):
-        first, second = int(order[place - 1]), int(order[place])
+    for position in np.flatnonzero(like_previous):
+        first, second = int(order[position - 1]), int(order[position])
         if np.array_equal(table.scores(first), table.scores(second)):
             yield Suspicion(second, "same scores", f"all {rows.size[second]} are those of row {first}")
 

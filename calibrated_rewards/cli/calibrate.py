@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.cli import model_options
 from calibrated_rewards.cli.options import Real, Whole, add_prompt_options, add_run_options, refuse_options
-from calibrated_rewards.theory.named import NamedTransform, parse_transform
+from calibrated_rewards.theory.named import TRANSFORM_NAMES, NamedTransform, parse_transform
 from calibrated_rewards.theory.transforms import Identity
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="the seed of the rollouts (%(default)s)")
     text = "in place of -k: draw in rounds, until the error band of the reward is ± WIDTH"
     add("--adaptive", type=Real(0.0, above=True), metavar="WIDTH", help=text)
-    text = "the reward of --adaptive, on [0, 1]: identity (default), log, exp:10"
+    text = f"the reward of --adaptive, on [0, 1]: {TRANSFORM_NAMES} (identity)"
     add("--transform", type=parse_transform, metavar="NAME", help=text)
     add(
         "--rounds",
@@ -144,7 +144,7 @@ def parse_adaptive(options: argparse.Namespace) -> "Adaptive | None":
     if options.k is not None:
         raise ValueError("-k: with --adaptive, --rounds say how many rollouts there are, leave it out")
     from calibrated_rewards.calibration.adaptive import Adaptive
-    from calibrated_rewards.theory.transforms import scaled
+    from calibrated_rewards.theory.scale import scaled
 
     named: NamedTransform | None = options.transform
     rounds = options.rounds or ROUNDS

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from calibrated_rewards.cli.options import Real, Whole
 from calibrated_rewards.evaluation.objectives import Objective, default_objectives, parse_objective
+from calibrated_rewards.theory.named import TRANSFORM_NAMES
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
 
 if TYPE_CHECKING:
     from calibrated_rewards.evaluation.estimates import Samples
     from calibrated_rewards.evaluation.results import FrontierEstimate
 
-EPILOG = """examples:
+EPILOG = f"""examples:
   calibrated-rewards frontier table/                                   every reward, at KL 0.5, 1 and 2
   calibrated-rewards frontier table/ --select reward --judge judge     selected by one scorer, judged by another
   calibrated-rewards frontier table/ --arms raw identity exp:10 best-of:4 --best-of 4 --kl 0.5
@@ -24,9 +25,8 @@ DIR is the folder of a calibration. Its rollouts, scored by one reward model or 
 optimum for each reward, all at the same KL. To have a judge, calibrate with two reward models (--reward-model NAME=...,
 twice). In a bare table the scores themselves judge.
 
---arms takes raw, z-score, par (arXiv 2502.18770), median, log-sigmoid (arXiv 2402.00742), or a transform as
---transform names it elsewhere: identity, log, exp:T, best-of:N and worst-of:N (the optimum at each KL). Gains are over
-the first.
+--arms takes raw, z-score, par (arXiv 2502.18770), median, log-sigmoid (arXiv 2402.00742); the name of a transform,
+which is {TRANSFORM_NAMES}; best-of:N or worst-of:N, the optimum at each KL. Gains are over the first.
 
 K rollouts reach a KL well below log K. Numbers that rest on too few rollouts are marked; docs/evidence/results.md has
 measured errors. Exit code: 0 done, 2 wrong usage, or something that cannot be read."""

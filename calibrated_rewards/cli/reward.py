@@ -5,7 +5,7 @@ import sys
 
 from calibrated_rewards.cli import model_options
 from calibrated_rewards.cli.options import Real, parse_folder
-from calibrated_rewards.theory.named import NamedTransform, parse_transform
+from calibrated_rewards.theory.named import TRANSFORM_HELP, NamedTransform, parse_transform
 from calibrated_rewards.theory.transforms import Identity
 
 EPILOG = """examples:
@@ -26,10 +26,6 @@ The directory holds settings, table and prompts; of the reward model it holds on
 ESTIMATORS = ("empirical", "posterior", "unbiased", "randomised")
 SCALES = ("unit", "standard", "raw")
 ON_MISSING = ("raise", "neutral", "skip")
-TRANSFORM_HELP = (
-    "identity (default), log or exp:T; with a KL in nats identity:KL, log:KL or exp:T:KL; best-of:N:KL or "
-    "worst-of:N:KL, the exact optimum"
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="write over a reward that is there")
     add = parser.add_argument_group("reward").add_argument
     identity = NamedTransform("identity", Identity())
-    add("--transform", type=parse_transform, default=identity, metavar="NAME", help=TRANSFORM_HELP)
+    add("--transform", type=parse_transform, default=identity, metavar="NAME", help=f"{TRANSFORM_HELP} (identity)")
     text = "how K references estimate a quantile (%(default)s)"
     add("--estimator", choices=ESTIMATORS, default="empirical", help=text)
     text = "the reward's scale: [0, 1], mean 0 and variance 1, or the transform as it is (%(default)s)"
@@ -61,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     from calibrated_rewards.evaluation.expectations import check_resolved, expect
     from calibrated_rewards.reward.calibrated_reward import CalibratedReward
     from calibrated_rewards.table.reference_table import ReferenceTable
-    from calibrated_rewards.theory.transforms import scaled
+    from calibrated_rewards.theory.scale import scaled
 
     if (options.out / "reward.json").exists() and not options.force:
         raise FileExistsError(f"{options.out} is a calibrated reward already: --force writes over it")

@@ -14,7 +14,7 @@ from calibrated_rewards.cli.errors import missing_text
 from calibrated_rewards.cli.options import Real, Whole, parse_folder
 from calibrated_rewards.prompts import UnknownPromptError
 from calibrated_rewards.reward.saving import NeedsTrust
-from calibrated_rewards.theory.named import parse_transform
+from calibrated_rewards.theory.named import TRANSFORM_HELP, parse_transform
 
 EPILOG = """trainers:
   rloo          TRL's RLOO, whose optimum is exact
@@ -34,9 +34,7 @@ EXPECTED = (ValueError, TypeError, OSError, ImportError, UnknownPromptError)
 STOPPED = 130
 # A setting of a run that an error names, in the words of the command line.
 OTHER_OPTION = "--{flag} {value}"
-TRANSFORM = (
-    "in place of the reward's: identity, log, exp:T; for a KL, with its beta: exp:T:KL, best-of:N:KL, worst-of:N:KL"
-)
+TRANSFORM = f"in place of the reward's: {TRANSFORM_HELP}; one for a KL brings its beta"
 BETA = "the reward's, or {}; a --transform for a KL brings its own, which this one replaces"
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 METAVARS = {int: "N", float: "FLOAT"}

@@ -22,8 +22,9 @@ from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf
+from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl_of, kl_range, policy_law, win_rate_of
-from calibrated_rewards.theory.transforms import Transform, scaled
+from calibrated_rewards.theory.transforms import Transform
 
 # Below this a trainer has no gradient left: Adam's epsilon is 1e-8.
 SMALLEST_BETA = 1e-6

@@ -29,7 +29,8 @@ from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.named import format_name, parse_procedure, parse_transform
 from calibrated_rewards.theory.optimum import optimum
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Procedure, WorstOf
-from calibrated_rewards.theory.transforms import Exponential, Identity, Log, Transform, scaled
+from calibrated_rewards.theory.scale import scaled
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log, Transform
 
 
 @runtime_checkable

@@ -31,8 +31,9 @@ from calibrated_rewards.evaluation.wording import format_objective, format_proce
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator, values
 from calibrated_rewards.theory.procedures import Procedure
+from calibrated_rewards.theory.scale import Scale, scaled
 from calibrated_rewards.theory.tilted_policy import Frontier
-from calibrated_rewards.theory.transforms import Scale, Transform, scaled
+from calibrated_rewards.theory.transforms import Transform
 
 # Okabe and Ito's palette, without its yellow, invisible on white, and its black, invisible on a dark page.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -47,7 +47,8 @@ from calibrated_rewards.scorers.protocol import Loaded, Scorer, check_pairs, fin
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.optimum import Optimal
-from calibrated_rewards.theory.transforms import Affine, Chain, Identity, Scale, Transform, scaled
+from calibrated_rewards.theory.scale import Scale, scaled
+from calibrated_rewards.theory.transforms import Affine, Chain, Identity, Transform
 
 Directory = str | os.PathLike[str]
 MISSING = ("raise", "neutral", "skip")
@@ -75,7 +76,7 @@ class CalibratedReward:
     estimator: Estimator = "empirical"
     """The value of a rank among K references (`theory.finite_k`)."""
     scale: Scale = "unit"
-    """The unit of the reward, and so of beta (`theory.transforms.scaled`)."""
+    """The unit of the reward, and so of beta (`theory.scale.scaled`)."""
     calibration: Calibration = EmpiricalCDF()  # noqa: RUF009 (frozen)
     """The paper's calibration, or one to compare it with (`reward.calibrators`)."""
     on_missing: OnMissing = "raise"

@@ -101,7 +101,7 @@ def _read_originals(
     prompts = originals(rows) if originals is not None else [None]
     if any(prompt is None for prompt in prompts):
         raise UnknownPromptError(
-            f"the table knows {start_of(first)} as another name of a prompt (its rendered template, an id), and the "
+            f"the table knows {start_of(first)} as an alias of a prompt (its rendered template, an id), and the "
             "reward model has to read the prompt itself: give originals=, or a table in its calibration run's directory"
         )
     return [prompt for prompt in prompts if prompt is not None]

@@ -28,7 +28,8 @@ from calibrated_rewards.reward.calibrators import Calibration, EmpiricalCDF, Unc
 from calibrated_rewards.reward.find_prompts import compute_keys
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator, values
-from calibrated_rewards.theory.transforms import Identity, Transform, moments
+from calibrated_rewards.theory.scale import moments
+from calibrated_rewards.theory.transforms import Identity, Transform
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """ReferenceTable: the sorted reference scores of each prompt, and where a new score stands among them.
 
 A table is built in bounded memory (`build`), stored as two files in a directory (`storage`), opened by mapping
-(`ReferenceTable.open`) and searched with numpy (`search`) or on a GPU (`torch_search`).
+(`ReferenceTable.load`) and searched with numpy (`search`) or on a GPU (`torch_search`).
 """
 
 from calibrated_rewards.prompts import UnknownPromptError as UnknownPromptError

@@ -115,8 +115,8 @@ def sorted_scores(scores: Any) -> Float32[np.ndarray, " K"]:
     row.sort()
     if not (np.isfinite(row[0]) and np.isfinite(row[-1])):  # nan is sorted last
         with np.errstate(over="ignore"):
-            place = int(np.flatnonzero(~np.isfinite(numbers.astype(np.float32)))[0])
-        raise ValueError(f"scores must be finite in float32, got {numbers[place]} at position {place}")
+            position = int(np.flatnonzero(~np.isfinite(numbers.astype(np.float32)))[0])
+        raise ValueError(f"scores must be finite in float32, got {numbers[position]} at position {position}")
     return row
 
 

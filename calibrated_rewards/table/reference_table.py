@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int, Int64, Shaped
 
 from calibrated_rewards.prompts import Prompt, UnknownPromptError, as_key, id_key, longest_prefix, start_of
-from calibrated_rewards.table import search, summary
+from calibrated_rewards.table import search
 from calibrated_rewards.table.build import Row, as_row, build, lengths_of, rows_of
 from calibrated_rewards.table.search import Content
 from calibrated_rewards.table.storage import COLUMNS, DATA_FILE, SUMMARY_FILE, open_table, write_table
@@ -75,7 +75,7 @@ class ReferenceTable:
     ) -> ReferenceTable:
         """Build a table of `Row`s, or of (prompt, scores) or (prompt, scores, aliases), in any order.
 
-        Aliases are further names of the prompt: a rendered template, messages, or an id as `id_key(7)`.
+        Aliases are other keys that lead to the prompt's row: a rendered template, messages, or an id as `id_key(7)`.
 
         With `path` the rows stream through a temporary file there, so that memory does not grow with K, and the table
         that comes back is the mapped one. `meta` is anything JSON can say (tuples come back as lists).
@@ -124,10 +124,10 @@ class ReferenceTable:
         if ids is not None:
             if len(ids) != len(prompts):
                 raise ValueError(f"ids must be one for each prompt, got {len(ids)} for {len(prompts)} prompts")
-            keys = {place: id_key(identifier) for place, identifier in enumerate(ids) if identifier is not None}
+            keys = {position: id_key(identifier) for position, identifier in enumerate(ids) if identifier is not None}
             rows[list(keys)] = self._find_keys(list(keys.values()))
         others = np.flatnonzero(rows < 0).tolist()
-        rows[others] = self._find_keys([as_key(prompts[place]) for place in others])
+        rows[others] = self._find_keys([as_key(prompts[position]) for position in others])
         return rows
 
     def rows(
@@ -148,7 +148,7 @@ class ReferenceTable:
         lengths = self._content.column("lengths").tolist()
         prefixes = [longest_prefix(text, lengths, self._knows) for text in texts]
         if None in prefixes:
-            self._refuse(texts, np.array([place for place, hit in enumerate(prefixes) if hit is None]))
+            self._refuse(texts, np.array([position for position, hit in enumerate(prefixes) if hit is None]))
         hits = [hit for hit in prefixes if hit is not None]
         return self._find_keys([key for key, _ in hits]), np.array([split for _, split in hits], dtype=np.int64)
 
@@ -245,8 +245,8 @@ class ReferenceTable:
         return ReferenceTable(build(both, path, meta, "pool", lengths_of(self._content)))
 
     def describe(self) -> dict[str, float]:
-        """Describe the table in ten numbers, which `summary.describe` explains."""
-        return summary.describe(self._content)
+        """Describe the table in ten numbers, which `search.describe` explains."""
+        return search.describe(self._content)
 
     def save_pretrained(self, save_directory: Directory) -> None:
         """Write the table, as `save` does, under the name that the Hugging Face world uses."""
@@ -330,11 +330,11 @@ class ReferenceTable:
         high, low = self._content.column("keys_high"), self._content.column("keys_low")
         for position, item in enumerate(rows):
             row = as_row(item, position)
-            place = int(self._find_keys([as_key(row.prompt)])[0])
-            if place < 0 and not allow_new:
+            number = int(self._find_keys([as_key(row.prompt)])[0])
+            if number < 0 and not allow_new:
                 raise UnknownPromptError(
                     f"row {position}: the table has no prompt {start_of(row.prompt)}; allow_new=True would add it"
                 )
             # The text stays as an alias, so that prefix look-up knows its length.
-            key = bytes.fromhex(f"{high[place]:016x}{low[place]:016x}")
-            yield row if place < 0 else Row(key, row.scores, [*row.aliases, row.prompt])
+            key = bytes.fromhex(f"{high[number]:016x}{low[number]:016x}")
+            yield row if number < 0 else Row(key, row.scores, [*row.aliases, row.prompt])

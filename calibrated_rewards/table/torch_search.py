@@ -44,7 +44,7 @@ class DeviceTable:
         return cls(scores, torch.from_numpy(starts.copy()).to(device), int(np.diff(starts).max()))
 
     def counts(self, rows: Any) -> Int64[Tensor, " B"]:
-        """Return the K of each row."""
+        """Return K, the number of references, of each row."""
         return self._sizes(self._queries(rows, torch.as_tensor(rows), torch.isfinite, search.as_float32)[0])
 
     def ranks(self, rows: Any, scores: Tensor) -> tuple[Int64[Tensor, "*B"], Int64[Tensor, "*B"]]:
@@ -67,10 +67,10 @@ class DeviceTable:
         """Return the smallest reference with a share of at least u at or below it, rounded as in `search.icdf`."""
         rows, flat = self._queries(rows, u.double(), _is_quantile, search.as_quantiles)
         size = self._sizes(rows)
-        place = torch.ceil(size * flat)
-        place = place - ((place - 1) / size >= flat).double()
-        place = place + (place / size < flat).double()
-        return self.scores[self.offsets[rows] + place.clamp(min=1).long() - 1].reshape(u.shape)
+        rank = torch.ceil(size * flat)
+        rank = rank - ((rank - 1) / size >= flat).double()
+        rank = rank + (rank / size < flat).double()
+        return self.scores[self.offsets[rows] + rank.clamp(min=1).long() - 1].reshape(u.shape)
 
     def _sizes(self, rows: Tensor) -> Tensor:
         return self.offsets[rows + 1] - self.offsets[rows]

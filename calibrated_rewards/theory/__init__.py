@@ -1,9 +1,9 @@
 """The paper on [0, 1]: transforms, procedures, the tilted policy and its optimum; numpy and scipy only.
 
-A *transform* (`transforms`) maps a calibrated reward u to the reward that is trained on. A *procedure* (`procedures`)
-is the way the policy is served, such as best of N. `tilted_policy` computes what training for a transform gives,
-`optimum` the best transform for a procedure, `named` reads the names of both. `finite_k`, `fixed_references` and
-`bands` say what K references can tell, `quadrature` integrates over u.
+A *transform* (`transforms`) maps a calibrated reward u to the reward that is trained on, `scale` brings it to a fixed
+range or variance. A *procedure* (`procedures`) is the way the policy is served, such as best of N. `tilted_policy`
+computes what training for a transform gives, `optimum` the best transform for a procedure, `named` reads the names of
+both. `finite_k`, `fixed_references` and `bands` say what K references can tell, `quadrature` integrates over u.
 """
 
 from calibrated_rewards.theory.bands import band as band, coverage as coverage, dkw as dkw
@@ -34,6 +34,7 @@ from calibrated_rewards.theory.procedures import (
     WorstOf as WorstOf,
 )
 from calibrated_rewards.theory.quadrature import Law as Law, reference_law as reference_law
+from calibrated_rewards.theory.scale import Scale as Scale, moments as moments, scaled as scaled, span as span
 from calibrated_rewards.theory.tilted_policy import (
     Frontier as Frontier,
     beta_for_kl as beta_for_kl,
@@ -55,10 +56,6 @@ from calibrated_rewards.theory.transforms import (
     Log as Log,
     NormalQuantile as NormalQuantile,
     Power as Power,
-    Scale as Scale,
     Tabulated as Tabulated,
     Transform as Transform,
-    moments as moments,
-    scaled as scaled,
-    span as span,
 )

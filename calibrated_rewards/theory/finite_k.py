@@ -55,9 +55,10 @@ def values(transform: Transform, K: int, estimator: Estimator = "empirical") -> 
     """Return the value of each index i = 2 below + equal in 0..2K: non-decreasing and finite.
 
     "empirical" values index 0 at u = 1/2K where Phi is infinite at 0, and index 2K at u = 1 - 1/2K where it is at 1.
-    "unbiased" is exact for Identity and for Power with a whole p <= K; for Exponential its bias is O(t^{K+1}/(K+1)!);
-    no other transform has an exact one, and gets the non-decreasing vector with the least squared bias, integrated over
-    C ~ Unif[0, 1]. Under it and "randomised", a tie (an odd i) is broken by a fair coin.
+    "unbiased" is exact for Identity and for Power with a whole p <= K; for Exponential its bias is O(t^{K+1}/(K+1)!).
+    Only polynomials up to degree K have an exact one at all. Any other transform gets the non-decreasing vector with
+    the least squared bias, integrated over C ~ Unif[0, 1]. Under "unbiased" and "randomised", a tie (an odd i) is
+    broken by a fair coin.
 
     >>> values(Log(), 2).round(3)
     array([-1.386, -1.386, -0.693, -0.288,  0.   ])

@@ -1,5 +1,9 @@
 """Names of transforms and procedures: as the command line has them, and as their repr is kept in saved files.
 
+The command line names the transforms that are compared as rewards: those of `NAMED`, and the optimum for best-of-N or
+worst-of-N. Power, NormalQuantile, Tabulated, Affine and Chain have no name there: a program passes the objects. A new
+transform that shall have one is a row of `NAMED`; every new class is a name in `WITH_REPR`.
+
 >>> parse_transform("exp:10").transform, parse_procedure("best-of:4"), format_name(WorstOf(8))
 (Exponential(t=10.0), BestOf(n=4), 'worst-of:8')
 >>> parse_repr("Chain(Exponential(t=5.0), Affine(scale=2.0, shift=0.0))")
@@ -8,12 +12,13 @@ Chain(Exponential(t=5.0), Affine(scale=2.0, shift=0.0))
 
 import argparse
 import ast
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Any, TypeAlias
 
 from calibrated_rewards.theory.optimum import Optimal, optimal_transform
 from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, SoftBestOf, Standard, WorstOf
+from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.theory.transforms import (
     Affine,
     Chain,
@@ -24,25 +29,39 @@ from calibrated_rewards.theory.transforms import (
     Power,
     Tabulated,
     Transform,
-    scaled,
 )
 
 ByRank: TypeAlias = BestOf | WorstOf | Standard
-PLAIN: dict[str, Transform] = {"identity": Identity(), "log": Log()}
-OF_N: dict[str, type[BestOf] | type[WorstOf]] = {"best-of": BestOf, "worst-of": WorstOf}
-# The classes whose repr can be read back; a Calibrated is known by its function, which no repr holds.
-KNOWN = (
-    *(Identity, Log, Exponential, NormalQuantile, Power, Affine, Tabulated, Chain, Optimal),
-    *(Standard, BestOf, WorstOf, SoftBestOf, RewindAndRepeat),
+"""The procedures with a name on the command line: they look at ranks alone."""
+# A class with a parameter takes a number after its name: exp:10.
+NAMED: dict[str, Any] = {
+    "identity": Identity,
+    "log": Log,
+    "exp": Exponential,
+}
+BEST_OR_WORST: dict[str, type[BestOf] | type[WorstOf]] = {"best-of": BestOf, "worst-of": WorstOf}
+# For the help of commands: all names without a KL, and the same with what a KL adds.
+TRANSFORM_NAMES = "identity, log or exp:T"
+TRANSFORM_HELP = (
+    f"{TRANSFORM_NAMES}; for a KL in nats identity:KL, log:KL or exp:T:KL; best-of:N:KL or worst-of:N:KL, the exact "
+    "optimum"
 )
-CLASSES: dict[str, Any] = {each.__name__: each for each in KNOWN}
+# All classes of the library that a repr can be read back to: not Calibrated, whose function no repr holds.
+WITH_REPR: dict[str, Any] = {
+    cls.__name__: cls
+    for cls in (
+        *(Identity, Log, Exponential, NormalQuantile, Power, Affine, Tabulated, Chain, Optimal),
+        *(Standard, BestOf, WorstOf, SoftBestOf, RewindAndRepeat),
+    )
+}
 
 
 @dataclass(frozen=True)
 class NamedTransform:
-    """A transform of the command line; where its name says a KL, that, and the procedure that it is for.
+    """A transform of the command line; `kl` and `procedure` are set if its name has them.
 
-    The beta for the KL is another one on each table: `evaluation.expectations.expect` solves for it.
+    A name holds no beta: the one that gives `kl` differs between tables, and `evaluation.expectations.expect` solves
+    for it.
     """
 
     name: str
@@ -62,27 +81,26 @@ def parse_transform(name: str) -> NamedTransform:
     Chain(Optimal(procedure=BestOf(n=4), beta=0.083...), Affine(scale=2.5..., shift=1.0))
     """
     kind, *numbers = name.split(":")
-    procedure: ByRank = Standard()
     try:
-        if kind in OF_N:
+        if kind in BEST_OR_WORST:
             n, nats = numbers
-            procedure, rest = OF_N[kind](int(n)), [float(nats)]
+            procedure, kl = BEST_OR_WORST[kind](int(n)), float(nats)
         else:
-            taken = 1 if kind == "exp" else 0
-            plain = Exponential(float(numbers[0])) if taken else PLAIN[kind]
-            rest = [float(number) for number in numbers[taken:]]
-            if not rest:
-                return NamedTransform(name, plain)
-        (kl,) = rest
-    except (KeyError, ValueError, IndexError):
+            parameters = len(fields(NAMED[kind]))
+            transform = NAMED[kind](*map(float, numbers[:parameters]))
+            if len(numbers) == parameters:
+                return NamedTransform(name, transform)
+            (kl,) = map(float, numbers[parameters:])
+            procedure = None
+    except (KeyError, ValueError, TypeError):
         raise argparse.ArgumentTypeError(
-            "a transform is identity, log or exp:T, these for a KL in nats (exp:10:1.0, identity:1.0), best-of:N:KL or "
+            f"a transform is {TRANSFORM_NAMES}, these for a KL in nats (exp:10:1.0, identity:1.0), best-of:N:KL or "
             f"worst-of:N:KL, such as best-of:4:1.0, with numbers; got {name!r}"
         ) from None
     if not (isfinite(kl) and kl > 0):
         raise argparse.ArgumentTypeError(f"a KL is a number of nats > 0, such as 0.5, got {kl:g} in {name!r}")
-    if isinstance(procedure, Standard):
-        return NamedTransform(name, scaled(plain, "unit"), kl)
+    if procedure is None:
+        return NamedTransform(name, scaled(transform, "unit"), kl)
     return NamedTransform(name, _solve_optimum(name, procedure, kl), kl, procedure)
 
 
@@ -112,7 +130,7 @@ def parse_procedure(name: str) -> ByRank:
     if name == "standard":
         return Standard()
     try:
-        procedure = OF_N[kind](int(n)) if kind in OF_N else parse_repr(name)
+        procedure = BEST_OR_WORST[kind](int(n)) if kind in BEST_OR_WORST else parse_repr(name)
     except ValueError:
         procedure = None
     if not isinstance(procedure, ByRank):
@@ -138,25 +156,24 @@ def parse_repr(text: str) -> Any:
 
 def _evaluate(node: ast.expr) -> Any:
     match node:
-        case ast.Call(func=ast.Name(id=name)) if name in CLASSES:
+        case ast.Call(func=ast.Name(id=name)) if name in WITH_REPR:
             options = {str(keyword.arg): _evaluate(keyword.value) for keyword in node.keywords}
-            return CLASSES[name](*map(_evaluate, node.args), **options)
+            return WITH_REPR[name](*map(_evaluate, node.args), **options)
     return ast.literal_eval(node)
 
 
 def format_name(thing: object) -> str:
     """Write a transform or a procedure as the command line has it; its repr where the command line has no name.
 
+    A procedure's name is no transform's: `parse_procedure` reads best-of:4, `parse_transform` needs best-of:4:KL, and
+    the optimum of that name is written as its repr.
+
     >>> format_name(BestOf(4)), format_name(Exponential(-5.0)), format_name(Identity()), format_name(Standard())
     ('best-of:4', 'exp:-5', 'identity', 'standard')
     """
-    match thing:
-        case BestOf(n=n):
-            return f"best-of:{n}"
-        case WorstOf(n=n):
-            return f"worst-of:{n}"
-        case Exponential(t=t):
-            return f"exp:{t:g}"
-        case Standard():
-            return "standard"
-    return next((name for name, transform in PLAIN.items() if transform == thing), repr(thing))
+    if isinstance(thing, Standard):
+        return "standard"
+    for name, cls in {**NAMED, **BEST_OR_WORST}.items():
+        if isinstance(thing, cls):
+            return ":".join([name, *(f"{x:g}" if isinstance(x, float) else str(x) for x in vars(thing).values())])
+    return repr(thing)

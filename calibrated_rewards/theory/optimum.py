@@ -30,8 +30,9 @@ from scipy.special import expit, logit
 
 from calibrated_rewards.theory.procedures import CalibratedProcedure, Procedure, Rank
 from calibrated_rewards.theory.quadrature import WINDOW, Array, Grid, Law, normalised, reference_law
+from calibrated_rewards.theory.scale import scaled, span
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl_of, win_rate, win_rate_of
-from calibrated_rewards.theory.transforms import Exponential, Identity, Transform, Values, scaled, span
+from calibrated_rewards.theory.transforms import Exponential, Identity, Transform, Values
 
 SMALLEST_BETA, LARGEST_BETA = 1e-4, 1e6
 LARGEST_T = 600.0
@@ -86,7 +87,7 @@ class Optimal:
             return self.at_logit(logit(u))
 
     def at_logit(self, s: npt.ArrayLike) -> Values:
-        """Return Phi at the logits s."""
+        """Return Phi at the logits s, where Phi(1) = 0."""
         s = np.asarray(s, np.float64)
         grid, curve = self._solved
         return np.asarray(self.beta * grid.interpolate(curve, s.ravel())).reshape(s.shape)[()]
@@ -167,11 +168,11 @@ class Optimal:
         return self._value(normalised(*solution))
 
     def _value(self, law: Law) -> float:
-        """Return win rate - beta KL."""
+        """Return the objective, win rate - beta KL."""
         return win_rate_of(law, self.procedure, self.base) - self.beta * kl_of(law)
 
     def _rate(self, rank: Rank, below_one: Rank, u: Rank, v: Rank) -> Rank:
-        """Return d log f / du."""
+        """Return the slope d log f / du of the log density."""
         base = self.base or self.procedure
         return self.procedure.density(rank, below_one) * base.density(u, v) / self.beta
 

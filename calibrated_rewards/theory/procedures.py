@@ -111,25 +111,25 @@ def best_of_subset(m: int, n: int) -> Array:
 
 @dataclass(frozen=True)
 class Standard:
-    """One draw, no procedure."""
+    """One draw, with no choice among several."""
 
     draws = 1
     breaks = ()
 
     def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
-        """Return the first response."""
+        """Return 0, the index of the first response."""
         return np.zeros(np.shape(scores)[:-1], np.intp)
 
     def density(self, rank: Rank, below_one: Rank) -> Rank:
-        """Return g = 1."""
+        """Return g = 1 at every quantile."""
         return 0 * rank + 1.0
 
     def tilt(self, law: AnyLaw) -> Array:
-        """Return 1 everywhere."""
+        """Return a density of 1 everywhere."""
         return np.ones_like(law.u)
 
     def pool_weights(self, scores: npt.ArrayLike) -> Array:
-        """Return 1/m each."""
+        """Return 1/m for each of m responses."""
         pool = check_pool(scores, 1, "Standard")
         return np.full(len(pool), 1 / len(pool))
 
@@ -146,7 +146,7 @@ class BestOf:
 
     @property
     def draws(self) -> int:
-        """The number n."""
+        """The number of draws, n."""
         return self.n
 
     def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
@@ -154,11 +154,11 @@ class BestOf:
         return _random_best(np.asarray(scores, np.float64), rng)
 
     def density(self, rank: Rank, below_one: Rank) -> Rank:
-        """Return g(C) = n C^{n-1}."""
+        """Return g(C) = n C^{n-1}, high at the top."""
         return self.n * rank ** (self.n - 1)
 
     def tilt(self, law: AnyLaw) -> Array:
-        """Return g(F(u))."""
+        """Return g(F(u)) at the nodes of the law."""
         return self.density(law.cdf, law.survival)
 
     def pool_weights(self, scores: npt.ArrayLike) -> Array:
@@ -179,7 +179,7 @@ class WorstOf:
 
     @property
     def draws(self) -> int:
-        """The number n."""
+        """The number of draws, n."""
         return self.n
 
     def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
@@ -191,7 +191,7 @@ class WorstOf:
         return self.n * below_one ** (self.n - 1)
 
     def tilt(self, law: AnyLaw) -> Array:
-        """Return g(F(u))."""
+        """Return g(F(u)) at the nodes of the law."""
         return self.density(law.cdf, law.survival)
 
     def pool_weights(self, scores: npt.ArrayLike) -> Array:
@@ -225,7 +225,7 @@ class Calibrated:
 
     @cached_property
     def total(self) -> float:
-        """Integral of g over [0, 1]."""
+        """The integral of g over [0, 1]."""
         from scipy.integrate import quad
 
         # In pieces, or the rule would step over a g that is 0 but for a narrow bump.
@@ -242,7 +242,7 @@ class Calibrated:
         return cast(Rank, value / self.total)
 
     def tilt(self, law: AnyLaw) -> Array:
-        """Return g(F(u))."""
+        """Return g(F(u)) at the nodes of the law."""
         return self.density(law.cdf, law.survival)
 
     def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
@@ -287,7 +287,7 @@ class SoftBestOf:
 
     @property
     def draws(self) -> int:
-        """The number n."""
+        """The number of draws, n."""
         return self.n
 
     def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
@@ -356,7 +356,7 @@ class RewindAndRepeat:
 
     @property
     def draws(self) -> int:
-        """The number max_tries."""
+        """The number of draws at most, max_tries."""
         return self.max_tries
 
     @property

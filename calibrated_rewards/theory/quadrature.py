@@ -42,18 +42,18 @@ class Grid:
 
     @cached_property
     def s(self) -> Array:
-        """The nodes, ascending."""
+        """The nodes of all panels, as ascending logits."""
         middle, half = (self.edges[1:] + self.edges[:-1]) / 2, self.widths / 2
         return (middle[:, None] + half[:, None] * NODES).ravel()
 
     @cached_property
     def widths(self) -> Array:
-        """Length of each panel."""
+        """The length of each panel in the logit."""
         return np.diff(self.edges)
 
     @cached_property
     def u(self) -> Array:
-        """The nodes as quantiles."""
+        """The nodes of all panels, as quantiles."""
         return np.asarray(expit(self.s))
 
     @cached_property
@@ -63,7 +63,7 @@ class Grid:
 
     @cached_property
     def weights(self) -> Array:
-        """Quadrature weights for ds."""
+        """The quadrature weight of each node, for ds."""
         return (self.widths[:, None] / 2 * WEIGHTS).ravel()
 
     def running(self, density: Array) -> tuple[Array, Array]:
@@ -98,7 +98,7 @@ class Grid:
         return np.asarray(missed)
 
     def split(self, panels: npt.NDArray[np.bool_]) -> "Grid":
-        """Bisect the given panels."""
+        """Return a grid with these panels bisected."""
         middles = (self.edges[1:] + self.edges[:-1])[panels] / 2
         return Grid(np.sort(np.concatenate([self.edges, middles])))
 

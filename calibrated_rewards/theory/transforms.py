@@ -1,47 +1,39 @@
 """Transforms: monotone maps Phi of a calibrated reward u in [0, 1] (sections 4.2 and 4.3 of the paper).
 
-A transform is any non-decreasing callable `u -> value`. The ones here are frozen dataclasses: they compare, hash and
+A transform is any callable `u -> value` that never falls. The ones here are frozen dataclasses: they compare, hash and
 pickle by value, their repr is the call that makes them, and `Chain` composes them.
-
-Scale and shift of Phi are the unit in which beta is measured: they change no family of optimal policies, only which
-beta gives which of them. Raw e^{10u} reaches 22026, and with the paper's beta of .01 to .09 its optimum is an argmax.
-`scaled` makes beta comparable.
 
 >>> Chain(Exponential(5.0), Affine(scale=2.0))
 Chain(Exponential(t=5.0), Affine(scale=2.0, shift=0.0))
 >>> Exponential(-10.0)([0.0, 0.5, 1.0]).round(4)
 array([-1.    , -0.0067, -0.    ])
->>> scaled(Exponential(10.0), "unit")([0.0, 0.5, 1.0]).round(4)
-array([0.    , 0.0067, 1.    ])
->>> scaled(Log(), "standard")
-Chain(Log(), Affine(scale=1.0, shift=1.0))
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, partial
-from math import copysign, exp, expm1, inf, isfinite, sinh, sqrt
+from functools import cached_property
+from math import copysign, exp, isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, log_expit, ndtri, ndtri_exp
 
-from calibrated_rewards.theory.quadrature import Array, Law, resolve
+from calibrated_rewards.theory.quadrature import Array
 
 if TYPE_CHECKING:
     from scipy.interpolate import PPoly
 
 Values: TypeAlias = Array | np.float64
-Scale: TypeAlias = Literal["unit", "standard", "raw"]
 
 
 @runtime_checkable
 class Transform(Protocol):
     """A non-decreasing map of [0, 1]; finite inside, and infinite at most at u = 0 (downwards) or u = 1 (upwards).
 
-    It is for quantiles: what it makes of a raw score outside [0, 1] means nothing. Arrays come back as numpy's.
+    Flat parts are allowed. One that is flat everywhere rewards nothing: `scale.span`, and so training for it, refuses
+    it. Raw scores outside [0, 1] are no arguments for it. Arrays come back as numpy's.
     """
 
     def __call__(self, u: npt.ArrayLike, /) -> Values:
@@ -53,7 +45,11 @@ class PreciseTransform(Transform, Protocol):
     """A transform that can also be evaluated where u differs from 0 or 1 by less than a float can show."""
 
     def at_logit(self, s: npt.ArrayLike, /) -> Values:
-        """Evaluate Phi(u) - Phi(1) at u = 1 / (1 + e^-s), or Phi(u) if Phi(1) is infinite, without cancellation."""
+        """Evaluate Phi(u) - Phi(1) at u = 1 / (1 + e^-s) without cancellation; Phi(u) itself where Phi(1) is infinite.
+
+        Callers read differences of such values, so that any constant would do, but for a part of a `Chain` that ends
+        at Phi(1) = 1: the chain takes 1 - Phi(u) from it.
+        """
 
 
 def at_logit(transform: Transform, s: npt.ArrayLike) -> Values:
@@ -286,100 +282,3 @@ def knots(transform: Transform) -> tuple[float, ...]:
             return knots(first)  # those of later parts are found by bisection
         case _:
             return ()
-
-
-def scaled(transform: Transform, scale: Scale) -> Transform:
-    """Return the transform at a fixed scale.
-
-    "unit" maps a bounded transform's range onto [0, 1] and leaves an unbounded one (Log, NormalQuantile) as it is;
-    "standard" gives mean 0 and variance 1 under the reference; "raw" is Phi as printed.
-    """
-    match scale:
-        case "raw":
-            return transform
-        case "unit":
-            low, high = span(transform)
-            return _affine(transform, 1 / (high - low), -low / (high - low)) if isfinite(high - low) else transform
-        case "standard":
-            mean, spread = moments(transform)
-            if not 0 < spread < inf:
-                raise ValueError(f"A transform needs a finite spread > 0 under the reference, got {transform!r}.")
-            return _affine(transform, 1 / spread, -mean / spread)
-    raise ValueError(f'scale must be "unit", "standard" or "raw", got scale={scale!r}.')
-
-
-def _affine(transform: Transform, scale: float, shift: float) -> Transform:
-    return transform if (scale, shift) == (1.0, 0.0) else Chain(transform, Affine(scale, shift))
-
-
-def span(transform: Transform) -> tuple[float, float]:
-    """Return Phi(0) and Phi(1); a constant transform, which rewards nothing, is refused.
-
-    >>> span(Identity())
-    (0.0, 1.0)
-    """
-    low, high = (float(x) for x in np.asarray(transform(np.array([0.0, 1.0]))))
-    if not low < high:
-        raise ValueError(f"A transform must rise from u = 0 to u = 1, got {transform!r} from {low!r} to {high!r}.")
-    return low, high
-
-
-def moments(transform: Transform) -> tuple[float, float]:
-    """Return mean and standard deviation under the reference, u ~ Unif[0, 1]: in closed form, or by quadrature.
-
-    >>> moments(Log())
-    (-1.0, 1.0)
-    """
-    match transform:
-        case Identity():
-            return 0.5, sqrt(1 / 12)
-        case Log():
-            return -1.0, 1.0
-        case NormalQuantile():
-            return 0.0, 1.0
-        case Power(p=p):
-            return 1 / (p + 1), p / (p + 1) / sqrt(2 * p + 1)
-        case Exponential(t=t):
-            return _exponential_moments(t)
-        case Chain(parts=(*head, Affine(scale=scale, shift=shift))) if head:
-            mean, spread = moments(head[0] if len(head) == 1 else Chain(*head))
-            return scale * mean + shift, scale * spread
-        case Affine(scale=scale, shift=shift):
-            return shift + scale / 2, scale * sqrt(1 / 12)
-    return _integrated_moments(transform)
-
-
-def _exponential_moments(t: float) -> tuple[float, float]:
-    """Mean (e^t - 1)/|t|; variance e^t (sinh x / x) (cosh x - sinh x / x) with x = t/2, as a series where that cancels.
-
-    Written with e^{-|x|} taken out of sinh and cosh, so that nothing overflows before the result does.
-    """
-    x = abs(t) / 2
-    shrunk_sinh, shrunk_cosh = -expm1(-2 * x) / 2, (1 + exp(-2 * x)) / 2
-    if x < 0.5:
-        term, terms = 1.0, []
-        for k in range(1, 12):
-            term *= x * x / (2 * k * (2 * k + 1))
-            terms.append(term * 2 * k)
-        variance = exp(-2 * x) * sinh(x) / x * sum(terms)
-    else:
-        variance = shrunk_sinh / x * (shrunk_cosh - shrunk_sinh / x)
-    top = exp(max(t, 0.0))
-    mean = top * shrunk_sinh / x
-    return (mean if t > 0 else -mean), top * sqrt(variance)
-
-
-def _integrated_moments(transform: Transform) -> tuple[float, float]:
-    law = resolve(np.zeros_like, knots(transform), watch=partial(_deviation, transform))
-    above_median = _above_median(transform, law.grid.s)
-    mean = float(law.mass @ above_median)
-    return float(transform(0.5)) + mean, sqrt(float(law.mass @ (above_median - mean) ** 2))
-
-
-def _above_median(transform: Transform, s: Array) -> Array:
-    values = np.asarray(at_logit(transform, np.append(s, 0.0)), np.float64)
-    return np.asarray(values[:-1] - values[-1])
-
-
-def _deviation(transform: Transform, law: Law) -> Array:
-    return np.abs(_above_median(transform, law.grid.s)) * law.per_logit

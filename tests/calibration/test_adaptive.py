@@ -11,7 +11,8 @@ from strategies import transforms
 
 from calibrated_rewards.calibration.adaptive import Adaptive, Saving, half_width
 from calibrated_rewards.theory.bands import band
-from calibrated_rewards.theory.transforms import Exponential, Identity, Log, scaled
+from calibrated_rewards.theory.scale import scaled
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log
 
 KINDS = ("pointwise", "simultaneous", "dkw")
 ratings = st.lists(st.integers(1, 5), min_size=1, max_size=40)

@@ -12,8 +12,12 @@ from hypothesis import given, strategies as st
 from scipy import stats
 
 from calibrated_rewards.calibration.prediction import Amortised, Errors, fit
-from calibrated_rewards.calibration.prediction.conditional import map_values
-from calibrated_rewards.calibration.prediction.curves import Sample, fit_curve, read_sample
+from calibrated_rewards.calibration.prediction.conditional import (
+    Sample,
+    fit_curve,
+    map_values,
+    read_sample,
+)
 from calibrated_rewards.calibration.prediction.judgement import (
     LEVELS,
     OWN,
@@ -21,7 +25,7 @@ from calibrated_rewards.calibration.prediction.judgement import (
     pinball,
     rank_among_others,
 )
-from calibrated_rewards.calibration.prediction.regression import Network, train_network
+from calibrated_rewards.calibration.prediction.regression import NETWORK_LEVELS, Network, train_network
 from calibrated_rewards.prompts import UnknownPromptError
 from calibrated_rewards.table.reference_table import ReferenceTable
 
@@ -295,7 +299,7 @@ def test_the_network_reads_no_more_than_helps() -> None:
     coordinates = np.hstack([rng.choice([-1.5, 1.5], (150, 1)), rng.normal(size=(150, 60))])
     scores = np.sort(np.sign(coordinates[:, :1]) * (rng.exponential(size=(150, 32)) - 1), axis=1)
     curve = fit_curve(scores.ravel(), np.ones(4800), LEVELS)
-    network = train_network(coordinates, Sample(scores.ravel(), np.full(150, 32)), curve, 0)
+    network = train_network(coordinates, scores.ravel(), np.full(150, 32), curve.icdf(NETWORK_LEVELS), 0)
     assert network.first.shape[0] == 61
     assert np.abs(network.first[:8]).min() > 0
     assert np.abs(network.first[8:]).max() == 0

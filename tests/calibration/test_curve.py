@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from calibrated_rewards.calibration.prediction.curves import Curve, fit_curve
+from calibrated_rewards.calibration.prediction.conditional import Curve, fit_curve
 
 values = st.lists(st.floats(-100, 100).map(lambda x: round(x, 1)), min_size=3, max_size=30)
 LEVELS = (np.arange(10) + 0.5) / 10

@@ -19,7 +19,8 @@ from calibrated_rewards.evaluation.wording import format_objective, format_proce
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import values
 from calibrated_rewards.theory.procedures import BestOf, Standard
-from calibrated_rewards.theory.transforms import Exponential, Identity, Log, moments
+from calibrated_rewards.theory.scale import moments
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log
 
 ONE, FOUR = "Standard()", "BestOf(n=4)"
 OBJECTIVES = ["raw", "identity", "log", "exp:10", "best-of:4", "par", "log-sigmoid", "$ _^{"]

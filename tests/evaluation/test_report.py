@@ -37,7 +37,7 @@ from calibrated_rewards.evaluation.results import Evaluation
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 from calibrated_rewards.theory.procedures import BestOf
-from calibrated_rewards.theory.transforms import scaled
+from calibrated_rewards.theory.scale import scaled
 
 TITLES = {
     "table": "What was calibrated",

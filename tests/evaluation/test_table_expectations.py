@@ -18,7 +18,8 @@ from calibrated_rewards.theory.finite_k import values
 from calibrated_rewards.theory.fixed_references import win_rate_at_k
 from calibrated_rewards.theory.optimum import optimum
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
-from calibrated_rewards.theory.transforms import Exponential, Identity, Log, Transform, scaled
+from calibrated_rewards.theory.scale import scaled
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log, Transform
 
 
 @pytest.fixture(autouse=True)

@@ -257,9 +257,9 @@ def test_the_reward_model_reads_what_was_calibrated(tmp_path: Path) -> None:
     """A rendered prompt is scored as the messages that it was made of, and is an error where they are not known."""
     table = ReferenceTable.build([(CHAT, [0.0, 0.5, 1.0], ["<user>Hi</user>", id_key("a")])])
     lost = CalibratedReward(reads, table)
-    with pytest.raises(UnknownPromptError, match="another name of a prompt"):
+    with pytest.raises(UnknownPromptError, match="an alias of a prompt"):
         lost(["<user>Hi</user>"], ["Hello"])
-    with pytest.raises(UnknownPromptError, match="another name of a prompt"):
+    with pytest.raises(UnknownPromptError, match="an alias of a prompt"):
         lost.score(["Hi there"], ["Hello"], ids=["a"])
     assert lost([CHAT], ["Hello"]) == lost.score([CHAT], ["Hello"], ids=["a"]).reward == [5 / 6]
 
@@ -271,7 +271,7 @@ def test_the_reward_model_reads_what_was_calibrated(tmp_path: Path) -> None:
     assert found.score([None], ["Hello"], ids=["a"]).reward == [5 / 6]
     with pytest.raises(UnknownPromptError, match="came as the id 'b' and nothing else"):
         found.score([None, CHAT], ["Hello", "Hello"], ids=["b", "a"])
-    with pytest.raises(UnknownPromptError, match="another name of a prompt"):
+    with pytest.raises(UnknownPromptError, match="an alias of a prompt"):
         CalibratedReward(reads, ReferenceTable.build([(id_key("a"), [0.0])])).score([None], ["Hello"], ids=["a"])
     assert found.score_texts(["<user>Hi</user>Hello"]).reward == [5 / 6]
 

@@ -55,7 +55,7 @@ def test_values_against_the_standard_library(u):
 @pytest.mark.parametrize("transform", NAMED, ids=repr)
 @pytest.mark.parametrize("s", [-200.0, -40.0, -3.0, 0.0, 1.5, 20.0, 45.0, 200.0])
 def test_at_logit_keeps_every_digit_near_the_ends(transform, s):
-    """Phi(u) - Phi(1/2) at 60 digits, though u itself rounds to 0 or 1."""
+    """Phi(u) - Phi(1), or Phi(u) if Phi(1) is infinite, to 150 digits, though u itself rounds to 0 or 1."""
     with mpmath.workdps(150):
         u = 1 / (1 + mpmath.exp(-mpmath.mpf(s)))
         exact = {

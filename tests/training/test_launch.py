@@ -32,8 +32,9 @@ from calibrated_rewards.scorers import load_scorer
 from calibrated_rewards.testing.suites import HashScorer
 from calibrated_rewards.theory.finite_k import values
 from calibrated_rewards.theory.named import NamedTransform, parse_transform
+from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.theory.tilted_policy import beta_for_kl
-from calibrated_rewards.theory.transforms import Identity, Log, scaled
+from calibrated_rewards.theory.transforms import Identity, Log
 from calibrated_rewards.training import launch
 from calibrated_rewards.training.launch import Launch
 from calibrated_rewards.training.online import GRPOSettings, PPOSettings, TRLSettings, grpo, ppo, trl

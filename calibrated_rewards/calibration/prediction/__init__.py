@@ -1,7 +1,7 @@
 """Predict the reference quantiles of prompts that no table has, from their features.
 
-`prediction` holds `fit` and its result, `Amortised`; `conditional` the model of a distribution given features, made of
-`curves` and `regression`; `judgement` its errors; `prompt_features` the features that a reward model has of a prompt.
+`prediction` holds `fit` and its result, `Amortised`; `conditional` the model of a distribution given features, which
+`regression` fits; `judgement` its errors; `prompt_features` the features that a reward model has of a prompt.
 
 >>> import numpy as np
 >>> from calibrated_rewards.table.reference_table import ReferenceTable

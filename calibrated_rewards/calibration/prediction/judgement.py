@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from calibrated_rewards.calibration.prediction.curves import Sample
+from calibrated_rewards.calibration.prediction.conditional import Sample
 
 # CRPS is over all of these levels, the pinball loss over the deciles.
 LEVELS = (np.arange(100) + 0.5) / 100
@@ -100,13 +100,13 @@ def judge(
 def average_losses(parts: Sequence[Losses]) -> Error:
     """Average the losses of several lots of prompts."""
     pinballs, crps, u, quantiles, weights = (np.concatenate(each) for each in zip(*parts, strict=True))
-    known = u[~np.isnan(u)]
+    ranked = u[~np.isnan(u)]
     bins, _ = np.histogram(quantiles, BINS, (0, 1), weights=weights)
     return Error(
         float(pinballs.mean()),
         float(crps.mean()),
         distance_from_uniform(quantiles, weights),
-        float(known.mean()) if len(known) else float("nan"),
+        float(ranked.mean()) if len(ranked) else float("nan"),
         tuple((bins / weights.sum()).tolist()),
     )
 
@@ -128,10 +128,10 @@ def rank_among_others(sample: Sample) -> Float[np.ndarray, " n"]:
     >>> rank_among_others(Sample(np.array([1.0, 2.0, 2.0, 5.0]), np.array([3, 1]))).tolist()
     [0.0, 0.75, 0.75, nan]
     """
-    place = np.arange(len(sample.scores)) - np.repeat(np.cumsum(sample.counts) - sample.counts, sample.counts)
+    position = np.arange(len(sample.scores)) - np.repeat(np.cumsum(sample.counts) - sample.counts, sample.counts)
     new = np.append(True, (np.diff(sample.scores) != 0) | (np.diff(sample.owners) != 0))
     sizes = np.diff(np.append(np.flatnonzero(new), len(new)))
-    middle = np.repeat(np.add.reduceat(place, np.flatnonzero(new)) / sizes, sizes)
+    middle = np.repeat(np.add.reduceat(position, np.flatnonzero(new)) / sizes, sizes)
     others = np.repeat(sample.counts - 1, sample.counts)
     return np.where(others > 0, middle / np.maximum(others, 1), np.nan)
 

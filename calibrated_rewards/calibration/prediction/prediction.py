@@ -13,8 +13,15 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Bool, Float
 
-from calibrated_rewards.calibration.prediction.conditional import STEPS, Conditional, Steps, fit_steps
-from calibrated_rewards.calibration.prediction.curves import Curve, Sample, read_sample
+from calibrated_rewards.calibration.prediction.conditional import (
+    STEPS,
+    Conditional,
+    Curve,
+    Sample,
+    Steps,
+    fit_steps,
+    read_sample,
+)
 from calibrated_rewards.calibration.prediction.judgement import (
     DECILES,
     LEVELS,
@@ -139,7 +146,7 @@ class Amortised:
         """Return the parameters of each prompt's distribution; a prompt that comes often is read once."""
         keys = [prompt_key(prompt) for prompt in prompts]
         first = dict(zip(keys, prompts, strict=True))
-        at = {key: place for place, key in enumerate(first)}
+        at = {key: position for position, key in enumerate(first)}
         parameters = self.model.parameters(read_features(self.features, list(first.values()), len(self.model.weights)))
         return parameters[[at[key] for key in keys]]
 
@@ -151,9 +158,9 @@ class Amortised:
 
 def _arrays(model: Conditional) -> dict[str, np.ndarray]:
     network = {} if model.network is None else {f"network.{name}": array for name, array in vars(model.network).items()}
-    own = {"weights": model.weights, "intercept": model.intercept, "low": model.low, "high": model.high}
+    linear = {"weights": model.weights, "intercept": model.intercept, "low": model.low, "high": model.high}
     curve = {"curve.levels": model.curve.levels, "curve.values": model.curve.values}
-    return {name: np.ascontiguousarray(array) for name, array in {**own, **curve, **network}.items()}
+    return {name: np.ascontiguousarray(array) for name, array in {**linear, **curve, **network}.items()}
 
 
 def _model(arrays: Mapping[str, np.ndarray], below: float, above: float) -> Conditional:
@@ -184,7 +191,7 @@ def fit(
     prompts = list(prompts)
     # Each row once: a copy of a prompt would not be left out with its original.
     rows, first = np.unique(table.rows(prompts), return_index=True)
-    distinct = [prompts[place] for place in first]
+    distinct = [prompts[position] for position in first]
     if not 2 <= folds <= len(distinct) // 2:
         raise ValueError(f"fit needs 2 <= folds <= half of the {len(distinct)} prompts, got folds={folds}")
     if levels < 2:
@@ -242,18 +249,19 @@ class _Trial:
 
         rng = np.random.default_rng(self.seed)
         fold = rng.permutation(len(self.coordinates)) % folds
-        known, tested = self.sample.halves(rng)
+        references, tested = self.sample.halves(rng)
         losses: dict[str, list[Losses]] = {name: [] for name in STEPS[: self.steps]}
         with tqdm(total=folds * self.steps, desc="fitting", unit=" fits", delay=3, disable=None) as bar:
             for left_out in range(folds):
-                own, steps = fold == left_out, self.fit(fold != left_out)
+                held_out, steps = fold == left_out, self.fit(fold != left_out)
                 for step in range(self.steps):
-                    losses[STEPS[step]].append(_judge_step(steps(step), self.coordinates[own], tested.select(own)))
+                    parts = self.coordinates[held_out], tested.select(held_out)
+                    losses[STEPS[step]].append(_judge_step(steps(step), *parts))
                     bar.update()
-        some = known.counts > 0
-        return (
-            {**losses, OWN: [_judge_own_references(known.select(some), tested.select(some))]} if some.any() else losses
-        )
+        some = references.counts > 0
+        if some.any():
+            losses[OWN] = [_judge_own_references(references.select(some), tested.select(some))]
+        return losses
 
 
 def _judge_step(model: Conditional, coordinates: Float[np.ndarray, "P r"], tested: Sample) -> Losses:
@@ -262,19 +270,19 @@ def _judge_step(model: Conditional, coordinates: Float[np.ndarray, "P r"], teste
     return judge(tested, quantiles, model.quantiles(parameters, LEVELS), model.quantiles(parameters, DECILES))
 
 
-def _judge_own_references(known: Sample, tested: Sample) -> Losses:
+def _judge_own_references(references: Sample, tested: Sample) -> Losses:
     """Judge half of each prompt's scores as the prediction for its other half."""
     pairs = zip(
-        np.split(known.scores, np.cumsum(known.counts)[:-1]),
+        np.split(references.scores, np.cumsum(references.counts)[:-1]),
         np.split(tested.scores, np.cumsum(tested.counts)[:-1]),
         strict=True,
     )
     u, curves, deciles = [], [], []
-    for own, scores in pairs:
-        sides = np.searchsorted(own, scores, "left") + np.searchsorted(own, scores, "right")
+    for row, scores in pairs:
+        sides = np.searchsorted(row, scores, "left") + np.searchsorted(row, scores, "right")
         # One more than there are: a new score is as likely to be in any of the gaps.
-        u.append((sides / 2 + 0.5) / (len(own) + 1))
-        at = np.arange(1, len(own) + 1) / (len(own) + 1)
-        curves.append(np.interp(LEVELS, at, own))
-        deciles.append(np.interp(DECILES, at, own))
+        u.append((sides / 2 + 0.5) / (len(row) + 1))
+        at = np.arange(1, len(row) + 1) / (len(row) + 1)
+        curves.append(np.interp(LEVELS, at, row))
+        deciles.append(np.interp(DECILES, at, row))
     return judge(tested, np.concatenate(u), np.array(curves), np.array(deciles))

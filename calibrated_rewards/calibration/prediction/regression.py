@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.special import expit
-
-from calibrated_rewards.calibration.prediction.curves import Curve, Sample
 
 # Features of more dimensions are first projected onto this many principal directions: ridge hardly uses the others.
 MOST_DIRECTIONS = 1024
@@ -105,8 +103,8 @@ def list_penalties(variances: Float[np.ndarray, " r"]) -> Float[np.ndarray, " _"
     return np.append(np.inf, np.geomspace(1e3 * variances.max(), 1e-4 * variances.mean(), PENALTIES))
 
 
-# The levels whose quantiles it moves.
-LEVELS = (np.arange(25) + 0.5) / 25
+# The levels whose quantiles the network moves.
+NETWORK_LEVELS = (np.arange(25) + 0.5) / 25
 HIDDEN, DROPOUT, WEIGHT_DECAY, LEARNING_RATE = 32, 0.1, 0.01, 5e-3
 # Numbers of coordinates to read; the best is chosen.
 WIDTHS = (8, 32, 128)
@@ -124,7 +122,7 @@ class Network:
     """
 
     quantiles: Float[np.ndarray, " S"]
-    """The common curve at `LEVELS`, which it bends."""
+    """The common curve at `NETWORK_LEVELS`, which it bends."""
     first: Float[np.ndarray, "d H"]
     first_bias: Float[np.ndarray, " H"]
     second: Float[np.ndarray, "H H"]
@@ -133,7 +131,7 @@ class Network:
     last_bias: Float[np.ndarray, " S"]
 
     def __call__(self, features: Float[np.ndarray, "P d"]) -> Float[np.ndarray, "P S"]:
-        """Return each prompt's quantiles at `LEVELS`, on the common curve's scale."""
+        """Return each prompt's quantiles at `NETWORK_LEVELS`, on the common curve's scale."""
         hidden = _silu(features @ self.first + self.first_bias)
         output = _silu(hidden @ self.second + self.second_bias) @ self.last + self.last_bias
         start = self.quantiles[0] + output[:, :1]
@@ -141,22 +139,31 @@ class Network:
         return np.hstack([start, start + np.cumsum(steps, axis=1)])
 
 
-def train_network(coordinates: Float[np.ndarray, "P r"], standard: Sample, curve: Curve, seed: int) -> Network:
+def train_network(
+    coordinates: Float[np.ndarray, "P r"],
+    scores: Float[np.ndarray, " n"],
+    counts: Int[np.ndarray, " P"],
+    quantiles: Float[np.ndarray, " S"],
+    seed: int,
+) -> Network:
     """Train the network of least pinball loss, which is half of CRPS, on standardised scores; stopped early.
 
     Of networks that read more and more of the leading coordinates the best is taken: with many of them a network learns
     its prompts by heart. It is trained on the CPU, from a seed: the same machine gives the same network.
+
+    `scores` are the prompts' standardised scores one prompt after the other, `counts` of each; `quantiles` are the
+    common curve's at `NETWORK_LEVELS`.
     """
     import torch
 
     size = max(float(coordinates.std(axis=0).max()), 1e-12)
     inputs = torch.tensor(coordinates / size, dtype=torch.float32)
-    quantiles, width = curve.icdf(LEVELS), inputs.shape[1]
+    width = inputs.shape[1]
     least, weights = np.inf, list[Any]()
     with torch.random.fork_rng(devices=[]):
         for first in sorted({min(first, width) for first in WIDTHS}):
             torch.manual_seed(seed)
-            trainer = _Trainer(inputs[:, :first], standard, quantiles, np.random.default_rng(seed))
+            trainer = _Trainer(inputs[:, :first], scores, counts, quantiles, np.random.default_rng(seed))
             loss, trained = trainer.train()
             if loss < least:
                 least, weights = loss, trained
@@ -168,16 +175,16 @@ def train_network(coordinates: Float[np.ndarray, "P r"], standard: Sample, curve
 class _Trainer:
     """Layers with the prompts to train them on."""
 
-    def __init__(self, inputs: Any, standard: Sample, quantiles: Any, rng: np.random.Generator) -> None:
+    def __init__(self, inputs: Any, scores: Any, counts: Any, quantiles: Any, rng: np.random.Generator) -> None:
         import torch
         from torch import nn
 
-        self.inputs, self.rng, self.counts = inputs, rng, standard.counts
-        self.scores = torch.tensor(standard.scores, dtype=torch.float32)
-        self.starts = np.cumsum(standard.counts) - standard.counts
+        self.inputs, self.rng, self.counts = inputs, rng, counts
+        self.scores = torch.tensor(scores, dtype=torch.float32)
+        self.starts = np.cumsum(counts) - counts
         self.start = float(quantiles[0])
         self.before = torch.tensor(_invert_softplus(quantiles), dtype=torch.float32)
-        self.levels = torch.tensor(LEVELS, dtype=torch.float32)
+        self.levels = torch.tensor(NETWORK_LEVELS, dtype=torch.float32)
         width, marks = inputs.shape[1], len(quantiles)
         hidden = [nn.Linear(width, HIDDEN), nn.SiLU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, HIDDEN), nn.SiLU()]
         self.net = nn.Sequential(*hidden, nn.Linear(HIDDEN, marks))

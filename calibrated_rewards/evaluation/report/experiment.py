@@ -16,7 +16,8 @@ from calibrated_rewards.reward.saving import from_json
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.named import parse_procedure
 from calibrated_rewards.theory.procedures import Procedure, Standard
-from calibrated_rewards.theory.transforms import Identity, Transform, scaled
+from calibrated_rewards.theory.scale import scaled
+from calibrated_rewards.theory.transforms import Identity, Transform
 
 # Columns of a log that the page uses; a run may log anything else.
 LOGGED = ("reward", "u", "kl", "seconds", "seconds_scoring")

@@ -20,7 +20,7 @@ import numpy as np
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.theory.finite_k import values
-from calibrated_rewards.theory.transforms import scaled
+from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.training.check_settings.frameworks import (
     AREAL,
     LIGHTRFT,

@@ -14,6 +14,7 @@ from strategies import betas, procedures, transforms
 
 from calibrated_rewards.theory.procedures import BestOf, Calibrated, RewindAndRepeat, SoftBestOf, Standard, WorstOf
 from calibrated_rewards.theory.quadrature import resolve
+from calibrated_rewards.theory.scale import scaled, span
 from calibrated_rewards.theory.tilted_policy import (
     beta_for_kl,
     bin_masses,
@@ -35,8 +36,6 @@ from calibrated_rewards.theory.transforms import (
     NormalQuantile,
     Power,
     Tabulated,
-    scaled,
-    span,
 )
 
 BETAS = [1e-3, 0.02, 0.3, 1.0, 30.0, 1e3]

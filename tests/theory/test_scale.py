@@ -10,6 +10,7 @@ from hypothesis import given
 from scipy.integrate import quad
 from strategies import bounded, transforms
 
+from calibrated_rewards.theory.scale import moments, scaled, span
 from calibrated_rewards.theory.transforms import (
     Affine,
     Chain,
@@ -20,9 +21,6 @@ from calibrated_rewards.theory.transforms import (
     Power,
     Tabulated,
     Transform,
-    moments,
-    scaled,
-    span,
 )
 
 

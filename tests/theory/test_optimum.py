@@ -18,8 +18,9 @@ from strategies import transforms
 from calibrated_rewards.testing.suites import check_picklable, check_transform
 from calibrated_rewards.theory.optimum import Choice, Optimal, optimal_transform, optimum, tune
 from calibrated_rewards.theory.procedures import BestOf, Calibrated, RewindAndRepeat, SoftBestOf, Standard, WorstOf
+from calibrated_rewards.theory.scale import span
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl, kl_of, kl_range, policy_law, win_rate, win_rate_of
-from calibrated_rewards.theory.transforms import Exponential, span
+from calibrated_rewards.theory.transforms import Exponential
 
 BETAS = [1e-3, 1e-2, 0.1, 1.0, 1e3]
 
