@@ -125,7 +125,7 @@ class Trainer:
             if folder.is_finished(run):  # by a run that was there until now
                 return folder.model_folder
             args = self.configure(settings, decoding, folder, processes.num_processes)
-            trainer = self.build(args, policy, reward, prompts, decoding, settings, tokenizer, dtype)
+            trainer = self.build_trainer(args, policy, reward, prompts, decoding, settings, tokenizer, dtype)
             trainer.add_callback(StepLog(folder, settings.beta, settings.steps, show_progress))
             calibrated = reward if isinstance(reward, CalibratedReward) else None
             report = check_settings(args, calibrated, beta=settings.beta)
@@ -170,7 +170,7 @@ class Trainer:
             disable_tqdm=True,
         )
 
-    def build(
+    def build_trainer(
         self,
         args: Any,
         policy: Any,
