@@ -33,7 +33,7 @@ def same_gradient() -> None:
     assert processes.num_processes == 2
     for rows in (list(range(8))[processes.process_index :: 2], list(range(8))):
         optimizer.zero_grad()
-        grpo.accumulate_gradients(policy, whole.select(rows), old[rows], advantage[rows], settings)
+        grpo.accumulate_gradients(policy, whole.take(rows), old[rows], advantage[rows], settings)
         if len(rows) < 8:
             loop.average_gradients(optimizer)
         found.append(torch.cat([weight.grad.flatten() for weight in policy.model.parameters()]))

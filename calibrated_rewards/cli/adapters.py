@@ -18,7 +18,7 @@ class AdapterCommand:
 
 
 def add_path_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `path`."""
+    """Add the options of the command `path`."""
     parser.add_argument("adapter", nargs="?", help="its name, such as trl_reward; default: list all")
 
 
@@ -29,7 +29,7 @@ def print_path(options: argparse.Namespace) -> int:
 
 
 def add_cp_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `cp`."""
+    """Add the options of the command `cp`."""
     parser.add_argument("adapter", nargs="?", help="its name, such as trl_reward")
     parser.add_argument("to", nargs="?", default=".", help="a directory or a file; default: the current directory")
     parser.add_argument("--list", action="store_true", help="list all adapters")
@@ -66,7 +66,7 @@ def find_adapters() -> dict[str, Path]:
 
 
 def find_adapter(name: str) -> Path:
-    """Find the file of an adapter."""
+    """Find the file of an adapter by its name."""
     files = find_adapters()
     stem = name.removesuffix(".py")
     if stem not in files:

@@ -37,7 +37,7 @@ ROUNDS = (16, 32, 64, 128)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `calibrate`."""
+    """Add the options of the command `calibrate`."""
     group = parser.add_argument_group("calibration")
     add_run_options(group)
     add = group.add_argument
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def describe_table(table: "ReferenceTable") -> str:
-    """Describe a table in a line."""
+    """Describe a table in a line: prompts, references, ties."""
     summary = table.describe()
     return (
         f"{table.path}: {len(table):,} prompts, {summary['references']:,} references, "
@@ -155,7 +155,7 @@ def parse_adaptive(options: argparse.Namespace) -> "Adaptive | None":
 
 
 def parse_rounds(text: str) -> tuple[int, ...]:
-    """Parse --rounds.
+    """Parse --rounds, whole numbers that rise.
 
     >>> parse_rounds("16,32")
     (16, 32)

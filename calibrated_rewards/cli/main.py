@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Protocol, cast, runtime_checkable
 
 from calibrated_rewards import __version__
-from calibrated_rewards.cli.errors import error_text, find_extras
+from calibrated_rewards.cli.options import NEEDED, error_text, find_extras, missing_text
 
 # In the order in which a user needs them.
 COMMANDS = {
@@ -36,13 +36,13 @@ PASSED, FAILED, UNUSABLE, STOPPED = 0, 1, 2, 130
 
 @runtime_checkable
 class Command(Protocol):
-    """A module with a command."""
+    """A module with a command, or an object that stands for one."""
 
     EPILOG: str
     """The text under the options: examples."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add the command's options."""
+        """Add the command's options to a parser."""
 
     def run(self, options: argparse.Namespace) -> int:
         """Run the command; 0 if all is well, 1 if the answer is no."""
@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(rest)
     try:
+        if missing_text({*NEEDED.get(name, ())}):  # before any work is done, and all of them at once
+            raise ImportError(missing_text(find_extras(name, options)))
         return command.run(options)
     except KeyboardInterrupt:
         if options.debug:
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def load_command(name: str) -> Command:
-    """Import a command."""
+    """Import the module of a command, or the object in it."""
     module, _, attribute = PLACES.get(name, name.replace("-", "_")).partition(":")
     loaded = import_module(f"calibrated_rewards.cli.{module}")
     return cast(Command, getattr(loaded, attribute) if attribute else loaded)

@@ -7,8 +7,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibrated_rewards.cli.errors import error_text
-from calibrated_rewards.cli.options import Real, Whole, parse_setting, read_text, refuse_options, split_name
+from calibrated_rewards.cli.options import (
+    Real,
+    Whole,
+    error_text,
+    parse_setting,
+    read_text,
+    refuse_options,
+    split_name,
+)
 from calibrated_rewards.models.labels import Difference, Expected, Label, Labels, Ordinal, Weighted
 from calibrated_rewards.models.server_address import is_variable
 from calibrated_rewards.samplers.protocol import Decoding
@@ -76,12 +83,12 @@ POLICY_SERVER_HELP = (
 def add_reward_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     """Add --reward-model and the options that load it; with `several`, it may be repeated as NAME=PATH."""
     group = parser.add_argument_group("reward model")
-    place = "a folder, a name on the Hugging Face Hub, or the URL of a server"
+    model = "a folder, a name on the Hugging Face Hub, or the URL of a server"
     if several:
-        text = f"{place}; repeat it as NAME=PATH for several, which share the options below"
+        text = f"{model}; repeat it as NAME=PATH for several, which share the options below"
         group.add_argument("--reward-model", action="append", default=[], metavar="[NAME=]PATH|ID|URL", help=text)
     else:
-        group.add_argument("--reward-model", required=True, metavar="PATH|ID|URL", help=place)
+        group.add_argument("--reward-model", required=True, metavar="PATH|ID|URL", help=model)
     add = group.add_argument
     add("--kind", help="the kind of model, where the checkpoint does not tell: judge, process, ...")
     add("--option", action="append", default=[], type=parse_setting, metavar="NAME=VALUE", help=OPTION_HELP)
@@ -127,7 +134,7 @@ def check_costs(file: Path, scorers: Mapping[str, "Scorer"]) -> None:
 
 
 def parse_labels(text: str) -> Labels:
-    """Parse --label.
+    """Parse --label, the labels that a score is read from.
 
     >>> parse_labels("3"), parse_labels("1-0"), parse_labels("expected:1,2,3"), parse_labels("ordinal")
     (Label(index=3), Difference(good=1, bad=0), Expected(values=(1.0, 2.0, 3.0)), Ordinal())
@@ -167,15 +174,15 @@ def load_reward_model(options: argparse.Namespace) -> "Scorer":
 
 def load_reward_models(options: argparse.Namespace) -> "Scorer | dict[str, Scorer]":
     """Load the reward model of a command that takes several; a dict if they are named."""
-    places = [split_name(each) for each in options.reward_model]
-    names = [name for name, _ in places]
+    models = [split_name(each) for each in options.reward_model]
+    names = [name for name, _ in models]
     if names != [None] and (None in names or len({*names}) < len(names)):
         raise ValueError(
             f"of several, each --reward-model needs a name of its own, NAME=PATH; got {', '.join(options.reward_model)}"
         )
     scorers = {
-        name: load_reward_model(argparse.Namespace(**{**vars(options), "reward_model": place}))
-        for name, place in places
+        name: load_reward_model(argparse.Namespace(**{**vars(options), "reward_model": model}))
+        for name, model in models
     }
     return scorers[None] if names == [None] else {str(name): scorer for name, scorer in scorers.items()}
 
@@ -308,21 +315,21 @@ def build_decoding(options: argparse.Namespace) -> Decoding:
     return Decoding(max_tokens=options.max_tokens, stop=tuple(options.stop), **numbers)
 
 
-def load_policy(options: argparse.Namespace, place: str | None = None, decoding: Decoding | None = None) -> "Sampler":
+def load_policy(options: argparse.Namespace, policy: str | None = None, decoding: Decoding | None = None) -> "Sampler":
     """Load the policy that the options name; or another one, or with another decoding, by the same options."""
-    place = options.policy if place is None else place
-    if place is None:
+    policy = options.policy if policy is None else policy
+    if policy is None:
         raise ValueError("sampling needs --policy PATH|ID|URL")
-    decoding, url = decoding or build_decoding(options), is_url(place)
+    decoding, url = decoding or build_decoding(options), is_url(policy)
     engine: Any = options.engine or ("openai" if url else "hf")
     if url != (engine == "openai"):
         from calibrated_rewards.models.server_address import redact_url
 
-        name = redact_url(place) if url else place  # a URL may hold a secret
+        name = redact_url(policy) if url else policy  # a URL may hold a secret
         raise ValueError(f"--engine openai and a URL belong together, got --policy {name} --engine {engine}")
     text = make_text(options.policy_chat_template, "--policy-chat-template")
     if url:
-        return _connect_policy(options, place, decoding, text)
+        return _connect_policy(options, policy, decoding, text)
     refuse_options(options, POLICY_SERVED, "--policy is no URL")
     if engine == "vllm":
         why = "vLLM takes the GPUs that it sees (CUDA_VISIBLE_DEVICES)"
@@ -332,7 +339,7 @@ def load_policy(options: argparse.Namespace, place: str | None = None, decoding:
     settings = {"device": options.policy_device, "tokenizer": options.policy_tokenizer}
     try:
         return load_sampler(
-            place,
+            policy,
             decoding,
             engine=engine,
             text=text,

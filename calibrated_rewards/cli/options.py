@@ -1,4 +1,4 @@
-"""Options that several commands share: numbers, folders, names with values, prompts, a run's folder, a saved reward.
+"""Options that several commands share, from numbers to a saved reward, and errors in the words of the command line.
 
 >>> Whole(1)("16"), Real(0.0, 1.0)("0.5")
 (16, 0.5)
@@ -7,18 +7,62 @@
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from calibrated_rewards.files import Message
 from calibrated_rewards.reward.saving import NeedsTrust
 
 if TYPE_CHECKING:
     from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 
 Group: TypeAlias = "argparse.ArgumentParser | argparse._ArgumentGroup"
+
+# The libraries of each extra of the package.
+EXTRAS = {
+    "hf": ("torch", "transformers", "accelerate", "peft", "jinja2", "safetensors"),
+    "http": ("httpx",),
+    "calibrate": ("pyarrow",),
+    "trl": ("datasets", "trl"),
+    "plots": ("matplotlib", "jinja2", "markupsafe"),
+    "ray": ("ray",),
+    "serve": ("fastapi", "uvicorn", "prometheus_client"),
+    "vllm": ("vllm",),
+}
+# The extras that a command needs whatever its options are; `find_extras` adds those of its models.
+NEEDED: dict[str, tuple[str, ...]] = {
+    "calibrate": ("calibrate",),
+    "evaluate": ("calibrate",),
+    "serve": ("serve",),
+    "report": ("plots", "calibrate"),
+    "demo": ("hf", "calibrate", "trl", "plots"),
+}
+# The option for each keyword argument that an error message names.
+OPTIONS = {
+    "column": "--column NAME",
+    "cost": "--cost",
+    "id_column": "--id-column NAME",
+    "insecure": "--insecure",
+    "kind": "--kind {value}",
+    "labels": "--label HOW, such as 3, 1-0, expected:1,2,3 or weighted:1,-0.5",
+    "limit": "--limit",
+    "max_length": "--max-length {value}",
+    "on_missing": "--on-missing {value}",
+    "prompts": "--prompts FILE",
+    "reference_free": "--option reference_free=true",
+    "sampler": "--policy PATH|ID|URL",
+    "scorer": "--reward-model PATH|ID|URL",
+    "scores": "--scores COLUMN",
+    "select": "--select {value}",
+    "split": "--split {value}",
+    "template": "--chat-template FILE",
+    "tokenizer": "--option tokenizer=PATH (of a policy: --policy-tokenizer PATH)",
+    "trust_remote_code": "--trust-remote-code (of a policy: --policy-trust-remote-code)",
+}
 
 
 @dataclass(frozen=True)
@@ -80,8 +124,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
     """
     name, equals, value = text.partition("=")
     if not name.isidentifier() or not equals:
-        shown = f"{name}=..." if equals else name  # the value may be a key or a token
-        raise argparse.ArgumentTypeError(f"an option is NAME=VALUE, NAME of letters, digits and _, got {shown!r}")
+        start = f"{name}=..." if equals else name  # the value may be a key or a token
+        raise argparse.ArgumentTypeError(f"an option is NAME=VALUE, NAME of letters, digits and _, got {start!r}")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
@@ -89,13 +133,13 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def split_name(text: str) -> tuple[str | None, str]:
-    """Split [NAME=]PLACE; a place without a name may be a URL or a path with a "=" in it.
+    """Split [NAME=]MODEL; a model without a name may be a URL or a path with a "=" in it.
 
     >>> split_name("safe=org/model"), split_name("http://host/?a=b")
     (('safe', 'org/model'), (None, 'http://host/?a=b'))
     """
-    name, equals, place = text.partition("=")
-    return (name, place) if equals and not any(letter in name for letter in "/:?\\") else (None, text)
+    name, equals, model = text.partition("=")
+    return (name, model) if equals and not any(letter in name for letter in "/:?\\") else (None, text)
 
 
 def read_text(file: Path, option: str) -> str:
@@ -159,3 +203,60 @@ def open_reward(place: str | os.PathLike[str], *, trust: bool, **settings: Any) 
         return CalibratedReward.from_pretrained(place, trust_remote_code=trust, **settings)
     except NeedsTrust as error:
         raise ValueError(f"{error.reason}: read it, then allow it with --trust-remote-code") from None
+
+
+def error_text(error: BaseException, other: str = "--option {name}={value}", extras: Iterable[str] = ()) -> str:
+    """Write an error in the words of the command line.
+
+    `other` is the form of settings without an entry in OPTIONS. If a library is missing, all that are missing of
+    `extras` are named with it.
+
+    >>> from calibrated_rewards.files import setting
+    >>> error_text(ValueError(Message(f"the prompts' column is not known: name it with {setting('column')}")))
+    "the prompts' column is not known: name it with --column NAME"
+    """
+    if isinstance(error, ModuleNotFoundError):
+        library = (error.name or "").partition(".")[0]
+        needed = {extra for extra, libraries in EXTRAS.items() if library in libraries}
+        message = missing_text({*needed, *extras}, library) if needed else None
+        if message is not None:
+            return message
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    first = error.args[0] if error.args else ""
+    text = first.with_options(OPTIONS, other) if isinstance(first, Message) else str(error)
+    return text.strip("\n") or type(error).__name__
+
+
+def find_extras(command: str, options: argparse.Namespace) -> set[str]:
+    """Find the extras that a command needs with these options: for models here, for servers, for plots, for Ray."""
+    models: list[str] = []
+    for name in ("policy", "reference", "reward_model", "judge"):
+        value = getattr(options, name, None)
+        models += [] if value is None else [value] if isinstance(value, str) else list(value)
+    urls = [any(part.startswith(("http://", "https://")) for part in (m, m.partition("=")[2])) for m in models]
+    return {
+        *NEEDED.get(command, ()),
+        *(["http"] if any(urls) else []),
+        *(["hf"] if not all(urls) else []),
+        *(["plots"] if getattr(options, "plot", None) is not None else []),
+        *(["ray"] if getattr(options, "ray", None) is not None else []),
+    }
+
+
+def missing_text(extras: set[str], library: str | None = None) -> str | None:
+    """Write what to install for all libraries of some extras that are missing; None if none is."""
+
+    def is_missing(name: str) -> bool:
+        try:
+            return name == library or find_spec(name) is None
+        except ValueError:  # in sys.modules without a spec, as in tests
+            return True
+
+    missing = {extra: [each for each in EXTRAS[extra] if is_missing(each)] for extra in extras}
+    libraries = sorted({each for names in missing.values() for each in names})
+    if not libraries:
+        return None
+    extra_names = ",".join(sorted(extra for extra, names in missing.items() if names))
+    verb = "is" if len(libraries) == 1 else "are"
+    return f"needs {', '.join(libraries)}, which {verb} not installed: pip install 'calibrated-rewards[{extra_names}]'"

@@ -16,7 +16,7 @@ or a file that cannot be read."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `report`."""
+    """Add the options of the command `report`."""
     text = "the folder of an experiment, a calibration, a table, a run or an evaluation"
     parser.add_argument("directory", type=Path, help=text)
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page; default: report.html in the directory")

@@ -29,7 +29,7 @@ ON_MISSING = ("raise", "neutral", "skip")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `reward`."""
+    """Add the options of the command `reward`."""
     parser.add_argument("table", help="the folder of a table or of a run, or a name on the Hugging Face Hub")
     parser.add_argument("--out", type=parse_folder, required=True, metavar="DIR", help="the directory to write")
     parser.add_argument("--force", action="store_true", help="write over a reward that is there")

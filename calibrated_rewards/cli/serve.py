@@ -28,7 +28,7 @@ LIMITS: dict[str, tuple[str, Callable[[str], Any], str, str]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `serve`."""
+    """Add the options of the command `serve`."""
     text = "a directory that `reward` or save_pretrained wrote, or a name on the Hugging Face Hub"
     parser.add_argument("reward", help=text)
     text = "the address to listen at (%(default)s, this machine only)"

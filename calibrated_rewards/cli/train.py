@@ -10,8 +10,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from importlib import import_module
 from typing import Any
 
-from calibrated_rewards.cli.errors import missing_text
-from calibrated_rewards.cli.options import Real, Whole, parse_folder
+from calibrated_rewards.cli.options import Real, Whole, missing_text, parse_folder
 from calibrated_rewards.prompts import UnknownPromptError
 from calibrated_rewards.reward.saving import NeedsTrust
 from calibrated_rewards.theory.named import TRANSFORM_HELP, parse_transform

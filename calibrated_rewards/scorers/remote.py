@@ -12,8 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
+from tqdm import tqdm
 
-from calibrated_rewards.models.batches import progress_bar
 from calibrated_rewards.models.http_client import (
     Post,
     RequestThreads,
@@ -115,7 +115,10 @@ class Remote:
         jobs = [[items[i] for i in batch] for batch in batches]
         answers = RequestThreads(request, jobs, self.concurrency, stop, connected.close).results()
         doubtful, trusted = 0, False
-        with progress_bar(len(items), self.show_progress) as bar, closing(answers):
+        # As models.batches.progress_bar, which needs torch.
+        look: dict[str, Any] = {"unit": " completions", "desc": "scoring", "delay": 3}
+        show = None if self.show_progress else True
+        with tqdm(total=len(items), disable=show, **look) as bar, closing(answers):
             for job, (answer, doubt) in answers:
                 batch = batches[job]
                 scores[batch] = answer

@@ -3,7 +3,7 @@
 - suites.py: `check_transform`, `check_procedure`, `check_picklable`; `HashScorer`, `NumberScorer`, `NumberSampler`
 - check_scorer.py: `check_scorer` and its table of checks, which lie in check_inputs.py, check_same_score.py,
   check_side_effects.py and check_reading.py, by what they check
-- subject.py, probes.py, process_state.py: the scorer under examination, the test texts, what a call must not change
+- subject.py, probes.py: the scorer under examination, the test texts
 - check_adapter.py: `check_adapter`, for the file between a trainer and a calibrated reward
 """
 

@@ -119,7 +119,7 @@ class Adapter:
         copy = deepcopy(pairs)
         return _as_array(self.reward.score(copy.prompts, copy.completions, copy.ids).reward)
 
-    def compare(self, pairs: Pairs, rewards: Float32[np.ndarray, "..."], when: str) -> None:
+    def compare_rewards(self, pairs: Pairs, rewards: Float32[np.ndarray, "..."], when: str) -> None:
         """AssertionError unless these are the rewards of the pairs."""
         expected = self.expect(pairs)
         if rewards.shape != expected.shape:
@@ -149,7 +149,7 @@ class Adapter:
             answer = self.call(copy.prompts, copy.completions, copy.ids)
         except Exception as error:
             raise AssertionError(f"{self.name} raises {error!r} where the reward gives a number, {when}") from error
-        self.compare(pairs, _as_array(answer), when)
+        self.compare_rewards(pairs, _as_array(answer), when)
 
 
 def _run_checks(adapter: Adapter, pairs: Pairs) -> Iterator[str]:
@@ -158,10 +158,10 @@ def _run_checks(adapter: Adapter, pairs: Pairs) -> Iterator[str]:
     slices = [range(0, n, 2), range(1, n, 2), range(n // 3), range(n // 3, n)]
     twice, when_sliced = [*everything, *everything, 0, 0], "a slice of a batch, groups cut through"
     permutation = np.random.default_rng(0).permutation(n).tolist()
-    adapter.compare(pairs, adapter.answer(pairs), "all in a batch")
+    adapter.compare_rewards(pairs, adapter.answer(pairs), "all in a batch")
     yield "the rewards of score(), to the last bit of float32"
     alone = [adapter.answer(pairs.at([i])).reshape(-1) for i in everything]
-    adapter.compare(pairs, np.concatenate(alone), "one at a time")
+    adapter.compare_rewards(pairs, np.concatenate(alone), "one at a time")
     yield "one at a time = in a batch"
     for name, selections in {
         "permuted": ((everything[::-1], "in reverse"), (permutation, "permuted")),
@@ -170,7 +170,7 @@ def _run_checks(adapter: Adapter, pairs: Pairs) -> Iterator[str]:
         "empty": (([], "an empty batch"),),
     }.items():
         for places, when in selections:
-            adapter.compare(pairs.at(places), adapter.answer(pairs.at(places)), when)
+            adapter.compare_rewards(pairs.at(places), adapter.answer(pairs.at(places)), when)
         yield name
     adapter.compare_errors(pairs.with_completions(ODD_TEXTS), "for empty, blank, odd and long completions")
     yield "empty, blank, odd and long completions"
@@ -183,7 +183,7 @@ def _run_checks(adapter: Adapter, pairs: Pairs) -> Iterator[str]:
     places = [i % n for i in range(max(4 * THREADS, n))]
     with ThreadPoolExecutor(THREADS) as pool:
         rewards = [each.reshape(-1) for each in pool.map(adapter.answer, [pairs.at([i]) for i in places])]
-    adapter.compare(pairs.at(places), np.concatenate(rewards), f"from {THREADS} threads at once")
+    adapter.compare_rewards(pairs.at(places), np.concatenate(rewards), f"from {THREADS} threads at once")
     yield f"{THREADS} threads at once"
     copy = deepcopy(pairs)
     adapter.call(copy.prompts, copy.completions, copy.ids)

@@ -110,16 +110,16 @@ def find_rounding(scores: Float32[np.ndarray, " n"]) -> str:
 def describe_tie(subject: Subject, places: list[int]) -> str:
     """Name two completions that have one score."""
     first: dict[float, int] = {}
-    for place in places:
-        other = first.setdefault(float(subject.mixed[place]), place)
-        if other != place:
-            one, two = (start_of(subject.pairs.completions[i], 40) for i in (other, place))
-            return f"{one} and {two} both get {subject.mixed[place]:.6g}"
+    for i in places:
+        other = first.setdefault(float(subject.mixed[i]), i)
+        if other != i:
+            one, two = (start_of(subject.pairs.completions[j], 40) for j in (other, i))
+            return f"{one} and {two} both get {subject.mixed[i]:.6g}"
     return "none of the different completions tie"
 
 
 def check_empty_list(subject: Subject) -> Outcome:
-    """No pairs give no scores."""
+    """An empty list of pairs gives no scores."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         answer = call(subject.scorer, [], [])
@@ -151,7 +151,8 @@ def check_blank_completions(subject: Subject) -> Outcome:
 def check_conversation(subject: Subject) -> Outcome:
     """A chat of several messages has one score, whether its completion is a text or a message."""
     answers = [question.good for question in QUESTIONS[:2]]
-    as_texts, as_messages = (Pairs([three_messages()] * 2, said) for said in (answers, [*map(as_message, answers)]))
+    both = (answers, [*map(as_message, answers)])
+    as_texts, as_messages = (Pairs([three_messages()] * 2, completions) for completions in both)
     try:
         expected, scores = subject.score(as_texts), subject.score(as_messages)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
@@ -237,7 +238,7 @@ def find_silent_cut(subject: Subject) -> Outcome:
     if cut:
         return Outcome("ok", f"reported: {cut[0]}")
     if len(moved) < len(PLACES):
-        unread = [place for place in find_moving_places(subject, SHORT_WORDS)[0] if place not in moved]
+        unread = [name for name in find_moving_places(subject, SHORT_WORDS)[0] if name not in moved]
         if unread and subject.discrete:
             return Outcome("-", "grades and rules may tie: whether long texts are read whole does not show")
         if unread:
@@ -263,14 +264,14 @@ def find_moving_places(subject: Subject, words: int) -> tuple[list[str], Sequenc
     plain, other = soup(words).split(), soup(words, start=1).split()
     expected, cut = score_halves(plain)
     moved = []
-    for place, fraction in PLACES.items():
+    for name, fraction in PLACES.items():
         if cut:
             break
         start = int(fraction * words)
-        end = words if place == "last" else start + max(1, words // 16)
+        end = words if name == "last" else start + max(1, words // 16)
         score, cut = score_halves([*plain[:start], *other[start:end], *plain[end:]])
         if in_units(abs(score - expected), subject.sd) > UNREAD:
-            moved.append(place)
+            moved.append(name)
     return moved, cut
 
 

@@ -64,22 +64,22 @@ class Sweep:
         tried = 0
         for start in range(0, least, ROWS):
             chunk = places[start : min(start + ROWS, least)]
-            if (place := self._find_unread_in(chunk)) is not None:
-                return place, tried
+            if (unread := self._find_unread_in(chunk)) is not None:
+                return unread, tried
             tried += len(chunk)
         for start in range(least, len(places), 8 * ROWS):
             if self.subject.spare.seconds <= 0:
                 break
             chunk = places[start : start + 8 * ROWS]
             with self.subject.spare.spend():
-                if (place := self._find_unread_in(chunk)) is not None:
-                    return place, tried
+                if (unread := self._find_unread_in(chunk)) is not None:
+                    return unread, tried
             tried += len(chunk)
         return None, tried
 
     @cached_property
     def places(self) -> list[int]:
-        """All places, in the order of trial: ends, fractions, where texts are cut, then at random."""
+        """Indices of all characters in the order of trial: ends, fractions, where texts are cut, then at random."""
         n = len(self.text)
         ends = [n - 1, 0, n // 2, n - 2, 1, n // 4, 3 * n // 4, n // 3, 2 * n // 3]
         edges = [at for edge in EDGES if edge < n for at in (edge, edge - 1, n - edge, n - 1 - edge)]
@@ -88,15 +88,15 @@ class Sweep:
         return list(dict.fromkeys([*ends, *parts[::2], *edges[-12:], *parts[1::2], *shuffled]))
 
     def _find_unread_in(self, places: Sequence[int]) -> int | None:
-        texts = [replace_character(self.text, place) for place in places]
+        texts = [replace_character(self.text, i) for i in places]
         scores = self.subject.score(self.as_pairs([self.text, *texts])).astype(np.float64)
         apart = np.abs(scores[1:] - scores[0])
-        alike = [place for place, gap in zip(places, apart, strict=True) if gap <= ALIKE * self.subject.sd]
-        own = self.as_pairs([self.text])
-        for place in alike[:LOOKS]:
-            gaps = (self.subject.measure_gap(own, self.as_pairs([text])) for text in self._change(place))
+        alike = [i for i, gap in zip(places, apart, strict=True) if gap <= ALIKE * self.subject.sd]
+        unchanged = self.as_pairs([self.text])
+        for i in alike[:LOOKS]:
+            gaps = (self.subject.measure_gap(unchanged, self.as_pairs([text])) for text in self._change(i))
             if not any(gap > 0 for gap in gaps):
-                return place
+                return i
         return None
 
     def _change(self, place: int) -> Iterator[str]:
@@ -135,13 +135,13 @@ def check_places(subject: Subject, as_pairs: Place, name: str) -> Outcome:
         if not subject.reads_whole(as_pairs([text])):
             shorter = f"; a {name} of {length} characters is refused, or is cut with a warning"
             break
-        place, count = Sweep(subject, text, as_pairs).find_unread_place()
-        if place is not None:
-            score = float(subject.score(as_pairs([replace_character(text, place)]))[0])
-            near = start_of(text[max(0, place - 8) : place + 8], 30)
+        unread, count = Sweep(subject, text, as_pairs).find_unread_place()
+        if unread is not None:
+            score = float(subject.score(as_pairs([replace_character(text, unread)]))[0])
+            near = start_of(text[max(0, unread - 8) : unread + 8], 30)
             return Outcome(
                 "FAIL",
-                f"in a {name} of {length} characters character {place + 1} of {length} ({near}) may be any other, and "
+                f"in a {name} of {length} characters character {unread + 1} of {length} ({near}) may be any other, and "
                 f"the score stays {score:.6g} -> part of the {name} is taken off, cut or merged, or scores are kept by "
                 "part of it: hand the whole text to the model, and warn of cuts",
             )
@@ -213,7 +213,7 @@ def check_letters(subject: Subject) -> Outcome:
 
 
 def check_prompt(subject: Subject) -> Outcome:
-    """The same answer to another question has another score."""
+    """An answer to another question has another score."""
     prompts = [as_prompt(question.prompt, subject.chat) for question in QUESTIONS[:PROBES]]
     completions = [question.good for question in QUESTIONS[:PROBES]]
     if subject.tells_apart(Pairs(prompts, completions), Pairs(prompts[::-1], completions)):
@@ -238,7 +238,7 @@ def check_end_words(subject: Subject) -> Outcome:
                 version.append(" ".join([*words[:at], word, *words[at + 1 :]]))
         return subject.tells_apart(*(Pairs(prompts, version) for version in versions))
 
-    unread = [place for place in ("first", "last") if not is_read(place)]
+    unread = [name for name in ("first", "last") if not is_read(name)]
     if not unread:
         return Outcome("ok")
     if not is_read("middle"):
@@ -257,9 +257,9 @@ def check_turns(subject: Subject) -> Outcome:
     if not subject.reads_whole(Pairs(chats, completions)):
         return Outcome("-", "conversations of three messages are not taken, or are too long")
     unread = []
-    for place, name in enumerate(("first question", "first answer", "last question")):
-        strangers = [three_messages(i + PROBES)[place] for i in range(len(chats))]
-        others = [[*chat[:place], other, *chat[place + 1 :]] for chat, other in zip(chats, strangers, strict=True)]
+    for turn, name in enumerate(("first question", "first answer", "last question")):
+        messages = [three_messages(i + PROBES)[turn] for i in range(len(chats))]
+        others = [[*chat[:turn], other, *chat[turn + 1 :]] for chat, other in zip(chats, messages, strict=True)]
         if not subject.tells_apart(Pairs(chats, completions), Pairs(others, completions)):
             unread.append(name)
     if not unread:
@@ -284,7 +284,7 @@ def check_system(subject: Subject) -> Outcome:
 
 
 def check_roles(subject: Subject) -> Outcome:
-    """The same words by other speakers, or as one message, have other scores."""
+    """Messages by other speakers, or joined into one, have other scores."""
     chats = [three_messages(number) for number in (0, 3)]
     pairs = Pairs(chats, [QUESTIONS[number + 1].good for number in (0, 3)])
     if not subject.reads_whole(pairs):
@@ -294,8 +294,8 @@ def check_roles(subject: Subject) -> Outcome:
         if not subject.reads_whole(other_pairs) or subject.tells_apart(pairs, other_pairs):
             continue
         detail = f"user, assistant, user: it makes no difference if {change}"
-        own = subject.tokenizer.chat_template if subject.tokenizer is not None else None
-        template = str(own or next((x for x in find_values(subject.fingerprint, "template") if x), ""))
+        template = subject.tokenizer.chat_template if subject.tokenizer is not None else None
+        template = str(template or next((x for x in find_values(subject.fingerprint, "template") if x), ""))
         if template and ("role" not in template or change != MERGED):
             return Outcome("-", f"{detail}; its template has no other roles")
         if "roles" in subject.may_ignore:
@@ -341,8 +341,8 @@ def _change_messages(chat: Chat) -> Iterator[tuple[str, Chat]]:
     """Make one change after another to a conversation."""
     for number, message in enumerate(chat):
         text = message["content"]
-        for name, place in (("first", 0), ("middle", len(text) // 2), ("last", len(text) - 1)):
-            other = {**message, "content": replace_character(text, place)}
+        for name, i in (("first", 0), ("middle", len(text) // 2), ("last", len(text) - 1)):
+            other = {**message, "content": replace_character(text, i)}
             change = f"another {name} character of message {number + 1} (the {message['role']}'s)"
             yield change, [*chat[:number], other, *chat[number + 1 :]]
     yield "the order of the first two exchanges", [*chat[2:4], *chat[:2], *chat[4:]]

@@ -64,7 +64,7 @@ def compare_selections(subject: Subject, selections: Sequence[list[int]], hint: 
 
 
 def check_permuted(subject: Subject) -> Outcome:
-    """The same pairs in two other orders."""
+    """Pairs in two other orders have the same scores."""
     order = random.Random(0).sample(range(len(subject.pairs)), len(subject.pairs))
     hint = "a score belongs to its place in the list: keep the order of the inputs"
     return compare_selections(subject, (order, order[::-1]), hint)
@@ -99,7 +99,7 @@ def check_counts(subject: Subject) -> Outcome:
 
 
 def check_after_error(subject: Subject) -> Outcome:
-    """The same call again, after one with inputs that are no texts, which a scorer should refuse."""
+    """A call after one with inputs that are no texts, which a scorer should refuse, gives the same scores."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for nonsense in (None, object()):
@@ -129,21 +129,21 @@ def check_left_alone(subject: Subject) -> Outcome:
         changes = [name for name in ("prompts", "completions") if getattr(copy, name) != getattr(pairs, name)]
         if changes:
             return Outcome("FAIL", f"the {' and the '.join(changes)} given are changed by a call -> work on a copy")
-        before = read_scores(answer, pairs)
+        before = copy_scores(answer, pairs)
         subject.score(subject.pairs.at(range(len(subject.pairs))[::-1]))
-        if not np.array_equal(before, read_scores(answer, pairs)):
+        if not np.array_equal(before, copy_scores(answer, pairs)):
             detail = "scores that were given out are changed by the next call: one array is used again and again"
             return Outcome("FAIL", f"{detail} -> give a copy of it")
     return Outcome("ok")
 
 
-def read_scores(answer: Any, pairs: Pairs) -> np.ndarray:
+def copy_scores(answer: Any, pairs: Pairs) -> np.ndarray:
     """Read a scorer's answer as numbers, as they are at this moment."""
     return score(lambda prompts, completions: answer, pairs.prompts, pairs.completions).copy()
 
 
 def check_after_others(subject: Subject) -> Outcome:
-    """The same call again, after calls with other inputs."""
+    """A call after others, with other inputs, gives the same scores."""
     subject.score(subject.pairs.at(range(len(subject.pairs) // 2)))
     subject.score(Pairs([as_prompt("Hi", subject.chat)] * 2, ["Hello!", "What do you want? " * 3]))
     return subject.compare_again(
@@ -221,7 +221,7 @@ def compare_with_alone(subject: Subject, completions: list[str], hint: str) -> O
 
 
 def check_training_mode(subject: Subject) -> Outcome:
-    """The same scores with the model in training mode, and after another seed."""
+    """A model in training mode, and another seed, give the same scores."""
     if subject.model is None:
         return Outcome("-", "the scorer shows no model")
     with in_training_mode(subject.model):

@@ -135,12 +135,12 @@ class Inspection:
 
     @property
     def failed(self) -> tuple[Finding, ...]:
-        """The findings that failed."""
+        """The findings of checks that failed."""
         return tuple(finding for finding in self.findings if finding.status == "FAIL")
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed."""
+        """True if none of the checks failed."""
         return not self.failed
 
     def __str__(self) -> str:
@@ -220,7 +220,8 @@ class Examination:
             some = np.linspace(0, len(self.prompts) - 1, min(PAIRS, len(self.prompts))).astype(int).tolist()
             pairs = Pairs(self.prompts, self.completions).at(some)
         settings = (self.sign, self.discrete, self.long_words, self.reads_prompt, tuple(self.may_ignore))
-        return Subject(self.scorer, pairs, self.tolerance, chat, *settings, Spare(self.spare_seconds))
+        spare, before = Spare(self.spare_seconds), side_effects.process_state()
+        return Subject(self.scorer, pairs, self.tolerance, chat, *settings, spare, before)
 
 
 def check_scorer(
@@ -254,6 +255,6 @@ def check_scorer(
 
 def has_chat_template(scorer: Scorer) -> bool:
     """Return True if the scorer shows a chat template to render messages with."""
-    subject = Subject(scorer, Pairs([], []), before={})
+    subject = Subject(scorer, Pairs([], []))
     template = subject.tokenizer.chat_template if subject.tokenizer is not None else None
     return bool(template) or any(find_values(subject.fingerprint, "template"))

@@ -69,7 +69,7 @@ QUESTIONS = (
 
 
 def split_words(text: str) -> list[str]:
-    """Split a text at white space."""
+    """Split a text into words at white space."""
     return text.split()
 
 

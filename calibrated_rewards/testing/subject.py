@@ -25,7 +25,6 @@ from calibrated_rewards.testing.probes import (
     make_answers,
     passage,
 )
-from calibrated_rewards.testing.process_state import process_state
 
 # The largest difference between equal scores, in standard deviations, over all pairs of a float32 model. 16-bit
 # arithmetic rounds differently for each batch shape, so single pairs stray far: there the root mean square (rms)
@@ -67,7 +66,7 @@ class Tokenizer(Protocol):
     all_special_tokens: Any
 
     def get_vocab(self) -> dict[str, int]:
-        """Map tokens to ids."""
+        """Return the ids of all tokens by their text."""
 
 
 @runtime_checkable
@@ -78,7 +77,7 @@ class Model(Protocol):
         """Return the module that token ids go through first."""
 
     def modules(self) -> Any:
-        """Iterate over all submodules."""
+        """Iterate over the model and all its submodules."""
 
     def train(self, mode: bool = True) -> Any:
         """Switch to training mode, or back."""
@@ -115,8 +114,8 @@ class Subject:
     may_ignore: Collection[str] = ()
     """Names of the differences in a text that the scorer is meant to ignore (`check_scorer.IGNORABLE`)."""
     spare: Spare = field(default_factory=Spare)
-    before: Mapping[str, Any] = field(default_factory=process_state)
-    """The state of the process before the scorer's first call."""
+    before: Mapping[str, Any] = field(default_factory=dict)
+    """The state of the process (`check_side_effects.process_state`) before the scorer's first call."""
     scored_pairs: list[int] = field(default_factory=list)
     """The number of pairs of each call."""
 
@@ -138,7 +137,7 @@ class Subject:
         self.scored_pairs.append(len(pairs))
         return score(self.scorer, copy.prompts, copy.completions).copy()
 
-    def call(self, pairs: Pairs) -> Any:
+    def call_scorer(self, pairs: Pairs) -> Any:
         """Call the scorer itself on copies, without warnings; its answer is not checked and no lock is held."""
         copy = deepcopy(pairs)
         self.scored_pairs.append(len(pairs))
@@ -197,7 +196,7 @@ class Subject:
 
     @cached_property
     def reads_letters(self) -> bool:
-        """Whether three other letters in one place of a short completion give scores of their own, in most places.
+        """True if another letter gives another score, for three letters in most places of a short completion.
 
         They do for a model and a hash; they do not for a count, a length or a search for words.
         """
@@ -208,7 +207,7 @@ class Subject:
 
     @property
     def continuous(self) -> bool:
-        """Whether any change of a text should change its score: not for grades, not for a constant."""
+        """True if any change of a text should change its score: not for grades, not for a constant."""
         return not self.discrete and self.sd > 0
 
     @cached_property
@@ -241,7 +240,7 @@ class Subject:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """The scorer's fingerprint."""
+        """The scorer's fingerprint, as it is at first."""
         return fingerprint(self.scorer)
 
     @cached_property

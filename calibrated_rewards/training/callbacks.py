@@ -40,7 +40,7 @@ class TimedScorer:
     stopwatch: Stopwatch
 
     def __call__(self, prompts: Any, completions: Any) -> Any:
-        """Score the completions."""
+        """Score the completions, and add the time."""
         return self.stopwatch(call, self.scorer, prompts, completions)
 
     @property
@@ -79,7 +79,7 @@ class TimedReward:
         return str(getattr(self.reward, "__name__", type(self.reward).__name__))
 
     def __call__(self, *, log_metric: Callable[[str, float], Any], **columns: Any) -> Any:
-        """Compute the rewards."""
+        """Compute the rewards, and log the seconds."""
         whole, before = Stopwatch(), self.scoring.seconds if self.scoring else 0.0
         rewards = whole(self.reward, log_metric=log_metric, **columns)
         log_metric("seconds_scoring", whole.seconds)
@@ -96,7 +96,7 @@ class TimedDrawing:
     log_metric: Callable[[str, float], Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Draw the completions."""
+        """Draw the completions, and log the seconds."""
         stopwatch = Stopwatch()
         completions = stopwatch(self.draw, *args, **kwargs)
         self.log_metric("seconds_drawing", stopwatch.seconds)
@@ -124,7 +124,7 @@ class StepLog(TrainerCallback):
             self.bar = tqdm(total=self.steps, initial=state.global_step, delay=3, **bar)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock of a step."""
+        """Start the clock at the beginning of a step."""
         self.step_start = perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -137,7 +137,7 @@ class StepLog(TrainerCallback):
             self._print_line(row)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """End the bar's line."""
+        """Close the progress bar at the end."""
         if state.is_world_process_zero:
             self.bar.close()
 

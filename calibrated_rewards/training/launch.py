@@ -26,8 +26,7 @@ from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.theory.named import NamedTransform
-from calibrated_rewards.training.policy_model import resolve_policy
-from calibrated_rewards.training.run_folder import RunFolder
+from calibrated_rewards.training.run_folder import RunFolder, resolve_policy
 
 # Other values draw from another distribution than softmax(logits / temperature), where the KL would mean nothing.
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "stop": []}
@@ -105,9 +104,9 @@ def load_inputs(launch: Launch) -> Inputs:
     check_prompts(reward, prompts)
     meta = reward.table.meta
     decoding = choose_decoding(meta, launch.max_tokens, launch.temperature, launch.any_policy)
-    place, trust = resolve_policy(launch.policy), launch.trust_remote_code
-    model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=launch.dtype, trust_remote_code=trust)
-    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust)
+    path, trust = resolve_policy(launch.policy), launch.trust_remote_code
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=launch.dtype, trust_remote_code=trust)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     policy = Policy(model, tokenizer, decoding, Text())
     if not launch.any_policy:
         check_policy(policy, meta)
@@ -195,8 +194,8 @@ def check_prompts(reward: CalibratedReward, prompts: Sequence[Asked]) -> None:
     The policy would answer the one, and its answers be compared with answers to the other.
     """
     rows = reward.rows([each.prompt for each in prompts], [each.id for each in prompts])
-    known = [(each, row) for each, row in zip(prompts, rows.tolist(), strict=True) if row >= 0]
-    for (each, _), key in zip(known, reward.table.keys([row for _, row in known]), strict=True):
+    calibrated = [(each, row) for each, row in zip(prompts, rows.tolist(), strict=True) if row >= 0]
+    for (each, _), key in zip(calibrated, reward.table.keys([row for _, row in calibrated]), strict=True):
         if key != as_key(each.prompt) and (each.id is None or key != id_key(each.id)):
             by = "" if each.id is None else f" (id {each.id!r})"
             raise ValueError(
@@ -231,16 +230,16 @@ def check_policy(policy: Policy, meta: Mapping[str, Any]) -> None:
 
 def digest_weights(model: Any, dtype: str) -> str:
     """Digest a model's weights as if they had been loaded in a dtype."""
-    wanted = getattr(torch, dtype)
+    kind = getattr(torch, dtype)
     weights = weights_of(model).items()
-    return weights_digest({name: each.to(wanted) if each.is_floating_point() else each for name, each in weights})
+    return weights_digest({name: each.to(kind) if each.is_floating_point() else each for name, each in weights})
 
 
 def print_outcome(folder: RunFolder, reward: Any, beta: float) -> None:
     """Print first and last steps, the optimum that they should come to, and where model and log are."""
     rows = folder.read_log()
     text = f"{summarise_steps(rows)}{compare_with_optimum(rows, reward, beta)}"
-    sys.stdout.write(f"{text}model: {folder.model}\nlog: {folder.log}\n")
+    sys.stdout.write(f"{text}model: {folder.model_folder}\nlog: {folder.log}\n")
 
 
 def compare_with_optimum(rows: Sequence[Mapping[str, float]], reward: Any, beta: float) -> str:

@@ -1,11 +1,14 @@
-"""The parts that the plain PyTorch loops share: batches of prompts, completions with log-probabilities, processes.
+"""The parts that runs share: model, reference, batches, completions with log-probabilities, processes.
 
 Completions are drawn with `model.generate` from the whole distribution at the temperature, as the references of the
 table were, so that the KL to the reference policy is the one in the objective. Several processes, started by
 `accelerate launch`, each draw for their own prompts and average their gradients.
 """
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +19,93 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from calibrated_rewards.calibration.sources import Asked
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.parts import device_of
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.policy import Draft, Policy
 from calibrated_rewards.training.launch import Launch, load_inputs, print_outcome
 from calibrated_rewards.training.run_folder import RunFolder, describe_run
+
+
+def prepare_model(model: Any, rank: int, layers: int = 0) -> Any:
+    """Return the model itself, to train all weights, or with LoRA adapters of a rank, in float32 whatever it is in."""
+    make_head_contiguous(model)
+    if rank == 0:
+        return model
+    from peft import get_peft_model
+
+    with ignore_peft_warning():
+        return get_peft_model(model, build_lora_config(model, rank, layers))
+
+
+def list_trainable(model: Any) -> list[Any]:
+    """List the weights that are trained."""
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
+def build_reference(model: Any) -> Any:
+    """Fix the model as it is now: a frozen copy, or with a new adapter the model below it, for no further memory."""
+    from peft import PeftModel
+
+    return WithoutAdapter(model) if isinstance(model, PeftModel) else copy.deepcopy(model).requires_grad_(False)
+
+
+@dataclass(frozen=True, eq=False)
+class WithoutAdapter:
+    """The model below an adapter, as the reference that it was trained from."""
+
+    model: Any
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run the forward pass without the adapter."""
+        with self.model.disable_adapter():
+            return self.model(**inputs)
+
+
+def build_lora_config(model: Any, rank: int, layers: int = 0) -> Any:
+    """Choose PEFT's settings: all linear layers but the head, alpha twice the rank, and no dropout.
+
+    With `layers`, only the last so many layers: gradients then go no further back. Dropout would make the policy that
+    is trained another one than the one that wrote.
+    """
+    from peft import LoraConfig
+
+    where: Any = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if layers:
+        most = model.config.get_text_config().num_hidden_layers
+        if layers > most:
+            number = setting("lora_layers", str(layers))
+            raise ValueError(Message(f"the model has {most} layers to adapt, got {number}"))
+        where["layers_to_transform"] = list(range(most - layers, most))
+        where["target_modules"] = sorted(list_linear_layers(model))
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **where)
+
+
+def list_linear_layers(model: Any) -> set[str]:
+    """List the last parts of the names of linear layers, without the head's."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    layers = ((name, module) for name, module in model.named_modules() if module is not head)
+    return {name.rpartition(".")[2] for name, module in layers if isinstance(module, torch.nn.Linear | Conv1D)}
+
+
+@contextmanager
+def ignore_peft_warning() -> Iterator[None]:
+    """Silence a warning: PEFT and TRL ask models for an attribute by a name that transformers is about to drop."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
+def make_head_contiguous(model: Any) -> None:
+    """Copy the head's input first, on a CPU in half precision: part of a row takes hundreds of times as long."""
+    if model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
+        model.get_output_embeddings().register_forward_pre_hook(_copy_input)
+
+
+def _copy_input(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 @dataclass(frozen=True)
@@ -36,8 +121,8 @@ class Episodes:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def select(self, rows: Sequence[int]) -> "Episodes":
-        """Keep the episodes of these rows."""
+    def take(self, rows: Sequence[int]) -> "Episodes":
+        """Return the episodes of these rows."""
         return Episodes([self.texts[i] for i in rows], self.ids[rows], self.attention[rows], self.mask[rows])
 
 
@@ -70,7 +155,7 @@ def generate(policy: Policy, prompts: Sequence[Prompt], each: int = 1) -> Episod
     ended = torch.isin(completions, torch.tensor(ends, dtype=completions.dtype, device=device)).long()
     mask = ended.cumsum(1) - ended == 0
     # As a sampler gives them to the scorer: without the token that ended them.
-    drafts = [Draft(row[own].tolist()) for row, own in zip(completions.cpu(), mask.cpu(), strict=True)]
+    drafts = [Draft(row[columns].tolist()) for row, columns in zip(completions.cpu(), mask.cpu(), strict=True)]
     policy.endings.mark(drafts)
     texts = [str(rollout.completion) for rollout in policy.endings.rollouts(drafts)]
     return Episodes(texts, tokens, torch.cat([attention, mask.long()], 1), mask)
@@ -100,7 +185,7 @@ def forward(
 def compute_logprobs(model: Any, episodes: Episodes, temperature: float, rows: int) -> Float32[Tensor, "n L"]:
     """Compute the log-probability of each completion token without gradients, `rows` completions at once."""
     parts = split_rows(len(episodes), rows)
-    return torch.cat([forward(model, episodes.select(part), temperature)[0] for part in parts])
+    return torch.cat([forward(model, episodes.take(part), temperature)[0] for part in parts])
 
 
 def split_rows(n: int, most: int) -> Iterator[list[int]]:
@@ -176,7 +261,7 @@ def run_in_folder(name: str, train: Callable[..., Any], launch: Launch, settings
     policy, settings = inputs.policy, inputs.complete(settings)
     policy.model.to(launch.device or processes.device)
     run = describe_run(name, policy.model, inputs.reward, inputs.prompts, policy.decoding, settings, launch.dtype)
-    with folder.lock(main):
+    with folder.reserve(main):
         if main:
             folder.check_free(launch.force, launch.policy)  # a run may have ended there since
             folder.empty()
@@ -186,6 +271,6 @@ def run_in_folder(name: str, train: Callable[..., Any], launch: Launch, settings
         if main:
             model.save_pretrained(folder.unfinished_model)
             policy.tokenizer.save_pretrained(folder.unfinished_model)
-            folder.finish()
+            folder.publish_model()
             print_outcome(folder, inputs.reward, settings.beta)
     processes.wait_for_everyone()

@@ -22,7 +22,6 @@ from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.calibrators import EmpiricalCDF, Uncalibrated
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.differences import differences
-from calibrated_rewards.training.policy_model import resolve_policy
 
 # The last file that transformers' Trainer writes of a checkpoint: one without it was cut short.
 LAST_WRITTEN = "trainer_state.json"
@@ -30,12 +29,12 @@ LAST_WRITTEN = "trainer_state.json"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of a run."""
+    """The files of a training run: settings, checkpoints, log, model."""
 
     out: Path
 
     @property
-    def model(self) -> Path:
+    def model_folder(self) -> Path:
         """The trained model; there when the run is finished."""
         return self.out / "model"
 
@@ -45,7 +44,7 @@ class RunFolder:
         return self.out / "log.jsonl"
 
     @property
-    def settings(self) -> Path:
+    def settings_file(self) -> Path:
         """The file that says which run this is."""
         return self.out / "settings.json"
 
@@ -60,7 +59,7 @@ class RunFolder:
         return self.out / ".model"
 
     @contextmanager
-    def lock(self, main: bool = True) -> Iterator[None]:
+    def reserve(self, main: bool = True) -> Iterator[None]:
         """Be the only run in the folder; of several processes of one run, the main one takes the lock."""
         if not main:
             yield
@@ -78,36 +77,36 @@ class RunFolder:
 
     def check_free(self, force: bool, policy: str | os.PathLike[str]) -> None:
         """Raise FileExistsError for a run that may not be removed: any without `force`, and never the policy itself."""
-        used = next((each for each in (self.log, self.model, self.settings) if each.exists()), None)
+        used = next((each for each in (self.log, self.model_folder, self.settings_file) if each.exists()), None)
         if used is None:
             return
         if not force:
             raise FileExistsError(f"{used} is of another run: choose another --out, or --force to remove it")
-        if Path(policy).resolve().is_relative_to(self.model.resolve()):
-            raise FileExistsError(f"--policy is {self.model}, which --force would remove: choose another --out")
+        if Path(policy).resolve().is_relative_to(self.model_folder.resolve()):
+            raise FileExistsError(f"--policy is {self.model_folder}, which --force would remove: choose another --out")
 
     def empty(self) -> None:
         """Remove the files of a run: its model first, so that none lies beside the log of another."""
-        for each in (self.model, self.unfinished_model, self.checkpoints, self.log, self.settings):
+        for each in (self.model_folder, self.unfinished_model, self.checkpoints, self.log, self.settings_file):
             _remove(each)
 
     def is_finished(self, run: Mapping[str, Any]) -> bool:
         """Return True if this very run has its model, and remove its checkpoints; ValueError if another run is here."""
-        if not self.settings.exists():
-            if self.model.exists() or self.log.exists():
+        if not self.settings_file.exists():
+            if self.model_folder.exists() or self.log.exists():
                 raise ValueError(f"{self.out} has a run without settings.json: choose another folder")
         else:
-            before, now = json.loads(self.settings.read_text()), json.loads(json.dumps(run))
+            before, now = json.loads(self.settings_file.read_text()), json.loads(json.dumps(run))
             if before.get("reward", {}).get("kind") == "raw":  # 0.1 wrote the beta of the calibrated reward
                 before["reward"]["beta"] = now["reward"].get("beta")
-            changes = [f"{place} was {there!r:.80}, is {here!r:.80}" for place, there, here in differences(before, now)]
+            changes = [f"{name} was {there!r:.80}, is {here!r:.80}" for name, there, here in differences(before, now)]
             if changes:
                 raise ValueError(
                     f"{self.out} has a run with other settings ({'; '.join(changes)}): choose another folder"
                 )
-        if self.model.exists():
+        if self.model_folder.exists():
             shutil.rmtree(self.checkpoints, ignore_errors=True)
-        return self.model.exists()
+        return self.model_folder.exists()
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Write which run it is; remove checkpoints that were cut short, since no run can go on from them."""
@@ -119,8 +118,8 @@ class RunFolder:
         self.write_settings(run)
 
     def write_settings(self, run: Mapping[str, Any]) -> None:
-        """Write which run it is."""
-        write_file(self.settings, json.dumps(run, indent=2))
+        """Write which run it is, all that it depends on."""
+        write_file(self.settings_file, json.dumps(run, indent=2))
 
     def find_checkpoint(self) -> str | None:
         """Find the newest checkpoint that is whole; None at the start."""
@@ -137,12 +136,12 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """Read the rows of the log."""
+        """Read the rows of the log, one a step."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
-    def finish(self) -> None:
+    def publish_model(self) -> None:
         """Give the model that was written its name, and remove the checkpoints."""
-        os.replace(self.unfinished_model, self.model)
+        os.replace(self.unfinished_model, self.model_folder)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
@@ -164,6 +163,11 @@ def _remove(path: Path) -> None:
         shutil.rmtree(doomed)
     else:
         path.unlink(missing_ok=True)
+
+
+def resolve_policy(policy: str | os.PathLike[str]) -> str:
+    """Make a path absolute, because an adapter names its base by it; an id of the Hub stays."""
+    return os.path.abspath(policy) if os.path.exists(policy) else os.fspath(policy)
 
 
 def describe_run(

@@ -153,7 +153,7 @@ def test_ctrl_c_is_no_crash(models, tmp_path, capsys, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("calibrated_rewards.calibration.run.Filling.here", stopped)
+    monkeypatch.setattr("calibrated_rewards.calibration.run.Filling.fill", stopped)
     assert main(asked(models, tmp_path / "t", "--quiet")) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "calibrated-rewards calibrate: stopped"
 
@@ -164,7 +164,7 @@ def test_help_teaches(capsys):
         main(["calibrate", "--help"])
     assert left.value.code == 0
     said = capsys.readouterr().out
-    for word in ("--dry-run", "--id-column", "accelerate launch", "--temperature", "the same again with a larger K"):
+    for word in ("--dry-run", "--id-column", "accelerate launch", "--temperature", "the same run with a larger K"):
         assert word in said
 
 

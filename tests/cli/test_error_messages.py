@@ -12,8 +12,8 @@ import pytest
 import tiny
 
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.cli.errors import EXTRAS
 from calibrated_rewards.cli.main import UNUSABLE, main
+from calibrated_rewards.cli.options import EXTRAS
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding

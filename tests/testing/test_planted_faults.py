@@ -30,8 +30,8 @@ from calibrated_rewards.scorers.classifiers import SequenceClassifier
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble
 from calibrated_rewards.testing.check_reading import LENGTHS
 from calibrated_rewards.testing.check_scorer import CHECKS, IGNORABLE, Examination, check_scorer, run_check
+from calibrated_rewards.testing.check_side_effects import RANDOM, find_changes, process_state
 from calibrated_rewards.testing.probes import list_characters, passage
-from calibrated_rewards.testing.process_state import RANDOM, find_changes, process_state
 from calibrated_rewards.testing.suites import HashScorer, NumberScorer
 
 Scorer = Callable[[Sequence[Any], Sequence[Any]], Any]

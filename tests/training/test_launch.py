@@ -37,8 +37,8 @@ from calibrated_rewards.theory.tilted_policy import beta_for_kl
 from calibrated_rewards.theory.transforms import Identity, Log
 from calibrated_rewards.training import launch
 from calibrated_rewards.training.launch import Launch
+from calibrated_rewards.training.loop import list_trainable, prepare_model
 from calibrated_rewards.training.online import GRPOSettings, PPOSettings, TRLSettings, grpo, ppo, trl
-from calibrated_rewards.training.policy_model import list_trainable, prepare_model
 from calibrated_rewards.training.run_folder import RunFolder
 
 # The words of the command for each run, its module and its settings.
@@ -258,7 +258,7 @@ def test_force_leaves_nothing_of_the_run_before(run: Path, tmp_path: Path, monke
 
 def test_a_loop_leaves_alone_what_it_must(run: Path, tmp_path: Path, capsys: Any) -> None:
     """A folder where another process trains, a model without a log, and the policy that it is to begin with."""
-    with RunFolder(tmp_path).lock():
+    with RunFolder(tmp_path).reserve():
         refused(capsys, asked(run, tmp_path, "--force"), f"{tmp_path} is for one run at a time, and another process")
     kept = Path(tiny.saved(tiny.causal(), tmp_path / "model", tiny.tokenizer()))
     refused(capsys, asked(run, tmp_path), f"{kept} is of another run")

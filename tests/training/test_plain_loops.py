@@ -20,8 +20,8 @@ from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.testing.suites import HashScorer, NumberScorer
 from calibrated_rewards.theory.transforms import Log
 from calibrated_rewards.training import loop
+from calibrated_rewards.training.loop import build_reference, list_trainable, prepare_model
 from calibrated_rewards.training.online import GRPOSettings, PPOSettings, TRLSettings, grpo, ppo
-from calibrated_rewards.training.policy_model import build_reference, list_trainable, prepare_model
 
 LOOPS: dict[str, tuple[Any, Any]] = {"ppo": (ppo, PPOSettings), "grpo": (grpo, GRPOSettings)}
 CHAT = [{"role": "user", "content": "Hi"}]

@@ -16,7 +16,7 @@ from calibrated_rewards.scorers.classifiers import SequenceClassifier
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.training.offline.reward_model import (
     CENTER,
-    Pairs,
+    MarginPairs,
     calibrated_logits,
     distil,
     distillation_pairs,
@@ -30,7 +30,7 @@ def rollouts(scores: dict[str, list[float]]) -> tuple[ReferenceTable, list[str],
     return ReferenceTable.build(scores.items()), prompts, completions, [r for own in scores.values() for r in own]
 
 
-def minimiser(pairs: Pairs, coefficient: float) -> dict[str, float]:
+def minimiser(pairs: MarginPairs, coefficient: float) -> dict[str, float]:
     """A free reward for each completion, at which TRL's loss (written anew) is least."""
     names = sorted({*map(str, pairs["chosen"] + pairs["rejected"])})
     chosen, rejected = (np.array([names.index(str(text)) for text in pairs[side]]) for side in ("chosen", "rejected"))

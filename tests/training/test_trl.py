@@ -27,8 +27,8 @@ from calibrated_rewards.theory.transforms import Identity, Log
 from calibrated_rewards.training import callbacks
 from calibrated_rewards.training.callbacks import TimedReward
 from calibrated_rewards.training.check_settings.check import check_settings
+from calibrated_rewards.training.loop import make_head_contiguous, prepare_model
 from calibrated_rewards.training.online import TRLSettings, train_grpo, train_rloo, trl
-from calibrated_rewards.training.policy_model import make_head_contiguous, prepare_model
 from calibrated_rewards.training.run_folder import RunFolder
 
 PROMPTS = tiny.texts(3)
@@ -281,11 +281,11 @@ def test_a_run_goes_on_from_before_a_torn_checkpoint(policy: Path, tmp_path: Pat
 def test_two_runs_do_not_train_in_one_folder(policy: Path, tmp_path: Path) -> None:
     """The second one is told where and why, whoever is first; a run's own other processes go on without the lock."""
     settings = TRLSettings(steps=1, **SMALL)
-    with RunFolder(tmp_path).lock(), RunFolder(tmp_path).lock(main=False):
+    with RunFolder(tmp_path).reserve(), RunFolder(tmp_path).reserve(main=False):
         with pytest.raises(ValueError, match=f"{tmp_path} is for one run at a time, and another process"):
             train_rloo(policy, calibrated(), ASKED, DECODING, settings, tmp_path, show_progress=False)
         assert {path.name for path in tmp_path.iterdir()} == {".lock"}
-    with RunFolder(tmp_path).lock():
+    with RunFolder(tmp_path).reserve():
         pass
 
 

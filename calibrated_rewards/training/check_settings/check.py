@@ -108,8 +108,8 @@ def check_settings(
             f"{type(settings).__name__}: parse it first, such as vars(parser.parse_args(arguments))"
         )
     source = FrameworkSettings(settings, _find_framework(settings, framework))
-    wanted = reward.beta if beta is None and reward is not None else beta
-    findings = [*find_broken_rules(source), *_check_strength(source, wanted), *_check_distribution(source)]
+    beta = reward.beta if beta is None and reward is not None else beta
+    findings = [*find_broken_rules(source), *_check_strength(source, beta), *_check_distribution(source)]
     if reward is not None:
         span = find_span(reward)
         findings += [*_check_clips(source, span), *_check_span(span), *_check_id_column(source, reward)]
@@ -122,16 +122,16 @@ def check_settings(
 
 def _find_framework(settings: Any, name: str | None) -> Framework:
     """Look a framework up by its name or by the class of the settings."""
-    known = {framework.name: framework for framework in FRAMEWORKS}
+    frameworks = {framework.name: framework for framework in FRAMEWORKS}
     if name is not None:
-        if name not in known:
-            raise ValueError(f"check_settings knows the frameworks {', '.join(known)}, got framework={name!r}")
-        return known[name]
+        if name not in frameworks:
+            raise ValueError(f"check_settings knows the frameworks {', '.join(frameworks)}, got framework={name!r}")
+        return frameworks[name]
     for base in type(settings).__mro__:
         framework = CLASSES.get((base.__module__.partition(".")[0], base.__name__))
         if framework is not None:
             return framework
-    raise ValueError(f"check_settings needs framework= for {type(settings).__name__}, one of {', '.join(known)}")
+    raise ValueError(f"check_settings needs framework= for {type(settings).__name__}, one of {', '.join(frameworks)}")
 
 
 def _check_strength(settings: FrameworkSettings, wanted: float | None) -> Iterator[Finding]:
@@ -165,7 +165,7 @@ def find_span(reward: CalibratedReward) -> tuple[float, float] | None:
 
 
 def _check_clips(settings: FrameworkSettings, span: tuple[float, float] | None) -> Iterator[Finding]:
-    """Find clips that cut rewards."""
+    """Find clips of the framework that cut rewards."""
     for setting in settings.framework.clips:
         clip = settings[setting]
         if isinstance(clip, Real):
@@ -250,14 +250,14 @@ def _find_misspelled(settings: FrameworkSettings) -> Iterator[Finding]:
 def _guess_setting(name: str, settings: FrameworkSettings) -> str | None:
     """Guess the setting that a name was meant to be: each of its parts is close, not only a long path in common."""
     parts = name.split(".")
-    for known in settings.framework.defaults:
-        known_parts = known.split(".")
+    for other in settings.framework.defaults:
+        other_parts = other.split(".")
         if (
-            len(known_parts) == len(parts)
-            and all(map(_alike, known_parts, parts))
-            and not is_set(settings.source, known)
+            len(other_parts) == len(parts)
+            and all(map(_alike, other_parts, parts))
+            and not is_set(settings.source, other)
         ):
-            return known
+            return other
     return None
 
 

@@ -5,20 +5,20 @@ there, the condition that it must meet, what to write, and the reason. docs/refe
 """
 
 from calibrated_rewards.training.check_settings.rules import (
+    GIVEN,
     LEAVE_OUT,
+    OFF,
+    ON,
+    POSITIVE,
     Cases,
-    Given,
     Is,
-    Off,
     OneOf,
-    Positive,
     Row,
     SameAs,
     Strength,
     build_framework,
 )
 
-OFF, ON, POSITIVE = Off(), Is(True), Positive()
 # Reasons: what happens otherwise.
 NO_KL = "without a KL the optimum is an argmax"
 OTHER_OBJECTIVE = "adds another objective"
@@ -102,7 +102,7 @@ OPENRLHF = build_framework(
         Row("reward.stop_properly_penalty_coef", None, OFF, LEAVE_OUT, CHANGES_CUT),
         Row("algo.dynamic_filtering_enable", False, OFF, LEAVE_OUT, DROPS_BY_SCORE, "warning"),
         Row("train.max_epochs", 1, Is(1), "{} 1", LATER_PASSES, "warning"),
-        Row("data.label_key", None, Given(), "{} with the column of prompts' ids", RENDERED_TEXT, "note"),
+        Row("data.label_key", None, GIVEN, "{} with the column of prompts' ids", RENDERED_TEXT, "note"),
     ),
     others={"reward.clip_range": (-10, 10), "rollout.n_samples_per_prompt": 1},
     strengths=(
@@ -351,7 +351,7 @@ AREAL = build_framework(
         "`ref:` engine"
     ),
     rows=(
-        Row("ref", None, Given(), AREAL_REF, NO_REFERENCE),
+        Row("ref", None, GIVEN, AREAL_REF, NO_REFERENCE),
         Row("actor.kl_ctl", 0.1, POSITIVE, "{}=BETA", NO_KL),
         Row("actor.kl_estimator", "k1", Is("k1"), "{}=k1", NEEDS_K1),
         Row("actor.reward_norm.std_level", None, OFF, "{}=null", ANY_STD),
@@ -365,7 +365,7 @@ AREAL = build_framework(
         Row("gconfig.greedy", False, OFF, "{}=false", "a group of equal completions teaches nothing"),
     ),
     others={"actor.reward_clip": 20.0},
-    strengths=(Strength("actor.kl_ctl", only=(("actor.kl_ctl", POSITIVE), ("ref", Given()))),),
+    strengths=(Strength("actor.kl_ctl", only=(("actor.kl_ctl", POSITIVE), ("ref", GIVEN))),),
     sampling={
         "max_tokens": ("gconfig.max_new_tokens", 16384),
         "temperature": ("gconfig.temperature", 1.0),

@@ -13,9 +13,10 @@ nested mappings (OmegaConf's too), or one mapping with dotted names, and `find_b
 []
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 Severity: TypeAlias = Literal["error", "warning", "note"]
 
@@ -72,82 +73,36 @@ def _read(source: Any, name: str) -> tuple[bool, Any]:
     return _read(inner, rest) if present and inner is not None else (False, None)
 
 
-@runtime_checkable
-class Condition(Protocol):
-    """A test of a setting's value, given the other settings."""
+# Tests of a setting's value, given what it is compared with and the other settings.
+TESTS: dict[str, Callable[[Any, Any, FrameworkSettings], bool]] = {
+    "is": lambda value, right, settings: bool(value == right),
+    "is one of": lambda value, right, settings: value in right,
+    "is off": lambda value, right, settings: not value,  # None, False, 0 or empty
+    "is given": lambda value, right, settings: value is not None,
+    "is positive": lambda value, right, settings: isinstance(value, int | float) and value > 0,
+    "is None or the same as": lambda value, other, settings: (
+        value is None or other not in settings or bool(value == settings[other])
+    ),
+    "is never right": lambda value, right, settings: False,  # the framework has no faithful setting
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A condition on a setting's value: the name of its test in TESTS, and what the value is compared with."""
+
+    test: str
+    right: Any = None
+    """The right value, several of them, or the name of another setting."""
 
     def __call__(self, value: Any, settings: FrameworkSettings, /) -> bool:
         """Return True where the value is as it must be."""
+        return TESTS[self.test](value, self.right, settings)
 
 
-@dataclass(frozen=True)
-class Is:
-    """The value equals one that is wanted."""
-
-    wanted: Any
-
-    def __call__(self, value: Any, settings: FrameworkSettings, /) -> bool:
-        """Compare with the wanted value."""
-        return bool(value == self.wanted)
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """The value equals one of several."""
-
-    wanted: tuple[Any, ...]
-
-    def __call__(self, value: Any, settings: FrameworkSettings, /) -> bool:
-        """Compare with each wanted value."""
-        return value in self.wanted
-
-
-@dataclass(frozen=True)
-class Off:
-    """The setting is off: None, False, 0 or empty."""
-
-    def __call__(self, value: Any, settings: FrameworkSettings, /) -> bool:
-        """Test that the value is falsy."""
-        return not value
-
-
-@dataclass(frozen=True)
-class Given:
-    """The setting has any value but None."""
-
-    def __call__(self, value: Any, settings: FrameworkSettings, /) -> bool:
-        """Test that the value is not None."""
-        return value is not None
-
-
-@dataclass(frozen=True)
-class Positive:
-    """The value is a number above 0."""
-
-    def __call__(self, value: Any, settings: FrameworkSettings, /) -> bool:
-        """Test that the value is a number > 0."""
-        return isinstance(value, int | float) and value > 0
-
-
-@dataclass(frozen=True)
-class SameAs:
-    """The setting is None or equals another setting."""
-
-    other: str
-
-    def __call__(self, value: Any, settings: FrameworkSettings, /) -> bool:
-        """Compare with the other setting."""
-        return value is None or self.other not in settings or bool(value == settings[self.other])
-
-
-@dataclass(frozen=True)
-class Never:
-    """No value will do: the framework has no faithful setting."""
-
-    def __call__(self, value: Any, settings: FrameworkSettings, /) -> bool:
-        """Refuse every value of the setting."""
-        return False
-
+Is, OneOf, SameAs = (partial(Condition, test) for test in ("is", "is one of", "is None or the same as"))
+OFF, ON, GIVEN = Condition("is off"), Is(True), Condition("is given")
+POSITIVE, NEVER = Condition("is positive"), Condition("is never right")
 
 Cases: TypeAlias = tuple[tuple[str, Condition], ...]
 

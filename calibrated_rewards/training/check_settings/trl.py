@@ -15,15 +15,15 @@ from calibrated_rewards.training.check_settings.frameworks import (
     LATER_STEPS,
     MOVING_REFERENCE,
     NO_KL,
-    OFF,
-    ON,
     OTHER_OBJECTIVE,
-    POSITIVE,
 )
 from calibrated_rewards.training.check_settings.rules import (
+    NEVER,
+    OFF,
+    ON,
+    POSITIVE,
     Cases,
     Is,
-    Never,
     OneOf,
     Row,
     SameAs,
@@ -130,7 +130,7 @@ ASYNC_GRPO = build_framework(
     title="TRL AsyncGRPO",
     optimum="another one",
     write="`RLOOConfig` in its place",
-    rows=(Row("num_generations", 8, Never(), "an RLOOConfig", NO_KL_AT_ALL),),
+    rows=(Row("num_generations", 8, NEVER, "an RLOOConfig", NO_KL_AT_ALL),),
     sampling={**SAMPLING, "max_tokens": ("max_completion_length", 2048)},
     others={},
 )
@@ -142,7 +142,7 @@ ONLINE_DPO = build_framework(
     optimum="another one",
     write="`RLOOConfig` in its place",
     rows=(
-        Row("loss_type", "sigmoid", Never(), "an RLOOConfig", ORDER_ALONE, "warning"),
+        Row("loss_type", "sigmoid", NEVER, "an RLOOConfig", ORDER_ALONE, "warning"),
         Row("missing_eos_penalty", None, OFF, "{}=None", LATE_PENALTY),
     ),
     others={"remove_unused_columns": False},
@@ -174,9 +174,9 @@ def rloo_settings(
     >>> rloo_settings(0.05)["normalize_advantages"]
     False
     """
-    own: dict[str, Any] = {"beta": _choose_beta(beta, num_generations, reward), "num_generations": num_generations}
-    own |= {"normalize_advantages": False, "reward_clip_range": None}
-    return {**own, **COMMON, **_copy_decoding(reward), **more}
+    exact: dict[str, Any] = {"beta": _choose_beta(beta, num_generations, reward), "num_generations": num_generations}
+    exact |= {"normalize_advantages": False, "reward_clip_range": None}
+    return {**exact, **COMMON, **_copy_decoding(reward), **more}
 
 
 def grpo_settings(
@@ -190,11 +190,11 @@ def grpo_settings(
     0.06
     """
     written = _choose_beta(beta, num_generations, reward) * (num_generations - 1) / num_generations
-    own: dict[str, Any] = {"beta": written, "num_generations": num_generations}
-    own |= {"scale_rewards": "none", "multi_objective_aggregation": "sum_then_normalize", "loss_type": "dr_grpo"}
-    own |= {"use_bias_correction_kl": True, "importance_sampling_level": "token"}
-    own |= {"top_entropy_quantile": 1.0, "entropy_coef": 0.0, "delta": None, "off_policy_mask_threshold": None}
-    return {**own, **COMMON, **_copy_decoding(reward), **more}
+    close: dict[str, Any] = {"beta": written, "num_generations": num_generations}
+    close |= {"scale_rewards": "none", "multi_objective_aggregation": "sum_then_normalize", "loss_type": "dr_grpo"}
+    close |= {"use_bias_correction_kl": True, "importance_sampling_level": "token"}
+    close |= {"top_entropy_quantile": 1.0, "entropy_coef": 0.0, "delta": None, "off_policy_mask_threshold": None}
+    return {**close, **COMMON, **_copy_decoding(reward), **more}
 
 
 def _choose_beta(beta: float | None, num_generations: int, reward: CalibratedReward | None) -> float:

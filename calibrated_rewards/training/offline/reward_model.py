@@ -29,7 +29,7 @@ from calibrated_rewards.table.reference_table import ReferenceTable
 CENTER = 1 / 8
 
 
-class Pairs(TypedDict):
+class MarginPairs(TypedDict):
     """Columns of a preference dataset, as `datasets.Dataset.from_dict` takes them."""
 
     prompt: list[Prompt]
@@ -46,7 +46,7 @@ def distillation_pairs(
     *,
     most: int | None = None,
     seed: int = 0,
-) -> Pairs:
+) -> MarginPairs:
     """Make both orders of the mirrored pairs of each prompt's completions, with margins.
 
     `prompts`, `completions` and `scores` are rollouts, one of each for each rollout, in any order: those that the table
@@ -66,7 +66,7 @@ def distillation_pairs(
         raise ValueError(f"distillation_pairs needs most >= 1, got most={most}")
     rows = table.rows(prompts)
     targets = calibrated_logits(table, rows, values)
-    pairs = Pairs(prompt=[], chosen=[], rejected=[], margin=[])
+    pairs = MarginPairs(prompt=[], chosen=[], rejected=[], margin=[])
     rng = np.random.default_rng(seed)
     for rollouts in np.split(np.lexsort((targets, rows)), np.flatnonzero(np.diff(np.sort(rows))) + 1):
         mirrored = np.stack([rollouts[::-1], rollouts], axis=1)[: len(rollouts) // 2]
@@ -91,7 +91,7 @@ def calibrated_logits(table: ReferenceTable, rows: npt.ArrayLike, scores: npt.Ar
     return np.asarray(logit(np.clip(table.cdf(rows, scores), edge, 1 - edge)))
 
 
-def distil(model: Any, tokenizer: Any, pairs: Pairs, output_dir: str, **settings: Any) -> Any:
+def distil(model: Any, tokenizer: Any, pairs: MarginPairs, output_dir: str, **settings: Any) -> Any:
     """Train a sequence classifier of one label with TRL's RewardTrainer, and return the trainer.
 
     `settings` are RewardConfig's: learning_rate, max_steps, ... The trainer's accuracy is one half by construction.

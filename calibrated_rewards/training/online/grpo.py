@@ -33,8 +33,7 @@ from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.training import loop
 from calibrated_rewards.training.launch import Launch, check_numbers, option
-from calibrated_rewards.training.loop import Episodes
-from calibrated_rewards.training.policy_model import build_reference, list_trainable, prepare_model
+from calibrated_rewards.training.loop import Episodes, build_reference, list_trainable, prepare_model
 
 
 @dataclass(frozen=True)
@@ -90,13 +89,13 @@ def train(
         start = time.perf_counter()
         rate = loop.set_learning_rate(optimizer, settings.lr, step, settings.steps)
         share = next(batches)[processes.process_index :: processes.num_processes]
-        metrics = loop.average_metrics(update(policy, reference, reward, optimizer, share, settings))
+        metrics = loop.average_metrics(take_step(policy, reference, reward, optimizer, share, settings))
         if processes.is_main_process:
             log({"step": step, "lr": rate, **metrics, "seconds": time.perf_counter() - start})
     return policy.model
 
 
-def update(
+def take_step(
     policy: Policy,
     reference: Any,
     reward: CalibratedReward,
@@ -135,9 +134,9 @@ def score(
     raw = reward.raw([text for text in texts for _ in range(completions)], episodes.texts)
     scores = torch.from_numpy(raw).view(len(prompts), completions)
     rows = reward.rows(texts, ids)
-    known = rows >= 0
-    u = reward.table.cdf(rows[known], scores.numpy()[known])
-    return scores, reward.from_scores(texts, scores, ids).float(), float(u.mean()) if known.any() else 0.5
+    in_table = rows >= 0
+    u = reward.table.cdf(rows[in_table], scores.numpy()[in_table])
+    return scores, reward.from_scores(texts, scores, ids).float(), float(u.mean()) if in_table.any() else 0.5
 
 
 def compute_advantages(rewards: Float32[Tensor, "P G"], baseline: str = "leave-one-out") -> Float32[Tensor, "P G"]:
@@ -160,7 +159,7 @@ def accumulate_gradients(
 ) -> None:
     """Add up the gradient of the mean loss, so many completions at once."""
     for rows in loop.split_rows(len(episodes), settings.rows):
-        new, _hidden = loop.forward(policy.model, episodes.select(rows), policy.decoding.temperature)
+        new, _hidden = loop.forward(policy.model, episodes.take(rows), policy.decoding.temperature)
         loss = compute_losses(new, old[rows], advantages[rows], settings.clip).sum() / len(episodes)
         torch.autograd.backward(loss)
 

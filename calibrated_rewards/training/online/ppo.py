@@ -33,8 +33,7 @@ from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.training import loop
 from calibrated_rewards.training.launch import Launch, check_numbers, option
-from calibrated_rewards.training.loop import Episodes
-from calibrated_rewards.training.policy_model import build_reference, list_trainable, prepare_model
+from calibrated_rewards.training.loop import Episodes, build_reference, list_trainable, prepare_model
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def train(
         start = time.perf_counter()
         rate = loop.set_learning_rate(learner.optimizer, settings.lr, step, settings.steps)
         share = next(batches)[processes.process_index :: processes.num_processes]
-        metrics = loop.average_metrics(update(learner, reward, share, settings))
+        metrics = loop.average_metrics(take_step(learner, reward, share, settings))
         if processes.is_main_process:
             log({"step": step, "lr": rate, **metrics, "seconds": time.perf_counter() - start})
     return learner.policy.model
@@ -134,14 +133,14 @@ class Learner:
         return logprobs, self.head(hidden.detach())[..., 0].masked_fill(~episodes.mask, 0.0)
 
 
-def update(
+def take_step(
     learner: Learner, reward: CalibratedReward, prompts: Sequence[Asked], settings: PPOSettings
 ) -> dict[str, float]:
     """Do one round: draw, score, share the rewards out among the tokens, update; return the round's metrics."""
     each = settings.completions // settings.prompts_a_step
     episodes = loop.generate(learner.policy, [one.prompt for one in prompts], each)
     with torch.no_grad():
-        parts = [learner.forward(episodes.select(rows)) for rows in loop.split_rows(len(episodes), settings.rows)]
+        parts = [learner.forward(episodes.take(rows)) for rows in loop.split_rows(len(episodes), settings.rows)]
     old, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     ref = loop.compute_logprobs(learner.reference, episodes, learner.policy.decoding.temperature, settings.rows)
     start = time.perf_counter()
@@ -229,7 +228,7 @@ def fit(
             learner.optimizer.zero_grad()
             total = 0.0
             for rows in (batch[part] for part in loop.split_rows(len(batch), settings.rows)):
-                part = episodes.select(rows.tolist())
+                part = episodes.take(rows.tolist())
                 new, values = learner.forward(part)
                 value_loss = ((values - returns[rows]) ** 2)[part.mask].sum() / len(batch)
                 policy_loss = compute_losses(new, old[rows], advantages[rows], settings.clip).sum() / len(batch)

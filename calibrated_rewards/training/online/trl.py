@@ -44,14 +44,14 @@ from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.training.callbacks import StepLog, TimedDrawing, TimedReward
 from calibrated_rewards.training.check_settings import check_settings, grpo_settings, rloo_settings
 from calibrated_rewards.training.launch import Launch, check_numbers, load_inputs, option, print_outcome
-from calibrated_rewards.training.loop import find_processes, iterate_batches
-from calibrated_rewards.training.policy_model import (
+from calibrated_rewards.training.loop import (
     build_lora_config,
+    find_processes,
     ignore_peft_warning,
+    iterate_batches,
     make_head_contiguous,
-    resolve_policy,
 )
-from calibrated_rewards.training.run_folder import RunFolder, describe_run
+from calibrated_rewards.training.run_folder import RunFolder, describe_run, resolve_policy
 
 
 @dataclass(frozen=True)
@@ -119,25 +119,25 @@ class Trainer:
         folder = RunFolder(Path(out))
         run = describe_run(self.name, policy, reward, prompts, decoding, settings, dtype)
         if folder.is_finished(run):
-            return folder.model
+            return folder.model_folder
         processes = find_processes()
-        with ignore_peft_warning(), skip_prompt_logprobs(), folder.lock(processes.is_main_process):
+        with ignore_peft_warning(), skip_prompt_logprobs(), folder.reserve(processes.is_main_process):
             if folder.is_finished(run):  # by a run that was there until now
-                return folder.model
+                return folder.model_folder
             args = self.configure(settings, decoding, folder, processes.num_processes)
-            trainer = self.build(args, policy, reward, prompts, decoding, settings, tokenizer, dtype)
+            trainer = self.build_trainer(args, policy, reward, prompts, decoding, settings, tokenizer, dtype)
             trainer.add_callback(StepLog(folder, settings.beta, settings.steps, show_progress))
-            known = reward if isinstance(reward, CalibratedReward) else None
-            report = check_settings(args, known, beta=settings.beta)
+            calibrated = reward if isinstance(reward, CalibratedReward) else None
+            report = check_settings(args, calibrated, beta=settings.beta)
             if trainer.is_world_process_zero():
                 folder.begin(run)
                 sys.stderr.write(f"{report if report.findings else 'settings checked: nothing to change'}\n")
             trainer.train(resume_from_checkpoint=folder.find_checkpoint())
             trainer.save_model(str(folder.unfinished_model))
             if trainer.is_world_process_zero():
-                folder.finish()
+                folder.publish_model()
             trainer.accelerator.wait_for_everyone()
-        return folder.model
+        return folder.model_folder
 
     def configure(self, settings: TRLSettings, decoding: Decoding, folder: RunFolder, processes: int = 1) -> Any:
         """Make the trainer's configuration."""
@@ -170,7 +170,7 @@ class Trainer:
             disable_tqdm=True,
         )
 
-    def build(
+    def build_trainer(
         self,
         args: Any,
         policy: Any,
@@ -182,12 +182,12 @@ class Trainer:
         dtype: str,
     ) -> Any:
         """Build TRL's trainer, whose reward and drawing are timed."""
-        place = resolve_policy(policy) if isinstance(policy, str | os.PathLike) else None
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype) if place is not None else policy
+        path = resolve_policy(policy) if isinstance(policy, str | os.PathLike) else None
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype) if path is not None else policy
         if settings.lora_rank == 0 and not model.config._name_or_path:
             raise ValueError("training all weights reads the reference from the policy's files: give a path or an id")
         make_head_contiguous(model)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(place or model.config._name_or_path)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(path or model.config._name_or_path)
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 "TRL ends and pads completions with the tokenizer's eos_token, got a tokenizer that has none: give it "
