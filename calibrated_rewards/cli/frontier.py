@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 def read_references(at: Path, select: str | None, judge: str | None) -> "tuple[Samples, str, str]":
     """Read the rollouts of a run by one scorer or two, or the scores of a bare table; and the scorers' names."""
     from calibrated_rewards.evaluation.estimates import Samples
-    from calibrated_rewards.evaluation.responses import find_scorers, read_scores
+    from calibrated_rewards.evaluation.frontier import find_scorers, read_scores
     from calibrated_rewards.table.reference_table import ReferenceTable
 
     if not any((at / "rollouts").glob("*.parquet")):

@@ -1,9 +1,9 @@
 """Evaluation: win rates and KL with their errors, expected before training and measured after it.
 
 - `estimates`, `win_rate`: averages over prompts with intervals; `win_rate` and `predict` work on samples.
-- `policies`, `responses`, `kl`: `evaluate` draws from policies, scores, and compares them with their reference.
+- `policies`, `kl`: `evaluate` draws from policies, scores, and compares them with their reference.
 - `frontier`, `weighted_rollouts`, `objectives`: `estimate_frontier` compares objectives without any training.
-- `expectations`, `table_laws`: `expect` predicts beta, KL and win rate of training on a table.
+- `expectations`: `expect` predicts beta, KL and win rate of training on a table.
 - `results`, `wording`, `plots`, `report`: results in print, JSON, figures and one page of HTML.
 """
 

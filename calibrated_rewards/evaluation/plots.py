@@ -59,7 +59,7 @@ def frontier(
 ) -> Axes:
     """Draw win rate against KL: theory as lines, and measured pairs of KL and win rate as marks with intervals.
 
-    `on_table` is one more line, for the policies that fit the rewards of a table (`table_laws`).
+    `on_table` is one more line, for the policies that fit the rewards of a table (`expectations`).
     """
     ax = _prepare(ax)
     points = measured or {}

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from jaxtyping import Bool, Float, Int
 
 from calibrated_rewards.evaluation.estimates import Samples
+from calibrated_rewards.table.search import tie_spans
 from calibrated_rewards.theory.procedures import CalibratedProcedure
 
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -38,12 +39,7 @@ class Standings:
     def of(cls, scores: Float[np.ndarray, "P K"]) -> "Standings":
         """Sort each row and find its ties."""
         order = np.argsort(scores, axis=1, kind="stable")
-        ordered, places = np.take_along_axis(scores, order, 1), np.arange(scores.shape[1])
-        differs = ordered[:, 1:] != ordered[:, :-1]
-        edge = np.ones((len(scores), 1), bool)
-        first = np.maximum.accumulate(np.where(np.hstack([edge, differs]), places, 0), axis=1)
-        last = np.where(np.hstack([differs, edge]), places + 1, places.size)
-        last = np.minimum.accumulate(last[:, ::-1], axis=1)[:, ::-1]
+        first, last = tie_spans(np.take_along_axis(scores, order, 1))
         below, upto = np.empty_like(order), np.empty_like(order)
         np.put_along_axis(below, order, first, 1)
         np.put_along_axis(upto, order, last, 1)

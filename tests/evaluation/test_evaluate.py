@@ -27,8 +27,7 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.main import COMMANDS, main
 from calibrated_rewards.evaluation.estimates import Estimate, IntervalEstimate
 from calibrated_rewards.evaluation.kl import Divergence
-from calibrated_rewards.evaluation.policies import evaluate
-from calibrated_rewards.evaluation.responses import measure_kl, read_responses
+from calibrated_rewards.evaluation.policies import evaluate, measure_kl, read_responses
 from calibrated_rewards.evaluation.results import Comparison, Evaluation, Precision
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.hf import HfSampler

@@ -17,9 +17,8 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import frontier
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.evaluation.estimates import Estimate, IntervalEstimate, Samples, estimate_columns
-from calibrated_rewards.evaluation.frontier import estimate_frontier
+from calibrated_rewards.evaluation.frontier import estimate_frontier, read_scores
 from calibrated_rewards.evaluation.objectives import OBJECTIVES, Fixed, OptimumAtKL, Transformed
-from calibrated_rewards.evaluation.responses import read_scores
 from calibrated_rewards.evaluation.results import ERRORS, FrontierEstimate, FrontierPoint, resolution_limit
 from calibrated_rewards.evaluation.weighted_rollouts import WeightedPools, win_rates_of
 from calibrated_rewards.evaluation.win_rate import predict

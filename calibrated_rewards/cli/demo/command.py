@@ -51,8 +51,8 @@ def run(options: argparse.Namespace) -> int:
     import transformers
 
     from calibrated_rewards.cli.demo import pipeline
-    from calibrated_rewards.evaluation.report.report import report
-    from calibrated_rewards.evaluation.responses import read_scores
+    from calibrated_rewards.evaluation.frontier import read_scores
+    from calibrated_rewards.evaluation.report import report
     from calibrated_rewards.training.launch import summarise_steps
 
     # The progress bars and reports of transformers are about many small loads; the demo has its own.

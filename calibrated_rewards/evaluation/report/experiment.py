@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calibrated_rewards.evaluation.expectations import TableRewards
 from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
-from calibrated_rewards.evaluation.table_laws import TableRewards
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.reward.saving import from_json
 from calibrated_rewards.table.reference_table import ReferenceTable
