@@ -1,5 +1,7 @@
 """Results of an evaluation and of a frontier: their numbers, the claims that these allow, print and JSON.
 
+In print the claims come first, then the tables, then notes.
+
 >>> half = IntervalEstimate(0.5, 0.4, 0.6, 0.05, 100)
 >>> comparison = Comparison("a", "b", "judge", "Standard()", half)
 >>> print(comparison, comparison.significant)
@@ -9,13 +11,24 @@ a less b, Standard() judged by judge: 0.500 [0.400, 0.600] True
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from math import inf
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from calibrated_rewards.evaluation.estimates import IntervalEstimate
-from calibrated_rewards.evaluation.wording import few_prompts_notes, format_count, format_table, plain_prompts_note
+from calibrated_rewards.evaluation.wording import (
+    few_prompts_notes,
+    format_count,
+    format_number,
+    format_objective,
+    format_points,
+    format_procedure,
+    format_share,
+    format_table,
+    plain_prompts_note,
+)
 from calibrated_rewards.files import write_file
 
 RatesByJudge = Mapping[str, Mapping[str, IntervalEstimate]]
@@ -79,6 +92,18 @@ class PolicyResult:
     empty: int = 0
     """Completions without a text."""
 
+    def claim(self, judge: str, procedure: str) -> str:
+        """Write a win rate with what its interval allows to say of policy and reference."""
+        rate = self.win_rates[judge][procedure]
+        at_kl = "" if self.kl is None else f" at a KL of {format_number(self.kl.value)}"
+        if rate.low is None:
+            verdict = ", from one prompt, without an interval"
+        elif not rate.excludes(0.5):
+            verdict = ", whether it is better than the reference these data do not tell"
+        else:
+            verdict = ", above the reference" if rate.low > 0.5 else ", below the reference"
+        return f"{self.name} wins {format_share(rate)}{at_kl}{verdict}"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -99,6 +124,11 @@ class Comparison:
     def winner(self) -> str:
         """The policy with the larger win rate."""
         return self.a if self.value.value > 0 else self.b
+
+    @property
+    def claim(self) -> str:
+        """The claim that the interval allows."""
+        return f"{self.winner} is ahead" if self.significant else "these data do not tell"
 
     def __str__(self) -> str:
         return f"{self.a} less {self.b}, {self.procedure} judged by {self.judged_by}: {self.value}"
@@ -122,9 +152,20 @@ class Evaluation:
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
+    def claims(self) -> Iterator[str]:
+        """Claim what the intervals allow of each policy beside the reference, and of each beside another."""
+        rates = self.policies[0].win_rates
+        judge = choose_judge([*rates], self.selected_by)
+        procedure = choose_procedure([*rates[judge]])
+        by = f"judged by {judge}, {format_procedure(procedure)}"
+        yield f"J{by[1:]}: {'; '.join(policy.claim(judge, procedure) for policy in self.policies)}."
+        comparisons = [c for c in self.differences if (c.judged_by, c.procedure) == (judge, procedure)]
+        if comparisons:
+            claims = [f"{c.a} less {c.b}: {format_points(c.value)}, {c.claim}" for c in comparisons]
+            yield f"Between policies, {by}: {'; '.join(claims)}."
+
     def completion_notes(self) -> Iterator[str]:
-        """Warn of few prompts, of many empty completions, and of plain text for a chat model."""
-        yield from few_prompts_notes(self.prompts)
+        """Warn of many empty completions, and of plain text for a chat model."""
         drawn = self.prompts * self.completions
         many = [each for each in (self.reference, *self.policies) if each.empty > MANY_EMPTY * drawn]
         if many:
@@ -147,11 +188,9 @@ class Evaluation:
             yield from (f"{each.name}: {note}" for note in (each.kl_precision.notes() if each.kl_precision else ()))
 
     def _lines(self) -> Iterator[str]:
-        """Warnings, tables with a row for each policy, then the comparisons, significant ones first."""
-        drawn = f"{format_count(self.prompts, 'prompt')}, {format_count(self.completions, 'completion')} of each"
-        brackets = "; in brackets 95% intervals, by prompt" * (self.prompts > 1)
-        yield f"{drawn}; best and worst of N selected by {self.selected_by}{brackets}"
-        yield from self.completion_notes()
+        """Claims, tables with a row for each policy, comparisons, and notes."""
+        yield from few_prompts_notes(self.prompts)
+        yield from self.claims()
         everyone = (self.reference, *self.policies)
         columns: dict[str, list[IntervalEstimate | None]] = {
             "KL, nats": [each.kl for each in everyone],
@@ -165,7 +204,10 @@ class Evaluation:
             yield from format_table([each.name for each in self.policies], rows)
         if self.differences:
             yield from ("", *self._comparison_lines())
-        yield from self.kl_notes()
+        drawn = f"{format_count(self.prompts, 'prompt')}, {format_count(self.completions, 'completion')} of each"
+        brackets = "; in brackets 95% intervals, by prompt" * (self.prompts > 1)
+        yield from ("", f"{drawn}; best and worst of N selected by {self.selected_by}{brackets}")
+        yield from (*self.completion_notes(), *self.kl_notes())
 
     def _comparison_lines(self) -> Iterator[str]:
         """Each significant comparison as a claim, the others as open."""
@@ -193,19 +235,10 @@ class Evaluation:
     def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
         """Read the file that `save` wrote."""
         try:
-            fields = json.loads(Path(path).read_text())
-            comparisons = (
-                Comparison(**{**each, "value": IntervalEstimate.from_json(each["value"])})
-                for each in fields["differences"]
-            )
-            parts = {
-                "reference": _read_policy(fields["reference"]),
-                "policies": tuple(map(_read_policy, fields["policies"])),
-                "differences": tuple(comparisons),
-            }
-            return cls(**{**fields, **parts})
-        except (ValueError, KeyError, TypeError) as error:
+            evaluation: Evaluation = _from_json(cls, json.loads(Path(path).read_text()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} must be an evaluation that was saved, got something else ({error!r})") from error
+        return evaluation
 
 
 @dataclass(frozen=True)
@@ -242,6 +275,14 @@ class FrontierPoint:
         limit = resolution_limit(self.ess_of_gain(procedure))
         return "better" if gain.low > limit else "worse" if gain.high < -limit else None
 
+    def format_rate(self, judge: str, procedure: str) -> str:
+        """Write a win rate, with a mark where it rests on a small effective sample size."""
+        return f"{format_share(self.win_rates[judge][procedure])} {mark_ess(self.ess_of[procedure])}".rstrip()
+
+    def format_gain(self, judge: str, procedure: str) -> str:
+        """Write a gain over the first objective, with a mark where it rests on a small effective sample size."""
+        return f"{format_points(self.gains[judge][procedure])} {mark_ess(self.ess_of_gain(procedure))}".rstrip()
+
 
 def resolution_limit(ess: float) -> float:
     """Return the largest error found in gains at an effective sample size.
@@ -275,19 +316,50 @@ class FrontierEstimate:
         """True if any number rests on a small effective sample size."""
         return any(value < RELIABLE_ESS for point in self.points for value in point.ess_of.values())
 
-    def _lines(self) -> Iterator[str]:
-        yield (
-            f"{format_count(self.prompts, 'prompt')}, {self.rollouts:,} rollouts of each or more. Win rates over the "
-            f"reference, both sides under\nthe procedure, which selects by {self.selected_by}"
-            f"{'; 95 % intervals over prompts' * (self.prompts > 1)}."
+    def main_points(self) -> tuple[list[FrontierPoint], str, str]:
+        """Return what a summary is about: the points at the KL nearest 1, the judge, and the procedure."""
+        kl = min((point.kl for point in self.points), key=lambda kl: abs(kl - 1.0))
+        judge = choose_judge([*self.points[0].win_rates], self.selected_by)
+        return [point for point in self.points if point.kl == kl], judge, choose_procedure(self.procedures)
+
+    def headline(self) -> str:
+        """Report the objective that is made for the procedure, or the highest, and then that it was picked."""
+        points, judge, procedure = self.main_points()
+        first = points[0]
+        made_for_it = "identity" if procedure == "Standard()" else f"optimum for {format_procedure(procedure)}"
+        best = next((point for point in points if format_objective(point.arm) == made_for_it), None)
+        picked = ""
+        if best is None:
+            best = max(points, key=lambda point: point.win_rates[judge][procedure].value)
+            picked = f", picked as the highest of {len(points)} and flattered by it," * (len(points) > 1)
+        sentence = (
+            f"Without training, at KL {best.kl:g} and {format_procedure(procedure)}, judged by {judge}: "
+            f"{format_objective(best.arm)}{picked} wins {best.format_rate(judge, procedure)}"
         )
+        if best is not first and best.gains:
+            open_ = "" if best.verdict(judge, procedure) else "; these data do not tell the two apart"
+            sentence += f", {best.format_gain(judge, procedure)} from {format_objective(first.arm)}{open_}"
+        ess = min(best.ess_of[procedure], best.ess_of_gain(procedure))
+        if ess < RELIABLE_ESS:
+            sentence += f" (~: from {ess:.1f} effective completions of a prompt, too few to go by the interval)"
+        return f"{sentence}."
+
+    def _lines(self) -> Iterator[str]:
+        """The headline, a table for each KL and judge with the verdicts, and notes."""
         yield from few_prompts_notes(self.prompts)
+        if self.points:
+            yield self.headline()
         for kl in sorted({point.kl for point in self.points}):
             points = [point for point in self.points if point.kl == kl]
             for judge in points[0].win_rates:
                 yield f"\nKL {kl:g}, judged by {judge}"
                 yield from self._table(points, judge)
                 yield from self._verdict_lines(points, judge)
+        yield (
+            f"\n{format_count(self.prompts, 'prompt')}, {self.rollouts:,} rollouts of each or more. Win rates over the "
+            f"reference, both sides under\nthe procedure, which selects by {self.selected_by}"
+            f"{'; 95 % intervals over prompts' * (self.prompts > 1)}."
+        )
         if self.unreliable:
             (low, lowest, _), (mid, middle, _), (high, highest, _) = ERRORS[:3]
             yield (
@@ -303,13 +375,16 @@ class FrontierEstimate:
         yield from (f"\nLeft out: {reason}" for reason in self.left_out)
 
     def _table(self, points: Sequence[FrontierPoint], judge: str) -> Iterator[str]:
-        width = max(len("arm"), *(len(point.arm) for point in points))
-        yield f"  {'arm':{width}}" + "".join(f"  {each:<21}" for each in self.procedures) + "   ESS  KL sd  beta"
-        for point in points:
-            cells = "".join(
-                f"  {f'{point.win_rates[judge][each]}{mark_ess(point.ess_of[each])}':<21}" for each in self.procedures
-            )
-            yield f"  {point.arm:{width}}{cells}{point.ess:6.1f}{point.kl_spread:7.2f}  {point.beta:.3g}"
+        columns = {
+            each: [f"{point.win_rates[judge][each]}{mark_ess(point.ess_of[each])}" for point in points]
+            for each in self.procedures
+        }
+        numbers = {
+            "ESS": [f"{point.ess:.1f}" for point in points],
+            "KL sd": [f"{point.kl_spread:.2f}" for point in points],
+            "beta": [f"{point.beta:.3g}" for point in points],
+        }
+        yield from (f"  {line}" for line in format_table([point.arm for point in points], {**columns, **numbers}))
 
     def _verdict_lines(self, points: Sequence[FrontierPoint], judge: str) -> Iterator[str]:
         """Each procedure's verdicts against the first objective, by intervals of paired differences."""
@@ -338,23 +413,12 @@ class FrontierEstimate:
     def load(cls, path: str | os.PathLike[str]) -> "FrontierEstimate":
         """Read the file that `save` wrote."""
         try:
-            fields = json.loads(Path(path).read_text())
-            points = (
-                FrontierPoint(**{**point, **{name: _read_rates(point[name]) for name in ("win_rates", "gains")}})
-                for point in fields["points"]
-            )
-            return cls(
-                tuple(points),
-                tuple(fields["procedures"]),
-                fields["selected_by"],
-                fields["prompts"],
-                fields["rollouts"],
-                tuple(fields["left_out"]),
-            )
+            frontier: FrontierEstimate = _from_json(cls, json.loads(Path(path).read_text()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} needs to be a frontier that FrontierEstimate.save wrote, got {error!r}."
             ) from error
+        return frontier
 
 
 def mark_ess(ess: float) -> str:
@@ -362,21 +426,26 @@ def mark_ess(ess: float) -> str:
     return "~" * (ess < RELIABLE_ESS)
 
 
-def _read_estimates(fields: Mapping[str, Any]) -> dict[str, IntervalEstimate]:
-    return {name: IntervalEstimate.from_json(each) for name, each in fields.items()}
+def choose_procedure(names: Sequence[str]) -> str:
+    """Choose the procedure that a summary is about: best-of-N, if it is among them."""
+    return next((name for name in names if name.startswith("BestOf")), names[0])
 
 
-def _read_rates(fields: Mapping[str, Any]) -> dict[str, dict[str, IntervalEstimate]]:
-    return {judge: _read_estimates(rates) for judge, rates in fields.items()}
+def choose_judge(names: Sequence[str], selected_by: str) -> str:
+    """Choose the judge that a summary goes by: a scorer that did not select, if there is one."""
+    return next((name for name in names if name != selected_by), selected_by)
 
 
-def _read_policy(fields: Mapping[str, Any]) -> PolicyResult:
-    known = {name: fields[name] for name in ("kl", "tokens") if fields[name] is not None}
-    precision = fields.get("kl_precision")
-    parts = {
-        **_read_estimates(known),
-        "scores": _read_estimates(fields["scores"]),
-        "win_rates": _read_rates(fields["win_rates"]),
-        "kl_precision": None if precision is None else Precision(**precision),
-    }
-    return PolicyResult(**{**fields, **parts})
+def _from_json(kind: Any, content: Any) -> Any:
+    """Build a dataclass, or any type that its fields are annotated with, from what `asdict` and JSON made of it."""
+    if kind is IntervalEstimate:
+        return IntervalEstimate.from_json(content)
+    if is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        return kind(**{name: _from_json(kinds[name], each) for name, each in content.items()})
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return None if content is None else _from_json(parts[0], content)
+    if origin is tuple:
+        return tuple(_from_json(parts[0], each) for each in content)
+    return {name: _from_json(parts[1], each) for name, each in content.items()} if origin is Mapping else content

@@ -11,23 +11,18 @@ from markupsafe import Markup
 from calibrated_rewards import theory
 from calibrated_rewards.calibration.shards import SCORE, decode_text, read_table
 from calibrated_rewards.evaluation import plots
-from calibrated_rewards.evaluation.estimates import IntervalEstimate
 from calibrated_rewards.evaluation.policies import REFERENCE
 from calibrated_rewards.evaluation.report import page
 from calibrated_rewards.evaluation.report.experiment import (
     Experiment,
-    choose_judge,
     choose_procedure,
     find_procedure,
 )
 from calibrated_rewards.evaluation.results import (
     RELIABLE_ESS,
-    Comparison,
     Evaluation,
     FrontierEstimate,
     FrontierPoint,
-    PolicyResult,
-    mark_ess,
 )
 from calibrated_rewards.evaluation.wording import (
     few_prompts_notes,
@@ -53,11 +48,9 @@ def write_frontier(experiment: Experiment) -> page.Section | None:
     if frontier is None or not frontier.points:
         return None
     judges = [*frontier.points[0].win_rates]
-    procedure, judge = choose_procedure(frontier.procedures), choose_judge(judges, frontier.selected_by)
-    kls = sorted({point.kl for point in frontier.points})
-    at_kl = {kl: [point for point in frontier.points if point.kl == kl] for kl in kls}
-    points = at_kl[min(kls, key=lambda kl: abs(kl - 1.0))]
-    summary = (*few_prompts_notes(frontier.prompts), _write_headline(points, judge, procedure))
+    points, judge, procedure = frontier.main_points()
+    at_kl = {kl: [each for each in frontier.points if each.kl == kl] for kl in sorted({e.kl for e in frontier.points})}
+    summary = (*few_prompts_notes(frontier.prompts), frontier.headline())
     explanation = (
         "The optimum for any reward is a reweighting of the completions there are, here of "
         f"{format_count(frontier.prompts, 'prompt')} with {frontier.rollouts:,} each, so rewards can be compared at "
@@ -65,8 +58,8 @@ def write_frontier(experiment: Experiment) -> page.Section | None:
         f"{frontier.selected_by}. A trained policy may fall short of this."
     )
     tables = [
-        page.Details(f"KL {kl:g}, judged by {name}", _tabulate_frontier(points, frontier.procedures, name))
-        for kl, points in at_kl.items()
+        page.Details(f"KL {kl:g}, judged by {name}", _tabulate_frontier(each, frontier.procedures, name))
+        for kl, each in at_kl.items()
         for name in judges
     ]
     blocks: tuple[page.Block, ...] = (
@@ -77,28 +70,6 @@ def write_frontier(experiment: Experiment) -> page.Section | None:
         *(page.Paragraph(note, note=True) for note in _frontier_notes(frontier)),
     )
     return page.Section("What to expect without training", blocks, summary)
-
-
-def _write_headline(points: Sequence[FrontierPoint], judge: str, procedure: str) -> str:
-    """Report the objective that is made for the procedure, or the highest, and then that it was picked."""
-    first = points[0]
-    made_for_it = "identity" if procedure == "Standard()" else f"optimum for {format_procedure(procedure)}"
-    best = next((point for point in points if format_objective(point.arm) == made_for_it), None)
-    picked = ""
-    if best is None:
-        best = max(points, key=lambda point: point.win_rates[judge][procedure].value)
-        picked = f", picked as the highest of {len(points)} and flattered by it," * (len(points) > 1)
-    sentence = (
-        f"Without training, at KL {best.kl:g} and {format_procedure(procedure)}, judged by {judge}: "
-        f"{format_objective(best.arm)}{picked} wins {_format_rate(best, judge, procedure)}"
-    )
-    if best is not first and best.gains:
-        open_ = "" if best.verdict(judge, procedure) else "; these data do not tell the two apart"
-        sentence += f", {_format_gain(best, judge, procedure)} from {format_objective(first.arm)}{open_}"
-    ess = min(best.ess_of[procedure], best.ess_of_gain(procedure))
-    if ess < RELIABLE_ESS:
-        sentence += f" (~: from {ess:.1f} effective completions of a prompt, too few to go by the interval)"
-    return f"{sentence}."
 
 
 def _compare_with_first(points: Sequence[FrontierPoint], judge: str, procedure: str) -> Iterator[str]:
@@ -118,14 +89,6 @@ def _compare_with_first(points: Sequence[FrontierPoint], judge: str, procedure: 
         yield f"These data do not tell from {baseline}: {', '.join(names[None])}."
 
 
-def _format_rate(point: FrontierPoint, judge: str, procedure: str) -> str:
-    return f"{format_share(point.win_rates[judge][procedure])} {mark_ess(point.ess_of[procedure])}".rstrip()
-
-
-def _format_gain(point: FrontierPoint, judge: str, procedure: str) -> str:
-    return f"{format_points(point.gains[judge][procedure])} {mark_ess(point.ess_of_gain(procedure))}".rstrip()
-
-
 def _draw_frontier(frontier: FrontierEstimate, procedure: str, judge: str) -> page.Drawing:
     hollow = any(point.ess_of[procedure] < RELIABLE_ESS for point in frontier.points)
     note = f"; hollow marks rest on fewer than {RELIABLE_ESS} effective completions" * hollow
@@ -140,8 +103,8 @@ def _tabulate_frontier(points: Sequence[FrontierPoint], procedures: Sequence[str
     rows = [
         [
             format_objective(point.arm),
-            *(_format_rate(point, judge, procedure) for procedure in procedures),
-            _format_gain(point, judge, main) if point.gains else "not known",
+            *(point.format_rate(judge, procedure) for procedure in procedures),
+            point.format_gain(judge, main) if point.gains else "not known",
             f"{point.ess:.1f}",
         ]
         for point in points
@@ -168,7 +131,7 @@ def write_evaluation(experiment: Experiment) -> page.Section | None:
     if evaluation is None or not evaluation.policies:
         return None
     judges = [*evaluation.policies[0].win_rates]
-    summary = (*evaluation.completion_notes(), *write_claims(evaluation))
+    summary = (*few_prompts_notes(evaluation.prompts), *evaluation.completion_notes(), *evaluation.claims())
     brackets = " In brackets: 95 % intervals over prompts." * (evaluation.prompts > 1)
     explanation = (
         f"Each policy and the reference wrote {format_count(evaluation.completions, 'completion')} for each of "
@@ -193,35 +156,6 @@ def write_evaluation(experiment: Experiment) -> page.Section | None:
     return page.Section("What came out", tuple(blocks), summary)
 
 
-def write_claims(evaluation: Evaluation) -> Iterator[str]:
-    """Claim what the intervals allow of each policy beside the reference, and of each beside another."""
-    rates = evaluation.policies[0].win_rates
-    judge = choose_judge([*rates], evaluation.selected_by)
-    procedure = choose_procedure([*rates[judge]])
-    by = f"judged by {judge}, {format_procedure(procedure)}"
-    wins = [_claim_win(policy, policy.win_rates[judge][procedure]) for policy in evaluation.policies]
-    yield f"J{by[1:]}: {'; '.join(wins)}."
-    comparisons = [c for c in evaluation.differences if (c.judged_by, c.procedure) == (judge, procedure)]
-    if comparisons:
-        claims = [f"{c.a} less {c.b}: {format_points(c.value)}, {_claim_comparison(c)}" for c in comparisons]
-        yield f"Between policies, {by}: {'; '.join(claims)}."
-
-
-def _claim_win(policy: PolicyResult, rate: IntervalEstimate) -> str:
-    at_kl = "" if policy.kl is None else f" at a KL of {format_number(policy.kl.value)}"
-    if rate.low is None:
-        verdict = ", from one prompt, without an interval"
-    elif not rate.excludes(0.5):
-        verdict = ", whether it is better than the reference these data do not tell"
-    else:
-        verdict = ", above the reference" if rate.low > 0.5 else ", below the reference"
-    return f"{policy.name} wins {format_share(rate)}{at_kl}{verdict}"
-
-
-def _claim_comparison(comparison: Comparison) -> str:
-    return f"{comparison.winner} is ahead" if comparison.significant else "these data do not tell"
-
-
 def _tabulate_policies(evaluation: Evaluation, judge: str) -> page.Table:
     procedures = [*evaluation.policies[0].win_rates[judge]]
     rates = [f"win rate, {format_procedure(each)}" for each in procedures]
@@ -242,7 +176,7 @@ def _tabulate_comparisons(evaluation: Evaluation) -> Iterator[page.Block]:
     if not comparisons:
         return
     rows = [
-        [f"{c.a} less {c.b}", c.judged_by, format_procedure(c.procedure), format_points(c.value), _claim_comparison(c)]
+        [f"{c.a} less {c.b}", c.judged_by, format_procedure(c.procedure), format_points(c.value), c.claim]
         for c in comparisons
     ]
     yield page.Heading("One policy against another")
