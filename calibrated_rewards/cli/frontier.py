@@ -12,7 +12,7 @@ from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, St
 
 if TYPE_CHECKING:
     from calibrated_rewards.evaluation.estimates import Samples
-    from calibrated_rewards.evaluation.results import FrontierEstimate
+    from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
 
 EPILOG = """examples:
   calibrated-rewards frontier table/                                   every reward, at KL 0.5, 1 and 2
@@ -24,9 +24,9 @@ DIR is the folder of a calibration. Its rollouts, scored by one reward model or 
 optimum for each reward, all at the same KL. To have a judge, calibrate with two reward models (--reward-model NAME=...,
 twice). In a bare table the scores themselves judge.
 
---arms takes raw, z-score, par (arXiv 2502.18770), median, log-sigmoid (arXiv 2402.00742), or a transform as
---transform names it elsewhere: identity, log, exp:T, best-of:N and worst-of:N (the optimum at each KL). Gains are over
-the first.
+--arms takes raw, z-score, par (arXiv 2502.18770), median, log-sigmoid (arXiv 2402.00742), or a transform: identity,
+log, exp:T, best-of:N or worst-of:N. The last two are the optimum at each --kl, so unlike --transform best-of:N:KL they
+name no KL themselves. Gains are over the first.
 
 K rollouts reach a KL well below log K. Numbers that rest on too few rollouts are marked; docs/evidence/results.md has
 measured errors. Exit code: 0 done, 2 wrong usage, or something that cannot be read."""

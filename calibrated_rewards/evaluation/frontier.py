@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from calibrated_rewards.calibration.shards import SCORE, read_table
 from calibrated_rewards.evaluation.estimates import IntervalEstimate, Samples, estimate_columns
+from calibrated_rewards.evaluation.frontier_results import FrontierEstimate, FrontierPoint
 from calibrated_rewards.evaluation.objectives import Objective, default_objectives
-from calibrated_rewards.evaluation.results import FrontierEstimate, FrontierPoint
-from calibrated_rewards.evaluation.weighted_rollouts import WeightedPools, win_rates_of
+from calibrated_rewards.evaluation.win_rate import WeightedPools, win_rates_of
 from calibrated_rewards.evaluation.wording import format_procedure
 from calibrated_rewards.reward.calibrators import Calibration
 from calibrated_rewards.table.reference_table import ReferenceTable

@@ -16,7 +16,8 @@ from calibrated_rewards.cli.demo.assets import Rated, make_folder
 from calibrated_rewards.cli.demo.command import format_frontier
 from calibrated_rewards.cli.demo.pipeline import QUICK
 from calibrated_rewards.cli.main import main
-from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
+from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
+from calibrated_rewards.evaluation.results import Evaluation
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 
 COMMAND = [sys.executable, "-m", "calibrated_rewards", "demo", "--quick", "--out"]

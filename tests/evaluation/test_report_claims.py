@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, strategies as st
 
 from calibrated_rewards.evaluation.estimates import IntervalEstimate, Samples
+from calibrated_rewards.evaluation.frontier_results import FrontierEstimate, FrontierPoint
 from calibrated_rewards.evaluation.report import choose_title, report
 from calibrated_rewards.evaluation.report.calibration_section import write_calibration
 from calibrated_rewards.evaluation.report.experiment import Experiment, read_experiment
 from calibrated_rewards.evaluation.report.page import Section, render_page
 from calibrated_rewards.evaluation.report.win_rate_sections import write_evaluation, write_frontier
-from calibrated_rewards.evaluation.results import Comparison, Evaluation, FrontierEstimate, FrontierPoint, PolicyResult
+from calibrated_rewards.evaluation.results import Comparison, Evaluation, PolicyResult
 from calibrated_rewards.evaluation.win_rate import win_rate
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf

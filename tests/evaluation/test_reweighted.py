@@ -18,10 +18,9 @@ from calibrated_rewards.cli import frontier
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.evaluation.estimates import Estimate, IntervalEstimate, Samples, estimate_columns
 from calibrated_rewards.evaluation.frontier import estimate_frontier, read_scores
+from calibrated_rewards.evaluation.frontier_results import ERRORS, FrontierEstimate, FrontierPoint, resolution_limit
 from calibrated_rewards.evaluation.objectives import OBJECTIVES, Fixed, OptimumAtKL, Transformed
-from calibrated_rewards.evaluation.results import ERRORS, FrontierEstimate, FrontierPoint, resolution_limit
-from calibrated_rewards.evaluation.weighted_rollouts import WeightedPools, win_rates_of
-from calibrated_rewards.evaluation.win_rate import predict
+from calibrated_rewards.evaluation.win_rate import WeightedPools, predict, win_rates_of
 from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
@@ -458,7 +457,7 @@ def test_the_command_on_a_bare_table(run, capsys, tmp_path):
 def test_arms_by_name():
     """As transforms are called elsewhere; what is none is refused with the list."""
     assert frontier.parse_arm("worst-of:3") == ("worst-of:3", OptimumAtKL(WorstOf(3)))
-    with pytest.raises(ArgumentTypeError, match="an arm is raw, z-score"):
+    with pytest.raises(ArgumentTypeError, match="an objective is raw, z-score"):
         frontier.parse_arm("best-of:zero")
 
 

@@ -18,7 +18,8 @@ from calibrated_rewards.files import write_file
 
 if TYPE_CHECKING:
     from calibrated_rewards.cli.demo.pipeline import Scale
-    from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate, FrontierPoint
+    from calibrated_rewards.evaluation.frontier_results import FrontierEstimate, FrontierPoint
+    from calibrated_rewards.evaluation.results import Evaluation
     from calibrated_rewards.table.reference_table import ReferenceTable
 
 EPILOG = """examples:
@@ -156,7 +157,7 @@ def format_calibration(table: "ReferenceTable") -> str:
 
 def format_frontier(frontier: "FrontierEstimate", scale: "Scale") -> str:
     """Say which rewards are above the raw one, then show the best-of-N win rate of each, by the judge."""
-    from calibrated_rewards.evaluation.results import RELIABLE_ESS
+    from calibrated_rewards.evaluation.frontier_results import RELIABLE_ESS
     from calibrated_rewards.theory.procedures import BestOf
 
     procedure = repr(BestOf(scale.n))

@@ -11,8 +11,9 @@ from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.cli.demo import assets, reward_models
 from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.evaluation.frontier import estimate_frontier
+from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
 from calibrated_rewards.evaluation.policies import evaluate
-from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
+from calibrated_rewards.evaluation.results import Evaluation
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.samplers.loading import load_sampler

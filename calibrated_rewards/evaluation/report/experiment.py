@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from calibrated_rewards.evaluation.expectations import TableRewards
-from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate, choose_procedure
+from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
+from calibrated_rewards.evaluation.results import Evaluation
+from calibrated_rewards.evaluation.wording import choose_procedure
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.reward.saving import from_json
 from calibrated_rewards.table.reference_table import ReferenceTable

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from calibrated_rewards import theory
 from calibrated_rewards.calibration.shards import SCORE, decode_text, read_table
 from calibrated_rewards.evaluation import plots
+from calibrated_rewards.evaluation.frontier_results import RELIABLE_ESS, FrontierEstimate, FrontierPoint
 from calibrated_rewards.evaluation.policies import REFERENCE
 from calibrated_rewards.evaluation.report import page
 from calibrated_rewards.evaluation.report.experiment import (
@@ -18,12 +19,7 @@ from calibrated_rewards.evaluation.report.experiment import (
     choose_procedure,
     find_procedure,
 )
-from calibrated_rewards.evaluation.results import (
-    RELIABLE_ESS,
-    Evaluation,
-    FrontierEstimate,
-    FrontierPoint,
-)
+from calibrated_rewards.evaluation.results import Evaluation
 from calibrated_rewards.evaluation.wording import (
     few_prompts_notes,
     format_count,
