@@ -11,8 +11,7 @@ this table, with its ties and K: at beta=0.05613 the policy that fits its reward
 theory, for scores without ties and infinitely many references: KL 4.05 at this beta; KL 0.5 at beta=0.3184, ...
 
 `theory` assumes scores that never tie and infinitely many references. A table has K references a prompt, often with
-ties, and a policy that is trained on its rewards converges to pi_ref e^{reward/beta} with those very rewards. Their law
-in each prompt (`TableRewards`):
+ties, and training on its rewards converges to pi_ref e^{reward/beta}. The law of the rewards in each prompt:
 
 * references that tie are an atom: a response with their share of the prompt's K, which ties with itself;
 * references that tie with none divide the rest into gaps, with the rewards of the ranks between them. The mass of each

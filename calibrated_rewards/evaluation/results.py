@@ -174,7 +174,7 @@ class Evaluation:
     def _lines(self) -> Iterator[str]:
         """Claims, tables with a row for each policy, comparisons, and notes."""
         yield from few_prompts_notes(self.prompts)
-        yield from self.claims()
+        yield from (*self.claims(), *self.completion_notes())  # what puts the claims in doubt stands next to them
         everyone = (self.reference, *self.policies)
         columns: dict[str, list[IntervalEstimate | None]] = {
             "KL, nats": [each.kl for each in everyone],
@@ -191,7 +191,7 @@ class Evaluation:
         drawn = f"{format_count(self.prompts, 'prompt')}, {format_count(self.completions, 'completion')} of each"
         brackets = "; in brackets 95% intervals, by prompt" * (self.prompts > 1)
         yield from ("", f"{drawn}; best and worst of N selected by {self.selected_by}{brackets}")
-        yield from (*self.completion_notes(), *self.kl_notes())
+        yield from self.kl_notes()
 
     def _comparison_lines(self) -> Iterator[str]:
         """Each significant comparison as a claim, the others as open."""
