@@ -281,7 +281,7 @@ def from_json(kind: Any, content: Any) -> Any:
     """Build a dataclass, or any type that its fields are annotated with, from what `asdict` and JSON made of it."""
     if kind is IntervalEstimate:
         return IntervalEstimate.from_json(content)
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         kinds = get_type_hints(kind)
         return kind(**{name: from_json(kinds[name], each) for name, each in content.items()})
     origin, parts = get_origin(kind), get_args(kind)

@@ -4,8 +4,7 @@ Nothing is simulated: a procedure's `pool_weights` are the exact probabilities t
 so the estimate is the two-sample U-statistic: unbiased, and less noisy than any split of the pools into blocks of N.
 (`Calibrated` alone normalises its weights itself, and is biased by O(1/m).)
 
->>> from calibrated_rewards.table.search import tie_spans
-from calibrated_rewards.theory.procedures import BestOf
+>>> from calibrated_rewards.theory.procedures import BestOf
 >>> policy = Samples([[0.2, 0.9, 0.6], [0.7, 0.8, 0.1]])
 >>> reference = Samples([[0.3, 0.1, 0.5], [0.4, 0.95, 0.2]])
 >>> win_rate(policy, reference, BestOf(2))
@@ -30,6 +29,7 @@ import numpy.typing as npt
 from jaxtyping import Bool, Float, Int
 
 from calibrated_rewards.evaluation.estimates import Estimate, Influence, Samples
+from calibrated_rewards.table.search import tie_spans
 from calibrated_rewards.theory.procedures import Calibrated, CalibratedProcedure, Procedure, share_ties
 
 Array: TypeAlias = npt.NDArray[np.float64]

@@ -14,13 +14,10 @@ from calibrated_rewards.evaluation import plots
 from calibrated_rewards.evaluation.frontier_results import RELIABLE_ESS, FrontierEstimate, FrontierPoint
 from calibrated_rewards.evaluation.policies import REFERENCE
 from calibrated_rewards.evaluation.report import page
-from calibrated_rewards.evaluation.report.experiment import (
-    Experiment,
-    choose_procedure,
-    find_procedure,
-)
+from calibrated_rewards.evaluation.report.experiment import Experiment, find_procedure
 from calibrated_rewards.evaluation.results import Evaluation
 from calibrated_rewards.evaluation.wording import (
+    choose_procedure,
     few_prompts_notes,
     format_count,
     format_estimate,
