@@ -240,8 +240,10 @@ class TableRewards:
             elif few is not None:
                 parts = [few.laws(scores, vector, rng) for _ in range(draws if few.varies else 1)]
             else:
-                common = np.isin(scores, self._common(scores.shape[1]))
-                parts = [_draw_gaps(scores, vector, rng, common) for _ in range(draws)]
+                # Values that K references have `COMMON` times or more, on average, and more than two in the table.
+                every, counts = self._value_counts
+                often = (counts * scores.shape[1] >= COMMON * counts.sum()) & (counts > 2)
+                parts = [_draw_gaps(scores, vector, rng, np.isin(scores, every[often])) for _ in range(draws)]
             mass, rewards, atoms = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
             there = mass.any(axis=0)  # without places that are empty in every row
             mass = mass[:, there] / mass.sum(axis=1, keepdims=True)
@@ -255,12 +257,6 @@ class TableRewards:
         """The values of the table, and the number of references with each."""
         every = np.concatenate([scores.ravel() for _, scores in self.table.blocks(self.rows)])
         return np.unique(every, return_counts=True)
-
-    def _common(self, K: int) -> npt.NDArray[np.float32]:
-        """Find the values that K references have `COMMON` times or more, on average, and more than two in the table."""
-        scores, counts = self._value_counts
-        common: npt.NDArray[np.float32] = scores[(counts * K >= COMMON * counts.sum()) & (counts > 2)]
-        return common
 
     def _atoms(self, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float32], vector: Array) -> Laws:
         """With a tolerance there are no gaps: the references themselves are atoms, each with its own reward."""

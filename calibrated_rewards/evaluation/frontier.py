@@ -234,7 +234,7 @@ def read_scores(run: Path, select: str, judge: str | None = None) -> Samples:
         scores = np.array([table.column(SCORE + name).to_numpy() for name in scorers], np.float64)
         if not np.isfinite(scores).all():
             raise ValueError(f"{path} needs a score for each rollout, got some without: calibrate again.")
-        starts = [place for place in range(len(keys)) if place == 0 or keys[place] != keys[place - 1]]
+        starts = [row for row in range(len(keys)) if row == 0 or keys[row] != keys[row - 1]]
         for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
             parts.setdefault(keys[start], []).append(scores[:, start:end])
     rows = [np.hstack(part) for part in parts.values()]

@@ -157,7 +157,7 @@ def format_calibration(table: "ReferenceTable") -> str:
 
 def format_frontier(frontier: "FrontierEstimate", scale: "Scale") -> str:
     """Say which rewards are above the raw one, then show the best-of-N win rate of each, by the judge."""
-    from calibrated_rewards.evaluation.frontier_results import RELIABLE_ESS
+    from calibrated_rewards.evaluation.frontier_results import RELIABLE_ESS, mark_ess
     from calibrated_rewards.theory.procedures import BestOf
 
     procedure = repr(BestOf(scale.n))
@@ -166,9 +166,7 @@ def format_frontier(frontier: "FrontierEstimate", scale: "Scale") -> str:
     points = {(point.arm, point.kl): point for point in frontier.points}
 
     def format_cell(point: "FrontierPoint | None") -> str:
-        if point is None:
-            return "not reached"
-        return f"{point.win_rates['judge'][procedure]}{'~' * (point.ess_of[procedure] < RELIABLE_ESS)}"
+        return f"{point.win_rates['judge'][procedure]}{mark_ess(point.ess_of[procedure])}" if point else "not reached"
 
     lines = []
     for kl in kls:

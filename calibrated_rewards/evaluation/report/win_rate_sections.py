@@ -141,9 +141,9 @@ def write_evaluation(experiment: Experiment) -> page.Section | None:
         page.draw(
             plots.outcomes(evaluation, judge),
             f"Win rates over the reference, judged by {judge}{intervals}; at 0.5 the reference itself.",
-            f"outcomes-{place}",
+            f"outcomes-{number}",
         )
-        for place, judge in enumerate(judges)
+        for number, judge in enumerate(judges)
     ]
     blocks.append(page.Figures([*drawings, *_draw_beside_theory(experiment, evaluation, intervals)]))
     return page.Section("What came out", tuple(blocks), summary)
