@@ -20,7 +20,8 @@ from environment import save
 from matplotlib.figure import Figure
 
 from calibrated_rewards.evaluation import plots
-from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
+from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
+from calibrated_rewards.evaluation.results import Evaluation
 
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "demo.png"
 PARTS = ("seconds_drawing", "seconds_scoring", "seconds_lookup")

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from environment import save
 from fake_experiment import make
 
-from calibrated_rewards.evaluation.report.report import report
+from calibrated_rewards.evaluation.report import report
 
 WIDTHS = {"laptop": 1280, "phone": 390}
 HEIGHT = 9000

@@ -50,10 +50,10 @@ ABOUT_THEM = {
     "calibration.cluster": {"ray"},
     "calibration.prediction.prompt_features": {"torch"},
     "evaluation.kl": {"torch"},
-    "evaluation.responses": {"pyarrow"},
+    "evaluation.policies": {"pyarrow"},
     "evaluation.plots": {"matplotlib"},
     "evaluation.report.page": {"matplotlib"},
-    "cli.demo.miniature": {"torch", "transformers"},
+    "cli.demo.assets": {"torch", "transformers"},
     "cli.demo.reward_models": {"torch", "transformers"},
 }
 # scipy.special costs 0.17 s of the 0.3 s, and scipy.optimize would cost 0.13 s more.

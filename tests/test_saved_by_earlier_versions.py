@@ -29,9 +29,10 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaForToke
 from calibrated_rewards import BestOf, CalibratedReward, ReferenceTable, Standard
 from calibrated_rewards.calibration import Asked, calibrate
 from calibrated_rewards.calibration.prediction import Amortised
+from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
 from calibrated_rewards.evaluation.policies import evaluate
 from calibrated_rewards.evaluation.report import report
-from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
+from calibrated_rewards.evaluation.results import Evaluation
 from calibrated_rewards.samplers import Decoding
 from calibrated_rewards.scorers.implicit import ImplicitReward
 from calibrated_rewards.scorers.judge import ExpectedRating, Judge, RatedJudge

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from jaxtyping import Float32, Float64, Int64, UInt64
 
 from calibrated_rewards.table.reference_table import ReferenceTable
+from calibrated_rewards.table.search import tie_spans
 
 
 class RowStatistics(NamedTuple):
@@ -101,12 +102,8 @@ def _u_variance(scores: Float32[np.ndarray, "b K"]) -> Float64[np.ndarray, "b K"
     Of a response that ties with the share p of the others and beats the share F that is F + p/4 - (F + p/2)^2. One
     that ties with none has the middle of its K-th of [0, 1] for its F.
     """
-    K = scores.shape[1]
-    rank = np.broadcast_to(np.arange(K), scores.shape)
-    differs, edge = scores[:, 1:] != scores[:, :-1], np.ones((len(scores), 1), bool)
-    below = np.maximum.accumulate(np.where(np.hstack([edge, differs]), rank, 0), axis=1)
-    last = np.where(np.hstack([differs, edge]), rank + 1, K)
-    equal = np.minimum.accumulate(last[:, ::-1], axis=1)[:, ::-1] - below
+    K, (below, upto) = scores.shape[1], tie_spans(scores)
+    equal = upto - below
     u, tied = (below + equal / 2) / K, np.where(equal > 1, equal / K, 0.0)
     # Without ties the mean of u (1 - u) is 1/6 exactly: over a K-th it is its middle's less 1 / 12 K^2.
     return np.asarray(u * (1 - u) - tied / 4 - (equal == 1) / (12 * K * K))

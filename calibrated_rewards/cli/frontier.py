@@ -13,7 +13,7 @@ from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, St
 
 if TYPE_CHECKING:
     from calibrated_rewards.evaluation.estimates import Samples
-    from calibrated_rewards.evaluation.results import FrontierEstimate
+    from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
 
 EPILOG = f"""examples:
   calibrated-rewards frontier table/                                   every reward, at KL 0.5, 1 and 2
@@ -25,8 +25,9 @@ DIR is the folder of a calibration. Its rollouts, scored by one reward model or 
 optimum for each reward, all at the same KL. To have a judge, calibrate with two reward models (--reward-model NAME=...,
 twice). In a bare table the scores themselves judge.
 
---arms takes raw, z-score, par (arXiv 2502.18770), median, log-sigmoid (arXiv 2402.00742); the name of a transform,
-which is {TRANSFORM_NAMES}; best-of:N or worst-of:N, the optimum at each KL. Gains are over the first.
+--arms takes raw, z-score, par (arXiv 2502.18770), median, log-sigmoid (arXiv 2402.00742), or a transform: identity,
+log, exp:T, best-of:N or worst-of:N. The last two are the optimum at each --kl, so unlike --transform best-of:N:KL they
+name no KL themselves. Gains are over the first.
 
 K rollouts reach a KL well below log K. Numbers that rest on too few rollouts are marked; docs/evidence/results.md has
 measured errors. Exit code: 0 done, 2 wrong usage, or something that cannot be read."""
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
 def read_references(at: Path, select: str | None, judge: str | None) -> "tuple[Samples, str, str]":
     """Read the rollouts of a run by one scorer or two, or the scores of a bare table; and the scorers' names."""
     from calibrated_rewards.evaluation.estimates import Samples
-    from calibrated_rewards.evaluation.responses import find_scorers, read_scores
+    from calibrated_rewards.evaluation.frontier import find_scorers, read_scores
     from calibrated_rewards.table.reference_table import ReferenceTable
 
     if not any((at / "rollouts").glob("*.parquet")):

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the page and print its path."""
-    from calibrated_rewards.evaluation.report.report import report
+    from calibrated_rewards.evaluation.report import report
 
     sys.stdout.write(f"{report(options.directory, options.out, options.title)}\n")
     return 0

@@ -1,10 +1,10 @@
 """Evaluation: win rates and KL with their errors, expected before training and measured after it.
 
-- `estimates`, `win_rate`: averages over prompts with intervals; `win_rate` and `predict` work on samples.
-- `policies`, `responses`, `kl`: `evaluate` draws from policies, scores, and compares them with their reference.
-- `frontier`, `weighted_rollouts`, `objectives`: `estimate_frontier` compares objectives without any training.
-- `expectations`, `table_laws`: `expect` predicts beta, KL and win rate of training on a table.
-- `results`, `wording`, `plots`, `report`: results in print, JSON, figures and one page of HTML.
+- `estimates`, `win_rate`: averages over prompts with intervals; win rates of samples and of weighted rollouts.
+- `policies`, `kl`: `evaluate` draws from policies, scores, and compares them with their reference.
+- `frontier`, `objectives`: `estimate_frontier` compares objectives without any training.
+- `expectations`: `expect` predicts beta, KL and win rate of training on a table.
+- `results`, `frontier_results`, `wording`, `plots`, `report`: results in print, JSON, figures and one page of HTML.
 """
 
 from importlib import import_module
@@ -16,15 +16,16 @@ from calibrated_rewards.evaluation.win_rate import Prediction as Prediction, pre
 if TYPE_CHECKING:
     from calibrated_rewards.evaluation.expectations import Expectation as Expectation, expect as expect
     from calibrated_rewards.evaluation.frontier import estimate_frontier as estimate_frontier
+    from calibrated_rewards.evaluation.frontier_results import FrontierEstimate as FrontierEstimate
     from calibrated_rewards.evaluation.policies import evaluate as evaluate
-    from calibrated_rewards.evaluation.results import Evaluation as Evaluation, FrontierEstimate as FrontierEstimate
+    from calibrated_rewards.evaluation.results import Evaluation as Evaluation
 
 # Loaded on first use: they bring heavy libraries.
 LAZY = {
     "evaluate": "policies",
     "Evaluation": "results",
     "estimate_frontier": "frontier",
-    "FrontierEstimate": "results",
+    "FrontierEstimate": "frontier_results",
     "Expectation": "expectations",
     "expect": "expectations",
 }

@@ -8,10 +8,11 @@ Estimate(0.750 ± 0.144 over 3 prompts)
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
 from math import isfinite, nan, sqrt
-from typing import Any, TypeAlias
+from types import UnionType
+from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -248,6 +249,10 @@ class IntervalEstimate:
         return f"{self.value:.3f}" + ("" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]")
 
 
+RatesByJudge = Mapping[str, Mapping[str, IntervalEstimate]]
+"""By the scorer that judges, then by the procedure's repr."""
+
+
 def estimate_columns(per_prompt: Float[np.ndarray, "P columns"], level: float = 0.95) -> list[IntervalEstimate]:
     """Estimate each column as `IntervalEstimate.of(Estimate(column))` does, from one set of resampled prompts.
 
@@ -270,3 +275,18 @@ def estimate_columns(per_prompt: Float[np.ndarray, "P columns"], level: float = 
         IntervalEstimate(column.value, low, high, column.standard_error, prompts)
         for column, low, high in zip(columns, lows, highs, strict=True)
     ]
+
+
+def from_json(kind: Any, content: Any) -> Any:
+    """Build a dataclass, or any type that its fields are annotated with, from what `asdict` and JSON made of it."""
+    if kind is IntervalEstimate:
+        return IntervalEstimate.from_json(content)
+    if isinstance(kind, type) and is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        return kind(**{name: from_json(kinds[name], each) for name, each in content.items()})
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return None if content is None else from_json(parts[0], content)
+    if origin is tuple:
+        return tuple(from_json(parts[0], each) for each in content)
+    return {name: from_json(parts[1], each) for name, each in content.items()} if origin is Mapping else content

@@ -15,17 +15,19 @@ exp:10 0.869 [0.869, 0.869]
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from tqdm import tqdm
 
+from calibrated_rewards.calibration.shards import SCORE, read_table
 from calibrated_rewards.evaluation.estimates import IntervalEstimate, Samples, estimate_columns
+from calibrated_rewards.evaluation.frontier_results import FrontierEstimate, FrontierPoint
 from calibrated_rewards.evaluation.objectives import Objective, default_objectives
-from calibrated_rewards.evaluation.results import FrontierEstimate, FrontierPoint
-from calibrated_rewards.evaluation.weighted_rollouts import WeightedPools, win_rates_of
+from calibrated_rewards.evaluation.win_rate import WeightedPools, win_rates_of
 from calibrated_rewards.evaluation.wording import format_procedure
 from calibrated_rewards.reward.calibrators import Calibration
 from calibrated_rewards.table.reference_table import ReferenceTable
@@ -208,3 +210,39 @@ class _EqualKL:
 
 def _ess(*masses: Float[np.ndarray, "P K"]) -> float:
     return float(1 / np.max([np.sum(mass**2, axis=1) for mass in masses], axis=0).mean())
+
+
+def find_scorers(run: Path) -> list[str]:
+    """Name the reward models that scored a run's rollouts."""
+    return [name.removeprefix(SCORE) for name in read_table(_files(run)[0]).column_names if name.startswith(SCORE)]
+
+
+def read_scores(run: Path, select: str, judge: str | None = None) -> Samples:
+    """Read the scores of all rollouts of a run, by the scorer that selects and by the judge, if one is named."""
+    available, scorers = find_scorers(run), [select, *([judge] if judge is not None and judge != select else [])]
+    for name in scorers:
+        if name not in available:
+            raise ValueError(
+                f"the rollouts of {run} have scores of {', '.join(available) or 'nobody'}, got {name!r}. Another "
+                f"scorer is added by `calibrated-rewards calibrate --reward-model NAME=PATH --out {run}`, drawing "
+                "nothing."
+            )
+    parts: dict[bytes, list[Float64[np.ndarray, "scorers _"]]] = {}
+    for path in _files(run):
+        table = read_table(path, ["key", *(SCORE + name for name in scorers)])
+        keys = table.column("key").to_pylist()
+        scores = np.array([table.column(SCORE + name).to_numpy() for name in scorers], np.float64)
+        if not np.isfinite(scores).all():
+            raise ValueError(f"{path} needs a score for each rollout, got some without: calibrate again.")
+        starts = [row for row in range(len(keys)) if row == 0 or keys[row] != keys[row - 1]]
+        for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
+            parts.setdefault(keys[start], []).append(scores[:, start:end])
+    rows = [np.hstack(part) for part in parts.values()]
+    return Samples([row[0] for row in rows], [row[1] for row in rows] if len(scorers) > 1 else None)
+
+
+def _files(run: Path) -> list[Path]:
+    files = sorted((run / "rollouts").glob("*.parquet"))
+    if not files:
+        raise ValueError(f"{run} needs rollouts/*.parquet, got none: not calibrated yet?")
+    return files

@@ -116,5 +116,5 @@ def parse_objective(name: str) -> Objective:
             return OptimumAtKL(parse_procedure(name))
         return Fixed(Transformed(scaled(parse_transform(name).transform, "unit")))
     except (ValueError, ArgumentTypeError):
-        message = f"an arm is {', '.join(OBJECTIVES)}, exp:T, best-of:N or worst-of:N, got {name!r}"
+        message = f"an objective is {', '.join(OBJECTIVES)}, exp:T, best-of:N or worst-of:N, got {name!r}"
         raise ValueError(message) from None

@@ -26,7 +26,8 @@ except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(message, name=missing.name) from missing
 
 from calibrated_rewards.evaluation.estimates import IntervalEstimate
-from calibrated_rewards.evaluation.results import RELIABLE_ESS, Evaluation, FrontierEstimate
+from calibrated_rewards.evaluation.frontier_results import RELIABLE_ESS, FrontierEstimate
+from calibrated_rewards.evaluation.results import Evaluation
 from calibrated_rewards.evaluation.wording import format_objective, format_procedure, format_transform
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator, values
@@ -60,7 +61,7 @@ def frontier(
 ) -> Axes:
     """Draw win rate against KL: theory as lines, and measured pairs of KL and win rate as marks with intervals.
 
-    `on_table` is one more line, for the policies that fit the rewards of a table (`table_laws`).
+    `on_table` is one more line, for the policies that fit the rewards of a table (`expectations`).
     """
     ax = _prepare(ax)
     points = measured or {}

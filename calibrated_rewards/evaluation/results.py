@@ -1,4 +1,6 @@
-"""Results of an evaluation and of a frontier: their numbers, the claims that these allow, print and JSON.
+"""Results of an evaluation: their numbers, the claims that these allow, print and JSON.
+
+In print the claims come first, then the tables, then notes.
 
 >>> half = IntervalEstimate(0.5, 0.4, 0.6, 0.05, 100)
 >>> comparison = Comparison("a", "b", "judge", "Standard()", half)
@@ -8,33 +10,28 @@ a less b, Standard() judged by judge: 0.500 [0.400, 0.600] True
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from math import inf
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from calibrated_rewards.evaluation.estimates import IntervalEstimate
-from calibrated_rewards.evaluation.wording import few_prompts_notes, format_count, format_table, plain_prompts_note
+from calibrated_rewards.evaluation.estimates import IntervalEstimate, RatesByJudge, from_json
+from calibrated_rewards.evaluation.wording import (
+    choose_judge,
+    choose_procedure,
+    few_prompts_notes,
+    format_count,
+    format_number,
+    format_points,
+    format_procedure,
+    format_share,
+    format_table,
+    plain_prompts_note,
+)
 from calibrated_rewards.files import write_file
-
-RatesByJudge = Mapping[str, Mapping[str, IntervalEstimate]]
 
 # Empty completions are reported from this share on.
 MANY_EMPTY = 0.01
-RELIABLE_ESS = 5
-"""Below this effective sample size docs/evidence/results.md found win rates off by more than .02."""
-ERRORS = (
-    (1.5, 0.137, 0.113),
-    (3.0, 0.072, 0.062),
-    (5.0, 0.042, 0.039),
-    (8.0, 0.023, 0.025),
-    (12.0, 0.014, 0.015),
-    (20.0, 0.007, 0.008),
-    (50.0, 0.005, 0.006),
-    (inf, 0.002, 0.002),
-)
-"""Below which ESS, the largest error of a win rate and of a gain that benchmarks/results/reweighted.json has there."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,18 @@ class PolicyResult:
     empty: int = 0
     """Completions without a text."""
 
+    def claim(self, judge: str, procedure: str) -> str:
+        """Write a win rate with what its interval allows to say of policy and reference."""
+        rate = self.win_rates[judge][procedure]
+        at_kl = "" if self.kl is None else f" at a KL of {format_number(self.kl.value)}"
+        if rate.low is None:
+            verdict = ", from one prompt, without an interval"
+        elif not rate.excludes(0.5):
+            verdict = ", whether it is better than the reference these data do not tell"
+        else:
+            verdict = ", above the reference" if rate.low > 0.5 else ", below the reference"
+        return f"{self.name} wins {format_share(rate)}{at_kl}{verdict}"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -99,6 +108,11 @@ class Comparison:
     def winner(self) -> str:
         """The policy with the larger win rate."""
         return self.a if self.value.value > 0 else self.b
+
+    @property
+    def claim(self) -> str:
+        """The claim that the interval allows."""
+        return f"{self.winner} is ahead" if self.significant else "these data do not tell"
 
     def __str__(self) -> str:
         return f"{self.a} less {self.b}, {self.procedure} judged by {self.judged_by}: {self.value}"
@@ -122,9 +136,20 @@ class Evaluation:
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
+    def claims(self) -> Iterator[str]:
+        """Claim what the intervals allow of each policy beside the reference, and of each beside another."""
+        rates = self.policies[0].win_rates
+        judge = choose_judge([*rates], self.selected_by)
+        procedure = choose_procedure([*rates[judge]])
+        by = f"judged by {judge}, {format_procedure(procedure)}"
+        yield f"J{by[1:]}: {'; '.join(policy.claim(judge, procedure) for policy in self.policies)}."
+        comparisons = [c for c in self.differences if (c.judged_by, c.procedure) == (judge, procedure)]
+        if comparisons:
+            claims = [f"{c.a} less {c.b}: {format_points(c.value)}, {c.claim}" for c in comparisons]
+            yield f"Between policies, {by}: {'; '.join(claims)}."
+
     def completion_notes(self) -> Iterator[str]:
-        """Warn of few prompts, of many empty completions, and of plain text for a chat model."""
-        yield from few_prompts_notes(self.prompts)
+        """Warn of many empty completions, and of plain text for a chat model."""
         drawn = self.prompts * self.completions
         many = [each for each in (self.reference, *self.policies) if each.empty > MANY_EMPTY * drawn]
         if many:
@@ -147,11 +172,9 @@ class Evaluation:
             yield from (f"{each.name}: {note}" for note in (each.kl_precision.notes() if each.kl_precision else ()))
 
     def _lines(self) -> Iterator[str]:
-        """Warnings, tables with a row for each policy, then the comparisons, significant ones first."""
-        drawn = f"{format_count(self.prompts, 'prompt')}, {format_count(self.completions, 'completion')} of each"
-        brackets = "; in brackets 95% intervals, by prompt" * (self.prompts > 1)
-        yield f"{drawn}; best and worst of N selected by {self.selected_by}{brackets}"
-        yield from self.completion_notes()
+        """Claims, tables with a row for each policy, comparisons, and notes."""
+        yield from few_prompts_notes(self.prompts)
+        yield from (*self.claims(), *self.completion_notes())  # what puts the claims in doubt stands next to them
         everyone = (self.reference, *self.policies)
         columns: dict[str, list[IntervalEstimate | None]] = {
             "KL, nats": [each.kl for each in everyone],
@@ -165,6 +188,9 @@ class Evaluation:
             yield from format_table([each.name for each in self.policies], rows)
         if self.differences:
             yield from ("", *self._comparison_lines())
+        drawn = f"{format_count(self.prompts, 'prompt')}, {format_count(self.completions, 'completion')} of each"
+        brackets = "; in brackets 95% intervals, by prompt" * (self.prompts > 1)
+        yield from ("", f"{drawn}; best and worst of N selected by {self.selected_by}{brackets}")
         yield from self.kl_notes()
 
     def _comparison_lines(self) -> Iterator[str]:
@@ -193,190 +219,7 @@ class Evaluation:
     def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
         """Read the file that `save` wrote."""
         try:
-            fields = json.loads(Path(path).read_text())
-            comparisons = (
-                Comparison(**{**each, "value": IntervalEstimate.from_json(each["value"])})
-                for each in fields["differences"]
-            )
-            parts = {
-                "reference": _read_policy(fields["reference"]),
-                "policies": tuple(map(_read_policy, fields["policies"])),
-                "differences": tuple(comparisons),
-            }
-            return cls(**{**fields, **parts})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} must be an evaluation that was saved, got something else ({error!r})") from error
-
-
-@dataclass(frozen=True)
-class FrontierPoint:
-    """One objective at one KL."""
-
-    arm: str
-    """The objective by its name on the command line: "identity", "exp:10", "raw", ..."""
-    kl: float
-    """Mean KL over the prompts, the same for all objectives."""
-    kl_spread: float
-    """Standard deviation of the KL between prompts: a raw score spends more on some prompts than on others."""
-    beta: float
-    ess: float
-    """Effective sample size, in rollouts of a prompt: the smallest of `ess_of`."""
-    ess_of: Mapping[str, float]
-    """By procedure, 1 / sum w_i^2: the smallest over policy, its output and the base's; harmonic mean over prompts."""
-    win_rates: RatesByJudge
-    """By the scorer that judges, then by the procedure's repr."""
-    gains: RatesByJudge
-    """Win rates less those of the first objective, paired by prompt; empty where that does not reach this KL."""
-    ess_of_gains: Mapping[str, float] = field(default_factory=dict)
-    """By procedure, the smaller of this objective's and the first one's; empty where there are no gains."""
-
-    def ess_of_gain(self, procedure: str) -> float:
-        """Return the effective sample size that a gain rests on."""
-        return self.ess_of_gains.get(procedure, self.ess_of[procedure])
-
-    def verdict(self, judge: str, procedure: str) -> Literal["better", "worse"] | None:
-        """Compare with the first objective; None where the interval, widened by the resolution limit, holds 0."""
-        gain = self.gains[judge][procedure] if self.gains else None
-        if gain is None or gain.low is None or gain.high is None:
-            return None
-        limit = resolution_limit(self.ess_of_gain(procedure))
-        return "better" if gain.low > limit else "worse" if gain.high < -limit else None
-
-
-def resolution_limit(ess: float) -> float:
-    """Return the largest error found in gains at an effective sample size.
-
-    Measured on one model of scores (docs/evidence/results.md): it shows what a small K does, and is no bound.
-
-    >>> resolution_limit(2.0), resolution_limit(100.0)
-    (0.062, 0.002)
-    """
-    return next(gain for below, _, gain in ERRORS if ess < below or below == inf)
-
-
-@dataclass(frozen=True)
-class FrontierEstimate:
-    """Results of `estimate_frontier`: all objectives at each KL, without training."""
-
-    points: tuple[FrontierPoint, ...]
-    procedures: tuple[str, ...]
-    selected_by: str
-    prompts: int
-    rollouts: int
-    """Rollouts of each prompt, K; the fewest of any."""
-    left_out: tuple[str, ...] = ()
-    """Objectives that are missing at a KL, with the reason."""
-
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    @property
-    def unreliable(self) -> bool:
-        """True if any number rests on a small effective sample size."""
-        return any(value < RELIABLE_ESS for point in self.points for value in point.ess_of.values())
-
-    def _lines(self) -> Iterator[str]:
-        yield (
-            f"{format_count(self.prompts, 'prompt')}, {self.rollouts:,} rollouts of each or more. Win rates over the "
-            f"reference, both sides under\nthe procedure, which selects by {self.selected_by}"
-            f"{'; 95 % intervals over prompts' * (self.prompts > 1)}."
-        )
-        yield from few_prompts_notes(self.prompts)
-        for kl in sorted({point.kl for point in self.points}):
-            points = [point for point in self.points if point.kl == kl]
-            for judge in points[0].win_rates:
-                yield f"\nKL {kl:g}, judged by {judge}"
-                yield from self._table(points, judge)
-                yield from self._verdict_lines(points, judge)
-        if self.unreliable:
-            (low, lowest, _), (mid, middle, _), (high, highest, _) = ERRORS[:3]
-            yield (
-                f"\n~ rests on an ESS below {RELIABLE_ESS}. Where the truth is known, win rates were off by up to "
-                f"{highest:g} at an ESS of\n{mid:g} to {high:g}, {middle:g} at {low:g} to {mid:g}, {lowest:g} below "
-                "(docs/evidence/results.md). A larger K helps."
-            )
-        if len({point.arm for point in self.points}) > 1 and any(point.gains for point in self.points):
-            yield (
-                "\nBetter and worse: the interval is farther from 0 than gains were found off at that ESS, a measure "
-                "and no bound.\nIntervals are over prompts, each by itself: of many, one in twenty misses by chance."
-            )
-        yield from (f"\nLeft out: {reason}" for reason in self.left_out)
-
-    def _table(self, points: Sequence[FrontierPoint], judge: str) -> Iterator[str]:
-        width = max(len("arm"), *(len(point.arm) for point in points))
-        yield f"  {'arm':{width}}" + "".join(f"  {each:<21}" for each in self.procedures) + "   ESS  KL sd  beta"
-        for point in points:
-            cells = "".join(
-                f"  {f'{point.win_rates[judge][each]}{mark_ess(point.ess_of[each])}':<21}" for each in self.procedures
-            )
-            yield f"  {point.arm:{width}}{cells}{point.ess:6.1f}{point.kl_spread:7.2f}  {point.beta:.3g}"
-
-    def _verdict_lines(self, points: Sequence[FrontierPoint], judge: str) -> Iterator[str]:
-        """Each procedure's verdicts against the first objective, by intervals of paired differences."""
-        first, *others = points
-        if not others or not first.gains or others[0].gains[judge][self.procedures[0]].low is None:
-            return
-        for procedure in self.procedures:
-            names: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
-            for point in others:
-                verdict = point.verdict(judge, procedure)
-                mark = mark_ess(point.ess_of_gain(procedure))
-                gain = f" {point.gains[judge][procedure].value:+.3f}{mark}" if verdict else ""
-                names[verdict or "not told apart"].append(f"{point.arm}{gain}")
-            verdicts = "; ".join(f"{verdict}: {', '.join(each)}" for verdict, each in names.items() if each)
-            yield f"  {procedure} against {first.arm}: {verdicts}"
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the fields as nested dictionaries, for JSON."""
-        return asdict(self)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file in one step."""
-        write_file(path, json.dumps(self.as_json(), indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "FrontierEstimate":
-        """Read the file that `save` wrote."""
-        try:
-            fields = json.loads(Path(path).read_text())
-            points = (
-                FrontierPoint(**{**point, **{name: _read_rates(point[name]) for name in ("win_rates", "gains")}})
-                for point in fields["points"]
-            )
-            return cls(
-                tuple(points),
-                tuple(fields["procedures"]),
-                fields["selected_by"],
-                fields["prompts"],
-                fields["rollouts"],
-                tuple(fields["left_out"]),
-            )
+            evaluation: Evaluation = from_json(cls, json.loads(Path(path).read_text()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} needs to be a frontier that FrontierEstimate.save wrote, got {error!r}."
-            ) from error
-
-
-def mark_ess(ess: float) -> str:
-    """Return the mark of a number that rests on a small effective sample size."""
-    return "~" * (ess < RELIABLE_ESS)
-
-
-def _read_estimates(fields: Mapping[str, Any]) -> dict[str, IntervalEstimate]:
-    return {name: IntervalEstimate.from_json(each) for name, each in fields.items()}
-
-
-def _read_rates(fields: Mapping[str, Any]) -> dict[str, dict[str, IntervalEstimate]]:
-    return {judge: _read_estimates(rates) for judge, rates in fields.items()}
-
-
-def _read_policy(fields: Mapping[str, Any]) -> PolicyResult:
-    known = {name: fields[name] for name in ("kl", "tokens") if fields[name] is not None}
-    precision = fields.get("kl_precision")
-    parts = {
-        **_read_estimates(known),
-        "scores": _read_estimates(fields["scores"]),
-        "win_rates": _read_rates(fields["win_rates"]),
-        "kl_precision": None if precision is None else Precision(**precision),
-    }
-    return PolicyResult(**{**fields, **parts})
+            raise ValueError(f"{path} must be an evaluation that was saved, got something else ({error!r})") from error
+        return evaluation

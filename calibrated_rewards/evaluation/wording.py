@@ -9,7 +9,7 @@ from calibrated_rewards.theory.optimum import Optimal
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.theory.transforms import Chain, Exponential, Identity, Log, Transform
 
-OBJECTIVES = {
+OBJECTIVE_WORDS = {
     "raw": "raw score",
     "log": "log u",
     "par": "PAR",
@@ -84,7 +84,7 @@ def format_objective(name: str) -> str:
     try:
         if name.startswith("exp:"):
             return format_transform(parse_transform(name).transform)
-        return OBJECTIVES.get(name) or f"optimum for {format_procedure(parse_procedure(name))}"
+        return OBJECTIVE_WORDS.get(name) or f"optimum for {format_procedure(parse_procedure(name))}"
     except (ValueError, ArgumentTypeError):
         return name
 
@@ -135,7 +135,7 @@ def format_number(value: float, beside: float | None = None) -> str:
 
 
 def format_count(number: int, noun: str) -> str:
-    """Write a number of things.
+    """Write a number and its noun, in the plural unless it is 1.
 
     >>> format_count(1, "prompt"), format_count(1234, "prompt")
     ('1 prompt', '1,234 prompts')
@@ -186,3 +186,13 @@ def format_table(names: Sequence[str], columns: Mapping[str, Sequence[object]]) 
     widths = [max(map(len, column)) for column in table]
     rows = zip(*table, strict=True)
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def choose_procedure(names: Sequence[str]) -> str:
+    """Choose the procedure that a summary is about: best-of-N, if it is among them."""
+    return next((name for name in names if name.startswith("BestOf")), names[0])
+
+
+def choose_judge(names: Sequence[str], selected_by: str) -> str:
+    """Choose the judge that a summary goes by: a scorer that did not select, if there is one."""
+    return next((name for name in names if name != selected_by), selected_by)

@@ -199,6 +199,22 @@ def blocks(content: Content, rows: Any) -> Iterator[tuple[Int64[np.ndarray, " b"
             yield positions, content.scores[starts(content, rows[positions])[:, None] + np.arange(k)]
 
 
+def tie_spans(
+    ordered: Shaped[np.ndarray, "P K"],
+) -> tuple[Int64[np.ndarray, "P K"], Int64[np.ndarray, "P K"]]:
+    """Return where each value's run of equal values begins, and where it ends, in rows that are sorted.
+
+    >>> begin, end = tie_spans(np.array([[0.0, 1.0, 1.0, 5.0]]))
+    >>> begin.tolist(), end.tolist()
+    ([[0, 1, 1, 3]], [[1, 3, 3, 4]])
+    """
+    differs, edge = ordered[:, 1:] != ordered[:, :-1], np.ones((len(ordered), 1), bool)
+    places = np.arange(ordered.shape[1])
+    begin = np.maximum.accumulate(np.where(np.hstack([edge, differs]), places, 0), axis=1)
+    end = np.where(np.hstack([differs, edge]), places + 1, places.size)
+    return begin, np.minimum.accumulate(end[:, ::-1], axis=1)[:, ::-1]
+
+
 def _rank_chunk(content: Content, rows: Any, scores: Any, below: Any, equal: Any) -> None:
     start, size = starts(content, rows), sizes(content, rows)
     below[:] = _count(content.scores, start, size, scores, np.less)

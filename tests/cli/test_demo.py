@@ -11,12 +11,13 @@ import tiny
 import torch
 from transformers import BertConfig, BertModel
 
-from calibrated_rewards.cli.demo import miniature, reward_models
+from calibrated_rewards.cli.demo import assets, reward_models
 from calibrated_rewards.cli.demo.assets import Rated, make_folder
 from calibrated_rewards.cli.demo.command import format_frontier
 from calibrated_rewards.cli.demo.pipeline import QUICK
 from calibrated_rewards.cli.main import main
-from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
+from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
+from calibrated_rewards.evaluation.results import Evaluation
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 
 COMMAND = [sys.executable, "-m", "calibrated_rewards", "demo", "--quick", "--out"]
@@ -120,7 +121,7 @@ def test_what_is_half_made_does_not_count(tmp_path: Path) -> None:
 
 def test_prompts_are_different_and_the_models_disagree(tmp_path: Path) -> None:
     """In miniature: prompts that a table would not take for one another, and a judge that is not the reward model."""
-    assert len({*miniature.make_prompts(50)}) == 50
-    miniature.save_reward_models(tmp_path)
+    assert len({*assets.make_tiny_prompts(50)}) == 50
+    assets.save_tiny_reward_models(tmp_path)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("reward-model", "judge"))
     assert one != two

@@ -27,8 +27,7 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.main import COMMANDS, main
 from calibrated_rewards.evaluation.estimates import Estimate, IntervalEstimate
 from calibrated_rewards.evaluation.kl import Divergence
-from calibrated_rewards.evaluation.policies import evaluate
-from calibrated_rewards.evaluation.responses import measure_kl, read_responses
+from calibrated_rewards.evaluation.policies import evaluate, measure_kl, read_responses
 from calibrated_rewards.evaluation.results import Comparison, Evaluation, Precision
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.hf import HfSampler
@@ -305,7 +304,7 @@ def test_a_difference_is_claimed_only_outside_its_interval(plain, value, below, 
     said = str(replace(plain, differences=(each,)))
     assert ("a wins more than b" in said) == (known and value - below > 0)
     assert ("b wins more than a" in said) == (known and value + above < 0)
-    assert ("do not tell" in said) == (not each.significant)
+    assert ("these prompts do not tell which" in said) == (not each.significant)
 
 
 def test_few_prompts_are_said_before_any_claim():
@@ -323,8 +322,10 @@ def test_few_prompts_are_said_before_any_claim():
     assert kl is not None
     assert (kl.value, kl.low) == (3.0, 0.0)
     said = str(found)
-    assert said.startswith("3 prompts, 4 completions of each")
-    assert said.index("3 prompts are few: below 20 even the intervals are rough") < said.index("up wins more than down")
+    assert said.startswith("3 prompts are few: below 20 even the intervals are rough")
+    places = [said.index(each) for each in ("Judged by r, one draw: up wins", "KL, nats", "up wins more than down")]
+    assert places == sorted(places)
+    assert said.index("\n3 prompts, 4 completions of each") > places[-1]
     rate = found.policies[0].win_rates["r"]["Standard()"]
     assert rate.value < rate.high <= 1
     every = [*found.reference.scores.values(), *(each.tokens for each in found.policies)]
@@ -367,7 +368,8 @@ def test_a_single_prompt_has_no_intervals(tmp_path):
     assert Evaluation.load(tmp_path / "evaluation.json") == found
     assert "do not tell" in str(found)
     assert "wins more than" not in str(found)
-    assert str(found).startswith("1 prompt, 4 completions of each; best and worst of N selected by r\n1 prompt says")
+    assert str(found).startswith("1 prompt says nothing of others")
+    assert str(found).endswith("1 prompt, 4 completions of each; best and worst of N selected by r")
     assert "of 1 difference of win rates, 0 have an interval" in str(found)
     assert "the others" not in str(found)
     whole = (tmp_path / "evaluation.json").read_text()

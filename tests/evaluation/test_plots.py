@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from calibrated_rewards import theory
 from calibrated_rewards.evaluation import plots
 from calibrated_rewards.evaluation.estimates import IntervalEstimate
-from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate, FrontierPoint, PolicyResult
+from calibrated_rewards.evaluation.frontier_results import FrontierEstimate, FrontierPoint
+from calibrated_rewards.evaluation.results import Evaluation, PolicyResult
 from calibrated_rewards.evaluation.wording import format_objective, format_procedure
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import values

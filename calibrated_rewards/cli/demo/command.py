@@ -18,7 +18,8 @@ from calibrated_rewards.files import write_file
 
 if TYPE_CHECKING:
     from calibrated_rewards.cli.demo.pipeline import Scale
-    from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate, FrontierPoint
+    from calibrated_rewards.evaluation.frontier_results import FrontierEstimate, FrontierPoint
+    from calibrated_rewards.evaluation.results import Evaluation
     from calibrated_rewards.table.reference_table import ReferenceTable
 
 EPILOG = """examples:
@@ -51,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
     import transformers
 
     from calibrated_rewards.cli.demo import pipeline
-    from calibrated_rewards.evaluation.report.report import report
-    from calibrated_rewards.evaluation.responses import read_scores
+    from calibrated_rewards.evaluation.frontier import read_scores
+    from calibrated_rewards.evaluation.report import report
     from calibrated_rewards.training.launch import summarise_steps
 
     # The progress bars and reports of transformers are about many small loads; the demo has its own.
@@ -156,7 +157,7 @@ def format_calibration(table: "ReferenceTable") -> str:
 
 def format_frontier(frontier: "FrontierEstimate", scale: "Scale") -> str:
     """Say which rewards are above the raw one, then show the best-of-N win rate of each, by the judge."""
-    from calibrated_rewards.evaluation.results import RELIABLE_ESS
+    from calibrated_rewards.evaluation.frontier_results import RELIABLE_ESS, mark_ess
     from calibrated_rewards.theory.procedures import BestOf
 
     procedure = repr(BestOf(scale.n))
@@ -165,9 +166,7 @@ def format_frontier(frontier: "FrontierEstimate", scale: "Scale") -> str:
     points = {(point.arm, point.kl): point for point in frontier.points}
 
     def format_cell(point: "FrontierPoint | None") -> str:
-        if point is None:
-            return "not reached"
-        return f"{point.win_rates['judge'][procedure]}{'~' * (point.ess_of[procedure] < RELIABLE_ESS)}"
+        return f"{point.win_rates['judge'][procedure]}{mark_ess(point.ess_of[procedure])}" if point else "not reached"
 
     lines = []
     for kl in kls:

@@ -8,11 +8,12 @@ from typing import Any
 
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.sources import Asked
-from calibrated_rewards.cli.demo import assets, miniature, reward_models
+from calibrated_rewards.cli.demo import assets, reward_models
 from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.evaluation.frontier import estimate_frontier
+from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
 from calibrated_rewards.evaluation.policies import evaluate
-from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
+from calibrated_rewards.evaluation.results import Evaluation
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.samplers.loading import load_sampler
@@ -93,11 +94,11 @@ def make_real_parts(cache: Path, scale: Scale) -> Parts:
 
 def make_tiny_parts(folder: Path, scale: Scale) -> Parts:
     """Make random models that write random letters."""
-    prompts = miniature.make_prompts(scale.prompts + scale.held_out)
-    models = assets.make_folder(folder, "reward-models", miniature.save_reward_models)
+    prompts = assets.make_tiny_prompts(scale.prompts + scale.held_out)
+    models = assets.make_folder(folder, "reward-models", assets.save_tiny_reward_models)
     return Parts(
         "Random models of two layers that write letters: this shows that the parts fit together, and nothing else.",
-        assets.make_folder(folder, "policy", miniature.save_policy),
+        assets.make_folder(folder, "policy", assets.save_tiny_policy),
         models / "reward-model",
         models / "judge",
         prompts[: scale.prompts],

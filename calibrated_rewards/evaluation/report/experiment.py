@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calibrated_rewards.evaluation.results import Evaluation, FrontierEstimate
-from calibrated_rewards.evaluation.table_laws import TableRewards
+from calibrated_rewards.evaluation.expectations import TableRewards
+from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
+from calibrated_rewards.evaluation.results import Evaluation
+from calibrated_rewards.evaluation.wording import choose_procedure
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.reward.saving import from_json
 from calibrated_rewards.table.reference_table import ReferenceTable
@@ -138,16 +140,6 @@ def find_procedure(name: str) -> Procedure | None:
         return parse_procedure(name)
     except ValueError:
         return None
-
-
-def choose_procedure(names: Sequence[str]) -> str:
-    """Choose the procedure that a summary is about: best-of-N, if it is among them."""
-    return next((name for name in names if name.startswith("BestOf")), names[0])
-
-
-def choose_judge(names: Sequence[str], selected_by: str) -> str:
-    """Choose the judge that a summary goes by: a scorer that did not select, if there is one."""
-    return next((name for name in names if name != selected_by), selected_by)
 
 
 def read_json_object(path: Path) -> Mapping[str, Any]:

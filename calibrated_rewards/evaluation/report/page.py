@@ -27,7 +27,7 @@ except ModuleNotFoundError as missing:
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading within a section."""
+    """A heading of some blocks within a section."""
 
     text: str
 
@@ -42,7 +42,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Bullets:
-    """A list of sentences."""
+    """A list of sentences, each with a bullet."""
 
     texts: Sequence[str]
 
@@ -70,7 +70,7 @@ class Json:
 
     @property
     def text(self) -> str:
-        """The JSON that is shown."""
+        """The content as indented JSON, which the page shows."""
         return json.dumps(self.content, indent=2, ensure_ascii=False)
 
 

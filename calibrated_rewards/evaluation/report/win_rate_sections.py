@@ -1,6 +1,6 @@
-"""Sections on the evaluation: KL and win rates, the claims that intervals allow, and examples of completions."""
+"""Sections on win rates: the frontier without training, the evaluation with its claims, and examples of completions."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,18 @@ from markupsafe import Markup
 from calibrated_rewards import theory
 from calibrated_rewards.calibration.shards import SCORE, decode_text, read_table
 from calibrated_rewards.evaluation import plots
-from calibrated_rewards.evaluation.estimates import IntervalEstimate
+from calibrated_rewards.evaluation.frontier_results import RELIABLE_ESS, FrontierEstimate, FrontierPoint
 from calibrated_rewards.evaluation.policies import REFERENCE
 from calibrated_rewards.evaluation.report import page
-from calibrated_rewards.evaluation.report.experiment import (
-    Experiment,
-    choose_judge,
-    choose_procedure,
-    find_procedure,
-)
-from calibrated_rewards.evaluation.results import Comparison, Evaluation, PolicyResult
+from calibrated_rewards.evaluation.report.experiment import Experiment, find_procedure
+from calibrated_rewards.evaluation.results import Evaluation
 from calibrated_rewards.evaluation.wording import (
+    choose_procedure,
+    few_prompts_notes,
     format_count,
     format_estimate,
     format_number,
+    format_objective,
     format_points,
     format_procedure,
     format_share,
@@ -37,13 +35,96 @@ from calibrated_rewards.theory.transforms import Identity
 PROMPTS, LONGEST = 3, 800
 
 
+def write_frontier(experiment: Experiment) -> page.Section | None:
+    """Write the section; None without a frontier, or with none of its points."""
+    frontier = experiment.frontier
+    if frontier is None or not frontier.points:
+        return None
+    judges = [*frontier.points[0].win_rates]
+    points, judge, procedure = frontier.main_points()
+    at_kl = {kl: [each for each in frontier.points if each.kl == kl] for kl in sorted({e.kl for e in frontier.points})}
+    summary = (*few_prompts_notes(frontier.prompts), frontier.headline())
+    explanation = (
+        "The optimum for any reward is a reweighting of the completions there are, here of "
+        f"{format_count(frontier.prompts, 'prompt')} with {frontier.rollouts:,} each, so rewards can be compared at "
+        "equal KL before any is trained for. Both sides are under the procedure, which selects by "
+        f"{frontier.selected_by}. A trained policy may fall short of this."
+    )
+    tables = [
+        page.Details(f"KL {kl:g}, judged by {name}", _tabulate_frontier(each, frontier.procedures, name))
+        for kl, each in at_kl.items()
+        for name in judges
+    ]
+    blocks: tuple[page.Block, ...] = (
+        page.Paragraph(explanation),
+        page.Bullets([*summary, *_compare_with_first(points, judge, procedure)]),
+        page.Figures([_draw_frontier(frontier, procedure, name) for name in judges]),
+        *tables,
+        *(page.Paragraph(note, note=True) for note in _frontier_notes(frontier)),
+    )
+    return page.Section("What to expect without training", blocks, summary)
+
+
+def _compare_with_first(points: Sequence[FrontierPoint], judge: str, procedure: str) -> Iterator[str]:
+    first, *others = points
+    baseline = format_objective(first.arm)
+    names: dict[str | None, list[str]] = {}
+    for point in others:
+        if point.gains:
+            names.setdefault(point.verdict(judge, procedure), []).append(format_objective(point.arm))
+    for verdict, word in (("better", "Above"), ("worse", "Below")):
+        if verdict in names:
+            yield (
+                f"{word} {baseline}, by intervals without 0 and by more than so few effective completions were found "
+                f"to be off: {', '.join(names[verdict])}."
+            )
+    if None in names:
+        yield f"These data do not tell from {baseline}: {', '.join(names[None])}."
+
+
+def _draw_frontier(frontier: FrontierEstimate, procedure: str, judge: str) -> page.Drawing:
+    hollow = any(point.ess_of[procedure] < RELIABLE_ESS for point in frontier.points)
+    note = f"; hollow marks rest on fewer than {RELIABLE_ESS} effective completions" * hollow
+    caption = f"Judged by {judge}, {format_procedure(procedure)}{note}."
+    name = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in judge)
+    return page.draw(plots.reweighted(frontier, procedure, judge), caption, f"frontier-{name}")
+
+
+def _tabulate_frontier(points: Sequence[FrontierPoint], procedures: Sequence[str], judge: str) -> page.Table:
+    main = choose_procedure(procedures)
+    gain = f"{format_procedure(main)}, from {format_objective(points[0].arm)}"
+    rows = [
+        [
+            format_objective(point.arm),
+            *(point.format_rate(judge, procedure) for procedure in procedures),
+            point.format_gain(judge, main) if point.gains else "not known",
+            f"{point.ess:.1f}",
+        ]
+        for point in points
+    ]
+    return page.Table(["", *map(format_procedure, procedures), gain, "ESS"], rows)
+
+
+def _frontier_notes(frontier: FrontierEstimate) -> Iterator[str]:
+    yield (
+        "ESS: effective completions of a prompt behind a row. Each interval is at 95 %, over prompts, by itself: of "
+        "many, about one in twenty misses, and the highest of many is flattered by being chosen."
+    )
+    if frontier.unreliable:
+        yield (
+            f"~ rests on fewer than {RELIABLE_ESS} effective completions of a prompt: off by up to .04, below 3 by "
+            ".07, below 1.5 by .14, whatever the interval says."
+        )
+    yield from (f"Left out: {reason}" for reason in frontier.left_out)
+
+
 def write_evaluation(experiment: Experiment) -> page.Section | None:
     """Write the section on win rates; None without an evaluation of a policy."""
     evaluation = experiment.evaluation
     if evaluation is None or not evaluation.policies:
         return None
     judges = [*evaluation.policies[0].win_rates]
-    summary = (*evaluation.completion_notes(), *write_claims(evaluation))
+    summary = (*few_prompts_notes(evaluation.prompts), *evaluation.completion_notes(), *evaluation.claims())
     brackets = " In brackets: 95 % intervals over prompts." * (evaluation.prompts > 1)
     explanation = (
         f"Each policy and the reference wrote {format_count(evaluation.completions, 'completion')} for each of "
@@ -60,41 +141,12 @@ def write_evaluation(experiment: Experiment) -> page.Section | None:
         page.draw(
             plots.outcomes(evaluation, judge),
             f"Win rates over the reference, judged by {judge}{intervals}; at 0.5 the reference itself.",
-            f"outcomes-{place}",
+            f"outcomes-{number}",
         )
-        for place, judge in enumerate(judges)
+        for number, judge in enumerate(judges)
     ]
     blocks.append(page.Figures([*drawings, *_draw_beside_theory(experiment, evaluation, intervals)]))
     return page.Section("What came out", tuple(blocks), summary)
-
-
-def write_claims(evaluation: Evaluation) -> Iterator[str]:
-    """Claim what the intervals allow of each policy beside the reference, and of each beside another."""
-    rates = evaluation.policies[0].win_rates
-    judge = choose_judge([*rates], evaluation.selected_by)
-    procedure = choose_procedure([*rates[judge]])
-    by = f"judged by {judge}, {format_procedure(procedure)}"
-    wins = [_claim_win(policy, policy.win_rates[judge][procedure]) for policy in evaluation.policies]
-    yield f"J{by[1:]}: {'; '.join(wins)}."
-    comparisons = [c for c in evaluation.differences if (c.judged_by, c.procedure) == (judge, procedure)]
-    if comparisons:
-        claims = [f"{c.a} less {c.b}: {format_points(c.value)}, {_claim_comparison(c)}" for c in comparisons]
-        yield f"Between policies, {by}: {'; '.join(claims)}."
-
-
-def _claim_win(policy: PolicyResult, rate: IntervalEstimate) -> str:
-    at_kl = "" if policy.kl is None else f" at a KL of {format_number(policy.kl.value)}"
-    if rate.low is None:
-        verdict = ", from one prompt, without an interval"
-    elif not rate.excludes(0.5):
-        verdict = ", whether it is better than the reference these data do not tell"
-    else:
-        verdict = ", above the reference" if rate.low > 0.5 else ", below the reference"
-    return f"{policy.name} wins {format_share(rate)}{at_kl}{verdict}"
-
-
-def _claim_comparison(comparison: Comparison) -> str:
-    return f"{comparison.winner} is ahead" if comparison.significant else "these data do not tell"
 
 
 def _tabulate_policies(evaluation: Evaluation, judge: str) -> page.Table:
@@ -117,7 +169,7 @@ def _tabulate_comparisons(evaluation: Evaluation) -> Iterator[page.Block]:
     if not comparisons:
         return
     rows = [
-        [f"{c.a} less {c.b}", c.judged_by, format_procedure(c.procedure), format_points(c.value), _claim_comparison(c)]
+        [f"{c.a} less {c.b}", c.judged_by, format_procedure(c.procedure), format_points(c.value), c.claim]
         for c in comparisons
     ]
     yield page.Heading("One policy against another")
