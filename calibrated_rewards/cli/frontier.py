@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 from calibrated_rewards.cli.options import Real, Whole
 from calibrated_rewards.evaluation.objectives import Objective, default_objectives, parse_objective
-from calibrated_rewards.theory.named import TRANSFORM_NAMES
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
 
 if TYPE_CHECKING:
     from calibrated_rewards.evaluation.estimates import Samples
     from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
 
-EPILOG = f"""examples:
+EPILOG = """examples:
   calibrated-rewards frontier table/                                   every reward, at KL 0.5, 1 and 2
   calibrated-rewards frontier table/ --select reward --judge judge     selected by one scorer, judged by another
   calibrated-rewards frontier table/ --arms raw identity exp:10 best-of:4 --best-of 4 --kl 0.5

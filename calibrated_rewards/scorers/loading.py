@@ -33,11 +33,8 @@ from calibrated_rewards.scorers.classifiers import CrossEncoder, MultiAttribute,
 from calibrated_rewards.scorers.ensemble import Cost
 from calibrated_rewards.scorers.implicit import ImplicitReward
 from calibrated_rewards.scorers.judge import ExpectedRating, Judge, RatedJudge, TokenLogit
-from calibrated_rewards.scorers.multi_attribute import MultiAttribute
 from calibrated_rewards.scorers.process import ProcessReward
 from calibrated_rewards.scorers.protocol import Loaded
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
-from calibrated_rewards.scorers.lazy import Loaded
 from calibrated_rewards.scorers.value_head import ValueHead, choose_auto_class, load_head, read_normalisation
 
 logger = logging.getLogger(__name__)

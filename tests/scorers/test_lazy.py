@@ -11,13 +11,8 @@ import pytest
 import tiny
 from torch import nn
 
-from calibrated_rewards.scorers.cross_encoder import CrossEncoder
-from calibrated_rewards.scorers.multi_attribute import MultiAttribute
-from calibrated_rewards.scorers.protocol import Loaded, fingerprint
-from calibrated_rewards.scorers.sequence_classifier import SequenceClassifier
 from calibrated_rewards.scorers.classifiers import CrossEncoder, MultiAttribute, SequenceClassifier
-from calibrated_rewards.scorers.lazy import Loaded
-from calibrated_rewards.scorers.protocol import fingerprint
+from calibrated_rewards.scorers.protocol import Loaded, fingerprint
 from calibrated_rewards.scorers.value_head import ValueHead
 
 LOADED: list[str] = []
