@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 
-FILE_LINES, FUNCTION_LINES = 400, 60
+FILE_LINES, FUNCTION_LINES = 430, 60  # about 400: a file is not split for the sake of a few lines
 # What breaks the limits, and why that is better than a cut. CONTRIBUTING.md lists them too.
-LONG_FILES: dict[str, str] = {}
+LONG_FILES = {"training.check_settings.frameworks": "tables: the rules of eleven frameworks, one after the other"}
 LONG_FUNCTIONS: dict[str, str] = {}
 # A helper lives in the file that uses it; used by two, it is a noun that has no file yet.
 NO_NOUNS = {"base", "common", "config", "constants", "errors", "helpers", "misc", "registry", "types", "utils"}
@@ -172,7 +172,12 @@ def test_every_test_says_what_it_holds(module: str) -> None:
 
     assert [test.name for test in tests if not ast.get_docstring(test)] == []
     assert (
-        LEFT_OUT & {node.attr for node in ast.walk(ast.parse(TESTS[module])) if isinstance(node, ast.Attribute)}
+        LEFT_OUT
+        & {
+            node.attr
+            for node in ast.walk(ast.parse(TESTS[module]))
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).startswith("pytest")
+        }
         == set()
     )
 

@@ -82,8 +82,8 @@ class BothOrders:
 
     preference: Preference
 
-    reads_messages = property(lambda self: reads_messages(self.preference))
-    thread_safe = property(lambda self: is_thread_safe(self.preference))
+    reads_messages = property(lambda self: reads_messages(self.preference), doc="True if the preference model does.")
+    thread_safe = property(lambda self: is_thread_safe(self.preference), doc="True if the preference model is.")
 
     def __call__(
         self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion]
@@ -180,8 +180,11 @@ class MeanWin:
     references: Callable[[Prompt], Sequence[Completion]]
     """The references of a prompt: `References`, or a function of yours."""
 
-    reads_messages = property(lambda self: reads_messages(self.preference))
-    thread_safe = property(lambda self: is_thread_safe(self.preference) and is_thread_safe(self.references))
+    reads_messages = property(lambda self: reads_messages(self.preference), doc="True if the preference model does.")
+    thread_safe = property(
+        lambda self: is_thread_safe(self.preference) and is_thread_safe(self.references),
+        doc="True if the preference model and the references are.",
+    )
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """Score each completion of its prompt."""

@@ -273,7 +273,7 @@ class Loaded:
 
     recipe: Recipe
 
-    thread_safe = property(lambda self: is_thread_safe(self.scorer))
+    thread_safe = property(lambda self: is_thread_safe(self.scorer), doc="True if the loaded scorer is.")
     __getstate__ = fields_only
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:

@@ -114,7 +114,7 @@ def test_other_tables_are_refused() -> None:
     """Of another reward model or sampler; and without a table, K and a seed have to be said."""
     with pytest.raises(ValueError, match=r"made with another sampler: it differs in spread"):
         OnTheSpot(SOME, NumberSampler(2.0), NumberScorer())
-    with pytest.raises(ValueError, match=r"made with another scorer: it differs in code, default, kind, name"):
+    with pytest.raises(ValueError, match=r"made with another scorer: it differs in code, default, kind, layout, name"):
         OnTheSpot(SOME, NumberSampler(), lambda prompts, completions: [0.0] * len(prompts))
     with pytest.raises(ValueError, match=r"needs a whole k >= 1, or a table that has one, got None"):
         OnTheSpot(None, NumberSampler(), NumberScorer(), seed=0)
