@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibrated_rewards.cli.options import Real, Whole
-from calibrated_rewards.evaluation.objectives import Objective, default_objectives, parse_objective
+from calibrated_rewards.evaluation.frontier import Objective, default_objectives, parse_objective
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
 
 if TYPE_CHECKING:

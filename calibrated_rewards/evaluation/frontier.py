@@ -1,10 +1,14 @@
 """The frontier without training: win rate against KL of any reward, from the reference's own rollouts.
 
 The optimum for a reward v is pi*(y) ~ pi_ref(y) e^{v(y)/beta}, so K rollouts of a prompt with weights ~ e^{v/beta}
-stand for it, whatever v is: a transform of the quantile, the raw score, a peer's calibration. All are brought to one
-KL and compared.
+stand for it, whatever v is: a transform of the quantile, the raw score, a peer's calibration. Such a v is an
+`Objective`; `OBJECTIVES` names those that are compared by default. All are brought to one KL and compared.
 
->>> from calibrated_rewards.evaluation.objectives import OBJECTIVES
+>>> table = ReferenceTable.build([("p", [1.0, 2.0, 4.0, 8.0])])
+>>> Transformed(Exponential(2.0))(table, table.rows(["p", "p"]), [1.0, 8.0]).round(3)
+array([1.284, 5.755])
+>>> list(default_objectives([BestOf(2)]))[-1]
+'best-of:2'
 >>> scores = Samples(np.random.default_rng(0).normal(size=(50, 64)))
 >>> frontier = estimate_frontier(scores, {name: OBJECTIVES[name] for name in ("raw", "exp:10")}, kls=[0.5])
 >>> for point in frontier.points:
@@ -13,10 +17,11 @@ raw 0.833 [0.825, 0.840]
 exp:10 0.869 [0.869, 0.869]
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from argparse import ArgumentTypeError
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +31,111 @@ from tqdm import tqdm
 from calibrated_rewards.calibration.shards import SCORE, read_table
 from calibrated_rewards.evaluation.estimates import IntervalEstimate, Samples, estimate_columns
 from calibrated_rewards.evaluation.frontier_results import FrontierEstimate, FrontierPoint
-from calibrated_rewards.evaluation.objectives import Objective, default_objectives
 from calibrated_rewards.evaluation.win_rate import WeightedPools, win_rates_of
 from calibrated_rewards.evaluation.wording import format_procedure
-from calibrated_rewards.reward.calibrators import Calibration
+from calibrated_rewards.reward.calibrators import (
+    Calibration,
+    EmpiricalCDF,
+    LogSigmoidAtQuantile,
+    MedianCentered,
+    SmoothedCDF,
+    Uncalibrated,
+    ZScore,
+)
 from calibrated_rewards.table.reference_table import ReferenceTable
+from calibrated_rewards.theory.named import format_name, parse_procedure, parse_transform
+from calibrated_rewards.theory.optimum import optimum
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Procedure, Standard, WorstOf
+from calibrated_rewards.theory.scale import scaled
+from calibrated_rewards.theory.transforms import Exponential, Identity, Log, Transform
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A reward to compare, which may be another one at each KL."""
+
+    def at(self, kl: float) -> Calibration:
+        """Return the reward that is maximised at a KL from the reference."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One reward, the same at every KL."""
+
+    reward: Calibration
+
+    def at(self, kl: float) -> Calibration:
+        """Return the reward, whatever the KL."""
+        return self.reward
+
+
+@dataclass(frozen=True)
+class OptimumAtKL:
+    """The exact optimum for a procedure at each KL (Corollary 2)."""
+
+    procedure: CalibratedProcedure
+
+    def at(self, kl: float) -> Calibration:
+        """Solve for the optimal transform at this KL."""
+        return Transformed(optimum(self.procedure, kl=kl).transform)
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """A transform of the calibrated score, as `CalibratedReward` computes it but for the finite-K estimator."""
+
+    transform: Transform
+
+    def __call__(self, table: ReferenceTable, rows: npt.ArrayLike, scores: npt.ArrayLike) -> Float[np.ndarray, " G"]:
+        """Return the transform of the scores' quantiles among their references."""
+        return np.asarray(self.transform(EmpiricalCDF()(table, rows, scores)), np.float64)
+
+
+def _exponential(t: float) -> Fixed:
+    # On the unit scale, as a CalibratedReward has it, so that the betas are its betas.
+    return Fixed(Transformed(scaled(Exponential(t), "unit")))
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "raw": Fixed(Uncalibrated()),
+    "z-score": Fixed(ZScore()),
+    "par": Fixed(SmoothedCDF()),
+    "median": Fixed(MedianCentered()),
+    "log-sigmoid": Fixed(LogSigmoidAtQuantile()),
+    "identity": Fixed(Transformed(Identity())),
+    "log": Fixed(Transformed(Log())),
+    **{f"exp:{t:g}": _exponential(t) for t in (5.0, 10.0, -5.0, -10.0)},
+}
+
+
+def default_objectives(procedures: Iterable[Procedure]) -> dict[str, Objective]:
+    """Return the usual objectives by command-line name: raw first, last the optimum for each best and worst of N.
+
+    Exponentials that fall, which avoid the worst completions, are included for worst-of-N alone.
+    """
+    procedures = list(procedures)
+    worst = any(isinstance(each, WorstOf) for each in procedures)
+    objectives = {name: each for name, each in OBJECTIVES.items() if worst or not name.startswith("exp:-")}
+    optima = {format_name(each): OptimumAtKL(each) for each in procedures if isinstance(each, BestOf | WorstOf)}
+    return objectives | optima
+
+
+def parse_objective(name: str) -> Objective:
+    """Parse the name of an objective: one of `OBJECTIVES`, exp:T, best-of:N or worst-of:N; ValueError for another.
+
+    >>> parse_objective("best-of:8"), parse_objective("log").at(1.0)
+    (OptimumAtKL(procedure=BestOf(n=8)), Transformed(transform=Log()))
+    """
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    try:
+        if name.count(":") == 1 and name.startswith(("best-of:", "worst-of:")):
+            return OptimumAtKL(parse_procedure(name))
+        return Fixed(Transformed(scaled(parse_transform(name).transform, "unit")))
+    except (ValueError, ArgumentTypeError):
+        message = f"an objective is {', '.join(OBJECTIVES)}, exp:T, best-of:N or worst-of:N, got {name!r}"
+        raise ValueError(message) from None
+
 
 Array: TypeAlias = npt.NDArray[np.float64]
 KLS = (0.25, 0.5, 1.0, 2.0)

@@ -29,8 +29,7 @@ from calibrated_rewards.models.parts import (
 )
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt, start_of
-from calibrated_rewards.samplers.drawing import ADVICE, processors
-from calibrated_rewards.samplers.generation import Reader, Writer, bytes_of, contiguous_input
+from calibrated_rewards.samplers.generation import ADVICE, Reader, Writer, bytes_of, contiguous_input, processors
 from calibrated_rewards.samplers.policy import Draft, Policy
 from calibrated_rewards.samplers.protocol import PATIENCE, Decoding, Rollout, Seeds
 

@@ -17,9 +17,15 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import frontier
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.evaluation.estimates import Estimate, IntervalEstimate, Samples, estimate_columns
-from calibrated_rewards.evaluation.frontier import estimate_frontier, read_scores
+from calibrated_rewards.evaluation.frontier import (
+    OBJECTIVES,
+    Fixed,
+    OptimumAtKL,
+    Transformed,
+    estimate_frontier,
+    read_scores,
+)
 from calibrated_rewards.evaluation.frontier_results import ERRORS, FrontierEstimate, FrontierPoint, resolution_limit
-from calibrated_rewards.evaluation.objectives import OBJECTIVES, Fixed, OptimumAtKL, Transformed
 from calibrated_rewards.evaluation.win_rate import WeightedPools, predict, win_rates_of
 from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.table.reference_table import ReferenceTable
