@@ -2,7 +2,7 @@
 
 - `estimates`, `win_rate`: averages over prompts with intervals; win rates of samples and of weighted rollouts.
 - `policies`, `kl`: `evaluate` draws from policies, scores, and compares them with their reference.
-- `frontier`, `objectives`: `estimate_frontier` compares objectives without any training.
+- `frontier`: `estimate_frontier` compares objectives without any training.
 - `expectations`: `expect` predicts beta, KL and win rate of training on a table.
 - `results`, `frontier_results`, `wording`, `plots`, `report`: results in print, JSON, figures and one page of HTML.
 """
