@@ -106,7 +106,7 @@ def roots(source: str) -> set[str]:
     nodes = list(ast.walk(ast.parse(source)))
     named = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     named += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
-    ours = {"calibrated_rewards", *(path.stem for path in (ROOT / "tests").iterdir()), "environment"}
+    ours = {"calibrated_rewards", *(path.stem for path in (ROOT / "tests").rglob("*.py")), "environment"}
     return {name.split(".")[0] for name in named} - sys.stdlib_module_names - ours
 
 

@@ -54,7 +54,7 @@ class Function:
 
     # The function gets what calibration gave it, so messages may not take the place of a text.
     reads_messages = False
-    thread_safe = property(lambda self: is_thread_safe(self.function))
+    thread_safe = property(lambda self: is_thread_safe(self.function), doc="True if the function is.")
 
     def __post_init__(self) -> None:
         if self.name:
@@ -95,8 +95,8 @@ class Cost:
 
     scorer: Scorer
 
-    reads_messages = property(lambda self: reads_messages(self.scorer))
-    thread_safe = property(lambda self: is_thread_safe(self.scorer))
+    reads_messages = property(lambda self: reads_messages(self.scorer), doc="True if the scorer does.")
+    thread_safe = property(lambda self: is_thread_safe(self.scorer), doc="True if the scorer is.")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """Return minus the cost of each pair."""
@@ -182,7 +182,7 @@ class Ensemble:
     scales: Sequence[float] | np.ndarray | None = None
     """One for each scorer, all above 0; None for 1."""
 
-    reads_messages = property(lambda self: all(map(reads_messages, self.scorers)))
+    reads_messages = property(lambda self: all(map(reads_messages, self.scorers)), doc="True if all members do.")
 
     def __post_init__(self) -> None:
         scorers = tuple(self.scorers)

@@ -75,7 +75,7 @@ class PairClassifier:
     scorer: Scorer
     template: str
 
-    thread_safe = property(lambda self: is_thread_safe(self.scorer))
+    thread_safe = property(lambda self: is_thread_safe(self.scorer), doc="True if the classifier is.")
 
     def __post_init__(self) -> None:
         check_places(self.template)
