@@ -311,7 +311,7 @@ def test_a_chat_is_not_taken_for_the_text_of_its_id() -> None:
     """The policy reads a chat otherwise than the text that was calibrated."""
     table = ReferenceTable.build([("Hi", [0.0, 1.0], [id_key("a")])])
     reward = CalibratedReward(reads, table, originals=None)
-    with pytest.raises(UnknownPromptError, match="another name"):
+    with pytest.raises(UnknownPromptError, match="an alias"):
         reward.score([CHAT], ["Hello"], ids=["a"])
 
 

@@ -109,7 +109,7 @@ def test_per_token_outputs_are_refused_on_real_rows(tmp_path: Path) -> None:
 
 def test_the_first_example_of_the_page(tmp_path: Path) -> None:
     """It runs as it stands, on a checkpoint as published."""
-    page = (ROOT / "docs" / "scoring.md").read_text("utf-8")
+    page = (ROOT / "docs" / "guides" / "reward_models.md").read_text("utf-8")
     example = next(block for block in re.findall(r"```python3\n(.*?)```", page, re.DOTALL) if "load_scorer" in block)
     lines = [line for line in example.splitlines() if line.startswith(("from", "load_scorer"))][:2]
     assert 'output="score"' in lines[1]
