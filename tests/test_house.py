@@ -184,6 +184,23 @@ def test_rooms_are_light(tmp_path: Path) -> None:
     assert loaded.split() == []
 
 
+# In rooms that run models, what needs none: plain functions, servers, names, text and labels.
+WITHOUT_MODELS = """
+models.text models.labels models.label_names models.lazy models.callable_fingerprint models.server_address
+models.http_client scorers.protocol scorers.differences scorers.ensemble scorers.pairwise scorers.remote
+scorers.remote_vllm samplers.protocol samplers.openai samplers.vllm_engine training.check_settings.check
+"""
+
+
+def test_servers_and_functions_need_no_torch(tmp_path: Path) -> None:
+    """Scoring by a server or a plain function, and reading settings, loads neither torch nor transformers."""
+    modules = ", ".join(f"calibrated_rewards.{module}" for module in WITHOUT_MODELS)
+    loaded = run_python(
+        f"import {modules}, sys; print(*{{'torch', 'transformers', 'trl'}} & set(sys.modules))", tmp_path
+    )
+    assert loaded.split() == []
+
+
 @pytest.mark.parametrize("heavy", ["torch", "scipy.optimize"])
 def test_a_heavy_import_would_be_noticed(heavy: str, tmp_path: Path) -> None:
     """The check above can fail: what is imported first is found."""

@@ -19,9 +19,16 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 
-FILE_LINES, FUNCTION_LINES = 430, 60  # about 400: a file is not split for the sake of a few lines
+FILE_LINES, FUNCTION_LINES = 400, 60
 # What breaks the limits, and why that is better than a cut. CONTRIBUTING.md lists them too.
-LONG_FILES = {"training.check_settings.frameworks": "tables: the rules of eleven frameworks, one after the other"}
+LONG_FILES = {
+    "training.check_settings.frameworks": "tables: the rules of each framework, one after the other",
+    "calibration.sources": "one idea, a few lines over",
+    "evaluation.expectations": "one idea, a few lines over",
+    "models.shared_prefix": "one idea, a few lines over",
+    "table.storage": "one idea, a few lines over",
+    "testing.check_side_effects": "one idea, a few lines over",
+}
 LONG_FUNCTIONS: dict[str, str] = {}
 # A helper lives in the file that uses it; used by two, it is a noun that has no file yet.
 NO_NOUNS = {"base", "common", "config", "constants", "errors", "helpers", "misc", "registry", "types", "utils"}

@@ -16,9 +16,23 @@ array([[59., 60., 61.]])
 '+ location'
 """
 
+from typing import TYPE_CHECKING, Any
+
 from calibrated_rewards.calibration.prediction.judgement import Errors as Errors
 from calibrated_rewards.calibration.prediction.prediction import (
     Amortised as Amortised,
     Features as Features,
     fit as fit,
 )
+
+if TYPE_CHECKING:
+    from calibrated_rewards.calibration.prediction.prompt_features import PromptFeatures as PromptFeatures
+
+
+def __getattr__(name: str) -> Any:
+    """Import `PromptFeatures` when it is asked for: it brings torch."""
+    if name != "PromptFeatures":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from calibrated_rewards.calibration.prediction.prompt_features import PromptFeatures
+
+    return PromptFeatures
