@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,16 @@ class Stopped(Signalled):
     """Stops, and goes on when it is told to."""
 
     signal = signal.SIGSTOP
+
+
+class Patient(Noted):
+    """A sampler that waits with its first shard until another process is at its second one."""
+
+    def __call__(self, prompts, seeds):
+        """What NumberSampler gives, not before the other has got that far, however busy the machine is."""
+        while max(Counter(line["pid"] for line in notes(self.log) if "sampling" in line).values(), default=0) < 2:
+            time.sleep(0.01)
+        return super().__call__(prompts, seeds)
 
 
 def work(
@@ -109,13 +120,15 @@ def came_of(folder: Path, codes: list[int]) -> dict[str, Any]:
 
 def one_killed(folder: Path) -> dict[str, Any]:
     """Three processes, one of which is killed as it works on its second shard."""
-    return came_of(folder, ended(start(work, folder, Signalled), start(work, folder), start(work, folder)))
+    return came_of(
+        folder, ended(start(work, folder, Signalled), start(work, folder, Patient), start(work, folder, Patient))
+    )
 
 
 def one_stopped(folder: Path) -> dict[str, Any]:
     """Two processes, one of which stops at its second shard until the other has done all else, and waits for it."""
     stopped = start(work, folder, Stopped)
-    other = start(work, folder)
+    other = start(work, folder, Patient)
     os.waitpid(stopped, os.WUNTRACED)
     while len(sampled(f"{folder}.log")) < len(PROMPTS):
         time.sleep(0.02)

@@ -194,7 +194,7 @@ scorers.remote_vllm samplers.protocol samplers.openai samplers.vllm_engine train
 
 def test_servers_and_functions_need_no_torch(tmp_path: Path) -> None:
     """Scoring by a server or a plain function, and reading settings, loads neither torch nor transformers."""
-    modules = ", ".join(f"calibrated_rewards.{module}" for module in WITHOUT_MODELS)
+    modules = ", ".join(f"calibrated_rewards.{module}" for module in WITHOUT_MODELS.split())
     loaded = run_python(
         f"import {modules}, sys; print(*{{'torch', 'transformers', 'trl'}} & set(sys.modules))", tmp_path
     )
