@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
     "overhead": ("overhead.py --rounds 2", "overhead"),
     "lookup": ("lookup.py --prompts 100000", "lookup"),
-    "scoring": ("scoring.py --layers 2 --width 128 --rounds 2", "scoring_cpu_float32"),
+    "scoring": ("scoring.py --layers 2 --width 128 --rounds 2", "scoring_cpu_float32_2x128"),
     "sampling": ("sampling.py --layers 2 --width 128 --rounds 2 --cases 256,16,16", "sampling_small_llama_cpu_float32"),
     "server": ("server.py --layers 2 --width 128 --pairs 256 --rounds 2", "server"),
 }
