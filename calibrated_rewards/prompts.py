@@ -31,7 +31,7 @@ _WHOLE_FLOATS = 2.0**53
 
 
 class UnknownPromptError(KeyError):
-    """A prompt that a table, or a file of references, does not have, or has in another form only."""
+    """A prompt that a table does not have, or has in another form only; reward/find_prompts.py writes the hints."""
 
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError would show the message in quotes
@@ -287,10 +287,24 @@ def name_of(thing: Any) -> str:
 
 
 def start_of(prompt: object, width: int = 60) -> str:
-    """Write the start of a prompt, or its key, for an error message.
+    """Write the start of a prompt, or its key, for an error message; of a chat, its roles and its last message.
 
     >>> start_of("Once upon a time there was a king who had three daughters, and")
     "'Once upon a time there was a king who had three daughter..."
+    >>> start_of([{"role": "system", "content": "You are a calculator."}, {"role": "user", "content": "2+2="}])
+    "2 messages (system, user: '2+2=')"
     """
-    text = f"key {prompt.hex()}" if isinstance(prompt, bytes) and len(prompt) == KEY_BYTES else repr(prompt)
+    if isinstance(prompt, bytes) and len(prompt) == KEY_BYTES:
+        return f"key {prompt.hex()}"
+    if isinstance(prompt, list | tuple | np.ndarray) and _is_list(prompt):
+        messages = [_members(message, _MESSAGE_FIELDS) or {} for message in prompt]
+        roles = [role for message in messages if isinstance(role := message.get("role"), str)]
+        if messages and len(roles) == len(messages):
+            count = f"{len(roles)} message{'s' * (len(roles) > 1)}"
+            shown = ", ".join(roles if len(roles) <= 4 else [roles[0], "...", roles[-1]])
+            return f"{count} ({shown}: {_cut(repr(messages[-1].get('content')), width)})"
+    return _cut(repr(prompt), width)
+
+
+def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."

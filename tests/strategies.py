@@ -25,6 +25,13 @@ def _table(increments: list[float]) -> Tabulated:
 
 
 tables = st.lists(st.floats(0.01, 5.0), min_size=1, max_size=6).map(_table)
+
+
+def _onto_quantiles(table: Tabulated) -> Chain:
+    """A table that ends at 1, by an Affine."""
+    return Chain(table, Affine(1 / table.values[-1]))
+
+
 bounded = st.one_of(
     st.just(Identity()),
     st.builds(Exponential, st.one_of(moderate, moderate.map(lambda t: -t))),
@@ -38,6 +45,7 @@ transforms = st.one_of(
     st.just(NormalQuantile()),
     st.builds(Chain, st.one_of(bounded, st.just(Log())), affine),
     st.builds(Chain, st.builds(Power, st.floats(0.3, 3.0)), st.builds(Exponential, moderate)),
+    st.builds(Chain, tables.map(_onto_quantiles), st.builds(Exponential, moderate)),
 )
 calibrated_procedures = st.one_of(st.just(Standard()), st.builds(BestOf, whole), st.builds(WorstOf, whole))
 procedures = st.one_of(

@@ -325,7 +325,21 @@ def test_a_prefix_is_never_cut_inside_a_character():
 def test_start_of_is_short():
     """Errors show keys in hex, and no more than the start of a long prompt."""
     assert start_of(bytes(16)) == f"key {'00' * 16}"
-    assert len(start_of([{"role": "user", "content": "x" * 1000}])) == 60
+    assert len(start_of("x" * 1000)) == 60
+    assert start_of([{"role": "user", "content": "x" * 1000}]) == f"1 message (user: '{'x' * 56}...)"
+
+
+def test_start_of_a_chat_shows_its_last_message():
+    """Under one system message the last message tells two chats apart; messages are of any class, in any sequence."""
+    system = {"role": "system", "content": "You are a helpful assistant. " * 9}
+    chats = [[system, {"role": "user", "content": question}] for question in ("2+2=", "3+3=")]
+    assert [start_of(chat) for chat in chats] == [f"2 messages (system, user: '{each}')" for each in ("2+2=", "3+3=")]
+    objects = np.empty(2, object)
+    objects[:] = [SimpleNamespace(**message) for message in chats[0]]
+    assert start_of(objects) == start_of(chats[0])
+    assert start_of([*chats[0] * 5, {"role": "user"}]) == "11 messages (system, ..., user: None)"
+    assert start_of([7, "x"]) == "[7, 'x']"
+    assert start_of([]) == "[]"
 
 
 def test_documented_keys():

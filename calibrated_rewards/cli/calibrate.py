@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.cli import model_options
 from calibrated_rewards.cli.options import Real, Whole, add_prompt_options, add_run_options, refuse_options
-from calibrated_rewards.theory.named import TRANSFORM_NAMES, NamedTransform, parse_transform
+from calibrated_rewards.theory.named import OPTIMUM_NAMES, TRANSFORM_NAMES, NamedTransform, parse_transform
+from calibrated_rewards.theory.procedures import BestOf, WorstOf
 from calibrated_rewards.theory.transforms import Identity
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="the seed of the rollouts (%(default)s)")
     text = "in place of -k: draw in rounds, until the error band of the reward is ± WIDTH"
     add("--adaptive", type=Real(0.0, above=True), metavar="WIDTH", help=text)
-    text = f"the reward of --adaptive, on [0, 1]: {TRANSFORM_NAMES} (identity)"
+    text = f"the reward of --adaptive, on [0, 1]: {TRANSFORM_NAMES}, without a KL, or {OPTIMUM_NAMES} (identity)"
     add("--transform", type=parse_transform, metavar="NAME", help=text)
     add(
         "--rounds",
@@ -141,12 +142,16 @@ def parse_adaptive(options: argparse.Namespace) -> "Adaptive | None":
         names = dict.fromkeys(("transform", "rounds", "budget"))
         refuse_options(options, names, "they belong to --adaptive")
         return None
+    named: NamedTransform | None = options.transform
+    if named is not None and named.kl is not None and not isinstance(named.procedure, BestOf | WorstOf):
+        raise ValueError(
+            f"--transform: the rounds of --adaptive are the same at every KL, leave it out of {named.name}"
+        )
     if options.k is not None:
         raise ValueError("-k: with --adaptive, --rounds say how many rollouts there are, leave it out")
     from calibrated_rewards.calibration.adaptive import Adaptive
     from calibrated_rewards.theory.scale import scaled
 
-    named: NamedTransform | None = options.transform
     rounds = options.rounds or ROUNDS
     if options.budget is not None and options.budget < rounds[0]:
         raise ValueError(f"--budget needs the {rounds[0]} rollouts of the first round or more, got {options.budget}")

@@ -42,14 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kl", type=Real(0.0, above=True), nargs="+", default=[0.5, 1.0, 2.0], metavar="NATS", help=text)
     add("--best-of", type=Whole(1), nargs="+", metavar="N", help="best of N, beside single responses (4)")
     add("--worst-of", type=Whole(1), nargs="+", metavar="N", help="worst of N, an attacker's best (4)")
-    add("--arms", type=parse_arm, nargs="+", metavar="NAME", help="rewards to compare, the baseline first")
+    add(
+        "--arms",
+        type=parse_arm,
+        nargs="+",
+        metavar="NAME",
+        help="objectives: the rewards to compare, the baseline first",
+    )
     add("--out", type=Path, metavar="FILE", help="save the result as JSON")
     add("--plot", type=Path, metavar="FILE", help="plot win rate against KL, a panel for each procedure")
     add("--json", action="store_true", help="print JSON in place of tables")
 
 
 def parse_arm(name: str) -> tuple[str, Objective]:
-    """Parse the name of a reward to compare, for argparse.
+    """Parse the name of an objective, for argparse.
 
     >>> parse_arm("best-of:8")
     ('best-of:8', OptimumAtKL(procedure=BestOf(n=8)))

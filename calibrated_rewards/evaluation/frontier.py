@@ -17,7 +17,6 @@ raw 0.833 [0.825, 0.840]
 exp:10 0.869 [0.869, 0.869]
 """
 
-from argparse import ArgumentTypeError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +42,7 @@ from calibrated_rewards.reward.calibrators import (
     ZScore,
 )
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.theory.named import format_name, parse_procedure, parse_transform
+from calibrated_rewards.theory.named import format_name, make_named
 from calibrated_rewards.theory.optimum import optimum
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Procedure, Standard, WorstOf
 from calibrated_rewards.theory.scale import scaled
@@ -121,20 +120,22 @@ def default_objectives(procedures: Iterable[Procedure]) -> dict[str, Objective]:
 
 
 def parse_objective(name: str) -> Objective:
-    """Parse the name of an objective: one of `OBJECTIVES`, exp:T, best-of:N or worst-of:N; ValueError for another.
+    """Parse the name of an objective: one of `OBJECTIVES`, another exp:T, best-of:N or worst-of:N.
+
+    ValueError for any other name, also one with a KL (`best-of:4:0.5`): objectives are compared at given KLs.
 
     >>> parse_objective("best-of:8"), parse_objective("log").at(1.0)
     (OptimumAtKL(procedure=BestOf(n=8)), Transformed(transform=Log()))
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    try:
-        if name.count(":") == 1 and name.startswith(("best-of:", "worst-of:")):
-            return OptimumAtKL(parse_procedure(name))
-        return Fixed(Transformed(scaled(parse_transform(name).transform, "unit")))
-    except (ValueError, ArgumentTypeError):
-        message = f"an objective is {', '.join(OBJECTIVES)}, exp:T, best-of:N or worst-of:N, got {name!r}"
-        raise ValueError(message) from None
+    thing, kl = make_named(name)
+    if thing is None or kl is not None:
+        names = f"{', '.join(OBJECTIVES)}, exp:T, best-of:N or worst-of:N"
+        raise ValueError(f"an objective is {names}, without a KL, got {name!r}")
+    if isinstance(thing, BestOf | WorstOf):
+        return OptimumAtKL(thing)
+    return Fixed(Transformed(scaled(thing, "unit")))
 
 
 Array: TypeAlias = npt.NDArray[np.float64]

@@ -19,7 +19,7 @@ OBJECTIVE_WORDS = {
 
 
 def format_transform(transform: Transform) -> str:
-    """Write a transform as a formula, whatever its scale; one that is not the library's by its repr.
+    """Write a transform as a formula, whatever its scale; one without a formula as its repr, shortened.
 
     >>> [format_transform(each) for each in (Exponential(-10.0), Log(), Chain(Exponential(2.5)))]
     ['-e^{-10u}', 'log u', 'e^{2.5u}']

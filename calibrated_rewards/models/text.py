@@ -251,7 +251,7 @@ class Text:
         try:
             return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except (TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses the messages {start_of(messages)}: {error}") from error
+            raise ValueError(f"the chat template refuses {start_of(messages)}: {error}") from error
 
     def _mend_ends(self, row: list[int], tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id

@@ -146,6 +146,7 @@ class CalibratedReward:
     ) -> Scores:
         """Compute reward, raw score and quantile of each completion; a prompt that is None is found by its id.
 
+        An unknown prompt is UnknownPromptError, with a hint (reward/find_prompts.py), unless `on_missing` differs.
         `watch=True` is for the first responses of a training run, which the alarm looks at.
         """
         prompts, completions = check_pairs(prompts, completions)
@@ -166,7 +167,7 @@ class CalibratedReward:
     def score_texts(self, texts: Sequence[str]) -> Scores:
         """`score` for texts in which the completion follows its prompt, split after the longest known prompt.
 
-        A text that begins with none is an unknown prompt as a whole.
+        A text that begins with none is an unknown prompt as a whole, and so UnknownPromptError (`on_missing`).
         """
         if isinstance(texts, str):
             raise TypeError(f"texts are a list of texts, got the text {texts!r:.60}")

@@ -1,12 +1,14 @@
-"""Find the prompts that a trainer passes in the table, and the prompts as they were calibrated; explain unknown ones.
+"""Find a trainer's prompts in the table, give them back as they were calibrated, and explain unknown ones.
 
-A prompt may arrive as it was calibrated, as its rendered template, or as an id. The table knows all of these as names
-of a row, but does not hold the prompt itself, which the reward model has to read: `Originals` has it, or the run
-directory.
+A prompt may arrive as it was calibrated, as its rendered template, or as an id. The table has all of these as names of
+a row, but not the prompt's text, which the reward model has to read: `Originals` has it, or the run directory.
+
+For an unknown prompt `table.find`, `find_rows` and `find_prompts` return the row -1. `table.rows` and
+`raise_unknown_prompt` raise UnknownPromptError; `CalibratedReward` does, unless its `on_missing` says otherwise.
 
 >>> table = ReferenceTable.build([("2+2=", [1.0]), ([{"role": "user", "content": "Hi"}], [1.0])])
 >>> suggest_fix(table, [{"role": "user", "content": "2+2="}])
-'the table has its text as a plain prompt: calibrate the messages, or find prompts by ids (id_column)'
+'the table has the text of its last message as a plain prompt: calibrate these messages as they are'
 >>> suggest_fix(table, "2+2= ")
 'the table has it without the white space around it'
 >>> suggest_fix(table, [{"role": "user", "content": "Hi. The board is empty."}])
@@ -35,7 +37,7 @@ from jaxtyping import Int64
 from calibrated_rewards.files import write_file
 from calibrated_rewards.models.text import plain_messages
 from calibrated_rewards.prompts import Prompt, UnknownPromptError, as_key, id_key, start_of
-from calibrated_rewards.table.reference_table import ReferenceTable
+from calibrated_rewards.table.reference_table import ReferenceTable, format_unknown
 
 # Stands for the key of a prompt that is None, because only its id arrived.
 _NO_PROMPT = bytes(16)
@@ -55,10 +57,11 @@ class FoundPrompts(NamedTuple):
 def find_prompts(
     table: ReferenceTable, prompts: Sequence[Prompt | None], ids: Sequence[Any] | None, originals: PromptsByRow | None
 ) -> FoundPrompts:
-    """Find the row and the calibrated form of each prompt, by its id or by itself; an unknown one has the row -1.
+    """Find the row of each prompt, by its id or by itself, and its calibrated form; an unknown prompt has the row -1.
 
-    A prompt is None if only its id arrived. UnknownPromptError if a prompt arrived in another form than it was
-    calibrated in, and `originals` lacks it.
+    A prompt is None if only its id arrived. UnknownPromptError if a prompt arrived in another form than the calibrated
+    one and `originals` lacks that, or if a chat arrived for a calibrated text. Other changes that an id hides, such as
+    an added system message, are not noticed.
     """
     prompts = list(prompts)
     keys = compute_keys(prompts)
@@ -66,7 +69,7 @@ def find_prompts(
     known = np.flatnonzero(rows >= 0)
     table_keys = table.keys(rows[known])
     names: list[Any] = [None] * len(prompts) if ids is None else list(ids)
-    # A row that is known by an id and no more has no other text than the one that arrives with it.
+    # A row whose only name is an id: the prompt that arrives with the id is the calibrated one.
     as_calibrated = [
         key == keys[at] or (prompts[at] is not None and names[at] is not None and key == id_key(names[at]))
         for at, key in zip(known.tolist(), table_keys, strict=True)
@@ -75,23 +78,23 @@ def find_prompts(
     by_place = dict(enumerate(prompts))
     if len(other):
         by_place |= zip(other.tolist(), _read_originals(prompts[other[0]], rows[other], originals), strict=True)
-        # A file of prompts that is of another table would have the reward model read somebody else's.
+        # From another table's file of prompts the reward model would read the wrong ones.
         rows_of_originals = table.find([as_key(by_place[at] or "") for at in other.tolist()])
         for at, row in zip(other.tolist(), rows_of_originals.tolist(), strict=True):
             original = by_place[at]
             by_id_only = row < 0 and names[at] is not None and table.keys(rows[[at]])[0] == id_key(names[at])
             if row != rows[at] and not by_id_only:
-                raise ValueError(f"the originals are of another table: row {rows[at]} is {start_of(original)} in them")
+                raise ValueError(
+                    f"the originals belong to another table: they have {start_of(original)} in row {rows[at]}"
+                )
             if isinstance(original, str) and not isinstance(prompts[at], str | None):
                 raise UnknownPromptError(
-                    f"the table was calibrated on a text, and a chat came with its id {names[at]!r}: the policy reads "
-                    f"the two otherwise, so completions are others. Calibrate the chats; got {start_of(prompts[at])}"
+                    f"the id {names[at]!r} is of a text in the table, and a chat came with it: the policy reads a chat "
+                    f"differently, and its completions differ. Calibrate the chats; got {start_of(prompts[at])}"
                 )
     missing = next((at for at, prompt in by_place.items() if prompt is None), None)
     if missing is not None:
-        raise UnknownPromptError(
-            f"prompt {missing} came as the id {names[missing]!r} and nothing else, which the table has not"
-        )
+        raise UnknownPromptError(f"prompt {missing} is None, and the table does not have its id {names[missing]!r}")
     return FoundPrompts(rows, [prompt for prompt in by_place.values() if prompt is not None])
 
 
@@ -165,11 +168,8 @@ def raise_unknown_prompt(
         name, key = f"the id {identifier!r}", id_key(identifier)
     else:
         name, key = f"prompt {first}, which is None and has no id", _NO_PROMPT
-    number = f"; {len(unknown)} of {len(rows)} are unknown" if len(rows) > 1 else ""
-    raise UnknownPromptError(
-        f"the table ({table.path or 'in memory'}, {len(table)} prompts) has no references for {name}, "
-        f"key {key.hex()}{number}: {suggest_fix(table, prompt)}"
-    )
+    message = format_unknown(table, name, key, unknown=len(unknown), of=len(rows))
+    raise UnknownPromptError(f"{message}: {suggest_fix(table, prompt)}")
 
 
 def select_ids(columns: Mapping[str, Any], id_column: str | None) -> Sequence[Any] | None:
@@ -187,18 +187,20 @@ def select_ids(columns: Mapping[str, Any], id_column: str | None) -> Sequence[An
 
 _SPECIAL_AT_START = re.compile(r"^(<[^<>\s]{1,30}>|\[[A-Z]{2,8}\])+")
 ADVICE = (
-    "calibrate it (`calibrated-rewards calibrate` with more prompts draws only what is missing), or choose what "
+    "no similar form is in the table. Compare the prompts that the trainer passes with those that you calibrated; "
+    "calibrate what is missing (`calibrated-rewards calibrate` with more prompts draws only that), or choose what "
     "unknown prompts get (on_missing)"
 )
-# The longest beginning of a message that is tried: each try is a look-up.
-TRIED = 4096
+# The longest beginning of a message that is looked up, in characters: each is hashed on its own.
+LONGEST_BEGINNING = 4096
 
 
 def suggest_fix(table: ReferenceTable, prompt: Any, as_prefix: bool = False) -> str:
-    """Suggest why a prompt is missing: try other forms of it, and say in which of them the table has it.
+    """Suggest why a prompt is missing: look up similar forms, name the one that the table has, and what to do.
 
-    A text is tried as a chat and without white space or special tokens around it, a chat as a text, without its first
-    or last message, and with a shorter last message. `as_prefix` is for a text that goes on after its prompt.
+    A text is tried as a chat, and without white space around it or special tokens before it. A chat is tried as the
+    text of its last message, without its first or last message, and with up to `LONGEST_BEGINNING` characters of its
+    last message. `as_prefix` is for a text that goes on after its prompt.
     """
     for suggestion, other in _other_forms(prompt):
         if as_prefix and isinstance(other, str):
@@ -214,7 +216,7 @@ def suggest_fix(table: ReferenceTable, prompt: Any, as_prefix: bool = False) -> 
 
 def _other_forms(prompt: Any) -> Iterator[tuple[str, Prompt]]:
     if isinstance(prompt, str):
-        chat = "the table has it as a chat of one message: calibrate the text, or find prompts by ids (id_column)"
+        chat = "the table has it as a chat of one message: calibrate the text, or pass the messages"
         yield chat, [{"role": "user", "content": prompt}]
         yield "the table has it without the white space around it", prompt.strip()
         special = _SPECIAL_AT_START.match(prompt)
@@ -223,14 +225,17 @@ def _other_forms(prompt: Any) -> Iterator[tuple[str, Prompt]]:
         return
     messages = _as_messages(prompt)
     if messages:
-        text = "the table has its text as a plain prompt: calibrate the messages, or find prompts by ids (id_column)"
+        text = "the table has the text of its last message as a plain prompt: calibrate these messages as they are"
         yield text, messages[-1]["content"]
-        yield "the table has it without its first message (a system prompt?)", messages[1:] or messages
-        yield "the table has it without its last message (a completion?)", messages[:-1] or messages
+        first, last = (start_of(messages[at]["content"], 40) for at in (0, -1))
+        added = f"the table has it without its first message ({first}): calibrate with this message, or stop the "
+        yield f"{added}trainer from adding it", messages[1:] or messages
+        completion = f"the table has it without its last message ({last}): if that is a completion, pass it apart"
+        yield completion, messages[:-1] or messages
 
 
 def _suggest_addition(table: ReferenceTable, prompt: Any) -> str | None:
-    """Try beginnings of a chat's last message, the longest first, and say what the table has the chat without.
+    """Look up beginnings of a chat's last message, the longest first, and name what was added to the one that is known.
 
     TRL appends what an environment's `reset()` returns to the last message before it generates.
     """
@@ -239,7 +244,7 @@ def _suggest_addition(table: ReferenceTable, prompt: Any) -> str | None:
         return None
     *before, last = messages
     content: str = last["content"]
-    beginnings = [content[:end] for end in range(min(len(content), TRIED) - 1, -1, -1)]
+    beginnings = [content[:end] for end in range(min(len(content) - 1, LONGEST_BEGINNING), -1, -1)]
     rows = table.find([[*before, {**last, "content": beginning}] for beginning in beginnings])
     known = [beginning for beginning, row in zip(beginnings, rows.tolist(), strict=True) if row >= 0]
     if not known:
@@ -252,7 +257,7 @@ def _suggest_addition(table: ReferenceTable, prompt: Any) -> str | None:
 
 
 def _as_messages(prompt: Any) -> list[dict[str, Any]]:
-    """Convert a chat to plain messages; none where it has no such form."""
+    """Convert a chat to plain messages; an empty list for a text, or what cannot be converted."""
     try:
         return [] if isinstance(prompt, str) else plain_messages(prompt)
     except (TypeError, ValueError, KeyError, AttributeError):

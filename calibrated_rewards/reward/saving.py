@@ -32,8 +32,8 @@ from calibrated_rewards.models.server_address import check_saved, format_url, is
 from calibrated_rewards.reward.find_prompts import Originals, RunPrompts
 from calibrated_rewards.table.reference_table import ReferenceTable
 
-# The classes that a file may name, by the module in which they are now. Files of version 0.1 name modules of that
-# version: of such a path only the last part counts, so a class may move, but not change its name.
+# The classes that a file may name, and their modules. Files of version 0.1 have dotted paths, of which only the last
+# part counts: a class may move to another module, but not change its name.
 CLASSES = {
     name: f"calibrated_rewards.{module}"
     for module, names in {
@@ -99,7 +99,7 @@ def to_json(setting: Any) -> Any:
         return setting
     raise TypeError(
         f"a calibrated reward is saved as JSON, which cannot say {setting!r:.80}: use the library's transforms and "
-        "load_scorer(name_or_path), or a function of a module"
+        "load_scorer(name_or_path), or a function of a module; a new class of the library is to be added to CLASSES"
     )
 
 

@@ -103,6 +103,8 @@ class RequestBatcher:
 
     async def score(self, pairs: Sequence[Pair]) -> list[Score]:
         """Score a request's completions; `Refused` if any has none: the log has the error, the answer its kind."""
+        if any(pair.prompt is None and pair.id is not None for pair in pairs):
+            raise Refused(422, "an id needs a prompt, got an id for a text that has its prompt in it: send prompts too")
         until = time.monotonic() + self.limits.answer_seconds
         late = Refused(504, f"the reward model did not answer within {self.limits.answer_seconds:g} seconds", 1)
         try:
@@ -167,7 +169,8 @@ def create_app(
     """Build the ASGI application of a reward; ValueError if the reward model is not the one of the table.
 
     `token` is asked of every request: `Authorization: Bearer`, `?token=`, or a path that starts with /t/TOKEN.
-    `dialects` may be `(*DIALECTS, Mine)`, with a class as those of `server.dialects`.
+    `dialects` may be `(*DIALECTS, Mine)`, with a class as those of `server.dialects`; so for `serve` and
+    `serve_replicas`.
     """
     check_token(token)
     if verify:
@@ -193,13 +196,14 @@ def serve(
     insecure: bool = False,
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     verify: bool = True,
+    dialects: Sequence[Dialect] = DIALECTS,
 ) -> None:
     """Answer requests until SIGTERM or SIGINT, then answer what was accepted, and return.
 
     An address that others can reach wants a token, or `insecure=True`.
     """
     check_address(host, token, insecure)
-    listen(create_app(reward, token=token, limits=limits, verify=verify), host, port, limits)
+    listen(create_app(reward, token=token, limits=limits, verify=verify, dialects=dialects), host, port, limits)
 
 
 def serve_replicas(
@@ -213,6 +217,7 @@ def serve_replicas(
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     verify: bool = True,
     resources: Mapping[str, Any] | None = None,
+    dialects: Sequence[Dialect] = DIALECTS,
 ) -> None:
     """Start several servers behind one address with Ray Serve, and return when all answer.
 
@@ -231,7 +236,7 @@ def serve_replicas(
     serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
 
     def build() -> Any:  # Ray Serve takes a function, and no other callable
-        return create_app(load(), token=token, limits=limits, verify=verify)
+        return create_app(load(), token=token, limits=limits, verify=verify, dialects=dialects)
 
     deployment = serve.deployment(
         num_replicas=replicas,

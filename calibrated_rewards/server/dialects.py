@@ -1,7 +1,8 @@
 """The dialects of the server: the request of each framework's client as a pydantic model, and the answer to it.
 
 One endpoint takes all of them, and tells them apart by a field that no other dialect has. A new dialect is a class as
-those below (the Protocol `Dialect` lists its members), and an entry in `DIALECTS`.
+those below, with the members of the Protocols `Dialect` and `ParsedRequest`. The library's are in `DIALECTS`; a user's
+are passed to `create_app`, `serve` or `serve_replicas`.
 
 >>> parse_request({"query": ["2+2=4"], "prompts": ["2+2="], "labels": [""]}, Limits()).name
 'openrlhf'
@@ -28,7 +29,10 @@ LABEL = "If the reward has an id_column: the prompt's id, or an object with that
 
 @dataclass(frozen=True)
 class Pair:
-    """A completion to score and its prompt; the prompt is None if the completion is a text that begins with it."""
+    """A completion to score and its prompt; the prompt is None if the completion is a text that begins with it.
+
+    An id needs a prompt beside it.
+    """
 
     prompt: Any
     completion: Any
@@ -53,7 +57,7 @@ class ParsedRequest(Protocol):
     """The dialect's name."""
 
     def pairs(self, id_column: str | None) -> list[Pair]:
-        """List the completions to score, for a reward with this `id_column`."""
+        """List the completions to score; labels are ids if the reward has an `id_column`, else answers to ignore."""
 
     def answer(self, scores: Sequence[Score]) -> Any:
         """Build the answer as JSON, from the scores of the pairs in their order."""
@@ -63,17 +67,18 @@ class ParsedRequest(Protocol):
 class Dialect(Protocol):
     """The class of one client's requests: a pydantic model with the members of `ParsedRequest` and these.
 
-    Fields of the types in `server.fields` are checked against the server's limits.
+    Fields of the types in `server.fields` are checked against the server's limits; a list of objects is `Items[Mine]`.
+    A field of the request must not have the name of a member.
     """
 
     name: str
     """Its name in the metrics and in the OpenAPI page."""
     recognised_by: str
-    """The field by which a request is known to be of this dialect: no other dialect has it."""
+    """The field by which a request is known to be of this dialect: a request has that of one dialect alone."""
     same_length: tuple[str, ...]
-    """Fields that, where they are given, are lists with an item for each item of `recognised_by`."""
+    """Fields that must have as many items as `recognised_by`, unless they are None."""
     example: Mapping[str, Any]
-    """A request for the OpenAPI page."""
+    """A request for the OpenAPI page; in the library's dialects the prompt is 2+2=, which the tests send."""
     answer_schema: Mapping[str, Any]
     """The JSON schema of the answer."""
 
@@ -135,7 +140,7 @@ class OpenRlhf(BaseModel):
 
 
 class LightRft(BaseModel):
-    """LightRFT's `--remote_rm_url`, which sends no labels."""
+    """LightRFT's `--remote_rm_url`; its client sends no labels, another one may."""
 
     model_config = ConfigDict(title="LightRFT")
     name: ClassVar[str] = "lightrft"
@@ -215,7 +220,8 @@ def parse_request(payload: dict[str, Any], limits: Limits, dialects: Sequence[Di
     recognised = [dialect for dialect in dialects if dialect.recognised_by in payload]
     if len(recognised) != 1:
         names = " or ".join(dialect.recognised_by for dialect in dialects)
-        raise Refused(422, f"a request has one of {names}, got the fields {start_of(sorted(payload), 200)}")
+        several = " and ".join(dialect.recognised_by for dialect in recognised) or "none"
+        raise Refused(422, f"a request has one of {names}, got {several} in {start_of(sorted(payload), 200)}")
     try:
         # Strict: nothing is converted, so that the reward model reads what the client sent.
         request = recognised[0].model_validate(payload, strict=True, context=limits)
@@ -234,16 +240,16 @@ def split_queries(
     name: str, queries: list[str], prompts: list[str] | None, labels: list[Any] | None, id_column: str | None
 ) -> list[Pair]:
     """Split texts after the prompts in them, as the adapters do, with ids from labels; all in one without prompts."""
+    ids = [as_id(frameworks.identifier(label, id_column)) for label in labels or [None] * len(queries)]
     if prompts is None:
-        return [Pair(None, query) for query in queries]
+        return [Pair(None, query, identifier) for query, identifier in zip(queries, ids, strict=True)]
     pairs = []
-    for at, (query, prompt) in enumerate(zip(queries, prompts, strict=True)):
+    for at, (query, prompt, identifier) in enumerate(zip(queries, prompts, ids, strict=True)):
         try:
             completion = frameworks.completion_of(query, prompt)
         except ValueError as error:
             raise Refused(422, f"{name}[{at}]: {error}") from None
-        label = None if labels is None else labels[at]
-        pairs.append(Pair(prompt, completion, as_id(frameworks.identifier(label, id_column))))
+        pairs.append(Pair(prompt, completion, identifier))
     return pairs
 
 
@@ -272,7 +278,7 @@ def collect_details(scores: Sequence[Score]) -> dict[str, list[float]]:
 
 
 def collect_numbers(scores: Sequence[Score]) -> list[float]:
-    """List the rewards, for clients that cannot read null."""
+    """List the rewards, for clients that cannot read null; `Refused` with 404 if one is None (on_missing="skip")."""
     rewards = [score.reward for score in scores if score.reward is not None]
     if len(rewards) < len(scores):
         unknown = len(scores) - len(rewards)

@@ -8,7 +8,7 @@
 [1] is a text, got int 7
 """
 
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -49,7 +49,7 @@ def check_count(items: Any, info: Any) -> Any:
     """Refuse a list that is too long, before its items are looked at."""
     limits: Limits = info.context
     if isinstance(items, list) and len(items) > limits.pairs:
-        raise PydanticCustomError(TOO_LARGE, f"has at most {limits.pairs} completions, got {len(items)}")
+        raise PydanticCustomError(TOO_LARGE, f"has at most {limits.pairs} items, got {len(items)}")
     return items
 
 
@@ -88,8 +88,11 @@ def show(value: Any) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {start_of(value)}"
 
 
+Item = TypeVar("Item")
+Items: TypeAlias = Annotated[list[Item], BeforeValidator(check_count)]
+"""A list with at most as many items as a request may have completions: `Items[Question]` for a model of yours."""
 Text: TypeAlias = Annotated[str, AfterValidator(check_text)]
-Texts: TypeAlias = Annotated[list[Text], BeforeValidator(check_count)]
+Texts: TypeAlias = Items[Text]
 MESSAGE = {
     "type": "object",
     "properties": {"role": {"type": "string"}, "content": {"type": "string"}},
@@ -102,7 +105,7 @@ Chat: TypeAlias = Annotated[
     Annotated[Text, Tag("text")] | Annotated[Messages, Tag("messages")],
     Discriminator(_choose_form, custom_error_type="chat_type", custom_error_message=RULES["chat_type"]),
 ]
-Chats: TypeAlias = Annotated[list[Chat], BeforeValidator(check_count)]
+Chats: TypeAlias = Items[Chat]
 Ids: TypeAlias = Annotated[
     list[Any] | None, Field(description="Each prompt's id, if it is a string or an integer; anything else is none.")
 ]
@@ -122,7 +125,7 @@ def refuse_malformed(payload: dict[str, Any], invalid: ValidationError) -> Refus
 
 
 def _name_field(payload: dict[str, Any], error: Any) -> str:
-    """Write the path to a field, such as `inputs[0].q`; pydantic also names the chosen member of a union in it."""
+    """Write the path to a field, such as `query[1]`; pydantic also names the chosen member of a union in it."""
     name = ""
     value: Any = payload
     for part in error["loc"]:

@@ -22,7 +22,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that a server accepts; what is above a limit is refused at once, and costs no memory.
+    """The most that a server accepts, how it batches, and how long it waits.
 
     >>> Limits(pairs=0)
     Traceback (most recent call last):
@@ -42,9 +42,9 @@ class Limits:
     held: int = 256 * MEBIBYTE
     """Bytes of all bodies that are being read or answered: 503."""
     pairs: int = 1024
-    """Completions in a request: 413."""
+    """Items in a list of a request, and so its completions: 413."""
     text: int = 262_144
-    """Characters of a prompt, and of a completion: 413."""
+    """Characters of a text, which may be a prompt and its completion, and of a chat as JSON: 413."""
     depth: int = 32
     """Nested lists and objects: 422."""
     queue: int = 8192

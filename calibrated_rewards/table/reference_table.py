@@ -319,10 +319,8 @@ class ReferenceTable:
 
     def _refuse(self, prompts: Sequence[Any] | np.ndarray, unknown: Int[np.ndarray, " _"]) -> None:
         prompt = list(prompts)[int(unknown[0])]
-        of = f"; {len(unknown)} of {len(prompts)} are unknown" if len(prompts) > 1 else ""
         raise UnknownPromptError(
-            f"the table ({self.path or 'in memory'}, {len(self)} prompts) has no references for {start_of(prompt)}, "
-            f"key {as_key(prompt).hex()}{of}"
+            format_unknown(self, start_of(prompt), as_key(prompt), unknown=len(unknown), of=len(prompts))
         )
 
     def _under_known_keys(self, rows: Iterable[Any], allow_new: bool) -> Iterator[Row]:
@@ -338,3 +336,10 @@ class ReferenceTable:
             # The text stays as an alias, so that prefix look-up knows its length.
             key = bytes.fromhex(f"{high[number]:016x}{low[number]:016x}")
             yield row if number < 0 else Row(key, row.scores, [*row.aliases, row.prompt])
+
+
+def format_unknown(table: ReferenceTable, name: str, key: bytes, *, unknown: int, of: int) -> str:
+    """Write the error for an unknown prompt: the table, the prompt, its key, and how many more are unknown."""
+    number = f"; {unknown} of {of} are unknown" if of > 1 else ""
+    place = f"{table.path or 'in memory'}, {len(table)} prompts"
+    return f"the table ({place}) has no references for {name}, key {key.hex()}{number}"

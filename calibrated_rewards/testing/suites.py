@@ -2,7 +2,7 @@
 
 >>> from calibrated_rewards.theory.transforms import Exponential
 >>> print(check_transform(Exponential(5.0)))
-Exponential(t=5.0): 6 checks passed
+Exponential(t=5.0): 7 checks passed
 >>> check_transform(lambda u: -u)
 Traceback (most recent call last):
 AssertionError: <lambda> does not rise with u: Phi(0) = -0.0 is above Phi(1/512) = -0.001953125
@@ -86,6 +86,11 @@ def _check_transform(transform: Transform, name: str) -> Iterator[str]:
         shift = values[1:-1] - np.asarray(transform.at_logit(logit(u[1:-1])))
         _require(np.ptp(shift) <= 1e-9 * np.ptp(values[1:-1]), f"{name}.at_logit is not Phi up to a constant")
         yield "at_logit = Phi up to a constant"
+        _require(
+            np.isinf(values[-1]) or abs(shift - values[-1]).max() <= 1e-9 * max(np.ptp(values[1:-1]), abs(values[-1])),
+            f"{name}.at_logit is not Phi(u) - Phi(1), which a Chain relies on",
+        )
+        yield "that constant is Phi(1)"
 
 
 def check_procedure(procedure: Procedure, seed: int = 0, runs: int = 20_000) -> Verdict:

@@ -1,8 +1,8 @@
-"""Names of transforms and procedures: as the command line has them, and as their repr is kept in saved files.
+"""Names of transforms and procedures on the command line, and their reprs in the results of a run.
 
-The command line names the transforms that are compared as rewards: those of `NAMED`, and the optimum for best-of-N or
-worst-of-N. Power, NormalQuantile, Tabulated, Affine and Chain have no name there: a program passes the objects. A new
-transform that shall have one is a row of `NAMED`; every new class is a name in `WITH_REPR`.
+The command line names the transforms of `NAMED`, and the optimum for best-of-N or worst-of-N. Power, NormalQuantile,
+Tabulated, Affine and Chain have no name there: a program passes the objects. A run's settings.json and results hold
+reprs, which `WITH_REPR` reads back; reward.json holds classes and fields, which `CLASSES` of reward/saving.py reads.
 
 >>> parse_transform("exp:10").transform, parse_procedure("best-of:4"), format_name(WorstOf(8))
 (Exponential(t=10.0), BestOf(n=4), 'worst-of:8')
@@ -40,13 +40,19 @@ NAMED: dict[str, Any] = {
     "exp": Exponential,
 }
 BEST_OR_WORST: dict[str, type[BestOf] | type[WorstOf]] = {"best-of": BestOf, "worst-of": WorstOf}
+
+
+def _join_names(end: str) -> str:
+    """Join the names of `NAMED`, each with a letter for its parameter and an end."""
+    *names, last = [":".join([name, *(field.name.upper() for field in fields(cls))]) for name, cls in NAMED.items()]
+    return f"{', '.join(name + end for name in names)} or {last}{end}"
+
+
 # For the help of commands: all names without a KL, and the same with what a KL adds.
-TRANSFORM_NAMES = "identity, log or exp:T"
-TRANSFORM_HELP = (
-    f"{TRANSFORM_NAMES}; for a KL in nats identity:KL, log:KL or exp:T:KL; best-of:N:KL or worst-of:N:KL, the exact "
-    "optimum"
-)
-# All classes of the library that a repr can be read back to: not Calibrated, whose function no repr holds.
+TRANSFORM_NAMES = _join_names("")
+OPTIMUM_NAMES = "best-of:N:KL or worst-of:N:KL"
+TRANSFORM_HELP = f"{TRANSFORM_NAMES}; for a KL in nats {_join_names(':KL')}; {OPTIMUM_NAMES}, the exact optimum"
+# All classes of the library whose repr can be read back. The repr of Calibrated does not hold its function.
 WITH_REPR: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
@@ -80,28 +86,44 @@ def parse_transform(name: str) -> NamedTransform:
     >>> parse_transform("best-of:4:1.0").transform
     Chain(Optimal(procedure=BestOf(n=4), beta=0.083...), Affine(scale=2.5..., shift=1.0))
     """
-    kind, *numbers = name.split(":")
     try:
-        if kind in BEST_OR_WORST:
-            n, nats = numbers
-            procedure, kl = BEST_OR_WORST[kind](int(n)), float(nats)
-        else:
-            parameters = len(fields(NAMED[kind]))
-            transform = NAMED[kind](*map(float, numbers[:parameters]))
-            if len(numbers) == parameters:
-                return NamedTransform(name, transform)
-            (kl,) = map(float, numbers[parameters:])
-            procedure = None
-    except (KeyError, ValueError, TypeError):
+        thing, kl = make_named(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{name}: {error}") from None
+    is_procedure = isinstance(thing, BestOf | WorstOf)
+    if thing is None or (is_procedure and kl is None):
         raise argparse.ArgumentTypeError(
-            f"a transform is {TRANSFORM_NAMES}, these for a KL in nats (exp:10:1.0, identity:1.0), best-of:N:KL or "
-            f"worst-of:N:KL, such as best-of:4:1.0, with numbers; got {name!r}"
-        ) from None
+            f"a transform is {TRANSFORM_NAMES}, these for a KL in nats (exp:10:1.0, identity:1.0), {OPTIMUM_NAMES}, "
+            f"such as best-of:4:1.0, with numbers; got {name!r}"
+        )
+    if kl is None:
+        return NamedTransform(name, thing)
     if not (isfinite(kl) and kl > 0):
         raise argparse.ArgumentTypeError(f"a KL is a number of nats > 0, such as 0.5, got {kl:g} in {name!r}")
-    if procedure is None:
-        return NamedTransform(name, scaled(transform, "unit"), kl)
-    return NamedTransform(name, _solve_optimum(name, procedure, kl), kl, procedure)
+    if not is_procedure:
+        return NamedTransform(name, scaled(thing, "unit"), kl)
+    return NamedTransform(name, _solve_optimum(name, thing, kl), kl, thing)
+
+
+def make_named(name: str) -> tuple[Any, float | None]:
+    """Make the transform, or the best-of-N or worst-of-N, of a name, and read the KL after it if there is one.
+
+    (None, None) for what has not the form of a name; ValueError for a parameter that the class refuses.
+
+    >>> make_named("exp:10"), make_named("best-of:4:0.5"), make_named("exp")
+    ((Exponential(t=10.0), None), (BestOf(n=4), 0.5), (None, None))
+    """
+    kind, *numbers = name.split(":")
+    cls: Any = NAMED.get(kind) or BEST_OR_WORST.get(kind)
+    count = len(fields(cls)) if cls else 0
+    if cls is None or len(numbers) not in (count, count + 1):
+        return None, None
+    try:
+        parameters = [int(each) if kind in BEST_OR_WORST else float(each) for each in numbers[:count]]
+        kl = float(numbers[count]) if len(numbers) > count else None
+    except ValueError:
+        return None, None
+    return cls(*parameters), kl
 
 
 def _solve_optimum(name: str, procedure: BestOf | WorstOf, kl: float) -> Transform:
@@ -163,10 +185,9 @@ def _evaluate(node: ast.expr) -> Any:
 
 
 def format_name(thing: object) -> str:
-    """Write a transform or a procedure as the command line has it; its repr where the command line has no name.
+    """Write a transform or a procedure by its name on the command line, or as its repr where it has none.
 
-    A procedure's name is no transform's: `parse_procedure` reads best-of:4, `parse_transform` needs best-of:4:KL, and
-    the optimum of that name is written as its repr.
+    `parse_procedure` reads best-of:4. `parse_transform` needs best-of:4:KL, whose optimum is written as its repr.
 
     >>> format_name(BestOf(4)), format_name(Exponential(-5.0)), format_name(Identity()), format_name(Standard())
     ('best-of:4', 'exp:-5', 'identity', 'standard')
@@ -175,5 +196,5 @@ def format_name(thing: object) -> str:
         return "standard"
     for name, cls in {**NAMED, **BEST_OR_WORST}.items():
         if isinstance(thing, cls):
-            return ":".join([name, *(f"{x:g}" if isinstance(x, float) else str(x) for x in vars(thing).values())])
+            return ":".join([name, *(str(each).removesuffix(".0") for each in vars(thing).values())])
     return repr(thing)

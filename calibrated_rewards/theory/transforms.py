@@ -47,16 +47,23 @@ class PreciseTransform(Transform, Protocol):
     def at_logit(self, s: npt.ArrayLike, /) -> Values:
         """Evaluate Phi(u) - Phi(1) at u = 1 / (1 + e^-s) without cancellation; Phi(u) itself where Phi(1) is infinite.
 
-        Callers read differences of such values, so that any constant would do, but for a part of a `Chain` that ends
-        at Phi(1) = 1: the chain takes 1 - Phi(u) from it.
+        The constant counts: a `Chain` reads 1 - Phi(u) from a part with Phi(1) = 1. All other callers read differences.
         """
 
 
 def at_logit(transform: Transform, s: npt.ArrayLike) -> Values:
-    """Evaluate `transform.at_logit(s)` where the transform has it, else Phi at expit(s), kept off 0 and 1."""
+    """Evaluate `transform.at_logit(s)`, for a transform without it from Phi at expit(s), kept off 0 and 1."""
     if isinstance(transform, PreciseTransform):
         return transform.at_logit(s)
-    return transform(np.clip(expit(np.asarray(s, np.float64)), np.finfo(np.float64).tiny, 1 - 2.0**-53))
+    u = np.clip(expit(np.asarray(s, np.float64)), np.finfo(np.float64).tiny, 1 - 2.0**-53)
+    return _below_one(transform, transform(u))
+
+
+def _below_one(transform: Transform, values: Values) -> Values:
+    """Return values of a transform less Phi(1), where that is finite."""
+    with np.errstate(all="ignore"):
+        end = transform(1.0)
+    return values - end if isfinite(float(end)) else values
 
 
 @dataclass(frozen=True)
@@ -261,12 +268,13 @@ class Chain:
         if isinstance(last, Affine):
             return last.scale * at_logit(before, s)
         quantile = np.asarray(before(expit(np.asarray(s, np.float64))))
-        if isinstance(before, PreciseTransform) and before(0.0) >= 0 and before(1.0) == 1:
+        precise = all(isinstance(part, PreciseTransform) for part in head)
+        if precise and isinstance(before, PreciseTransform) and before(0.0) >= 0 and before(1.0) == 1:
             with np.errstate(divide="ignore"):
                 inner = np.log(quantile) - np.log(-np.asarray(before.at_logit(s)))
                 # Where a float cannot hold the quantile, |s| > 700, its logit is as good as s.
                 return at_logit(last, np.where(np.isfinite(inner), inner, s))
-        return last(quantile)
+        return _below_one(self, last(quantile))
 
 
 def knots(transform: Transform) -> tuple[float, ...]:

@@ -98,6 +98,7 @@ def test_adaptive_rounds_by_option(models, tmp_path):
         (["--budget", "9"], "--budget: they belong to --adaptive, leave it out"),
         (["--scores", "r"], "--scores: they belong to --rollouts"),
         (["--adaptive", "0.1"], "-k: with --adaptive"),
+        (["--adaptive", "0.1", "--transform", "exp:5:0.5"], "are the same at every KL, leave it out of exp:5:0.5"),
         (["--rollouts", "x.jsonl", "--dry-run"], "--dry-run: --rollouts has the prompts"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
     ],

@@ -139,7 +139,7 @@ def test_a_table_of_ties_has_its_own_numbers_or_an_error(
         ("best-of:1000:0.5", "best-of:1000:0.5: The optimum for BestOf(n=1000) has a KL of 0.114 at most"),
         ("best-of:4:-1", "a KL is a number of nats > 0, such as 0.5, got -1"),
         ("exp:10:nan", "a KL is a number of nats > 0, such as 0.5, got nan"),
-        ("best-of:0:1", "best-of:N:KL"),
+        ("best-of:0:1", "best-of:0:1: BestOf needs a whole n >= 1, got n=0"),
     ],
 )
 def test_an_optimum_that_there_is_not_is_a_message(

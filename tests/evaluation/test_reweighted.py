@@ -465,6 +465,15 @@ def test_arms_by_name():
     assert frontier.parse_arm("worst-of:3") == ("worst-of:3", OptimumAtKL(WorstOf(3)))
     with pytest.raises(ArgumentTypeError, match="an objective is raw, z-score"):
         frontier.parse_arm("best-of:zero")
+    with pytest.raises(ArgumentTypeError, match="BestOf needs"):
+        frontier.parse_arm("best-of:0")
+
+
+@pytest.mark.parametrize("name", ["identity:0.5", "log:0.5", "exp:10:0.5", "best-of:4:1.0"])
+def test_an_objective_names_no_kl(name):
+    """All are compared at the KLs of --kl: a KL in a name would be dropped."""
+    with pytest.raises(ArgumentTypeError, match=f"without a KL, got '{name}'"):
+        frontier.parse_arm(name)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.on_demand import OnTheSpot
 from calibrated_rewards.reward.batching import ascore, ascore_one, score_one
 from calibrated_rewards.reward.calibrators import SmoothedCDF, Uncalibrated, ZScore
-from calibrated_rewards.reward.find_prompts import RunPrompts
+from calibrated_rewards.reward.find_prompts import LONGEST_BEGINNING, RunPrompts, suggest_fix
 from calibrated_rewards.reward.monitoring import compute_metrics
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
@@ -269,7 +269,7 @@ def test_the_reward_model_reads_what_was_calibrated(tmp_path: Path) -> None:
     assert found(["<user>Hi</user>"], ["Hello"]) == [5 / 6]
     assert found.score(["Hi there"], ["Hello"], ids=["a"]).reward == [5 / 6]
     assert found.score([None], ["Hello"], ids=["a"]).reward == [5 / 6]
-    with pytest.raises(UnknownPromptError, match="came as the id 'b' and nothing else"):
+    with pytest.raises(UnknownPromptError, match="prompt 0 is None, and the table does not have its id 'b'"):
         found.score([None, CHAT], ["Hello", "Hello"], ids=["b", "a"])
     with pytest.raises(UnknownPromptError, match="an alias of a prompt"):
         CalibratedReward(reads, ReferenceTable.build([(id_key("a"), [0.0])])).score([None], ["Hello"], ids=["a"])
@@ -362,6 +362,29 @@ def test_strangers_get_a_hint() -> None:
             reward([prompt], ["1"])
         with pytest.raises(UnknownPromptError, match=said):
             reward.rows(iter([prompt]))
+
+
+def test_hints_say_what_to_do() -> None:
+    """Each names what was added, and an action that is possible: an id would not make a text of a chat."""
+    system, more = {"role": "system", "content": "You are terse."}, {"role": "assistant", "content": "Hello!"}
+    reward = CalibratedReward(NumberScorer(), ReferenceTable.build([("Hey", [0.0, 1.0]), (CHAT, [0.0, 1.0])]))
+    for prompt, hint in (
+        ([{"role": "user", "content": "Hey"}], ": the table has the text .* calibrate these messages as they are$"),
+        ([system, *CHAT], r"its first message \('You are terse.'\): calibrate with this message, or stop the trainer"),
+        ([*CHAT, more], r"its last message \('Hello!'\): if that is a completion, pass it apart"),
+        ([more], "no similar form is in the table. Compare the prompts that the trainer passes"),
+    ):
+        with pytest.raises(UnknownPromptError, match=hint) as caught:
+            reward.rows([prompt])
+        assert "id_column" not in str(caught.value)
+
+
+def test_additions_are_recognised_up_to_a_length() -> None:
+    """The calibrated part of a message has at most LONGEST_BEGINNING characters: longer ones are not tried."""
+    for over, known in (0, True), (1, False):
+        chat = [{"role": "user", "content": "x" * (LONGEST_BEGINNING + over)}]
+        hint = suggest_fix(ReferenceTable.build([(chat, [1.0])]), [{**chat[0], "content": chat[0]["content"] + "!"}])
+        assert ("without '!'" in hint) is known
 
 
 def test_prompts_in_any_sequence() -> None:

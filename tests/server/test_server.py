@@ -20,7 +20,7 @@ from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.lookup import Score
 from calibrated_rewards.server.app import PATHS, create_app, describe_requests, serve, serve_replicas
 from calibrated_rewards.server.dialects import DIALECTS, Dialect, Pair, collect_numbers, describe_answer
-from calibrated_rewards.server.fields import Text
+from calibrated_rewards.server.fields import Items, Text
 from calibrated_rewards.server.limits import Limits
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
@@ -161,6 +161,16 @@ def test_labels_are_ids_to_a_reward_that_has_an_id_column(label) -> None:
     assert ask(glued, "/", named).json()["rewards"] == [0.75]
     assert ask(one, "/", named).json() == 0.75
     assert ask(glued, "/", unnamed).status_code == ask(one, "/", unnamed).status_code == 404
+
+
+@pytest.mark.parametrize("field", ["query", "queries"])
+def test_an_id_without_a_prompt_is_refused(field) -> None:
+    """The text would be split after a known prompt, and the id not looked at; an answer is no id."""
+    request = {field: ["2+2=4"], "labels": ["7"]}
+    answer = ask(request, "/", create_app(a_reward(id_column="uid"), verify=False))
+    assert (answer.status_code, answer.json()["error"].partition(",")[0]) == (422, "an id needs a prompt")
+    assert ask(request, "/", create_app(a_reward(), verify=False)).json()["rewards"] == [0.75]
+    assert ask({**request, "labels": [""]}, "/", create_app(a_reward(id_column="uid"), verify=False)).is_success
 
 
 def test_labels_that_are_no_ids() -> None:
@@ -491,7 +501,7 @@ class Nested(BaseModel):
     example: ClassVar[Mapping[str, Any]] = {"inputs": [{"q": "2+2=", "a": {"text": "4"}}], "weights": [2.0]}
     answer_schema: ClassVar[Mapping[str, Any]] = describe_answer("weighted")
 
-    inputs: list[Question]
+    inputs: Items[Question]
     weights: list[float]
     extra: dict[str, Any] | None = None
 
@@ -522,6 +532,24 @@ def test_a_dialect_is_one_class() -> None:
     assert properties["a"]["properties"]["text"]["type"] == "string"
     answers = post["responses"]["200"]["content"]["application/json"]["schema"]["anyOf"]
     assert answers[-1] == {"title": "nested", **Nested.answer_schema}
+
+
+def test_a_list_of_objects_is_limited() -> None:
+    """A dialect's own objects count as completions do."""
+    app = create_app(a_reward(), verify=False, limits=Limits(pairs=2), dialects=(*DIALECTS, Nested))
+    answer = ask({"inputs": Nested.example["inputs"] * 3, "weights": [1.0] * 3}, "/", app)
+    assert (answer.status_code, answer.json()["error"]) == (413, "inputs has at most 2 items, got 3")
+
+
+def test_a_request_is_of_one_dialect() -> None:
+    """One that has the fields of two, or of none, is refused with those that it has."""
+    names = "a request has one of completions or query or queries or response or messages, got"
+    for request, got in (
+        ({"query": [], "queries": []}, "query and queries in ['queries', 'query']"),
+        ({"prompts": []}, "none in ['prompts']"),
+    ):
+        answer = ask(request)
+        assert (answer.status_code, answer.json()["error"]) == (422, f"{names} {got}")
 
 
 @pytest.mark.parametrize(

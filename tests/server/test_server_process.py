@@ -25,6 +25,7 @@ from calibrated_rewards.cli.main import main
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.scorers.remote import Native, OpenRlhf, Remote
 from calibrated_rewards.server.app import create_app, serve
+from calibrated_rewards.server.dialects import DIALECTS
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import NumberScorer
 from calibrated_rewards.theory.transforms import Exponential
@@ -118,6 +119,18 @@ def test_sigterm_loses_no_request_that_was_accepted(tmp_path) -> None:
     assert set(scored) == {completion for completion, _ in answered}
     assert not set(failed) & set(scored)
     assert len(answered) > 100
+
+
+def test_serve_takes_dialects() -> None:
+    """A server answers the dialects that `serve` is given, and no other."""
+    code = (
+        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
+        "from test_server_process import *; serve(a_reward(), port=0, verify=False, dialects=DIALECTS[1:])"
+    )
+    with served("-c", code) as server:
+        native, queries = (httpx.post(server.url, json=each.example) for each in (DIALECTS[0], DIALECTS[2]))
+    assert (native.status_code, queries.status_code) == (422, 200)
+    assert "got none in" in native.json()["error"]
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])

@@ -45,7 +45,7 @@ def test_transforms_come_back_from_their_json_and_their_repr(transform):
     assert parse_repr(repr(transform)) == transform
 
 
-@pytest.mark.parametrize("name", ["identity", "log", "exp:10", "exp:-0.5"])
+@pytest.mark.parametrize("name", ["identity", "log", "exp:10", "exp:-0.5", "exp:10.1234567"])
 def test_a_name_comes_back_from_its_transform(name):
     """`format_name` writes what `parse_transform` reads."""
     assert format_name(parse_transform(name).transform) == name
@@ -69,6 +69,15 @@ def test_a_procedure_comes_back_from_its_name(procedure):
 def test_large_counts_are_written_in_full():
     """1e+06 would not be read back."""
     assert format_name(theory.BestOf(1_000_000)) == "best-of:1000000"
+
+
+@pytest.mark.parametrize("end", ["", ":0.5"])
+def test_a_parameter_that_its_class_refuses_is_named(end):
+    """Not the list of names: exp:0 is one, and what it lacks is another number."""
+    with pytest.raises(argparse.ArgumentTypeError, match=r"exp:0.*: Exponential needs 1e-9 <= \|t\| <= 700, got t=0.0"):
+        parse_transform(f"exp:0{end}")
+    with pytest.raises(argparse.ArgumentTypeError, match="best-of:0:1: BestOf needs"):
+        parse_transform("best-of:0:1")
 
 
 @pytest.mark.parametrize("name", ["power:2", "exp", "exp:x", "identity:1:2", "best-of:4", "best-of:x:1", "log:", ""])

@@ -74,10 +74,10 @@ def test_at_logit_keeps_every_digit_near_the_ends(transform, s):
 
 
 def test_a_plain_function_is_a_transform_too():
-    """at_logit falls back on calling it at expit(s)."""
+    """at_logit falls back on calling it at expit(s), less Phi(1) as for those that have at_logit."""
     s = np.array([-2.0, 0.0, 2.0])
 
-    assert at_logit(np.square, s) == pytest.approx(expit(s) ** 2)
+    assert at_logit(np.square, s) == pytest.approx(expit(s) ** 2 - 1)
 
 
 @pytest.mark.parametrize("s", [-30.0, -2.0, 0.0, 3.0, 30.0, 60.0])
@@ -159,3 +159,27 @@ def test_the_public_suite_can_fail(bad):
     """check_transform refuses a falling function and one that is nan."""
     with pytest.raises(AssertionError):
         check_transform(bad)
+
+
+class Shifted(Power):
+    """A transform whose at_logit has another constant than Phi(1)."""
+
+    def at_logit(self, s):
+        """u^p, not less 1."""
+        return super().at_logit(s) + 1
+
+
+def test_the_constant_of_at_logit_is_checked():
+    """A chain takes 1 - Phi(u) from at_logit, and would be wrong by the constant."""
+    with pytest.raises(AssertionError, match=r"at_logit is not Phi\(u\) - Phi\(1\), which a Chain relies on"):
+        check_transform(Shifted(2.0))
+    assert "that constant is Phi(1)" in check_transform(Power(2.0)).checks
+
+
+@pytest.mark.parametrize("part", [Tabulated([0, 0.5, 1], [0, 0.1, 0.5]), Tabulated([0, 1], [-1, -0.5])])
+def test_a_part_without_at_logit_in_a_chain(part):
+    """A transform after a rescaled table, which ends at 1: at logits as at quantiles."""
+    chain = Chain(part, Affine(2.0, 0.0 if part.values[0] == 0 else 2.0), Exponential(3.0))
+    s = np.linspace(-5, 5, 21)
+    np.testing.assert_allclose(chain.at_logit(s), chain(expit(s)) - math.exp(3.0), rtol=1e-9)
+    check_transform(chain)
