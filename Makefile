@@ -31,6 +31,8 @@ demo: $(READY)  ## a real language model calibrated, trained and evaluated, and 
 
 # One thread: the arrays are small, and the two cores of a small machine are better used by two runs.
 test wheel: export OMP_NUM_THREADS = 1
+# Compiled modules are written, whatever the environment says: hundreds of processes import the package and pytest's plugins.
+test wheel: export PYTHONDONTWRITEBYTECODE =
 test: $(READY)  ## the test suite, doctests included
 	$(BIN)/pytest $(IN_PARALLEL)
 

@@ -1,10 +1,13 @@
-"""Run tests that solve for optima without run-time types, which would take nine tenths of their time.
+"""Check types and shapes at run time, but not in tests that solve for optima: it would take nine tenths of their time.
 
 Shapes and types of the same functions are checked wherever other tests call them.
 """
 
 import jaxtyping
 import pytest
+import typecheck
+
+jaxtyping.jaxtyped = typecheck.check  # before the import of the first module that it checks
 
 SOLVE = ("tests/theory/test_optimum.py", "calibrated_rewards/theory/optimum.py", "calibrated_rewards/theory/named.py")
 EXAMPLES = ("tests/test_readme.py::test_examples_run", "tests/evaluation/test_report.py::test_the_reward_is_promised")

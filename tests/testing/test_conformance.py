@@ -909,7 +909,7 @@ class SwitchesItself(Naive):
 def sparse_big_bird() -> Any:
     """Sparse attention above 128 tokens."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 1}
     ids = {"pad_token_id": tiny.PAD, "bos_token_id": tiny.BOS, "eos_token_id": tiny.EOS, "vocab_size": tiny.VOCABULARY}
     blocks = {"attention_type": "block_sparse", "block_size": 16, "num_random_blocks": 1}
     config = BigBirdConfig(**sizes, **ids, **blocks, max_position_embeddings=8192, num_labels=1)
