@@ -14,7 +14,8 @@ from environment import save
 from scipy.special import expit, ndtr, ndtri
 
 from calibrated_rewards.evaluation.estimates import Samples
-from calibrated_rewards.evaluation.frontier import OBJECTIVES, OptimumAtKL, estimate_frontier
+from calibrated_rewards.evaluation.frontier import estimate_frontier
+from calibrated_rewards.evaluation.objectives import OBJECTIVES, OptimumAtKL
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.theory.quadrature import reference_law
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, policy_law

@@ -9,6 +9,8 @@
 array([0.082])
 """
 
+from typing import TYPE_CHECKING, Any
+
 from calibrated_rewards import evaluation as evaluation, theory as theory
 from calibrated_rewards.prompts import (
     UnknownPromptError as UnknownPromptError,
@@ -37,4 +39,16 @@ from calibrated_rewards.theory.transforms import (
     Tabulated as Tabulated,
 )
 
+if TYPE_CHECKING:
+    from calibrated_rewards.evaluation.recommend import recommend as recommend
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import `recommend` when it is asked for: it brings scipy's solvers."""
+    if name != "recommend":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from calibrated_rewards.evaluation.recommend import recommend
+
+    return recommend

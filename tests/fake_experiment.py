@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from calibrated_rewards import BestOf, CalibratedReward
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.evaluation.estimates import Samples
-from calibrated_rewards.evaluation.frontier import OBJECTIVES, estimate_frontier
+from calibrated_rewards.evaluation.frontier import estimate_frontier
+from calibrated_rewards.evaluation.objectives import OBJECTIVES
 from calibrated_rewards.evaluation.policies import evaluate
 from calibrated_rewards.samplers.protocol import Rollout
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer

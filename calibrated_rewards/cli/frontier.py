@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibrated_rewards.cli.options import Real, Whole
-from calibrated_rewards.evaluation.frontier import Objective, default_objectives, parse_objective
+from calibrated_rewards.evaluation.objectives import AnyObjective, default_objectives, parse_objective
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
 
 if TYPE_CHECKING:
-    from calibrated_rewards.evaluation.estimates import Samples
     from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
 
 EPILOG = """examples:
@@ -54,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print JSON in place of tables")
 
 
-def parse_arm(name: str) -> tuple[str, Objective]:
+def parse_arm(name: str) -> tuple[str, AnyObjective]:
     """Parse the name of an objective, for argparse.
 
     >>> parse_arm("best-of:8")
@@ -72,45 +71,28 @@ def run(options: argparse.Namespace) -> int:
         if path is not None and path.is_dir():
             raise ValueError(f"{name} needs a file, got the folder {path}")
     from calibrated_rewards.evaluation.frontier import estimate_frontier
+    from calibrated_rewards.evaluation.references import read_references
 
-    references, select, judge = read_references(options.table, options.select, options.judge)
+    references = read_references(options.table, options.select, options.judge)
     neither = options.best_of is None and options.worst_of is None
     best, worst = ([4], [4]) if neither else (options.best_of or [], options.worst_of or [])
     procedures: list[CalibratedProcedure] = [Standard(), *map(BestOf, best), *map(WorstOf, worst)]
     arms = dict(options.arms) if options.arms else default_objectives(procedures)
-    frontier = estimate_frontier(references, arms, options.kl, procedures, selected_by=select, judged_by=judge)
+    frontier = estimate_frontier(
+        references.samples,
+        arms,
+        options.kl,
+        procedures,
+        selected_by=references.selected_by,
+        judged_by=references.judged_by,
+        table=references.table,
+    )
     if options.out is not None:
         frontier.save(options.out)
     if options.plot is not None:
         save_plot(frontier, options.plot)
     sys.stdout.write(f"{json.dumps(frontier.as_json(), indent=2) if options.json else frontier}\n")
     return 0
-
-
-def read_references(at: Path, select: str | None, judge: str | None) -> "tuple[Samples, str, str]":
-    """Read the rollouts of a run by one scorer or two, or the scores of a bare table; and the scorers' names."""
-    from calibrated_rewards.evaluation.estimates import Samples
-    from calibrated_rewards.evaluation.frontier import find_scorers, read_scores
-    from calibrated_rewards.table.reference_table import ReferenceTable
-
-    if not any((at / "rollouts").glob("*.parquet")):
-        if (at / "reward.json").is_file():
-            raise ValueError(
-                f"{at} is a calibrated reward: name the directory of its calibration, or {at / 'table'}, its bare table"
-            )
-        if not (at / "table.json").is_file():
-            raise ValueError(f"{at} needs rollouts/*.parquet or a table.json, got neither: not calibrated yet?")
-        if select is not None or judge is not None:
-            raise ValueError(f"{at} is a bare table: --select and --judge need a run with rollouts, got none.")
-        return Samples([scores for _, scores in ReferenceTable.load(at).items()]), "reward", "judge"
-    names = find_scorers(at)
-    if select is None:
-        if len(names) != 1 and "reward" not in names:
-            raise ValueError(f"--select needs one of {', '.join(names) or 'no scorers'} of {at}, got none.")
-        select = names[0] if len(names) == 1 else "reward"
-    others = [name for name in names if name != select]
-    judge = judge or (others[0] if len(others) == 1 else "judge" if "judge" in others else None)
-    return read_scores(at, select, judge), select, judge or select
 
 
 def save_plot(frontier: "FrontierEstimate", path: Path) -> None:

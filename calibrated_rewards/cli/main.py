@@ -19,6 +19,7 @@ COMMANDS = {
     "check-scorer": "check that a reward model scores alike on every path, cuts nothing silently, prefers good answers",
     "calibrate": "make a table of reference scores: draw rollouts of the reference policy and score them",
     "inspect": "show a table: what it was made with, K, ties, saturation, error band, suspicious prompts",
+    "recommend": "say which transform and beta to train with, what it buys, and whether K is enough",
     "frontier": "predict win rates and KL of training for each reward, by reweighting the rollouts of a calibration",
     "reward": "save table, reward model and transform, verified, as the directory that trainers load",
     "train": "train a policy for a saved reward: RLOO or GRPO with TRL, GRPO or PPO in plain PyTorch",

@@ -3,6 +3,7 @@
 - `estimates`, `win_rate`: averages over prompts with intervals; win rates of samples and of weighted rollouts.
 - `policies`, `kl`: `evaluate` draws from policies, scores, and compares them with their reference.
 - `frontier`: `estimate_frontier` compares objectives without any training.
+- `recommend`: which transform and beta to train with, what it buys, whether K is enough.
 - `expectations`: `expect` predicts beta, KL and win rate of training on a table.
 - `results`, `frontier_results`, `wording`, `plots`, `report`: results in print, JSON, figures and one page of HTML.
 """
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from calibrated_rewards.evaluation.frontier import estimate_frontier as estimate_frontier
     from calibrated_rewards.evaluation.frontier_results import FrontierEstimate as FrontierEstimate
     from calibrated_rewards.evaluation.policies import evaluate as evaluate
+    from calibrated_rewards.evaluation.recommend import Recommendation as Recommendation, recommend as recommend
     from calibrated_rewards.evaluation.results import Evaluation as Evaluation
 
 # Loaded on first use: they bring heavy libraries.
@@ -28,6 +30,8 @@ LAZY = {
     "FrontierEstimate": "frontier_results",
     "Expectation": "expectations",
     "expect": "expectations",
+    "Recommendation": "recommend",
+    "recommend": "recommend",
 }
 
 

@@ -241,12 +241,17 @@ class IntervalEstimate:
         >>> [IntervalEstimate(0.2, low, high, 0.1, 30).excludes(0.0) for low, high in ends]
         [True, False, False, False]
         """
-        if self.low is None or self.high is None or self.high - self.low <= NO_WIDTH:
+        if self.low is None or self.high is None or self.exact:
             return False
         return self.low > value or self.high < value
 
+    @property
+    def exact(self) -> bool:
+        """True if the interval has no width: a value that is known, or all prompts agree on."""
+        return self.low is not None and self.high is not None and self.high - self.low <= NO_WIDTH
+
     def __str__(self) -> str:
-        return f"{self.value:.3f}" + ("" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]")
+        return f"{self.value:.3f}" + ("" if self.low is None or self.exact else f" [{self.low:.3f}, {self.high:.3f}]")
 
 
 RatesByJudge = Mapping[str, Mapping[str, IntervalEstimate]]

@@ -43,7 +43,7 @@ from calibrated_rewards.theory.fixed_references import StepPolicies
 from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf
 from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl_of, kl_range, policy_law, win_rate_of
-from calibrated_rewards.theory.transforms import Transform
+from calibrated_rewards.theory.transforms import Identity, Transform
 
 Array: TypeAlias = npt.NDArray[np.float64]
 # Mass and reward of every atom and gap in every row, and a mask of the atoms.
@@ -216,7 +216,7 @@ class TableRewards:
     """Policies that fit the rewards of a table, at any beta: means over its prompts."""
 
     table: ReferenceTable
-    transform: Transform
+    transform: Transform = Identity()  # noqa: RUF009 (frozen)
     procedure: Procedure = Standard()  # noqa: RUF009 (frozen)
     estimator: Estimator = "empirical"
     tolerance: float = 0.0

@@ -21,7 +21,7 @@ array([[0.333, 0.111, 0.556]])
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import exp, inf, log, nan
+from math import exp, inf, log, nan, sqrt
 from typing import TypeAlias
 
 import numpy as np
@@ -275,11 +275,27 @@ class WeightedPools:
 
     def beta_for_kl(self, values: Float[np.ndarray, "P K"], kl: float) -> float:
         """Solve for the beta at which the mean KL is `kl`: it falls as beta rises."""
-        from scipy.optimize import brentq
-
         self.check_reach(kl, self.most_kl(values))
         spread = float(np.sqrt(np.sum(self.uniform * self._centred(values) ** 2, axis=1)).mean())
-        low = high = log(spread)
+        x = log(spread / sqrt(2 * kl))  # the answer for normal values
+        for _ in range(30):  # Newton's method on log KL, which is nearly straight in log beta
+            weights, kls = self.tilted(values, exp(x))
+            reached = max(float(kls.mean()), 1e-300)
+            centre = np.sum(weights * values, axis=1, keepdims=True)
+            variance = float(np.sum(weights * np.where(self.there, values - centre, 0.0) ** 2, axis=1).mean())
+            step = log(reached / kl) * reached * exp(2 * x) / max(variance, 1e-300)
+            if abs(step) < 1e-11 * max(1.0, abs(x)):
+                return exp(x)
+            if not abs(step) < 3.0:
+                break
+            x += step
+        return self._bracket_beta(values, kl, log(spread))
+
+    def _bracket_beta(self, values: Float[np.ndarray, "P K"], kl: float, start: float) -> float:
+        """Solve between two betas, where Newton's method strays."""
+        from scipy.optimize import brentq
+
+        low = high = start
         while self._excess_kl(low, values, kl) < 0:
             low -= 2.0
         while self._excess_kl(high, values, kl) > 0:

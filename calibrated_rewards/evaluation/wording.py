@@ -97,7 +97,9 @@ def format_share(rate: IntervalEstimate) -> str:
     >>> format_share(IntervalEstimate(0.5, None, None, None, 1))
     '50.0 %'
     """
-    ends = "" if rate.low is None or rate.high is None else f" [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+    ends = (
+        "" if rate.low is None or rate.high is None or rate.exact else f" [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+    )
     return f"{100 * rate.value:.1f} %{ends}"
 
 
@@ -107,7 +109,11 @@ def format_points(gain: IntervalEstimate) -> str:
     >>> format_points(IntervalEstimate(-0.0123, -0.03, 0.005, 0.01, 50))
     '-1.2 points [-3.0, +0.5]'
     """
-    ends = "" if gain.low is None or gain.high is None else f" [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+    ends = (
+        ""
+        if gain.low is None or gain.high is None or gain.exact
+        else f" [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+    )
     return f"{100 * gain.value:+.1f} points{ends}"
 
 

@@ -17,15 +17,11 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import frontier
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.evaluation.estimates import Estimate, IntervalEstimate, Samples, estimate_columns
-from calibrated_rewards.evaluation.frontier import (
-    OBJECTIVES,
-    Fixed,
-    OptimumAtKL,
-    Transformed,
-    estimate_frontier,
-    read_scores,
-)
+from calibrated_rewards.evaluation.frontier import estimate_frontier
 from calibrated_rewards.evaluation.frontier_results import ERRORS, FrontierEstimate, FrontierPoint, resolution_limit
+from calibrated_rewards.evaluation.objectives import OBJECTIVES, Fixed, OptimumAtKL, Transformed
+from calibrated_rewards.evaluation.references import read_scores
+from calibrated_rewards.evaluation.weighted_rollouts import RolloutsAtKL
 from calibrated_rewards.evaluation.win_rate import WeightedPools, predict, win_rates_of
 from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.table.reference_table import ReferenceTable
@@ -53,18 +49,13 @@ def normals(prompts, rollouts, seed=0, correlation=0.6):
 @pytest.mark.parametrize("kl", [0.25, 1.0])
 def test_transforms_are_as_good_as_theory_says(kl):
     """By the selecting score, a continuous model's win rates at the same KL, within O(1/K)."""
-    arms = {name: OBJECTIVES[name] for name in ("identity", "log", "exp:5", "exp:-5")}
     transforms = {"identity": Identity(), "log": Log(), "exp:5": Exponential(5.0), "exp:-5": Exponential(-5.0)}
     errors = []
     for rollouts in 200, 800:
-        found = estimate_frontier(normals(2, rollouts), arms, [kl], PROCEDURES)
-        errors.append(
-            [
-                rates(found, name)[repr(each)] - win_rate(transform, beta_for_kl(transform, kl), each)
-                for name, transform in transforms.items()
-                for each in PROCEDURES
-            ]
-        )
+        pools = RolloutsAtKL(normals(2, rollouts), PROCEDURES)
+        found = [pools.reweight(name, OBJECTIVES[name].at(kl), kl).win_rates.mean(axis=0) for name in transforms]
+        truth = [[win_rate(each, beta_for_kl(each, kl), p) for p in PROCEDURES] for each in transforms.values()]
+        errors.append((np.array(found)[:, : len(PROCEDURES)] - truth).ravel())
     coarse, fine = np.abs(errors)
     assert fine.max() < 3e-4
     assert fine.max() < coarse.max() / 3
@@ -85,12 +76,12 @@ def test_prediction_from_bins_agrees_as_k_grows():
     gaps = []
     for rollouts in 50, 400:
         references = normals(20, rollouts)
-        found = estimate_frontier(references, {"exp:5": OBJECTIVES["exp:5"]}, [0.5], [BestOf(4)])
+        found = RolloutsAtKL(references, (BestOf(4),)).reweight("exp:5", OBJECTIVES["exp:5"].at(0.5), 0.5)
         transform = Exponential(5.0)
         mass = bin_masses(transform, beta_for_kl(transform, 0.5), BestOf(4), rollouts)
         predicted = predict(references, mass, bin_masses(transform, np.inf, BestOf(4), rollouts))
-        gaps.append(abs(rates(found, "exp:5", "judge")["BestOf(n=4)"] - predicted.win_rate.value))
-        assert found.points[0].ess_of["BestOf(n=4)"] == pytest.approx(predicted.ess, rel=0.1)
+        gaps.append(abs(found.win_rates[:, 1].mean() - predicted.win_rate.value))
+        assert found.ess[0] == pytest.approx(predicted.ess, rel=0.1)
     assert gaps[1] < min(1e-3, gaps[0] / 3)
 
 
@@ -201,7 +192,7 @@ def test_all_arms_spend_the_same_kl(name):
     """The mean KL of the weights is the one asked for, by a sum of its own, with ragged rows; so is the ess."""
     rng = np.random.default_rng(3)
     select = [rng.normal(size=n) * (1 + n / 20) for n in (20, 31, 40)]
-    (point,) = estimate_frontier(Samples(select), {name: OBJECTIVES[name]}, [0.6], [Standard()]).points
+    point = RolloutsAtKL(Samples(select), (Standard(),)).reweight(name, OBJECTIVES[name].at(0.6), 0.6)
     from calibrated_rewards.table.reference_table import ReferenceTable
 
     spent, squares = [], []
@@ -215,7 +206,7 @@ def test_all_arms_spend_the_same_kl(name):
     assert point.kl == 0.6
     assert np.mean(spent) == pytest.approx(0.6, rel=1e-6)
     assert point.kl_spread == pytest.approx(np.std(spent), rel=1e-6, abs=1e-9)
-    assert point.ess == pytest.approx(1 / np.mean(squares), rel=1e-6)
+    assert point.ess[0] == pytest.approx(1 / np.mean(squares), rel=1e-6)
 
 
 def test_intervals_are_those_of_each_estimate():

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     import transformers
 
     from calibrated_rewards.cli.demo import pipeline
-    from calibrated_rewards.evaluation.frontier import read_scores
+    from calibrated_rewards.evaluation.references import read_scores
     from calibrated_rewards.evaluation.report import report
     from calibrated_rewards.training.launch import summarise_steps
 
