@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibrated_rewards.cli.options import Real, Whole
+from calibrated_rewards.cli.options import Real, Whole, parse_best_of
 from calibrated_rewards.evaluation.frontier import Objective, default_objectives, parse_objective
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
 
@@ -18,6 +18,7 @@ EPILOG = """examples:
   calibrated-rewards frontier table/                                   every reward, at KL 0.5, 1 and 2
   calibrated-rewards frontier table/ --select reward --judge judge     selected by one scorer, judged by another
   calibrated-rewards frontier table/ --arms raw identity exp:10 best-of:4 --best-of 4 --kl 0.5
+  calibrated-rewards frontier table/ --arms best-of:1-16 best-of:4 best-of:16 --best-of 1 4 16      N is not known
   calibrated-rewards frontier table/ --out frontier.json --plot frontier.png
 
 DIR is the folder of a calibration. Its rollouts, scored by one reward model or by several, are reweighted to the exact
@@ -25,8 +26,8 @@ optimum for each reward, all at the same KL. To have a judge, calibrate with two
 twice). In a bare table the scores themselves judge.
 
 --arms takes raw, z-score, par (arXiv 2502.18770), median, log-sigmoid (arXiv 2402.00742), or a transform: identity,
-log, exp:T, best-of:N or worst-of:N. The last two are the optimum at each --kl, so unlike --transform best-of:N:KL they
-name no KL themselves. Gains are over the first.
+log, exp:T, best-of:N, best-of:1-N (where N is not known) or worst-of:N. The last three are the optimum at each --kl, so
+unlike --transform best-of:N:KL they name no KL themselves. Gains are over the first.
 
 K rollouts reach a KL well below log K. Numbers that rest on too few rollouts are marked; docs/evidence/results.md has
 measured errors. Exit code: 0 done, 2 wrong usage, or something that cannot be read."""
@@ -40,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--judge", metavar="NAME", help="a scorer that judges too; default: the other one, if there are two")
     text = "distances from the reference policy, in nats (0.5 1 2)"
     add("--kl", type=Real(0.0, above=True), nargs="+", default=[0.5, 1.0, 2.0], metavar="NATS", help=text)
-    add("--best-of", type=Whole(1), nargs="+", metavar="N", help="best of N, beside single responses (4)")
+    text = "best of N, or 1-N for an N that is not known, beside single responses (4)"
+    add("--best-of", type=parse_best_of, nargs="+", metavar="N", help=text)
     add("--worst-of", type=Whole(1), nargs="+", metavar="N", help="worst of N, an attacker's best (4)")
     add("--arms", type=parse_arm, nargs="+", metavar="NAME", help="rewards to compare, the baseline first")
     add("--out", type=Path, metavar="FILE", help="save the result as JSON")
@@ -69,8 +71,8 @@ def run(options: argparse.Namespace) -> int:
 
     references, select, judge = read_references(options.table, options.select, options.judge)
     neither = options.best_of is None and options.worst_of is None
-    best, worst = ([4], [4]) if neither else (options.best_of or [], options.worst_of or [])
-    procedures: list[CalibratedProcedure] = [Standard(), *map(BestOf, best), *map(WorstOf, worst)]
+    best, worst = ([BestOf(4)], [4]) if neither else (options.best_of or [], options.worst_of or [])
+    procedures: list[CalibratedProcedure] = [Standard(), *best, *map(WorstOf, worst)]
     arms = dict(options.arms) if options.arms else default_objectives(procedures)
     frontier = estimate_frontier(references, arms, options.kl, procedures, selected_by=select, judged_by=judge)
     if options.out is not None:

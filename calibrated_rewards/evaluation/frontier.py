@@ -43,6 +43,7 @@ from calibrated_rewards.reward.calibrators import (
     ZScore,
 )
 from calibrated_rewards.table.reference_table import ReferenceTable
+from calibrated_rewards.theory.mixtures import BestOfUpTo
 from calibrated_rewards.theory.named import format_name, parse_procedure, parse_transform
 from calibrated_rewards.theory.optimum import optimum
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Procedure, Standard, WorstOf
@@ -116,12 +117,13 @@ def default_objectives(procedures: Iterable[Procedure]) -> dict[str, Objective]:
     procedures = list(procedures)
     worst = any(isinstance(each, WorstOf) for each in procedures)
     objectives = {name: each for name, each in OBJECTIVES.items() if worst or not name.startswith("exp:-")}
-    optima = {format_name(each): OptimumAtKL(each) for each in procedures if isinstance(each, BestOf | WorstOf)}
+    several = [each for each in procedures if isinstance(each, BestOf | BestOfUpTo | WorstOf)]
+    optima = {format_name(each): OptimumAtKL(each) for each in several}
     return objectives | optima
 
 
 def parse_objective(name: str) -> Objective:
-    """Parse the name of an objective: one of `OBJECTIVES`, exp:T, best-of:N or worst-of:N; ValueError for another.
+    """Parse the name of an objective: of `OBJECTIVES`, exp:T, best-of:N, best-of:1-N or worst-of:N; or ValueError.
 
     >>> parse_objective("best-of:8"), parse_objective("log").at(1.0)
     (OptimumAtKL(procedure=BestOf(n=8)), Transformed(transform=Log()))
@@ -133,8 +135,8 @@ def parse_objective(name: str) -> Objective:
             return OptimumAtKL(parse_procedure(name))
         return Fixed(Transformed(scaled(parse_transform(name).transform, "unit")))
     except (ValueError, ArgumentTypeError):
-        message = f"an objective is {', '.join(OBJECTIVES)}, exp:T, best-of:N or worst-of:N, got {name!r}"
-        raise ValueError(message) from None
+        names = f"{', '.join(OBJECTIVES)}, exp:T, best-of:N, best-of:1-N or worst-of:N"
+        raise ValueError(f"an objective is {names}, got {name!r}") from None
 
 
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -197,7 +199,7 @@ def _check(references: Samples, kls: Any, procedures: Any) -> tuple[CalibratedPr
     if not ranked or len(ranked) < len(procedures):
         raise ValueError(f"estimate_frontier needs procedures that are functions of the rank, got {list(procedures)}.")
     for each in ranked:
-        if isinstance(each, BestOf | WorstOf) and each.n > fewest:
+        if isinstance(each, BestOf | BestOfUpTo | WorstOf) and each.n > fewest:
             raise ValueError(
                 f"{format_procedure(each)} needs {each.n} rollouts of each prompt or more, got K={fewest}: with fewer "
                 "it comes down to the same rollout for every reward. "

@@ -1,11 +1,14 @@
 """Names of transforms and procedures: as the command line has them, and as their repr is kept in saved files.
 
-The command line names the transforms that are compared as rewards: those of `NAMED`, and the optimum for best-of-N or
-worst-of-N. Power, NormalQuantile, Tabulated, Affine and Chain have no name there: a program passes the objects. A new
-transform that shall have one is a row of `NAMED`; every new class is a name in `WITH_REPR`.
+The command line names the transforms that are compared as rewards: those of `NAMED`, and the optimum for best-of-N,
+for best-of-1-to-N where N is not known, or for worst-of-N. Power, NormalQuantile, Tabulated, Affine and Chain have no
+name there: a program passes the objects. A new transform that shall have one is a row of `NAMED`; every new class is a
+name in `WITH_REPR`.
 
 >>> parse_transform("exp:10").transform, parse_procedure("best-of:4"), format_name(WorstOf(8))
 (Exponential(t=10.0), BestOf(n=4), 'worst-of:8')
+>>> parse_procedure("best-of:1-16"), format_name(BestOfUpTo(16))
+(BestOfUpTo(n=16, weights=None), 'best-of:1-16')
 >>> parse_repr("Chain(Exponential(t=5.0), Affine(scale=2.0, shift=0.0))")
 Chain(Exponential(t=5.0), Affine(scale=2.0, shift=0.0))
 """
@@ -16,6 +19,7 @@ from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Any, TypeAlias
 
+from calibrated_rewards.theory.mixtures import BestOfUpTo
 from calibrated_rewards.theory.optimum import Optimal, optimal_transform
 from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, SoftBestOf, Standard, WorstOf
 from calibrated_rewards.theory.scale import scaled
@@ -31,7 +35,7 @@ from calibrated_rewards.theory.transforms import (
     Transform,
 )
 
-ByRank: TypeAlias = BestOf | WorstOf | Standard
+ByRank: TypeAlias = BestOf | BestOfUpTo | WorstOf | Standard
 """The procedures with a name on the command line: they look at ranks alone."""
 # A class with a parameter takes a number after its name: exp:10.
 NAMED: dict[str, Any] = {
@@ -43,15 +47,15 @@ BEST_OR_WORST: dict[str, type[BestOf] | type[WorstOf]] = {"best-of": BestOf, "wo
 # For the help of commands: all names without a KL, and the same with what a KL adds.
 TRANSFORM_NAMES = "identity, log or exp:T"
 TRANSFORM_HELP = (
-    f"{TRANSFORM_NAMES}; for a KL in nats identity:KL, log:KL or exp:T:KL; best-of:N:KL or worst-of:N:KL, the exact "
-    "optimum"
+    f"{TRANSFORM_NAMES}; for a KL in nats identity:KL, log:KL or exp:T:KL; best-of:N:KL, worst-of:N:KL or, where N "
+    "is not known, best-of:1-N:KL, the exact optimum"
 )
 # All classes of the library that a repr can be read back to: not Calibrated, whose function no repr holds.
 WITH_REPR: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         *(Identity, Log, Exponential, NormalQuantile, Power, Affine, Tabulated, Chain, Optimal),
-        *(Standard, BestOf, WorstOf, SoftBestOf, RewindAndRepeat),
+        *(Standard, BestOf, BestOfUpTo, WorstOf, SoftBestOf, RewindAndRepeat),
     )
 }
 
@@ -73,7 +77,7 @@ class NamedTransform:
 def parse_transform(name: str) -> NamedTransform:
     """Parse the name of a transform, such as exp:10; with a KL (exp:10:1.0) the transform is on the unit scale.
 
-    best-of:N:KL and worst-of:N:KL are the exact optimum for that procedure at that KL.
+    best-of:N:KL, best-of:1-N:KL and worst-of:N:KL are the exact optimum for that procedure at that KL.
 
     >>> parse_transform("exp:10")
     NamedTransform(name='exp:10', transform=Exponential(t=10.0), kl=None, procedure=Standard())
@@ -84,7 +88,7 @@ def parse_transform(name: str) -> NamedTransform:
     try:
         if kind in BEST_OR_WORST:
             n, nats = numbers
-            procedure, kl = BEST_OR_WORST[kind](int(n)), float(nats)
+            procedure, kl = _parse_best_or_worst(kind, n), float(nats)
         else:
             parameters = len(fields(NAMED[kind]))
             transform = NAMED[kind](*map(float, numbers[:parameters]))
@@ -94,8 +98,8 @@ def parse_transform(name: str) -> NamedTransform:
             procedure = None
     except (KeyError, ValueError, TypeError):
         raise argparse.ArgumentTypeError(
-            f"a transform is {TRANSFORM_NAMES}, these for a KL in nats (exp:10:1.0, identity:1.0), best-of:N:KL or "
-            f"worst-of:N:KL, such as best-of:4:1.0, with numbers; got {name!r}"
+            f"a transform is {TRANSFORM_NAMES}, these for a KL in nats (exp:10:1.0, identity:1.0), best-of:N:KL, "
+            f"best-of:1-N:KL or worst-of:N:KL, such as best-of:4:1.0, with numbers; got {name!r}"
         ) from None
     if not (isfinite(kl) and kl > 0):
         raise argparse.ArgumentTypeError(f"a KL is a number of nats > 0, such as 0.5, got {kl:g} in {name!r}")
@@ -104,9 +108,9 @@ def parse_transform(name: str) -> NamedTransform:
     return NamedTransform(name, _solve_optimum(name, procedure, kl), kl, procedure)
 
 
-def _solve_optimum(name: str, procedure: BestOf | WorstOf, kl: float) -> Transform:
+def _solve_optimum(name: str, procedure: ByRank, kl: float) -> Transform:
     """Solve for the optimal transform on the unit scale; errors are in the words of the command line."""
-    t = "T" if isinstance(procedure, BestOf) else "-T"
+    t = "-T" if isinstance(procedure, WorstOf) else "T"
     try:
         return scaled(optimal_transform(procedure, kl=kl), "unit")
     except ValueError as error:
@@ -120,8 +124,17 @@ def _solve_optimum(name: str, procedure: BestOf | WorstOf, kl: float) -> Transfo
         ) from None
 
 
+def _parse_best_or_worst(kind: str, n: str) -> ByRank:
+    """Parse the N of best-of:N or worst-of:N, or the 1-N of best-of:1-N; ValueError for other text."""
+    if kind == "best-of" and n.startswith("1-"):
+        return BestOfUpTo(int(n.removeprefix("1-")))
+    return BEST_OR_WORST[kind](int(n))
+
+
 def parse_procedure(name: str) -> ByRank:
-    """Parse the name or the repr of a procedure that a rank decides: standard, best-of:N, worst-of:N; or ValueError.
+    """Parse the name or the repr of a procedure that a rank decides, such as best-of:4; ValueError for another.
+
+    The names are standard, best-of:N, worst-of:N, and best-of:1-N for `BestOfUpTo(N)`.
 
     >>> parse_procedure("worst-of:8"), parse_procedure("BestOf(n=4)"), parse_procedure("standard")
     (WorstOf(n=8), BestOf(n=4), Standard())
@@ -130,11 +143,12 @@ def parse_procedure(name: str) -> ByRank:
     if name == "standard":
         return Standard()
     try:
-        procedure = BEST_OR_WORST[kind](int(n)) if kind in BEST_OR_WORST else parse_repr(name)
+        procedure = _parse_best_or_worst(kind, n) if kind in BEST_OR_WORST else parse_repr(name)
     except ValueError:
         procedure = None
     if not isinstance(procedure, ByRank):
-        raise ValueError(f"a procedure is standard, best-of:N or worst-of:N, such as best-of:4, got {name!r:.80}")
+        names = "standard, best-of:N, best-of:1-N or worst-of:N, such as best-of:4"
+        raise ValueError(f"a procedure is {names}, got {name!r:.80}")
     return procedure
 
 
@@ -173,6 +187,8 @@ def format_name(thing: object) -> str:
     """
     if isinstance(thing, Standard):
         return "standard"
+    if isinstance(thing, BestOfUpTo) and thing.weights is None:
+        return f"best-of:1-{thing.n}"
     for name, cls in {**NAMED, **BEST_OR_WORST}.items():
         if isinstance(thing, cls):
             return ":".join([name, *(f"{x:g}" if isinstance(x, float) else str(x) for x in vars(thing).values())])
