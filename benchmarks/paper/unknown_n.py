@@ -137,7 +137,12 @@ def check_on_grid(rows):
 def draw(rows):
     """Points lost against the optimum for the served N, by N, at each KL."""
     figure, axes = plt.subplots(1, len(KLS), figsize=(11, 3.8), sharey=True, layout="constrained")
-    shown = {"best-of:1": "identity", "best-of:4": "best of 4", "best-of:16": "best of 16", "best-of:1-16": "1 to 16"}
+    shown = {
+        "best-of:1": "one draw",
+        "best-of:4": "best of 4",
+        "best-of:16": "best of 16",
+        "best-of:1-16": "best of 1 to 16",
+    }
     for ax, kl in zip(axes, KLS, strict=True):
         rates = {row["reward"]: row["win rates"] for row in rows if row["kl"] == kl}
         for name, label in shown.items():

@@ -34,8 +34,9 @@ from calibrated_rewards.theory.quadrature import Array
 class BestOfUpTo:
     """The best of k draws, k drawn from 1..n in proportion to weights: g(C) = sum_k w_k k C^{k-1} / sum_k w_k.
 
-    Without `weights` they are harmonic, w_k = 1/k. Then g(C) is in proportion to 1 + C + ... + C^{n-1}, and its optimum
-    maximises TailRL's objective (arXiv 2609.02987), cut at n, on quantiles in place of raw rewards.
+    Without `weights` they are harmonic, w_k = 1/k. Then g(C) is in proportion to 1 + C + ... + C^{n-1}, and the win
+    rate over a single draw, base=Standard(), is TailRL's objective (arXiv 2609.02987), cut at n, for rewards that are
+    quantiles. By default the reference is decoded with the mixture too, and draws a k of its own.
 
     >>> BestOfUpTo(3).chances.round(4), BestOfUpTo(3, weights=(0, 1, 1)).chances
     (array([0.5455, 0.2727, 0.1818]), array([0. , 0.5, 0.5]))

@@ -116,6 +116,16 @@ def test_its_win_rate_is_that_of_every_pair_of_k(mixture):
     assert rate == pytest.approx(quad(integrand, 0, 1, epsabs=1e-13)[0], abs=1e-10)
 
 
+@pytest.mark.parametrize("beta", [0.2, 2.0])
+def test_over_a_single_draw_it_is_the_objective_of_tailrl(beta):
+    """int log P(U > t) dt, by scipy, is the limit of H_n (W - 1); what is cut is below sum_{k>n} 1/k^2 / f(1)."""
+    n, harmonic = 128, sum(1 / k for k in range(1, 129))
+    objective = quad(lambda t: np.log(-np.expm1((t - 1) / beta) / -np.expm1(-1 / beta)), 0, 1, epsabs=1e-12)[0]
+    cut = harmonic * (win_rate(Identity(), beta, BestOfUpTo(n), Standard()) - 1) - objective
+
+    assert 0 < cut < beta * -np.expm1(-1 / beta) / n
+
+
 def test_its_win_rate_by_simulated_duels():
     """The optimum at KL 1, sampled by inverting its CDF, against the reference; both run `choose`."""
     mixture, rng, duels = BestOfUpTo(6), np.random.default_rng(5), 100_000
