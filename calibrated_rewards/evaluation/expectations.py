@@ -2,6 +2,7 @@
 
 `expect` is the one place that solves for beta on a table: commands, training runs and the report use its numbers.
 
+>>> from calibrated_rewards.theory.procedures import BestOf
 >>> from calibrated_rewards.theory.transforms import Exponential
 >>> table = ReferenceTable.build([(f"prompt {i}", [0.0] * 6 + [1.0] * 4) for i in range(50)])
 >>> expectation = expect(table, scaled(Exponential(10.0), "unit"), kl=0.5, procedure=BestOf(4))

@@ -204,7 +204,7 @@ def test_no_single_n_has_a_smaller_largest_loss():
     [
         (lambda: BestOfUpTo(0), "BestOfUpTo needs a whole n >= 1, got n=0"),
         (lambda: BestOfUpTo(2, (1.0,)), r"BestOfUpTo needs weights for k = 1..2, .* got \(1.0,\)"),
-        (lambda: BestOfUpTo(2, (1.0, -1.0)), r">= 0 and not all 0, got \(1.0, -1.0\)"),
+        (lambda: BestOfUpTo(2, (2.0, -1.0)), r">= 0 and not all 0, got \(2.0, -1.0\)"),
         (lambda: BestOfUpTo(2, (0, 0)), r"not all 0, got \(0, 0\)"),
         (lambda: BestOfUpTo(2, (np.nan, 1)), "finite, >= 0"),
         (lambda: BestOfUpTo(2, (np.inf, 1)), "finite, >= 0"),
