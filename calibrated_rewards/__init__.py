@@ -22,6 +22,7 @@ from calibrated_rewards.reward.calibrators import EmpiricalCDF as EmpiricalCDF
 from calibrated_rewards.table.reference_table import (
     ReferenceTable as ReferenceTable,
 )
+from calibrated_rewards.theory.mixtures import BestOfUpTo as BestOfUpTo
 from calibrated_rewards.theory.optimum import optimal_transform as optimal_transform, optimum as optimum, tune as tune
 from calibrated_rewards.theory.procedures import (
     BestOf as BestOf,

@@ -3,6 +3,7 @@
 import numpy as np
 from hypothesis import strategies as st
 
+from calibrated_rewards.theory.mixtures import BestOfUpTo
 from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, SoftBestOf, Standard, WorstOf
 from calibrated_rewards.theory.transforms import (
     Affine,
@@ -47,7 +48,9 @@ transforms = st.one_of(
     st.builds(Chain, st.builds(Power, st.floats(0.3, 3.0)), st.builds(Exponential, moderate)),
     st.builds(Chain, tables.map(_onto_quantiles), st.builds(Exponential, moderate)),
 )
-calibrated_procedures = st.one_of(st.just(Standard()), st.builds(BestOf, whole), st.builds(WorstOf, whole))
+weights = st.lists(st.one_of(st.just(0.0), st.floats(1e-3, 1e3)), min_size=1, max_size=8).filter(any)
+mixtures = st.one_of(st.builds(BestOfUpTo, whole), weights.map(lambda each: BestOfUpTo(len(each), each)))
+calibrated_procedures = st.one_of(st.just(Standard()), st.builds(BestOf, whole), st.builds(WorstOf, whole), mixtures)
 procedures = st.one_of(
     calibrated_procedures,
     st.builds(SoftBestOf, st.integers(1, 5), st.floats(0.05, 5.0)),

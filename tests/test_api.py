@@ -14,6 +14,7 @@ import calibrated_rewards as cr
 
 PUBLIC = {
     "BestOf",
+    "BestOfUpTo",
     "CalibratedReward",
     "Chain",
     "EmpiricalCDF",

@@ -15,6 +15,7 @@ from calibrated_rewards.cli.options import (
     add_prompt_options,
     add_run_options,
     open_reward,
+    parse_best_of,
     split_name,
 )
 from calibrated_rewards.samplers.protocol import Decoding
@@ -59,9 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--judge-cost", action=argparse.BooleanOptionalAction, default=None, help=text)
     add_run_options(group)
     add("-m", "--m", type=Whole(1), default=32, help="completions per prompt (%(default)s)")
-    for name in ("best", "worst"):
-        text = f"also compare the {name} of N; may be repeated (4)"
-        add(f"--{name}-of", type=Whole(1), action="append", metavar="N", help=text)
+    text = "also compare the best of N, or of 1-N where N is not known; may be repeated (4)"
+    add("--best-of", type=parse_best_of, action="append", metavar="N", help=text)
+    text = "also compare the worst of N; may be repeated (4)"
+    add("--worst-of", type=Whole(1), action="append", metavar="N", help=text)
     add("--select", metavar="NAME", help="the scorer that selects of N; default: the reward model")
     add("--seed", type=int, default=1, help="a seed other than calibration's (%(default)s)")
     add("--no-kl", action="store_true", help="leave out the KL, for which both models read the completions again")
@@ -99,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
         m=options.m,
         seed=options.seed,
         select=options.select,
-        procedures=(Standard(), *map(BestOf, options.best_of or [4]), *map(WorstOf, options.worst_of or [4])),
+        procedures=(Standard(), *(options.best_of or [BestOf(4)]), *map(WorstOf, options.worst_of or [4])),
         divergence={} if options.no_kl else None,
         prompts_per_shard=options.prompts_per_shard,
         show_progress=not options.quiet,

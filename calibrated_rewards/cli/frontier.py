@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibrated_rewards.cli.options import Real, Whole
-from calibrated_rewards.evaluation.objectives import AnyObjective, default_objectives, parse_objective
+from calibrated_rewards.cli.options import Real, Whole, parse_best_of
+from calibrated_rewards.evaluation.objectives import AnyObjective, default_objectives, parse_objective, rival_objectives
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ EPILOG = """examples:
   calibrated-rewards frontier table/                                   every reward, at KL 0.5, 1 and 2
   calibrated-rewards frontier table/ --select reward --judge judge     selected by one scorer, judged by another
   calibrated-rewards frontier table/ --arms raw identity exp:10 best-of:4 --best-of 4 --kl 0.5
+  calibrated-rewards frontier table/ --arms best-of:1-16 best-of:4 best-of:16 --best-of 1 4 16      N is not known
   calibrated-rewards frontier table/ --out frontier.json --plot frontier.png
 
 DIR is the folder of a calibration. Its rollouts, scored by one reward model or by several, are reweighted to the exact
@@ -24,8 +25,8 @@ optimum for each reward, all at the same KL. To have a judge, calibrate with two
 twice). In a bare table the scores themselves judge.
 
 --arms takes raw, z-score, par (arXiv 2502.18770), median, log-sigmoid (arXiv 2402.00742), or a transform: identity,
-log, exp:T, best-of:N or worst-of:N. The last two are the optimum at each --kl, so unlike --transform best-of:N:KL they
-name no KL themselves. Gains are over the first.
+log, exp:T, best-of:N, best-of:1-N (where N is not known) or worst-of:N. The last three are the optimum at each --kl, so
+unlike --transform best-of:N:KL they name no KL themselves. Gains are over the first.
 
 K rollouts reach a KL well below log K. Numbers that rest on too few rollouts are marked; docs/evidence/results.md has
 measured errors. Exit code: 0 done, 2 wrong usage, or something that cannot be read."""
@@ -39,8 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--judge", metavar="NAME", help="a scorer that judges too; default: the other one, if there are two")
     text = "distances from the reference policy, in nats (0.5 1 2)"
     add("--kl", type=Real(0.0, above=True), nargs="+", default=[0.5, 1.0, 2.0], metavar="NATS", help=text)
-    add("--best-of", type=Whole(1), nargs="+", metavar="N", help="best of N, beside single responses (4)")
+    text = "best of N, or 1-N for an N that is not known, beside single responses (4)"
+    add("--best-of", type=parse_best_of, nargs="+", metavar="N", help=text)
     add("--worst-of", type=Whole(1), nargs="+", metavar="N", help="worst of N, an attacker's best (4)")
+    add("--rivals", action="store_true", help="compare with IAMA, TailRL and RS-GRPO too, at their own optimum")
+    add("--all", action="store_true", help="print a table for each KL and judge")
     add(
         "--arms",
         type=parse_arm,
@@ -75,9 +79,10 @@ def run(options: argparse.Namespace) -> int:
 
     references = read_references(options.table, options.select, options.judge)
     neither = options.best_of is None and options.worst_of is None
-    best, worst = ([4], [4]) if neither else (options.best_of or [], options.worst_of or [])
-    procedures: list[CalibratedProcedure] = [Standard(), *map(BestOf, best), *map(WorstOf, worst)]
+    best, worst = ([BestOf(4)], [4]) if neither else (options.best_of or [], options.worst_of or [])
+    procedures: list[CalibratedProcedure] = [Standard(), *best, *map(WorstOf, worst)]
     arms = dict(options.arms) if options.arms else default_objectives(procedures)
+    arms |= rival_objectives(procedures) if options.rivals else {}
     frontier = estimate_frontier(
         references.samples,
         arms,
@@ -91,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
         frontier.save(options.out)
     if options.plot is not None:
         save_plot(frontier, options.plot)
-    sys.stdout.write(f"{json.dumps(frontier.as_json(), indent=2) if options.json else frontier}\n")
+    sys.stdout.write(f"{json.dumps(frontier.as_json(), indent=2) if options.json else frontier.format(options.all)}\n")
     return 0
 
 

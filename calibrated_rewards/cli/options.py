@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from calibrated_rewards.files import Message
 from calibrated_rewards.reward.saving import NeedsTrust
+from calibrated_rewards.theory.mixtures import BestOfUpTo
+from calibrated_rewards.theory.named import parse_procedure
+from calibrated_rewards.theory.procedures import BestOf
 
 if TYPE_CHECKING:
     from calibrated_rewards.reward.calibrated_reward import CalibratedReward
@@ -103,6 +106,21 @@ class Real:
             sign = ">" if self.above else ">="
             raise argparse.ArgumentTypeError(f"needs a number {sign} {self.least:g}{limit}, got {text!r}")
         return number
+
+
+def parse_best_of(text: str) -> BestOf | BestOfUpTo:
+    """Parse the N of --best-of, or 1-N where N is not known.
+
+    >>> parse_best_of("4"), parse_best_of("1-16")
+    (BestOf(n=4), BestOfUpTo(n=16, weights=None))
+    """
+    try:
+        procedure = parse_procedure(f"best-of:{text}")
+    except ValueError:
+        procedure = None
+    if not isinstance(procedure, BestOf | BestOfUpTo):
+        raise argparse.ArgumentTypeError(f"needs a whole number >= 1, or 1-N where N is not known, got {text!r}")
+    return procedure
 
 
 def parse_folder(text: str) -> Path:

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from calibrated_rewards.cli.options import Real, Whole
+from calibrated_rewards.cli.options import Real, Whole, parse_best_of
 from calibrated_rewards.theory.named import ByRank
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 
@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("table", type=Path, metavar="DIR", help="the folder of a calibration, or of a bare table")
     served = parser.add_mutually_exclusive_group()
-    served.add_argument("--best-of", type=Whole(1), metavar="N", help="serve the best of N draws (4)")
+    text = "serve the best of N draws; 1-N for an N that is not known (4)"
+    served.add_argument("--best-of", type=parse_best_of, metavar="N", help=text)
     served.add_argument("--worst-of", type=Whole(1), metavar="N", help="an attacker takes the worst of N draws")
     add("--kl", type=Real(0.0, above=True), default=0.5, metavar="NATS", help="KL from the reference policy (0.5)")
     add("--select", metavar="NAME", help="the reward model to train for and to select by (reward)")
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--out needs a file, got the folder {options.out}")
     answer = recommend(
         options.table,
-        make_procedure(options.best_of, options.worst_of),
+        choose_procedure(options.best_of, options.worst_of),
         options.kl,
         select=options.select,
         judge=options.judge,
@@ -59,13 +60,12 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def make_procedure(best_of: int | None, worst_of: int | None) -> ByRank:
-    """Make the procedure that the options name: best of 4 by default, and one draw for best or worst of 1.
+def choose_procedure(best_of: ByRank | None, worst_of: int | None) -> ByRank:
+    """Choose the procedure that the options name: best of 4 by default, and one draw for best or worst of 1.
 
-    >>> make_procedure(None, None), make_procedure(1, None), make_procedure(None, 16)
+    >>> choose_procedure(None, None), choose_procedure(BestOf(1), None), choose_procedure(None, 16)
     (BestOf(n=4), Standard(), WorstOf(n=16))
     """
-    if worst_of is not None:
-        return WorstOf(worst_of) if worst_of > 1 else Standard()
-    n = 4 if best_of is None else best_of
-    return BestOf(n) if n > 1 else Standard()
+    procedure = BestOf(4) if best_of is None else best_of
+    procedure = procedure if worst_of is None else WorstOf(worst_of)
+    return Standard() if procedure.draws == 1 else procedure

@@ -2,6 +2,7 @@
 
 `expect` is the one place that solves for beta on a table: commands, training runs and the report use its numbers.
 
+>>> from calibrated_rewards.theory.procedures import BestOf
 >>> from calibrated_rewards.theory.transforms import Exponential
 >>> table = ReferenceTable.build([(f"prompt {i}", [0.0] * 6 + [1.0] * 4) for i in range(50)])
 >>> expectation = expect(table, scaled(Exponential(10.0), "unit"), kl=0.5, procedure=BestOf(4))
@@ -34,13 +35,15 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from calibrated_rewards.evaluation.wording import format_procedure
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.table.search import tie_spans
 from calibrated_rewards.theory.finite_k import Estimator, values
 from calibrated_rewards.theory.fixed_references import StepPolicies
-from calibrated_rewards.theory.procedures import BestOf, Procedure, Standard, WorstOf
+from calibrated_rewards.theory.named import ByRank
+from calibrated_rewards.theory.procedures import Procedure, Standard
 from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl_of, kl_range, policy_law, win_rate_of
 from calibrated_rewards.theory.transforms import Identity, Transform
@@ -112,13 +115,10 @@ class Expectation:
 
 
 def _name_sides(procedure: Procedure) -> str:
-    match procedure:
-        case BestOf(n=n) if n > 1:
-            return f"best of {n} against the reference's best of {n}"
-        case WorstOf(n=n) if n > 1:
-            return f"worst of {n} against the reference's worst of {n}"
-        case Standard() | BestOf() | WorstOf():
-            return "one completion against one of the reference"
+    if isinstance(procedure, ByRank):
+        name = format_procedure(procedure)
+        one = "one completion against one of the reference"
+        return one if procedure.draws == 1 else f"{name} against the reference's {name}"
     return f"under {procedure!r}"
 
 

@@ -36,6 +36,7 @@ from calibrated_rewards.evaluation.weighted_rollouts import Reweighted, Rollouts
 from calibrated_rewards.evaluation.wording import format_procedure
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator
+from calibrated_rewards.theory.mixtures import BestOfUpTo
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Procedure, Standard, WorstOf
 from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate
@@ -104,7 +105,7 @@ def _check(references: Samples, kls: Any, procedures: Any) -> tuple[CalibratedPr
     if not ranked or len(ranked) < len(procedures):
         raise ValueError(f"estimate_frontier needs procedures that are functions of the rank, got {list(procedures)}.")
     for each in ranked:
-        if isinstance(each, BestOf | WorstOf) and each.n > fewest:
+        if isinstance(each, BestOf | BestOfUpTo | WorstOf) and each.n > fewest:
             raise ValueError(
                 f"{format_procedure(each)} needs {each.n} rollouts of each prompt or more, got K={fewest}: with fewer "
                 "it comes down to the same rollout for every reward. "

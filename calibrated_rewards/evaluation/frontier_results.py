@@ -1,6 +1,6 @@
 """Results of a frontier: each objective at each KL, the verdicts that intervals allow, print and JSON.
 
-In print the headline comes first, then a table for each KL and judge, then notes.
+In print the headline comes first, then a table for each judge, then notes; with `all_tables` one for each KL too.
 """
 
 import json
@@ -76,7 +76,11 @@ class FrontierPoint:
 
     def format_rate(self, judge: str, procedure: str) -> str:
         """Write a win rate, with a mark where it rests on a small effective sample size."""
-        return f"{format_share(self.win_rates[judge][procedure])} {mark_ess(self.ess_of[procedure])}".rstrip()
+        return f"{format_share(self.win_rates[judge][procedure])} {self.mark(judge, procedure)}".rstrip()
+
+    def mark(self, judge: str, procedure: str) -> str:
+        """Return the mark of a win rate that rests on a small effective sample size; none for one that is exact."""
+        return "" if self.win_rates[judge][procedure].exact else mark_ess(self.ess_of[procedure])
 
     def format_gain(self, judge: str, procedure: str) -> str:
         """Write a gain over the first objective, with a mark where it rests on a small effective sample size."""
@@ -108,7 +112,11 @@ class FrontierEstimate:
     """Objectives that are missing at a KL, with the reason."""
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return self.format()
+
+    def format(self, all_tables: bool = False) -> str:
+        """Write the headline, a table for each judge, or for each judge and KL, and notes."""
+        return "\n".join(self._lines(all_tables))
 
     @property
     def unreliable(self) -> bool:
@@ -116,8 +124,8 @@ class FrontierEstimate:
         return any(value < RELIABLE_ESS for point in self.points for value in point.ess_of.values())
 
     def main_points(self) -> tuple[list[FrontierPoint], str, str]:
-        """Return what a summary is about: the points at the KL nearest 1, the judge, and the procedure."""
-        kl = min((point.kl for point in self.points), key=lambda kl: abs(kl - 1.0))
+        """Return what a summary is about: the points at the KL nearest 0.5, the judge, and the procedure."""
+        kl = min((point.kl for point in self.points), key=lambda kl: abs(kl - 0.5))
         judge = choose_judge([*self.points[0].win_rates], self.selected_by)
         return [point for point in self.points if point.kl == kl], judge, choose_procedure(self.procedures)
 
@@ -139,21 +147,16 @@ class FrontierEstimate:
             open_ = "" if best.verdict(judge, procedure) else "; these data do not tell the two apart"
             sentence += f", {best.format_gain(judge, procedure)} from {format_objective(first.arm)}{open_}"
         ess = min(best.ess_of[procedure], best.ess_of_gain(procedure))
-        if ess < RELIABLE_ESS:
+        if ess < RELIABLE_ESS and "~" in sentence:
             sentence += f" (~: from {ess:.1f} effective completions of a prompt, too few to go by the interval)"
         return f"{sentence}."
 
-    def _lines(self) -> Iterator[str]:
-        """The headline, a table for each KL and judge with the verdicts, and notes."""
+    def _lines(self, all_tables: bool) -> Iterator[str]:
+        """The headline, the tables with the verdicts, and notes."""
         yield from few_prompts_notes(self.prompts)
         if self.points:
             yield self.headline()
-        for kl in sorted({point.kl for point in self.points}):
-            points = [point for point in self.points if point.kl == kl]
-            for judge in points[0].win_rates:
-                yield f"\nKL {kl:g}, judged by {judge}"
-                yield from self._table(points, judge)
-                yield from self._verdict_lines(points, judge)
+            yield from self._all_tables() if all_tables else self._tables()
         yield (
             f"\n{format_count(self.prompts, 'prompt')}, {self.rollouts:,} rollouts of each or more. Win rates over the "
             f"reference, both sides under\nthe procedure, which selects by {self.selected_by}"
@@ -173,9 +176,50 @@ class FrontierEstimate:
             )
         yield from (f"\nLeft out: {reason}" for reason in self.left_out)
 
+    def _tables(self) -> Iterator[str]:
+        """A table for each judge, what the headline is about first: win rates under the main procedure by KL."""
+        points, main, procedure = self.main_points()
+        (kl,) = {point.kl for point in points}
+        for judge in sorted(points[0].win_rates, key=lambda judge: judge != main):
+            yield f"\n{format_procedure(procedure)}, judged by {judge}"
+            columns = {f"KL {each:g}": self._column(each, judge, procedure) for each in self._kls}
+            names = [*dict.fromkeys(point.arm for point in self.points)]
+            at = {point.arm: point for point in points}
+            columns[f"ESS at KL {kl:g}"] = [f"{at[name].ess_of[procedure]:.1f}" if name in at else "" for name in names]
+            columns[f"beta at KL {kl:g}"] = [f"{at[name].beta:.4g}" if name in at else "" for name in names]
+            yield from (f"  {line}" for line in format_table(names, columns))
+            yield from self._verdict_lines(points, judge, [procedure])
+        if len(self.procedures) > 1 or len(self._kls) > 1:
+            others = ", ".join(format_procedure(each) for each in self.procedures if each != procedure)
+            yield f"\n--all prints every KL with its verdicts{f', and {others}' * bool(others)}."
+
+    @property
+    def _kls(self) -> list[float]:
+        return sorted({point.kl for point in self.points})
+
+    def _column(self, kl: float, judge: str, procedure: str) -> list[str]:
+        """Write the win rate of each objective at a KL; nothing for one that does not reach it."""
+        at = {point.arm: point for point in self.points if point.kl == kl}
+        names = dict.fromkeys(point.arm for point in self.points)
+        return [
+            f"{at[name].win_rates[judge][procedure]}{at[name].mark(judge, procedure)}" if name in at else ""
+            for name in names
+        ]
+
+    def _all_tables(self) -> Iterator[str]:
+        """A table for each KL and judge, with all procedures."""
+        for kl in self._kls:
+            points = [point for point in self.points if point.kl == kl]
+            for judge in points[0].win_rates:
+                yield f"\nKL {kl:g}, judged by {judge}"
+                yield from self._table(points, judge)
+                yield from self._verdict_lines(points, judge, self.procedures)
+
     def _table(self, points: Sequence[FrontierPoint], judge: str) -> Iterator[str]:
         columns = {
-            each: [f"{point.win_rates[judge][each]}{mark_ess(point.ess_of[each])}" for point in points]
+            format_procedure(each): [
+                f"{point.win_rates[judge][each]}{mark_ess(point.ess_of[each])}" for point in points
+            ]
             for each in self.procedures
         }
         numbers = {
@@ -185,12 +229,12 @@ class FrontierEstimate:
         }
         yield from (f"  {line}" for line in format_table([point.arm for point in points], {**columns, **numbers}))
 
-    def _verdict_lines(self, points: Sequence[FrontierPoint], judge: str) -> Iterator[str]:
+    def _verdict_lines(self, points: Sequence[FrontierPoint], judge: str, procedures: Sequence[str]) -> Iterator[str]:
         """Each procedure's verdicts against the first objective, by intervals of paired differences."""
         first, *others = points
         if not others or not first.gains or others[0].gains[judge][self.procedures[0]].low is None:
             return
-        for procedure in self.procedures:
+        for procedure in procedures:
             names: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
             for point in others:
                 verdict = point.verdict(judge, procedure)
@@ -198,7 +242,7 @@ class FrontierEstimate:
                 gain = f" {point.gains[judge][procedure].value:+.3f}{mark}" if verdict else ""
                 names[verdict or "not told apart"].append(f"{point.arm}{gain}")
             verdicts = "; ".join(f"{verdict}: {', '.join(each)}" for verdict, each in names.items() if each)
-            yield f"  {procedure} against {first.arm}: {verdicts}"
+            yield f"  {format_procedure(procedure)} at KL {first.kl:g}, against {first.arm}: {verdicts}"
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields as nested dictionaries, for JSON."""

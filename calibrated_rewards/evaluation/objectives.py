@@ -11,7 +11,7 @@ array([1.284, 5.755])
 'best-of:2'
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -29,6 +29,7 @@ from calibrated_rewards.reward.calibrators import (
     ZScore,
 )
 from calibrated_rewards.table.reference_table import ReferenceTable
+from calibrated_rewards.theory.mixtures import BestOfUpTo
 from calibrated_rewards.theory.named import format_name, make_named
 from calibrated_rewards.theory.optimum import optimum
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Procedure, WorstOf
@@ -136,10 +137,23 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
+# Published methods that know N, or weigh high scores more, and have no reference; by command-line name, with a number.
+RIVALS: dict[str, Callable[[float], ObjectiveOfPolicy]] = {
+    "iama": lambda n: ExpectedScore(BestOf(int(n))),
+    "tailrl": lambda n: ExpectedScore(BestOfUpTo(int(n))),
+    "rs-grpo": ExponentialUtility,
+}
+
+
 def rival_objectives(procedures: Iterable[Procedure]) -> dict[str, AnyObjective]:
-    """Return objectives of published methods that know N and have no reference, by command-line name."""
-    iama = {f"iama:{each.n}": ExpectedScore(each) for each in procedures if isinstance(each, BestOf)}
-    return {**iama, "rs-grpo:2": ExponentialUtility(2.0)}
+    """Return the rivals for the N of each best-of-N, by command-line name.
+
+    >>> list(rival_objectives([BestOf(4)]))
+    ['iama:4', 'tailrl:4', 'rs-grpo:2']
+    """
+    sizes = [each.n for each in procedures if isinstance(each, BestOf | BestOfUpTo)]
+    names = [f"{kind}:{n}" for n in sizes for kind in ("iama", "tailrl")]
+    return {name: parse_objective(name) for name in [*names, "rs-grpo:2"]}
 
 
 def default_objectives(procedures: Iterable[Procedure]) -> dict[str, AnyObjective]:
@@ -150,12 +164,12 @@ def default_objectives(procedures: Iterable[Procedure]) -> dict[str, AnyObjectiv
     procedures = list(procedures)
     worst = any(isinstance(each, WorstOf) for each in procedures)
     objectives = {name: each for name, each in OBJECTIVES.items() if worst or not name.startswith("exp:-")}
-    optima = {format_name(each): OptimumAtKL(each) for each in procedures if isinstance(each, BestOf | WorstOf)}
-    return {**objectives, **optima}
+    several = [each for each in procedures if isinstance(each, BestOf | BestOfUpTo | WorstOf)]
+    return {**objectives, **{format_name(each): OptimumAtKL(each) for each in several}}
 
 
 def parse_objective(name: str) -> AnyObjective:
-    """Parse the name of an objective: one of `OBJECTIVES`, another exp:T, best-of:N, worst-of:N, iama:N or rs-grpo:B.
+    """Parse the name of an objective: one of `OBJECTIVES`, exp:T, best-of:N, best-of:1-N, worst-of:N or a rival's.
 
     ValueError for any other name, also one with a KL (`best-of:4:0.5`): objectives are compared at given KLs.
 
@@ -165,14 +179,13 @@ def parse_objective(name: str) -> AnyObjective:
     if name in OBJECTIVES:
         return OBJECTIVES[name]
     kind, _, number = name.partition(":")
-    if kind == "iama" and number.isdecimal() and int(number):
-        return ExpectedScore(BestOf(int(number)))
-    if kind == "rs-grpo" and number.replace(".", "", 1).isdecimal() and float(number):
-        return ExponentialUtility(float(number))
+    if kind in RIVALS and number.replace(".", "", kind == "rs-grpo").isdecimal() and float(number):
+        return RIVALS[kind](float(number))
     thing, kl = make_named(name)
     if thing is None or kl is not None:
-        names = f"{', '.join(OBJECTIVES)}, exp:T, best-of:N, worst-of:N, iama:N or rs-grpo:B"
+        rivals = "iama:N, tailrl:N or rs-grpo:B"
+        names = f"{', '.join(OBJECTIVES)}, exp:T, best-of:N, best-of:1-N, worst-of:N, {rivals}"
         raise ValueError(f"an objective is {names}, without a KL, got {name!r}")
-    if isinstance(thing, BestOf | WorstOf):
+    if isinstance(thing, BestOf | BestOfUpTo | WorstOf):
         return OptimumAtKL(thing)
     return Fixed(Transformed(scaled(thing, "unit")))

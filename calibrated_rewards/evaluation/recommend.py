@@ -22,7 +22,7 @@ import numpy as np
 from calibrated_rewards.evaluation.estimates import IntervalEstimate, Samples, from_json
 from calibrated_rewards.evaluation.expectations import expect
 from calibrated_rewards.evaluation.frontier import estimate_frontier
-from calibrated_rewards.evaluation.frontier_results import RELIABLE_ESS, FrontierEstimate, mark_ess
+from calibrated_rewards.evaluation.frontier_results import RELIABLE_ESS, FrontierEstimate
 from calibrated_rewards.evaluation.objectives import OBJECTIVES, AnyObjective, Fixed, Transformed
 from calibrated_rewards.evaluation.references import References, read_references
 from calibrated_rewards.evaluation.wording import (
@@ -137,7 +137,7 @@ class Recommendation:
         points, judges = self.frontier.points, [*self.frontier.points[0].win_rates]
         columns = {
             f"{format_procedure(self._procedure)} by {judge}": [
-                f"{point.win_rates[judge][procedure]}{mark_ess(point.ess_of[procedure])}" for point in points
+                f"{point.win_rates[judge][procedure]}{point.mark(judge, procedure)}" for point in points
             ]
             for judge in reversed(judges)
         }

@@ -4,6 +4,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 
 from calibrated_rewards.evaluation.estimates import FEW_PROMPTS, IntervalEstimate
+from calibrated_rewards.theory.mixtures import BestOfUpTo
 from calibrated_rewards.theory.named import parse_procedure, parse_repr, parse_transform
 from calibrated_rewards.theory.optimum import Optimal
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
@@ -59,6 +60,8 @@ def format_procedure(procedure: object) -> str:
 
     >>> format_procedure("BestOf(n=4)"), format_procedure("Standard()"), format_procedure("SoftBestOf(4, 1.0)")
     ('best of 4', 'one draw', 'SoftBestOf(4, 1.0)')
+    >>> format_procedure("best-of:1-16"), format_procedure("BestOfUpTo(n=2, weights=(1.0, 3.0))")
+    ('best of 1 to 16', 'best of 1 to 2 with weights (1, 3)')
     """
     if isinstance(procedure, str):
         try:
@@ -70,6 +73,10 @@ def format_procedure(procedure: object) -> str:
             return "one draw"
         case BestOf(n=n):
             return f"best of {n}"
+        case BestOfUpTo(n=n, weights=None):
+            return f"best of 1 to {n}"
+        case BestOfUpTo(n=n, weights=weights) if weights is not None:
+            return f"best of 1 to {n} with weights ({', '.join(f'{weight:g}' for weight in weights)})"
         case WorstOf(n=n):
             return f"worst of {n}"
     return repr(procedure)

@@ -39,6 +39,7 @@ CLASSES = {
     for module, names in {
         "theory.transforms": "Affine Chain Exponential Identity Log NormalQuantile Power Tabulated",
         "theory.optimum": "Optimal",
+        "theory.mixtures": "BestOfUpTo",
         "theory.procedures": "BestOf Calibrated RewindAndRepeat SoftBestOf Standard WorstOf",
         "models.labels": "Difference Expected Label Ordinal Weighted",
         "models.loading": "Placement",

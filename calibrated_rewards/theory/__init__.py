@@ -1,9 +1,10 @@
 """The paper on [0, 1]: transforms, procedures, the tilted policy and its optimum; numpy and scipy only.
 
 A *transform* (`transforms`) maps a calibrated reward u to the reward that is trained on, `scale` brings it to a fixed
-range or variance. A *procedure* (`procedures`) is the way the policy is served, such as best of N. `tilted_policy`
-computes what training for a transform gives, `optimum` the best transform for a procedure, `named` reads the names of
-both. `finite_k`, `fixed_references` and `bands` say what K references can tell, `quadrature` integrates over u.
+range or variance. A *procedure* (`procedures`) is the way the policy is served, such as best of N; `mixtures` has one
+for an N that is not known. `tilted_policy` computes what training for a transform gives, `optimum` the best transform
+for a procedure, `named` reads the names of both. `finite_k`, `fixed_references` and `bands` say what K references can
+tell, `quadrature` integrates over u.
 """
 
 from calibrated_rewards.theory.bands import band as band, coverage as coverage, dkw as dkw
@@ -15,6 +16,7 @@ from calibrated_rewards.theory.finite_k import (
     values as values,
 )
 from calibrated_rewards.theory.fixed_references import win_rate_at_k as win_rate_at_k, win_rate_at_kl as win_rate_at_kl
+from calibrated_rewards.theory.mixtures import BestOfUpTo as BestOfUpTo
 from calibrated_rewards.theory.named import NamedTransform as NamedTransform, parse_transform as parse_transform
 from calibrated_rewards.theory.optimum import (
     Choice as Choice,

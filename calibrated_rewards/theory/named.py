@@ -1,21 +1,26 @@
 """Names of transforms and procedures on the command line, and their reprs in the results of a run.
 
-The command line names the transforms of `NAMED`, and the optimum for best-of-N or worst-of-N. Power, NormalQuantile,
-Tabulated, Affine and Chain have no name there: a program passes the objects. A run's settings.json and results hold
-reprs, which `WITH_REPR` reads back; reward.json holds classes and fields, which `CLASSES` of reward/saving.py reads.
+The command line names the transforms of `NAMED`, and the optimum for best-of-N, for best-of-1-to-N where N is not
+known, or for worst-of-N. Power, NormalQuantile, Tabulated, Affine and Chain have no name there: a program passes the
+objects. A run's settings.json and results hold reprs, which `WITH_REPR` reads back; reward.json holds classes and
+fields, which `CLASSES` of reward/saving.py reads.
 
 >>> parse_transform("exp:10").transform, parse_procedure("best-of:4"), format_name(WorstOf(8))
 (Exponential(t=10.0), BestOf(n=4), 'worst-of:8')
+>>> parse_procedure("best-of:1-16"), format_name(BestOfUpTo(16))
+(BestOfUpTo(n=16, weights=None), 'best-of:1-16')
 >>> parse_repr("Chain(Exponential(t=5.0), Affine(scale=2.0, shift=0.0))")
 Chain(Exponential(t=5.0), Affine(scale=2.0, shift=0.0))
 """
 
 import argparse
 import ast
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Any, TypeAlias
 
+from calibrated_rewards.theory.mixtures import BestOfUpTo
 from calibrated_rewards.theory.optimum import Optimal, optimal_transform
 from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, SoftBestOf, Standard, WorstOf
 from calibrated_rewards.theory.scale import scaled
@@ -31,7 +36,7 @@ from calibrated_rewards.theory.transforms import (
     Transform,
 )
 
-ByRank: TypeAlias = BestOf | WorstOf | Standard
+ByRank: TypeAlias = BestOf | BestOfUpTo | WorstOf | Standard
 """The procedures with a name on the command line: they look at ranks alone."""
 # A class with a parameter takes a number after its name: exp:10.
 NAMED: dict[str, Any] = {
@@ -50,14 +55,14 @@ def _join_names(end: str) -> str:
 
 # For the help of commands: all names without a KL, and the same with what a KL adds.
 TRANSFORM_NAMES = _join_names("")
-OPTIMUM_NAMES = "best-of:N:KL or worst-of:N:KL"
+OPTIMUM_NAMES = "best-of:N:KL, worst-of:N:KL or, where N is not known, best-of:1-N:KL"
 TRANSFORM_HELP = f"{TRANSFORM_NAMES}; for a KL in nats {_join_names(':KL')}; {OPTIMUM_NAMES}, the exact optimum"
 # All classes of the library whose repr can be read back. The repr of Calibrated does not hold its function.
 WITH_REPR: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         *(Identity, Log, Exponential, NormalQuantile, Power, Affine, Tabulated, Chain, Optimal),
-        *(Standard, BestOf, WorstOf, SoftBestOf, RewindAndRepeat),
+        *(Standard, BestOf, BestOfUpTo, WorstOf, SoftBestOf, RewindAndRepeat),
     )
 }
 
@@ -79,7 +84,7 @@ class NamedTransform:
 def parse_transform(name: str) -> NamedTransform:
     """Parse the name of a transform, such as exp:10; with a KL (exp:10:1.0) the transform is on the unit scale.
 
-    best-of:N:KL and worst-of:N:KL are the exact optimum for that procedure at that KL.
+    best-of:N:KL, best-of:1-N:KL and worst-of:N:KL are the exact optimum for that procedure at that KL.
 
     >>> parse_transform("exp:10")
     NamedTransform(name='exp:10', transform=Exponential(t=10.0), kl=None, procedure=Standard())
@@ -90,11 +95,11 @@ def parse_transform(name: str) -> NamedTransform:
         thing, kl = make_named(name)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{name}: {error}") from None
-    is_procedure = isinstance(thing, BestOf | WorstOf)
+    is_procedure = isinstance(thing, BestOf | BestOfUpTo | WorstOf)
     if thing is None or (is_procedure and kl is None):
         raise argparse.ArgumentTypeError(
-            f"a transform is {TRANSFORM_NAMES}, these for a KL in nats (exp:10:1.0, identity:1.0), {OPTIMUM_NAMES}, "
-            f"such as best-of:4:1.0, with numbers; got {name!r}"
+            f"a transform is {TRANSFORM_NAMES}, these for a KL in nats (exp:10:1.0, identity:1.0), best-of:N:KL, "
+            f"best-of:1-N:KL or worst-of:N:KL, such as best-of:4:1.0, with numbers; got {name!r}"
         )
     if kl is None:
         return NamedTransform(name, thing)
@@ -106,7 +111,7 @@ def parse_transform(name: str) -> NamedTransform:
 
 
 def make_named(name: str) -> tuple[Any, float | None]:
-    """Make the transform, or the best-of-N or worst-of-N, of a name, and read the KL after it if there is one.
+    """Make the transform or the procedure of a name, and read the KL after it if there is one.
 
     (None, None) for what has not the form of a name; ValueError for a parameter that the class refuses.
 
@@ -115,9 +120,11 @@ def make_named(name: str) -> tuple[Any, float | None]:
     """
     kind, *numbers = name.split(":")
     cls: Any = NAMED.get(kind) or BEST_OR_WORST.get(kind)
-    count = len(fields(cls)) if cls else 0
+    count = 1 if kind in BEST_OR_WORST else len(fields(cls)) if cls else 0
     if cls is None or len(numbers) not in (count, count + 1):
         return None, None
+    if kind == "best-of" and numbers[0].startswith("1-"):
+        cls, numbers[0] = BestOfUpTo, numbers[0].removeprefix("1-")
     try:
         parameters = [int(each) if kind in BEST_OR_WORST else float(each) for each in numbers[:count]]
         kl = float(numbers[count]) if len(numbers) > count else None
@@ -126,9 +133,9 @@ def make_named(name: str) -> tuple[Any, float | None]:
     return cls(*parameters), kl
 
 
-def _solve_optimum(name: str, procedure: BestOf | WorstOf, kl: float) -> Transform:
+def _solve_optimum(name: str, procedure: ByRank, kl: float) -> Transform:
     """Solve for the optimal transform on the unit scale; errors are in the words of the command line."""
-    t = "T" if isinstance(procedure, BestOf) else "-T"
+    t = "-T" if isinstance(procedure, WorstOf) else "T"
     try:
         return scaled(optimal_transform(procedure, kl=kl), "unit")
     except ValueError as error:
@@ -143,20 +150,22 @@ def _solve_optimum(name: str, procedure: BestOf | WorstOf, kl: float) -> Transfo
 
 
 def parse_procedure(name: str) -> ByRank:
-    """Parse the name or the repr of a procedure that a rank decides: standard, best-of:N, worst-of:N; or ValueError.
+    """Parse the name or the repr of a procedure that a rank decides, such as best-of:4; ValueError for another.
+
+    The names are standard, best-of:N, worst-of:N, and best-of:1-N for `BestOfUpTo(N)`.
 
     >>> parse_procedure("worst-of:8"), parse_procedure("BestOf(n=4)"), parse_procedure("standard")
     (WorstOf(n=8), BestOf(n=4), Standard())
     """
-    kind, _, n = name.partition(":")
     if name == "standard":
         return Standard()
-    try:
-        procedure = BEST_OR_WORST[kind](int(n)) if kind in BEST_OR_WORST else parse_repr(name)
-    except ValueError:
-        procedure = None
+    procedure = None
+    with suppress(ValueError):
+        procedure, kl = make_named(name) if name.startswith(tuple(BEST_OR_WORST)) else (parse_repr(name), None)
+        procedure = procedure if kl is None else None
     if not isinstance(procedure, ByRank):
-        raise ValueError(f"a procedure is standard, best-of:N or worst-of:N, such as best-of:4, got {name!r:.80}")
+        names = "standard, best-of:N, best-of:1-N or worst-of:N, such as best-of:4"
+        raise ValueError(f"a procedure is {names}, got {name!r:.80}")
     return procedure
 
 
@@ -194,6 +203,8 @@ def format_name(thing: object) -> str:
     """
     if isinstance(thing, Standard):
         return "standard"
+    if isinstance(thing, BestOfUpTo) and thing.weights is None:
+        return f"best-of:1-{thing.n}"
     for name, cls in {**NAMED, **BEST_OR_WORST}.items():
         if isinstance(thing, cls):
             return ":".join([name, *(str(each).removesuffix(".0") for each in vars(thing).values())])

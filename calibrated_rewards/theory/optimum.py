@@ -69,7 +69,7 @@ class Optimal:
         for side in (self.procedure, self.base or self.procedure):
             if not isinstance(side, CalibratedProcedure):
                 raise ValueError(
-                    "Optimal needs calibrated procedures (Standard, BestOf, WorstOf, Calibrated); "
+                    "Optimal needs calibrated procedures (Standard, BestOf, BestOfUpTo, WorstOf, Calibrated); "
                     f"tune() takes any, got {side!r}."
                 )
         if not (isfinite(self.beta) and self.beta > 0):

@@ -80,7 +80,7 @@ def check_pool(scores: npt.ArrayLike, draws: int, name: str) -> Array:
     return pool
 
 
-def _random_best(scores: Array, rng: np.random.Generator) -> npt.NDArray[np.intp]:
+def pick_best(scores: Array, rng: np.random.Generator) -> npt.NDArray[np.intp]:
     """Pick the first largest in a random order, so that ties fall to each with equal chance."""
     order = rng.permuted(np.broadcast_to(np.arange(scores.shape[-1]), scores.shape), axis=-1)
     best = np.argmax(np.take_along_axis(scores, order, -1), axis=-1)
@@ -151,7 +151,7 @@ class BestOf:
 
     def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
         """Return the largest, ties at random."""
-        return _random_best(np.asarray(scores, np.float64), rng)
+        return pick_best(np.asarray(scores, np.float64), rng)
 
     def density(self, rank: Rank, below_one: Rank) -> Rank:
         """Return g(C) = n C^{n-1}, high at the top."""
@@ -184,7 +184,7 @@ class WorstOf:
 
     def choose(self, scores: npt.ArrayLike, rng: np.random.Generator) -> npt.NDArray[np.intp]:
         """Return the smallest, ties at random."""
-        return _random_best(-np.asarray(scores, np.float64), rng)
+        return pick_best(-np.asarray(scores, np.float64), rng)
 
     def density(self, rank: Rank, below_one: Rank) -> Rank:
         """Return g(C) = n (1 - C)^{n-1}."""

@@ -12,9 +12,11 @@ from calibrated_rewards import BestOf, CalibratedReward, WorstOf, optimum
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.evaluation.expectations import expect
+from calibrated_rewards.evaluation.wording import format_transform
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import NumberSampler
+from calibrated_rewards.theory.mixtures import BestOfUpTo
 from calibrated_rewards.theory.named import parse_transform
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl
 
@@ -63,6 +65,24 @@ def test_it_writes_what_trainers_load(
     assert sorted(json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()) == sorted(PROMPTS)
     same = CalibratedReward(load_scorer(model), reward.table, reward.transform, estimator="posterior")
     assert reward(PROMPTS, ["1", "2", "3"]) == same(PROMPTS, ["1", "2", "3"])
+
+
+def test_it_writes_a_reward_for_an_n_that_is_not_known(
+    made: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """best-of:1-N:KL is saved, read back and written in words; the report's words know it too."""
+    table, model = made
+    words = ["--reward-model", model, "--out", str(tmp_path / "reward"), "--transform", "best-of:1-4:0.5"]
+    assert main(["reward", table, *words]) == 0
+    told = capsys.readouterr().out
+    reward = CalibratedReward.from_pretrained(tmp_path / "reward")
+    mixture = BestOfUpTo(4)
+    found = expect(reward.table, reward.transform, kl=0.5, procedure=mixture)
+
+    assert reward.transform == optimum(mixture, kl=0.5).transform
+    assert f"and win rate {found.win_rate:.3f}, best of 1 to 4 against the reference's best of 1 to 4" in told
+    assert format_transform(reward.transform) == "optimum for best of 1 to 4"
+    assert reward.beta == pytest.approx(found.beta)
 
 
 def test_another_reward_model_is_no_reward(

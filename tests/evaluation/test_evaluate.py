@@ -35,6 +35,7 @@ from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding, Rollout
 from calibrated_rewards.scorers import load_scorer
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.theory.mixtures import BestOfUpTo
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 
 # peft asks the model by a name that transformers is about to change.
@@ -488,8 +489,8 @@ def test_a_policy_is_let_go_of_before_the_next(models):
 def test_the_command_does_what_the_function_does(models, tmp_path, call):
     """A model and an adapter, with the table's decoding and the reward's reward model; tables."""
     policies = [f"{name}={models / name}" for name in ("policy", "adapter")]
-    words = ["--reward", str(models / "reward"), "--judge", str(models / "judge"), "-m", "4", "--best-of", "2"]
-    code, out, _ = call(*words, policies=policies)
+    words = ["--reward", str(models / "reward"), "--judge", str(models / "judge"), "-m", "4"]
+    code, out, _ = call(*words, "--best-of", "2", "--best-of", "1-3", policies=policies)
     assert code == 0
     found = Evaluation.load(tmp_path / "e" / "evaluation.json")
     assert out == f"{found}\n"
@@ -500,7 +501,7 @@ def test_the_command_does_what_the_function_does(models, tmp_path, call):
         CHATS,
         {"reward": load_scorer(models / "rm"), "judge": load_scorer(models / "judge")},
         m=4,
-        procedures=(Standard(), BestOf(2), WorstOf(4)),
+        procedures=(Standard(), BestOf(2), BestOfUpTo(3), WorstOf(4)),
     )
     assert found == expected
     assert all(each.kl is not None and each.kl.value > 0 for each in found.policies)

@@ -26,6 +26,7 @@ from calibrated_rewards.evaluation.win_rate import WeightedPools, predict, win_r
 from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.theory.mixtures import BestOfUpTo
 from calibrated_rewards.theory.procedures import BestOf, Calibrated, SoftBestOf, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, bin_masses, win_rate
 from calibrated_rewards.theory.transforms import Exponential, Identity, Log, NormalQuantile
@@ -430,6 +431,27 @@ def test_the_command(run, capsys, tmp_path):
     assert swapped["procedures"] == ["Standard()", "BestOf(n=4)", "WorstOf(n=4)"]
 
 
+def test_the_command_for_an_n_that_is_not_known(run, capsys):
+    """As an arm and as a procedure, by one name; its optimum is among the default arms, and needs N rollouts."""
+    at, _ = run
+    words = ("--kl", "0.3", "--json", "--best-of", "1-3", "1")
+    points = json.loads(asked(capsys, at, *words))["points"]
+    mixture = BestOfUpTo(3)
+    assert [*points[0]["win_rates"]["judge"]] == ["Standard()", repr(mixture), "BestOf(n=1)"]
+    assert [point["arm"] for point in points][-2:] == ["best-of:1-3", "best-of:1"]
+    named = json.loads(asked(capsys, at, *words, "--arms", "raw", "best-of:1-3"))["points"]
+    assert named == [point for point in points if point["arm"] in ("raw", "best-of:1-3")]
+    with pytest.raises(ValueError, match="best of 1 to 100 needs 100 rollouts of each prompt or more"):
+        asked(capsys, at, "--best-of", "1-100")
+
+
+def test_a_mixture_is_what_its_g_makes_of_the_rollouts():
+    """`Calibrated` with 1 + C + C^2 gives what `BestOfUpTo(3)` does, weighted rollout by rollout."""
+    mixture, g = BestOfUpTo(3), Calibrated(lambda c: 1 + c + c**2)
+    found = estimate_frontier(normals(5, 40), {"identity": OBJECTIVES["identity"]}, [0.5], [mixture, g])
+    assert rates(found, "identity")[repr(g)] == pytest.approx(rates(found, "identity")[repr(mixture)], abs=1e-9)
+
+
 def test_the_command_on_a_bare_table(run, capsys, tmp_path):
     """Judged by the scores themselves, the same as of the run; a judge needs rollouts, and a table a directory."""
     at, _ = run
@@ -454,6 +476,7 @@ def test_the_command_on_a_bare_table(run, capsys, tmp_path):
 def test_arms_by_name():
     """As transforms are called elsewhere; what is none is refused with the list."""
     assert frontier.parse_arm("worst-of:3") == ("worst-of:3", OptimumAtKL(WorstOf(3)))
+    assert frontier.parse_arm("best-of:1-16") == ("best-of:1-16", OptimumAtKL(BestOfUpTo(16)))
     with pytest.raises(ArgumentTypeError, match="an objective is raw, z-score"):
         frontier.parse_arm("best-of:zero")
     with pytest.raises(ArgumentTypeError, match="BestOf needs"):

@@ -1,6 +1,7 @@
 """Names: every transform can be saved and read back from its repr, and names of the command line go there and back."""
 
 import argparse
+import json
 from dataclasses import is_dataclass
 
 import pytest
@@ -9,7 +10,7 @@ from strategies import calibrated_procedures, transforms
 
 from calibrated_rewards import theory
 from calibrated_rewards.reward import saving
-from calibrated_rewards.theory import named, procedures
+from calibrated_rewards.theory import mixtures, named, procedures
 from calibrated_rewards.theory.named import NAMED, format_name, parse_procedure, parse_repr, parse_transform
 
 TRANSFORMS = {
@@ -32,7 +33,10 @@ def test_every_transform_can_be_saved_and_read_from_its_repr():
 def test_every_procedure_can_be_saved():
     """And is read from its repr, but for Calibrated, whose function no repr holds."""
     classes = {
-        name for name, cls in vars(procedures).items() if is_dataclass(cls) and cls.__module__ == procedures.__name__
+        name
+        for module in (procedures, mixtures)
+        for name, cls in vars(module).items()
+        if is_dataclass(cls) and cls.__module__ == module.__name__
     }
     assert classes <= set(saving.CLASSES)
     assert classes - {"Calibrated"} == {name for name, cls in named.WITH_REPR.items() if cls not in TRANSFORMS.values()}
@@ -59,9 +63,10 @@ def test_help_names_every_transform_of_the_command_line():
 
 @given(calibrated_procedures)
 def test_a_procedure_comes_back_from_its_name(procedure):
-    """And that name is no transform's: it has no KL."""
+    """And from its JSON; and that name is no transform's: it has no KL."""
     name = format_name(procedure)
     assert parse_procedure(name) == procedure
+    assert saving.from_json(json.loads(json.dumps(saving.to_json(procedure)))) == procedure
     with pytest.raises(argparse.ArgumentTypeError, match="best-of:N:KL"):
         parse_transform(name)
 
@@ -78,6 +83,24 @@ def test_a_parameter_that_its_class_refuses_is_named(end):
         parse_transform(f"exp:0{end}")
     with pytest.raises(argparse.ArgumentTypeError, match="best-of:0:1: BestOf needs"):
         parse_transform("best-of:0:1")
+
+
+def test_an_n_that_is_not_known_has_a_name():
+    """best-of:1-N is a procedure, and with a KL the exact optimum; of weights a name says nothing."""
+    named = parse_transform("best-of:1-16:1.0")
+
+    assert (named.procedure, named.kl) == (theory.BestOfUpTo(16), 1.0)
+    assert named.transform == theory.optimum(theory.BestOfUpTo(16), kl=1.0).transform
+    assert format_name(theory.BestOfUpTo(2, (1, 3))) == "BestOfUpTo(n=2, weights=(1.0, 3.0))"
+
+
+@pytest.mark.parametrize("name", ["best-of:2-16", "best-of:1-", "best-of:1-0", "best-of:-4", "worst-of:1-4"])
+def test_no_other_range_is_a_procedure(name):
+    """Only 1-N is, and only of the best."""
+    with pytest.raises(ValueError, match=f"best-of:1-N .*, got '{name}'"):
+        parse_procedure(name)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"best-of:1-N:KL .*, with numbers|needs a whole n >= 1"):
+        parse_transform(f"{name}:1")
 
 
 @pytest.mark.parametrize("name", ["power:2", "exp", "exp:x", "identity:1:2", "best-of:4", "best-of:x:1", "log:", ""])
