@@ -11,7 +11,7 @@ TABULAR := $(addprefix benchmarks/tabular/,world.py trainers.py options.py plots
 BENCHMARKS := $(filter-out $(APART),$(sort $(wildcard benchmarks/*.py benchmarks/paper/*.py))) $(TABULAR)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check wheel bench frameworks trl-tests clean
+.PHONY: help setup demo test check docs wheel bench frameworks trl-tests clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ check: $(READY)  ## lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)  ## the documentation site, in site/; a warning is an error
+	$(BIN)/mkdocs build
 
 # The tests come out of the sdist, whose package is deleted, into a folder that knows nothing of this one: whatever
 # the wheel lacks is missed there. `build` makes the wheel from the sdist.
@@ -72,5 +75,5 @@ trl-tests: $(READY)  ## TRL's own GRPO and RLOO tests with our rewards in them: 
 	$(BIN)/python benchmarks/trl_tests/run.py "$(TRL)"
 
 clean:  ## remove builds and caches; the environment stays
-	rm -rf dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf dist build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)*' -prune -exec rm -rf {} +

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ import calibrated_rewards
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(calibrated_rewards.__file__).parent
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")])
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "AGENTS.md", *PAGES]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Comments on lines of their own, right below a print, are what it prints.
@@ -21,6 +22,14 @@ PROMISE = re.compile(r"^ *print\(.*\n((?:# .+\n)+)", re.MULTILINE)
 FILE_ENDINGS = {".py", ".md", ".toml", ".txt", ".json", ".safetensors", ".png"}
 ROOM = re.compile(r"^\| `([\w.]+)/?` \| (.+) \|$", re.MULTILINE)
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+def read(document: Path) -> str:
+    """A document's text; of a notebook, its Markdown: test_notebooks.py runs its code."""
+    if document.suffix != ".ipynb":
+        return document.read_text()
+    cells = json.loads(document.read_text())["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
 def blocks(text: str, *languages: str) -> list[str]:
@@ -49,7 +58,7 @@ def missing_in_order(promises: list[str], printed: list[str]) -> list[str]:
 @each_document
 def test_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The python blocks of a document are one script, and print what the comments below their prints say."""
-    script = "\n".join(blocks(document.read_text(), "python", "py"))
+    script = "\n".join(blocks(read(document), "python", "py"))
     monkeypatch.chdir(tmp_path)
 
     assert missing_in_order(promised(script), run(script, str(document))) == []
@@ -77,7 +86,7 @@ def test_the_readme_has_an_example() -> None:
 def test_named_tests_exist(document: Path) -> None:
     """Every `test_file.py::test_name` is a test; `::test_name` alone is one of the file named before it."""
     file = ""
-    for named, test in re.findall(r"`(?:tests/(?:\w+/)?)?(test_\w+\.py)?(?:::(test_\w+))?`", document.read_text()):
+    for named, test in re.findall(r"`(?:tests/(?:\w+/)?)?(test_\w+\.py)?(?:::(test_\w+))?`", read(document)):
         file = named or file
         sources = [path.read_text() for path in (ROOT / "tests").rglob(file)] if file else []
         assert not file or any(f"def {test}" in source for source in sources), f"{file}::{test}"
@@ -88,7 +97,7 @@ def test_named_functions_exist(document: Path) -> None:
     """Every `room.name` of a room of the package is in it, or is a file of it."""
     # `reward` is an object of every document, and a setting of verl's.
     names = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"reward"}
-    for room, name in re.findall(r"`(\w+)\.([A-Za-z]\w*)", document.read_text()):
+    for room, name in re.findall(r"`(\w+)\.([A-Za-z]\w*)", read(document)):
         if room in names and f".{name}" not in FILE_ENDINGS:
             module = f"calibrated_rewards.{room}"
             assert hasattr(import_module(module), name) or find_spec(f"{module}.{name}"), f"{room}.{name}"
@@ -97,7 +106,7 @@ def test_named_functions_exist(document: Path) -> None:
 @each_document
 def test_links_lead_somewhere(document: Path) -> None:
     """Every relative link names a file, and its anchor a heading of that file."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", document.read_text())):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", read(document))):
         path, _, anchor = target.partition("#")
         if re.match(r"[a-z]+:", path):
             continue
@@ -108,7 +117,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 def headings(document: Path) -> set[str]:
     """The anchors that a document's headings get: lower case, hyphens for spaces, no punctuation."""
-    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", document.read_text()), re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", read(document)), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
@@ -117,8 +126,7 @@ def test_commands_exist(document: Path) -> None:
     """Every `make` target that a document names is a target of the Makefile."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     code = "\n".join(
-        re.findall(r"`([^`\n]+)`", document.read_text())
-        + blocks(document.read_text(), "", "sh", "bash", "text", "console")
+        re.findall(r"`([^`\n]+)`", read(document)) + blocks(read(document), "", "sh", "bash", "text", "console")
     )
 
     assert set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)", code)) <= targets
@@ -127,14 +135,14 @@ def test_commands_exist(document: Path) -> None:
 def test_the_readme_names_the_test_command() -> None:
     """It is the one that continuous integration runs first."""
     assert "make test" in (ROOT / "README.md").read_text()
-    assert re.search(r"for target in test check wheel", (ROOT / ".ci" / "run").read_text())
+    assert re.search(r"for target in test check docs wheel", (ROOT / ".ci" / "run").read_text())
 
 
 @each_document
 def test_paths_exist(document: Path) -> None:
     """Every path in backticks with a folder of the repository in front is there."""
     folders = "calibrated_rewards|tests|benchmarks|docs|adapters"
-    for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", document.read_text()):
+    for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", read(document)):
         assert located(path).exists(), path
 
 
@@ -170,7 +178,7 @@ def test_a_room_needs_a_caption() -> None:
 
 def test_every_page_is_in_the_index() -> None:
     """The README links to each page of docs/, so that none is lost."""
-    linked = set(re.findall(r"\]\((docs/[\w/.-]+\.md)\b", (ROOT / "README.md").read_text()))
+    linked = set(re.findall(r"\]\((docs/[\w/.-]+\.(?:md|ipynb))\b", (ROOT / "README.md").read_text()))
 
     assert linked == {page.relative_to(ROOT).as_posix() for page in PAGES}
 
@@ -178,6 +186,34 @@ def test_every_page_is_in_the_index() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_limits_are_said_once(page: Path) -> None:
     """Each page has one section of that name, and it is the last."""
-    sections = re.findall(r"^## (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    sections = re.findall(r"^## (.+)$", FENCE.sub("", read(page)), re.MULTILINE)
 
     assert [section for section in sections if section == "Limits"] == sections[-1:]
+
+
+def find_hidden_names(room: Path) -> set[str]:
+    """Public names of a room that its page of the API misses: those that are also files, which the page has to name."""
+    lines = (ROOT / "website" / "api" / f"{room.name}.md").read_text().splitlines()
+    names = re.findall(r"\w+ as (\w+)", (room / "__init__.py").read_text())
+    assert lines[0] == f"::: calibrated_rewards.{room.name}"
+    return {name for name in names if (room / f"{name}.py").exists()} - {
+        line.rpartition(".")[2] for line in lines[1:] if line.startswith(f"::: calibrated_rewards.{room.name}.")
+    }
+
+
+def test_each_room_has_a_page_of_the_api() -> None:
+    """Next to the commands and the adapters, which the pages describe; `make docs` fails on a page without its room."""
+    rooms = {path.parent for path in PACKAGE.glob("*/__init__.py")} - {PACKAGE / "cli", PACKAGE / "adapters"}
+
+    assert {path.stem for path in (ROOT / "website" / "api").glob("*.md")} == {room.name for room in rooms}
+    assert {room.name: find_hidden_names(room) for room in rooms if find_hidden_names(room)} == {}
+
+
+def test_a_hidden_name_would_be_noticed(tmp_path: Path) -> None:
+    """The check above can fail: a function that has the name of its file, and is not on the room's page."""
+    room = tmp_path / "table"
+    room.mkdir()
+    (room / "__init__.py").write_text("from calibrated_rewards.table.search import search as search, find as find\n")
+    (room / "search.py").touch()
+
+    assert find_hidden_names(room) == {"search"}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["ReferenceTable", "Row"]
 
 Duplicates = Literal["error", "pool"]
+"""What a table does with two rows of one prompt: refuse them, or pool their scores."""
 Directory = str | os.PathLike[str]
 
 

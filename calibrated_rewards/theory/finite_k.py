@@ -44,6 +44,7 @@ from calibrated_rewards.theory.quadrature import MOST_PANELS, ORDER, WINDOW, Arr
 from calibrated_rewards.theory.transforms import Affine, Chain, Exponential, Identity, Log, Power, Transform, knots
 
 Estimator: TypeAlias = Literal["empirical", "posterior", "unbiased", "randomised"]
+"""The name of a way to estimate Phi(u) from the rank among K references."""
 # The least-squares fit behind "unbiased" takes up to a second at this K, and much longer soon after.
 MOST_FITTED = 1000
 MOST_REFERENCES = 10**6

@@ -31,6 +31,7 @@ from calibrated_rewards.theory.transforms import (
 )
 
 Scale: TypeAlias = Literal["unit", "standard", "raw"]
+"""The name of a scale: the range onto [0, 1], variance 1 under the reference, or the transform as it is."""
 
 
 def scaled(transform: Transform, scale: Scale) -> Transform:

@@ -254,7 +254,7 @@ class Chain:
         return f"Chain({', '.join(map(repr, self.parts))})"
 
     def __call__(self, u: npt.ArrayLike) -> Values:
-        """Return parts[-1](... parts[0](u))."""
+        """Return `parts[-1](... parts[0](u))`."""
         for part in self.parts:
             u = part(u)
         return np.asarray(u, np.float64)[()]

@@ -1,0 +1,1 @@
+../../../benchmarks/paper/transforms.py
