@@ -14,9 +14,11 @@ does not depend on a scale, and the lowest of several is the worst aspect, not t
 >>> CombinedReward(both, constraints={"brief": 0.5})(["2+2=", "2+2="], ["4", "It is 4"])
 [0.75, -1.25]
 
-A combination of uniform quantiles is not uniform itself. Where a transform is to follow, calibrate the combination: it
-is a scorer, `calibrate(prompts, sampler, combined)`, and then `CalibratedReward(combined, table, Exponential(10.0))`.
-Both are saved and loaded (`saving.load_reward`), served, and named in `CALIBRATED_REWARD` as a single reward is.
+A combination of uniform quantiles is not uniform itself. Where a transform is to follow, calibrate the combination,
+which is a scorer: `calibrate(prompts, sampler, combined, seed=1)`, and then give it a transform and that table,
+`CalibratedReward(combined, table, Exponential(10.0))`. The seed is another one than that of the components, whose own
+references would be drawn again. Both rewards are saved and loaded (`saving.load_reward`), served, and named in
+`CALIBRATED_REWARD` as a single one is.
 """
 
 from collections.abc import Mapping, Sequence

@@ -72,8 +72,9 @@ def write_repository(
     for place in checkpoints:
         if os.path.isabs(place):
             raise ValueError(
-                f"the reward model is a folder of this machine, {place}: push it, and give the reward "
-                "load_scorer(its repository); or scorer=None, for from_pretrained(..., scorer=)"
+                f"the reward model is a folder of this machine, {place}: push it, and make the reward with its "
+                "repository's name, --reward-model NAME or load_scorer(NAME); or with scorer=None, for "
+                "from_pretrained(..., scorer=)"
             )
     for source in (at / file for at in settings for file in FILES):
         if source.exists():

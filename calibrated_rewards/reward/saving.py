@@ -174,7 +174,7 @@ TABLE_HINT = (
 )
 COMBINED_HINT = (
     "{at} is a combined reward, which load_reward and CombinedReward.from_pretrained load; where one transform and one "
-    "table are needed, calibrate it: --reward-model {at} of `calibrate`, then of `reward`"
+    "table are needed, calibrate it: --reward-model {at} --seed 1 of `calibrate`, then of `reward`"
 )
 # Settings that have a file of their own.
 FILES = {"table", "originals"}
