@@ -111,6 +111,9 @@ def test_rollouts_are_read_as_a_dataset(hub, tmp_path, monkeypatch):
     front = read_front(tmp_path / "pulled")
     assert (front["license"], front["base_model"]) == ("mit", ["org/policy"])
     assert front["tags"] == ["calibrated-rewards", "reference-table"]
+    (config,) = front["configs"]
+    assert [file["path"] in handler.stored for file in config["data_files"]] == [True]
+    assert "viewer" not in front
 
 
 def test_rollouts_that_wait_for_a_score_have_none(tmp_path):
