@@ -29,7 +29,7 @@ class Calibrated:
     def __call__(self, completions: list[str], messages: list[Any], **columns: Any) -> list[float | None]:
         """Reward the completions that end the messages; None where `on_missing="skip"` leaves one out."""
         with loud("ms-swift"):
-            return configured()([before[:-1] for before in messages], completions, **columns)
+            return [*configured()([before[:-1] for before in messages], completions, **columns)]
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ Faithful to E[R] - beta KL: RLOO with `beta=b, normalize_advantages=False, num_i
 `beta=b * (G - 1) / G, scale_rewards="none", loss_type="dr_grpo"`; both with `temperature=1, top_p=1, top_k=0`.
 """
 
-from calibrated_rewards.reward import CalibratedReward, configured
+from typing import Any
+
+from calibrated_rewards.reward import configured
 
 
-def __getattr__(name: str) -> CalibratedReward:
+def __getattr__(name: str) -> Any:
     """Load `reward` when it is asked for: TRL takes it by its path, and logs its own name."""
     if name == "reward":
         return configured()

@@ -29,6 +29,8 @@ class Hub(BaseHTTPRequestHandler):
         url = f"http://127.0.0.1:{self.server.server_port}{self.kind}/{self.repo}"
         if self.path.endswith("/create"):
             self._answer({"url": url})
+        elif self.path.endswith("/validate-yaml"):
+            self._answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
             self._answer({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})

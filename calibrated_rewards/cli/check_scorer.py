@@ -81,6 +81,11 @@ def build_examination(options: argparse.Namespace) -> "Examination":
     from calibrated_rewards.testing.check_scorer import LONG_WORDS, SPARE_SECONDS, Examination
 
     prompts, completions = read_pairs(options.prompts) if options.prompts else (None, None)
+    if (Path(options.reward_model) / "reward.json").is_file():
+        raise ValueError(
+            f"{options.reward_model} is a saved reward, which knows the prompts of its table alone: check its reward "
+            "models, each as it was named to `calibrate`; `serve` and `reward` verify them against their tables"
+        )
     return Examination(
         model_options.load_reward_model(options),
         prompts,

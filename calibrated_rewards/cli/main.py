@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "compare trained policies with their reference: win rates and KL, with their errors",
     "report": "write one HTML page about the calibration, the training and the evaluation",
     "serve": "answer requests for a reward over HTTP, in the dialects of OpenRLHF, LightRFT, slime and LLaMA-Factory",
+    "push": "upload a table, with its rollouts, or a saved reward to the Hugging Face Hub, with a card",
     "path": "print where the adapter for a trainer lies",
     "cp": "copy the adapter for a trainer, to change it",
 }

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from calibrated_rewards.cli.options import (
     Real,
     Whole,
     error_text,
+    open_any_reward,
     parse_setting,
     read_text,
     refuse_options,
@@ -167,9 +169,25 @@ def load_reward_model(options: argparse.Namespace) -> "Scorer":
         scorer = Remote(options.reward_model, choose_dialect(options), token=token_for(options.reward_model))
         return Cost(scorer) if options.cost else scorer
     refuse_options(options, SERVED, "--reward-model is no URL")
+    if os.path.isfile(os.path.join(options.reward_model, "reward.json")):
+        return load_combined_reward(options)
     from calibrated_rewards.scorers.loading import load_scorer
 
     return load_scorer(options.reward_model, **collect_settings(options))
+
+
+def load_combined_reward(options: argparse.Namespace) -> "Scorer":
+    """Load a combined reward, which is a scorer; a calibrated one is refused, since its scores are calibrated."""
+    from calibrated_rewards.reward.combined import CombinedReward
+
+    own = {name: default for name, default in LOADED.items() if name != "trust_remote_code"}
+    refuse_options(options, own, "a combined reward says how its reward models are loaded")
+    reward = open_any_reward(options.reward_model, trust=options.trust_remote_code)
+    if not isinstance(reward, CombinedReward):
+        raise ValueError(
+            f"a reward model gives raw scores, {options.reward_model} is a calibrated reward: name its reward model"
+        )
+    return Cost(reward) if options.cost else reward
 
 
 def load_reward_models(options: argparse.Namespace) -> "Scorer | dict[str, Scorer]":

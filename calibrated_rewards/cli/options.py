@@ -7,7 +7,8 @@
 import argparse
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import inf, isfinite
@@ -22,6 +23,7 @@ from calibrated_rewards.theory.procedures import BestOf
 
 if TYPE_CHECKING:
     from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+    from calibrated_rewards.reward.combined import Reward
 
 Group: TypeAlias = "argparse.ArgumentParser | argparse._ArgumentGroup"
 
@@ -217,8 +219,23 @@ def open_reward(place: str | os.PathLike[str], *, trust: bool, **settings: Any) 
     """Open a calibrated reward that was saved; if it needs trust, raise a ValueError that names the option."""
     from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 
-    try:
+    with name_trust_option():
         return CalibratedReward.from_pretrained(place, trust_remote_code=trust, **settings)
+
+
+def open_any_reward(place: str | os.PathLike[str], *, trust: bool, **settings: Any) -> "Reward":
+    """Open a reward as `open_reward` does, or a combined one."""
+    from calibrated_rewards.reward.saving import load_reward
+
+    with name_trust_option():
+        return load_reward(place, trust_remote_code=trust, **settings)
+
+
+@contextmanager
+def name_trust_option() -> Iterator[None]:
+    """Turn the error of a saved reward that needs trust into one that names the option."""
+    try:
+        yield
     except NeedsTrust as error:
         raise ValueError(f"{error.reason}: read it, then allow it with --trust-remote-code") from None
 

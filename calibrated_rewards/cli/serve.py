@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from calibrated_rewards.cli.options import Real, Whole, add_trust_option, open_reward
+from calibrated_rewards.cli.options import Real, Whole, add_trust_option, open_any_reward
 
 EPILOG = """examples:
   calibrated-rewards serve reward/
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     token = read_token(options.token_env)
     check_address(options.host, token, options.insecure)  # before a model is loaded
     serve(
-        open_reward(options.reward, trust=options.trust_remote_code, revision=options.revision),
+        open_any_reward(options.reward, trust=options.trust_remote_code, revision=options.revision),
         options.host,
         options.port,
         token=token,

@@ -25,7 +25,7 @@ from calibrated_rewards.reward.lookup import Score, Scores
 from calibrated_rewards.scorers.protocol import check_pairs
 
 if TYPE_CHECKING:
-    from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+    from calibrated_rewards.reward.combined import Reward
 
 _alive: "WeakSet[Coalescer]" = WeakSet()
 
@@ -140,14 +140,14 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def score_one(reward: "CalibratedReward", prompt: Any, completion: Completion, id: Any = None) -> Score:  # noqa: A002
+def score_one(reward: "Reward", prompt: Any, completion: Completion, id: Any = None) -> Score:  # noqa: A002
     """Score one completion; threads that ask at the same time share a batch."""
     score: Score = coalescer_of(reward).submit((prompt, completion, id)).result()
     return score
 
 
 async def ascore_one(
-    reward: "CalibratedReward",
+    reward: "Reward",
     prompt: Any,
     completion: Completion,
     id: Any = None,  # noqa: A002
@@ -158,7 +158,7 @@ async def ascore_one(
 
 
 async def ascore(
-    reward: "CalibratedReward",
+    reward: "Reward",
     prompts: Sequence[Any],
     completions: Sequence[Completion],
     ids: Sequence[Any] | None = None,
@@ -173,7 +173,7 @@ async def ascore(
     return Scores.of(await asyncio.gather(*map(asyncio.wrap_future, futures)))
 
 
-def coalescer_of(reward: "CalibratedReward") -> Coalescer:
+def coalescer_of(reward: "Reward") -> Coalescer:
     """The coalescer of a reward: it is kept in the instance, ends with it, and is neither copied nor pickled."""
     attributes = vars(reward)
     if "_coalescer" not in attributes:
@@ -182,6 +182,6 @@ def coalescer_of(reward: "CalibratedReward") -> Coalescer:
     return coalescer
 
 
-def _score_items(reward: "CalibratedReward", items: list[tuple[Any, Completion, Any]]) -> list[Score]:
+def _score_items(reward: "Reward", items: list[tuple[Any, Completion, Any]]) -> list[Score]:
     prompts, completions, ids = (list(column) for column in zip(*items, strict=True))
     return [*reward.score(prompts, completions, ids, watch=True)]

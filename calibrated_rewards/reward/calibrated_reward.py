@@ -247,14 +247,21 @@ class CalibratedReward:
         """
         from calibrated_rewards.reward import saving
 
-        reward: CalibratedReward = saving.load(cls, name, scorer, revision, token, trust_remote_code, changes)
+        at = saving.find_folder(name, revision, token)
+        reward: CalibratedReward = saving.load(cls, at, scorer, trust_remote_code, changes)
         return reward
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
-        """Upload what `save_pretrained` writes, for the URL of the commit; the reward model has a repository itself."""
-        from calibrated_rewards.reward import saving
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **card: Any
+    ) -> str:
+        """Upload what `save_pretrained` writes, for the URL of the commit; the reward model has a repository itself.
 
-        return saving.push(self, repo_id, private, token)
+        A card takes the place of README.md: `licence=` and `base_model=` (names on the Hub) are for it, `card=False` is
+        none.
+        """
+        from calibrated_rewards.reward import hub
+
+        return hub.push(self, repo_id, private=private, token=token, **card)
 
     def __getstate__(self) -> dict[str, Any]:
         return {each.name: getattr(self, each.name) for each in fields(self)}

@@ -14,23 +14,28 @@ does not depend on a scale, and the lowest of several is the worst aspect, not t
 >>> CombinedReward(both, constraints={"brief": 0.5})(["2+2=", "2+2="], ["4", "It is 4"])
 [0.75, -1.25]
 
-A combination of uniform quantiles is not uniform itself. Where a transform is to follow, calibrate the combination: it
-is a scorer, `calibrate(prompts, sampler, combined)`, and then `CalibratedReward(combined, table, Exponential(10.0))`.
+A combination of uniform quantiles is not uniform itself. Where a transform is to follow, calibrate the combination,
+which is a scorer: `calibrate(prompts, sampler, combined, seed=1)`, and then give it a transform and that table,
+`CalibratedReward(combined, table, Exponential(10.0))`. The seed is another one than that of the components, whose own
+references would be drawn again. Both rewards are saved and loaded (`saving.load_reward`), served, and named in
+`CALIBRATED_REWARD` as a single one is.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64
 
 from calibrated_rewards.prompts import Completion, Prompt
-from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward, Directory
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
-from calibrated_rewards.reward.lookup import match_precision
+from calibrated_rewards.reward.find_prompts import compute_keys, find_rows, split_texts
+from calibrated_rewards.reward.lookup import Scores, match_precision
+from calibrated_rewards.reward.verification import Verification
 from calibrated_rewards.scorers.ensemble import identify
-from calibrated_rewards.scorers.protocol import fingerprint
+from calibrated_rewards.scorers.protocol import Scorer, check_pairs, fingerprint
 from calibrated_rewards.theory.transforms import Identity
 
 
@@ -161,6 +166,33 @@ class CombinedReward:
         rewards: list[float] = values.tolist()
         return rewards
 
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Completion],
+        ids: Sequence[Any] | None = None,
+        *,
+        watch: bool = False,
+    ) -> Scores:
+        """Compute the reward of each completion; a prompt that is None is found by its id.
+
+        `raw` is the reward too, since a combination has no score of its own; `u` is the lowest quantile of a component.
+        Ids are those of `id_column`: a component with another one finds prompts by themselves.
+        """
+        prompts, completions = check_pairs(prompts, completions)
+        own = {name: ids if each.id_column in (None, self.id_column) else None for name, each in self.rewards.items()}
+        scores = {n: each.score(prompts, completions, own[n], watch=watch) for n, each in self.rewards.items()}
+        return self._join(scores, {name: _find_least(each, prompts, own[name]) for name, each in self.rewards.items()})
+
+    def score_texts(self, texts: Sequence[str]) -> Scores:
+        """`score` for texts in which the completion follows its prompt, the longest that a component knows."""
+        scores = {name: reward.score_texts(texts) for name, reward in self.rewards.items()}
+        least = {
+            name: _find_least(reward, [prompt for prompt, _ in split_texts(reward.table, texts, False)], None)
+            for name, reward in self.rewards.items()
+        }
+        return self._join(scores, least)
+
     def from_scores(self, prompts: Sequence[Prompt], raw: Mapping[str, Any], ids: Any = None) -> Any:
         """Compute the rewards of raw scores by component name: arrays, or tensors, of shape (P,) or (P, G)."""
         if {*raw} != {*self.rewards}:
@@ -181,6 +213,64 @@ class CombinedReward:
 
         return match_precision(torch.from_numpy(values).to(first.device), first)
 
+    def verify(self, tolerance: float | None = None) -> Verification:
+        """Score the probes of each component's table again; ValueError names the component whose model is another."""
+        results = {}
+        for name, reward in self.rewards.items():
+            try:
+                results[name] = reward.verify(tolerance)
+            except ValueError as error:
+                raise ValueError(f"the component {name!r}: {error}") from error
+        return Verification(
+            sum(each.probes for each in results.values()),
+            max(each.worst for each in results.values()),
+            max(each.tolerance for each in results.values()),
+            tuple(f"{name}: {setting}" for name, each in results.items() for setting in each.differs),
+        )
+
+    def save_pretrained(self, save_directory: Directory) -> None:
+        """Write each component as its own `save_pretrained` does, and how they are combined, to a directory."""
+        from calibrated_rewards.reward import saving
+
+        saving.save_combined(self, save_directory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: Directory,
+        *,
+        scorers: Mapping[str, Scorer] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
+        **changes: Any,
+    ) -> "CombinedReward":
+        """Load what `save_pretrained` wrote or `push_to_hub` uploaded, as `CalibratedReward.from_pretrained` does.
+
+        `scorers` are reward models in place of saved ones, by the name of their component.
+        """
+        from calibrated_rewards.reward import saving
+
+        at = saving.find_folder(name, revision, token)
+        reward: CombinedReward = saving.load_combined(cls, at, scorers or {}, trust_remote_code, changes)
+        return reward
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **card: Any
+    ) -> str:
+        """Upload what `save_pretrained` writes and a card, as `CalibratedReward.push_to_hub` does."""
+        from calibrated_rewards.reward import hub
+
+        return hub.push(self, repo_id, private=private, token=token, **card)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    @property
+    def id_column(self) -> str | None:
+        """The dataset column with the ids of prompts: that of the first component that has one."""
+        return next((reward.id_column for reward in self.rewards.values() if reward.id_column), None)
+
     @property
     def thread_safe(self) -> bool:
         """True if the reward models of all components are thread-safe: a call may use each of them."""
@@ -193,6 +283,13 @@ class CombinedReward:
             for name, reward in self.rewards.items()
         }
         return {"kind": "combined", "how": identify(self.how), "constraints": dict(self.constraints), "of": parts}
+
+    def _join(self, scores: Mapping[str, Scores], least: Mapping[str, Float64[np.ndarray, " n"]]) -> Scores:
+        """Combine the rewards of the components, which are their quantiles."""
+        values = self._combine({name: np.asarray(each.reward, np.float64) for name, each in scores.items()}, least)
+        u = np.min([each.u for each in scores.values()], axis=0)
+        known = np.all([each.known for each in scores.values()], axis=0)
+        return Scores(values.tolist(), values.astype(np.float32), u, known)
 
     def _combine(
         self, u: Mapping[str, Float64[np.ndarray, " n"]], least: Mapping[str, Float64[np.ndarray, " n"]]
@@ -207,7 +304,10 @@ class CombinedReward:
         return np.where(shortfall > 0, self.how(np.zeros_like(floor), floor) - 1 - shortfall, values)
 
 
+Reward: TypeAlias = CalibratedReward | CombinedReward
+
+
 def _find_least(reward: CalibratedReward, prompts: Sequence[Prompt], ids: Any) -> Float64[np.ndarray, " n"]:
     """Half a reference of each prompt, 1 / 2K; next to 0 for an unknown prompt."""
-    rows = reward.table.find(list(prompts), ids)
+    rows = find_rows(reward.table, compute_keys(prompts), ids)
     return np.asarray(0.5 / np.where(rows >= 0, reward.table.counts(np.maximum(rows, 0)), 10**6))

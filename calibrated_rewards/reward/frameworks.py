@@ -17,22 +17,24 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.prompts import start_of
-from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.lookup import Score
+
+if TYPE_CHECKING:
+    from calibrated_rewards.reward.combined import Reward
 
 PLACE, VERIFY, TRUST = "CALIBRATED_REWARD", "CALIBRATED_REWARD_VERIFY", "CALIBRATED_REWARD_TRUST_REMOTE_CODE"
 logger = logging.getLogger("calibrated_rewards")
 
-_loaded: dict[str, CalibratedReward] = {}
+_loaded: dict[str, "Reward"] = {}
 _loading = threading.Lock()
 
 
-def configured() -> CalibratedReward:
-    """Load the reward that the environment names; the same one at every later call."""
-    from calibrated_rewards.reward.saving import NeedsTrust
+def configured() -> "Reward":
+    """Load the reward that the environment names, a CombinedReward too; the same one at every later call."""
+    from calibrated_rewards.reward.saving import NeedsTrust, load_reward
 
     place = os.environ.get(PLACE)
     if not place:
@@ -42,10 +44,10 @@ def configured() -> CalibratedReward:
     with _loading:
         if place not in _loaded:
             try:
-                reward = CalibratedReward.from_pretrained(place, trust_remote_code=os.environ.get(TRUST, "0") == "1")
+                reward = load_reward(place, trust_remote_code=os.environ.get(TRUST, "0") == "1")
             except NeedsTrust as error:
                 raise ValueError(f"{error.reason}: read it, then allow it with {TRUST}=1") from None
-            if reward.scorer is not None and os.environ.get(VERIFY, "1") != "0":
+            if getattr(reward, "scorer", reward) is not None and os.environ.get(VERIFY, "1") != "0":
                 logger.info("%s: %s", place, reward.verify())
             _loaded[place] = reward
         return _loaded[place]

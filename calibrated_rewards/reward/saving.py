@@ -1,5 +1,8 @@
 """A calibrated reward as a directory: reward.json with its settings, the table, and the prompts as calibrated.
 
+A combined reward is a directory too: reward.json, and each component in `rewards/NAME`. Where a combination is the
+scorer of a calibrated reward, it lies in `scorer`.
+
 Settings are JSON: a class of `CLASSES` by its bare name and fields, a function by where it can be imported from.
 
 >>> from calibrated_rewards.theory.transforms import Affine, Chain, Exponential
@@ -16,21 +19,25 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
+from hashlib import blake2b
 from importlib import import_module
 from math import isfinite
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibrated_rewards.files import import_function, write_file
+from calibrated_rewards.files import check_folder_name, import_function, write_file
 from calibrated_rewards.models.server_address import check_saved, format_url, is_secret, token_for
 from calibrated_rewards.reward.find_prompts import Originals, RunPrompts
 from calibrated_rewards.table.reference_table import ReferenceTable
+
+if TYPE_CHECKING:
+    from calibrated_rewards.reward.combined import Reward
 
 # The classes that a file may name, and their modules. Files of version 0.1 have dotted paths, of which only the last
 # part counts: a class may move to another module, but not change its name.
@@ -160,31 +167,74 @@ def _without_credentials(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any
             yield name, value
 
 
-FORMAT, VERSION = "calibrated reward", 1
-SETTINGS, TABLE, PROMPTS = "reward.json", "table", "prompts.jsonl"
+FORMAT, COMBINED, VERSION = "calibrated reward", "combined reward", 1
+SETTINGS, TABLE, PROMPTS, MEMBERS, SCORER = "reward.json", "table", "prompts.jsonl", "rewards", "scorer"
+UNFINISHED = "are not of one save, which was not finished: save it again"
 TABLE_HINT = (
     ": it is a table, of which `calibrated-rewards reward {at} --reward-model ... --out reward/` makes a reward"
 )
+COMBINED_HINT = (
+    "{at} is a combined reward, which load_reward and CombinedReward.from_pretrained load; where one transform and one "
+    "table are needed, calibrate it: --reward-model {at} --seed 1 of `calibrate`, then of `reward`"
+)
 # Settings that have a file of their own.
 FILES = {"table", "originals"}
+Directory = str | os.PathLike[str]
 
 
-def save(reward: Any, to: str | os.PathLike[str]) -> None:
+def save(reward: Any, to: Directory) -> None:
     """Write each file in one step, the settings last: they name the table that they belong to."""
-    settings = {each.name: _setting_to_json(reward, each.name) for each in fields(reward) if each.name not in FILES}
+    settings = _settings_to_json(reward)
     at = Path(to)
     at.mkdir(parents=True, exist_ok=True)
     reward.table.save(at / TABLE)
     _save_prompts(reward, at / PROMPTS)
-    text = json.dumps({"format": FORMAT, "version": VERSION, "table": _read_digest(at), **settings}, indent=2)
-    write_file(at / SETTINGS, text + "\n")
+    if _is_combined(reward.scorer):
+        reward.scorer.save_pretrained(at / SCORER)
+        settings["scorer"]["digest"] = _digest(at / SCORER)
+    _write_settings(at, FORMAT, {"table": _read_digest(at), **settings})
+
+
+def save_combined(reward: Any, to: Directory) -> None:
+    """Write each component to a folder of its name, then the settings, which name what the components' say."""
+    settings = {name: to_json(getattr(reward, name)) for name in ("how", "constraints", "name")}
+    for name, each in reward.rewards.items():
+        check_folder_name(name, "a component that is saved")
+        _settings_to_json(each)  # what cannot be saved is an error before anything is written
+    at = Path(to)
+    for name, each in reward.rewards.items():
+        each.save_pretrained(at / MEMBERS / name)
+    _write_settings(
+        at, COMBINED, {**settings, MEMBERS: {name: _digest(at / MEMBERS / name) for name in reward.rewards}}
+    )
+
+
+def _settings_to_json(reward: Any) -> dict[str, Any]:
+    return {each.name: _setting_to_json(reward, each.name) for each in fields(reward) if each.name not in FILES}
 
 
 def _setting_to_json(reward: Any, name: str) -> Any:
     value = getattr(reward, name)
     if name == "on_missing" and callable(value):
         raise ValueError("on_missing is a function, which is not saved: save with another, and give it when loading")
+    if name == "scorer" and _is_combined(value):
+        return {"folder": SCORER}
     return to_json(value)
+
+
+def _write_settings(at: Path, kind: str, settings: Mapping[str, Any]) -> None:
+    write_file(at / SETTINGS, json.dumps({"format": kind, "version": VERSION, **settings}, indent=2) + "\n")
+
+
+def _is_combined(scorer: Any) -> bool:
+    from calibrated_rewards.reward.combined import CombinedReward
+
+    return isinstance(scorer, CombinedReward)
+
+
+def _digest(at: Path) -> str:
+    """Digest the settings of a saved reward, which name its table or its components in turn."""
+    return blake2b((at / SETTINGS).read_bytes(), digest_size=16).hexdigest() if (at / SETTINGS).exists() else ""
 
 
 def _save_prompts(reward: Any, to: Path) -> None:
@@ -199,44 +249,99 @@ def _save_prompts(reward: Any, to: Path) -> None:
         to.unlink(missing_ok=True)
 
 
-def load(
-    cls: Any,
-    name: str | os.PathLike[str],
-    scorer: Any,
-    revision: str | None,
-    token: str | bool | None,
-    trust: bool,
-    changes: Mapping[str, Any],
-) -> Any:
-    """Load a reward, of the class `cls`, from a directory; from the Hub, if `name` is no directory."""
-    at = Path(name) if os.path.isdir(name) else Path(_download(str(name), revision, token))
+def load_reward(
+    name: Directory,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    **changes: Any,
+) -> "Reward":
+    """Load a saved reward of either kind, a CalibratedReward or a CombinedReward; the arguments are those of theirs."""
+    at = find_folder(name, revision, token)
+    with _name_file(at):
+        kind, _ = _read_settings(at)
+    from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+    from calibrated_rewards.reward.combined import CombinedReward
+
+    cls: type[Reward] = CombinedReward if kind == COMBINED else CalibratedReward
+    return cls.from_pretrained(at, trust_remote_code=trust_remote_code, **changes)
+
+
+def find_folder(name: Directory, revision: str | None, token: str | bool | None) -> Path:
+    """Find the folder of that name; download it from the Hub if there is none."""
+    if os.path.isdir(name):
+        return Path(name)
+    from calibrated_rewards.reward.hub import download
+
+    return Path(download(str(name), revision, token))
+
+
+@contextmanager
+def _name_file(at: Path) -> Iterator[None]:
+    """Name the file in whatever its settings raise; once, where a reward contains others."""
     try:
-        return _load(cls, at, scorer, trust, changes)
+        yield
     except NeedsTrust as error:
-        raise NeedsTrust(f"{at / SETTINGS}: {error.reason}") from None
+        raise error if SETTINGS in error.reason else NeedsTrust(f"{at / SETTINGS}: {error.reason}") from None
     except (TypeError, KeyError, UnicodeDecodeError, RecursionError, AttributeError) as error:
         raise ValueError(f"{at / SETTINGS} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _load(cls: Any, at: Path, scorer: Any, trust: bool, changes: Mapping[str, Any]) -> Any:
-    saved = _read_settings(at)
-    if saved.pop("table", None) != _read_digest(at) and "table" not in changes:
-        raise ValueError(f"{at / SETTINGS} and {at / TABLE} are not of one save, which was not finished: save it again")
-    settings = {
-        field: from_json(value, trust=trust)
-        for field, value in saved.items()
-        if field not in changes and (field != "scorer" or not scorer)
-    }
-    known = {each.name for each in fields(cls)}
-    if unknown := {*settings, *changes} - known:
-        raise ValueError(f"a calibrated reward has no setting {', '.join(sorted(unknown))}; it has {sorted(known)}")
-    has_prompts = (at / PROMPTS).exists() and "table" not in changes
-    prompts = Originals(str(at / PROMPTS)) if has_prompts else None
-    table = changes["table"] if "table" in changes else ReferenceTable.load(at / TABLE)
-    return cls(**{"scorer": scorer, "table": table, "originals": prompts, **settings, **changes})
+def load(cls: Any, at: Path, scorer: Any, trust: bool, changes: Mapping[str, Any]) -> Any:
+    """Load a calibrated reward, of the class `cls`, from a directory."""
+    with _name_file(at):
+        kind, saved = _read_settings(at)
+        if kind == COMBINED:
+            raise ValueError(COMBINED_HINT.format(at=at))
+        if saved.pop("table", None) != _read_digest(at) and "table" not in changes:
+            raise ValueError(f"{at / SETTINGS} and {at / TABLE} {UNFINISHED}")
+        if not scorer and isinstance(saved["scorer"], dict) and "folder" in saved["scorer"]:
+            scorer = _load_part(at, SCORER, saved["scorer"]["digest"], trust)
+        settings = {
+            field: from_json(value, trust=trust)
+            for field, value in saved.items()
+            if field not in changes and (field != "scorer" or not scorer)
+        }
+        known = {each.name for each in fields(cls)}
+        if unknown := {*settings, *changes} - known:
+            raise ValueError(f"a calibrated reward has no setting {', '.join(sorted(unknown))}; it has {sorted(known)}")
+        has_prompts = (at / PROMPTS).exists() and "table" not in changes
+        prompts = Originals(str(at / PROMPTS)) if has_prompts else None
+        table = changes["table"] if "table" in changes else ReferenceTable.load(at / TABLE)
+        return cls(**{"scorer": scorer, "table": table, "originals": prompts, **settings, **changes})
 
 
-def _read_settings(at: Path) -> dict[str, Any]:
+def load_combined(cls: Any, at: Path, scorers: Mapping[str, Any], trust: bool, changes: Mapping[str, Any]) -> Any:
+    """Load a combined reward, of the class `cls`, from a directory; `scorers` by the name of their component."""
+    with _name_file(at):
+        kind, saved = _read_settings(at)
+        if kind != COMBINED:
+            raise ValueError(
+                f"{at} is a calibrated reward, which load_reward and CalibratedReward.from_pretrained load"
+            )
+        digests = saved.pop(MEMBERS)
+        for name in digests:
+            check_folder_name(name, "a component that is saved")
+        if unknown := {*scorers} - {*digests}:
+            raise ValueError(f"a scorer is that of one of {sorted(digests)}, got one of {sorted(unknown)}")
+        rewards = {
+            name: _load_part(at, f"{MEMBERS}/{name}", digest, trust, scorer=scorers.get(name))
+            for name, digest in digests.items()
+        }
+        settings = {name: from_json(value, trust=trust) for name, value in saved.items() if name not in changes}
+        return cls(**{"rewards": rewards, **settings, **changes})
+
+
+def _load_part(at: Path, folder: str, digest: str, trust: bool, **changes: Any) -> Any:
+    """Load a reward that another one contains."""
+    if _digest(at / folder) != digest:
+        raise ValueError(f"{at / SETTINGS} and {at / folder} {UNFINISHED}")
+    return load_reward(at / folder, trust_remote_code=trust, **changes)
+
+
+def _read_settings(at: Path) -> tuple[str, dict[str, Any]]:
+    """Read the settings of a directory, and whether they are of a calibrated or of a combined reward."""
     try:
         settings = json.loads((at / SETTINGS).read_text())
     except FileNotFoundError:
@@ -244,63 +349,13 @@ def _read_settings(at: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{at} has no {SETTINGS}, so it is no calibrated reward{hint}") from None
     except ValueError as error:
         raise ValueError(f"{at / SETTINGS} is no JSON: {error}") from None
-    if not isinstance(settings, dict) or (settings.pop("format", None), settings.pop("version", None)) != (
-        FORMAT,
-        VERSION,
-    ):
+    kind = settings.pop("format", None) if isinstance(settings, dict) else None
+    if kind not in (FORMAT, COMBINED) or settings.pop("version", None) != VERSION:
         raise ValueError(f"{at / SETTINGS} is no calibrated reward of version {VERSION}")
-    return settings
+    return kind, settings
 
 
 def _read_digest(at: Path) -> str | None:
     """Read which table a directory has."""
     summary = at / TABLE / "table.json"
     return str(json.loads(summary.read_bytes())["header_digest"]) if summary.exists() else None
-
-
-def push(reward: Any, repo_id: str, private: bool | None, token: str | bool | None) -> str:
-    """Upload what `save` writes, to a new repository if there is none."""
-    from huggingface_hub import HfApi
-
-    for place in find_checkpoints(_setting_to_json(reward, "scorer")):
-        if os.path.isabs(place):
-            raise ValueError(
-                f"the reward model is a folder of this machine, {place}: push it, and give the reward "
-                "load_scorer(its repository); or scorer=None, for from_pretrained(..., scorer=)"
-            )
-    api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as directory:
-        save(reward, directory)
-        repo = api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo.repo_id, repo_type="model", folder_path=directory, commit_message="Upload calibrated reward"
-        )
-    return str(commit.commit_url)
-
-
-def find_checkpoints(value: Any) -> list[str]:
-    """Find the names of all checkpoints in the JSON of a scorer.
-
-    >>> find_checkpoints([{"is": "Loaded", "recipe": {"is": "FromCheckpoint", "name": "/a/model"}}])
-    ['/a/model']
-    """
-    if isinstance(value, list):
-        return [place for each in value for place in find_checkpoints(each)]
-    if not isinstance(value, dict):
-        return []
-    own = [str(value["name"])] if str(value.get("is", "")).rpartition(".")[2] == "FromCheckpoint" else []
-    return own + [place for each in value.values() for place in find_checkpoints(each)]
-
-
-def _download(repo_id: str, revision: str | None, token: str | bool | None) -> str:
-    from huggingface_hub import snapshot_download
-
-    if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")) or repo_id.endswith("/"):
-        raise FileNotFoundError(f"no directory {repo_id!r} here; a name on the Hub is like my-name/my-reward")
-    wanted = [SETTINGS, PROMPTS, f"{TABLE}/*"]
-    try:
-        return snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"no directory {repo_id!r} here, and it does not come from the Hub either: {error}"
-        ) from error

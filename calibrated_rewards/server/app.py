@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from calibrated_rewards.prompts import UnknownPromptError
 from calibrated_rewards.reward.batching import Coalescer, Full
+from calibrated_rewards.reward.combined import CombinedReward
 from calibrated_rewards.reward.lookup import Score
 from calibrated_rewards.server.access import AccessControl, Shutdown, check_address, check_token
 from calibrated_rewards.server.dialects import DIALECTS, Dialect, Pair, describe_answer, parse_request
@@ -91,7 +92,7 @@ class RequestBatcher:
     """Batches the completions of concurrent requests into one scorer call, and returns each request its own scores."""
 
     reward: Any
-    """A CalibratedReward."""
+    """A CalibratedReward or a CombinedReward."""
     limits: Limits
     metrics: Metrics
     coalescer: Coalescer = field(init=False)
@@ -131,8 +132,10 @@ class RequestBatcher:
         if not errors:
             raise late
         self.metrics.misses.inc(len(errors))
-        message, path = str(errors[0]), self.reward.table.path
-        raise Refused(404, message.replace(str(path), "of this server") if path else message)
+        message = str(errors[0])
+        for path in filter(None, (table.path for table in tables_of(self.reward))):
+            message = message.replace(path, "of this server")
+        raise Refused(404, message)
 
     def score_batch(self, batch: Sequence[Waiting]) -> list[Score | None]:
         """Score completions of any requests, in the coalescer's thread; None where it is too late."""
@@ -156,6 +159,11 @@ class RequestBatcher:
             for at, score in zip(glued, scores, strict=True):
                 results[at] = score
         return results
+
+
+def tables_of(reward: Any) -> list[Any]:
+    """List the tables of a reward: its own, or those of the components of a combination."""
+    return [each.table for each in reward.rewards.values()] if isinstance(reward, CombinedReward) else [reward.table]
 
 
 def create_app(
@@ -309,8 +317,12 @@ def _inline_definitions(schema: Any, definitions: Mapping[str, Any]) -> Any:
 
 
 def _add_status(app: FastAPI, reward: Any, metrics: Metrics, shutdown: Shutdown, *, verified: bool) -> None:
-    settings = {"name": reward.__name__, "transform": repr(reward.transform), "scale": str(reward.scale)}
-    table = {"prompts": len(reward.table), "references": int(reward.table.describe()["references"])}
+    combined = isinstance(reward, CombinedReward)
+    transform, scale = (reward.how, "unit") if combined else (reward.transform, reward.scale)
+    settings = {"name": reward.__name__, "transform": repr(transform), "scale": str(scale)}
+    tables = tables_of(reward)
+    references = sum(int(each.describe()["references"]) for each in tables)
+    table = {"prompts": min(map(len, tables)), "references": references}
 
     @app.get("/health", response_class=Response)
     async def health() -> Response:

@@ -1,7 +1,8 @@
 """ReferenceTable: the sorted reference scores of each prompt, and where a new score stands among them.
 
 A table is built in bounded memory (`build`), stored as two files in a directory (`storage`), opened by mapping
-(`ReferenceTable.load`) and searched with numpy (`search`) or on a GPU (`torch_search`).
+(`ReferenceTable.load`) and searched with numpy (`search`) or on a GPU (`torch_search`). `hub` uploads it to the Hub,
+with the rollouts of its run and a `card`.
 """
 
 from calibrated_rewards.prompts import UnknownPromptError as UnknownPromptError

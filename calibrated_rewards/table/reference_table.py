@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -279,23 +280,20 @@ class ReferenceTable:
         repo_type: str = "dataset",
         revision: str | None = None,
         commit_message: str = "Upload reference table",
+        **card: Any,
     ) -> str:
-        """Upload the table to the Hub, to a new repository if there is none, and return the URL of the commit."""
-        from huggingface_hub import HfApi
+        """Upload the table to the Hub, to a new repository if there is none, and return the URL of the commit.
 
-        api = HfApi(token=token)
+        With `rollouts=True`, those of the run that the table lies in too, as data that the Hub's viewer shows. A card
+        takes the place of README.md: `licence=` and `base_model=` (names on the Hub) are for it, `card=False` is none.
+        """
+        from calibrated_rewards.table import hub
+
         with tempfile.TemporaryDirectory() as directory:
-            self.save(directory)
-            repo = api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo.repo_id,
-                repo_type=repo_type,
-                folder_path=directory,
-                allow_patterns=[DATA_FILE, SUMMARY_FILE],
-                revision=revision,
-                commit_message=commit_message,
+            hub.write_repository(self, Path(directory), repo_id, **card)
+            return hub.upload(
+                directory, repo_id, repo_type, commit_message, private=private, token=token, revision=revision
             )
-        return str(commit.commit_url)
 
     def _search(self, name: str, *arguments: Any) -> Any:
         """Call a function of `search`, or that of `torch_search` for tensors; torch is not imported to find out."""

@@ -708,7 +708,8 @@ def test_push_and_pull_through_the_real_client(tmp_path: Path) -> None:
     hub, (url,) = through_the_hub(code, tmp_path)
 
     assert url.endswith(f"/someone/reward/commit/{COMMIT}")
-    assert sorted(hub.stored) == ["README.md", "reward.json", "table/table.json", "table/table.safetensors"]
+    files = ["reward.json", "scores.png", "table/table.json", "table/table.safetensors"]
+    assert sorted(hub.stored) == ["README.md", *files]
     assert json.loads(hub.requests[0][2])["type"] == "model"
 
 

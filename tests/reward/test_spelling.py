@@ -14,7 +14,8 @@ from calibrated_rewards.models.labels import Difference, Expected
 from calibrated_rewards.models.loading import Placement
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.reward.combined import WeightedMean
-from calibrated_rewards.reward.saving import CLASSES, NeedsTrust, find_checkpoints, from_json, to_json
+from calibrated_rewards.reward.hub import find_checkpoints
+from calibrated_rewards.reward.saving import CLASSES, NeedsTrust, from_json, to_json
 from calibrated_rewards.scorers.ensemble import Cost, Ensemble, Min
 from calibrated_rewards.scorers.loading import FromCheckpoint
 from calibrated_rewards.scorers.protocol import Loaded
