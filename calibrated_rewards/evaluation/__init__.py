@@ -17,6 +17,7 @@ from calibrated_rewards.evaluation.pass_at_k import (
     pass_at_k as pass_at_k,
     worst_at_k as worst_at_k,
 )
+from calibrated_rewards.evaluation.validation_dumps import DumpedStep as DumpedStep, read_dump as read_dump
 from calibrated_rewards.evaluation.win_rate import Prediction as Prediction, predict as predict, win_rate as win_rate
 
 if TYPE_CHECKING:

@@ -82,8 +82,6 @@ def _weights(select: Float[np.ndarray, " m"], k: int, replacement: bool) -> Floa
 
 
 def _check(name: str, samples: Samples, k: int) -> None:
-    if not isinstance(samples, Samples):
-        raise TypeError(f"{name} needs Samples(scores), got {type(samples).__name__}.")
     check_count(name, k=k)
     fewest = int(np.argmin(samples.sizes))
     if samples.sizes[fewest] < k:
