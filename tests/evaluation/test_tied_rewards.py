@@ -6,7 +6,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from scipy import stats
-from scipy.special import expit, logit
+from scipy.special import expit, logit, rel_entr
 
 from calibrated_rewards.evaluation.expectations import expect
 from calibrated_rewards.evaluation.table_laws import mean_masses
@@ -106,6 +106,22 @@ def test_promises_with_ties_are_kept(name: str, K: int) -> None:
         kls, rates = truths(rows, laws, transform, promise.beta, procedure.draws)
         assert rates.mean() == pytest.approx(promise.win_rate, abs=0.02)
         assert kls.mean() == pytest.approx(0.4, abs=0.02 + 3 * kls.std() / len(kls) ** 0.5)
+
+
+@pytest.mark.parametrize(("K", "kl"), [(8, 0.8), (32, 0.7), (100, 0.6)])
+def test_pass_rates_of_a_few_kinds_are_underestimated(K: int, kl: float) -> None:
+    """A known limit, stated in the guide: the prior has no peaks. Of .02, .3 and .9 KL is above the promise."""
+    rng = np.random.default_rng(K)
+    p = rng.choice([0.02, 0.3, 0.9], 2000)
+    rows = (rng.random((2000, K)) < p[:, None]).astype(float)
+    promise = expect(table_of(rows), EXP, kl=0.5, procedure=BestOf(4))
+    passed = rows.mean(axis=1)
+    gap = np.asarray(EXP(1 - passed / 2)) - np.asarray(EXP((1 - passed) / 2))
+    q = expit(logit(p) + gap / promise.beta)
+    true_kl = (rel_entr(q, p) + rel_entr(1 - q, 1 - p)).mean()
+    rate = (0.5 + ((1 - p) ** 4 - (1 - q) ** 4) / 2).mean()
+    assert true_kl == pytest.approx(kl, abs=0.1)
+    assert 0.0 < rate - promise.win_rate < 0.06
 
 
 def test_masses_of_values_by_their_references() -> None:
