@@ -24,7 +24,6 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 LONG_FILES = {
     "training.check_settings.frameworks": "tables: the rules of each framework, one after the other",
     "calibration.sources": "one idea, a few lines over",
-    "evaluation.expectations": "one idea, a few lines over",
     "models.shared_prefix": "one idea, a few lines over",
     "table.storage": "one idea, a few lines over",
     "testing.check_side_effects": "one idea, a few lines over",

@@ -24,6 +24,7 @@ COMMANDS = {
     "reward": "save table, reward model and transform, verified, as the directory that trainers load",
     "train": "train a policy for a saved reward: RLOO or GRPO with TRL, GRPO or PPO in plain PyTorch",
     "evaluate": "compare trained policies with their reference: win rates and KL, with their errors",
+    "best-at-n": "read the validation completions that verl or TRL dumped: unbiased best@N, worst@N and pass@N by step",
     "report": "write one HTML page about the calibration, the training and the evaluation",
     "serve": "answer requests for a reward over HTTP, in the dialects of OpenRLHF, LightRFT, slime and LLaMA-Factory",
     "push": "upload a table, with its rollouts, or a saved reward to the Hugging Face Hub, with a card",

@@ -61,6 +61,7 @@ OPTIONS = {
     "reference_free": "--option reference_free=true",
     "sampler": "--policy PATH|ID|URL",
     "scorer": "--reward-model PATH|ID|URL",
+    "score": "--score FIELD",
     "scores": "--scores COLUMN",
     "select": "--select {value}",
     "split": "--split {value}",

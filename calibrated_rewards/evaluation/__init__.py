@@ -1,10 +1,11 @@
 """Evaluation: win rates and KL with their errors, expected before training and measured after it.
 
 - `estimates`, `win_rate`: averages over prompts with intervals; win rates of samples and of weighted rollouts.
+- `pass_at_k`: unbiased pass@k, best@k and worst@k; `validation_dumps` reads the samples that verl and TRL dump.
 - `policies`, `kl`: `evaluate` draws from policies, scores, and compares them with their reference.
 - `frontier`: `estimate_frontier` compares objectives without any training.
 - `recommend`: which transform and beta to train with, what it buys, whether K is enough.
-- `expectations`: `expect` predicts beta, KL and win rate of training on a table.
+- `expectations`, `table_laws`: `expect` predicts beta, KL and win rate of training on a table, with its ties.
 - `results`, `frontier_results`, `wording`, `plots`, `report`: results in print, JSON, figures and one page of HTML.
 """
 
@@ -12,6 +13,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.evaluation.estimates import Estimate as Estimate, Samples as Samples
+from calibrated_rewards.evaluation.pass_at_k import (
+    best_at_k as best_at_k,
+    pass_at_k as pass_at_k,
+    worst_at_k as worst_at_k,
+)
+from calibrated_rewards.evaluation.validation_dumps import DumpedStep as DumpedStep, read_dump as read_dump
 from calibrated_rewards.evaluation.win_rate import Prediction as Prediction, predict as predict, win_rate as win_rate
 
 if TYPE_CHECKING:

@@ -14,14 +14,15 @@ theory, for scores without ties and infinitely many references: KL 4.05 at this 
 `theory` assumes scores that never tie and infinitely many references. A table has K references a prompt, often with
 ties, and training on its rewards converges to pi_ref e^{reward/beta}. The law of the rewards in each prompt:
 
-* references that tie are an atom: a response with their share of the prompt's K, which ties with itself;
-* references that tie with none divide the rest into gaps, with the rewards of the ranks between them. The mass of each
-  gap is not known, and is drawn as it is between K draws of a continuous score (uniform on all that adds up). Without
-  ties that is `fixed_references`, averaged over prompts;
+* references that tie are an atom, which ties with itself. Its mass is what values with as many references have on
+  average: a value that two of K references have by chance has less than 2 / K (Good and Turing);
+* references divide the rest into gaps, with the rewards of the ranks between them. The mass of each gap is not known,
+  and is drawn as it is between K draws of a continuous score (uniform on all that adds up). Without ties that is
+  `fixed_references`, averaged over prompts;
 * where the whole table has few values (0 and 1, ratings), all are atoms in every prompt. A prompt's share of each is
   drawn from a Dirichlet posterior on its references and those of all prompts: a rating that K references missed may
   come up. The posterior mean would not do, for a KL is not linear in it;
-* a value that is common in the table (the cap of a clipped score) is an atom even in a prompt that has it once.
+* a value that is common in the table (the cap of a clipped score) is an atom in every prompt, with a share drawn alike.
 
 A policy that learns only what prompts have in common cannot fit the gaps, and stays nearer to the theory.
 """
@@ -35,6 +36,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from calibrated_rewards.evaluation.table_laws import COMMON, Laws, ValueShares, count_common, draw_gaps
 from calibrated_rewards.evaluation.wording import format_procedure
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
@@ -49,21 +51,12 @@ from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl_of, kl_range
 from calibrated_rewards.theory.transforms import Identity, Transform
 
 Array: TypeAlias = npt.NDArray[np.float64]
-# Mass and reward of every atom and gap in every row, and a mask of the atoms.
-Laws: TypeAlias = tuple[Array, Array, npt.NDArray[np.bool_]]
 
 # A larger table is read in part, in rows evenly spaced among all: rows are ordered by a hash of their prompt, so that
 # these are a sample of the prompts.
 MOST_REFERENCES = 200_000
 # In a smaller table the gaps are drawn several times.
 LEAST_ROWS = 2_000
-# A table with no more values than this has atoms alone, if most of its references tie, or if it has this many
-# references for each value: among few references of a prompt ratings need not tie.
-MOST_VALUES, REFERENCES_A_VALUE = 64, 10
-# A value is common if K references have it this often, on average.
-COMMON = 2.0
-# Prompts this much alike have one share of each value, and nothing is drawn.
-ALIKE = 1e6
 # Below this a trainer has no gradient left: Adam's epsilon is 1e-8.
 SMALLEST_BETA = 1e-6
 # Numbers that differ by less are one number to a reader.
@@ -233,7 +226,7 @@ class TableRewards:
         """Policies of the rows, those of one K together; each row as often as any other."""
         total = int(self.table.counts(self.rows).sum())
         draws, rng = max(1, min(LEAST_ROWS // len(self.rows), MOST_REFERENCES // total)), np.random.default_rng(0)
-        few, blocks = FewValues.of(self.table, self.rows), []
+        few, blocks = ValueShares.of_table(self.table, self.rows), []
         for at, scores in self.table.blocks(self.rows):
             vector = values(self.transform, scores.shape[1], self.estimator)
             if self.tolerance:
@@ -241,10 +234,8 @@ class TableRewards:
             elif few is not None:
                 parts = [few.laws(scores, vector, rng) for _ in range(draws if few.varies else 1)]
             else:
-                # Values that K references have `COMMON` times or more, on average, and more than two in the table.
-                every, counts = self._value_counts
-                often = (counts * scores.shape[1] >= COMMON * counts.sum()) & (counts > 2)
-                parts = [_draw_gaps(scores, vector, rng, np.isin(scores, every[often])) for _ in range(draws)]
+                common = self.common_values(scores.shape[1])
+                parts = [draw_gaps(scores, vector, rng, common) for _ in range(draws)]
             mass, rewards, atoms = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
             there = mass.any(axis=0)  # without places that are empty in every row
             mass = mass[:, there] / mass.sum(axis=1, keepdims=True)
@@ -258,6 +249,15 @@ class TableRewards:
         """The values of the table, and the number of references with each."""
         every = np.concatenate([scores.ravel() for _, scores in self.table.blocks(self.rows)])
         return np.unique(every, return_counts=True)
+
+    def common_values(self, K: int) -> ValueShares | None:
+        """Find values that K references have `COMMON` times or more on average, and fit their shares; None if none."""
+        every, counts = self._value_counts
+        values = every[(counts * K >= COMMON * counts.sum()) & (counts > 2)]
+        if not len(values):
+            return None
+        blocks = [count_common(values, scores) for _, scores in self.table.blocks(self.rows)]
+        return ValueShares.fit(values, np.concatenate(blocks))
 
     def _atoms(self, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float32], vector: Array) -> Laws:
         """With a tolerance there are no gaps: the references themselves are atoms, each with its own reward."""
@@ -317,89 +317,6 @@ class TableRewards:
             )
 
 
-@dataclass(frozen=True, eq=False)
-class FewValues:
-    """The values of a table that has few, and the prior for a prompt's share of each."""
-
-    scores: npt.NDArray[np.float32]
-    share: Array
-    """The share of each value among all references."""
-    alike: float
-    """The Dirichlet's concentration: as many references of a prompt weigh as much as all other prompts."""
-
-    @classmethod
-    def of(cls, table: ReferenceTable, rows: npt.NDArray[np.int64]) -> "FewValues | None":
-        """Find the values and fit the prior; None for a table of many values, or of few ties and few references."""
-        scores: npt.NDArray[np.float32] = np.empty(0, np.float32)
-        alone = total = 0
-        for _, block in table.blocks(rows):
-            scores = np.union1d(scores, block)
-            if len(scores) > MOST_VALUES:
-                return None
-            below, upto = tie_spans(block)
-            alone, total = alone + int((upto - below == 1).sum()), total + block.size
-        if alone > total / 2 and total < REFERENCES_A_VALUE * len(scores):
-            return None
-        counts = np.concatenate([_count(scores, block) for _, block in table.blocks(rows)]).astype(np.float64)
-        sizes, n = counts.sum(axis=1), len(counts)
-        shares = counts / sizes[:, None]
-        share, several = shares.mean(axis=0), sizes > 1
-        if n == 1:
-            return cls(scores, share, 0.0)
-        if not several.any():
-            return cls(scores, share, ALIKE)  # one reference says nothing of how prompts differ
-        # How often two references of one prompt tie, and two of different prompts: (1 + alike * between) / (1 + alike).
-        pairs = (counts * (counts - 1)).sum(axis=1)[several] / (sizes * (sizes - 1))[several]
-        within = float(pairs.mean())
-        between = float(((shares.sum(axis=0) ** 2).sum() - (shares**2).sum()) / (n * (n - 1)))
-        apart = within - between
-        return cls(scores, share, (1 - within) / apart if apart > (1 - within) / ALIKE else ALIKE)
-
-    @property
-    def varies(self) -> bool:
-        """True if each prompt's shares are drawn: not for a single prompt, and not where all have the same."""
-        return 0 < self.alike < ALIKE
-
-    def laws(self, block: npt.NDArray[np.float32], vector: Array, rng: np.random.Generator) -> Laws:
-        """Draw the mass of every value in each row, all of them atoms."""
-        counts = _count(self.scores, block)
-        mass = counts + self.alike * self.share
-        if self.varies:
-            mass = rng.standard_gamma(mass)
-        reward = vector[2 * (np.cumsum(counts, axis=1) - counts) + counts]
-        return mass / mass.sum(axis=1, keepdims=True), reward, np.ones(counts.shape, bool)
-
-
-def _count(scores: npt.NDArray[np.float32], block: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """Count each value in each row."""
-    places = np.searchsorted(scores, block) + len(scores) * np.arange(len(block))[:, None]
-    return np.bincount(places.ravel(), minlength=len(scores) * len(block)).reshape(len(block), -1)
-
-
 def name_table(table: ReferenceTable) -> str:
     """Name a table in an error, by its path if it has one."""
     return f"the table {table.path}" if table.path else "this table"
-
-
-def _draw_gaps(
-    scores: npt.NDArray[np.float32], vector: Array, rng: np.random.Generator, common: npt.NDArray[np.bool_]
-) -> Laws:
-    """Draw the law of gap, reference, gap, reference ... gap in each row.
-
-    A reference is an atom where it ties, or is `common` in the table.
-    """
-    n, K = scores.shape
-    below, upto = tie_spans(scores)
-    equal = upto - below
-    tied = (equal > 1) | common
-    mass, reward = np.zeros((n, 2 * K + 1)), np.empty((n, 2 * K + 1))
-    reward[:, 1::2] = vector[2 * below + equal]
-    # A gap is there where a reference next to it ties with none; else it is as good as the tie beside it.
-    alone = np.hstack([~tied[:, :1], ~tied]) | np.hstack([~tied, ~tied[:, -1:]])
-    beside = np.hstack([reward[:, 1:2], reward[:, 1::2]])
-    reward[:, ::2] = np.where(alone, vector[::2], beside)
-    gaps = rng.exponential(size=alone.shape) * alone
-    total = gaps.sum(axis=1, keepdims=True)
-    mass[:, ::2] = gaps / np.where(total > 0, total, 1.0) * (~tied).mean(axis=1, keepdims=True)
-    mass[:, 1::2] = np.where(tied & (below == np.arange(K)), equal / K, 0.0)
-    return mass, reward, np.broadcast_to(np.arange(2 * K + 1) % 2 == 1, mass.shape)
