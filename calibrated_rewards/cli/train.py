@@ -138,6 +138,8 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--any-policy", action="store_true", help=any_policy)
     dtype = "(%(default)s) in bfloat16 small steps are rounded away"
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help=dtype)
+    trackers = "send the metrics to trackio, wandb, tensorboard, mlflow, ...: what transformers knows and is installed"
+    parser.add_argument("--report-to", nargs="+", metavar="NAME", help=trackers)
     trust = "run the code that the policy or the saved reward brings, and ask the servers that the reward names"
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
     parser.add_argument("--debug", action="store_true", help="show where an error came from")

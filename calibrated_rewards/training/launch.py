@@ -78,6 +78,8 @@ class Launch:
     trust_remote_code: bool = False
     force: bool = False
     """Remove the files of another run, in the plain loops."""
+    report_to: Sequence[str] = ()
+    """Trackers of the metrics, by the names of transformers."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.policy import Draft, Policy
 from calibrated_rewards.training.launch import Launch, load_inputs, print_outcome
 from calibrated_rewards.training.run_folder import RunFolder, describe_run
+from calibrated_rewards.training.trackers import check_trackers, open_trackers
 
 
 def prepare_model(model: Any, rank: int, layers: int = 0) -> Any:
@@ -255,6 +256,7 @@ def run_in_folder(name: str, train: Callable[..., Any], launch: Launch, settings
     """Load, train and save in a folder: the trained model, its tokenizer, the run's settings and a log of its steps."""
     folder, processes = RunFolder(launch.out), find_processes()
     main = processes.is_main_process
+    check_trackers(launch.report_to)
     if main:
         folder.check_free(launch.force, launch.policy)
     inputs = load_inputs(launch)
@@ -267,7 +269,13 @@ def run_in_folder(name: str, train: Callable[..., Any], launch: Launch, settings
             folder.empty()
             folder.write_settings(run)
             folder.log.touch()
-        model = train(policy, inputs.reward, inputs.prompts, settings, folder.add_to_log)
+        with open_trackers(launch.report_to if main else (), folder, policy.model, settings.steps) as send:
+
+            def log(row: Mapping[str, Any]) -> None:
+                folder.add_to_log(row)
+                send(row)
+
+            model = train(policy, inputs.reward, inputs.prompts, settings, log)
         if main:
             model.save_pretrained(folder.unfinished_model)
             policy.tokenizer.save_pretrained(folder.unfinished_model)

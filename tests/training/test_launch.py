@@ -19,7 +19,6 @@ import torch
 from scipy.stats import entropy
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
-from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.models.text import Text
@@ -28,7 +27,6 @@ from calibrated_rewards.reward.calibrators import Uncalibrated, ZScore
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
-from calibrated_rewards.scorers import load_scorer
 from calibrated_rewards.testing.suites import HashScorer
 from calibrated_rewards.theory.finite_k import values
 from calibrated_rewards.theory.named import NamedTransform, parse_transform
@@ -50,21 +48,6 @@ RUNS: dict[str, tuple[Any, Any]] = {
 }
 LOOPS = ["ppo", "grpo --plain"]
 CHAT = [{"role": "user", "content": "Hi"}]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: Any) -> Path:
-    """A policy, a reward model, prompts with ids, and a calibrated reward, all saved."""
-    root = tmp_path_factory.mktemp("recipes")
-    tiny.saved(tiny.causal(), root / "policy", tiny.tokenizer())
-    tiny.saved(tiny.classifier(), root / "rm", tiny.tokenizer())
-    rows = [{"prompt": prompt, "prompt_id": i} for i, prompt in enumerate(tiny.texts(3))]
-    (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    draw = load_sampler(root / "policy", Decoding(5, temperature=0.9), dtype="float32")
-    scorer = load_scorer(root / "rm", dtype="float32")
-    table = calibrate(root / "prompts.jsonl", draw, scorer, k=4, out=root / "run")
-    CalibratedReward(scorer, table, id_column="prompt_id", beta=0.3).save_pretrained(root / "reward")
-    return Path(root)
 
 
 def asked(run: Path, out: Path, *options: str, **changes: Path) -> list[str]:
