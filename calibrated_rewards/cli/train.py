@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from calibrated_rewards.cli.option_files import has_flag, parse_options
 from calibrated_rewards.cli.options import Real, Whole, missing_text, parse_folder
 from calibrated_rewards.prompts import UnknownPromptError
 from calibrated_rewards.reward.saving import NeedsTrust
@@ -100,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     if trainer.plain:
         parser.add_argument("--force", action="store_true", help="remove what another run left in --out")
         parser.add_argument("--device", metavar="DEVICE", help="a GPU if there is one")
-    parser.parse_args(options.words, namespace=options)
+    parse_options(parser, options.words, options)
     try:
         # Wrong settings are refused before anything is loaded.
         train(launch=read_fields(options, Launch), settings=read_fields(options, settings))
@@ -117,10 +119,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def asks_for_plain(words: Sequence[str]) -> bool:
-    """Look for --plain before the options are known."""
+    """Look for --plain, here or in the file of --config, before the options are known."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--plain", action="store_true")
-    return bool(parser.parse_known_args(words)[0].plain)
+    parser.add_argument("--config", type=Path)
+    options = parser.parse_known_args(words)[0]
+    return bool(options.plain) or (options.config is not None and has_flag(options.config, "plain"))
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
