@@ -136,6 +136,10 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", required=True, metavar="FILE|FOLDER|ID", help="JSONL or what else calibrate reads")
     parser.add_argument("--out", required=True, type=parse_folder, metavar="DIR", help="for model/ and log.jsonl")
     parser.add_argument("--column", metavar="NAME", help="the prompts' column, where it is not what TRL would read")
+    ties = "leave out prompts of whose pairs of references more than this share tie; 1: those whose references all tie"
+    parser.add_argument("--most-ties", type=Real(0.0, 1.0), metavar="SHARE", help=ties)
+    spread = "leave out prompts whose references have a smaller standard deviation, in the reward model's unit"
+    parser.add_argument("--least-spread", type=Real(0.0), metavar="SD", help=spread)
     parser.add_argument("--max-tokens", type=Whole(1), metavar="N", help="of a completion; by default the table's")
     parser.add_argument("--temperature", type=Real(1e-4), metavar="FLOAT", help="by default the table's")
     any_policy = "go on with another policy, or another way to draw, than the table's references are of"

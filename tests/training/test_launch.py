@@ -190,6 +190,26 @@ def test_the_last_words_know_of_ties() -> None:
     assert "the last steps' KL, 0.1, is far below that" in said[2]
 
 
+def test_prompts_that_tie_are_left_out(run: Path, tmp_path: Path, capsys: Any) -> None:
+    """By the option alone, told with the reason, and part of which run it is; the others are trained on."""
+    reward = CalibratedReward.from_pretrained(run / "reward")
+    prompts = tiny.texts(3)
+    rows = [(prompt, [0.0, 0.0, 0.0, float(i)]) for i, prompt in enumerate(prompts)]
+    tied = ReferenceTable.build([(*row, [id_key(i)]) for i, row in enumerate(rows)], meta=reward.table.meta)
+    replace(reward, table=tied).save_pretrained(tmp_path / "reward")
+    words = {"reward": str(tmp_path / "reward")}
+    assert len(launch.load_inputs(launched(run, **words)).prompts) == 3
+    assert "left out" not in capsys.readouterr().err
+    inputs = launch.load_inputs(launched(run, **words, most_ties=1.0))
+    assert [each.prompt for each in inputs.prompts] == prompts[1:]
+    assert "1 of 3 prompts are left out: 1 whose references all tie\n" in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert train("rloo", asked(run, out, "--least-spread", "0.75", reward=tmp_path / "reward")) == 0
+    assert "2 of 3 prompts are left out: 1 whose references all tie, 1 whose" in capsys.readouterr().err
+    assert json.loads((out / "settings.json").read_text())["prompts"]["number"] == 1
+    refused(capsys, asked(run, tmp_path / "none", "--most-ties", "0.1", reward=tmp_path / "reward"), "3 of 3 prompts")
+
+
 def test_a_beta_besides_that_of_a_kl_is_told(run: Path, capsys: Any) -> None:
     """Both numbers, where they differ; where they do not, nothing."""
     named = NamedTransform("identity:0.5", Identity(), 0.5)
