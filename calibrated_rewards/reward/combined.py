@@ -18,7 +18,7 @@ A combination of uniform quantiles is not uniform itself. Where a transform is t
 is a scorer, `calibrate(prompts, sampler, combined)`, and then `CalibratedReward(combined, table, Exponential(10.0))`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -147,7 +147,9 @@ class CombinedReward:
         prompts, completions = list(prompts), list(completions)
         log_metric = columns.get("log_metric")
         u = {
-            name: np.asarray(reward(prompts, completions, completion_ids, **columns), np.float64)
+            name: np.asarray(
+                reward(prompts, completions, completion_ids, **_log_under(name, reward, columns)), np.float64
+            )
             for name, reward in self.rewards.items()
         }
         least = {
@@ -211,3 +213,23 @@ def _find_least(reward: CalibratedReward, prompts: Sequence[Prompt], ids: Any) -
     """Half a reference of each prompt, 1 / 2K; next to 0 for an unknown prompt."""
     rows = reward.table.find(list(prompts), ids)
     return np.asarray(0.5 / np.where(rows >= 0, reward.table.counts(np.maximum(rows, 0)), 10**6))
+
+
+def _log_under(name: str, reward: CalibratedReward, columns: dict[str, Any]) -> dict[str, Any]:
+    """Let a component without a name of its own log its metrics under that which it has here."""
+    log_metric = columns.get("log_metric")
+    if log_metric is None or reward.name is not None:
+        return columns
+    return columns | {"log_metric": _RenamedMetrics(log_metric, reward.metric_prefix, name)}
+
+
+@dataclass(frozen=True)
+class _RenamedMetrics:
+    """A trainer's function for metrics, with another first part of their names."""
+
+    log_metric: Callable[[str, float], Any]
+    before: str
+    after: str
+
+    def __call__(self, metric: str, value: float) -> None:
+        self.log_metric(f"{self.after}/{metric.removeprefix(f'{self.before}/')}", value)

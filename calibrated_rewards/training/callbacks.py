@@ -75,6 +75,8 @@ class TimedReward:
     reward: Any
     scoring: Stopwatch | None = field(default_factory=Stopwatch)
     """None where the scorer's calls cannot be told from the others."""
+    name: str | None = None
+    """The reward's own, which is made of a scorer that is not timed."""
 
     @classmethod
     def of(cls, reward: Any) -> "TimedReward":
@@ -82,11 +84,11 @@ class TimedReward:
         if not isinstance(reward, CalibratedReward):
             return cls(reward, None)
         stopwatch = Stopwatch()
-        return cls(replace(reward, scorer=TimedScorer(reward.scorer, stopwatch), name=reward.__name__), stopwatch)
+        return cls(replace(reward, scorer=TimedScorer(reward.scorer, stopwatch)), stopwatch, reward.__name__)
 
     @property
     def __name__(self) -> str:
-        return str(getattr(self.reward, "__name__", type(self.reward).__name__))
+        return self.name or str(getattr(self.reward, "__name__", type(self.reward).__name__))
 
     def __call__(self, *, log_metric: Callable[[str, float], Any], **columns: Any) -> Any:
         """Compute the rewards, and log the seconds."""

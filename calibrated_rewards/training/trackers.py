@@ -15,6 +15,9 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from calibrated_rewards.training.run_folder import RunFolder
 
+# Columns of a plain loop's log, by the names that a CalibratedReward gives to trainers.
+RENAMED = {"u": "calibrated/u", "raw": "calibrated/raw"}
+
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise ValueError for a tracker that transformers does not know, ImportError for one that is not installed."""
@@ -67,7 +70,8 @@ def open_trackers(
 
     def send(row: Mapping[str, Any]) -> None:
         state.global_step = row["step"] + 1
-        handler.on_log(args, state, control, {name: value for name, value in row.items() if name != "step"})
+        numbers = {RENAMED.get(name, name): value for name, value in row.items() if name != "step"}
+        handler.on_log(args, state, control, numbers)
 
     try:
         yield send

@@ -61,6 +61,7 @@ def test_a_tracker_gets_each_step(trainer: str, run: Path, tmp_path: Path, event
     logs = [row for event, row in events if event == "log" and "reward" in row[1]]
     assert [step for step, _ in logs] == [1, 2]
     assert [row["reward"] for _, row in logs] == [row["reward"] for row in rows]
+    assert [row["calibrated/u"] for _, row in logs] == pytest.approx([row["u"] for row in rows])
 
 
 def test_no_tracker_is_called_without_the_option(run: Path, tmp_path: Path, events: Any) -> None:

@@ -155,7 +155,7 @@ def take_step(
     means = {"reward": rewards.mean(), "kl": kl, "objective": rewards.mean() - settings.beta * kl}
     means["tokens"] = episodes.mask.sum(1).float().mean()
     metrics = {name: float(mean) for name, mean in means.items()}
-    metrics |= {name: logged.pop(f"{reward.__name__}/{name}") for name in ("u", "raw")}
+    metrics |= {name: logged.pop(f"{reward.metric_prefix}/{name}") for name in ("u", "raw")}
     return {**logged, **metrics, "value_loss": value_loss, "seconds_scoring": seconds}
 
 
