@@ -4,5 +4,5 @@
 rollouts that exist already; `check_settings` says under which settings a framework maximises E[reward] - beta KL.
 Runs call the others by name: `launch.py` loads policy, reward and prompts, `run_folder.py` keeps settings, log and
 model, `loop.py` has LoRA, the reference and the parts of the plain loops, `callbacks.py` TRL's log,
-`trackers.py` trackio, wandb and others.
+`trackers.py` trackio, wandb and others, `progress.py` the time left.
 """

@@ -3,7 +3,6 @@
 `BestOfNWinRate` is for any trainer of yours; the others are those of the command `train`.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -21,10 +20,8 @@ from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.protocol import call, fingerprint, is_thread_safe, reads_messages
 from calibrated_rewards.theory.procedures import BestOf, Standard
+from calibrated_rewards.training.progress import ProgressLines
 from calibrated_rewards.training.run_folder import RunFolder
-
-# Seconds between the lines that stand for a bar where there is no terminal.
-BETWEEN_LINES = 30.0
 
 
 @dataclass
@@ -125,12 +122,12 @@ class StepLog(TrainerCallback):
     show_progress: bool
     step_start: float = 0.0
     bar: Any = None
-    last_line: float = 0.0
+    lines: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the log up to the checkpoint again: what came after it happens again."""
         if state.is_world_process_zero:
-            self.last_line = perf_counter()
+            self.lines = ProgressLines(self.steps, state.global_step)
             self.folder.write_log(convert_row(each, self.beta) for each in state.log_history if "kl" in each)
             bar: Any = {"desc": "training", "unit": " steps", "disable": None if self.show_progress else True}
             self.bar = tqdm(total=self.steps, initial=state.global_step, delay=3, **bar)
@@ -146,20 +143,13 @@ class StepLog(TrainerCallback):
             row = convert_row(state.log_history[-1], self.beta)
             self.folder.add_to_log(row)
             self.bar.update()
-            self._print_line(row)
+            if self.show_progress and self.bar.disable:  # stderr is a file or a pipe, and has no bar
+                self.lines.add(row)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the progress bar at the end."""
         if state.is_world_process_zero:
             self.bar.close()
-
-    def _print_line(self, row: Mapping[str, Any]) -> None:
-        """Print a line now and then, where stderr is a file or a pipe and has no bar."""
-        if self.show_progress and self.bar.disable and perf_counter() - self.last_line >= BETWEEN_LINES:
-            self.last_line = perf_counter()
-            names = [name for name in ("reward", "u", "kl") if row.get(name) is not None]
-            numbers = ", ".join(f"{name} {row[name]:.4g}" for name in names)
-            sys.stderr.write(f"step {row['step']} of {self.steps}: {numbers}\n")
 
 
 @dataclass(eq=False)

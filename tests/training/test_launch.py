@@ -100,7 +100,10 @@ def test_the_command_trains_and_saves(name: str, run: Path, tmp_path: Path, caps
     assert all(0 <= row["reward"] <= 1 and 0 < row["tokens"] <= 5 for row in rows)
     assert all(row["objective"] == pytest.approx(row["reward"] - 0.3 * row["kl"], abs=1e-5) for row in rows)
     assert all(row["u"] == pytest.approx(row["reward"]) for row in rows)  # the transform is none
-    said = capsys.readouterr().out.splitlines()
+    said, told = capsys.readouterr()
+    per_step = 2 if name == "ppo" else 4
+    assert f"2 steps of {per_step} completions, {2 * per_step} in all, of at most 5 tokens; each of 3 prompts" in told
+    said = said.splitlines()
     assert said[0].startswith(f"step 0: reward {rows[0]['reward']:.4g}, u {rows[0]['u']:.4g}, KL ")
     assert said[-2:] == [f"model: {tmp_path / 'out/model'}", f"log: {tmp_path / 'out/log.jsonl'}"]
 

@@ -70,6 +70,11 @@ class PPOSettings:
                 )
             )
 
+    @property
+    def completions_a_step(self) -> int:
+        """Completions of a step, of all processes together."""
+        return self.completions
+
 
 def run(launch: Launch, settings: PPOSettings) -> None:
     """Train from files to files, as the command does."""

@@ -51,6 +51,7 @@ from calibrated_rewards.training.loop import (
     iterate_batches,
     make_head_contiguous,
 )
+from calibrated_rewards.training.progress import describe_size
 from calibrated_rewards.training.run_folder import RunFolder, describe_run, resolve_policy
 from calibrated_rewards.training.trackers import check_trackers, name_run, place_files
 
@@ -79,6 +80,11 @@ class TRLSettings:
         if self.beta == 0:
             raise ValueError(Message(f"a run needs beta > 0, got {setting('beta', str(self.beta))}"))
 
+    @property
+    def completions_a_step(self) -> int:
+        """Completions of a step, of all processes together."""
+        return self.prompts_a_step * self.completions
+
 
 @dataclass(frozen=True)
 class Trainer:
@@ -94,6 +100,8 @@ class Trainer:
         check_trackers(launch.report_to)
         inputs = load_inputs(launch)
         settings, policy = inputs.complete(settings), inputs.policy
+        if find_processes().is_main_process:
+            sys.stderr.write(f"{describe_size(settings, len(inputs.prompts), policy.decoding.max_tokens)}\n")
         parts = (policy.model, inputs.reward, inputs.prompts, policy.decoding, settings, launch.out)
         self(*parts, tokenizer=policy.tokenizer, dtype=launch.dtype, report_to=launch.report_to)
         if find_processes().is_main_process:
