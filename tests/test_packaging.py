@@ -124,7 +124,8 @@ def declared(*extras: str) -> set[str]:
     own = {
         extra for requirement in required if requirement.name == "calibrated-rewards" for extra in requirement.extras
     }
-    return {"PIL" if name == "pillow" else name for name in names} | (declared(*own) if own else set())
+    modules = {"pillow": "PIL", "pyyaml": "yaml"}
+    return {modules.get(name, name) for name in names} | (declared(*own) if own else set())
 
 
 # Tensors come with torch; distil is for TRL; server serves; plots draw; evaluate reads rollouts.

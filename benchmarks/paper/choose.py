@@ -54,7 +54,9 @@ def measure(procedure, kl):
 
 def main():
     """Measure, print and save."""
-    rows = [measure(procedure, kl) for procedure in PROCEDURES for kl in KLS]
+    # Worst of 16 gains nothing beyond a KL of .69, where it wins .999994.
+    asked = ((procedure, kl) for procedure in PROCEDURES for kl in KLS if (procedure, kl) != (WorstOf(16), 1.0))
+    rows = [measure(procedure, kl) for procedure, kl in asked]
     print(*rows, sep="\n")
     print(save("choose", {"rows": rows}))
 

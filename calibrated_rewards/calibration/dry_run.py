@@ -63,7 +63,7 @@ class Forecast:
             size = self.to_draw * self.trial.bytes / self.trial.rollouts
             lines.append(f"a trial   {self.trial}")
             lines.append(
-                f"estimate  {_format_seconds(self.seconds)} in one process like this, "
+                f"estimate  {format_seconds(self.seconds)} in one process like this, "
                 f"{size / 2**20:,.1f} MiB of rollouts"
             )
         return "\n".join(lines)
@@ -108,7 +108,12 @@ def _time_trial(work: Work, prompt: Prompt, k: int) -> Trial:
         return Trial(k, tokens, sampled - began, ended - sampled, file.stat().st_size)
 
 
-def _format_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
+    """Write a time as people say it.
+
+    >>> format_seconds(90), format_seconds(9000)
+    ('about 90 seconds', 'about 2.5 hours')
+    """
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"about {seconds / size:.1f} {unit}"

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Protocol, cast, runtime_checkable
 
 from calibrated_rewards import __version__
+from calibrated_rewards.cli.option_files import parse_options
 from calibrated_rewards.cli.options import NEEDED, error_text, find_extras, missing_text
 
 # In the order in which a user needs them.
@@ -64,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(rest)
+    # A command with a second parser for the rest of its words reads files of options there.
+    has_own_parser = any(action.nargs == argparse.REMAINDER for action in parser._actions)
+    options = parser.parse_args(rest) if has_own_parser else parse_options(parser, rest)
     try:
         if missing_text({*NEEDED.get(name, ())}):  # before any work is done, and all of them at once
             raise ImportError(missing_text(find_extras(name, options)))
@@ -108,6 +111,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
                 *lines,
                 "",
                 "calibrated-rewards COMMAND --help shows options and examples.",
+                "Each command reads its options from a YAML file too: --config FILE, which --save-config FILE writes.",
             ]
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from calibrated_rewards.cli.option_files import has_flag, parse_options
 from calibrated_rewards.cli.options import Real, Whole, missing_text, parse_folder
 from calibrated_rewards.prompts import UnknownPromptError
 from calibrated_rewards.reward.saving import NeedsTrust
@@ -100,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     if trainer.plain:
         parser.add_argument("--force", action="store_true", help="remove what another run left in --out")
         parser.add_argument("--device", metavar="DEVICE", help="a GPU if there is one")
-    parser.parse_args(options.words, namespace=options)
+    parse_options(parser, options.words, options)
     try:
         # Wrong settings are refused before anything is loaded.
         train(launch=read_fields(options, Launch), settings=read_fields(options, settings))
@@ -117,10 +119,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def asks_for_plain(words: Sequence[str]) -> bool:
-    """Look for --plain before the options are known."""
+    """Look for --plain, here or in the file of --config, before the options are known."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--plain", action="store_true")
-    return bool(parser.parse_known_args(words)[0].plain)
+    parser.add_argument("--config", type=Path)
+    options = parser.parse_known_args(words)[0]
+    return bool(options.plain) or (options.config is not None and has_flag(options.config, "plain"))
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,12 +136,18 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", required=True, metavar="FILE|FOLDER|ID", help="JSONL or what else calibrate reads")
     parser.add_argument("--out", required=True, type=parse_folder, metavar="DIR", help="for model/ and log.jsonl")
     parser.add_argument("--column", metavar="NAME", help="the prompts' column, where it is not what TRL would read")
+    ties = "leave out prompts of whose pairs of references more than this share tie; 1: those whose references all tie"
+    parser.add_argument("--most-ties", type=Real(0.0, 1.0), metavar="SHARE", help=ties)
+    spread = "leave out prompts whose references have a smaller standard deviation, in the reward model's unit"
+    parser.add_argument("--least-spread", type=Real(0.0), metavar="SD", help=spread)
     parser.add_argument("--max-tokens", type=Whole(1), metavar="N", help="of a completion; by default the table's")
     parser.add_argument("--temperature", type=Real(1e-4), metavar="FLOAT", help="by default the table's")
     any_policy = "go on with another policy, or another way to draw, than the table's references are of"
     parser.add_argument("--any-policy", action="store_true", help=any_policy)
     dtype = "(%(default)s) in bfloat16 small steps are rounded away"
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help=dtype)
+    trackers = "send the metrics to trackio, wandb, tensorboard, mlflow, ...: what transformers knows and is installed"
+    parser.add_argument("--report-to", nargs="+", metavar="NAME", help=trackers)
     trust = "run the code that the policy or the saved reward brings, and ask the servers that the reward names"
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
     parser.add_argument("--debug", action="store_true", help="show where an error came from")

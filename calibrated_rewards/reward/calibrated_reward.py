@@ -86,7 +86,7 @@ class CalibratedReward:
     id_column: str | None = None
     """The dataset column with the id by which the table knows a prompt."""
     name: str | None = None
-    """The name in a trainer's log; None for one made of transform and scorer."""
+    """The name in a trainer's log; None for one made of transform and scorer, and metrics named `calibrated/u`, ..."""
     # Those above are the settings of a run. Those below adapt to a scorer or to a trainer, and are seldom set by hand.
     batch_size: int | None = None
     """Pairs that the scorer is given at once, where it does not make batches itself."""
@@ -106,6 +106,11 @@ class CalibratedReward:
     @property
     def __name__(self) -> str:
         return self.name or self._made_name
+
+    @property
+    def metric_prefix(self) -> str:
+        """The first part of its metrics' names, the same whatever transform and scorer: `calibrated`, or its name."""
+        return self.name or "calibrated"
 
     @property
     def thread_safe(self) -> bool:
@@ -131,7 +136,7 @@ class CalibratedReward:
         scores = self.score(prompts, completions, select_ids(columns, self.id_column), watch=not trained)
         if log_metric is not None:
             for metric, value in compute_metrics(scores).items():
-                log_metric(f"{self.__name__}/{metric}", value)
+                log_metric(f"{self.metric_prefix}/{metric}", value)
         if log_extra is not None:
             log_extra(f"{self.__name__}/u", scores.u.tolist())
         return scores.reward

@@ -21,7 +21,7 @@ references would be drawn again. Both rewards are saved and loaded (`saving.load
 `CALIBRATED_REWARD` as a single one is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -152,7 +152,9 @@ class CombinedReward:
         prompts, completions = list(prompts), list(completions)
         log_metric = columns.get("log_metric")
         u = {
-            name: np.asarray(reward(prompts, completions, completion_ids, **columns), np.float64)
+            name: np.asarray(
+                reward(prompts, completions, completion_ids, **_log_under(name, reward, columns)), np.float64
+            )
             for name, reward in self.rewards.items()
         }
         least = {
@@ -311,3 +313,23 @@ def _find_least(reward: CalibratedReward, prompts: Sequence[Prompt], ids: Any) -
     """Half a reference of each prompt, 1 / 2K; next to 0 for an unknown prompt."""
     rows = find_rows(reward.table, compute_keys(prompts), ids)
     return np.asarray(0.5 / np.where(rows >= 0, reward.table.counts(np.maximum(rows, 0)), 10**6))
+
+
+def _log_under(name: str, reward: CalibratedReward, columns: dict[str, Any]) -> dict[str, Any]:
+    """Let a component without a name of its own log its metrics under that which it has here."""
+    log_metric = columns.get("log_metric")
+    if log_metric is None or reward.name is not None:
+        return columns
+    return columns | {"log_metric": _RenamedMetrics(log_metric, reward.metric_prefix, name)}
+
+
+@dataclass(frozen=True)
+class _RenamedMetrics:
+    """A trainer's function for metrics, with another first part of their names."""
+
+    log_metric: Callable[[str, float], Any]
+    before: str
+    after: str
+
+    def __call__(self, metric: str, value: float) -> None:
+        self.log_metric(f"{self.after}/{metric.removeprefix(f'{self.before}/')}", value)

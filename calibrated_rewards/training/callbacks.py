@@ -1,20 +1,27 @@
-"""Callbacks of TRL's trainers: time drawing, scoring and lookup, write a log row a step, show progress."""
+"""Callbacks of TRL's trainers: time drawing and scoring, log a row a step, show progress, compare with the references.
 
-import sys
-from collections.abc import Callable, Mapping
+`BestOfNWinRate` is for any trainer of yours; the others are those of the command `train`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from calibrated_rewards.evaluation.estimates import Samples
+from calibrated_rewards.evaluation.win_rate import win_rate
+from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.samplers.hf import HfSampler
+from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.protocol import call, fingerprint, is_thread_safe, reads_messages
+from calibrated_rewards.theory.procedures import BestOf, Standard
+from calibrated_rewards.training.progress import ProgressLines
 from calibrated_rewards.training.run_folder import RunFolder
-
-# Seconds between the lines that stand for a bar where there is no terminal.
-BETWEEN_LINES = 30.0
 
 
 @dataclass
@@ -65,6 +72,8 @@ class TimedReward:
     reward: Any
     scoring: Stopwatch | None = field(default_factory=Stopwatch)
     """None where the scorer's calls cannot be told from the others."""
+    name: str | None = None
+    """The reward's own, which is made of a scorer that is not timed."""
 
     @classmethod
     def of(cls, reward: Any) -> "TimedReward":
@@ -72,11 +81,11 @@ class TimedReward:
         if not isinstance(reward, CalibratedReward):
             return cls(reward, None)
         stopwatch = Stopwatch()
-        return cls(replace(reward, scorer=TimedScorer(reward.scorer, stopwatch), name=reward.__name__), stopwatch)
+        return cls(replace(reward, scorer=TimedScorer(reward.scorer, stopwatch)), stopwatch, reward.__name__)
 
     @property
     def __name__(self) -> str:
-        return str(getattr(self.reward, "__name__", type(self.reward).__name__))
+        return self.name or str(getattr(self.reward, "__name__", type(self.reward).__name__))
 
     def __call__(self, *, log_metric: Callable[[str, float], Any], **columns: Any) -> Any:
         """Compute the rewards, and log the seconds."""
@@ -113,12 +122,12 @@ class StepLog(TrainerCallback):
     show_progress: bool
     step_start: float = 0.0
     bar: Any = None
-    last_line: float = 0.0
+    lines: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the log up to the checkpoint again: what came after it happens again."""
         if state.is_world_process_zero:
-            self.last_line = perf_counter()
+            self.lines = ProgressLines(self.steps, state.global_step)
             self.folder.write_log(convert_row(each, self.beta) for each in state.log_history if "kl" in each)
             bar: Any = {"desc": "training", "unit": " steps", "disable": None if self.show_progress else True}
             self.bar = tqdm(total=self.steps, initial=state.global_step, delay=3, **bar)
@@ -134,20 +143,87 @@ class StepLog(TrainerCallback):
             row = convert_row(state.log_history[-1], self.beta)
             self.folder.add_to_log(row)
             self.bar.update()
-            self._print_line(row)
+            if self.show_progress and self.bar.disable:  # stderr is a file or a pipe, and has no bar
+                self.lines.add(row)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the progress bar at the end."""
         if state.is_world_process_zero:
             self.bar.close()
 
-    def _print_line(self, row: Mapping[str, Any]) -> None:
-        """Print a line now and then, where stderr is a file or a pipe and has no bar."""
-        if self.show_progress and self.bar.disable and perf_counter() - self.last_line >= BETWEEN_LINES:
-            self.last_line = perf_counter()
-            names = [name for name in ("reward", "u", "kl") if row.get(name) is not None]
-            numbers = ", ".join(f"{name} {row[name]:.4g}" for name in names)
-            sys.stderr.write(f"step {row['step']} of {self.steps}: {numbers}\n")
+
+@dataclass(eq=False)
+class BestOfNWinRate(TrainerCallback):
+    """Log, every k steps, how often the best of N completions beats the table's references by a second scorer.
+
+    `trainer.add_callback(BestOfNWinRate(trainer, reward, judge, prompts))`. The reward's scorer selects the best of N;
+    `judge` is the second scorer with the table of its reference scores, from a calibration with both. A reward that is
+    hacked rises while these numbers fall. Logged are `best_of_1/win_rate` (0.5 for the reference policy) and
+    `best_of_N/win_rate` against one reference, each with its `standard_error` over prompts.
+
+    The same seeds each time, and random numbers of its own: the run is the one that it would have been without. In
+    several processes the first one draws, with its own copy of the weights (not FSDP or ZeRO-3).
+    """
+
+    trainer: Any
+    """A trainer of TRL's that logs with `_metrics`, such as RLOO and GRPO."""
+    reward: CalibratedReward
+    judge: CalibratedReward
+    prompts: Sequence[Prompt]
+    """Calibrated prompts that are not trained on: 2 or more."""
+    ids: Sequence[Any] | None = None
+    n: int = 4
+    completions: int | None = None
+    """Completions of each prompt; more than n lower the error. None: 2 n."""
+    every: int = 50
+    """Steps from one measurement to the next; the first is before the first step."""
+    decoding: Decoding | None = None
+    """None: as the table's references were drawn."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, least in [("n", self.n, 1), ("every", self.every, 1), ("prompts", len(self.prompts), 2)]:
+            if value < least:
+                raise ValueError(f"BestOfNWinRate needs {name} >= {least}, got {value}")
+        if self.completions is not None and self.completions < self.n:
+            raise ValueError(f"BestOfNWinRate needs completions >= n, got {self.completions} for n={self.n}")
+        rows = self.judge.rows(self.prompts, self.ids)
+        if rows.min() < 0:
+            raise ValueError("BestOfNWinRate needs prompts that the judge's table knows, got one that it does not")
+        self.references = Samples([self.judge.table.scores(row) for row in rows.tolist()])
+        if self.decoding is None:
+            recorded = (self.judge.table.meta.get("sampler") or {}).get("decoding")
+            if recorded is None:
+                raise ValueError("the judge's table does not say how its references were drawn: give decoding")
+            ends = {name: tuple(recorded[name]) for name in ("stop", "stop_token_ids")}
+            self.decoding = Decoding(**{**recorded, **ends})
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        """Measure the policy before its first step."""
+        if state.global_step == 0:
+            self.on_step_end(args, state, control, **parts)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        """Measure the policy after every k-th step; the trainer logs it with the step's other numbers."""
+        if state.is_world_process_zero and state.global_step % self.every == 0:
+            for name, value in self.measure(parts["model"], parts["processing_class"]).items():
+                self.trainer._metrics["train"][name].append(value)
+
+    def measure(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        """Draw completions, score them with both scorers, and estimate the win rates."""
+        count, each_count = len(self.prompts), self.completions or 2 * self.n
+        seeds = np.random.SeedSequence(self.seed).generate_state(count * each_count).reshape(count, -1)
+        sampler = HfSampler(model, tokenizer, cast(Decoding, self.decoding), show_progress=False)
+        rollouts = sampler(self.prompts, seeds.tolist())
+        prompts = [prompt for prompt, each in zip(self.prompts, rollouts, strict=True) for _ in each]
+        texts = [rollout.completion for each in rollouts for rollout in each]
+        select, judged = (scorer.raw(prompts, texts).reshape(count, -1) for scorer in (self.reward, self.judge))
+        samples, metrics = Samples(select, judged), {}
+        for n in sorted({1, self.n}):
+            estimate = win_rate(samples, self.references, BestOf(n), Standard(), jackknife=False)
+            metrics[f"best_of_{n}/win_rate"] = estimate.value
+            metrics[f"best_of_{n}/standard_error"] = estimate.standard_error
+        return metrics
 
 
 def convert_row(logged: Mapping[str, Any], beta: float) -> dict[str, Any]:

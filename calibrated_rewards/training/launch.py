@@ -25,6 +25,7 @@ from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
+from calibrated_rewards.table.selection import select_prompts
 from calibrated_rewards.theory.named import NamedTransform
 from calibrated_rewards.training.run_folder import RunFolder, resolve_policy
 
@@ -78,6 +79,12 @@ class Launch:
     trust_remote_code: bool = False
     force: bool = False
     """Remove the files of another run, in the plain loops."""
+    most_ties: float | None = None
+    """Leave out prompts whose references tie more often (`table.select_prompts`); with both None, no prompt."""
+    least_spread: float | None = None
+    """Leave out prompts whose references spread less."""
+    report_to: Sequence[str] = ()
+    """Trackers of the metrics, by the names of transformers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +109,7 @@ def load_inputs(launch: Launch) -> Inputs:
     reward = load_reward(launch)
     prompts = list(prompts_from(launch.prompts, column=launch.column, id_column=reward.id_column))
     check_prompts(reward, prompts)
+    prompts = leave_out_prompts(launch, reward, prompts)
     meta = reward.table.meta
     decoding = choose_decoding(meta, launch.max_tokens, launch.temperature, launch.any_policy)
     path, trust = resolve_policy(launch.policy), launch.trust_remote_code
@@ -116,6 +124,17 @@ def load_inputs(launch: Launch) -> Inputs:
     if launch.raw:
         reward = replace(reward, calibration=Uncalibrated(), beta=None)
     return Inputs(policy, reward, prompts, beta)
+
+
+def leave_out_prompts(launch: Launch, reward: CalibratedReward, prompts: list[Asked]) -> list[Asked]:
+    """Leave out prompts whose references tie or spread too little, if the launch says so, and print how many."""
+    limits = {name: getattr(launch, name) for name in ("most_ties", "least_spread")}
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    if not limits:
+        return prompts
+    selection = select_prompts(reward.table, [each.prompt for each in prompts], [each.id for each in prompts], **limits)
+    sys.stderr.write(f"{selection}\n")
+    return [prompts[i] for i in selection.kept]
 
 
 def load_reward(launch: Launch) -> CalibratedReward:

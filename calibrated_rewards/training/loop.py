@@ -6,6 +6,7 @@ table were, so that the KL to the reference policy is the one in the objective. 
 """
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,9 @@ from calibrated_rewards.models.parts import device_of
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.policy import Draft, Policy
 from calibrated_rewards.training.launch import Launch, load_inputs, print_outcome
+from calibrated_rewards.training.progress import ProgressLines, describe_size
 from calibrated_rewards.training.run_folder import RunFolder, describe_run
+from calibrated_rewards.training.trackers import check_trackers, open_trackers
 
 
 def prepare_model(model: Any, rank: int, layers: int = 0) -> Any:
@@ -255,6 +258,7 @@ def run_in_folder(name: str, train: Callable[..., Any], launch: Launch, settings
     """Load, train and save in a folder: the trained model, its tokenizer, the run's settings and a log of its steps."""
     folder, processes = RunFolder(launch.out), find_processes()
     main = processes.is_main_process
+    check_trackers(launch.report_to)
     if main:
         folder.check_free(launch.force, launch.policy)
     inputs = load_inputs(launch)
@@ -267,7 +271,17 @@ def run_in_folder(name: str, train: Callable[..., Any], launch: Launch, settings
             folder.empty()
             folder.write_settings(run)
             folder.log.touch()
-        model = train(policy, inputs.reward, inputs.prompts, settings, folder.add_to_log)
+            sys.stderr.write(f"{describe_size(settings, len(inputs.prompts), policy.decoding.max_tokens)}\n")
+        with open_trackers(launch.report_to if main else (), folder, policy.model, settings.steps) as send:
+            lines = ProgressLines(settings.steps)
+
+            def log(row: Mapping[str, Any]) -> None:
+                folder.add_to_log(row)
+                send(row)
+                if not sys.stderr.isatty():  # where the loop's bar is not shown
+                    lines.add(row)
+
+            model = train(policy, inputs.reward, inputs.prompts, settings, log)
         if main:
             model.save_pretrained(folder.unfinished_model)
             policy.tokenizer.save_pretrained(folder.unfinished_model)

@@ -107,7 +107,9 @@ def test_a_constraint_comes_before_everything() -> None:
     logged: dict[str, float] = {}
     combined(PROMPTS, COMPLETIONS, log_metric=logged.__setitem__)
     assert logged["combined/safe_violated"] == (u[2] < 0.5).mean()
-    assert any(name.startswith("calibrated_Identity") for name in logged)
+    for i, name in enumerate(rewards):  # each by its own name, and none over another
+        assert logged[f"{name}/u"] == pytest.approx(u[i].mean())
+    assert not [name for name in logged if name.startswith("calibrated/")]
 
 
 def test_a_combination_is_calibrated_as_a_scorer() -> None:

@@ -504,6 +504,10 @@ def test_what_is_logged() -> None:
     assert metrics["calm/log_u"] == pytest.approx(np.log(np.maximum(u, 1e-3)).mean())
     assert metrics["calm/misses"] == 0
     assert extra["calm/u"] == pytest.approx(u)
+    for transform in TRANSFORMS:  # without a name: the same names for every transform, so that charts can be compared
+        unnamed: dict[str, float] = {}
+        reward_of(transform)(prompts, completions, log_metric=unnamed.__setitem__)
+        assert unnamed == {f"calibrated/{name.removeprefix('calm/')}": value for name, value in metrics.items()}
     nobody = compute_metrics(reward_of(on_missing="neutral").score(["stranger"], ["1"]))
     assert {*nobody} == {name.removeprefix("calm/") for name in metrics}
     assert nobody["misses"] == 1
@@ -778,7 +782,7 @@ def test_without_calibration(transform: Any, estimator: Any, scale: Any) -> None
     assert raw(prompts, completions, log_metric=logs.__setitem__) == numbers
     assert raw.__name__ == f"raw_{calibrated.__name__}"
     expected = compute_metrics(calibrated.score(prompts, completions))
-    assert logs == {f"{raw.__name__}/{name}": value for name, value in expected.items()}
+    assert logs == {f"calibrated/{name}": value for name, value in expected.items()}
     assert raw.calibrated(prompts, completions).tolist() == calibrated.calibrated(prompts, completions).tolist()
     exact = np.array([[0.1, 1 / 3], [-2.0, 1e-9]])
     assert np.array_equal(raw.from_scores(PROMPTS[:2], exact), exact)

@@ -19,7 +19,6 @@ import torch
 from scipy.stats import entropy
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
-from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.models.text import Text
@@ -28,7 +27,6 @@ from calibrated_rewards.reward.calibrators import Uncalibrated, ZScore
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
-from calibrated_rewards.scorers import load_scorer
 from calibrated_rewards.testing.suites import HashScorer
 from calibrated_rewards.theory.finite_k import values
 from calibrated_rewards.theory.named import NamedTransform, parse_transform
@@ -50,21 +48,6 @@ RUNS: dict[str, tuple[Any, Any]] = {
 }
 LOOPS = ["ppo", "grpo --plain"]
 CHAT = [{"role": "user", "content": "Hi"}]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: Any) -> Path:
-    """A policy, a reward model, prompts with ids, and a calibrated reward, all saved."""
-    root = tmp_path_factory.mktemp("recipes")
-    tiny.saved(tiny.causal(), root / "policy", tiny.tokenizer())
-    tiny.saved(tiny.classifier(), root / "rm", tiny.tokenizer())
-    rows = [{"prompt": prompt, "prompt_id": i} for i, prompt in enumerate(tiny.texts(3))]
-    (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    draw = load_sampler(root / "policy", Decoding(5, temperature=0.9), dtype="float32")
-    scorer = load_scorer(root / "rm", dtype="float32")
-    table = calibrate(root / "prompts.jsonl", draw, scorer, k=4, out=root / "run")
-    CalibratedReward(scorer, table, id_column="prompt_id", beta=0.3).save_pretrained(root / "reward")
-    return Path(root)
 
 
 def asked(run: Path, out: Path, *options: str, **changes: Path) -> list[str]:
@@ -117,7 +100,10 @@ def test_the_command_trains_and_saves(name: str, run: Path, tmp_path: Path, caps
     assert all(0 <= row["reward"] <= 1 and 0 < row["tokens"] <= 5 for row in rows)
     assert all(row["objective"] == pytest.approx(row["reward"] - 0.3 * row["kl"], abs=1e-5) for row in rows)
     assert all(row["u"] == pytest.approx(row["reward"]) for row in rows)  # the transform is none
-    said = capsys.readouterr().out.splitlines()
+    said, told = capsys.readouterr()
+    per_step = 2 if name == "ppo" else 4
+    assert f"2 steps of {per_step} completions, {2 * per_step} in all, of at most 5 tokens; each of 3 prompts" in told
+    said = said.splitlines()
     assert said[0].startswith(f"step 0: reward {rows[0]['reward']:.4g}, u {rows[0]['u']:.4g}, KL ")
     assert said[-2:] == [f"model: {tmp_path / 'out/model'}", f"log: {tmp_path / 'out/log.jsonl'}"]
 
@@ -205,6 +191,26 @@ def test_the_last_words_know_of_ties() -> None:
     assert f"has KL {kl:.3g} nats" in said[0]
     assert said[1].startswith("theory, for scores without ties")
     assert "the last steps' KL, 0.1, is far below that" in said[2]
+
+
+def test_prompts_that_tie_are_left_out(run: Path, tmp_path: Path, capsys: Any) -> None:
+    """By the option alone, told with the reason, and part of which run it is; the others are trained on."""
+    reward = CalibratedReward.from_pretrained(run / "reward")
+    prompts = tiny.texts(3)
+    rows = [(prompt, [0.0, 0.0, 0.0, float(i)]) for i, prompt in enumerate(prompts)]
+    tied = ReferenceTable.build([(*row, [id_key(i)]) for i, row in enumerate(rows)], meta=reward.table.meta)
+    replace(reward, table=tied).save_pretrained(tmp_path / "reward")
+    words = {"reward": str(tmp_path / "reward")}
+    assert len(launch.load_inputs(launched(run, **words)).prompts) == 3
+    assert "left out" not in capsys.readouterr().err
+    inputs = launch.load_inputs(launched(run, **words, most_ties=1.0))
+    assert [each.prompt for each in inputs.prompts] == prompts[1:]
+    assert "1 of 3 prompts are left out: 1 whose references all tie\n" in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert train("rloo", asked(run, out, "--least-spread", "0.75", reward=tmp_path / "reward")) == 0
+    assert "2 of 3 prompts are left out: 1 whose references all tie, 1 whose" in capsys.readouterr().err
+    assert json.loads((out / "settings.json").read_text())["prompts"]["number"] == 1
+    refused(capsys, asked(run, tmp_path / "none", "--most-ties", "0.1", reward=tmp_path / "reward"), "3 of 3 prompts")
 
 
 def test_a_beta_besides_that_of_a_kl_is_told(run: Path, capsys: Any) -> None:

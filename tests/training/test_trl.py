@@ -24,7 +24,7 @@ from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.testing.suites import HashScorer
 from calibrated_rewards.theory.transforms import Identity, Log
-from calibrated_rewards.training import callbacks
+from calibrated_rewards.training import progress
 from calibrated_rewards.training.callbacks import TimedReward
 from calibrated_rewards.training.check_settings.check import check_settings
 from calibrated_rewards.training.loop import make_head_contiguous, prepare_model
@@ -327,13 +327,13 @@ def test_a_line_now_and_then_where_there_is_no_terminal(
     seconds: float, lines: list[int], policy: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     """Of each step that comes so long after the last line; its numbers are those of the log."""
-    monkeypatch.setattr(callbacks, "BETWEEN_LINES", seconds)
+    monkeypatch.setattr(progress, "BETWEEN_LINES", seconds)
     train_rloo(policy, calibrated(), ASKED, DECODING, TRLSettings(steps=2, **SMALL), tmp_path)
     rows, said = logged(tmp_path), capsys.readouterr().err.splitlines()
     shown = [f"reward {rows[i]['reward']:.4g}, u {rows[i]['u']:.4g}, kl {rows[i]['kl']:.4g}" for i in lines]
-    assert [line for line in said if line.startswith("step ")] == [
-        f"step {i} of 2: {each}" for i, each in zip(lines, shown, strict=True)
-    ]
+    lined = [line.partition("; about ") for line in said if line.startswith("step ")]
+    assert all(left.endswith(" left") for *_, left in lined)
+    assert [line for line, *_ in lined] == [f"step {i} of 2: {each}" for i, each in zip(lines, shown, strict=True)]
 
 
 def test_adapters_on_the_last_layers_alone() -> None:

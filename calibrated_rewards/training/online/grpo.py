@@ -62,6 +62,11 @@ class GRPOSettings:
         if self.baseline not in ("leave-one-out", "group-mean"):
             raise ValueError(f"a baseline is 'leave-one-out' or 'group-mean', got {self.baseline!r}")
 
+    @property
+    def completions_a_step(self) -> int:
+        """Completions of a step, of all processes together."""
+        return self.prompts_a_step * self.completions
+
 
 def run(launch: Launch, settings: GRPOSettings) -> None:
     """Train from files to files, as the command does."""

@@ -70,6 +70,11 @@ class PPOSettings:
                 )
             )
 
+    @property
+    def completions_a_step(self) -> int:
+        """Completions of a step, of all processes together."""
+        return self.completions
+
 
 def run(launch: Launch, settings: PPOSettings) -> None:
     """Train from files to files, as the command does."""
@@ -155,7 +160,7 @@ def take_step(
     means = {"reward": rewards.mean(), "kl": kl, "objective": rewards.mean() - settings.beta * kl}
     means["tokens"] = episodes.mask.sum(1).float().mean()
     metrics = {name: float(mean) for name, mean in means.items()}
-    metrics |= {name: logged.pop(f"{reward.__name__}/{name}") for name in ("u", "raw")}
+    metrics |= {name: logged.pop(f"{reward.metric_prefix}/{name}") for name in ("u", "raw")}
     return {**logged, **metrics, "value_loss": value_loss, "seconds_scoring": seconds}
 
 

@@ -51,7 +51,9 @@ from calibrated_rewards.training.loop import (
     iterate_batches,
     make_head_contiguous,
 )
+from calibrated_rewards.training.progress import describe_size
 from calibrated_rewards.training.run_folder import RunFolder, describe_run, resolve_policy
+from calibrated_rewards.training.trackers import check_trackers, name_run, place_files
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class TRLSettings:
         if self.beta == 0:
             raise ValueError(Message(f"a run needs beta > 0, got {setting('beta', str(self.beta))}"))
 
+    @property
+    def completions_a_step(self) -> int:
+        """Completions of a step, of all processes together."""
+        return self.prompts_a_step * self.completions
+
 
 @dataclass(frozen=True)
 class Trainer:
@@ -90,10 +97,13 @@ class Trainer:
 
     def run(self, launch: Launch, settings: TRLSettings) -> None:
         """Train from files to files, or go on, as the command does."""
+        check_trackers(launch.report_to)
         inputs = load_inputs(launch)
         settings, policy = inputs.complete(settings), inputs.policy
+        if find_processes().is_main_process:
+            sys.stderr.write(f"{describe_size(settings, len(inputs.prompts), policy.decoding.max_tokens)}\n")
         parts = (policy.model, inputs.reward, inputs.prompts, policy.decoding, settings, launch.out)
-        self(*parts, tokenizer=policy.tokenizer, dtype=launch.dtype)
+        self(*parts, tokenizer=policy.tokenizer, dtype=launch.dtype, report_to=launch.report_to)
         if find_processes().is_main_process:
             print_outcome(RunFolder(launch.out), inputs.reward, settings.beta)
 
@@ -109,12 +119,13 @@ class Trainer:
         tokenizer: Any = None,
         dtype: str = "float32",
         show_progress: bool = True,
+        report_to: Sequence[str] = (),
     ) -> Path:
         """Train in the folder `out`, or go on there from the last checkpoint; return the place of the trained model.
 
         `policy` is a path, an id of the Hub, or a model with its tokenizer; `reward` any function that TRL takes, such
         as a CalibratedReward. The folder has settings.json, log.jsonl and model/ (an adapter with LoRA); other settings
-        in it are a ValueError.
+        in it are a ValueError. `report_to` names trackers as TRL does.
         """
         folder = RunFolder(Path(out))
         run = describe_run(self.name, policy, reward, prompts, decoding, settings, dtype)
@@ -124,8 +135,9 @@ class Trainer:
         with ignore_peft_warning(), skip_prompt_logprobs(), folder.reserve(processes.is_main_process):
             if folder.is_finished(run):  # by a run that was there until now
                 return folder.model_folder
-            args = self.configure(settings, decoding, folder, processes.num_processes)
+            args = self.configure(settings, decoding, folder, processes.num_processes, report_to)
             trainer = self.build_trainer(args, policy, reward, prompts, decoding, settings, tokenizer, dtype)
+            place_files(trainer.callback_handler.callbacks, folder)
             trainer.add_callback(StepLog(folder, settings.beta, settings.steps, show_progress))
             calibrated = reward if isinstance(reward, CalibratedReward) else None
             report = check_settings(args, calibrated, beta=settings.beta)
@@ -139,7 +151,14 @@ class Trainer:
             trainer.accelerator.wait_for_everyone()
         return folder.model_folder
 
-    def configure(self, settings: TRLSettings, decoding: Decoding, folder: RunFolder, processes: int = 1) -> Any:
+    def configure(
+        self,
+        settings: TRLSettings,
+        decoding: Decoding,
+        folder: RunFolder,
+        processes: int = 1,
+        report_to: Sequence[str] = (),
+    ) -> Any:
         """Make the trainer's configuration."""
         if decoding.stop:
             raise ValueError(f"TRL ends completions by tokens alone, got stop={decoding.stop}: say stop_token_ids")
@@ -166,7 +185,8 @@ class Trainer:
             save_steps=settings.save_steps,
             save_total_limit=1,
             logging_steps=1,
-            report_to=[],
+            report_to=list(report_to),
+            run_name=name_run(folder),
             disable_tqdm=True,
         )
 

@@ -1,0 +1,177 @@
+"""Options from a YAML file, `--config FILE`, and into one, `--save-config FILE`, for every command.
+
+The file has an option's long name as key, and its text as value: a list where the option takes several, true or false
+for a flag. Texts are read as on the command line, so that `1e-6` is a number and `no` a word. What the command line
+says replaces what the file says.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+
+from calibrated_rewards.cli.options import read_text
+from calibrated_rewards.files import write_file
+
+# What an option is given: a text, several, or True and False for a flag.
+Raw: TypeAlias = str | list[str] | bool
+
+NULL = "tag:yaml.org,2002:null"
+YES, NO = ("true", "yes", "on"), ("false", "no", "off")
+# Options that are not of a run.
+OUTSIDE = {"help", "config", "save_config"}
+
+
+def parse_options(
+    parser: argparse.ArgumentParser, words: Sequence[str], namespace: argparse.Namespace | None = None
+) -> argparse.Namespace:
+    """Add --config and --save-config to a parser, and parse a command line with them."""
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for each in (parser, files):
+        text = "a YAML file with options by their long names; the command line wins"
+        each.add_argument("--config", type=Path, metavar="FILE", help=text)
+        text = "write the options, of the command line and of --config, into a YAML file, and go on"
+        each.add_argument("--save-config", type=Path, metavar="FILE", help=text)
+    places, _ = files.parse_known_args(words)
+    if (places.config is None and places.save_config is None) or {"-h", "--help"} & {*words}:
+        options = parser.parse_args(words, namespace)
+        if options.config or options.save_config:
+            parser.error("--config and --save-config are not abbreviated")
+        return options
+    with read_raw(parser):
+        given = vars(parser.parse_args(words))
+    try:
+        read = read_config(places.config, list_actions(parser)) if places.config else {}
+        values = {**read, **{dest: raw for dest, raw in given.items() if dest not in OUTSIDE}}
+        options = parser.parse_args(write_words(list_actions(parser), values), namespace)
+        if places.save_config:
+            write_file(places.save_config, write_config(list_actions(parser), values))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    options.config, options.save_config = places.config, places.save_config
+    return options
+
+
+@contextmanager
+def read_raw(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Let a parser read only what is given, as text: no defaults, no conversion, nothing required."""
+    names = ("default", "required", "type", "choices", "nargs")
+    before = [{name: getattr(action, name) for name in names} for action in parser._actions]
+    for action in parser._actions:
+        action.default, action.required, action.type, action.choices = argparse.SUPPRESS, False, None, None
+        if not action.option_strings and action.nargs is None:
+            action.nargs = "?"
+    try:
+        yield
+    finally:
+        for action, attributes in zip(parser._actions, before, strict=True):
+            vars(action).update(attributes)
+
+
+def list_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """List a parser's options and positional arguments by their keys in a file."""
+    actions = [action for action in parser._actions if action.dest not in OUTSIDE]
+    return {_flag(action).lstrip("-").replace("_", "-"): action for action in actions}
+
+
+def read_config(file: Path, actions: Mapping[str, argparse.Action]) -> dict[str, Raw]:
+    """Read a file of options, by the names of their attributes; ValueError for what is no option, with its line."""
+    values: dict[str, Raw] = {}
+    for key, node in read_pairs(file):
+        where, name = f"--config {file}, line {key.start_mark.line + 1}", str(key.value).replace("_", "-")
+        if name not in actions:
+            nearest = get_close_matches(name, actions, 1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(actions)}"
+            raise ValueError(f"{where}: {key.value!s:.80} is no option of this command; {hint}")
+        if actions[name].dest in values:
+            raise ValueError(f"{where}: {name} is there twice, once is enough: a list has several values")
+        if node.tag != NULL:
+            values[actions[name].dest] = read_value(node, actions[name], f"{where}: {name}")
+    return values
+
+
+def read_pairs(file: Path) -> list[tuple[Any, Any]]:
+    """Read the keys and values of a YAML file, as nodes that have their text and their line."""
+    try:
+        root = yaml.compose(read_text(file, "--config"), yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {file} is no YAML: {error}") from error
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"--config {file} needs lines of OPTION: VALUE, got a {root.id}")
+    return [] if root is None else root.value
+
+
+def has_flag(file: Path, name: str) -> bool:
+    """Look whether a file sets a flag, whatever else is in it."""
+    return any(key.value == name and str(node.value).lower() in YES for key, node in read_pairs(file))
+
+
+def read_value(node: Any, action: argparse.Action, where: str) -> Raw:
+    """Read the value of an option: a text, a list of texts, or true or false."""
+    if action.nargs == 0:
+        if not isinstance(node, yaml.ScalarNode) or node.value.lower() not in YES + NO:
+            raise ValueError(f"{where} needs true or false, got {node.value!s:.80}")
+        return node.value.lower() in YES
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not all(isinstance(each, yaml.ScalarNode) for each in nodes):
+        raise ValueError(f"{where} needs {'a list of texts' if _takes_list(action) else 'one value'}, got a mapping")
+    if _takes_list(action):
+        return [each.value for each in nodes]
+    if nodes is not node.value:
+        return str(node.value)
+    raise ValueError(f"{where} needs one value, got a list")
+
+
+def write_words(actions: Mapping[str, argparse.Action], values: Mapping[str, Raw]) -> list[str]:
+    """Write options as a command line: first those with names, then what is positional, in its order."""
+    words, positional = [], []
+    for action in actions.values():
+        raw = values.get(action.dest)
+        if raw is None:
+            continue
+        name = _flag(action)
+        if not action.option_strings:
+            positional += [str(raw)]
+        elif raw is False:
+            words += [each for each in action.option_strings if each.startswith("--no-") and each != name]
+        elif raw is True:
+            words += [name]
+        elif isinstance(raw, str):
+            words += [f"{name}={raw}"]
+        elif action.nargs is None:
+            words += [f"{name}={each}" for each in raw]
+        else:
+            words += [name, *raw]
+    return [*words, "--", *positional] if positional else words
+
+
+def write_config(actions: Mapping[str, argparse.Action], values: Mapping[str, Raw]) -> str:
+    """Write options as YAML, in the order of the command's help."""
+
+    def build_node(raw: Raw) -> yaml.Node:
+        if isinstance(raw, list):
+            return yaml.SequenceNode("tag:yaml.org,2002:seq", [build_node(each) for each in raw], flow_style=True)
+        text = str(raw).lower() if isinstance(raw, bool) else raw
+        is_null = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False)) == NULL
+        return yaml.ScalarNode("tag:yaml.org,2002:str", text, style='"' if is_null else None)
+
+    pairs = [
+        (build_node(name), build_node(values[action.dest])) for name, action in actions.items() if action.dest in values
+    ]
+    node = yaml.MappingNode("tag:yaml.org,2002:map", pairs, flow_style=False)
+    return str(yaml.serialize(node, Dumper=yaml.dumper.BaseDumper, allow_unicode=True, width=110))
+
+
+def _flag(action: argparse.Action) -> str:
+    """Choose the name of an option that stands in files: the first long one; of a positional argument, its own."""
+    return next((each for each in action.option_strings if each.startswith("--")), (*action.option_strings, "")[0]) or (
+        action.dest
+    )
+
+
+def _takes_list(action: argparse.Action) -> bool:
+    return action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction)

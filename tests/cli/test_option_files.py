@@ -1,0 +1,190 @@
+"""Options in YAML files: what is written is read as the same options, and what cannot be read is an error."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, strategies as st
+
+from calibrated_rewards.cli import train
+from calibrated_rewards.cli.main import COMMANDS, load_command, main
+from calibrated_rewards.cli.option_files import parse_options, write_config
+from calibrated_rewards.training.launch import Launch
+
+POLICY = ["--policy", "./sft", "--max-tokens", "64"]
+# For each command options of every form: texts, numbers, flags and their opposites, lists, positional arguments.
+WORDS: dict[str, list[str]] = {
+    "demo": ["--quick", "--out", "demo"],
+    "check-scorer": ["--reward-model", "./rm", "--option", "mark=<x>", "--option", "step_tokens=[3, 5]", "--no-cost"],
+    "calibrate": [
+        *POLICY,
+        "-k",
+        "8",
+        "--stop",
+        "\n\n",
+        "--stop",
+        "null",
+        "--cost",
+        "--reward-model",
+        "a=./b=c",
+        "--out",
+        "t",
+    ],
+    "inspect": ["table/"],
+    "frontier": ["run/", "--kl", "0.5", "1e-1", "--best-of", "2", "4"],
+    "reward": ["table/", "--reward-model", "./rm", "--transform", "best-of:4:1.0", "--out", "reward"],
+    "evaluate": [
+        *POLICY,
+        "--policy",
+        "raw=x",
+        "--reference",
+        "r",
+        "--prompts",
+        "p",
+        "--out",
+        "e",
+        "-m",
+        "4",
+        "--no-kl",
+    ],
+    "report": ["experiment/"],
+    "serve": ["reward/", "--port", "0", "--seconds", "2.5", "--insecure"],
+    "path": ["trl_reward"],
+    "cp": ["trl_reward", "there", "--force"],
+}
+LAUNCH = ["--policy", "./sft", "--reward", "reward", "--prompts", "p.jsonl", "--out", "run", "--lr", "1e-4"]
+TRAINERS = {
+    "rloo": [*LAUNCH, "--transform", "exp:5:0.5", "--lora-rank", "16", "--report-to", "trackio", "tensorboard"],
+    "grpo": [*LAUNCH, "--raw", "--beta", "2"],
+    "grpo --plain": [*LAUNCH, "--plain", "--baseline", "group-mean", "--force"],
+    "ppo": [*LAUNCH, "--whiten", "no", "--device", "cpu"],
+}
+
+
+def parse(command: str, words: list[str]) -> dict[str, Any]:
+    """The options of a command, without the names of the files."""
+    parser = argparse.ArgumentParser(command)
+    load_command(command).add_arguments(parser)
+    options = vars(parse_options(parser, words))
+    return {name: value for name, value in options.items() if name not in ("config", "save_config")}
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "train"])
+def test_saved_options_are_the_same_options(command: str, tmp_path: Path) -> None:
+    """Of each command: from the command line, to a file, and from the file alone."""
+    plain = parse(command, WORDS[command])
+    file = tmp_path / "options.yaml"
+    assert parse(command, [*WORDS[command], "--save-config", str(file)]) == plain
+    assert parse(command, ["--config", str(file)]) == plain
+    assert parse(command, ["--config", str(file), "--save-config", str(tmp_path / "again.yaml")]) == plain
+    assert (tmp_path / "again.yaml").read_text() == file.read_text()
+    assert len(yaml.safe_load(file.read_text())) >= 1
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_saved_options_of_a_trainer_are_the_same_run(trainer: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Its launch and its settings; `plain: true` of a file chooses the plain loop as --plain does."""
+    runs: list[tuple[Launch, Any]] = []
+    load = train.Trainer.load
+
+    def recorded(self: train.Trainer) -> Any:
+        description, settings, _ = load(self)
+        return description, settings, lambda launch, settings: runs.append((launch, settings))
+
+    monkeypatch.setattr(train.Trainer, "load", recorded)
+    name, file = trainer.split(maxsplit=1)[0], str(tmp_path / "options.yaml")
+    for words in (TRAINERS[trainer], [*TRAINERS[trainer], "--save-config", file], ["--config", file]):
+        assert main(["train", name, *words]) == 0
+    assert runs[0] == runs[1] == runs[2]
+    assert runs[0][1].lr == 1e-4
+
+
+def parser() -> argparse.ArgumentParser:
+    """A parser of options of every form."""
+    made = argparse.ArgumentParser("it")
+    made.add_argument("place", nargs="?")
+    made.add_argument("--text")
+    made.add_argument("--number", type=float, default=1.5)
+    made.add_argument("--flag", action="store_true")
+    made.add_argument("--cost", action=argparse.BooleanOptionalAction, default=None)
+    made.add_argument("--each", action="append")
+    made.add_argument("--several", nargs="+", type=int)
+    made.add_argument("--how", choices=("no", "yes"))
+    return made
+
+
+printable = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1)
+
+
+@given(printable, st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.lists(printable, min_size=1))
+def test_any_text_comes_back(tmp_path_factory: Any, text: str, number: float, flag: bool, each: list[str]) -> None:
+    """Quotes, colons, hashes, words that YAML takes for other things: the text that was given."""
+    file = str(tmp_path_factory.mktemp("any") / "options.yaml")
+    words = [f"--text={text}", f"--number={number}", "--cost" if flag else "--no-cost", *(f"--each={e}" for e in each)]
+    expected = vars(parser().parse_args(words))
+    parse_options(parser(), [*words, "--save-config", file])
+    options = vars(parse_options(parser(), ["--config", file]))
+    assert {name: options[name] for name in expected} == expected
+
+
+def test_the_command_line_wins(tmp_path: Path) -> None:
+    """Over the file's text, list, flag and positional argument; what neither says has its default."""
+    file = tmp_path / "options.yaml"
+    file.write_text("place: there\ntext: a\neach: [b, c]\nseveral:\n  - 1\n  - 2\ncost: yes\nflag: true\nhow: no\n")
+    options = parse_options(parser(), ["--config", str(file)])
+    assert (options.place, options.text, options.each, options.several) == ("there", "a", ["b", "c"], [1, 2])
+    assert (options.cost, options.flag, options.how, options.number) == (True, True, "no", 1.5)
+    words = ["here", "--text", "z", "--each", "y", "--several", "3", "--no-cost", "--number", "2"]
+    options = parse_options(parser(), [*words, "--config", str(file)])
+    assert (options.place, options.text, options.each, options.several) == ("here", "z", ["y"], [3])
+    assert (options.cost, options.flag, options.how, options.number) == (False, True, "no", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("text: a\nnumbr: 2", "line 2: numbr is no option of this command; did you mean number?"),
+        ("zzzz: 2", "there are place, text, number"),
+        ("text: [a, b]", "line 1: text needs one value, got a list"),
+        ("text: {a: b}", "text needs one value, got a mapping"),
+        ("each: [{a: b}]", "each needs a list of texts, got a mapping"),
+        ("flag: 3", "flag needs true or false, got 3"),
+        ("text: a\ntext: b", "line 2: text is there twice"),
+        ("number: many", "argument --number: invalid float value: 'many'"),
+        ("how: maybe", "argument --how: invalid choice: 'maybe'"),
+        ("- text", "needs lines of OPTION: VALUE, got a sequence"),
+        ("text: 'a", "is no YAML"),
+        ("config: other.yaml", "config is no option"),
+    ],
+)
+def test_what_is_no_option_is_an_error(content: str, why: str, tmp_path: Path, capsys: Any) -> None:
+    """With the file, the line and the nearest name, or in argparse's words; and nothing is saved."""
+    file = tmp_path / "options.yaml"
+    file.write_text(content)
+    with pytest.raises(SystemExit):
+        parse_options(parser(), ["--config", str(file), "--save-config", str(tmp_path / "saved.yaml")])
+    assert why in capsys.readouterr().err
+    assert not (tmp_path / "saved.yaml").exists()
+
+
+def test_files_that_are_not_there_and_words_cut_short(tmp_path: Path, capsys: Any) -> None:
+    """A missing file is named; an abbreviation would be overlooked, and is an error; null is as if not said."""
+    for words, why in [(["--config", "none.yaml"], "none.yaml: No such file"), (["--conf", "x"], "not abbreviated")]:
+        with pytest.raises(SystemExit):
+            parse_options(parser(), words)
+        assert why in capsys.readouterr().err
+    file = tmp_path / "options.yaml"
+    file.write_text("text: null\nnumber:\n")
+    options = parse_options(parser(), ["--config", str(file)])
+    assert (options.text, options.number) == (None, 1.5)
+    file.write_text("")
+    assert parse_options(parser(), ["--config", str(file)]).text is None
+
+
+def test_the_file_is_one_that_people_write() -> None:
+    """Numbers and words without quotes, lists in brackets, in the order of the help."""
+    actions = {name: parser()._option_string_actions[f"--{name}"] for name in ("number", "several", "cost")}
+    content = write_config(actions, {"cost": True, "several": ["1", "2"], "number": "1e-6"})
+    assert content == "number: 1e-6\nseveral: [1, 2]\ncost: true\n"
