@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from scipy.special import expit, logit, rel_entr
 
-from calibrated_rewards.evaluation.expectations import expect
+from calibrated_rewards.evaluation.expectations import TableRewards, expect
 from calibrated_rewards.evaluation.table_laws import mean_masses
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
@@ -78,7 +78,7 @@ def draw(rng: Any, atoms: Any, share: float, K: int) -> Any:
 
 
 def make_case(name: str, K: int, prompts: int) -> tuple[Any, Any]:
-    """References and laws of prompts, all with a law of their own but those of "30 % at ..."."""
+    """References and laws of prompts, by the name of a case of `test_promises_with_ties_are_kept`."""
     rng = np.random.default_rng(K)
     if name == "0 and 1":
         shares = rng.beta(1.0, 1.5, prompts)
@@ -135,3 +135,13 @@ def test_masses_of_values_by_their_references() -> None:
         seen = rng.multinomial(K - 1, truth, size=40_000) == r
         assert estimates[r] == pytest.approx((seen * truth).sum() / seen.sum(), rel=0.03)
     assert mean_masses(np.ones(50, np.int64), 10)[1] == 0.0
+
+
+def test_values_that_tie_by_chance_get_the_mass_they_have() -> None:
+    """Each prompt has 87 equally likely scores of its own: two of 32 references do not make one of 1/16."""
+    rng, K, cells = np.random.default_rng(0), 32, 87
+    rows = rng.integers(cells, size=(1000, K)) + rng.random((1000, 1))
+    policies = TableRewards(table_of(rows), Identity()).blocks[0]
+    assert policies.atoms is not None
+    masses = np.diff(policies.ends)[policies.atoms]
+    assert np.quantile(masses[masses > 0], [0.05, 0.5, 0.95]) == pytest.approx([1 / cells] * 3, rel=0.2)
