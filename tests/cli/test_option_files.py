@@ -33,6 +33,9 @@ WORDS: dict[str, list[str]] = {
         "t",
     ],
     "inspect": ["table/"],
+    "recommend": ["run/", "--best-of", "1-16", "--kl", "0.4", "--judge", "j", "--estimator", "posterior"],
+    "push": ["table/", "me/table", "--private", "--rollouts", "--licence", "mit", "--base-model", "a/b"],
+    "best-at-n": ["dumps/", "--n", "1", "8", "--score", "acc"],
     "frontier": ["run/", "--kl", "0.5", "1e-1", "--best-of", "2", "4"],
     "reward": ["table/", "--reward-model", "./rm", "--transform", "best-of:4:1.0", "--out", "reward"],
     "evaluate": [

@@ -118,7 +118,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     write_verl(tmp_path / "v", 20, [(p, s) for p in "ab" for s in (0.0, 1.0, 0.0, 0.0)])
     assert main(["best-at-n", str(tmp_path / "v"), "--n", "1", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Step 20: best@4 is 1.000 [1.000, 1.000], from 2 prompts with 4 completions or more")
+    assert lines[0].startswith("Step 20: best@4 is 1.000, from 2 prompts with 4 completions or more")
     assert lines[0].endswith("a bootstrap with replacement says 0.684, 0.316 too low.")
     assert lines[2].split() == ["step", "N", "best@N", "worst@N", "pass@N", "bootstrap", "best@N"]
     assert [line.split()[:3] for line in lines[3:]] == [
