@@ -324,7 +324,7 @@ def test_a_gain_is_told_only_beyond_its_margin(value, half, ess, of_gain):
     rate = {name: {"p": IntervalEstimate(0.6, 0.5, 0.7, 0.1, 30)} for name in ("reward", "judge")}
     gain = IntervalEstimate(value, value - half, value + half, 0.1, 30)
     point = FrontierPoint(
-        "exp:5", 0.5, 0.0, 1.0, ess, {"p": ess}, rate, dict.fromkeys(rate, {"p": gain}), {"p": of_gain}
+        "exp:5", 0.5, 0.0, 1.0, ess, {"p": ess}, rate, {name: {"p": gain} for name in rate}, {"p": of_gain}
     )
     wide = half + resolution_limit(of_gain)
     assert point.verdict("judge", "p") == ("better" if value > wide else "worse" if value < -wide else None)
