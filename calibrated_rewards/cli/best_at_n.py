@@ -19,10 +19,10 @@ EPILOG = """examples:
   calibrated-rewards best-at-n run/completions/ --threshold 0.5 --json   # TRL: log_completions=True
 
 best@N and worst@N are the expected highest and lowest score of N completions, pass@N the chance that one or more of N
-reach the threshold: averages over all choices of N of a prompt's completions, without replacement, so unbiased. The
-intervals (95 %) resample prompts. `bootstrap` is best@N with replacement, which verl logs as val-core/.../best@N/mean
-up to its own noise: it is too low, for a resample of n completions holds only some of them. Exit code: 0 printed, 2 the
-dump cannot be read."""
+reach the threshold: averages over all choices of N of a prompt's completions, without replacement, so unbiased. Of
+scores 0 and 1, best@N is pass@N. The intervals (95 %) resample prompts. `bootstrap` is best@N with replacement, which
+verl logs as val-core/.../best@N/mean up to its own noise: it is too low, for a resample of n completions holds only
+some of them. Exit code: 0 printed, 2 the dump cannot be read."""
 
 
 def parse_threshold(text: str) -> float:
@@ -82,6 +82,10 @@ def estimate_step(step: "DumpedStep", ns: list[int] | None, threshold: float | N
         if passes is not None:
             estimates["pass"] = pass_at_k(step.scores, n, threshold=passes)
         intervals = {name: IntervalEstimate.of(estimate) for name, estimate in estimates.items()}
+        bounded = {"pass", *(estimates if step.binary else ())}
+        intervals = {name: each.clip(0.0, 1.0) if name in bounded else each for name, each in intervals.items()}
+        if step.binary and passes is not None and 0 < passes <= 1:
+            intervals["pass"] = intervals["best"]  # the same number, but for rounding
         biased = best_at_k(step.scores, n, replacement=True).value
         counts = {"prompts": len(step.prompts), "completions": step.fewest}
         rows.append({"step": step.step, "n": n, **counts, **intervals, "threshold": passes, "bootstrap_best": biased})
@@ -95,13 +99,16 @@ def write_verdict(rows: list[dict[str, Any]]) -> str:
     short = best.value - biased
     bias = f"; a bootstrap with replacement says {biased:.3f}, {short:.3f} too low" if short >= 0.0005 else ""
     many = f"{last['prompts']:,} prompts with {last['completions']:,} completions or more"
-    return f"Step {last['step']}: best@{n} is {best}, from {many}{bias}."
+    name = f"best@{n} = pass@{n}" if last.get("pass") == best else f"best@{n}"
+    return f"Step {last['step']}: {name} is {best}, from {many}{bias}."
 
 
 def write_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Write a line for each step and N."""
-    with_pass = any("pass" in row for row in rows)
-    head = ["step", "N", "best@N", "worst@N", *(["pass@N"] if with_pass else []), "bootstrap best@N"]
+    """Write a line for each step and N; best@N and pass@N, where they are the same, in one column."""
+    is_same = all(row.get("pass") == row["best"] for row in rows)
+    with_pass = not is_same and any("pass" in row for row in rows)
+    best = "best@N = pass@N" if is_same else "best@N"
+    head = ["step", "N", best, "worst@N", *(["pass@N"] if with_pass else []), "bootstrap best@N"]
     cells = [head]
     for row in rows:
         intervals: list[IntervalEstimate | str] = [row["best"], row["worst"]]

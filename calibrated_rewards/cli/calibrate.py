@@ -30,9 +30,10 @@ share the work, on one machine or on many with a shared folder (accelerate launc
 on a cluster without one. Use the trainer's own decoding settings. `calibrated-rewards inspect table/` shows the result.
 Exit code: 0 done, 2 wrong usage, or something that cannot be loaded or done, 130 stopped by Ctrl-C."""
 
-NEXT = """next: calibrated-rewards inspect {out}     check the table
-      calibrated-rewards frontier {out}    compare what training for each reward would achieve
-      calibrated-rewards reward --help     make the reward that trainers load
+NEXT = """next: calibrated-rewards inspect {out}      check the table
+      calibrated-rewards recommend {out}    choose the transform and beta to train with; is K enough?
+      calibrated-rewards frontier {out}     compare what training for each reward would achieve
+      calibrated-rewards reward --help      make the reward that trainers load
 """
 ROUNDS = (16, 32, 64, 128)
 

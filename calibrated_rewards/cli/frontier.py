@@ -4,20 +4,23 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from calibrated_rewards.cli.options import Real, Whole, parse_best_of
 from calibrated_rewards.evaluation.objectives import AnyObjective, default_objectives, parse_objective, rival_objectives
+from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
 
 if TYPE_CHECKING:
     from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
 
 EPILOG = """examples:
-  calibrated-rewards frontier table/                                   every reward, at KL 0.5, 1 and 2
+  calibrated-rewards frontier table/                                   every reward, best and worst of 4 at KL 0.5
+  calibrated-rewards frontier table/ --best-of 8 --kl 0.5 1 2          one procedure at several KLs
   calibrated-rewards frontier table/ --select reward --judge judge     selected by one scorer, judged by another
   calibrated-rewards frontier table/ --arms raw identity exp:10 best-of:4 --best-of 4 --kl 0.5
   calibrated-rewards frontier table/ --arms best-of:1-16 best-of:4 best-of:16 --best-of 1 4 16      N is not known
+  calibrated-rewards frontier table/ --best-of 4 --estimator posterior      with the beta of recommend's estimator
   calibrated-rewards frontier table/ --out frontier.json --plot frontier.png
 
 DIR is the folder of a calibration. Its rollouts, scored by one reward model or by several, are reweighted to the exact
@@ -43,8 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "best of N, or 1-N for an N that is not known, beside single responses (4)"
     add("--best-of", type=parse_best_of, nargs="+", metavar="N", help=text)
     add("--worst-of", type=Whole(1), nargs="+", metavar="N", help="worst of N, an attacker's best (4)")
+    text = "how K references estimate a quantile (%(default)s): beta is for rewards with it"
+    add("--estimator", choices=get_args(Estimator), default="empirical", help=text)
     add("--rivals", action="store_true", help="compare with IAMA, TailRL and RS-GRPO too, at their own optimum")
-    add("--all", action="store_true", help="print a table for each KL and judge")
+    add("--all", action="store_true", help="print a table for each KL and judge, with all procedures")
     add(
         "--arms",
         type=parse_arm,
@@ -91,6 +96,7 @@ def run(options: argparse.Namespace) -> int:
         selected_by=references.selected_by,
         judged_by=references.judged_by,
         table=references.table,
+        estimator=options.estimator,
     )
     if options.out is not None:
         frontier.save(options.out)

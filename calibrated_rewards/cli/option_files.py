@@ -6,7 +6,7 @@ says replaces what the file says.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,6 +24,8 @@ NULL = "tag:yaml.org,2002:null"
 YES, NO = ("true", "yes", "on"), ("false", "no", "off")
 # Options that are not of a run.
 OUTSIDE = {"help", "config", "save_config"}
+# The key of the command that wrote a file.
+COMMAND = "command"
 
 
 def parse_options(
@@ -45,11 +47,13 @@ def parse_options(
     with read_raw(parser):
         given = vars(parser.parse_args(words))
     try:
-        read = read_config(places.config, list_actions(parser)) if places.config else {}
-        values = {**read, **{dest: raw for dest, raw in given.items() if dest not in OUTSIDE}}
+        read = read_config(places.config, list_actions(parser), name_command(parser)) if places.config else {}
+        values = {dest: raw for dest, raw in given.items() if dest not in OUTSIDE}
+        excluded = list_excluded(parser, values)
+        values = {**{dest: raw for dest, raw in read.items() if dest not in excluded}, **values}
         options = parser.parse_args(write_words(list_actions(parser), values), namespace)
         if places.save_config:
-            write_file(places.save_config, write_config(list_actions(parser), values))
+            write_file(places.save_config, write_config(list_actions(parser), values, name_command(parser)))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     options.config, options.save_config = places.config, places.save_config
@@ -78,11 +82,30 @@ def list_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {_flag(action).lstrip("-").replace("_", "-"): action for action in actions}
 
 
-def read_config(file: Path, actions: Mapping[str, argparse.Action]) -> dict[str, Raw]:
+def name_command(parser: argparse.ArgumentParser) -> str:
+    """Name a parser's command as its files do: all trainers of `train` share theirs.
+
+    >>> name_command(argparse.ArgumentParser("calibrated-rewards train rloo"))
+    'train'
+    """
+    return parser.prog.removeprefix("calibrated-rewards ").split()[0]
+
+
+def list_excluded(parser: argparse.ArgumentParser, given: Collection[str]) -> set[str]:
+    """List the options, by their attributes, that exclude one of the given ones."""
+    groups = [{action.dest for action in group._group_actions} for group in parser._mutually_exclusive_groups]
+    return {dest for group in groups if group & {*given} for dest in group}
+
+
+def read_config(file: Path, actions: Mapping[str, argparse.Action], command: str) -> dict[str, Raw]:
     """Read a file of options, by the names of their attributes; ValueError for what is no option, with its line."""
     values: dict[str, Raw] = {}
     for key, node in read_pairs(file):
         where, name = f"--config {file}, line {key.start_mark.line + 1}", str(key.value).replace("_", "-")
+        if name == COMMAND:
+            if node.value != command:
+                raise ValueError(f"{where}: needs options of {command}, got those of {node.value!s:.80}")
+            continue
         if name not in actions:
             nearest = get_close_matches(name, actions, 1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(actions)}"
@@ -149,8 +172,8 @@ def write_words(actions: Mapping[str, argparse.Action], values: Mapping[str, Raw
     return [*words, "--", *positional] if positional else words
 
 
-def write_config(actions: Mapping[str, argparse.Action], values: Mapping[str, Raw]) -> str:
-    """Write options as YAML, in the order of the command's help."""
+def write_config(actions: Mapping[str, argparse.Action], values: Mapping[str, Raw], command: str) -> str:
+    """Write options as YAML: the command's name, and the options in the order of its help."""
 
     def build_node(raw: Raw) -> yaml.Node:
         if isinstance(raw, list):
@@ -159,9 +182,8 @@ def write_config(actions: Mapping[str, argparse.Action], values: Mapping[str, Ra
         is_null = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False)) == NULL
         return yaml.ScalarNode("tag:yaml.org,2002:str", text, style='"' if is_null else None)
 
-    pairs = [
-        (build_node(name), build_node(values[action.dest])) for name, action in actions.items() if action.dest in values
-    ]
+    raws = {name: values[action.dest] for name, action in actions.items() if action.dest in values}
+    pairs = [(build_node(name), build_node(raw)) for name, raw in {COMMAND: command, **raws}.items()]
     node = yaml.MappingNode("tag:yaml.org,2002:map", pairs, flow_style=False)
     return str(yaml.serialize(node, Dumper=yaml.dumper.BaseDumper, allow_unicode=True, width=110))
 

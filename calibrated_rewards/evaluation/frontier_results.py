@@ -1,6 +1,7 @@
 """Results of a frontier: each objective at each KL, the verdicts that intervals allow, print and JSON.
 
-In print the headline comes first, then a table for each judge, then notes; with `all_tables` one for each KL too.
+In print the headline comes first, then a table for each judge, then notes. The columns are KLs, or where there are
+several procedures beside one draw, those at the headline's KL. With `all_tables` each KL and judge has a table.
 """
 
 import json
@@ -190,30 +191,37 @@ class FrontierEstimate:
         yield from (f"\nLeft out: {reason}" for reason in self.left_out)
 
     def _tables(self) -> Iterator[str]:
-        """A table for each judge, what the headline is about first: win rates under the main procedure by KL."""
+        """A table for each judge, what the headline is about first: win rates at the main KL by procedure, or by KL."""
         points, main, procedure = self.main_points()
         (kl,) = {point.kl for point in points}
+        named = [each for each in self.procedures if each != "Standard()"]
+        several = len(named) > 1
+        shown, title = (named, f"KL {kl:g}") if several else ([procedure], format_procedure(procedure))
+        names = [*dict.fromkeys(point.arm for point in (points if several else self.points))]
+        ess = {point.arm: f"{min(point.ess_of[each] for each in shown):.1f}" for point in points}
+        betas = {point.arm: f"{point.beta:.4g}" for point in points}
+        ends = ("smallest ESS", "beta") if several else (f"ESS at KL {kl:g}", f"beta at KL {kl:g}")
         for judge in sorted(points[0].win_rates, key=lambda judge: judge != main):
-            yield f"\n{format_procedure(procedure)}, judged by {judge}"
-            columns = {f"KL {each:g}": self._column(each, judge, procedure) for each in self._kls}
-            names = [*dict.fromkeys(point.arm for point in self.points)]
-            at = {point.arm: point for point in points}
-            columns[f"ESS at KL {kl:g}"] = [f"{at[name].ess_of[procedure]:.1f}" if name in at else "" for name in names]
-            columns[f"beta at KL {kl:g}"] = [f"{at[name].beta:.4g}" if name in at else "" for name in names]
+            yield f"\n{title}, judged by {judge}"
+            if several:
+                columns = {format_procedure(each): self._column(names, kl, judge, each) for each in shown}
+            else:
+                columns = {f"KL {each:g}": self._column(names, each, judge, procedure) for each in self._kls}
+            for head, cells in zip(ends, (ess, betas), strict=True):
+                columns[head] = [cells.get(name, "") for name in names]
             yield from (f"  {line}" for line in format_table(names, columns))
-            yield from self._verdict_lines(points, judge, [procedure])
-        if len(self.procedures) > 1 or len(self._kls) > 1:
-            others = ", ".join(format_procedure(each) for each in self.procedures if each != procedure)
+            yield from self._verdict_lines(points, judge, shown)
+        if len(self._kls) > 1 or len(self.procedures) > len(shown):
+            others = ", ".join(format_procedure(each) for each in self.procedures if each not in shown)
             yield f"\n--all prints every KL with its verdicts{f', and {others}' * bool(others)}."
 
     @property
     def _kls(self) -> list[float]:
         return sorted({point.kl for point in self.points})
 
-    def _column(self, kl: float, judge: str, procedure: str) -> list[str]:
+    def _column(self, names: Sequence[str], kl: float, judge: str, procedure: str) -> list[str]:
         """Write the win rate of each objective at a KL; nothing for one that does not reach it."""
         at = {point.arm: point for point in self.points if point.kl == kl}
-        names = dict.fromkeys(point.arm for point in self.points)
         return [
             f"{at[name].win_rates[judge][procedure]}{at[name].mark(judge, procedure)}" if name in at else ""
             for name in names

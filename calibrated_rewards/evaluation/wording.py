@@ -2,10 +2,11 @@
 
 from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from calibrated_rewards.evaluation.estimates import FEW_PROMPTS, IntervalEstimate
 from calibrated_rewards.theory.mixtures import BestOfUpTo
-from calibrated_rewards.theory.named import parse_procedure, parse_repr, parse_transform
+from calibrated_rewards.theory.named import ByRank, parse_procedure, parse_repr, parse_transform
 from calibrated_rewards.theory.optimum import Optimal
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.theory.transforms import Chain, Exponential, Identity, Log, Transform
@@ -202,8 +203,21 @@ def format_table(names: Sequence[str], columns: Mapping[str, Sequence[object]]) 
 
 
 def choose_procedure(names: Sequence[str]) -> str:
-    """Choose the procedure that a summary is about: best-of-N, if it is among them."""
-    return next((name for name in names if name.startswith("BestOf")), names[0])
+    """Choose the procedure that a summary is about: the first best-of-N with N > 1, else the first such worst-of-N.
+
+    >>> choose_procedure(["Standard()", "BestOf(n=1)", "WorstOf(n=2)", "BestOf(n=8)", "BestOf(n=4)"])
+    'BestOf(n=8)'
+    >>> choose_procedure(["Standard()", "WorstOf(n=2)"]), choose_procedure(["Standard()", "BestOf(n=1)"])
+    ('WorstOf(n=2)', 'Standard()')
+    """
+    several: dict[str, ByRank] = {}
+    for name in names:
+        with suppress(ValueError):  # a procedure of the user's own
+            procedure = parse_procedure(name)
+            if procedure.draws > 1:
+                several[name] = procedure
+    best = (name for name, procedure in several.items() if not isinstance(procedure, WorstOf))
+    return next(best, next(iter(several), names[0]))
 
 
 def choose_judge(names: Sequence[str], selected_by: str) -> str:

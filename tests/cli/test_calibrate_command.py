@@ -72,12 +72,15 @@ def test_a_dry_run_writes_nothing(models, tmp_path, capsys):
 
 
 def test_rollouts_made_elsewhere(tmp_path, capsys):
-    """With the scores that they have."""
+    """With the scores that they have; what comes next is said, to the stream that scripts do not read."""
     rows = [{"prompt": "2+2=", "text": text, "r": score} for text, score in (("4", 1.0), ("5", 0.0))]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--rollouts", str(tmp_path / "rows.jsonl"), "--completions", "text", "--scores", "r"]
     assert main(["calibrate", *words, "--out", str(tmp_path / "t")]) == 0
-    assert "1 prompts, 2 references" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "1 prompts, 2 references" in output.out
+    for command in "inspect", "recommend", "frontier":
+        assert f"calibrated-rewards {command} {tmp_path / 't'} " in output.err
     assert ReferenceTable.load(tmp_path / "t").scores(0).tolist() == [0.0, 1.0]
 
 

@@ -52,8 +52,10 @@ WORDS: dict[str, list[str]] = {
         "4",
         "--no-kl",
     ],
+    "best-at-n": ["dump/", "--n", "1", "4", "--threshold", "-0.5", "--json"],
     "report": ["experiment/"],
     "serve": ["reward/", "--port", "0", "--seconds", "2.5", "--insecure"],
+    "push": ["table/", "me/table", "--private"],
     "path": ["trl_reward"],
     "cp": ["trl_reward", "there", "--force"],
 }
@@ -83,7 +85,7 @@ def test_saved_options_are_the_same_options(command: str, tmp_path: Path) -> Non
     assert parse(command, ["--config", str(file)]) == plain
     assert parse(command, ["--config", str(file), "--save-config", str(tmp_path / "again.yaml")]) == plain
     assert (tmp_path / "again.yaml").read_text() == file.read_text()
-    assert len(yaml.safe_load(file.read_text())) >= 1
+    assert len(yaml.safe_load(file.read_text())) >= 2
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -145,6 +147,37 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
     assert (options.cost, options.flag, options.how, options.number) == (False, True, "no", 2.0)
 
 
+def test_the_command_line_wins_over_what_it_excludes(tmp_path: Path, capsys: Any) -> None:
+    """`--worst-of` drops the file's `best-of`, and it alone; two that the file or the words have are an error."""
+    file = tmp_path / "rec.yaml"
+    file.write_text("table: there\nbest-of: 8\nkl: 2\n")
+    options = parse("recommend", ["--config", str(file), "--worst-of", "16", "--save-config", str(tmp_path / "again")])
+    assert (options["best_of"], options["worst_of"], options["kl"]) == (None, 16, 2.0)
+    assert yaml.safe_load((tmp_path / "again").read_text()).keys() == {"command", "table", "worst-of", "kl"}
+    assert parse("recommend", ["--config", str(file), "--best-of", "2"])["best_of"].n == 2
+    file.write_text("table: there\nbest-of: 8\nworst-of: 8\n")
+    for words in (["--config", str(file)], ["--config", str(file), "--best-of", "2", "--worst-of", "2"]):
+        with pytest.raises(SystemExit):
+            parse("recommend", words)
+        assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_a_file_of_another_command_is_refused(tmp_path: Path, capsys: Any) -> None:
+    """Its `out` would be overwritten; a file without a name, and one of another trainer, are taken."""
+    file = tmp_path / "rec.yaml"
+    parse("recommend", ["run/", "--out", "rec.json", "--save-config", str(file)])
+    with pytest.raises(SystemExit):
+        parse("frontier", ["--config", str(file)])
+    assert f"--config {file}, line 1: needs options of frontier, got those of recommend" in capsys.readouterr().err
+    file.write_text(file.read_text().replace("command: recommend\n", ""))
+    assert parse("frontier", ["--config", str(file)])["out"] == Path("rec.json")
+    rloo, grpo = (argparse.ArgumentParser(f"calibrated-rewards train {name}") for name in ("rloo", "grpo --plain"))
+    rloo.add_argument("--lr", type=float)
+    grpo.add_argument("--lr", type=float)
+    parse_options(rloo, ["--lr=2", "--save-config", str(file)])
+    assert parse_options(grpo, ["--config", str(file)]).lr == 2.0
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -189,5 +222,5 @@ def test_files_that_are_not_there_and_words_cut_short(tmp_path: Path, capsys: An
 def test_the_file_is_one_that_people_write() -> None:
     """Numbers and words without quotes, lists in brackets, in the order of the help."""
     actions = {name: parser()._option_string_actions[f"--{name}"] for name in ("number", "several", "cost")}
-    content = write_config(actions, {"cost": True, "several": ["1", "2"], "number": "1e-6"})
-    assert content == "number: 1e-6\nseveral: [1, 2]\ncost: true\n"
+    content = write_config(actions, {"cost": True, "several": ["1", "2"], "number": "1e-6"}, "reward")
+    assert content == "command: reward\nnumber: 1e-6\nseveral: [1, 2]\ncost: true\n"

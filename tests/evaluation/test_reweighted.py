@@ -17,6 +17,7 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli import frontier
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.evaluation.estimates import Estimate, IntervalEstimate, Samples, estimate_columns
+from calibrated_rewards.evaluation.expectations import expect
 from calibrated_rewards.evaluation.frontier import estimate_frontier
 from calibrated_rewards.evaluation.frontier_results import (
     ERRORS,
@@ -33,7 +34,9 @@ from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.theory.mixtures import BestOfUpTo
+from calibrated_rewards.theory.optimum import optimum
 from calibrated_rewards.theory.procedures import BestOf, Calibrated, SoftBestOf, Standard, WorstOf
+from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, bin_masses, win_rate
 from calibrated_rewards.theory.transforms import Exponential, Identity, Log, NormalQuantile
 
@@ -443,6 +446,43 @@ def test_the_command(run, capsys, tmp_path):
     swapped = json.loads(asked(capsys, at, "--select", "judge", "--json", "--kl", "0.3", "--arms", "raw"))
     assert list(swapped["points"][0]["win_rates"]) == ["judge", "reward"]
     assert swapped["procedures"] == ["Standard()", "BestOf(n=4)", "WorstOf(n=4)"]
+
+
+def test_the_command_for_several_n(run, capsys):
+    """The headline is of the first N above 1; the table has a column for each N, of the headline's KL."""
+    at, _ = run
+    words = (at, "--arms", "raw", "best-of:4", "--kl", "0.3", "0.5", "--best-of", "1", "4", "2")
+    points = [point for point in json.loads(asked(capsys, *words, "--json"))["points"] if point["kl"] == 0.5]
+    text = asked(capsys, *words)
+    assert text.startswith("Without training, at KL 0.5 and best of 4, judged by judge: optimum for best of 4 wins")
+    for judge in "judge", "reward":
+        head, *rows = text.partition(f"KL 0.5, judged by {judge}\n")[2].splitlines()[:3]
+        assert re.split("  +", head.strip()) == ["best of 1", "best of 4", "best of 2", "smallest ESS", "beta"]
+        for row, point in zip(rows, points, strict=True):
+            cells = re.split("  +", row.strip())
+            assert cells[0] == point["arm"]
+            for cell, procedure in zip(cells[1:4], ("BestOf(n=1)", "BestOf(n=4)", "BestOf(n=2)"), strict=True):
+                assert cell.startswith(f"{point['win_rates'][judge][procedure]['value']:.3f}")
+            assert cells[4] == f"{min(point['ess_of'].values()):.1f}"
+    assert text.count(", judged by ") == 3
+    one = asked(capsys, at, "--arms", "raw", "--kl", "0.3", "0.5", "--best-of", "2")
+    head = one.partition("best of 2, judged by judge\n")[2].splitlines()[0]
+    assert re.split("  +", head.strip()) == ["KL 0.3", "KL 0.5", "ESS at KL 0.5", "beta at KL 0.5"]
+    worst = asked(capsys, at, "--arms", "raw", "--kl", "0.5", "--worst-of", "2")
+    assert worst.startswith("Without training, at KL 0.5 and worst of 2, judged by judge")
+
+
+def test_the_command_takes_an_estimator(run, capsys):
+    """Betas are those of `expect` on the table with the same estimator, which differ by estimator."""
+    at, tables = run
+    betas = {}
+    for estimator in "empirical", "posterior":
+        words = ("--kl", "0.3", "--arms", "best-of:4", "--best-of", "4", "--estimator", estimator, "--json")
+        betas[estimator] = json.loads(asked(capsys, at, *words))["points"][0]["beta"]
+        transform = scaled(optimum(BestOf(4), kl=0.3).transform, "unit")
+        expected = expect(tables["reward"], transform, kl=0.3, procedure=BestOf(4), estimator=estimator)
+        assert betas[estimator] == pytest.approx(expected.beta, rel=1e-6)
+    assert betas["empirical"] != pytest.approx(betas["posterior"], rel=1e-3)
 
 
 def test_the_command_for_an_n_that_is_not_known(run, capsys):

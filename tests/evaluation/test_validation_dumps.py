@@ -118,14 +118,46 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     write_verl(tmp_path / "v", 20, [(p, s) for p in "ab" for s in (0.0, 1.0, 0.0, 0.0)])
     assert main(["best-at-n", str(tmp_path / "v"), "--n", "1", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Step 20: best@4 is 1.000, from 2 prompts with 4 completions or more")
+    assert lines[0].startswith("Step 20: best@4 = pass@4 is 1.000, from 2 prompts with 4 completions or more")
     assert lines[0].endswith("a bootstrap with replacement says 0.684, 0.316 too low.")
-    assert lines[2].split() == ["step", "N", "best@N", "worst@N", "pass@N", "bootstrap", "best@N"]
+    assert lines[2].split() == ["step", "N", "best@N", "=", "pass@N", "worst@N", "bootstrap", "best@N"]
     assert [line.split()[:3] for line in lines[3:]] == [
         ["0", "1", "0.000"],
         ["0", "4", "0.000"],
         ["20", "1", "0.250"],
         ["20", "4", "1.000"],
+    ]
+
+
+def test_intervals_end_where_scores_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 0/1 scores all within [0, 1] and reached; of other scores pass@N alone, in a column of its own."""
+    solved = [(str(p), float(p > 0 or i == 3)) for p in range(5) for i in range(4)]
+    write_verl(tmp_path / "v", 0, solved)
+    names = ("best", "worst", "pass")
+
+    def read_intervals(*words: str) -> list[dict[str, float]]:
+        assert main(["best-at-n", str(tmp_path / "v"), "--n", "1", "2", *words, "--json"]) == 0
+        return [row[name] for row in json.loads(capsys.readouterr().out)["rows"] for name in names]
+
+    binary = read_intervals()
+    assert all(0.0 <= each["low"] <= each["value"] <= each["high"] <= 1.0 for each in binary)
+    assert max(each["high"] for each in binary) == 1.0
+    assert [binary[0], binary[3]] == [binary[2], binary[5]]
+    write_verl(tmp_path / "v", 0, [(prompt, 3 * score) for prompt, score in solved])
+    scaled = read_intervals("--threshold", "3")
+    assert scaled[0]["high"] > 3.0  # no bound is known
+    assert [scaled[2][end] for end in ("value", "low", "high")] == pytest.approx(
+        [binary[2][end] for end in ("value", "low", "high")]
+    )
+    assert main(["best-at-n", str(tmp_path / "v"), "--threshold", "3"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].split() == [
+        "step",
+        "N",
+        "best@N",
+        "worst@N",
+        "pass@N",
+        "bootstrap",
+        "best@N",
     ]
 
 
