@@ -298,6 +298,8 @@ class CombinedReward:
     ) -> Float64[np.ndarray, " n"]:
         components = [name for name in self.rewards if name not in self.constraints]
         members, floor = np.stack([u[name] for name in components]), np.stack([least[name] for name in components])
+        if not members.shape[1]:
+            return np.zeros(0)  # some functions, such as an average, have no value for no pairs
         values = self.how(members, floor)
         short = [np.maximum(least_u - u[name], 0.0) for name, least_u in self.constraints.items()]
         if not short:

@@ -4,12 +4,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from calibrated_rewards.files import check_folder_name
-from calibrated_rewards.reward.saving import COMBINED, MEMBERS, PROMPTS, SCORER, SETTINGS, TABLE
+from calibrated_rewards.reward.saving import COMBINED, MEMBERS, PROMPTS, SCORER, SETTINGS, TABLE, check_prompts
 from calibrated_rewards.table.card import HUB_NAME, Card, find_hub_names, write_card
 from calibrated_rewards.table.hub import upload
 from calibrated_rewards.table.reference_table import ReferenceTable
@@ -76,17 +76,18 @@ def write_repository(
                 "repository's name, --reward-model NAME or load_scorer(NAME); or with scorer=None, for "
                 "from_pretrained(..., scorer=)"
             )
-    for source in (at / file for at in settings for file in FILES):
-        if source.exists():
-            target = folder / source.relative_to(saved)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+    for source in (at / file for at, each in settings.items() for file in list_files(at, each)):
+        target = folder / source.relative_to(saved)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
     if not card:
         return
     own = settings[saved]
     # By the name of the component; that of a calibrated combination, which stands above them, has none.
     tables = {
-        at.name if at != saved else "": ReferenceTable.load(at / TABLE) for at in settings if (at / TABLE).is_dir()
+        at.name if at != saved else "": ReferenceTable.load(at / TABLE)
+        for at, each in settings.items()
+        if each["format"] != COMBINED
     }
     code = CODE.format(name=name, scorer="" if own.get("scorer", ...) else ", scorer=my_reward_model")
     facts = {label: write_setting(own[label]) for label in SHOWN if own.get(label) not in (None, {})}
@@ -106,6 +107,13 @@ def read_parts(saved: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield from read_parts(saved / MEMBERS / name)
     if isinstance(settings.get("scorer"), dict) and "folder" in settings["scorer"]:
         yield from read_parts(saved / SCORER)
+
+
+def list_files(at: Path, settings: Mapping[str, Any]) -> list[str]:
+    """List the files of a saved reward; others of `FILES` in its folder are those of a reward saved there earlier."""
+    if settings["format"] == COMBINED:
+        return [SETTINGS]
+    return [file for file in FILES if file != PROMPTS or check_prompts(at, settings)]
 
 
 def write_setting(value: Any) -> str:

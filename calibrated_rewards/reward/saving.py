@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibrated_rewards.files import check_folder_name, import_function, write_file
+from calibrated_rewards.files import check_folder_name, import_function, replace_file, write_file
 from calibrated_rewards.models.server_address import check_saved, format_url, is_secret, token_for
 from calibrated_rewards.reward.find_prompts import Originals, RunPrompts
 from calibrated_rewards.table.reference_table import ReferenceTable
@@ -192,7 +192,8 @@ def save(reward: Any, to: Directory) -> None:
     if _is_combined(reward.scorer):
         reward.scorer.save_pretrained(at / SCORER)
         settings["scorer"]["digest"] = _digest(at / SCORER)
-    _write_settings(at, FORMAT, {"table": _read_digest(at), **settings})
+    prompts = {"bytes": (at / PROMPTS).stat().st_size} if (at / PROMPTS).exists() else None
+    _write_settings(at, FORMAT, {"table": _read_digest(at), "prompts": prompts, **settings})
 
 
 def save_combined(reward: Any, to: Directory) -> None:
@@ -239,8 +240,9 @@ def _digest(at: Path) -> str:
 
 def _save_prompts(reward: Any, to: Path) -> None:
     if reward.originals is not None:
-        if not (to.exists() and os.path.samefile(reward.originals.path, to)):
-            shutil.copyfile(reward.originals.path, to)
+        # In one step: processes that use this folder have its file mapped, and one that is cut short kills them.
+        with open(reward.originals.path, "rb") as source, replace_file(to) as file:
+            shutil.copyfileobj(source, file)
         return
     run = RunPrompts.beside(reward.table)
     if run is not None:
@@ -296,6 +298,8 @@ def load(cls: Any, at: Path, scorer: Any, trust: bool, changes: Mapping[str, Any
             raise ValueError(COMBINED_HINT.format(at=at))
         if saved.pop("table", None) != _read_digest(at) and "table" not in changes:
             raise ValueError(f"{at / SETTINGS} and {at / TABLE} {UNFINISHED}")
+        has_prompts = not {"table", "originals"} & {*changes} and check_prompts(at, saved)
+        saved.pop("prompts", None)
         if not scorer and isinstance(saved["scorer"], dict) and "folder" in saved["scorer"]:
             scorer = _load_part(at, SCORER, saved["scorer"]["digest"], trust)
         settings = {
@@ -306,10 +310,28 @@ def load(cls: Any, at: Path, scorer: Any, trust: bool, changes: Mapping[str, Any
         known = {each.name for each in fields(cls)}
         if unknown := {*settings, *changes} - known:
             raise ValueError(f"a calibrated reward has no setting {', '.join(sorted(unknown))}; it has {sorted(known)}")
-        has_prompts = (at / PROMPTS).exists() and "table" not in changes
         prompts = Originals(str(at / PROMPTS)) if has_prompts else None
         table = changes["table"] if "table" in changes else ReferenceTable.load(at / TABLE)
         return cls(**{"scorer": scorer, "table": table, "originals": prompts, **settings, **changes})
+
+
+def check_prompts(at: Path, saved: Mapping[str, Any]) -> bool:
+    """Tell if a calibrated reward was saved with prompts; ValueError if their file is not as long as it was then.
+
+    The settings of earlier versions do not say: any file of prompts that lies there is theirs.
+    """
+    size = (at / PROMPTS).stat().st_size if (at / PROMPTS).exists() else None
+    if "prompts" not in saved:
+        return size is not None
+    if saved["prompts"] is None:
+        return False
+    if size != saved["prompts"]["bytes"]:
+        length = "no file" if size is None else f"{size} bytes"
+        raise ValueError(
+            f"{at / PROMPTS} needs the {saved['prompts']['bytes']} bytes with which it was saved, got {length}: "
+            "save the reward again"
+        )
+    return True
 
 
 def load_combined(cls: Any, at: Path, scorers: Mapping[str, Any], trust: bool, changes: Mapping[str, Any]) -> Any:

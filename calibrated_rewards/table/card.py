@@ -24,6 +24,9 @@ README, FIGURE = "README.md", "scores.png"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Settings of a fingerprint whose values may name a checkpoint.
 NAMING = {"base", "checkpoint", "model", "name", "policy", "reference"}
+# Names of settings that may hold a secret, and values with a path of this machine in them or a password in an url.
+SECRET = re.compile(r"key|token(?!iz)|secret|passw|passphrase|auth|credential|cookie|bearer|jwt", re.IGNORECASE)
+PRIVATE = re.compile(r"""(^|[\s"'=,;:(\[])(/[\w.]|~[\w/]|\.[.\w]*[/\\]|[A-Za-z]:[/\\]|\\\\\w|file:)|://[^/\s]*@""")
 # Shown of a fingerprint: texts up to this length, and so many settings.
 LONGEST, MOST = 64, 16
 # Prompts in the figure, and what is under it.
@@ -104,18 +107,37 @@ def describe_table(table: "ReferenceTable") -> Iterator[tuple[str, str]]:
 
 
 def list_settings(settings: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """List the settings of a fingerprint that are short, by their own names; paths of this machine are left out.
+    """List the settings of a fingerprint that are short, by their own names; secrets and local paths are left out.
 
     >>> dict(list_settings({"dtype": "float32", "text": {"max_length": 512, "template": "x" * 99}, "top_k": None}))
     {'dtype': 'float32', 'max_length': '512'}
+    >>> dict(list_settings({"max_tokens": 64, "token": "hf_x", "model": "/home/me/sft"}))
+    {'max_tokens': '64'}
     """
+    if SECRET.search(name) and not _is_number(settings, name):
+        return
     if isinstance(settings, Mapping):
         for own, value in settings.items():
             yield from list_settings(value, str(own))
     elif settings not in (None, "", []):
         text = settings if isinstance(settings, str) else json.dumps(settings)
-        if len(text) <= LONGEST and not text.startswith(("/", "~", ".")):
+        if len(text) <= LONGEST and not _is_private(settings):
             yield name, text
+
+
+def _is_number(value: Any, name: str) -> bool:
+    """Tell if a setting is the number of tokens, or of a token in a vocabulary, which opens nothing."""
+    numbers = value if isinstance(value, list) else [value]
+    return "token" in name.lower() and all(isinstance(each, bool | int | float) for each in numbers)
+
+
+def _is_private(value: Any) -> bool:
+    """Tell if a value has a secret in it, a path of this machine, or an url with a password."""
+    if isinstance(value, Mapping):
+        return any(SECRET.search(str(name)) or _is_private(each) for name, each in value.items())
+    if isinstance(value, list):
+        return any(map(_is_private, value))
+    return isinstance(value, str) and (PRIVATE.search(value) is not None or ("/" in value and Path(value).exists()))
 
 
 def find_hub_names(meta: Any) -> list[str]:

@@ -93,6 +93,16 @@ def test_scores_that_are_there_already() -> None:
         combined.from_scores(PROMPTS, {"good": raw["good"]})
 
 
+@pytest.mark.parametrize("how", [WeightedMean(), WeightedMean((1.0, 2.0)), Lowest(), And(), Or()])
+def test_no_pairs_have_no_rewards(how: Any) -> None:
+    """Whatever combines them, in a call, as scores, and under a constraint."""
+    combined = CombinedReward(components(), how, {"safe": 0.5})
+    assert combined([], []) == combined.score([], []).reward == combined.score_texts([]).reward == []
+    logged: dict[str, float] = {}
+    assert combined([], [], log_metric=logged.__setitem__) == []
+    assert logged["combined/safe_violated"] == 0.0
+
+
 def test_a_constraint_comes_before_everything() -> None:
     """What violates it is worth less than anything that does not, and the less the further."""
     rewards, u = components(k=64), quantiles(components(k=64))

@@ -17,6 +17,7 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.reward import hub, saving
 from calibrated_rewards.reward.combined import CombinedReward, Lowest
+from calibrated_rewards.reward.find_prompts import Originals
 from calibrated_rewards.scorers.loading import FromCheckpoint
 from calibrated_rewards.scorers.protocol import Loaded
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
@@ -70,6 +71,29 @@ def test_the_card_of_a_combination(tmp_path: Path) -> None:
     files = {str(path.relative_to(tmp_path / "repository")) for path in (tmp_path / "repository").rglob("*.*")}
     components = {f"rewards/{name}/{file}" for name in combined.rewards for file in hub.FILES if "prompts" not in file}
     assert files == {"README.md", "scores.png", "reward.json", *components} - {"rewards"}
+
+
+def test_files_of_a_reward_that_was_saved_there_before_are_not_pushed(tmp_path: Path) -> None:
+    """Neither its prompts nor its table, in a combination or in a reward that was saved without prompts."""
+    table = ReferenceTable.build([("secret", [1.0, 2.0])])
+    originals = Originals.write(tmp_path / "prompts.jsonl", table, ["secret"])
+    first = CalibratedReward(NumberScorer(), table, originals=originals)
+    for name in ("", "rewards/first", "rewards/second"):
+        first.save_pretrained(tmp_path / "saved" / name)
+    text, _ = written(combination(), tmp_path)
+
+    files = {str(path.relative_to(tmp_path / "repository")) for path in (tmp_path / "repository").rglob("*.json*")}
+    parts = [f"rewards/{name}/{file}" for name in ("first", "second") for file in ("reward.json", "table/table.json")]
+    assert files == {"reward.json", *parts}
+    assert "| prompts |" not in text
+    hub.write_repository(tmp_path / "saved/rewards/first", tmp_path / "own", "me/reward", card=False)
+    assert not (tmp_path / "own/prompts.jsonl").exists()
+    first.save_pretrained(tmp_path / "again")
+    hub.write_repository(tmp_path / "again", tmp_path / "own", "me/reward", card=False)
+    assert (tmp_path / "own/prompts.jsonl").read_text() == '"secret"\n'
+    (tmp_path / "saved/rewards/first/prompts.jsonl").write_text('"secret"\n')
+    hub.write_repository(tmp_path / "saved/rewards/first", tmp_path / "other", "me/reward", card=False)
+    assert not (tmp_path / "other/prompts.jsonl").exists()
 
 
 def test_a_setting_is_written_as_its_call() -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.table import card, hub as table_hub
-from calibrated_rewards.table.card import describe_table, escape, find_hub_names
+from calibrated_rewards.table.card import describe_table, escape, find_hub_names, list_settings
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 
@@ -171,6 +171,52 @@ def test_a_card_says_what_the_table_was_made_with(tmp_path, monkeypatch):
     monkeypatch.setattr(ReferenceTable, "from_pretrained", lambda name: table if name == "me/table" else None)
     exec(code, names)
     assert names["table"] is table
+
+
+SECRETS = {
+    "api_key": "sk-12345",
+    "token": "hf_abc",
+    "auth": {"user": "me", "pw": "hunter2"},
+    "Authorization": "Basic xyz",
+    "db_password": 4711,
+    "credentials": ["cred-1"],
+    "client_secret": "s3cret",
+    "api_tokens": ["one-token"],
+    "url": "http://me:letmein@rm:8000",
+    "path": r"C:\Users\me",
+    "share": r"\\host\me",
+    "folder": "/home/me/rm",
+    "other": "../me/rm",
+    "home": "~me/rm",
+    "hidden": ".cache/me",
+    "file": "file:///home/me",
+    "said": "rm of /home/me/rm",
+    "several": ["org/a", "/home/me/a"],
+    "headers": [{"api_key": "k"}],
+    "inside": [{"at": "/home/me/b"}],
+}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_card_shows_no_secret_and_no_path(name):
+    """Whatever a user's metadata holds, however deep it is; the settings beside it are shown."""
+    public = {"model": "org/rm", "max_tokens": 64, "stop_token_ids": [1, 2], "add_special_tokens": True, "stop": ["."]}
+    for value in (SECRETS[name], [SECRETS[name]]):
+        assert dict(list_settings({**public, "of": {name: value}})) == {
+            "model": "org/rm",
+            "max_tokens": "64",
+            "stop_token_ids": "[1, 2]",
+            "add_special_tokens": "true",
+            "stop": '["."]',
+        }
+
+
+def test_a_relative_path_that_is_here_is_not_shown(tmp_path, monkeypatch):
+    """It looks like a name on the Hub, which is shown."""
+    (tmp_path / "models/sft").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    names = {"a": "models/sft", "b": "org/sft", "tokenizer": "org/words"}
+    assert dict(list_settings(names)) == {"b": "org/sft", "tokenizer": "org/words"}
 
 
 def test_without_matplotlib_a_card_has_no_figure(tmp_path, monkeypatch):
