@@ -34,8 +34,6 @@ WORDS: dict[str, list[str]] = {
     ],
     "inspect": ["table/"],
     "recommend": ["run/", "--best-of", "1-16", "--kl", "0.4", "--judge", "j", "--estimator", "posterior"],
-    "push": ["table/", "me/table", "--private", "--rollouts", "--licence", "mit", "--base-model", "a/b"],
-    "best-at-n": ["dumps/", "--n", "1", "8", "--score", "acc"],
     "frontier": ["run/", "--kl", "0.5", "1e-1", "--best-of", "2", "4"],
     "reward": ["table/", "--reward-model", "./rm", "--transform", "best-of:4:1.0", "--out", "reward"],
     "evaluate": [
@@ -55,7 +53,7 @@ WORDS: dict[str, list[str]] = {
     "best-at-n": ["dump/", "--n", "1", "4", "--threshold", "-0.5", "--json"],
     "report": ["experiment/"],
     "serve": ["reward/", "--port", "0", "--seconds", "2.5", "--insecure"],
-    "push": ["table/", "me/table", "--private"],
+    "push": ["table/", "me/table", "--private", "--rollouts", "--licence", "mit", "--base-model", "a/b"],
     "path": ["trl_reward"],
     "cp": ["trl_reward", "there", "--force"],
 }
