@@ -93,15 +93,19 @@ def describe_table(table: "ReferenceTable") -> Iterator[tuple[str, str]]:
     fewest, most = int(counts.min()), int(counts.max())
     yield "prompts", f"{len(table):,}"
     yield "references a prompt, K", f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
-    policy = dict(meta.get("sampler") or {})
-    decoding = policy.pop("decoding", None)
+    policy, decoding = meta.get("sampler"), None
+    if isinstance(policy, Mapping):
+        policy = dict(policy)
+        decoding = policy.pop("decoding", None)
     for label, settings in (
         ("decoding", decoding),
         ("reference policy", policy),
         ("reward model", meta.get("scorer")),
     ):
-        if settings:
-            yield label, ", ".join(f"{name}={value}" for name, value in [*list_settings(settings)][:MOST])
+        # A text or a list, which has no names, is written as it is.
+        parts = [f"{name}={value}" if name else value for name, value in list_settings(settings)]
+        if parts:
+            yield label, ", ".join(parts[:MOST])
     if meta.get("seed") is not None:
         yield "seed", str(meta["seed"])
 
