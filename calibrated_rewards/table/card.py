@@ -42,6 +42,7 @@ class Card:
     """What a card says beside what the tables know."""
 
     title: str
+    """The name of the repository."""
     tag: str
     """"reference-table" or "reward-model"."""
     summary: str
@@ -58,9 +59,11 @@ class Card:
 def write_card(folder: Path, card: Card, tables: Mapping[str, "ReferenceTable"]) -> None:
     """Write README.md, and the figure if matplotlib is there; the tables are by the name of their reward model."""
     from huggingface_hub import DatasetCardData
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in __all__
 
     from calibrated_rewards import __version__
 
+    validate_repo_id(card.title)  # it stands in code that people run
     sections = [*card.sections]
     if find_spec("matplotlib"):
         draw_scores(tables, folder / FIGURE)
