@@ -13,6 +13,7 @@ Estimate(0.444 ± 0.242 over 3 prompts)
 0.684
 """
 
+from numbers import Real
 from typing import TypeAlias
 
 import numpy as np
@@ -31,7 +32,7 @@ def pass_at_k(samples: Samples, k: int, *, threshold: float = 1.0) -> Estimate:
     The judging scores decide. With c of n passed it is 1 - binom(n - c, k) / binom(n, k), prompt by prompt.
     """
     _check("pass_at_k", samples, k)
-    if not np.isfinite(threshold):
+    if not isinstance(threshold, Real) or not np.isfinite(threshold):
         raise ValueError(f"pass_at_k needs a finite threshold, got threshold={threshold!r}.")
     passed = np.array([int((row >= threshold).sum()) for row in samples.judge])
     return Estimate(chance_to_pass(samples.sizes, passed, k))

@@ -23,6 +23,7 @@ references would be drawn again. Both rewards are saved and loaded (`saving.load
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -125,7 +126,7 @@ class CombinedReward:
             raise ValueError(f"a constraint is on one of {sorted(self.rewards)}, got {sorted(unknown)}")
         if not {*self.rewards} - {*self.constraints}:
             raise ValueError("a combined reward needs a component that is no constraint, got none")
-        if not all(0 <= least <= 1 for least in self.constraints.values()):
+        if not all(isinstance(least, Real) and 0 <= float(least) <= 1 for least in self.constraints.values()):
             raise ValueError(f"a constraint is a quantile in [0, 1], got {dict(self.constraints)}")
         for name, reward in self.rewards.items():
             if not isinstance(reward.transform, Identity) or reward.scale == "standard":

@@ -42,6 +42,7 @@ class Card:
     """What a card says beside what the tables know."""
 
     title: str
+    """The name of the repository."""
     tag: str
     """"reference-table" or "reward-model"."""
     summary: str
@@ -58,9 +59,11 @@ class Card:
 def write_card(folder: Path, card: Card, tables: Mapping[str, "ReferenceTable"]) -> None:
     """Write README.md, and the figure if matplotlib is there; the tables are by the name of their reward model."""
     from huggingface_hub import DatasetCardData
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in __all__
 
     from calibrated_rewards import __version__
 
+    validate_repo_id(card.title)  # it stands in code that people run
     sections = [*card.sections]
     if find_spec("matplotlib"):
         draw_scores(tables, folder / FIGURE)
@@ -93,15 +96,19 @@ def describe_table(table: "ReferenceTable") -> Iterator[tuple[str, str]]:
     fewest, most = int(counts.min()), int(counts.max())
     yield "prompts", f"{len(table):,}"
     yield "references a prompt, K", f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
-    policy = dict(meta.get("sampler") or {})
-    decoding = policy.pop("decoding", None)
+    policy, decoding = meta.get("sampler"), None
+    if isinstance(policy, Mapping):
+        policy = dict(policy)
+        decoding = policy.pop("decoding", None)
     for label, settings in (
         ("decoding", decoding),
         ("reference policy", policy),
         ("reward model", meta.get("scorer")),
     ):
-        if settings:
-            yield label, ", ".join(f"{name}={value}" for name, value in [*list_settings(settings)][:MOST])
+        # A text or a list, which has no names, is written as it is.
+        parts = [f"{name}={value}" if name else value for name, value in list_settings(settings)]
+        if parts:
+            yield label, ", ".join(parts[:MOST])
     if meta.get("seed") is not None:
         yield "seed", str(meta["seed"])
 

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from time import perf_counter
 from typing import Any, cast
 
@@ -19,7 +19,8 @@ from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.protocol import call, fingerprint, is_thread_safe, reads_messages
-from calibrated_rewards.theory.procedures import BestOf, Standard
+from calibrated_rewards.theory.procedures import BestOf, Standard, check_count
+from calibrated_rewards.training.check_settings.rules import read_decoding
 from calibrated_rewards.training.progress import ProgressLines
 from calibrated_rewards.training.run_folder import RunFolder
 
@@ -182,21 +183,31 @@ class BestOfNWinRate(TrainerCallback):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, least in [("n", self.n, 1), ("every", self.every, 1), ("prompts", len(self.prompts), 2)]:
-            if value < least:
-                raise ValueError(f"BestOfNWinRate needs {name} >= {least}, got {value}")
-        if self.completions is not None and self.completions < self.n:
-            raise ValueError(f"BestOfNWinRate needs completions >= n, got {self.completions} for n={self.n}")
+        completions = self.n if self.completions is None else self.completions
+        check_count("BestOfNWinRate", n=self.n, every=self.every, completions=completions)
+        if completions < self.n:
+            raise ValueError(f"BestOfNWinRate needs completions >= n, got {completions} for n={self.n}")
+        if len(self.prompts) < 2:
+            raise ValueError(f"BestOfNWinRate needs prompts >= 2, got {len(self.prompts)}")
+        if not isinstance(self.seed, int | np.integer) or self.seed < 0:
+            raise ValueError(f"BestOfNWinRate needs a whole seed >= 0, got seed={self.seed!r}")
         rows = self.judge.rows(self.prompts, self.ids)
         if rows.min() < 0:
             raise ValueError("BestOfNWinRate needs prompts that the judge's table knows, got one that it does not")
         self.references = Samples([self.judge.table.scores(row) for row in rows.tolist()])
         if self.decoding is None:
-            recorded = (self.judge.table.meta.get("sampler") or {}).get("decoding")
-            if recorded is None:
-                raise ValueError("the judge's table does not say how its references were drawn: give decoding")
-            ends = {name: tuple(recorded[name]) for name in ("stop", "stop_token_ids")}
-            self.decoding = Decoding(**{**recorded, **ends})
+            recorded = read_decoding(self.judge.table.meta)
+            # Of a part of the settings the others would be guessed.
+            if recorded is None or {*recorded} != {each.name for each in fields(Decoding)}:
+                got = "" if recorded is None else f", only {dict(recorded)!r:.200}"
+                raise ValueError(f"the judge's table does not say how its references were drawn{got}: give decoding")
+            try:
+                lists = {name: tuple(value) for name, value in recorded.items() if isinstance(value, list)}
+                self.decoding = Decoding(**{**recorded, **lists})
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"the decoding that the judge's table records cannot be used, {error}: give decoding"
+                ) from error
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Measure the policy before its first step."""

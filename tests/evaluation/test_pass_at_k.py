@@ -4,6 +4,7 @@ from fractions import Fraction
 from itertools import combinations, product
 from math import comb
 
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -128,14 +129,16 @@ def test_a_threshold_makes_a_pass() -> None:
     assert pass_at_k(samples, 1, threshold=0.4).per_prompt == pytest.approx([0.75, 0.25])
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Too few samples, a k that is no count, passes that cannot be: the error names the prompt or the number."""
     samples = Samples([[0.0, 1.0, 1.0], [1.0, 0.0]])
     with pytest.raises(ValueError, match="best_at_k needs k=3 samples or more of each prompt, got 2 of prompt 1"):
         best_at_k(samples, 3)
     with pytest.raises(ValueError, match="worst_at_k needs a whole k >= 1, got k=0"):
         worst_at_k(samples, 0)
-    with pytest.raises(ValueError, match="finite threshold, got threshold=nan"):
-        pass_at_k(samples, 1, threshold=float("nan"))
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    for threshold in (float("nan"), None, "1"):
+        with pytest.raises(ValueError, match=f"finite threshold, got threshold={threshold!r}"):
+            pass_at_k(samples, 1, threshold=threshold)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="0 <= passed <= n"):
         chance_to_pass(4, 5, 2)

@@ -146,6 +146,8 @@ def test_what_cannot_be_combined_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         ({"rewards": components(calibration=ZScore())}, "gives ZScore"),
         ({"rewards": rewards, "constraints": {"loud": 0.5}}, "a constraint is on one of"),
         ({"rewards": rewards, "constraints": {"safe": 1.5}}, "quantile in"),
+        ({"rewards": rewards, "constraints": {"safe": "0.5"}}, r"quantile in \[0, 1\], got \{'safe': '0.5'\}"),
+        ({"rewards": rewards, "constraints": {"safe": None}}, "quantile in"),
         ({"rewards": rewards, "constraints": dict.fromkeys(rewards, 0.5)}, "no constraint, got none"),
         ({"rewards": rewards, "how": WeightedMean((1.0,))}, "a weight for each of 3"),
     ]

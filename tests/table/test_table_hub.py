@@ -211,6 +211,31 @@ def test_a_card_shows_no_secret_and_no_path(name):
         }
 
 
+@pytest.mark.parametrize(
+    ("meta", "rows"),
+    [
+        ({"sampler": "my policy", "scorer": "my rm"}, {"reference policy": "my policy", "reward model": "my rm"}),
+        ({"sampler": ["a", "b"], "scorer": 3}, {"reference policy": '["a", "b"]', "reward model": "3"}),
+        ({"sampler": {"decoding": "greedy"}}, {"decoding": "greedy"}),
+        ({"sampler": "/home/me/sft"}, {}),
+    ],
+)
+def test_metadata_in_words_is_shown_as_it_is(tmp_path, meta, rows):
+    """A table that was not made by `calibrate` may say in a text what it was made with."""
+    table = ReferenceTable.build([("a", [1.0])], meta=meta)
+    table_hub.write_repository(table, tmp_path, "me/table")
+    shown = dict(describe_table(table))
+    assert {label: shown[label] for label in shown if label not in ("prompts", "references a prompt, K")} == rows
+
+
+@pytest.mark.parametrize("name", ['me/x")\nimport os', 'me/"x"', "me/x`", "a/b/c", "me/x y"])
+def test_a_name_that_would_be_code_is_refused(tmp_path, name):
+    """It stands in the card's python, and in its title."""
+    with pytest.raises(ValueError, match="Repo id must"):
+        table_hub.write_repository(ReferenceTable.build([("a", [1.0])]), tmp_path, name)
+    assert not (tmp_path / "README.md").exists()
+
+
 def test_a_relative_path_that_is_here_is_not_shown(tmp_path, monkeypatch):
     """It looks like a name on the Hub, which is shown."""
     (tmp_path / "models/sft").mkdir(parents=True)

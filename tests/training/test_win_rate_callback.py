@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import tiny
@@ -147,15 +148,24 @@ def test_the_run_is_the_run_that_it_would_have_been(policy: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"n": 0}, "n >= 1, got 0"),
-        ({"every": 0}, "every >= 1, got 0"),
+        ({"n": 0}, "a whole n >= 1, got n=0"),
+        ({"n": 2.5}, "a whole n >= 1, got n=2.5"),
+        ({"n": True}, "a whole n >= 1, got n=True"),
+        ({"every": 0}, "a whole every >= 1, got every=0"),
+        ({"every": 1.5}, "a whole every >= 1, got every=1.5"),
+        ({"completions": 8.5}, "a whole completions >= 1, got completions=8.5"),
+        ({"seed": -1}, "a whole seed >= 0, got seed=-1"),
+        ({"seed": 0.5}, "a whole seed >= 0, got seed=0.5"),
         ({"prompts": HELD_OUT[:1]}, "prompts >= 2, got 1"),
         ({"n": 4, "completions": 3}, "completions >= n, got 3 for n=4"),
         ({"prompts": ["never calibrated", "x"]}, "never calibrated"),
     ],
 )
-def test_what_cannot_be_compared_is_an_error(changes: dict[str, Any], why: str) -> None:
+def test_what_cannot_be_compared_is_an_error(
+    changes: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When the callback is made, not in the middle of a run."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     reward = scored(HashScorer(1), 1)
     with pytest.raises((ValueError, KeyError), match=why):
         BestOfNWinRate(None, reward, reward, **{"prompts": HELD_OUT, **changes})
@@ -169,3 +179,25 @@ def test_a_table_that_does_not_say_how_it_was_drawn_needs_a_decoding() -> None:
     with pytest.raises(ValueError, match="give decoding"):
         BestOfNWinRate(None, reward, bare, HELD_OUT)
     assert BestOfNWinRate(None, reward, bare, HELD_OUT, decoding=Decoding(3)).decoding == Decoding(3)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "got"),
+    [
+        ("my policy", "were drawn: give"),
+        ({"decoding": "greedy"}, "were drawn: give"),
+        ({"decoding": {}}, r"only \{\}: give"),
+        ({"decoding": {"temperature": 1.0}}, r"only \{'temperature': 1.0\}: give"),
+        ({"decoding": {**Decoding(5).fingerprint(), "beams": 4}}, "'beams': 4"),
+        ({"decoding": {**Decoding(5).fingerprint(), "temperature": 0.0}}, "temperature > 0"),
+        ({"decoding": {**Decoding(5).fingerprint(), "stop": "end"}}, "a tuple of texts"),
+    ],
+)
+def test_a_decoding_that_is_none_has_to_be_given(sampler: Any, got: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metadata in words, a part of the settings, others, and some that nothing can be drawn with."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    rows = [(prompt, [0.0, 1.0]) for prompt in PROMPTS]
+    judge = CalibratedReward(HashScorer(1), ReferenceTable.build(rows, meta={"sampler": sampler}))
+    with pytest.raises(ValueError, match=f"{got}.*decoding"):
+        BestOfNWinRate(None, judge, judge, HELD_OUT)
+    assert BestOfNWinRate(None, judge, judge, HELD_OUT, decoding=Decoding(3)).decoding == Decoding(3)
