@@ -18,7 +18,8 @@ ties, and training on its rewards converges to pi_ref e^{reward/beta}. The law o
   average: a value that two of K references have by chance has less than 2 / K (Good and Turing);
 * references divide the rest into gaps, with the rewards of the ranks between them. The mass of each gap is not known,
   and is drawn as it is between K draws of a continuous score (uniform on all that adds up). Without ties that is
-  `fixed_references`, averaged over prompts;
+  `fixed_references`, averaged over prompts. The gap above a prompt's highest reference exists as often as the table's
+  prompts have references there, one left out at a time: hardly ever, if the highest score of each prompt ties;
 * where the whole table has few values (0 and 1, ratings), all are atoms in every prompt. A prompt's share of each is
   drawn from a Dirichlet posterior on its references and those of all prompts: a rating that K references missed may
   come up. The posterior mean would not do, for a KL is not linear in it;
@@ -36,7 +37,15 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from calibrated_rewards.evaluation.table_laws import COMMON, Laws, ValueShares, count_common, draw_gaps
+from calibrated_rewards.evaluation.table_laws import (
+    COMMON,
+    Laws,
+    TopGaps,
+    ValueShares,
+    count_above,
+    count_common,
+    draw_gaps,
+)
 from calibrated_rewards.evaluation.wording import format_procedure
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
@@ -234,8 +243,8 @@ class TableRewards:
             elif few is not None:
                 parts = [few.laws(scores, vector, rng) for _ in range(draws if few.varies else 1)]
             else:
-                common = self.common_values(scores.shape[1])
-                parts = [draw_gaps(scores, vector, rng, common) for _ in range(draws)]
+                common = self.common_shares(scores.shape[1])
+                parts = [draw_gaps(scores, vector, rng, common, self.top_gaps) for _ in range(draws)]
             mass, rewards, atoms = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
             there = mass.any(axis=0)  # without places that are empty in every row
             mass = mass[:, there] / mass.sum(axis=1, keepdims=True)
@@ -250,14 +259,24 @@ class TableRewards:
         every = np.concatenate([scores.ravel() for _, scores in self.table.blocks(self.rows)])
         return np.unique(every, return_counts=True)
 
-    def common_values(self, K: int) -> ValueShares | None:
-        """Find values that K references have `COMMON` times or more on average, and fit their shares; None if none."""
+    def common_values(self, K: int) -> npt.NDArray[np.float32]:
+        """Find values that K references have `COMMON` times or more on average."""
         every, counts = self._value_counts
-        values = every[(counts * K >= COMMON * counts.sum()) & (counts > 2)]
+        return np.asarray(every[(counts * K >= COMMON * counts.sum()) & (counts > 2)])
+
+    def common_shares(self, K: int) -> ValueShares | None:
+        """Fit the shares of the values that are common among K references; None if there are none."""
+        values = self.common_values(K)
         if not len(values):
             return None
         blocks = [count_common(values, scores) for _, scores in self.table.blocks(self.rows)]
         return ValueShares.fit(values, np.concatenate(blocks))
+
+    @cached_property
+    def top_gaps(self) -> TopGaps:
+        """The law of the gap above a prompt's highest reference, from all prompts."""
+        blocks = [count_above(x, self.common_values(x.shape[1])) for _, x in self.table.blocks(self.rows)]
+        return TopGaps.fit(np.sum(blocks, axis=0))
 
     def _atoms(self, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float32], vector: Array) -> Laws:
         """With a tolerance there are no gaps: the references themselves are atoms, each with its own reward."""

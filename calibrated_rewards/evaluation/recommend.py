@@ -20,22 +20,26 @@ import numpy as np
 from calibrated_rewards.evaluation.estimates import IntervalEstimate, Samples
 from calibrated_rewards.evaluation.expectations import expect
 from calibrated_rewards.evaluation.frontier import estimate_frontier
+from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
 from calibrated_rewards.evaluation.objectives import OBJECTIVES, AnyObjective, Fixed, Transformed
 from calibrated_rewards.evaluation.recommendation import ENOUGH, Recommendation
 from calibrated_rewards.evaluation.references import References, read_references
 from calibrated_rewards.evaluation.wording import format_procedure
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.table.search import tie_spans
-from calibrated_rewards.theory.finite_k import Estimator
+from calibrated_rewards.theory.finite_k import Estimator, values
 from calibrated_rewards.theory.fixed_references import win_rate_at_kl
 from calibrated_rewards.theory.named import ByRank, NamedTransform, format_name, parse_transform
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate
+from calibrated_rewards.theory.transforms import Tabulated
 
 # How the loss falls is measured at this K or more, and at twice that; with ties it is taken to fall like this power.
 LEAST_K, DRAWS, RATE = 64, 300, 0.75
 # What else is tried where ties or a small K cost the optimum: names without their KL.
 OTHERS = {True: ("exp:10", "exp:5", "identity"), False: ("exp:-10", "exp:-5", "identity")}
+# Quantiles at which a policy's density is averaged over draws of references.
+GRID = 4000
 # Win rates that differ by less are as good: they are averages over drawn gaps between references.
 AS_GOOD = 0.003
 # A larger K is not simulated, but extrapolated to.
@@ -89,17 +93,26 @@ def recommend(
     for needed in ("raw", arm):
         if needed not in points:
             raise ValueError(next(reason for reason in frontier.left_out if reason.startswith(needed)))
-    key, single, own, judged = repr(procedure), repr(Standard()), references.selected_by, [*points[arm].win_rates][-1]
+    return _summarise(references, question, best, frontier, arm)
+
+
+def _summarise(
+    references: References, question: "_Question", best: "_Candidate", frontier: FrontierEstimate, arm: str
+) -> Recommendation:
+    """Take off what finite K costs, and leave out what is not known."""
+    procedure, kl = question.procedure, question.kl
+    points = {point.arm: point for point in frontier.points}
+    key, own, judged = repr(procedure), references.selected_by, [*points[arm].win_rates][-1]
     point, raw = points[arm], points["raw"]
     tied = _share_of_ties(references.table)
     limit = question.limit(best, tied)
-    loss = 0.0 if limit is None else limit - best.win_rate
-    if judged != own and limit is not None:
-        # By a judge a policy that fits noise loses in proportion to what it wins.
-        loss *= max(0.0, point.win_rates[judged][key].value - 0.5) / max(limit - 0.5, 1e-9)
-    # By the score that selects a transform with ties has its number at this K already.
-    loss = 0.0 if tied and judged == own else loss
-    known = raw.corrected
+    rate, loss = point.win_rates[judged][key], 0.0
+    if tied and judged != own and limit is not None:
+        # By the score that selects a transform with ties has its number at this K already; by a judge it loses in
+        # proportion to what it wins.
+        loss = (limit - best.win_rate) * max(0.0, rate.value - 0.5) / max(limit - 0.5, 1e-9)
+    elif not tied and limit is not None:
+        loss = limit - best.win_rate if judged == own else rate.value - question.judge_at_k(best, references)
     none = IntervalEstimate(0.0, None, None, None, frontier.prompts)
     return Recommendation(
         procedure=format_name(procedure),
@@ -107,13 +120,13 @@ def recommend(
         name=best.named.name,
         beta=best.beta,
         estimator=best.estimator,
-        win_rate=_shift(point.win_rates[judged][key], -loss).clip(0.0, 1.0),
-        raw_win_rate=raw.win_rates[judged][key] if known else None,
-        gain=_shift(point.gains[judged][key], -loss).clip(-1.0, 1.0) if known else None,
-        gain_shown=known and point.verdict(judged, key) is not None,
-        single_draw_gain=point.gains[judged].get(single, none),
+        win_rate=_shift(rate, -loss).clip(0.0, 1.0),
+        raw_win_rate=raw.win_rates[judged][key] if raw.corrected else None,
+        gain=_shift(point.gains[judged][key], -loss).clip(-1.0, 1.0) if raw.corrected else None,
+        gain_shown=point.verdict(judged, key) is not None,
+        single_draw_gain=point.gains[judged].get(repr(Standard()), none),
         own_win_rate=best.win_rate,
-        raw_own_win_rate=raw.win_rates[own][key] if known else None,
+        raw_own_win_rate=raw.win_rates[own][key] if raw.corrected else None,
         limit_win_rate=limit,
         references=int(np.median(references.samples.sizes)),
         references_needed=question.find_references_needed(best, limit, tied),
@@ -207,6 +220,31 @@ class _Question:
         except ValueError:  # half of the references do not reach the KL, or are none
             return None
         return candidate.win_rate + max(candidate.win_rate - half, 0.0) / (2**RATE - 1)
+
+    def judge_at_k(self, candidate: _Candidate, references: References) -> float:
+        """Estimate the judge's win rate of the policy that fits the rewards of K references.
+
+        Its density is a step function between references. What a judge sees of it is its average over draws of
+        references, a smooth policy with less KL.
+        """
+        K, rng = int(np.median(references.samples.sizes)), np.random.default_rng(0)
+        rewards = values(candidate.named.transform, K, candidate.estimator)[::2]
+        heights = np.exp((rewards - rewards.max()) / candidate.beta)
+        u = (np.arange(GRID) + 0.5) / GRID
+        drawn = [heights[np.searchsorted(np.sort(rng.random(K)), u)] for _ in range(DRAWS)]
+        density = np.maximum(np.mean([each / each.mean() for each in drawn], axis=0), 1e-300)
+        kl = float(np.mean(density * np.log(density)))
+        ends = np.log(density[[0, -1]])
+        average = Tabulated([0.0, *u, 1.0], [ends[0], *np.log(density), ends[1]])
+        frontier = estimate_frontier(
+            references.samples,
+            {"at K": Fixed(Transformed(average))},
+            [kl],
+            [self.procedure],
+            selected_by=references.selected_by,
+            judged_by=references.judged_by,
+        )
+        return frontier.points[0].win_rates[references.judged_by][repr(self.procedure)].value
 
     def find_references_needed(self, candidate: _Candidate, limit: float | None, tied: float) -> int | None:
         """Find the K at which the loss is `ENOUGH`, rounded up to two digits; None where it is less already."""

@@ -114,8 +114,70 @@ def mean_masses(sizes: npt.NDArray[np.int64], K: int) -> Array:
     return np.asarray((again + prior * r / K) / np.maximum(again + without + prior, 1e-300))
 
 
+@dataclass(frozen=True)
+class TopGaps:
+    """The law of the gap above a prompt's highest reference: its chance to exist, and its mean beside one without ties.
+
+    Where each prompt has a cap of its own (a prompt's offset and a limit), nothing is above the cap, and a policy that
+    went there would promise KL and wins that no training has. Of each pair, the first is for an untied highest
+    reference, the second for one that ties. Lower gaps need no such law: a policy gives them little mass.
+    """
+
+    chance: tuple[float, float]
+    scale: tuple[float, float]
+
+    @classmethod
+    def fit(cls, counts: npt.NDArray[np.int64]) -> "TopGaps":
+        """Fit to sums of `count_above`: for tied tops the mean mass, for untied ones also the mean of its square.
+
+        A gap with chance q and an exponential mass of mean s, in units of one without ties, has moments q s and q s^2.
+        """
+        above, trials = counts + 1.0  # with one trial more, as without ties
+        once, twice, tied = (above / trials).tolist()
+        chance = min(once**2 / twice, 1.0), min(tied, 1.0)
+        return cls(chance, (once / chance[0], tied / chance[1]))
+
+    def rescale(self, gaps: Array, is_tied: npt.NDArray[np.bool_]) -> Array:
+        """Turn exponential gaps into draws of this law: what exceeds -log(chance) is exponential again."""
+        pick = is_tied.astype(np.int64)
+        return np.asarray(np.maximum(gaps + np.log(self.chance)[pick], 0.0) * np.array(self.scale)[pick])
+
+
+def count_above(scores: npt.NDArray[np.float32], values: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """Count how often references that are left out lie above all others of their row, and the trials.
+
+    The columns: one is left out, and the highest of the others is untied; two are, and it is untied; one is, and it is
+    tied. Each case above counts as much as there are trials for one without ties. Common values are left aside.
+    """
+    if scores.shape[1] < 3:
+        return np.zeros((2, 3), np.int64)
+    shared = np.isin(scores, values)
+    n = (~shared).sum(axis=1)
+    scores, n = np.sort(np.where(shared, -np.inf, scores), axis=1)[n >= 3], n[n >= 3]
+    below, upto = tie_spans(scores)
+    third, second, top = (upto - below)[:, -3:].T  # how many references tie with each of the three highest
+    single, next_single, next_tied = top == 1, second == 1, (top == 1) & (second > 1)
+    pairs = n * (n - 1) // 2
+    trials = (
+        next_single + (n - 1) * single + 2 * (top == 2),
+        (third == 1)
+        + (n - 2) * next_single
+        + 2 * (single & (second == 2))
+        + (pairs - n + 1) * single
+        + 2 * (n - 2) * (top == 2)
+        + 3 * (top == 3),
+        next_tied + (n - 2) * (top == 2) + n * (top > 2),
+    )
+    above = n * next_single, pairs * (third == 1), n * next_tied
+    return np.array([[x.sum() for x in above], [x.sum() for x in trials]], np.int64)
+
+
 def draw_gaps(
-    scores: npt.NDArray[np.float32], vector: Array, rng: np.random.Generator, common: ValueShares | None
+    scores: npt.NDArray[np.float32],
+    vector: Array,
+    rng: np.random.Generator,
+    common: ValueShares | None,
+    tops: TopGaps,
 ) -> Laws:
     """Draw the law of gap, reference, gap, reference ... gap in each row, with the common values that a row misses."""
     n, K = scores.shape
@@ -137,6 +199,7 @@ def draw_gaps(
     # At least a quarter of what the untied references are: the masses of the others are means.
     rest = np.where(alone > 0, np.maximum(shares[:, -1] - atoms.sum(axis=1), alone / 4), 0.0)
     gaps = rng.exponential(size=there.shape) * there
+    gaps[:, -1] = np.where(shared[:, -1], gaps[:, -1], tops.rescale(gaps[:, -1], equal[:, -1] > 1))
     total = gaps.sum(axis=1, keepdims=True)
 
     places = np.hstack([np.tile(np.arange(2.0 * K + 1), (n, 1)), np.empty((n, len(values)))])

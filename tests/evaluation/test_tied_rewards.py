@@ -1,5 +1,6 @@
 """Tied rewards: closed forms of 0/1 rewards, and what `expect` promises where each prompt's law is known."""
 
+from itertools import combinations
 from typing import Any
 
 import jaxtyping
@@ -9,8 +10,9 @@ from scipy import stats
 from scipy.special import expit, logit, rel_entr
 
 from calibrated_rewards.evaluation.expectations import TableRewards, expect
-from calibrated_rewards.evaluation.table_laws import mean_masses
+from calibrated_rewards.evaluation.table_laws import TopGaps, count_above, mean_masses
 from calibrated_rewards.table.reference_table import ReferenceTable
+from calibrated_rewards.theory.optimum import optimum
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.theory.transforms import Exponential, Identity, Log, Power, Transform
@@ -65,9 +67,9 @@ def truths(rows: Any, laws: Any, transform: Transform, beta: float, n: int) -> t
 CELLS = 500
 
 
-def continuous_with(atoms: Any, share: float) -> tuple[Any, Any]:
-    """The law of a score that is uniform on [0, CELLS], in cells, or with chance `share` one of the atoms."""
-    scores = np.concatenate([np.arange(CELLS) + 0.5, atoms])
+def continuous_with(atoms: Any, share: float, offset: float = 0.0) -> tuple[Any, Any]:
+    """The law of a score that is uniform on CELLS cells from the offset, or with chance `share` one of the atoms."""
+    scores = np.concatenate([offset + np.arange(CELLS) + 0.5, atoms])
     mass = np.concatenate([np.full(CELLS, (1 - share) / CELLS), np.full(len(atoms), share / len(atoms))])
     order = np.argsort(scores)
     return scores[order], mass[order]
@@ -106,6 +108,79 @@ def test_promises_with_ties_are_kept(name: str, K: int) -> None:
         kls, rates = truths(rows, laws, transform, promise.beta, procedure.draws)
         assert rates.mean() == pytest.approx(promise.win_rate, abs=0.02)
         assert kls.mean() == pytest.approx(0.4, abs=0.02 + 3 * kls.std() / len(kls) ** 0.5)
+
+
+def make_own_caps(share: float, K: int, prompts: int) -> tuple[Any, Any]:
+    """References and laws of prompts that differ by an offset: `share` of each one's scores is at its cap."""
+    rng = np.random.default_rng(K)
+    offsets = 1000.0 * rng.permutation(prompts)
+    laws = [continuous_with([at + CELLS + 1.0], share, at) for at in offsets]
+    return [draw(rng, [CELLS + 1.0], share, K) + at for at in offsets], laws
+
+
+@pytest.mark.parametrize("K", [16, 64])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
+def test_nothing_is_promised_above_a_prompts_own_cap(share: float, K: int) -> None:
+    """KL and win rate by enumeration, as above; what the cap leaves out of reach is refused."""
+    rows, laws = make_own_caps(share, K, 400)
+    table, transform = table_of(rows), optimum(BestOf(4), kl=0.3).transform
+    promise = expect(table, transform, kl=0.3, procedure=BestOf(4))
+    kls, rates = truths(rows, laws, transform, promise.beta, 4)
+    assert rates.mean() == pytest.approx(promise.win_rate, abs=0.02)
+    assert kls.mean() == pytest.approx(0.3, abs=0.02 + 3 * kls.std() / len(kls) ** 0.5)
+    if share > 0.1:
+        with pytest.raises(ValueError, match="with all weight on the best of each prompt"):
+            expect(table, transform, kl=0.2 - np.log(share), procedure=BestOf(4))
+
+
+def test_few_references_hide_a_prompts_own_cap() -> None:
+    """A known limit, stated in the theory page: a cap that one of 8 references has looks like a score without ties."""
+    rows, laws = make_own_caps(0.3, 8, 2000)
+    transform = optimum(BestOf(4), kl=0.3).transform
+    promise = expect(table_of(rows), transform, kl=0.3, procedure=BestOf(4))
+    kls, rates = truths(rows, laws, transform, promise.beta, 4)
+    assert kls.mean() == pytest.approx(0.22, abs=0.04)
+    assert 0.03 < promise.win_rate - rates.mean() < 0.07
+
+
+def leave_out(rows: Any, left: int, tied: bool) -> tuple[float, int]:
+    """Cases above and trials of `count_above`, one subset after the other."""
+    above = trials = 0
+    for row in rows:
+        for out in combinations(range(len(row)), left):
+            others = np.delete(row, out)
+            if ((others == others.max()).sum() > 1) == tied:
+                trials += 1
+                above += bool((row[list(out)] > others.max()).all())
+    return above, trials
+
+
+def test_references_above_all_others_by_leaving_each_out() -> None:
+    """`count_above` is enumeration of all subsets; common values are as if they were not there."""
+    rng = np.random.default_rng(0)
+    rows = np.sort(rng.integers(8, size=(400, 7)), axis=1).astype(np.float32)
+    weights = {1: 7, 2: 21}
+    for (above, trials), (left, tied) in zip(
+        count_above(rows, rows[0, :0]).T, [(1, False), (2, False), (1, True)], strict=True
+    ):
+        cases, subsets = leave_out(rows, left, tied)
+        assert (above, trials) == (cases * weights[left], subsets)
+    with_common = np.sort(np.hstack([rows, np.full((400, 3), 3.5, np.float32)]), axis=1)
+    common = np.array([3.5], np.float32)
+    assert count_above(with_common, common).tolist() == count_above(rows, common).tolist()
+
+
+def test_gaps_above_have_a_chance_and_a_mean() -> None:
+    """Without ties gaps stay as they are; else a share of them is left, exponential with another mean."""
+    gaps = np.random.default_rng(0).exponential(size=200_000)
+    tied = np.arange(len(gaps)) % 2 == 1
+    untied = count_above(np.random.default_rng(0).normal(size=(50, 9)).astype(np.float32), np.empty(0, np.float32))
+    assert TopGaps.fit(untied) == TopGaps((1.0, 1.0), (1.0, 1.0))
+    assert (TopGaps.fit(untied).rescale(gaps, tied) == gaps).all()
+    drawn = TopGaps((0.4, 1.0), (2.5, 1.5)).rescale(gaps, tied)
+    assert (drawn[~tied] > 0).mean() == pytest.approx(0.4, abs=0.01)
+    assert stats.kstest(drawn[~tied & (drawn > 0)] / 2.5, "expon").pvalue > 1e-3
+    assert drawn[tied] == pytest.approx(1.5 * gaps[tied])
 
 
 @pytest.mark.parametrize(("K", "kl"), [(8, 0.8), (32, 0.7), (100, 0.6)])
