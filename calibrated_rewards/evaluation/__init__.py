@@ -4,7 +4,7 @@
 - `pass_at_k`: unbiased pass@k, best@k and worst@k; `validation_dumps` reads the samples that verl and TRL dump.
 - `policies`, `kl`: `evaluate` draws from policies, scores, and compares them with their reference.
 - `frontier`: `estimate_frontier` compares objectives without any training.
-- `recommend`: which transform and beta to train with, what it buys, whether K is enough.
+- `recommend`, `recommendation`: which transform and beta to train with, what it buys, whether K is enough.
 - `expectations`, `table_laws`: `expect` predicts beta, KL and win rate of training on a table, with its ties.
 - `results`, `frontier_results`, `wording`, `plots`, `report`: results in print, JSON, figures and one page of HTML.
 """
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from calibrated_rewards.evaluation.frontier import estimate_frontier as estimate_frontier
     from calibrated_rewards.evaluation.frontier_results import FrontierEstimate as FrontierEstimate
     from calibrated_rewards.evaluation.policies import evaluate as evaluate
-    from calibrated_rewards.evaluation.recommend import Recommendation as Recommendation, recommend as recommend
+    from calibrated_rewards.evaluation.recommend import recommend as recommend
+    from calibrated_rewards.evaluation.recommendation import Recommendation as Recommendation
     from calibrated_rewards.evaluation.results import Evaluation as Evaluation
 
 # Loaded on first use: they bring heavy libraries.
@@ -37,7 +38,7 @@ LAZY = {
     "FrontierEstimate": "frontier_results",
     "Expectation": "expectations",
     "expect": "expectations",
-    "Recommendation": "recommend",
+    "Recommendation": "recommendation",
     "recommend": "recommend",
 }
 

@@ -225,14 +225,18 @@ class IntervalEstimate:
         return cls(**fields)
 
     def clip(self, least: float, most: float) -> "IntervalEstimate":
-        """End the interval where possible values end: a stretched bootstrap may go further.
+        """Keep the estimate and its interval within what is possible: a stretched bootstrap may go further.
 
         >>> print(IntervalEstimate(0.9, 0.7, 1.1, 0.1, 5).clip(0.0, 1.0))
         0.900 [0.700, 1.000]
+        >>> print(IntervalEstimate(1.02, 0.8, 0.9, 0.1, 5).clip(0.0, 1.0))
+        1.000 [0.800, 1.000]
         """
+        value = min(max(self.value, least), most)
         if self.low is None or self.high is None:
-            return self
-        return replace(self, low=max(self.low, least), high=min(self.high, most))
+            return replace(self, value=value)
+        low, high = min(max(self.low, least), value), max(min(self.high, most), value)
+        return replace(self, value=value, low=low, high=high)
 
     def excludes(self, value: float) -> bool:
         """Tell whether the interval leaves a value out; never true without an interval, or for one without width.

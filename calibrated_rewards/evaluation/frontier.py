@@ -34,12 +34,14 @@ from calibrated_rewards.evaluation.objectives import (
 )
 from calibrated_rewards.evaluation.weighted_rollouts import Reweighted, RolloutsAtKL, extrapolate
 from calibrated_rewards.evaluation.wording import format_procedure
+from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.mixtures import BestOfUpTo
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Procedure, Standard, WorstOf
 from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate
+from calibrated_rewards.theory.transforms import Identity
 
 KLS = (0.25, 0.5, 1.0, 2.0)
 PROCEDURES: tuple[CalibratedProcedure, ...] = (Standard(), BestOf(4), WorstOf(4))
@@ -65,6 +67,8 @@ def estimate_frontier(
     with this estimator.
     """
     ranked = _check(references, kls, procedures)
+    if all(map(np.array_equal, references.select, references.judge)):
+        references = Samples(references.select)  # one scorer by two names
     if selected_by == judged_by and references.judge is not references.select:
         raise ValueError(
             f"estimate_frontier needs names apart for the scorers that select and judge, got selected_by="
@@ -137,7 +141,14 @@ def _estimate(
         parts = []
     ratio = rollouts.references.sizes.mean() / halves[0].references.sizes.mean() if halves else 2.0
     result = extrapolate(whole, parts, float(ratio))
-    return _make_exact(result, reward, rollouts, trained) if isinstance(reward, Transformed) else result
+    if isinstance(reward, Transformed):
+        return _make_exact(result, reward, rollouts, trained)
+    gap = rollouts.only_gap
+    if isinstance(reward, Uncalibrated) and gap is not None:
+        # Of two values the quantiles are 1/2 apart in every prompt: the raw score is the identity rescaled.
+        exact = _make_exact(result, Transformed(Identity()), rollouts, trained)
+        return replace(exact, beta=2 * gap * exact.beta, corrected=True)
+    return result
 
 
 def _make_exact(result: Reweighted, reward: Transformed, rollouts: RolloutsAtKL, trained: TableRewards) -> Reweighted:
@@ -174,5 +185,14 @@ def _add_intervals(
             both = np.minimum(each.ess, baseline[each.kl].ess).tolist()
             ess_of_gains = dict(zip(procedures, both, strict=True))
         yield FrontierPoint(
-            each.name, each.kl, each.kl_spread, each.beta, min(each.ess), ess, win_rates, gains_by_judge, ess_of_gains
+            each.name,
+            each.kl,
+            each.kl_spread,
+            each.beta,
+            min(each.ess),
+            ess,
+            win_rates,
+            gains_by_judge,
+            ess_of_gains,
+            each.corrected and (each.kl not in baseline or baseline[each.kl].corrected),
         )

@@ -29,16 +29,18 @@ from calibrated_rewards.files import write_file
 RELIABLE_ESS = 5
 """Below this effective sample size docs/evidence/results.md found win rates off by more than .02."""
 ERRORS = (
-    (1.5, 0.137, 0.113),
-    (3.0, 0.072, 0.062),
-    (5.0, 0.042, 0.039),
-    (8.0, 0.023, 0.025),
-    (12.0, 0.014, 0.015),
-    (20.0, 0.007, 0.008),
+    (1.5, 0.103, 0.105),
+    (3.0, 0.070, 0.076),
+    (5.0, 0.014, 0.020),
+    (8.0, 0.021, 0.015),
+    (12.0, 0.010, 0.009),
+    (20.0, 0.007, 0.006),
     (50.0, 0.005, 0.006),
     (inf, 0.002, 0.002),
 )
 """Below which ESS, the largest error of a win rate and of a gain that benchmarks/results/reweighted.json has there."""
+OWN_ERROR = 0.02
+"""The largest error of a gain by the score that selects, at any ESS there."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ class FrontierPoint:
     ess_of_gains: Mapping[str, float] = field(default_factory=dict)
     """By procedure, the smaller of this objective's and the first one's; empty where there are no gains."""
 
+    corrected: bool = True
+    """False where half of the rollouts were too few to correct this win rate, or the first objective's."""
+
     def ess_of_gain(self, procedure: str) -> float:
         """Return the effective sample size that a gain rests on."""
         return self.ess_of_gains.get(procedure, self.ess_of[procedure])
@@ -70,9 +75,11 @@ class FrontierPoint:
     def verdict(self, judge: str, procedure: str) -> Literal["better", "worse"] | None:
         """Compare with the first objective; None where the interval, widened by the resolution limit, holds 0."""
         gain = self.gains[judge][procedure] if self.gains else None
-        if gain is None or gain.low is None or gain.high is None:
+        if gain is None or gain.low is None or gain.high is None or not self.corrected:
             return None
         limit = resolution_limit(self.ess_of_gain(procedure))
+        if judge == next(iter(self.win_rates)):  # the score that selects comes first
+            limit = min(limit, OWN_ERROR)
         return "better" if gain.low > limit else "worse" if gain.high < -limit else None
 
     def format_rate(self, judge: str, procedure: str) -> str:
@@ -81,7 +88,13 @@ class FrontierPoint:
 
     def mark(self, judge: str, procedure: str) -> str:
         """Return the mark of a win rate that rests on a small effective sample size; none for one that is exact."""
-        return "" if self.win_rates[judge][procedure].exact else mark_ess(self.ess_of[procedure])
+        return (
+            ""
+            if self.win_rates[judge][procedure].exact
+            else "~"
+            if not self.corrected
+            else mark_ess(self.ess_of[procedure])
+        )
 
     def format_gain(self, judge: str, procedure: str) -> str:
         """Write a gain over the first objective, with a mark where it rests on a small effective sample size."""
@@ -94,7 +107,7 @@ def resolution_limit(ess: float) -> float:
     Measured on one model of scores (docs/evidence/results.md): it shows what a small K does, and is no bound.
 
     >>> resolution_limit(2.0), resolution_limit(100.0)
-    (0.062, 0.002)
+    (0.076, 0.002)
     """
     return next(gain for below, _, gain in ERRORS if ess < below or below == inf)
 
@@ -225,9 +238,7 @@ class FrontierEstimate:
 
     def _table(self, points: Sequence[FrontierPoint], judge: str) -> Iterator[str]:
         columns = {
-            format_procedure(each): [
-                f"{point.win_rates[judge][each]}{mark_ess(point.ess_of[each])}" for point in points
-            ]
+            format_procedure(each): [f"{point.win_rates[judge][each]}{point.mark(judge, each)}" for point in points]
             for each in self.procedures
         }
         numbers = {

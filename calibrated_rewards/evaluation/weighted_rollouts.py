@@ -42,6 +42,8 @@ class Reweighted:
     ess: tuple[float, ...]
     win_rates: Float[np.ndarray, "P columns"]
     """Procedures by the selecting score, then by the judge if there is one."""
+    corrected: bool = False
+    """True if what K rollouts are short of is taken off."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +78,12 @@ class RolloutsAtKL:
         """True if any two rollouts of a prompt have one selecting score."""
         standings = self.pools.by_select
         return bool(((standings.upto - standings.below > 1) & self.pools.there).any())
+
+    @property
+    def only_gap(self) -> float | None:
+        """The gap between the selecting scores, where all rollouts have one of two, as with a verifier; else None."""
+        values = np.unique(np.concatenate(self.pools.samples.select))
+        return float(values[1] - values[0]) if len(values) == 2 else None
 
     def halves(self, seed: int = 0) -> "tuple[RolloutsAtKL, ...]":
         """Split each prompt's rollouts at random in two; none if a half is too small for a procedure."""
@@ -168,6 +176,7 @@ def extrapolate(whole: Reweighted, halves: Sequence[Reweighted], ratio: float = 
     return replace(
         whole,
         win_rates=whole.win_rates + (whole.win_rates - fewer) / (ratio**rates - 1.0),
+        corrected=True,
         beta=exp(log(whole.beta) + (log(whole.beta) - log_beta) / (ratio**OWN_RATE - 1.0)),
     )
 

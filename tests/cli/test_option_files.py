@@ -33,7 +33,9 @@ WORDS: dict[str, list[str]] = {
         "t",
     ],
     "inspect": ["table/"],
-    "recommend": ["run/", "--worst-of", "16", "--kl", "1"],
+    "recommend": ["run/", "--best-of", "1-16", "--kl", "0.4", "--judge", "j", "--estimator", "posterior"],
+    "push": ["table/", "me/table", "--private", "--rollouts", "--licence", "mit", "--base-model", "a/b"],
+    "best-at-n": ["dumps/", "--n", "1", "8", "--score", "acc"],
     "frontier": ["run/", "--kl", "0.5", "1e-1", "--best-of", "2", "4"],
     "reward": ["table/", "--reward-model", "./rm", "--transform", "best-of:4:1.0", "--out", "reward"],
     "evaluate": [
@@ -50,10 +52,8 @@ WORDS: dict[str, list[str]] = {
         "4",
         "--no-kl",
     ],
-    "best-at-n": ["dump/", "--n", "1", "4", "--threshold", "-0.5", "--json"],
     "report": ["experiment/"],
     "serve": ["reward/", "--port", "0", "--seconds", "2.5", "--insecure"],
-    "push": ["table/", "me/table", "--private"],
     "path": ["trl_reward"],
     "cp": ["trl_reward", "there", "--force"],
 }

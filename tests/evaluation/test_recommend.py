@@ -12,9 +12,10 @@ from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.evaluation.expectations import expect
 from calibrated_rewards.evaluation.frontier import estimate_frontier
 from calibrated_rewards.evaluation.objectives import ExpectedScore, ExponentialUtility, OptimumAtKL, parse_objective
-from calibrated_rewards.evaluation.recommend import Recommendation
+from calibrated_rewards.evaluation.recommendation import Recommendation
 from calibrated_rewards.evaluation.references import References
 from calibrated_rewards.evaluation.weighted_rollouts import RolloutsAtKL
+from calibrated_rewards.theory.mixtures import BestOfUpTo
 from calibrated_rewards.theory.named import parse_transform
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate
@@ -62,7 +63,9 @@ def test_the_first_lines_answer():
     answer = recommend(References(samples, table_of(samples), "reward", "judge"), BestOf(4), kl=0.5)
     train, wins, enough, _, command, *rest = str(answer).splitlines()
     assert train == f"Train with best-of:4:0.5 (optimum for best of 4) and beta {answer.beta:.4g}."
-    assert re.match(r"It should win \d\d\.\d % \[.*\] of best of 4 duels by judge, against \d\d\.\d %", wins)
+    assert re.match(
+        r"It should win \d\d\.\d % \[.*\] of best of 4 duels by judge, .* points \[.*\] from the raw score's", wins
+    )
     assert enough.startswith("K = 32 is not enough: a policy that fits these references loses")
     assert command.strip() == answer.command
     assert len([line for line in rest if line.startswith("  best-of:4")]) == 1
@@ -159,6 +162,7 @@ def test_saved_and_read_again(tmp_path, capsys):
     [
         (["--kl", "9"], "best-of:4:9"),
         (["--best-of", "64"], "best of 64 needs 64 rollouts of each prompt or more, got K=24"),
+        (["--best-of", "1-3000000"], "best of 1 to 3000000 needs 3000000 rollouts of each prompt or more, got K=24"),
         (["--judge", "nobody"], "is a bare table: --select and --judge need a run with rollouts"),
     ],
 )
@@ -178,4 +182,53 @@ def test_ties_are_not_called_too_few_references():
     answer = recommend(table_of(Samples(scores)), BestOf(4), kl=0.2)
     assert answer.references_needed is None
     assert answer.enough
-    assert "100 % of the references tie with another" in str(answer)
+    assert re.search(r"(99|100).*% of the references tie with another", str(answer))
+    # The raw score of two values is the identity on another scale, and the same policy.
+    raw, identity = (point for point in answer.frontier.points if point.arm in ("raw", "identity"))
+    assert raw.win_rates == identity.win_rates
+    assert raw.beta == pytest.approx(2 * identity.beta)
+
+
+def test_one_tie_does_not_make_k_enough():
+    """Rounded as 16-bit scores are, or with a single tied pair, a small K costs what it costs without ties."""
+    samples = normals(300, 16)
+    plain = recommend(table_of(samples), BestOf(4), kl=0.5)
+    pair = [row.copy() for row in samples.select]
+    pair[0][1] = pair[0][0]
+    rounded = [np.round(row * 16) / 16 for row in samples.select]
+    for rows in pair, rounded:
+        answer = recommend(table_of(Samples(rows)), BestOf(4), kl=0.5)
+        assert answer.enough is False
+        assert answer.loss == pytest.approx(plain.loss, abs=0.015)
+        assert answer.references_needed > 32
+
+
+def test_nothing_is_claimed_of_the_raw_score_from_too_few():
+    """Where half the rollouts are fewer than the procedure draws, the raw score's win rate is not known."""
+    answer = recommend(table_of(normals(100, 8)), BestOf(8), kl=0.5)
+    assert answer.raw_win_rate is answer.gain is None
+    assert "What the raw score wins is not known from so few rollouts" in str(answer)
+    assert not answer.gain_shown
+
+
+def test_the_raw_score_is_named_where_it_wins():
+    """At a KL that steep transforms of 64 references cannot use, the first line does not say to train with one."""
+    answer = recommend(table_of(normals(300, 64)), BestOf(4), kl=2.5)
+    truth = win_rate(NormalQuantile(), beta_for_kl(NormalQuantile(), 2.5), BestOf(4))
+    assert answer.raw_is_better == (truth > answer.own_win_rate + 0.002)
+    assert str(answer).startswith("With K = 64 no transform beats the raw score") == answer.raw_is_better
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"kl": 0.0}, "needs a finite kl > 0, in nats, got kl=0.0"),
+        ({"kl": 50.0}, "best-of:4:50"),
+        ({"procedure": BestOfUpTo(3, (1, 1, 2))}, "needs Standard, BestOf, BestOfUpTo without weights or WorstOf, got"),
+        ({"judge": "gold"}, "a table has the scores of one scorer"),
+    ],
+)
+def test_a_bad_question_is_a_value_error(options, says):
+    """Whatever is wrong with it, and before anything is solved."""
+    with pytest.raises(ValueError, match=re.escape(says)):
+        recommend(table_of(normals(20, 24)), **options)

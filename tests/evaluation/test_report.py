@@ -96,11 +96,13 @@ def page(demo):
 
 def share(stated):
     """A win rate in the file's words, spelled here once more."""
-    return f"{100 * stated['value']:.1f} % [{100 * stated['low']:.1f}, {100 * stated['high']:.1f}]"
+    ends = f" [{100 * stated['low']:.1f}, {100 * stated['high']:.1f}]" * (stated["high"] - stated["low"] > 1e-9)
+    return f"{100 * stated['value']:.1f} %{ends}"
 
 
 def gain(stated):
-    return f"{100 * stated['value']:+.1f} points [{100 * stated['low']:+.1f}, {100 * stated['high']:+.1f}]"
+    ends = f" [{100 * stated['low']:+.1f}, {100 * stated['high']:+.1f}]" * (stated["high"] - stated["low"] > 1e-9)
+    return f"{100 * stated['value']:+.1f} points{ends}"
 
 
 def test_the_page_has_every_part(page):
