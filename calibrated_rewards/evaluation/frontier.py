@@ -140,7 +140,7 @@ def _estimate(
     except ValueError:  # half the rollouts reach less KL: what all of them give is left as it is
         parts = []
     ratio = rollouts.references.sizes.mean() / halves[0].references.sizes.mean() if halves else 2.0
-    result = extrapolate(whole, parts, float(ratio))
+    result = extrapolate(whole, parts, float(ratio), rollouts.judge_rate)
     if isinstance(reward, Transformed):
         return _make_exact(result, reward, rollouts, trained)
     gap = rollouts.only_gap

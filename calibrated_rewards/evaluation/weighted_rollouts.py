@@ -2,7 +2,8 @@
 
 K rollouts fall short of the law that they are drawn from: self-normalised weights miss what lies beyond the best
 rollout, and the more so the fewer carry the weight. The win rate's error falls like 1/K by the score that selects, and
-like K^-0.7 by another judge (benchmarks/reweighted.py), so that half the rollouts show what is missing: `extrapolate`.
+like K^-0.7 by a judge that agrees with it loosely (benchmarks/reweighted.py), so that half the rollouts show what is
+missing: `extrapolate`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,8 +23,9 @@ from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import CalibratedProcedure
 
 Array: TypeAlias = npt.NDArray[np.float64]
-# The error falls like K to the power of minus this: by the score that selects, and by another judge.
-OWN_RATE, JUDGE_RATE = 1.0, 0.7
+# The error falls like K to the power of minus this: by the score that selects, and by a judge whose ranks agree with it
+# no more than `LOOSE`; between the two the rate rises with the agreement.
+OWN_RATE, JUDGE_RATE, LOOSE = 1.0, 0.7, 0.6
 # A fixed point is found when no reward moves by more than this share of their range. With whole steps it would swing
 # between two policies, as the paper's own iteration does (Corollary 2).
 STILL, ROUNDS, PARTS = 1e-5, 300, (0.3, 0.1, 0.05)
@@ -78,6 +80,19 @@ class RolloutsAtKL:
         """True if any two rollouts of a prompt have one selecting score."""
         standings = self.pools.by_select
         return bool(((standings.upto - standings.below > 1) & self.pools.there).any())
+
+    @property
+    def judge_rate(self) -> float:
+        """The rate at which errors by the judge fall, from how well the two scores agree on the ranks in a prompt."""
+        there, ranks = self.pools.there, []
+        for standings in self.pools.by_select, self.pools.by_judge:
+            rank = np.where(there, (standings.below + standings.upto) / 2.0, 0.0)
+            ranks.append(
+                np.where(there, rank - rank.sum(axis=1, keepdims=True) / there.sum(axis=1, keepdims=True), 0.0)
+            )
+        spread = np.sqrt((ranks[0] ** 2).sum(axis=1) * (ranks[1] ** 2).sum(axis=1))
+        agreement = float(np.mean((ranks[0] * ranks[1]).sum(axis=1) / np.maximum(spread, 1e-9)))
+        return JUDGE_RATE + (OWN_RATE - JUDGE_RATE) * max(0.0, agreement - LOOSE) / (1.0 - LOOSE)
 
     @property
     def only_gap(self) -> float | None:
@@ -160,7 +175,9 @@ class RolloutsAtKL:
         raise ValueError(f"{objective!r} did not settle on a policy of this KL within {ROUNDS} rounds.")
 
 
-def extrapolate(whole: Reweighted, halves: Sequence[Reweighted], ratio: float = 2.0) -> Reweighted:
+def extrapolate(
+    whole: Reweighted, halves: Sequence[Reweighted], ratio: float = 2.0, judge_rate: float = JUDGE_RATE
+) -> Reweighted:
     """Remove what K rollouts are short of, from results of `ratio` times fewer: W + (W - W_half) / (ratio^rate - 1).
 
     >>> at = lambda K: Reweighted("raw", 0.5, 0.0, 1.0, (9.0,), np.array([[0.8 - 1 / K, 0.7 - K**-0.7]]))
@@ -170,7 +187,7 @@ def extrapolate(whole: Reweighted, halves: Sequence[Reweighted], ratio: float = 
     if not halves:
         return whole
     columns = whole.win_rates.shape[1]
-    rates = np.where(np.arange(columns) < len(whole.ess), OWN_RATE, JUDGE_RATE)
+    rates = np.where(np.arange(columns) < len(whole.ess), OWN_RATE, judge_rate)
     fewer = np.mean([half.win_rates for half in halves], axis=0)
     log_beta = float(np.mean([log(half.beta) for half in halves]))
     return replace(
