@@ -4,7 +4,8 @@ Scores of reward model and judge are normals with a correlation, K = 100 rollout
 repetition. Truth: of the frontier the optimum with infinitely many references; of `recommend` the policy that fits the
 rewards of K references, averaged over draws of them. Writes benchmarks/results/recommend.json.
 
-    python benchmarks/recommend.py
+    python benchmarks/recommend.py           # half an hour
+    python benchmarks/recommend.py --speed   # seconds; recommend_speed.json
 """
 
 import argparse
@@ -132,10 +133,13 @@ def main():
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=500)
+    parser.add_argument("--speed", action="store_true", help="measure seconds instead")
     options = parser.parse_args()
+    if options.speed:
+        speed = measure_speed()
+        print(speed, save("recommend_speed", speed), sep="\n")
+        return
     results = {"prompts": PROMPTS, "rollouts": ROLLOUTS, "best_of": N, "repetitions": options.repetitions}
-    results["speed"] = measure_speed()
-    print(results["speed"])
     few = max(2, options.repetitions // 25)
     for name, measure in (
         ("recommend", partial(measure_recommend, repetitions=few)),
