@@ -130,7 +130,7 @@ def measure_speed():
 
 
 def main():
-    """Measure, print and save."""
+    """Measure bias and coverage, or with --speed seconds, and save them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=500)
     parser.add_argument("--speed", action="store_true", help="measure seconds instead")

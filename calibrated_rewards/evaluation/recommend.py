@@ -37,7 +37,7 @@ from calibrated_rewards.theory.transforms import Tabulated
 # How the loss falls is measured at this K or more, and at twice that; with ties it is taken to fall like this power.
 LEAST_K, DRAWS, RATE = 64, 300, 0.75
 # What else is tried where ties or a small K cost the optimum: names without their KL.
-OTHERS = {True: ("exp:10", "exp:5", "identity"), False: ("exp:-10", "exp:-5", "identity")}
+OTHERS_FOR_BEST, OTHERS_FOR_WORST = ("exp:10", "exp:5", "identity"), ("exp:-10", "exp:-5", "identity")
 # Quantiles at which a policy's density is averaged over draws of references.
 GRID = 4000
 # Win rates that differ by less are as good: they are averages over drawn gaps between references.
@@ -73,7 +73,7 @@ def recommend(
             f"{format_procedure(procedure)} needs {procedure.draws} rollouts of each prompt or more, got "
             f"K={references.samples.sizes.min()}: calibrate with more, or take a smaller N."
         )
-    question = _Question(references.table, procedure, kl, estimator)
+    question = _Question(references.table, procedure, float(kl), estimator)  # the repr of a numpy float is no number
     best = question.choose()
     arm = best.named.name.rpartition(":")[0]
     arms: dict[str, AnyObjective] = {each: OBJECTIVES[each] for each in ("raw", "z-score", "par", "identity")}
@@ -162,7 +162,7 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Question:
-    """The table, the procedure and the KL that a transform is looked for."""
+    """A table, a procedure and a KL, for which a transform is chosen and its loss to finite K estimated."""
 
     table: ReferenceTable
     procedure: ByRank
@@ -176,7 +176,7 @@ class _Question:
         if single or (not tied and self._theory(first) - first.win_rate < ENOUGH):
             return first
         others = []
-        for name in OTHERS[not isinstance(self.procedure, WorstOf)]:
+        for name in OTHERS_FOR_WORST if isinstance(self.procedure, WorstOf) else OTHERS_FOR_BEST:
             with suppress(ValueError):  # this table does not reach the KL with it
                 others.append(self._expect(name))
         # Of those that are as good, the first: with ties the gentlest, which costs single draws the least.

@@ -5,6 +5,8 @@ import re
 
 import numpy as np
 import pytest
+from scipy.special import ndtr, ndtri
+from scipy.stats import spearmanr
 
 from calibrated_rewards import ReferenceTable, recommend
 from calibrated_rewards.cli.main import main
@@ -15,6 +17,7 @@ from calibrated_rewards.evaluation.objectives import ExpectedScore, ExponentialU
 from calibrated_rewards.evaluation.recommendation import Recommendation
 from calibrated_rewards.evaluation.references import References
 from calibrated_rewards.evaluation.weighted_rollouts import RolloutsAtKL
+from calibrated_rewards.theory.finite_k import values
 from calibrated_rewards.theory.mixtures import BestOfUpTo
 from calibrated_rewards.theory.named import parse_transform
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
@@ -87,6 +90,35 @@ def test_what_is_promised_by_another_judge_is_the_truth():
     assert truth - plain.win_rates[:, 1].mean() > 3 * estimate.standard_error  # what was removed
     own = win_rate(NormalQuantile(), beta_for_kl(NormalQuantile(), 0.5), BestOf(4))
     assert point.win_rates["reward"]["BestOf(n=4)"].value == pytest.approx(own, abs=0.004)
+
+
+@pytest.mark.parametrize("correlation", [0.6, 0.9])
+def test_finite_k_costs_by_a_judge_what_it_costs(correlation):
+    """The policy that fits K references, drawn and judged on a grid of quantiles: its win rate is what is promised."""
+    K, kl = 64, np.float64(0.5)
+    samples = normals(1000, K, correlation)
+    answer = recommend(References(samples, table_of(samples), "reward", "judge"), BestOf(4), kl, estimator="posterior")
+    u = (np.arange(1000) + 0.5) / 1000
+    x = ndtri(u)
+    beats = ndtr(correlation * (x[:, None] - x) / np.sqrt(2 * (1 - correlation**2)))
+    theirs = np.diff(np.concatenate([[0.0], (np.arange(1000) + 1) / 1000]) ** 4)
+    rewards, rng, wins = values(answer.transform, K, "posterior")[::2], np.random.default_rng(1), []
+    for _ in range(200):
+        mass = np.exp((rewards[np.searchsorted(np.sort(rng.random(K)), u)] - rewards.max()) / answer.beta)
+        ours = np.diff(np.concatenate([[0.0], np.cumsum(mass / mass.sum())]) ** 4)
+        wins.append(ours @ beats @ theirs)
+    (limit,) = (p.win_rates["judge"]["BestOf(n=4)"] for p in answer.frontier.points if p.arm == "best-of:4")
+    assert answer.win_rate.value == pytest.approx(np.mean(wins), abs=0.02)
+    assert abs(answer.win_rate.value - np.mean(wins)) < abs(limit.value - np.mean(wins))
+
+
+def test_how_well_a_judge_agrees_sets_the_rate():
+    """1 for a judge of the same order, .7 for one that agrees loosely or not at all; between them by Spearman's rho."""
+    samples = normals(50, 40, 0.95)
+    rho = np.mean([spearmanr(a, b)[0] for a, b in zip(samples.select, samples.judge, strict=True)])
+    assert RolloutsAtKL(samples, ()).judge_rate == pytest.approx(0.7 + 0.3 * (rho - 0.6) / 0.4)
+    assert RolloutsAtKL(Samples(samples.select, [np.exp(row) for row in samples.select]), ()).judge_rate == 1.0
+    assert RolloutsAtKL(normals(50, 40, 0.0), ()).judge_rate == 0.7
 
 
 def test_transforms_are_exact_by_the_score_that_selects():
