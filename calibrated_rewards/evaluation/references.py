@@ -48,12 +48,8 @@ def read_references(at: Path, select: str | None = None, judge: str | None = Non
             raise ValueError(f"{at} is a bare table: --select and --judge need a run with rollouts, got none.")
         table = ReferenceTable.load(at)
         return References(Samples([scores for _, scores in table.items()]), table, "reward", "reward")
-    names = find_scorers(at)
-    if select is None:
-        if len(names) != 1 and "reward" not in names:
-            raise ValueError(f"--select needs one of {', '.join(names) or 'no scorers'} of {at}, got none.")
-        select = names[0] if len(names) == 1 else "reward"
-    others = [name for name in names if name != select]
+    select = choose_scorer(at, select)
+    others = [name for name in find_scorers(at) if name != select]
     judge = judge or (others[0] if len(others) == 1 else "judge" if "judge" in others else None)
     samples = read_scores(at, select, judge)
     folder = next((each for each in (at, at / select) if (each / "table.json").is_file()), None)
@@ -64,6 +60,21 @@ def read_references(at: Path, select: str | None = None, judge: str | None = Non
     return References(samples, table, select, judge or select)
 
 
+def choose_scorer(run: Path, select: str | None = None) -> str:
+    """Choose the scorer to train for: the one that is named, or the only one, or "reward"; ValueError if unclear."""
+    names = find_scorers(run)
+    if select is None:
+        if len(names) != 1 and "reward" not in names:
+            raise ValueError(f"--select needs one of {', '.join(names) or 'no scorers'} of {run}, got none.")
+        return names[0] if len(names) == 1 else "reward"
+    if select not in names:
+        raise ValueError(
+            f"the rollouts of {run} have scores of {', '.join(names) or 'nobody'}, got {select!r}. Another scorer is "
+            f"added by `calibrated-rewards calibrate --reward-model NAME=PATH --out {run}`, drawing nothing."
+        )
+    return select
+
+
 def find_scorers(run: Path) -> list[str]:
     """Name the reward models that scored a run's rollouts."""
     return [name.removeprefix(SCORE) for name in read_table(_files(run)[0]).column_names if name.startswith(SCORE)]
@@ -71,14 +82,9 @@ def find_scorers(run: Path) -> list[str]:
 
 def read_scores(run: Path, select: str, judge: str | None = None) -> Samples:
     """Read the scores of all rollouts of a run, by the scorer that selects and by the judge, if one is named."""
-    available, scorers = find_scorers(run), [select, *([judge] if judge is not None and judge != select else [])]
+    scorers = [select, *([judge] if judge is not None and judge != select else [])]
     for name in scorers:
-        if name not in available:
-            raise ValueError(
-                f"the rollouts of {run} have scores of {', '.join(available) or 'nobody'}, got {name!r}. Another "
-                f"scorer is added by `calibrated-rewards calibrate --reward-model NAME=PATH --out {run}`, drawing "
-                "nothing."
-            )
+        choose_scorer(run, name)
     parts: dict[bytes, list[Float64[np.ndarray, "scorers _"]]] = {}
     for path in _files(run):
         table = read_table(path, ["key", *(SCORE + name for name in scorers)])

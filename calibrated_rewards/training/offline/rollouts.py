@@ -1,0 +1,98 @@
+"""Read the rollouts of a calibration with their rewards: what offline training and exports learn from.
+
+The K rollouts of a prompt are an exact sample of the reference policy, and their ranks are known, so the optimum
+pi_ref(y) e^{Phi(u) / beta} / Z is known on them: as weights that add up to 1, and as log-ratios to reach.
+
+>>> from calibrated_rewards.calibration.calibrate import calibrate
+>>> from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
+>>> folder = getfixture("tmp_path")
+>>> table = calibrate(["one", "two"], NumberSampler(), NumberScorer(), folder, k=4, show_progress=False)
+>>> reward = CalibratedReward(None, table, beta=0.5)
+>>> first = next(iterate_rollouts(folder, reward))
+>>> len(first.completions), first.weights.sum().round(6), np.exp(first.log_ratios).mean().round(6)
+(4, 1.0, 1.0)
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Float64
+from scipy.special import logsumexp, softmax
+
+from calibrated_rewards.calibration.run_directory import RunDirectory
+from calibrated_rewards.calibration.shards import get_completion
+from calibrated_rewards.evaluation.references import choose_scorer
+from calibrated_rewards.files import Message, setting
+from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.samplers.protocol import Rollout
+
+
+@dataclass(frozen=True, eq=False)
+class PromptRollouts:
+    """The K rollouts of one prompt, their raw scores, quantiles and rewards, and what the optimum makes of them."""
+
+    key: bytes
+    prompt: Prompt
+    rollouts: Sequence[Rollout]
+    scores: Float32[np.ndarray, " K"]
+    u: Float64[np.ndarray, " K"]
+    rewards: Float64[np.ndarray, " K"]
+    """Phi(u) as the reward gives it: with its transform, estimator and scale."""
+    beta: float
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The completions as scorers read them."""
+        return [get_completion(each) for each in self.rollouts]
+
+    @cached_property
+    def log_z(self) -> float:
+        """The prompt's own partition, log (1/K) sum_j e^{Phi_j / beta}; right with ties as well."""
+        return float(logsumexp(self.rewards / self.beta)) - float(np.log(len(self.rewards)))
+
+    @property
+    def log_ratios(self) -> Float64[np.ndarray, " K"]:
+        """The optimum's log pi(y) - log pi_ref(y) of each rollout: Phi / beta - log Z."""
+        return np.asarray(self.rewards / self.beta - self.log_z)
+
+    @property
+    def weights(self) -> Float64[np.ndarray, " K"]:
+        """The optimum's share of each rollout, which add up to 1: e^{Phi / beta} / sum_j e^{Phi_j / beta}."""
+        return np.asarray(softmax(self.rewards / self.beta))
+
+    @property
+    def ess(self) -> float:
+        """The effective sample size of the weights, 1 / sum w^2: from 1 to K."""
+        return float(1 / (self.weights**2).sum())
+
+
+def iterate_rollouts(
+    run: Path, reward: CalibratedReward, *, select: str | None = None, beta: float | None = None
+) -> Iterator[PromptRollouts]:
+    """Read the rollouts of each prompt of a calibration's directory, shard by shard, and value them by a reward.
+
+    `select` names the scorer whose scores the reward's table is made of, where the rollouts have several; `beta` is
+    the reward's unless it is given. Prompts without rollouts are left out.
+    """
+    beta = reward.beta if beta is None else beta
+    if beta is None or not (np.isfinite(beta) and beta > 0):
+        value = setting("beta", str(beta))
+        raise ValueError(Message(f"an optimum needs a finite beta > 0, the reward's or one that is given; got {value}"))
+    select = choose_scorer(run, select)
+    directory = RunDirectory(run)
+    for name in directory.names():
+        shard = directory.load(name)
+        if not shard.state.is_scored(select):
+            raise ValueError(f"shard {name} of {run} has rollouts without a score of {select!r}: calibrate to the end.")
+        drawn = [i for i, rollouts in enumerate(shard.rollouts) if rollouts]
+        rows = reward.rows([shard.prompts[i].prompt for i in drawn])
+        for i, row in zip(drawn, rows, strict=True):
+            scores = shard.scores[select][i]
+            at, raw = np.array([row]), scores[None]
+            u, rewards = reward.table.cdf(at, raw)[0], np.asarray(reward.from_scores(at, raw)[0], np.float64)
+            planned = shard.prompts[i]
+            yield PromptRollouts(planned.key, planned.prompt, shard.rollouts[i], scores, u, rewards, beta)
