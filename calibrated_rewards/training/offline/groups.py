@@ -6,7 +6,7 @@ log-probabilities in the run's folder, so that a run that goes on has the very s
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,14 +23,14 @@ from tqdm import tqdm
 from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.evaluation.held_out import HeldOutCheck, check_log_ratios
 from calibrated_rewards.files import replace_file
-from calibrated_rewards.prompts import Prompt
+from calibrated_rewards.prompts import Prompt, start_of
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.theory.finite_k import log_partition
 from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.training.loop import find_processes
-from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader, tokenize_completion
+from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
 from calibrated_rewards.training.offline.losses import LossInputs
 from calibrated_rewards.training.offline.rollouts import PromptRollouts, iterate_rollouts
 
@@ -53,9 +53,8 @@ class PromptGroup:
 
     def take(self, at: Sequence[int]) -> "PromptGroup":
         """Return the group with some of its rollouts; log Z stays that of all."""
-        tokens = Group(self.tokens.prompt, [self.tokens.completions[i] for i in at])
-        scores, rewards = self.scores[list(at)], self.rewards[list(at)]
-        return PromptGroup(self.key, self.prompt, tokens, scores, rewards, self.beta, self.log_z, self.exact_log_z)
+        at = list(at)
+        return replace(self, tokens=self.tokens.take(at), scores=self.scores[at], rewards=self.rewards[at])
 
     def describe(self, reference: Tensor) -> LossInputs:
         """Return what a loss knows of the rollouts."""
@@ -164,6 +163,32 @@ class ReferenceFile:
         return logprobs
 
 
+def record_states(
+    reader: GroupReader, groups: Sequence[PromptGroup], reference: ReferenceFile
+) -> tuple[list[PromptGroup], dict[bytes, Tensor]]:
+    """Keep the hidden states below the trained layers, in memory, with the reference's log-probabilities.
+
+    The groups come back as they were where the model has no such states, or where they do not give the same numbers.
+    """
+    if find_processes().num_processes > 1:
+        raise ValueError(
+            "states are kept by a process for all prompts, got several processes: leave --cache-states out"
+        )
+    values, recorded = {}, []
+    for i, group in enumerate(tqdm(groups, desc="reference", unit=" prompts", delay=3, disable=None)):
+        logprobs, states = reader.record(group.tokens)
+        tokens = group.tokens._replace(states=states)
+        if i == 0 and not reader.can_skip(tokens):
+            sys.stderr.write("the trained layers alone give other numbers than the whole model: no states are kept\n")
+            return list(groups), reference.compute(reader, groups)
+        values[group.key] = logprobs.cpu()
+        recorded.append(replace(group, tokens=tokens))
+    known = reference.load()
+    if known is None:
+        reference.save(values)
+    return recorded, values if known is None else known
+
+
 @dataclass(frozen=True, eq=False)
 class HeldOut:
     """Held-out prompts, on whose rollouts a policy is checked by importance weights, without drawing any."""
@@ -193,3 +218,27 @@ def report_tokens(groups: Groups) -> None:
             f"{100 * (1 - groups.as_drawn):.2g} % of the completions make other tokens of their text than were drawn: "
             "the policy learns those that the text makes\n"
         )
+
+
+def tokenize_completion(policy: Policy, rollout: Any, prompt: Any = "") -> tuple[list[int], bool]:
+    """Make a rollout's completion into tokens, with the token that ended it; tell if as many were drawn.
+
+    Rollouts are stored as text. Where several tokens end a completion, the tokenizer's own is taken.
+    """
+    text = rollout.completion
+    if not isinstance(text, str):
+        raise TypeError(f"offline training needs completions that are text, got messages for {start_of(prompt)}")
+    ids: list[int] = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    most, ends = policy.decoding.max_tokens, policy.endings.ids
+    if rollout.finish == "length" or (rollout.finish is None and len(ids) >= most) or not (ends or rollout.finish):
+        return ids[:most], rollout.tokens in (None, len(ids))
+    end = policy.tokenizer.eos_token_id if policy.tokenizer.eos_token_id in ends else min(ends, default=None)
+    whole = ids if end is None else [*ids, end]
+    if rollout.tokens in (None, len(whole)):
+        return whole, True
+    # It may have been ended by a stop string, which was drawn and is not stored.
+    for stop in policy.decoding.stop:
+        ids = policy.tokenizer(text + stop, add_special_tokens=False)["input_ids"]
+        if len(ids) == rollout.tokens:
+            return ids, True
+    return whole[:most], False

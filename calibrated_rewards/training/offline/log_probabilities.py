@@ -7,11 +7,15 @@ backward pass goes through the prompt in the end.
 
 Models whose completions cannot share a prompt (recurrent states, some windows) are found by comparing values and
 gradients of a group with rows read alone. They are read in whole rows.
+
+Weights that are trained in float32 in a model of 16 bits are read in 16 bits, by autocast. Where the lower layers are
+frozen, `GroupReader.record` keeps the states that enter the first trained one, and groups with states skip the others.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -26,8 +30,14 @@ from calibrated_rewards.models.batches import Rounding, coarsest, moved_by_round
 from calibrated_rewards.models.parts import RAISED, body_of, device_of, lock_of, pad_right, rope_turn
 from calibrated_rewards.models.shared_prefix import CHECKED_ROWS, FARTHER, repeatable, repeated
 from calibrated_rewards.models.vocabulary_head import Logits, logits_of, output_layer
-from calibrated_rewards.prompts import start_of
-from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.training.offline.frozen_layers import (
+    GroupStates,
+    count_frozen,
+    cut_upper_layers,
+    find_layers,
+    record_inputs,
+    stack_states,
+)
 
 # Logits that are held at once in float32: 256 MB.
 CELLS = 2**26
@@ -47,6 +57,13 @@ class Group(NamedTuple):
 
     prompt: list[int]
     completions: list[list[int]]
+    states: GroupStates | None = None
+    """The hidden states that enter the first trained layer, in place of the tokens, if they are known."""
+
+    def take(self, at: Sequence[int]) -> "Group":
+        """Return the group with some of its completions."""
+        states = self.states and GroupStates(self.states.prompt, [self.states.completions[i] for i in at])
+        return Group(self.prompt, [self.completions[i] for i in at], states)
 
 
 class Opening(NamedTuple):
@@ -101,14 +118,14 @@ class GroupReader:
         """Compute the completions' log-probabilities, without gradients."""
         self.check(group)
         parts = self._split(group)
-        opening = self._open(group.prompt) if self._shares(group) else None
+        opening = self._open(group) if self._shares(group) else None
         return self._join(group, parts, [self._read(group, part, opening) for part in parts])
 
     def accumulate_gradients(self, group: Group, compute_loss: ComputeLoss) -> tuple[float, Float32[Tensor, " K"]]:
         """Add the gradient of a loss of the log-probabilities to the weights'; return the loss and what it is of."""
         self.check(group)
         parts = self._split(group)
-        opening = self._open(group.prompt) if self._shares(group) else None
+        opening = self._open(group) if self._shares(group) else None
         if len(group.completions) <= self.rows:
             values = self._join(group, parts, [self._read(group, part, opening) for part in parts])
             loss = compute_loss(values)
@@ -129,6 +146,33 @@ class GroupReader:
             pairs = [(there, gradient) for there, gradient in pairs if gradient is not None]
             torch.autograd.backward([there for there, _ in pairs], [gradient for _, gradient in pairs])
         return float(loss.detach()), values.detach()
+
+    @torch.no_grad()
+    def record(self, group: Group) -> tuple[Float32[Tensor, " K"], GroupStates]:
+        """Compute the log-probabilities, and keep the states that enter the first layer that is trained."""
+        self.check(group)
+        place = find_layers(self.model)
+        if place is None:
+            raise TypeError(f"{type(self.model).__name__} has no list of layers whose states could be kept")
+        _ = self._head  # reads a few tokens when it is made
+        shared, lengths = self._shares(group), [max(0, len(row) - 1) for row in group.completions]
+        with record_inputs(place[2][count_frozen(place[2])]) as inputs:
+            values = self(group)
+        prompt = inputs[0][0, : len(group.prompt)].clone()
+        past = 0 if shared else len(group.prompt)
+        states = [prompt[:0]] * len(lengths)
+        # A part of completions of one token is not fed behind a shared prompt.
+        parts = [part for part in self._split(group) if not shared or any(lengths[i] for i in part)]
+        for part, own in zip(parts, inputs[1:] if shared else inputs, strict=True):
+            for i, row in zip(part, own, strict=True):
+                states[i] = row[past : past + lengths[i]].clone()
+        return values, GroupStates(prompt, states)
+
+    def can_skip(self, group: Group) -> bool:
+        """Tell if a group with states has the values and gradients that it has from its tokens."""
+        plain = Group(group.prompt, group.completions)
+        whole = self._try(plain, self.route)
+        return self._upper is not None and whole is not None and self._agrees(group, whole, self.route)
 
     def check(self, group: Group) -> None:
         """Find the route that gives what rows alone give, by the first group and by those with far longer prompts."""
@@ -172,7 +216,7 @@ class GroupReader:
         weights = [weight for weight in self.model.parameters() if weight.requires_grad][:COMPARED_WEIGHTS]
         try:
             with torch.enable_grad():
-                parts, opening = reader._split(group), reader._open(group.prompt) if route.shared else None
+                parts, opening = reader._split(group), reader._open(group) if route.shared else None
                 values = reader._join(group, parts, [reader._read(group, part, opening) for part in parts])
                 gradients = torch.autograd.grad(values.sum(), weights, allow_unused=True) if weights else ()
         except RAISED:
@@ -187,7 +231,7 @@ class GroupReader:
             return False
         try:
             with torch.no_grad():
-                cache = self._open(group.prompt).cache
+                cache = self._open(group).cache
         except RAISED:
             return False
         return repeatable(cache) and cache.get_seq_length() == len(group.prompt)
@@ -210,32 +254,52 @@ class GroupReader:
         order = torch.tensor([i for part in parts for i in part], dtype=torch.long, device=device)
         return zeros.index_copy(0, order, torch.cat(list(values))) if parts else zeros
 
-    def _open(self, prompt: list[int]) -> Opening:
+    def _open(self, group: Group) -> Opening:
         """Read a prompt."""
-        ids = torch.tensor([prompt], device=device_of(self.model))
-        answer = self._body(input_ids=ids, use_cache=True, **self._positions(0, ids))
+        states = None if group.states is None else [group.states.prompt]
+        body, inputs, _ = self._feed([group.prompt], states)
+        with self._precision():
+            answer = body(**inputs, use_cache=True)
         return Opening(answer.past_key_values, answer.last_hidden_state[:, -1])
 
     def _read(self, group: Group, part: list[int], opening: Opening | None) -> Tensor:
         """Read some completions behind a prompt that was read, or in whole rows; the last token is not fed."""
         rows = [group.completions[i] for i in part]
-        fed = [row[:-1] for row in rows]
-        if opening is None:
-            start = len(group.prompt) - 1
-            ids, mask = pad_right([group.prompt + row for row in fed], group.prompt[0], device_of(self.model))
-            hidden = self._body(input_ids=ids, attention_mask=mask, use_cache=False, **self._positions(0, ids))
-            return self._sum(hidden.last_hidden_state[:, start:], rows)
-        firsts = torch.tensor([row[0] for row in rows], device=opening.hidden.device)
-        values = self._compute_logits(opening.hidden).log_softmax(-1)[0, firsts]
-        if max(map(len, fed)):
-            ids, mask = pad_right(fed, group.prompt[0], device_of(self.model))
-            past = len(group.prompt)
-            mask = torch.cat([mask.new_ones(len(rows), past), mask], 1)
-            cache = repeated(opening.cache, len(rows))
-            options = {"past_key_values": cache, "use_cache": True, **self._positions(past, ids)}
-            hidden = self._body(input_ids=ids, attention_mask=mask, **options)
-            values = values + self._sum(hidden.last_hidden_state, [row[1:] for row in rows])
+        fed, states = [row[:-1] for row in rows], group.states
+        own = None if states is None else [states.completions[i] for i in part]
+        with self._precision():
+            if opening is None:
+                whole = own if own is None or states is None else [torch.cat([states.prompt, each]) for each in own]
+                body, inputs, mask = self._feed([group.prompt + row for row in fed], whole)
+                hidden = body(**inputs, attention_mask=mask, use_cache=False)
+                return self._sum(hidden.last_hidden_state[:, len(group.prompt) - 1 :], rows)
+            firsts = torch.tensor([row[0] for row in rows], device=opening.hidden.device)
+            values = self._compute_logits(opening.hidden).log_softmax(-1)[0, firsts]
+            if max(map(len, fed)):
+                past = len(group.prompt)
+                body, inputs, mask = self._feed(fed, own, past)
+                mask = torch.cat([mask.new_ones(len(rows), past), mask], 1)
+                cache = repeated(opening.cache, len(rows))
+                hidden = body(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True)
+                values = values + self._sum(hidden.last_hidden_state, [row[1:] for row in rows])
         return values
+
+    def _feed(
+        self, rows: list[list[int]], states: list[Tensor] | None, past: int = 0
+    ) -> tuple[Any, dict[str, Tensor], Tensor]:
+        """Choose the body that reads tokens, or the one that reads states; with its inputs and their mask."""
+        ids, mask = pad_right(rows, 0, device_of(self.model))
+        positions = self._positions(past, ids)
+        if states is None:
+            return self._body, {"input_ids": ids, **positions}, mask
+        return self._upper, {"inputs_embeds": stack_states(states, ids.device), **positions}, mask
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Read in 16 bits where the model is in them, though the weights that are trained are not."""
+        # A context for each forward: within one, casts that were made without gradients would be used again.
+        if self._lowest in (torch.bfloat16, torch.float16):
+            return torch.autocast(device_of(self.model).type, self._lowest)
+        return nullcontext()
 
     def _sum(self, hidden: Tensor, rows: Sequence[list[int]]) -> Tensor:
         """Sum the log-probabilities of each row's tokens, each predicted by the hidden state in its place."""
@@ -276,12 +340,23 @@ class GroupReader:
         return body_of(self.model)
 
     @cached_property
+    def _upper(self) -> Any:
+        return cut_upper_layers(self.model)
+
+    @cached_property
+    def _lowest(self) -> torch.dtype:
+        """The coarsest dtype of the weights, if they are in several."""
+        kinds = {weight.dtype for weight in self.model.parameters() if weight.is_floating_point()}
+        return min(kinds, key=lambda kind: torch.finfo(kind).bits) if len(kinds) > 1 else torch.float32
+
+    @cached_property
     def _parameters(self) -> set[str]:
         return set(inspect.signature(self._body.forward).parameters)
 
     @cached_property
     def _head(self) -> Logits:
-        return logits_of(self.model, lock_of(self.model))
+        with self._precision():
+            return logits_of(self.model, lock_of(self.model))
 
     @cached_property
     def _layer(self) -> Any:
@@ -340,27 +415,3 @@ def split_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
         batch.append(i)
     if batch:
         yield batch
-
-
-def tokenize_completion(policy: Policy, rollout: Any, prompt: Any = "") -> tuple[list[int], bool]:
-    """Make a rollout's completion into tokens, with the token that ended it; tell if as many were drawn.
-
-    Rollouts are stored as text. Where several tokens end a completion, the tokenizer's own is taken.
-    """
-    text = rollout.completion
-    if not isinstance(text, str):
-        raise TypeError(f"offline training needs completions that are text, got messages for {start_of(prompt)}")
-    ids: list[int] = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
-    most, ends = policy.decoding.max_tokens, policy.endings.ids
-    if rollout.finish == "length" or (rollout.finish is None and len(ids) >= most) or not (ends or rollout.finish):
-        return ids[:most], rollout.tokens in (None, len(ids))
-    end = policy.tokenizer.eos_token_id if policy.tokenizer.eos_token_id in ends else min(ends, default=None)
-    whole = ids if end is None else [*ids, end]
-    if rollout.tokens in (None, len(whole)):
-        return whole, True
-    # It may have been ended by a stop string, which was drawn and is not stored.
-    for stop in policy.decoding.stop:
-        ids = policy.tokenizer(text + stop, add_special_tokens=False)["input_ids"]
-        if len(ids) == rollout.tokens:
-            return ids, True
-    return whole[:most], False

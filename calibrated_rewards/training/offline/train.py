@@ -43,6 +43,7 @@ from calibrated_rewards.training.offline.groups import (
     PromptGroup,
     ReferenceFile,
     load_groups,
+    record_states,
     report_tokens,
     split_groups,
 )
@@ -88,6 +89,9 @@ class OfflineSettings:
     lora_rank: int = option(0, "rank of LoRA adapters on all linear layers, in place of --layers; 0: none")
     lora_layers: int = option(0, "the last so many layers that get adapters, to compute less; 0: all")
     rows: int = option(32, "completions of a prompt that go through the model at once; memory, not the result")
+    cache_states: bool = option(
+        False, "keep the hidden states below the trained layers in memory: steps then read the trained layers alone"
+    )
     held_out: float = option(0.1, "share of the prompts that are held out for checks; 0: no checks")
     check_steps: int = option(25, "steps from one held-out check to the next")
     save_steps: int = option(50, "steps from checkpoint to checkpoint, from which the run can go on")
@@ -147,7 +151,8 @@ def run(launch: Launch, settings: OfflineSettings) -> None:
             reader = GroupReader(policy.model.eval(), policy.decoding.temperature, settings.rows)
             model, outcome = train(reader, training, held_out, settings, folder, reference, send)
         if main:
-            model.save_pretrained(folder.unfinished_model)
+            # Trained weights are in float32: rounding them to 16 bits would undo a part of the training.
+            (model if settings.lora_rank else model.float()).save_pretrained(folder.unfinished_model)
             policy.tokenizer.save_pretrained(folder.unfinished_model)
             write_file(folder.unfinished_model / "training.json", json.dumps(outcome, indent=2))
             folder.publish_model()
@@ -171,7 +176,11 @@ def train(
     reader = replace(reader, model=model)
     reader.check(max((*training, *held_out), key=lambda group: len(group.tokens.prompt)).tokens)
     start = time.perf_counter()
-    logprobs = reference.compute(reader, [*training, *held_out])
+    if settings.cache_states:
+        groups, logprobs = record_states(reader, [*training, *held_out], reference)
+        training, held_out = groups[: len(training)], groups[len(training) :]
+    else:
+        logprobs = reference.compute(reader, [*training, *held_out])
     if processes.is_main_process:
         announce(time.perf_counter() - start, len(training) + len(held_out), settings)
     checked = HeldOut.choose(held_out, logprobs)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from calibrated_rewards.files import write_file
-from calibrated_rewards.models.parts import body_of
 from calibrated_rewards.training.loop import list_trainable, make_head_contiguous, prepare_model
+from calibrated_rewards.training.offline.frozen_layers import find_layers
 from calibrated_rewards.training.run_folder import LAST_WRITTEN, RunFolder
 
 # The KL of a factor is near enough to the one asked for, as a part of it.
@@ -29,27 +29,25 @@ MOST_TRIALS = 12
 
 
 def select_weights(model: Any, layers: int, rank: int, lora_layers: int) -> Any:
-    """Choose what is trained: LoRA adapters, the last so many layers with the norm behind them, or all weights."""
+    """Choose what is trained: LoRA adapters, the last so many layers with the norm behind them, or all weights.
+
+    They are in float32, also in a model of 16 bits.
+    """
     if rank:
         return prepare_model(model, rank, lora_layers)
     make_head_contiguous(model)
-    body: Any = body_of(model)
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
-    holders = (part for part in body.modules() if any(_is_stack(child, count) for child in part.children()))
-    holder: Any = next(holders, None) if 0 < layers < count else None
-    if holder is None:
-        return model
-    model.requires_grad_(False)
-    parts = list(holder.children())
-    at = next(i for i, part in enumerate(parts) if _is_stack(part, count))
-    for part in (*list(parts[at])[-layers:], *parts[at + 1 :]):
-        part.requires_grad_(True)
+    place = find_layers(model)
+    if place is not None and 0 < layers < len(place[2]):
+        model.requires_grad_(False)
+        holder, name, stack = place
+        parts = list(holder.named_children())
+        behind = parts[[each for each, _ in parts].index(name) + 1 :]
+        for part in (*list(stack)[-layers:], *(part for _, part in behind)):
+            part.requires_grad_(True)
+    for weight in list_trainable(model):
+        # Of 16 bits a step would be rounded away.
+        weight.data = weight.data.float() if weight.dtype in (torch.bfloat16, torch.float16) else weight.data
     return model
-
-
-def _is_stack(part: nn.Module, count: int) -> bool:
-    """Tell if a part of a model is the list of its layers."""
-    return isinstance(part, nn.ModuleList) and len(part) == count
 
 
 @dataclass(eq=False)
