@@ -33,6 +33,8 @@ from calibrated_rewards.training.run_folder import RunFolder
 
 PROMPTS = ["a", "bc", "d", "efg", "cc", "ab", "fe", "gg", "ddd", "eb", "fd", "ca"]
 TEMPERATURE, TOKENS, BETA = 0.8, 5, 0.3
+# Tokens of a completion in the exact world.
+LENGTH = 1
 # A run of 16 steps, of two prompts each: 8 prompts, of which each comes four times, and 4 that are held out.
 SMALL = (
     "--layers 0 --epochs 4 --prompts-a-step 2 --completions 6 --held-out 0.3 --check-steps 3 --save-steps 2 --lr 0.1"
@@ -97,7 +99,7 @@ def exact_group(problem: enumerable.Problem, row: int, beta: float, drawn: int |
 
 @pytest.mark.parametrize(
     ("loss", "phi", "drawn"),
-    [("regression", "exp:10", None), ("centred", "identity", None), ("control-variate", "log", 400)],
+    [("regression", "exp:10", None), ("centred", "identity", None), ("control-variate", "log", 100)],
 )
 def test_the_loop_converges_to_the_enumerated_optimum(loss: str, phi: str, drawn: int | None, tmp_path: Path) -> None:
     """Regressions from all completions alike, the control variate from completions in the law's proportions."""
@@ -106,15 +108,15 @@ def test_the_loop_converges_to_the_enumerated_optimum(loss: str, phi: str, drawn
     beta = problem.beta()
     groups = [exact_group(problem, row, beta, drawn) for row in range(len(enumerable.PROMPTS))]
     size = max(len(group.rewards) for group in groups)
-    options = {"steps": 150, "prompts_a_step": 4, "completions": size, "rows": size, "held_out": 0.0, "layers": 0}
-    settings = OfflineSettings(loss=loss, beta=beta, optimizer="adamw", lr=0.1, max_grad_norm=1e9, **options)
+    options = {"steps": 80, "prompts_a_step": 4, "completions": size, "rows": size, "held_out": 0.0, "layers": 0}
+    settings = OfflineSettings(loss=loss, beta=beta, optimizer="adamw", lr=0.3, max_grad_norm=1e9, **options)
     before = problem.distances(model, beta).max()
 
     train(GroupReader(model), groups, [], settings, RunFolder(tmp_path), ReferenceFile(tmp_path / "reference", "a"))
 
-    # Of 600 draws even the exact proportions are rounded, and a target above 8 is cut.
-    assert problem.distances(model, beta).max() < (0.02 if drawn is None else 0.06)
-    assert before > 0.3
+    # Even exact proportions of draws are rounded.
+    assert problem.distances(model, beta).max() < (0.03 if drawn is None else 0.06)
+    assert before > 0.4
 
 
 def test_rollouts_are_read_as_they_were_drawn(files: Path) -> None:
@@ -253,9 +255,9 @@ def test_the_factor_of_a_kl_is_found(power: float, target: float) -> None:
     factor, kl = find_factor(measure, target, measure(1.0))
 
     best = min((target / 0.3) ** (1 / power), 2.0)
-    assert factor == pytest.approx(best, rel=0.02)
-    assert kl == pytest.approx(0.3 * best**power, rel=0.03)
-    assert len(calls) < 10
+    assert factor == pytest.approx(best, rel=0.025)
+    assert kl == pytest.approx(0.3 * best**power, rel=0.025)
+    assert len(calls) < 8
 
 
 def test_a_factor_is_on_the_difference_to_the_start() -> None:
