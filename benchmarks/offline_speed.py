@@ -1,13 +1,14 @@
 """Offline training against TRL's SFTTrainer: rollouts per second and peak memory, on one CPU core.
 
-    python benchmarks/offline_speed.py           # a Llama of 8 layers, 256 wide, float32, LoRA; half an hour
+    python benchmarks/offline_speed.py           # a Llama of 8 layers, 256 wide, float32, LoRA; minutes
     python benchmarks/offline_speed.py --quick   # one round, nothing is kept
 
 Both train the same LoRA adapters on the same tokens with AdamW, without gradient checkpointing. TRL reads each prompt
-with each completion, in batches of 8, its default; the offline loop reads a prompt once for its completions. `shared`
-has 32 completions of 64 tokens for one prompt of 512 a step; `alone` has 8 prompts with one completion each, where
-nothing can be shared. Each measurement is a process of its own, the sides take turns, and medians count. Seconds are of
-the processor: the machine may be shared. Memory is the peak of the process, libraries and model included.
+with each completion, in batches of 8, its default, and updates after each; the offline loop reads a prompt once for its
+completions. `shared` has 32 completions of 64 tokens for one prompt of 512, one step of the offline loop; `alone` has 8
+prompts with one completion each, where nothing can be shared. Each measurement is a process of its own, the sides take
+turns, and medians count. Seconds are of the processor: the machine may be shared. Memory is the peak of the process,
+libraries and model included.
 
 The bound of `shared` is the ratio of the tokens that are read: (512 + 64) 32 / (512 + 64 * 32) = 7.2.
 """
@@ -30,7 +31,7 @@ PROMPT, COMPLETION, VOCABULARY = 512, 64, 8192
 SIDES = ("offline", "trl")
 RANK, BATCH = 16, 8
 # The first step is slower, and is not counted.
-STEPS = 1 + 3
+STEPS = 1 + 2
 
 
 def build_model() -> Any:
@@ -127,7 +128,6 @@ def time_trl(case: dict[str, int]) -> list[float]:
             output_dir=folder,
             max_steps=STEPS,
             per_device_train_batch_size=BATCH,
-            gradient_accumulation_steps=len(rows) // BATCH,
             learning_rate=1e-4,
             max_length=None,
             gradient_checkpointing=False,
@@ -199,7 +199,8 @@ def main() -> None:
         case = CASES[args.case]
         seconds = (time_offline if args.side == "offline" else time_trl)(case)[1:]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        pace = case["prompts"] * case["completions"] / statistics.median(seconds)
+        size = BATCH if args.side == "trl" else case["prompts"] * case["completions"]
+        pace = size / statistics.median(seconds)
         print(json.dumps({"rollouts_per_second": round(pace, 3), "peak_mb": round(peak)}))
         return
     results = {case: compare(case, 1 if args.quick else args.rounds) for case in CASES}

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +89,23 @@ def named_trainable(model: Any) -> list[tuple[str, Tensor]]:
 def find_factor(measure: Callable[[float], float], target: float, kl: float) -> tuple[float, float]:
     """Find the factor whose KL is the target, by the KL of factor 1; return it and its KL.
 
-    A KL is nearly a square of the factor, which makes the next guess. Where `LARGEST_FACTOR` is not enough, that is it.
+    A KL is nearly a power of the factor, at first the square, which makes the next guess. Where `LARGEST_FACTOR` is not
+    enough, that is it.
 
     >>> find_factor(lambda factor: 0.2 * factor**2, 0.05, 0.2)
     (0.5, 0.05)
     """
-    low, high, factor = 0.0, LARGEST_FACTOR, 1.0
+    low, high, factor, power = 0.0, LARGEST_FACTOR, 1.0, 2.0
     for _ in range(MOST_TRIALS):
         if abs(kl - target) <= NEAR * target or (factor == LARGEST_FACTOR and kl < target):
             break
         low, high = (factor, high) if kl < target else (low, factor)
-        guess = min(factor * sqrt(target / max(kl, 1e-12)), LARGEST_FACTOR)
-        factor = guess if low < guess < high or guess == high == LARGEST_FACTOR else (low + high) / 2
-        kl = measure(factor)
+        guess = min(factor * (target / max(kl, 1e-12)) ** (1 / power), LARGEST_FACTOR)
+        guess = guess if low < guess < high or guess == high == LARGEST_FACTOR else (low + high) / 2
+        before, kl = kl, measure(guess)
+        if kl > 0 and before > 0:
+            power = min(max(log(kl / before) / log(guess / factor), 0.5), 8.0)
+        factor = guess
     return factor, kl
 
 
