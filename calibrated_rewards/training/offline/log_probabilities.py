@@ -8,14 +8,13 @@ backward pass goes through the prompt in the end.
 Models whose completions cannot share a prompt (recurrent states, some windows) are found by comparing values and
 gradients of a group with rows read alone. They are read in whole rows.
 
-Weights that are trained in float32 in a model of 16 bits are read in 16 bits, by autocast. Where the lower layers are
-frozen, `GroupReader.record` keeps the states that enter the first trained one, and groups with states skip the others.
+Where the lower layers are frozen, `GroupReader.record` keeps the hidden states that enter the first trained one, and
+groups with states are read from there on.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -258,8 +257,7 @@ class GroupReader:
         """Read a prompt."""
         states = None if group.states is None else [group.states.prompt]
         body, inputs, _ = self._feed([group.prompt], states)
-        with self._precision():
-            answer = body(**inputs, use_cache=True)
+        answer = body(**inputs, use_cache=True)
         return Opening(answer.past_key_values, answer.last_hidden_state[:, -1])
 
     def _read(self, group: Group, part: list[int], opening: Opening | None) -> Tensor:
@@ -267,21 +265,20 @@ class GroupReader:
         rows = [group.completions[i] for i in part]
         fed, states = [row[:-1] for row in rows], group.states
         own = None if states is None else [states.completions[i] for i in part]
-        with self._precision():
-            if opening is None:
-                whole = own if own is None or states is None else [torch.cat([states.prompt, each]) for each in own]
-                body, inputs, mask = self._feed([group.prompt + row for row in fed], whole)
-                hidden = body(**inputs, attention_mask=mask, use_cache=False)
-                return self._sum(hidden.last_hidden_state[:, len(group.prompt) - 1 :], rows)
-            firsts = torch.tensor([row[0] for row in rows], device=opening.hidden.device)
-            values = self._compute_logits(opening.hidden).log_softmax(-1)[0, firsts]
-            if max(map(len, fed)):
-                past = len(group.prompt)
-                body, inputs, mask = self._feed(fed, own, past)
-                mask = torch.cat([mask.new_ones(len(rows), past), mask], 1)
-                cache = repeated(opening.cache, len(rows))
-                hidden = body(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True)
-                values = values + self._sum(hidden.last_hidden_state, [row[1:] for row in rows])
+        if opening is None:
+            whole = own if own is None or states is None else [torch.cat([states.prompt, each]) for each in own]
+            body, inputs, mask = self._feed([group.prompt + row for row in fed], whole)
+            hidden = body(**inputs, attention_mask=mask, use_cache=False)
+            return self._sum(hidden.last_hidden_state[:, len(group.prompt) - 1 :], rows)
+        firsts = torch.tensor([row[0] for row in rows], device=opening.hidden.device)
+        values = self._compute_logits(opening.hidden).log_softmax(-1)[0, firsts]
+        if max(map(len, fed)):
+            past = len(group.prompt)
+            body, inputs, mask = self._feed(fed, own, past)
+            mask = torch.cat([mask.new_ones(len(rows), past), mask], 1)
+            cache = repeated(opening.cache, len(rows))
+            hidden = body(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True)
+            values = values + self._sum(hidden.last_hidden_state, [row[1:] for row in rows])
         return values
 
     def _feed(
@@ -293,13 +290,6 @@ class GroupReader:
         if states is None:
             return self._body, {"input_ids": ids, **positions}, mask
         return self._upper, {"inputs_embeds": stack_states(states, ids.device), **positions}, mask
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        """Read in 16 bits where the model is in them, though the weights that are trained are not."""
-        # A context for each forward: within one, casts that were made without gradients would be used again.
-        if self._lowest in (torch.bfloat16, torch.float16):
-            return torch.autocast(device_of(self.model).type, self._lowest)
-        return nullcontext()
 
     def _sum(self, hidden: Tensor, rows: Sequence[list[int]]) -> Tensor:
         """Sum the log-probabilities of each row's tokens, each predicted by the hidden state in its place."""
@@ -344,19 +334,12 @@ class GroupReader:
         return cut_upper_layers(self.model)
 
     @cached_property
-    def _lowest(self) -> torch.dtype:
-        """The coarsest dtype of the weights, if they are in several."""
-        kinds = {weight.dtype for weight in self.model.parameters() if weight.is_floating_point()}
-        return min(kinds, key=lambda kind: torch.finfo(kind).bits) if len(kinds) > 1 else torch.float32
-
-    @cached_property
     def _parameters(self) -> set[str]:
         return set(inspect.signature(self._body.forward).parameters)
 
     @cached_property
     def _head(self) -> Logits:
-        with self._precision():
-            return logits_of(self.model, lock_of(self.model))
+        return logits_of(self.model, lock_of(self.model))
 
     @cached_property
     def _layer(self) -> Any:

@@ -29,10 +29,7 @@ MOST_TRIALS = 12
 
 
 def select_weights(model: Any, layers: int, rank: int, lora_layers: int) -> Any:
-    """Choose what is trained: LoRA adapters, the last so many layers with the norm behind them, or all weights.
-
-    They are in float32, also in a model of 16 bits.
-    """
+    """Choose what is trained: LoRA adapters, the last so many layers with the norm behind them, or all weights."""
     if rank:
         return prepare_model(model, rank, lora_layers)
     make_head_contiguous(model)
@@ -44,9 +41,6 @@ def select_weights(model: Any, layers: int, rank: int, lora_layers: int) -> Any:
         behind = parts[[each for each, _ in parts].index(name) + 1 :]
         for part in (*list(stack)[-layers:], *(part for _, part in behind)):
             part.requires_grad_(True)
-    for weight in list_trainable(model):
-        # Of 16 bits a step would be rounded away.
-        weight.data = weight.data.float() if weight.dtype in (torch.bfloat16, torch.float16) else weight.data
     return model
 
 
