@@ -127,7 +127,9 @@ def read_pairs(file: Path) -> list[tuple[Any, Any]]:
     except yaml.YAMLError as error:
         raise ValueError(f"--config {file} is no YAML: {error}") from error
     except RecursionError:
-        raise ValueError(f"--config {file} needs lines of OPTION: VALUE, got lists in lists, too deep to read") from None
+        raise ValueError(
+            f"--config {file} needs lines of OPTION: VALUE, got lists in lists, too deep to read"
+        ) from None
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise ValueError(f"--config {file} needs lines of OPTION: VALUE, got a {root.id}")
     return [] if root is None else root.value

@@ -159,7 +159,9 @@ def find_parser(command: str) -> argparse.ArgumentParser:
 @st.composite
 def command_lines(draw: Any, command: str) -> list[str]:
     """Words for a random part of a command's options, of each form that it has."""
-    texts = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(["null", "~", "no", "1e-6", "-x", "a: b"])
+    texts = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
+        ["null", "~", "no", "1e-6", "-x", "a: b"]
+    )
     words, positional = [], []
     parser = find_parser(command)
     actions = [action for action in parser._actions if action.dest != "help"]
