@@ -144,10 +144,11 @@ def find_parser(command: str) -> argparse.ArgumentParser:
 
     built = argparse.ArgumentParser(command)
     if command in TRAINERS:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(ParserBuiltError) as stopped:
+        name, *words = command.split()
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "parse_options", stop)
-            name, *words = command.split()
-            train.run(argparse.Namespace(trainer=name, words=words))
+            with pytest.raises(ParserBuiltError) as stopped:
+                train.run(argparse.Namespace(trainer=name, words=words))
         built = stopped.value.args[0]
     else:
         load_command(command).add_arguments(built)

@@ -117,7 +117,7 @@ def test_byte_order_marks_and_empty_lines(tmp_path: Path) -> None:
 
 
 def test_prompts_of_a_parquet_file_are_texts_or_messages(tmp_path: Path) -> None:
-    """Bytes, numbers and gaps are named by their row, also bytes inside messages; so is a file that is cut or damaged."""
+    """Bytes, numbers and gaps are named by their row, also inside messages; so is a file that is cut or damaged."""
     for prompt, shown in [(b"a", "b'a'"), (3, "3"), (None, "None"), ([{"role": b"user"}], r"\[\{'role': b'user'\}\]")]:
         write_trl(tmp_path, 1, [prompt] * 2, {"r": [0.0, 1.0]})
         message = f"00001.parquet, row 1 needs a text or a list of messages as prompt, got prompt={shown}"
@@ -130,7 +130,7 @@ def test_prompts_of_a_parquet_file_are_texts_or_messages(tmp_path: Path) -> None
     assert b"text" * 9 in whole
     for content in (whole.replace(b"text" * 9, b"\xff" * 36), whole[:4] + bytes(64) + whole[68:], whole[:-20]):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match="00001.parquet needs to be a Parquet file, got"):
+        with pytest.raises(ValueError, match=r"00001\.parquet needs to be a Parquet file, got"):
             read_dump(tmp_path)
 
 
