@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.protocol import call, fingerprint, is_thread_safe, reads_messages
 from calibrated_rewards.theory.procedures import BestOf, Standard, check_count
-from calibrated_rewards.training.check_settings.rules import read_decoding
+from calibrated_rewards.training.check_settings.rules import restore_decoding
 from calibrated_rewards.training.progress import ProgressLines
 from calibrated_rewards.training.run_folder import RunFolder
 
@@ -184,6 +184,8 @@ class BestOfNWinRate(TrainerCallback):
 
     def __post_init__(self) -> None:
         completions = self.n if self.completions is None else self.completions
+        # Each measurement reads them again.
+        self.prompts, self.ids = [*self.prompts], None if self.ids is None else [*self.ids]
         check_count("BestOfNWinRate", n=self.n, every=self.every, completions=completions)
         if completions < self.n:
             raise ValueError(f"BestOfNWinRate needs completions >= n, got {completions} for n={self.n}")
@@ -196,18 +198,7 @@ class BestOfNWinRate(TrainerCallback):
             raise ValueError("BestOfNWinRate needs prompts that the judge's table knows, got one that it does not")
         self.references = Samples([self.judge.table.scores(row) for row in rows.tolist()])
         if self.decoding is None:
-            recorded = read_decoding(self.judge.table.meta)
-            # Of a part of the settings the others would be guessed.
-            if recorded is None or {*recorded} != {each.name for each in fields(Decoding)}:
-                got = "" if recorded is None else f", only {dict(recorded)!r:.200}"
-                raise ValueError(f"the judge's table does not say how its references were drawn{got}: give decoding")
-            try:
-                lists = {name: tuple(value) for name, value in recorded.items() if isinstance(value, list)}
-                self.decoding = Decoding(**{**recorded, **lists})
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"the decoding that the judge's table records cannot be used, {error}: give decoding"
-                ) from error
+            self.decoding = restore_decoding(self.judge.table.meta, "the judge's table", "give decoding")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Measure the policy before its first step."""

@@ -27,6 +27,7 @@ from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.table.selection import select_prompts
 from calibrated_rewards.theory.named import NamedTransform
+from calibrated_rewards.training.check_settings.rules import read_decoding
 from calibrated_rewards.training.run_folder import RunFolder, resolve_policy
 
 # Other values draw from another distribution than softmax(logits / temperature), where the KL would mean nothing.
@@ -183,7 +184,7 @@ def choose_decoding(
     >>> choose_decoding({"sampler": {"decoding": {"max_tokens": 64, "temperature": 0.8, "top_p": 1.0}}}, None, None)
     Decoding(max_tokens=64, temperature=0.8, top_p=1.0, ...)
     """
-    recorded = dict((meta.get("sampler") or {}).get("decoding") or {})
+    recorded = dict(read_decoding(meta) or {})
     bent = {name: recorded[name] for name, off in WHOLE_DISTRIBUTION.items() if name in recorded}
     bent = {name: value for name, value in bent.items() if value != WHOLE_DISTRIBUTION[name]}
     if bent:
@@ -204,7 +205,7 @@ def choose_decoding(
     if length is None:
         raise ValueError("the table does not say how its references were drawn: say --max-tokens")
     heat = recorded.get("temperature", 1.0) if temperature is None else temperature
-    return Decoding(length, heat, stop_token_ids=tuple(recorded.get("stop_token_ids", ())))
+    return Decoding(length, heat, stop_token_ids=tuple(recorded.get("stop_token_ids") or ()))
 
 
 def check_prompts(reward: CalibratedReward, prompts: Sequence[Asked]) -> None:
@@ -225,9 +226,10 @@ def check_prompts(reward: CalibratedReward, prompts: Sequence[Asked]) -> None:
 
 def check_policy(policy: Policy, meta: Mapping[str, Any]) -> None:
     """Raise ValueError for another policy than the table's; print that it is not checked if the table does not say."""
-    sampler = meta.get("sampler") or {}
+    sampler = meta.get("sampler")
+    sampler = sampler if isinstance(sampler, Mapping) else {}
     wrong = None
-    if "weights" not in sampler or not str(sampler.get("kind")).startswith("hf"):
+    if not {"weights", "dtype"} <= sampler.keys() or not str(sampler.get("kind")).startswith("hf"):
         sys.stderr.write(
             "the table does not say which weights drew its references: that they are these is not checked\n"
         )
@@ -235,9 +237,9 @@ def check_policy(policy: Policy, meta: Mapping[str, Any]) -> None:
         wrong = "weights are others than those"
     if wrong is None and sampler.get("tokenizer") not in (None, tokenizer_digest(policy.tokenizer)):
         wrong = "tokenizer is another than that"
-    here, there = json.loads(json.dumps(policy.text.fingerprint(policy.tokenizer))), sampler.get("text") or {}
+    here, there = json.loads(json.dumps(policy.text.fingerprint(policy.tokenizer))), sampler.get("text")
     for name in ("chat", "template", "template_options", "special_tokens"):
-        if wrong is None and name in there and there[name] != here[name]:
+        if wrong is None and isinstance(there, Mapping) and name in there and there[name] != here[name]:
             wrong = f"text settings ({name}) are others than those"
     if wrong is not None:
         raise ValueError(

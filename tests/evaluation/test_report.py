@@ -298,6 +298,16 @@ def test_a_bare_table_is_enough(tmp_path):
     assert "Probes" not in page.text
 
 
+@pytest.mark.parametrize("sampler", ["my policy", ["my policy"], {"kind": "my policy", "decoding": "greedy"}])
+def test_metadata_in_words_is_shown_as_it_is(sampler, tmp_path):
+    """The metadata of a table that a user built may be no mappings."""
+    meta = {"sampler": sampler, "scorer": "my reward model", "form": "texts"}
+    ReferenceTable.build([("Hi", [1.0, 2.0])], meta=meta).save(tmp_path / "bare")
+    text = Page(report(tmp_path / "bare", tmp_path / "page.html").read_text()).text
+    assert "my policy" in text
+    assert "my reward model" in text
+
+
 def test_two_reports_are_the_same_bytes(demo, tmp_path):
     """Nothing in it depends on when it was made."""
     assert report(demo / "table", tmp_path / "a").read_bytes() == report(demo / "table", tmp_path / "b").read_bytes()

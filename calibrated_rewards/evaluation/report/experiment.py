@@ -124,8 +124,14 @@ def read_experiment(at: Path) -> Experiment:
     return experiment
 
 
-def find_name(fingerprint: Mapping[str, Any]) -> str | None:
-    """Find the name in a fingerprint, or else its path, its function, or the class of its model."""
+def find_name(fingerprint: Any) -> str | None:
+    """Find the name in a fingerprint, or else its path, its function, or the class of its model; a text is a name.
+
+    >>> find_name({"kind": "hf sampler", "path": "sft/"}), find_name("my policy"), find_name(["my policy"])
+    ('sft/', 'my policy', None)
+    """
+    if not isinstance(fingerprint, Mapping):
+        return fingerprint if isinstance(fingerprint, str) and fingerprint else None
     keys = ("name", "path", "function", "model")
     return next((fingerprint[key] for key in keys if isinstance(fingerprint.get(key), str)), None)
 
