@@ -9,10 +9,12 @@ rewards of K references, averaged over draws of them. Writes benchmarks/results/
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from scipy.special import ndtr, ndtri
 
 from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.evaluation.frontier import estimate_frontier
-from calibrated_rewards.evaluation.objectives import OBJECTIVES, Fixed, OptimumAtKL
+from calibrated_rewards.evaluation.objectives import OBJECTIVES, OptimumAtKL
 from calibrated_rewards.evaluation.recommend import recommend
 from calibrated_rewards.evaluation.references import References
 from calibrated_rewards.table.reference_table import ReferenceTable
@@ -73,31 +75,62 @@ def draw(rng, correlation, prompts=PROMPTS):
     return Samples(x, correlation * x + np.sqrt(1 - correlation**2) * rng.normal(size=x.shape))
 
 
-def measure_frontier(correlation, repetitions):
+@dataclass(frozen=True)
+class Solved:
+    """An optimum that is solved for once, for all repetitions."""
+
+    optima: dict
+
+    def at(self, kl):
+        """Return the optimal reward at this KL."""
+        return self.optima[kl]
+
+
+def repeat(log, part, correlation, repetitions, estimate):
+    """Estimate anew in each repetition, but for those that the log has already; return all, in order."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    found = {each["repetition"]: each["values"] for each in lines if [part, correlation] == each["of"]}
+    for repetition in range(repetitions):
+        if repetition not in found:
+            samples = draw(np.random.default_rng([repetition, int(100 * correlation)]), correlation)
+            found[repetition] = estimate(samples)
+            with log.open("a") as file:
+                line = {"of": [part, correlation], "repetition": repetition, "values": found[repetition]}
+                file.write(json.dumps(line) + "\n")
+    return [found[repetition] for repetition in range(repetitions)]
+
+
+def summarise(key, truth, estimates):
+    """Compare repeated estimates, each with the ends of its interval, with the truth."""
+    value, low, high = np.array(estimates).T
+    return {
+        **key,
+        "truth": round(truth, 4),
+        "bias": round(float(value.mean()) - truth, 4),
+        "spread": round(float(value.std()), 4),
+        "coverage": round(float(np.mean((low <= truth) & (truth <= high))), 3),
+        "repetitions": len(value),
+    }
+
+
+def measure_frontier(correlation, repetitions, log):
     """Error and coverage of each objective's win rate by the judge."""
     arms = {name: OBJECTIVES[name] for name in ("raw", "identity", "exp:10")}
     optima = {kl: OptimumAtKL(BestOf(N)).at(kl) for kl in KLS}
-    transforms = {(name, kl): TRANSFORMS[name] for name in arms for kl in KLS}
-    transforms |= {("best-of:4", kl): optima[kl].transform for kl in KLS}
-    truth = {key: limit(transform, key[1], correlation) for key, transform in transforms.items()}
-    found = {key: [] for key in truth}
-    for repetition in range(repetitions):
-        samples = draw(np.random.default_rng([repetition, int(100 * correlation)]), correlation)
-        for kl in KLS:
-            objectives = {**arms, "best-of:4": Fixed(optima[kl])}
-            for point in estimate_frontier(samples, objectives, [kl], [BestOf(N)]).points:
-                found[point.arm, kl].append(point.win_rates["judge"][f"BestOf(n={N})"])
-    for (name, kl), estimates in found.items():
-        exact = truth[name, kl]
-        yield {
-            "correlation": correlation,
-            "objective": name,
-            "kl": kl,
-            "truth": round(exact, 4),
-            "bias": round(float(np.mean([each.value for each in estimates])) - exact, 4),
-            "spread": round(float(np.std([each.value for each in estimates])), 4),
-            "coverage": round(float(np.mean([each.low <= exact <= each.high for each in estimates])), 3),
-        }
+    # Only betas are read from this table: a small one is faster.
+    table = ReferenceTable.build((f"prompt {i}", np.arange(16.0)) for i in range(2000))
+
+    def estimate(samples):
+        frontier = estimate_frontier(samples, {**arms, "best-of:4": Solved(optima)}, KLS, [BestOf(N)], table=table)
+        rates = {(point.arm, point.kl): point.win_rates["judge"][f"BestOf(n={N})"] for point in frontier.points}
+        return [[rates[key].value, rates[key].low, rates[key].high] for key in keys]
+
+    keys = [(name, kl) for name in (*arms, "best-of:4") for kl in KLS]
+    found = np.array(repeat(log, "frontier", correlation, repetitions, estimate))
+    for (name, kl), estimates in zip(keys, found.transpose(1, 0, 2), strict=True):
+        transform = optima[kl].transform if name == "best-of:4" else TRANSFORMS[name]
+        key = {"correlation": correlation, "objective": name, "kl": kl}
+        yield summarise(key, limit(transform, kl, correlation), estimates)
 
 
 def measure_recommend(correlation, repetitions):
@@ -133,6 +166,8 @@ def main():
     """Measure bias and coverage, or with --speed seconds, and save them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=500)
+    parser.add_argument("--log", type=Path, default=Path("recommend.jsonl"), help="repetitions done, to go on from")
+    parser.add_argument("--only", choices=["frontier", "recommend"], help="measure one of the two, saving no JSON")
     parser.add_argument("--speed", action="store_true", help="measure seconds instead")
     options = parser.parse_args()
     if options.speed:
@@ -145,12 +180,15 @@ def main():
         ("recommend", partial(measure_recommend, repetitions=few)),
         (
             "frontier",
-            partial(measure_frontier, repetitions=options.repetitions),
+            partial(measure_frontier, repetitions=options.repetitions, log=options.log),
         ),
     ):
+        if options.only not in (None, name):
+            continue
         results[name] = [row for correlation in CORRELATIONS for row in measure(correlation)]
         print(name, *results[name], sep="\n  ")
-    print(save("recommend", results))
+    if options.only is None:
+        print(save("recommend", results))
 
 
 if __name__ == "__main__":
