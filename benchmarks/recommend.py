@@ -2,9 +2,10 @@
 
 Scores of reward model and judge are normals with a correlation, K = 100 rollouts of 200 prompts, drawn anew in each
 repetition. Truth: of the frontier the optimum with infinitely many references; of `recommend` the policy that fits the
-rewards of K references, averaged over draws of them. Writes benchmarks/results/recommend.json.
+rewards of K references, averaged over draws of them. What does not change between repetitions, the weights of pairs, is
+computed once; in the first repetition all numbers are checked to be those of `estimate_frontier` and `recommend`. Writes benchmarks/results/recommend.json.
 
-    python benchmarks/recommend.py           # half an hour
+    python benchmarks/recommend.py           # minutes; --log FILE to go on after an interruption
     python benchmarks/recommend.py --speed   # seconds; recommend_speed.json
 """
 
@@ -129,15 +130,16 @@ def estimate_cells(samples, keys, weights):
 def measure(correlation, repetitions, log):
     """Measure bias and coverage of all cells, going on from the repetitions that the log has."""
     truth, weights = prepare(correlation)
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log and log.exists() else []
     found = {each["repetition"]: each["values"] for each in lines if each["correlation"] == correlation}
     for repetition in range(repetitions):
         if repetition not in found:
             samples = draw(np.random.default_rng([repetition, int(100 * correlation)]), correlation)
             found[repetition] = estimate_cells(samples, list(truth), weights)
-            with log.open("a") as file:
-                line = {"correlation": correlation, "repetition": repetition, "values": found[repetition]}
-                file.write(json.dumps(line) + "\n")
+            line = {"correlation": correlation, "repetition": repetition, "values": found[repetition]}
+            if log:
+                with log.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
     values = np.array([found[repetition] for repetition in range(repetitions)])
     for (name, kl), exact, (value, low, high) in zip(truth, truth.values(), values.transpose(1, 2, 0), strict=True):
         yield {
@@ -171,7 +173,9 @@ def main():
     """Measure bias and coverage, or with --speed seconds, and save them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=500)
-    parser.add_argument("--log", type=Path, default=Path("recommend.jsonl"), help="repetitions done, to go on from")
+    parser.add_argument(
+        "--log", type=Path, metavar="FILE", help="a file of the repetitions that are done, to go on from"
+    )
     parser.add_argument("--speed", action="store_true", help="measure seconds instead")
     options = parser.parse_args()
     if options.speed:

@@ -83,7 +83,8 @@ def main():
                     continue
                 truth = [enumerate_policy(*each, promised.beta) for each in zip(drawn, laws, strict=True)]
                 kl, rate = np.mean(truth, axis=0)
-                row |= {"kl": round(float(kl), 4), "promised": round(promised.win_rate, 4), "win_rate": round(float(rate), 4)}
+                row |= {"kl": round(float(kl), 4), "promised": round(promised.win_rate, 4)}
+                row["win_rate"] = round(float(rate), 4)
                 rows.append({**row, "error": round(float(promised.win_rate - rate), 4)})
                 print(rows[-1])
     print(save("tied_tables", {"prompts": PROMPTS, "kl": KL, "best_of": N, "rows": rows}))
