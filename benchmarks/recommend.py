@@ -2,8 +2,9 @@
 
 Scores of reward model and judge are normals with a correlation, K = 100 rollouts of 200 prompts, drawn anew in each
 repetition. Truth: of the frontier the optimum with infinitely many references; of `recommend` the policy that fits the
-rewards of K references, averaged over draws of them. What does not change between repetitions, the weights of pairs, is
-computed once; in the first repetition all numbers are checked to be those of `estimate_frontier` and `recommend`. Writes benchmarks/results/recommend.json.
+rewards of K references, averaged over draws of them. Weights of pairs are the same in all repetitions and computed
+once; in the first one all numbers are checked to be those of `estimate_frontier` and `recommend`. Writes
+benchmarks/results/recommend.json.
 
     python benchmarks/recommend.py           # minutes; --log FILE to go on after an interruption
     python benchmarks/recommend.py --speed   # seconds; recommend_speed.json
