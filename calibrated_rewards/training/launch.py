@@ -85,6 +85,14 @@ class Launch:
     """Leave out prompts whose references spread less."""
     report_to: Sequence[str] = ()
     """Trackers of the metrics, by the names of transformers."""
+    check_rollouts: Path | None = None
+    """Directory of a calibration: on rollouts of its prompts that are not trained on the policy is checked."""
+    check_every: int = 20
+    """Steps from one check to the next."""
+    check_prompts: int = 64
+    """Prompts of a check, at most."""
+    judge: str | None = None
+    """A second scorer of the rollouts, for the win rates of a check."""
 
 
 @dataclass(frozen=True, eq=False)
