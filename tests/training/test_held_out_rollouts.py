@@ -105,7 +105,9 @@ def test_a_run_logs_what_plain_forward_passes_give(
     """After the last step the numbers are those of the saved model; the run is the one that it would be without."""
     check = ["--check-rollouts", str(run / "run"), "--check-every", "5", "--judge", "judge"]
     rows = train(run, tmp_path / "checked", name, *options, *check)
-    assert "a check every 5 steps on 3 held-out prompts, 18 rollouts of " in capsys.readouterr().err
+    said, told = capsys.readouterr()
+    assert "a check every 5 steps on 3 held-out prompts, 18 rollouts of " in told
+    assert f"held-out check after step 1: KL {rows[1]['held_out/kl']:.3g}, correlation with the target " in said
     plain = train(run, tmp_path / "plain", name, *options)
     assert untimed(rows) == untimed(plain)
     assert not any(key.startswith("held_out/") for key in rows[0])
