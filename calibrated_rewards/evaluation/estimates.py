@@ -278,19 +278,24 @@ def estimate_columns(per_prompt: Float[np.ndarray, "P columns"], level: float = 
     columns, prompts = [Estimate(column) for column in per_prompt.T], len(per_prompt)
     if prompts < 2:
         return [IntervalEstimate.of(column) for column in columns]
-    resampled = []
-    for drawn in _resamples(prompts, seed=0):
-        # A mean needs no more than how often each prompt is drawn.
-        cells = drawn + prompts * np.arange(len(drawn))[:, None]
-        times = np.bincount(cells.ravel(), minlength=prompts * len(drawn)).reshape(-1, prompts)
-        resampled.append(times.astype(np.float64) @ per_prompt / prompts)
     tail, means = (1 - level) / 2, per_prompt.mean(axis=0)
-    ends = np.quantile(np.concatenate(resampled), [tail, 1 - tail], axis=0)
+    ends = np.quantile(resample_means(per_prompt), [tail, 1 - tail], axis=0)
     lows, highs = (means + small_sample_factor(prompts, level) * (ends - means)).tolist()
     return [
         IntervalEstimate(column.value, low, high, column.standard_error, prompts)
         for column, low, high in zip(columns, lows, highs, strict=True)
     ]
+
+
+def resample_means(per_prompt: Float[np.ndarray, "P columns"]) -> Float[np.ndarray, "resamples columns"]:
+    """Compute the means of columns over resampled prompts, the same prompts for all columns."""
+    prompts, resampled = len(per_prompt), []
+    for drawn in _resamples(prompts, seed=0):
+        # A mean needs no more than how often each prompt is drawn.
+        cells = drawn + prompts * np.arange(len(drawn))[:, None]
+        times = np.bincount(cells.ravel(), minlength=prompts * len(drawn)).reshape(-1, prompts)
+        resampled.append(times.astype(np.float64) @ per_prompt / prompts)
+    return np.concatenate(resampled)
 
 
 def from_json(kind: Any, content: Any) -> Any:

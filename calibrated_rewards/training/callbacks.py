@@ -1,6 +1,6 @@
 """Callbacks of TRL's trainers: time drawing and scoring, log a row a step, show progress, compare with the references.
 
-`BestOfNWinRate` is for any trainer of yours; the others are those of the command `train`.
+`BestOfNWinRate` and `HeldOutCallback` are for any trainer of yours; the others are those of the command `train`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +21,7 @@ from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.protocol import call, fingerprint, is_thread_safe, reads_messages
 from calibrated_rewards.theory.procedures import BestOf, Standard, check_count
 from calibrated_rewards.training.check_settings.rules import restore_decoding
+from calibrated_rewards.training.held_out import HeldOutRollouts, is_due
 from calibrated_rewards.training.progress import ProgressLines
 from calibrated_rewards.training.run_folder import RunFolder
 
@@ -228,6 +229,30 @@ class BestOfNWinRate(TrainerCallback):
         return metrics
 
 
+@dataclass(eq=False)
+class HeldOutCallback(TrainerCallback):
+    """Log a check on held-out rollouts every k steps of a trainer of TRL's, and after its last.
+
+    Before the run starts: `trainer.add_callback(HeldOutCallback(trainer, rollouts))`, where `rollouts` were read by
+    `HeldOutRollouts.load` with the trainer's model. In several processes the first one computes, with its own copy of
+    the weights (not FSDP or ZeRO-3).
+    """
+
+    trainer: Any
+    """A trainer of TRL's that logs with `_metrics`, such as RLOO and GRPO."""
+    rollouts: HeldOutRollouts
+    every: int = 20
+
+    def __post_init__(self) -> None:
+        check_count("HeldOutCallback", every=self.every)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Check the policy after every k-th step; the trainer logs it with the step's other numbers."""
+        if state.is_world_process_zero and is_due(state.global_step, self.every, state.max_steps):
+            for name, value in self.rollouts.check().metrics().items():
+                self.trainer._metrics["train"][name].append(value)
+
+
 def convert_row(logged: Mapping[str, Any], beta: float) -> dict[str, Any]:
     """Convert TRL's log of a step to a row: its KL is a mean over tokens, a row's a sum over the completion."""
     tokens, reward = logged["completions/mean_length"], logged["reward"]
@@ -235,4 +260,4 @@ def convert_row(logged: Mapping[str, Any], beta: float) -> dict[str, Any]:
     quantile = {name.rpartition("/")[2]: value for name, value in logged.items() if name.endswith(("/u", "/raw"))}
     row = {"step": logged["step"] - 1, "lr": logged["learning_rate"], "reward": reward, **quantile, "kl": kl}
     row |= {"objective": None if reward is None else reward - beta * kl, "tokens": tokens}
-    return row | {name: value for name, value in logged.items() if name.startswith("seconds")}
+    return row | {name: value for name, value in logged.items() if name.startswith(("seconds", "held_out/"))}

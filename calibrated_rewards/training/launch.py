@@ -86,6 +86,14 @@ class Launch:
     """Leave out prompts whose references spread less."""
     report_to: Sequence[str] = ()
     """Trackers of the metrics, by the names of transformers."""
+    check_rollouts: Path | None = None
+    """Directory of a calibration: on rollouts of its prompts that are not trained on the policy is checked."""
+    check_every: int = 20
+    """Steps from one check to the next."""
+    check_prompts: int = 64
+    """Prompts of a check, at most."""
+    judge: str | None = None
+    """A second scorer of the rollouts, for the win rates of a check."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +267,7 @@ def digest_weights(model: Any, dtype: str) -> str:
 def print_outcome(folder: RunFolder, reward: Any, beta: float) -> None:
     """Print first and last steps, the optimum that they should come to, and where model and log are."""
     rows = folder.read_log()
-    text = f"{summarise_steps(rows)}{compare_with_optimum(rows, reward, beta)}"
+    text = f"{summarise_steps(rows)}{summarise_check(rows)}{compare_with_optimum(rows, reward, beta)}"
     sys.stdout.write(f"{text}model: {folder.model_folder}\nlog: {folder.log}\n")
 
 
@@ -296,6 +304,25 @@ def summarise_steps(rows: Sequence[Mapping[str, float]]) -> str:
         numbers = [f"{label} {_average(part, name):.4g}" for name, label in columns.items() if name in part[0]]
         lines.append(f"{steps}: {', '.join(numbers)}\n")
     return "".join(lines)
+
+
+def summarise_check(rows: Sequence[Mapping[str, float]]) -> str:
+    """Say what the last check on held-out rollouts found; empty where there was none.
+
+    >>> check = {"kl": 0.21, "correlation": 0.6, "best_of_4/win_rate": 0.655, "best_of_4/standard_error": 0.01}
+    >>> print(summarise_check([{"step": 19, **{f"held_out/{name}": value for name, value in check.items()}}]), end="")
+    held-out check after step 19: KL 0.21, correlation with the target 0.6, win rate 65.5 % (best of 4)
+    """
+    row = next((each for each in reversed(rows) if "held_out/kl" in each), None)
+    if row is None:
+        return ""
+    labels = {"held_out/kl": "KL", "held_out/correlation": "correlation with the target"}
+    parts = [f"{label} {row[name]:.3g}" for name, label in labels.items() if name in row]
+    for name, value in row.items():
+        if name.endswith("/win_rate"):
+            procedure = name.split("/")[1].replace("_", " ")
+            parts.append(f"win rate {100 * value:.1f} % ({procedure})")
+    return f"held-out check after step {row['step']}: {', '.join(parts)}\n"
 
 
 def _first_and_last(rows: Sequence[Mapping[str, float]]) -> list[Sequence[Mapping[str, float]]]:

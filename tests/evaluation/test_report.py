@@ -187,6 +187,23 @@ def test_training_is_told_by_its_log(demo, page):
     assert "25 %" in page.text
 
 
+def test_the_last_check_on_held_out_rollouts_is_shown(demo, page, tmp_path):
+    """Its numbers and its figure, of each run that has one; without checks the page says nothing of them."""
+    rows = [json.loads(line) for line in (demo / "raw" / "log.jsonl").read_text().splitlines()[:-1]]
+    last = [row for row in rows if "held_out/kl" in row][-1]
+    cells = [f"{last[f'held_out/{name}']:.4g}" for name in ("kl", "correlation", "ess")]
+    rate, error = (100 * last[f"held_out/best_of_4/{name}"] for name in ("win_rate", "standard_error"))
+    for cell in (*cells, f"{rate:.1f} % ± {error:.1f}"):
+        assert cell in page.text
+    assert "Checked on held-out rollouts" in page.text
+    assert "The policy's share of each tenth of u over the reference's" in page.text
+    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(row) for row in rows if "held_out/kl" not in row))
+    assert "held-out" not in report(tmp_path).read_text()
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 0, "held_out/kl": "much"}))
+    with pytest.raises(ValueError, match="held_out/kl='much' in line 1"):
+        report(tmp_path)
+
+
 def test_fresh_completions_are_ranked_among_their_prompts_references(demo, page):
     """The mean quantile, against one count a completion."""
     table = ReferenceTable.load(demo / "table" / "reward")
@@ -265,9 +282,9 @@ def test_figures_are_drawn_once_and_refer_to_themselves(page):
     used += [found for *_, value in page.attributes for found in re.findall(r"url\(#(.*?)\)", value or "")]
     assert used
     assert set(used) <= set(ids)
-    assert page.tags.count("svg") == page.tags.count("figcaption") == 9
+    assert page.tags.count("svg") == page.tags.count("figcaption") == 10
     assert page.tags.count("path") > 100
-    assert len([1 for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label") and value]) == 9
+    assert len([1 for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label") and value]) == 10
 
 
 @pytest.mark.parametrize("part", TITLES)

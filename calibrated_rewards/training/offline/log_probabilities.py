@@ -1,0 +1,366 @@
+"""Log-probabilities of the completions of one prompt, with gradients: the prompt is read once for all of them.
+
+A group is a prompt and its completions, as tokens. One forward of the prompt leaves keys and values, behind which all
+completions are read; gradients flow back through them. The head is applied to completion tokens alone. Of more than
+`rows` completions, some are read at a time: their gradients by the prompt's keys and values are added up, and one
+backward pass goes through the prompt in the end.
+
+Models whose completions cannot share a prompt (recurrent states, some windows) are found by comparing values and
+gradients of a group with rows read alone. They are read in whole rows.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache
+
+from calibrated_rewards.models.batches import Rounding, coarsest, moved_by_rounding
+from calibrated_rewards.models.parts import RAISED, body_of, device_of, lock_of, pad_right, rope_turn
+from calibrated_rewards.models.shared_prefix import CHECKED_ROWS, FARTHER, repeatable, repeated
+from calibrated_rewards.models.vocabulary_head import Logits, logits_of, output_layer
+from calibrated_rewards.prompts import start_of
+from calibrated_rewards.samplers.policy import Policy
+
+# Logits that are held at once in float32: 256 MB.
+CELLS = 2**26
+# A completion shorter than this part of the longest is not padded to it, but read in another batch.
+LEAST_FULL = 0.6
+# Gradients that are the same but for rounding: the norm of their difference, as a part of the norm.
+SAME_GRADIENT = {torch.float32: 1e-3, torch.float64: 1e-3}
+SAME_GRADIENT_16_BIT = 0.2
+# So many of the first weights that are trained are compared: a gradient that is lost on the way is missing there.
+COMPARED_WEIGHTS = 8
+
+ComputeLoss = Callable[[Tensor], Tensor]
+
+
+class Group(NamedTuple):
+    """The tokens of a prompt and of its completions, each with the token that ended it, if one did."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+
+
+class Opening(NamedTuple):
+    """A prompt that was read: its keys and values, and the hidden state that predicts the next token."""
+
+    cache: Cache
+    hidden: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that a completion's log-probability takes from the prompt."""
+        layers: Any = self.cache.layers
+        return [self.hidden, *(each for layer in layers for each in (layer.keys, layer.values))]
+
+    def detach(self) -> "Opening":
+        """Cut the graph: the tensors are leaves, which collect the gradients of several backward passes."""
+        cache = repeated(self.cache, 1)
+        layers: Any = cache.layers
+        for layer in layers:
+            layer.keys, layer.values = _leaf(layer.keys), _leaf(layer.values)
+        return Opening(cache, _leaf(self.hidden))
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+@dataclass
+class Route:
+    """How groups are read: behind a shared prompt, in padded rows, or each row alone; as far as groups have shown."""
+
+    shared: bool = True
+    padded: bool = True
+    longest: int = 0
+    """The longest prompt of a group that was compared."""
+
+
+@dataclass(frozen=True, eq=False)
+class GroupReader:
+    """A reader of log-probabilities of completions, summed over their tokens, at a policy's temperature."""
+
+    model: Any
+    """A causal language model, in evaluation mode."""
+    temperature: float = 1.0
+    rows: int = 32
+    """Completions that are held with their activations at once."""
+    cells: int = CELLS
+    route: Route = field(default_factory=Route)
+
+    @torch.no_grad()
+    def __call__(self, group: Group) -> Float32[Tensor, " K"]:
+        """Compute the completions' log-probabilities, without gradients."""
+        self.check(group)
+        parts = self._split(group)
+        opening = self._open(group.prompt) if self._shares(group) else None
+        return self._join(group, parts, [self._read(group, part, opening) for part in parts])
+
+    def accumulate_gradients(self, group: Group, compute_loss: ComputeLoss) -> tuple[float, Float32[Tensor, " K"]]:
+        """Add the gradient of a loss of the log-probabilities to the weights'; return the loss and what it is of."""
+        self.check(group)
+        parts = self._split(group)
+        opening = self._open(group.prompt) if self._shares(group) else None
+        if len(group.completions) <= self.rows:
+            values = self._join(group, parts, [self._read(group, part, opening) for part in parts])
+            loss = compute_loss(values)
+            torch.autograd.backward(loss)
+            return float(loss.detach()), values.detach()
+        cut = None if opening is None else opening.detach()
+        with torch.no_grad():
+            values = self._join(group, parts, [self._read(group, part, cut) for part in parts])
+        values.requires_grad_()
+        loss = compute_loss(values)
+        (slopes,) = torch.autograd.grad(loss, values)
+        for part in parts:
+            own = slopes[part]
+            if bool(own.any()):
+                torch.autograd.backward(self._read(group, part, cut), own)
+        if opening is not None and cut is not None:
+            pairs = [(there, leaf.grad) for there, leaf in zip(opening.tensors, cut.tensors, strict=True)]
+            pairs = [(there, gradient) for there, gradient in pairs if gradient is not None]
+            torch.autograd.backward([there for there, _ in pairs], [gradient for _, gradient in pairs])
+        return float(loss.detach()), values.detach()
+
+    def check(self, group: Group) -> None:
+        """Find the route that gives what rows alone give, by the first group and by those with far longer prompts."""
+        if self.route.longest and len(group.prompt) <= FARTHER * self.route.longest:
+            return
+        self.route.longest = len(group.prompt)
+        order = sorted(group.completions, key=len)
+        some = [order[i * (len(order) - 1) // (CHECKED_ROWS - 1)] for i in range(CHECKED_ROWS)]
+        group = Group(group.prompt, some if len(order) > CHECKED_ROWS else order)
+        if not (self.route.shared or self.route.padded):
+            return
+        alone = self._try(group, Route(shared=False, padded=False))
+        if alone is None:
+            return
+        self.route.shared = self.route.shared and self._can_share(group) and self._agrees(group, alone, Route())
+        self.route.padded = self.route.padded and self._agrees(group, alone, Route(shared=False))
+
+    def _agrees(self, group: Group, alone: tuple[Tensor, list[Tensor]], route: Route) -> bool:
+        """Tell if a route gives the values and gradients of rows alone, but for rounding."""
+        answer = self._try(group, route)
+        if answer is None:
+            return False
+        kind = coarsest(self.model)
+        limit = SAME_GRADIENT.get(kind, SAME_GRADIENT_16_BIT)
+        pairs = list(zip(answer[1], alone[1], strict=True))
+        apart = math.sqrt(sum(float((a - b).float().square().sum()) for a, b in pairs))
+        size = math.sqrt(sum(float(b.float().square().sum()) for _, b in pairs))
+        excess = Rounding(farthest=math.inf).excess(
+            answer[0], alone[0], lambda: (alone[0], self._move(group, alone[0])), self.model
+        )
+        return excess <= 1 and apart <= limit * size
+
+    def _move(self, group: Group, alone: Tensor) -> Tensor:
+        with moved_by_rounding(self.model):
+            moved = self._try(group, Route(shared=False, padded=False))
+        return alone if moved is None else moved[0]
+
+    def _try(self, group: Group, route: Route) -> tuple[Tensor, list[Tensor]] | None:
+        """Read a group by a route: values, (rows, 1), and gradients of some weights; None where the model fails."""
+        reader = GroupReader(self.model, self.temperature, self.rows, self.cells, route)
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad][:COMPARED_WEIGHTS]
+        try:
+            with torch.enable_grad():
+                parts, opening = reader._split(group), reader._open(group.prompt) if route.shared else None
+                values = reader._join(group, parts, [reader._read(group, part, opening) for part in parts])
+                gradients = torch.autograd.grad(values.sum(), weights, allow_unused=True) if weights else ()
+        except RAISED:
+            return None
+        pairs = zip(gradients, weights, strict=True)
+        whole = [torch.zeros_like(weight) if each is None else each for each, weight in pairs]
+        return values.detach().cpu()[:, None], whole
+
+    def _can_share(self, group: Group) -> bool:
+        """Tell if the model takes and returns a cache of keys and values alone."""
+        if "past_key_values" not in self._parameters:
+            return False
+        try:
+            with torch.no_grad():
+                cache = self._open(group.prompt).cache
+        except RAISED:
+            return False
+        return repeatable(cache) and cache.get_seq_length() == len(group.prompt)
+
+    def _shares(self, group: Group) -> bool:
+        """Tell if a group is read behind its prompt: LongRoPE has other angles for all of a long input."""
+        longest = len(group.prompt) + max(map(len, group.completions))
+        turned = self._turn is not None and len(group.prompt) <= self._turn < longest
+        return self.route.shared and len(group.completions) > 1 and not turned
+
+    def _split(self, group: Group) -> list[list[int]]:
+        """Split the completions into batches of at most `rows`, of nearly one length."""
+        most = self.rows if self.route.padded or self._shares(group) else 1
+        return list(split_by_length([len(each) for each in group.completions], most))
+
+    def _join(self, group: Group, parts: Sequence[list[int]], values: Sequence[Tensor]) -> Tensor:
+        """Put the values of parts in the order of the group; a completion without tokens has 0."""
+        device = device_of(self.model)
+        zeros = torch.zeros(len(group.completions), device=device)
+        order = torch.tensor([i for part in parts for i in part], dtype=torch.long, device=device)
+        return zeros.index_copy(0, order, torch.cat(list(values))) if parts else zeros
+
+    def _open(self, prompt: list[int]) -> Opening:
+        """Read a prompt."""
+        ids = torch.tensor([prompt], device=device_of(self.model))
+        answer = self._body(input_ids=ids, use_cache=True, **self._positions(0, ids))
+        return Opening(answer.past_key_values, answer.last_hidden_state[:, -1])
+
+    def _read(self, group: Group, part: list[int], opening: Opening | None) -> Tensor:
+        """Read some completions behind a prompt that was read, or in whole rows; the last token is not fed."""
+        rows = [group.completions[i] for i in part]
+        fed = [row[:-1] for row in rows]
+        if opening is None:
+            start = len(group.prompt) - 1
+            ids, mask = pad_right([group.prompt + row for row in fed], group.prompt[0], device_of(self.model))
+            hidden = self._body(input_ids=ids, attention_mask=mask, use_cache=False, **self._positions(0, ids))
+            return self._sum(hidden.last_hidden_state[:, start:], rows)
+        firsts = torch.tensor([row[0] for row in rows], device=opening.hidden.device)
+        values = self._compute_logits(opening.hidden).log_softmax(-1)[0, firsts]
+        if max(map(len, fed)):
+            ids, mask = pad_right(fed, group.prompt[0], device_of(self.model))
+            past = len(group.prompt)
+            mask = torch.cat([mask.new_ones(len(rows), past), mask], 1)
+            cache = repeated(opening.cache, len(rows))
+            options = {"past_key_values": cache, "use_cache": True, **self._positions(past, ids)}
+            hidden = self._body(input_ids=ids, attention_mask=mask, **options)
+            values = values + self._sum(hidden.last_hidden_state, [row[1:] for row in rows])
+        return values
+
+    def _sum(self, hidden: Tensor, rows: Sequence[list[int]]) -> Tensor:
+        """Sum the log-probabilities of each row's tokens, each predicted by the hidden state in its place."""
+        mask = torch.arange(hidden.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        mask = mask.to(hidden.device)
+        targets = torch.tensor([token for row in rows for token in row], device=hidden.device)
+        logprobs = self._score(hidden[mask], targets)
+        return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs).sum(1)
+
+    def _score(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Compute the log-probability of each target, without holding all logits."""
+        some = max(1, self.cells // int(self._layer.weight.shape[0]))
+        if not torch.is_grad_enabled() or (hidden.requires_grad and not self._trains_head):
+            # Less than could be held: what stays in the processor's caches is faster.
+            parts = list(zip(hidden.split(max(1, some // 8)), targets.split(max(1, some // 8)), strict=True))
+            score: Any = FrozenHead.apply
+            return score(hidden, parts, self._compute_logits)  # type: ignore[no-any-return]
+        parts = list(zip(hidden.split(some), targets.split(some), strict=True))
+        if len(parts) > 1:
+            return torch.cat([checkpoint(self._score_part, *part, use_reentrant=False) for part in parts])
+        return self._score_part(hidden, targets)
+
+    def _score_part(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return self._compute_logits(hidden).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    def _compute_logits(self, hidden: Tensor) -> Tensor:
+        # A slice of a longer row is up to 1000 times slower in 16 bits on a CPU.
+        logits = self._head.of(self._layer, hidden.contiguous()).float()
+        return logits if self.temperature == 1 else logits / self.temperature
+
+    def _positions(self, past: int, ids: Tensor) -> dict[str, Tensor]:
+        if "position_ids" not in self._parameters:
+            return {}
+        return {"position_ids": torch.arange(past, past + ids.shape[1], device=ids.device).expand(ids.shape)}
+
+    @cached_property
+    def _body(self) -> Any:
+        return body_of(self.model)
+
+    @cached_property
+    def _parameters(self) -> set[str]:
+        return set(inspect.signature(self._body.forward).parameters)
+
+    @cached_property
+    def _head(self) -> Logits:
+        return logits_of(self.model, lock_of(self.model))
+
+    @cached_property
+    def _layer(self) -> Any:
+        return output_layer(self.model)
+
+    @property
+    def _trains_head(self) -> bool:
+        return any(weight.requires_grad for weight in self._layer.parameters())
+
+    @cached_property
+    def _turn(self) -> int | None:
+        return rope_turn(self.model)
+
+
+class FrozenHead(torch.autograd.Function):
+    """Log-probabilities behind a head that is not trained: of each only its gradient by the hidden state is held."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, parts: list[tuple[Tensor, Tensor]], compute: Callable[..., Tensor]) -> Tensor:
+        """Compute the values, and their gradients where they are needed, part by part."""
+        values, slopes, needed = [], [], ctx.needs_input_grad[0]
+        for some, targets in parts:
+            leaf = some.detach().requires_grad_(needed)
+            with torch.set_grad_enabled(needed):
+                logits = compute(leaf)
+            work = logits.detach().log_softmax(-1)
+            values.append(work.gather(1, targets[:, None])[:, 0])
+            if needed:
+                # The derivative by a logit is one for the target's, less the probability.
+                work.exp_().scatter_add_(1, targets[:, None], -torch.ones_like(work[:, :1]))
+                slopes.append(torch.autograd.grad(logits, leaf, work)[0].neg_())
+        if needed:
+            ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """Multiply each gradient by that of its value."""
+        (slopes,) = ctx.saved_tensors
+        return gradient[:, None].to(slopes.dtype) * slopes, None, None
+
+
+def split_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Split the numbers of rows into batches of at most `most`, longest first, without rows that are mostly padding.
+
+    Rows without tokens are in none.
+
+    >>> [*split_by_length([3, 9, 8, 0, 2, 7], 2)]
+    [[1, 2], [5], [0, 4]]
+    """
+    batch: list[int] = []
+    for i in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
+        if batch and (len(batch) == most or lengths[i] < LEAST_FULL * lengths[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def tokenize_completion(policy: Policy, rollout: Any, prompt: Any = "") -> tuple[list[int], bool]:
+    """Make a rollout's completion into tokens, with the token that ended it; tell if as many were drawn.
+
+    Rollouts are stored as text. Where several tokens end a completion, the tokenizer's own is taken.
+    """
+    text = rollout.completion
+    if not isinstance(text, str):
+        raise TypeError(f"offline training needs completions that are text, got messages for {start_of(prompt)}")
+    ids: list[int] = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    most, ends = policy.decoding.max_tokens, policy.endings.ids
+    if rollout.finish == "length" or (rollout.finish is None and len(ids) >= most) or not (ends or rollout.finish):
+        return ids[:most], rollout.tokens in (None, len(ids))
+    end = policy.tokenizer.eos_token_id if policy.tokenizer.eos_token_id in ends else min(ends, default=None)
+    whole = ids if end is None else [*ids, end]
+    if rollout.tokens in (None, len(whole)):
+        return whole, True
+    # It may have been ended by a stop string, which was drawn and is not stored.
+    for stop in policy.decoding.stop:
+        ids = policy.tokenizer(text + stop, add_special_tokens=False)["input_ids"]
+        if len(ids) == rollout.tokens:
+            return ids, True
+    return whole[:most], False
