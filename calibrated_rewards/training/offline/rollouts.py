@@ -44,7 +44,7 @@ class PromptRollouts:
     """Phi(u) as the reward gives it: with its transform, estimator and scale."""
     beta: float
 
-    @property
+    @cached_property
     def completions(self) -> list[Completion]:
         """The completions as scorers read them."""
         return [get_completion(each) for each in self.rollouts]
@@ -54,12 +54,12 @@ class PromptRollouts:
         """The prompt's own partition, log (1/K) sum_j e^{Phi_j / beta}; right with ties as well."""
         return float(logsumexp(self.rewards / self.beta)) - float(np.log(len(self.rewards)))
 
-    @property
+    @cached_property
     def log_ratios(self) -> Float64[np.ndarray, " K"]:
         """The optimum's log pi(y) - log pi_ref(y) of each rollout: Phi / beta - log Z."""
         return np.asarray(self.rewards / self.beta - self.log_z)
 
-    @property
+    @cached_property
     def weights(self) -> Float64[np.ndarray, " K"]:
         """The optimum's share of each rollout, which add up to 1: e^{Phi / beta} / sum_j e^{Phi_j / beta}."""
         return np.asarray(softmax(self.rewards / self.beta))
