@@ -1,4 +1,4 @@
-"""How long does `calibrated-rewards export` take, and how much memory? A generated run of 10,000 prompts x 100 rollouts.
+"""Measure the time and memory of `calibrated-rewards export`, on a generated run of 10,000 prompts x 100 rollouts.
 
 Each export is a process of its own; seconds by the clock depend on what else the machine does, those of the processor
 hardly. Writes benchmarks/results/export.json.

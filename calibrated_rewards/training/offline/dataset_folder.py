@@ -27,7 +27,7 @@ from calibrated_rewards.evaluation.references import choose_scorer
 from calibrated_rewards.files import Message, claim, setting, write_file
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.scorers.differences import differences
-from calibrated_rewards.table.card import HUB_NAME, Card, write_card
+from calibrated_rewards.table.card import HUB_NAME, README, Card, write_card
 from calibrated_rewards.training.offline.dataset_files import FILES, Format, join_parts, read_counts, write_part
 from calibrated_rewards.training.offline.datasets import Kind, Row, Selection
 from calibrated_rewards.training.offline.layouts import LAYOUTS, describe_for_llama_factory
@@ -35,6 +35,7 @@ from calibrated_rewards.training.offline.rollouts import choose_beta, read_rollo
 from calibrated_rewards.training.run_folder import describe_reward
 
 PARTS, RESULT, INFO = ".parts", "export.json", "dataset_info.json"
+WRITTEN = (*FILES.values(), RESULT, INFO, README)
 # Counted beside the reasons of `datasets`.
 NO_ROLLOUTS = "prompts without rollouts"
 UNKNOWN = "prompts without references in the reward's table"
@@ -237,9 +238,9 @@ def begin(parts: Path, settings: Mapping[str, Any]) -> None:
     """Write which export the parts are of; remove those of another one and files that were cut short."""
     file, text = parts / "settings.json", json.dumps(settings, indent=2)
     stale = not file.exists() or file.read_text() != text
-    for each in parts.iterdir():
-        if each.is_file() and each.name != ".lock" and (stale or each.name.startswith(".")):
-            each.unlink()
+    cut_short = [*parts.glob(".[!l]*"), *(each for name in WRITTEN for each in parts.parent.glob(f".{name}.*"))]
+    for each in {*cut_short, *(parts.glob("[!.]*") if stale else ())}:
+        shutil.rmtree(each) if each.is_dir() else each.unlink()
     write_file(file, text)
 
 

@@ -94,7 +94,7 @@ class Selection:
             # The first of several that tie: rollouts are exchangeable, so this favours none.
             chosen = usable[[np.argmax(prompt.scores[usable])]]
         else:
-            chosen = usable[resample(prompt.weights[usable], self.draws, rng)]
+            chosen = usable[resample(prompt.weights[usable], self.draws, float(rng.random()))]
         return [
             {**make_row(prompt, i), "score": float(prompt.scores[i]), "u": float(prompt.u[i])} for i in chosen.tolist()
         ]
@@ -175,13 +175,15 @@ def is_empty(completion: Completion) -> bool:
     return not any(message.get("content") or message.get("tool_calls") for message in list[Any](completion))
 
 
-def resample(weights: Float64[np.ndarray, " K"], draws: int, rng: np.random.Generator) -> Int64[np.ndarray, " draws"]:
+def resample(weights: Float64[np.ndarray, " K"], draws: int, start: float) -> Int64[np.ndarray, " draws"]:
     """Draw numbers by weights, systematically: number i comes floor or ceil of draws w_i times, draws w_i on average.
 
-    >>> resample(np.array([0.5, 0.25, 0.25]), 4, np.random.default_rng(0))
+    `start` is uniform on [0, 1).
+
+    >>> resample(np.array([0.5, 0.25, 0.25]), 4, start=0.6)
     array([0, 0, 1, 2])
     """
     ends = np.cumsum(weights) / weights.sum()
     ends[np.flatnonzero(weights)[-1] :] = 1.0  # rounding must not leave a point beyond the last
-    points = np.minimum((rng.random() + np.arange(draws)) / draws, np.nextafter(1.0, 0.0))
+    points = np.minimum((start + np.arange(draws)) / draws, np.nextafter(1.0, 0.0))
     return np.asarray(np.searchsorted(ends, points, side="right"), np.int64)
