@@ -188,12 +188,24 @@ def test_the_card_says_what_is_in_none(tmp_path: Path) -> None:
         "prompts without rollouts": 1,
         "rollouts with an empty completion": 1,
     }
-    assert done == Export(tmp_path / "out" / "train.parquet", 2, 1, expected, rollouts=6, cut=1)
+    assert done.ess is not None
+    assert 1 < done.ess < 3
+    kl, ess = done.kl, done.ess
+    assert done == Export(tmp_path / "out" / "train.parquet", 2, 1, expected, 6, 1, kl, ess)
     card, saved = (
         (tmp_path / "out" / "README.md").read_text(),
         json.loads((tmp_path / "out" / "export.json").read_text()),
     )
-    assert saved["result"] == {"path": None, "rows": 2, "prompts": 1, "left_out": expected, "rollouts": 6, "cut": 1}
+    assert saved["result"] == {
+        "path": None,
+        "rows": 2,
+        "prompts": 1,
+        "left_out": expected,
+        "rollouts": 6,
+        "cut": 1,
+        "kl": kl,
+        "ess": ess,
+    }
     assert "| transform | Exponential(t=5.0) |" in card
     assert "| beta | 0.3 |" in card
     assert "| draws | 2 |" in card

@@ -73,17 +73,18 @@ def test_trl_fine_tunes_on_completions_alone(chats: bool, draws: int | None, tmp
         assert found
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("chats", [False, True])
 def test_trl_learns_from_the_pairs(chats: bool, tmp_path: Path) -> None:
     """DPOTrainer, KTOTrainer and RewardTrainer take a step; the last one reads the margin too."""
     data, tokens = read(write(tmp_path, chats, "pairs")), tiny.tokenizer()
     args = {"processing_class": tokens, "train_dataset": data}
-    dpo = DPOTrainer(tiny.causal(), args=DPOConfig(str(tmp_path / "dpo"), **STEP), **args)
+    dpo = DPOTrainer(tiny.causal(), tiny.causal(), args=DPOConfig(str(tmp_path / "dpo"), **STEP), **args)
     dpo.train()
     sides = [tokens.decode(dpo.train_dataset[0][side]) for side in ("prompt_ids", "chosen_ids", "rejected_ids")]
     assert sides[0].replace("<s>", "") == ("<|user|>2+2=<|end|><|assistant|>" if chats else "2+2=")
     assert [side.partition("<")[0] for side in sides[1:]] == ["four", "5"]
-    KTOTrainer(tiny.causal(), args=KTOConfig(str(tmp_path / "kto"), **STEP), **args).train()
+    KTOTrainer(tiny.causal(), tiny.causal(), args=KTOConfig(str(tmp_path / "kto"), **STEP), **args).train()
     rm = RewardTrainer(tiny.classifier(), args=RewardConfig(str(tmp_path / "rm"), **STEP), **args)
     rm.train()
     assert rm.train_dataset[0]["margin"] == pytest.approx(2 / 3)

@@ -1,16 +1,34 @@
-"""Offline training, from rollouts that exist already: `reward_model.py` distils a calibrated reward."""
+"""Offline training, from rollouts that exist already: `rollouts.py` reads those of a calibration with their weights.
+
+`dataset_folder.py` has `export`, which writes them as a dataset for other trainers: `datasets.py` chooses the rows,
+`layouts.py` arranges them for a framework, `dataset_files.py` writes them. `reward_model.py` distils a calibrated reward.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from calibrated_rewards.training.offline.dataset_folder import Export as Export, export as export
+    from calibrated_rewards.training.offline.datasets import Selection as Selection
     from calibrated_rewards.training.offline.reward_model import (
         distil as distil,
         distillation_pairs as distillation_pairs,
     )
+    from calibrated_rewards.training.offline.rollouts import (
+        PromptRollouts as PromptRollouts,
+        iterate_rollouts as iterate_rollouts,
+    )
 
 # Loaded when they are asked for: they bring heavy libraries.
-LAZY = {"distil": "reward_model", "distillation_pairs": "reward_model"}
+LAZY = {
+    "Export": "dataset_folder",
+    "export": "dataset_folder",
+    "Selection": "datasets",
+    "distil": "reward_model",
+    "distillation_pairs": "reward_model",
+    "PromptRollouts": "rollouts",
+    "iterate_rollouts": "rollouts",
+}
 
 
 def __getattr__(name: str) -> Any:

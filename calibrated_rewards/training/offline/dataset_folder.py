@@ -14,7 +14,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.scorers.differences import differences
 from calibrated_rewards.table.card import HUB_NAME, README, Card, write_card
 from calibrated_rewards.training.offline.dataset_files import FILES, Format, join_parts, read_counts, write_part
-from calibrated_rewards.training.offline.datasets import Kind, Row, Selection
+from calibrated_rewards.training.offline.datasets import CUT, Kind, Row, Selection
 from calibrated_rewards.training.offline.layouts import LAYOUTS, describe_for_llama_factory
 from calibrated_rewards.training.offline.rollouts import choose_beta, read_rollouts
 from calibrated_rewards.training.run_folder import describe_reward
@@ -40,7 +40,9 @@ WRITTEN = (*FILES.values(), RESULT, INFO, README)
 NO_ROLLOUTS = "prompts without rollouts"
 UNKNOWN = "prompts without references in the reward's table"
 SKIPPED = "rows that the framework would skip"
-ROWS, PROMPTS, ROLLOUTS, CUT = "rows", "prompts", "rollouts", "rollouts that the token limit cut"
+ROWS, PROMPTS, ROLLOUTS = "rows", "prompts", "rollouts"
+VALUED, KL, ESS = "valued", "kl", "ess"
+NUMBERS = (ROWS, PROMPTS, ROLLOUTS, VALUED, KL, ESS)
 SUMMARY = {
     "sft": "Completions of a reference policy to learn from: the best of each prompt's rollouts by a reward model.",
     "drawn": "Completions of a reference policy to learn from, drawn by the weights that the optimum gives them.",
@@ -62,11 +64,17 @@ class Export:
     """Rollouts that were read."""
     cut: int
     """Those of them that the token limit cut."""
+    kl: float | None = None
+    """KL of the weights from equal ones, in nats, on average over prompts; None where nothing is weighted."""
+    ess: float | None = None
+    """Effective sample size of the weights, on average over prompts."""
 
     def lines(self) -> Iterator[str]:
         """Write the numbers in sentences."""
         yield f"{self.path}: {self.rows:,} rows of {self.prompts:,} prompts, from {self.rollouts:,} rollouts"
         yield from (f"left out: {count:,} {reason}" for reason, count in self.left_out.items())
+        if self.kl is not None:
+            yield f"weights: KL {self.kl:.3g} nats from equal ones, effective sample size {self.ess:.3g}, on average"
         if self.cut and CUT not in self.left_out:
             rest = "a trainer may end them with an end token all the same; --finished-only leaves them out"
             yield f"the token limit cut {self.cut:,} of the rollouts: {rest}"
@@ -120,9 +128,11 @@ def export(
         counts, names = Counter[str](), directory.names()
         for name in show_bar(names, "exporting", " shards", show_progress):
             counts += work.make_part(parts / name, name)
-        rows, prompts, rollouts = (counts.pop(name, 0) for name in (ROWS, PROMPTS, ROLLOUTS))
+        rows, prompts, rollouts, valued, kl, ess = (counts.pop(name, 0) for name in NUMBERS)
         cut = counts[CUT] if selection.finished_only else counts.pop(CUT, 0)
         result = Export(out / FILES[file_format], rows, prompts, dict(sorted(counts.items())), rollouts, cut)
+        if selection.needs_beta and valued:
+            result = replace(result, kl=kl / valued, ess=ess / valued)
         if not rows:
             raise ValueError(f"an export needs a row, got none. {'. '.join([*result.lines()][1:])}")
         join_parts([parts / name for name in names], result.path, file_format)
@@ -163,6 +173,8 @@ class Work:
             counts[SKIPPED] += len(made) - len(arranged)
             counts[PROMPTS] += bool(arranged)
             counts[ROLLOUTS] += len(prompt.rollouts)
+            if self.selection.needs_beta:
+                counts += Counter({VALUED: 1, KL: float(prompt.weights @ prompt.log_ratios), ESS: prompt.ess})
             if not self.selection.finished_only:  # which counts them itself
                 counts[CUT] += sum(each.finish == "length" for each in prompt.rollouts)
         counts[ROWS] = len(rows)
@@ -253,6 +265,9 @@ def write_readme(
     facts = {
         "rows": f"{result.rows:,} of {result.prompts:,} prompts",
         **({"beta": f"{beta:.6g}"} if beta is not None else {}),
+        **(
+            {"KL of the weights": f"{result.kl:.4g}", "effective sample size": f"{result.ess:.4g}"} if result.kl else {}
+        ),
         **{name: repr(getattr(reward, name)) for name in ("transform", "estimator", "scale", "calibration")},
         **{name: str(value) for name, value in asdict(selection).items() if value not in (None, False)},
         **{f"left out: {reason}": f"{count:,}" for reason, count in result.left_out.items()},

@@ -34,7 +34,7 @@ Row: TypeAlias = dict[str, Any]
 NO_RESOLUTION = "prompts whose rollouts all have one reward"
 TOO_FEW = "prompts with too few rollouts"
 EMPTY = "rollouts with an empty completion"
-CUT = "rollouts cut at the token limit"
+CUT = "rollouts that the token limit cut"
 LIGHT = "rollouts with less weight than the floor"
 TIED = "pairs of equal scores"
 
