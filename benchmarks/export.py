@@ -77,13 +77,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=10_000)
     parser.add_argument("--rollouts", type=int, default=100)
     parser.add_argument("--name", default="export", help="of the file in benchmarks/results")
+    parser.add_argument("--only", nargs="+", choices=EXPORTS, default=[*EXPORTS])
     options = parser.parse_args()
     results = {"prompts": options.prompts, "rollouts": options.rollouts, "exports": {}}
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         generate(run, options.prompts, options.rollouts)
         results["run_mib"] = round(sum(each.stat().st_size for each in run.rglob("*") if each.is_file()) / 2**20)
-        for name, words in EXPORTS.items():
+        for name, words in ((name, EXPORTS[name]) for name in options.only):
             out = Path(folder) / name
             command = [sys.executable, "-c", MEASURE, "export", str(run), "--out", str(out), *words]
             done = subprocess.run(command, capture_output=True, text=True, check=True)

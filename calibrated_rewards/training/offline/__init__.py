@@ -1,7 +1,8 @@
 """Offline training, from rollouts that exist already: `rollouts.py` reads those of a calibration with their weights.
 
 `dataset_folder.py` has `export`, which writes them as a dataset for other trainers: `datasets.py` chooses the rows,
-`layouts.py` arranges them for a framework, `dataset_files.py` writes them. `reward_model.py` distils a calibrated reward.
+`layouts.py` arranges them for a framework, `dataset_files.py` writes them. `reward_model.py` distils a calibrated
+reward.
 """
 
 from importlib import import_module

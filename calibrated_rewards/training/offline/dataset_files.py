@@ -7,8 +7,8 @@ it came. Both the parts and what they are joined to depend on their rows alone.
 import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +25,7 @@ COUNTS = b"counts"
 ROWS_A_GROUP = 20_000
 
 
-def write_part(path: Path, rows: Sequence[Row], counts: Counter[str], file_format: Format) -> None:
+def write_part(path: Path, rows: Sequence[Row], counts: Mapping[str, float], file_format: Format) -> None:
     """Write the rows of a shard and what was counted beside them."""
     text = json.dumps(dict(sorted(counts.items())))
     if file_format == "jsonl":
@@ -37,19 +37,19 @@ def write_part(path: Path, rows: Sequence[Row], counts: Counter[str], file_forma
 
     table = make_table(rows).replace_schema_metadata({COUNTS: text})
     with replace_file(path) as file:
-        pq.write_table(table, file, compression="zstd")
+        pq.write_table(table, file, compression="lz4")  # read once more, so fast
 
 
-def read_counts(path: Path, file_format: Format) -> Counter[str] | None:
+def read_counts(path: Path, file_format: Format) -> dict[str, float] | None:
     """Read what was counted beside a part's rows; None if the part is not there."""
     if not path.exists():
         return None
     if file_format == "jsonl":
         with path.open("rb") as file:
-            return Counter(json.loads(file.readline()))
+            return dict(json.loads(file.readline()))
     import pyarrow.parquet as pq
 
-    return Counter(json.loads(pq.read_schema(path).metadata[COUNTS]))
+    return dict(json.loads(pq.read_schema(path).metadata[COUNTS]))
 
 
 def make_table(rows: Sequence[Row]) -> "pa.Table":
@@ -60,7 +60,13 @@ def make_table(rows: Sequence[Row]) -> "pa.Table":
     columns = {}
     for name in rows[0] if rows else ():
         try:
-            columns[name] = pa.array([row[name] for row in rows], kinds.get(name))
+            values = [row[name] for row in rows]
+            if isinstance(values[0], list):  # messages of one prompt after another: each is converted once
+                starts = [at == 0 or values[at] is not values[at - 1] for at in range(len(values))]
+                unique = pa.array(compress(values, starts))
+                columns[name] = unique.take(pa.array(at - 1 for at in accumulate(starts)))
+            else:
+                columns[name] = pa.array(values, kinds.get(name))
         except pa.ArrowException as error:
             raise ValueError(f"the column {name!r} needs one type, which JSONL does not ask for: {error}") from error
     return pa.table(columns)

@@ -125,11 +125,12 @@ def export(
         work = Work(
             directory, reward, selection, select, beta or 1.0, layout, file_format
         )  # no row has a weight without it
-        counts, names = Counter[str](), directory.names()
+        counts, names = dict[str, Any](), directory.names()
         for name in show_bar(names, "exporting", " shards", show_progress):
-            counts += work.make_part(parts / name, name)
+            for reason, count in work.make_part(parts / name, name).items():
+                counts[reason] = counts.get(reason, 0) + count
         rows, prompts, rollouts, valued, kl, ess = (counts.pop(name, 0) for name in NUMBERS)
-        cut = counts[CUT] if selection.finished_only else counts.pop(CUT, 0)
+        cut = counts.get(CUT, 0) if selection.finished_only else counts.pop(CUT, 0)
         result = Export(out / FILES[file_format], rows, prompts, dict(sorted(counts.items())), rollouts, cut)
         if selection.needs_beta and valued:
             result = replace(result, kl=kl / valued, ess=ess / valued)
@@ -157,14 +158,14 @@ class Work:
     layout: str
     file_format: Format
 
-    def make_part(self, path: Path, name: str) -> Counter[str]:
+    def make_part(self, path: Path, name: str) -> dict[str, float]:
         """Write the part of a shard, unless it is there, and return its counts."""
         if (there := read_counts(path, self.file_format)) is not None:
             return there
         state = self.directory.state(name)
         drawn = sum(count > 0 for count in state.drawn) if state else 0
         counts = Counter({NO_ROLLOUTS: self.directory.size(name) - drawn, UNKNOWN: drawn})
-        arrange, rows = LAYOUTS[self.layout].arrange, list[Row]()
+        arrange, rows, kl, ess = LAYOUTS[self.layout].arrange, list[Row](), 0.0, 0.0
         for prompt in read_rollouts(self.directory, name, self.reward, self.select, self.beta):
             made = self.selection.rows(prompt, counts)
             arranged = [row for each in made if (row := arrange(each)) is not None]
@@ -174,12 +175,14 @@ class Work:
             counts[PROMPTS] += bool(arranged)
             counts[ROLLOUTS] += len(prompt.rollouts)
             if self.selection.needs_beta:
-                counts += Counter({VALUED: 1, KL: float(prompt.weights @ prompt.log_ratios), ESS: prompt.ess})
+                counts[VALUED] += 1
+                kl, ess = kl + float(prompt.weights @ prompt.log_ratios), ess + prompt.ess
             if not self.selection.finished_only:  # which counts them itself
                 counts[CUT] += sum(each.finish == "length" for each in prompt.rollouts)
         counts[ROWS] = len(rows)
-        write_part(path, rows, +counts, self.file_format)
-        return +counts
+        numbers = {**+counts, **({KL: kl, ESS: ess} if counts[VALUED] else {})}
+        write_part(path, rows, numbers, self.file_format)
+        return numbers
 
 
 def check_form(selection: Selection, file_format: str, layout: str) -> None:
