@@ -36,6 +36,7 @@ WORDS: dict[str, list[str]] = {
     "recommend": ["run/", "--best-of", "1-16", "--kl", "0.4", "--judge", "j", "--estimator", "posterior"],
     "frontier": ["run/", "--kl", "0.5", "1e-1", "--best-of", "2", "4"],
     "reward": ["table/", "--reward-model", "./rm", "--transform", "best-of:4:1.0", "--out", "reward"],
+    "export": ["run/", "--as", "sft", "--draws", "4", "--transform", "exp:5:0.5", "--out", "e", "--finished-only"],
     "evaluate": [
         *POLICY,
         "--policy",

@@ -44,7 +44,7 @@ class PromptRollouts:
     """Phi(u) as the reward gives it: with its transform, estimator and scale."""
     beta: float
 
-    @property
+    @cached_property
     def completions(self) -> list[Completion]:
         """The completions as scorers read them."""
         return [get_completion(each) for each in self.rollouts]
@@ -54,12 +54,12 @@ class PromptRollouts:
         """The prompt's own partition, log (1/K) sum_j e^{Phi_j / beta}; right with ties as well."""
         return float(logsumexp(self.rewards / self.beta)) - float(np.log(len(self.rewards)))
 
-    @property
+    @cached_property
     def log_ratios(self) -> Float64[np.ndarray, " K"]:
         """The optimum's log pi(y) - log pi_ref(y) of each rollout: Phi / beta - log Z."""
         return np.asarray(self.rewards / self.beta - self.log_z)
 
-    @property
+    @cached_property
     def weights(self) -> Float64[np.ndarray, " K"]:
         """The optimum's share of each rollout, which add up to 1: e^{Phi / beta} / sum_j e^{Phi_j / beta}."""
         return np.asarray(softmax(self.rewards / self.beta))
@@ -76,23 +76,37 @@ def iterate_rollouts(
     """Read the rollouts of each prompt of a calibration's directory, shard by shard, and value them by a reward.
 
     `select` names the scorer whose scores the reward's table is made of, where the rollouts have several; `beta` is
-    the reward's unless it is given. Prompts without rollouts are left out.
+    the reward's unless it is given. Prompts without rollouts, or without references in the table, are left out.
     """
+    beta, select, directory = choose_beta(reward, beta), choose_scorer(run, select), RunDirectory(run)
+    for name in directory.names():
+        yield from read_rollouts(directory, name, reward, select, beta)
+
+
+def choose_beta(reward: CalibratedReward, beta: float | None) -> float:
+    """Return the beta that is given, or else the reward's; ValueError if neither is a finite number above 0."""
     beta = reward.beta if beta is None else beta
     if beta is None or not (np.isfinite(beta) and beta > 0):
         value = setting("beta", str(beta))
         raise ValueError(Message(f"an optimum needs a finite beta > 0, the reward's or one that is given; got {value}"))
-    select = choose_scorer(run, select)
-    directory = RunDirectory(run)
-    for name in directory.names():
-        shard = directory.load(name)
-        if not shard.state.is_scored(select):
-            raise ValueError(f"shard {name} of {run} has rollouts without a score of {select!r}: calibrate to the end.")
-        drawn = [i for i, rollouts in enumerate(shard.rollouts) if rollouts]
-        rows = reward.rows([shard.prompts[i].prompt for i in drawn])
-        for i, row in zip(drawn, rows, strict=True):
-            scores = shard.scores[select][i]
-            at, raw = np.array([row]), scores[None]
-            u, rewards = reward.table.cdf(at, raw)[0], np.asarray(reward.from_scores(at, raw)[0], np.float64)
-            planned = shard.prompts[i]
-            yield PromptRollouts(planned.key, planned.prompt, shard.rollouts[i], scores, u, rewards, beta)
+    return beta
+
+
+def read_rollouts(
+    directory: RunDirectory, name: str, reward: CalibratedReward, select: str, beta: float
+) -> Iterator[PromptRollouts]:
+    """Read the rollouts of each prompt of one shard, as `iterate_rollouts` does."""
+    shard = directory.load(name)
+    if not shard.state.is_scored(select):
+        where = f"shard {name} of {directory.path}"
+        raise ValueError(f"{where} has rollouts without a score of {select!r}: calibrate to the end.")
+    drawn = [i for i, rollouts in enumerate(shard.rollouts) if rollouts]
+    rows = reward.rows([shard.prompts[i].prompt for i in drawn])
+    for i, row in zip(drawn, rows, strict=True):
+        if row < 0:  # unknown to a reward that does not raise
+            continue
+        scores = shard.scores[select][i]
+        at, raw = np.array([row]), scores[None]
+        u, rewards = reward.table.cdf(at, raw)[0], np.asarray(reward.from_scores(at, raw)[0], np.float64)
+        planned = shard.prompts[i]
+        yield PromptRollouts(planned.key, planned.prompt, shard.rollouts[i], scores, u, rewards, beta)
