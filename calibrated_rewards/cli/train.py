@@ -1,4 +1,4 @@
-"""`calibrated-rewards train`: train a policy for a saved reward, with RLOO, GRPO or PPO.
+"""`calibrated-rewards train`: train a policy for a saved reward, with RLOO, GRPO or PPO, or offline.
 
 A run's own options are the fields of its settings, a frozen dataclass: their names, defaults and lines of help.
 """
@@ -22,9 +22,11 @@ EPILOG = """trainers:
   grpo          TRL's GRPO, whose optimum is close
   grpo --plain  GRPO in plain PyTorch, whose optimum is exact
   ppo           PPO in plain PyTorch, the paper's algorithm, whose optimum is exact
+  offline       learns from the rollouts of the calibration by --loss; draws nothing and needs no reward model
 
 examples:
   calibrated-rewards train rloo --policy ./sft --reward reward/ --prompts prompts.jsonl --out run/
+  calibrated-rewards train offline --policy ./sft --reward reward/ --rollouts table/ --kl 0.3 --out run/
   calibrated-rewards train ppo --help
   accelerate launch --num_processes 4 -m calibrated_rewards train rloo ...
 
@@ -49,6 +51,8 @@ class Trainer:
     settings: str
     function: str
     extras: tuple[str, ...] = ("hf",)
+    draws: bool = True
+    """Draws completions for prompts that are given; if not, it learns from rollouts that exist already."""
     plain: bool = False
     """A loop of ours in PyTorch, which begins anew instead of going on, on any device."""
 
@@ -57,7 +61,7 @@ class Trainer:
         missing = missing_text({*self.extras})
         if missing is not None:
             raise ImportError(missing)
-        module = import_module(f"calibrated_rewards.training.online.{self.module}")
+        module = import_module(f"calibrated_rewards.training.{self.module}")
         run: Any = module
         for name in self.function.split("."):
             run = getattr(run, name)
@@ -66,12 +70,13 @@ class Trainer:
 
 TRL = ("hf", "trl", "calibrate")
 TRAINERS = {
-    "rloo": Trainer("trl", "TRLSettings", "train_rloo.run", TRL),
-    "grpo": Trainer("trl", "TRLSettings", "train_grpo.run", TRL),
-    "grpo --plain": Trainer("grpo", "GRPOSettings", "run", plain=True),
-    "ppo": Trainer("ppo", "PPOSettings", "run", plain=True),
+    "rloo": Trainer("online.trl", "TRLSettings", "train_rloo.run", TRL),
+    "grpo": Trainer("online.trl", "TRLSettings", "train_grpo.run", TRL),
+    "grpo --plain": Trainer("online.grpo", "GRPOSettings", "run", plain=True),
+    "ppo": Trainer("online.ppo", "PPOSettings", "run", plain=True),
+    "offline": Trainer("offline.train", "OfflineSettings", "run", ("hf", "calibrate"), draws=False),
 }
-NAMES = ("rloo", "grpo", "ppo")
+NAMES = ("rloo", "grpo", "ppo", "offline")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_launch_arguments(parser)
+    add_launch_arguments(parser, trainer.draws)
     if options.trainer.startswith("grpo"):
         parser.add_argument("--plain", action="store_true", help="GRPO in plain PyTorch, with an exact optimum")
     for each in fields(settings):
@@ -127,19 +132,18 @@ def asks_for_plain(words: Sequence[str]) -> bool:
     return bool(options.plain) or (options.config is not None and has_flag(options.config, "plain"))
 
 
-def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that all trainers have: the parts of a run."""
+def add_launch_arguments(parser: argparse.ArgumentParser, draws: bool = True) -> None:
+    """Add the options that all trainers have, the parts of a run, and those of trainers that draw or do not."""
     parser.add_argument("--policy", required=True, metavar="PATH|ID", help="the policy that the table is of")
     parser.add_argument("--reward", required=True, metavar="DIR|ID", help="a CalibratedReward that was saved")
     parser.add_argument("--transform", type=parse_transform, metavar="NAME", help=TRANSFORM)
     parser.add_argument("--raw", action="store_true", help="train on the raw scores, not calibrated; wants --beta")
-    parser.add_argument("--prompts", required=True, metavar="FILE|FOLDER|ID", help="JSONL or what else calibrate reads")
+    if draws:
+        add_prompt_arguments(parser)
+    else:
+        rollouts = "the directory of the calibration that the reward's table was made in"
+        parser.add_argument("--rollouts", required=True, type=Path, metavar="DIR", help=rollouts)
     parser.add_argument("--out", required=True, type=parse_folder, metavar="DIR", help="for model/ and log.jsonl")
-    parser.add_argument("--column", metavar="NAME", help="the prompts' column, where it is not what TRL would read")
-    ties = "leave out prompts of whose pairs of references more than this share tie; 1: those whose references all tie"
-    parser.add_argument("--most-ties", type=Real(0.0, 1.0), metavar="SHARE", help=ties)
-    spread = "leave out prompts whose references have a smaller standard deviation, in the reward model's unit"
-    parser.add_argument("--least-spread", type=Real(0.0), metavar="SD", help=spread)
     parser.add_argument("--max-tokens", type=Whole(1), metavar="N", help="of a completion; by default the table's")
     parser.add_argument("--temperature", type=Real(1e-4), metavar="FLOAT", help="by default the table's")
     any_policy = "go on with another policy, or another way to draw, than the table's references are of"
@@ -157,6 +161,16 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     trust = "run the code that the policy or the saved reward brings, and ask the servers that the reward names"
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of trainers that draw completions for prompts."""
+    parser.add_argument("--prompts", required=True, metavar="FILE|FOLDER|ID", help="JSONL or what else calibrate reads")
+    parser.add_argument("--column", metavar="NAME", help="the prompts' column, where it is not what TRL would read")
+    ties = "leave out prompts of whose pairs of references more than this share tie; 1: those whose references all tie"
+    parser.add_argument("--most-ties", type=Real(0.0, 1.0), metavar="SHARE", help=ties)
+    spread = "leave out prompts whose references have a smaller standard deviation, in the reward model's unit"
+    parser.add_argument("--least-spread", type=Real(0.0), metavar="SD", help=spread)
 
 
 def add_setting(parser: argparse.ArgumentParser, field: Field[Any]) -> None:

@@ -57,7 +57,9 @@ class Logits:
 
     def of(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Compute the logits by this layer."""
-        logits = layer(hidden.to(next(layer.parameters()).device)) * self.scale
+        logits = layer(hidden.to(next(layer.parameters()).device))
+        if self.scale != 1:  # a product with 1 would be one more tensor of the size of all logits
+            logits = logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 

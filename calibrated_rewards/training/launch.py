@@ -44,14 +44,18 @@ def option(default: Any, description: str, *choices: str) -> Any:
     return field(default=default, metadata={"help": description, "choices": choices or None})
 
 
-def check_numbers(settings: Any) -> None:
-    """Raise ValueError for a number that no run can be made with, such as a learning rate of 0 or nan."""
+def check_numbers(settings: Any, **least: float) -> None:
+    """Raise ValueError for a number that no run can be made with, such as a learning rate of 0 or nan.
+
+    `least` has further least values, or others than `LEAST`.
+    """
+    least = {**LEAST, **least}
     for each in fields(settings):
         name, value = each.name, getattr(settings, each.name)
         if name.endswith("lr") and not (isfinite(value) and value > 0):
             raise ValueError(Message(f"a run needs a finite {name} > 0, got {setting(name, str(value))}"))
-        if name in LEAST and not (isfinite(value) and value >= LEAST[name]):
-            raise ValueError(Message(f"a run needs {name} >= {LEAST[name]}, got {setting(name, str(value))}"))
+        if name in least and not (isfinite(value) and value >= least[name]):
+            raise ValueError(Message(f"a run needs {name} >= {least[name]}, got {setting(name, str(value))}"))
         if value != value:
             raise ValueError(Message(f"a run needs {name} to be a number, got {setting(name, str(value))}"))
 
@@ -62,8 +66,11 @@ class Launch:
 
     policy: str
     reward: str
-    prompts: str
     out: Path
+    prompts: str = ""
+    """For the trainers that draw."""
+    rollouts: Path | None = None
+    """The directory of the calibration that offline training learns from."""
     column: str | None = None
     transform: NamedTransform | None = None
     """In place of the reward's; one that names a KL brings its beta."""
@@ -113,13 +120,23 @@ class Inputs:
 
 def load_inputs(launch: Launch) -> Inputs:
     """Load policy, reward and prompts, and verify the reward; ValueError if they do not fit together."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     reward = load_reward(launch)
     prompts = list(prompts_from(launch.prompts, column=launch.column, id_column=reward.id_column))
     check_prompts(reward, prompts)
     prompts = leave_out_prompts(launch, reward, prompts)
-    meta = reward.table.meta
+    policy = load_policy(launch, reward.table.meta)
+    policy.check([each.prompt for each in prompts])
+    reward.verify()
+    beta = reward.beta if launch.beta is None else launch.beta
+    if launch.raw:
+        reward = replace(reward, calibration=Uncalibrated(), beta=None)
+    return Inputs(policy, reward, prompts, beta)
+
+
+def load_policy(launch: Launch, meta: Mapping[str, Any]) -> Policy:
+    """Load the policy, with the decoding of a table's references; ValueError if it is another one than theirs."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     decoding = choose_decoding(meta, launch.max_tokens, launch.temperature, launch.any_policy)
     path, trust = resolve_policy(launch.policy), launch.trust_remote_code
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=launch.dtype, trust_remote_code=trust)
@@ -127,12 +144,7 @@ def load_inputs(launch: Launch) -> Inputs:
     policy = Policy(model, tokenizer, decoding, Text())
     if not launch.any_policy:
         check_policy(policy, meta)
-    policy.check([each.prompt for each in prompts])
-    reward.verify()
-    beta = reward.beta if launch.beta is None else launch.beta
-    if launch.raw:
-        reward = replace(reward, calibration=Uncalibrated(), beta=None)
-    return Inputs(policy, reward, prompts, beta)
+    return policy
 
 
 def leave_out_prompts(launch: Launch, reward: CalibratedReward, prompts: list[Asked]) -> list[Asked]:

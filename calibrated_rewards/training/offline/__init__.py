@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calibrated_rewards.training.offline.dataset_folder import Export as Export, export as export
     from calibrated_rewards.training.offline.datasets import Selection as Selection
+    from calibrated_rewards.training.offline.log_probabilities import Group as Group, GroupReader as GroupReader
     from calibrated_rewards.training.offline.losses import (
         Loss as Loss,
         LossInputs as LossInputs,
@@ -33,6 +34,8 @@ LAZY = {
     "Export": "dataset_folder",
     "export": "dataset_folder",
     "Selection": "datasets",
+    "Group": "log_probabilities",
+    "GroupReader": "log_probabilities",
     "Loss": "losses",
     "LossInputs": "losses",
     "parse_loss": "losses",

@@ -1,0 +1,195 @@
+"""The rollouts of a calibration as tokens with their rewards, and the log-probabilities that the reference gives them.
+
+`load_groups` reads and tokenises them, `split_groups` holds some prompts out, `ReferenceFile` keeps the reference's
+log-probabilities in the run's folder, so that a run that goes on has the very same numbers.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from jaxtyping import Float64
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from calibrated_rewards.evaluation.estimates import Samples
+from calibrated_rewards.evaluation.held_out import HeldOutCheck, check_log_ratios
+from calibrated_rewards.files import replace_file
+from calibrated_rewards.prompts import Prompt
+from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.reward.calibrators import Uncalibrated
+from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.theory.finite_k import log_partition
+from calibrated_rewards.theory.scale import scaled
+from calibrated_rewards.training.loop import find_processes
+from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader, tokenize_completion
+from calibrated_rewards.training.offline.losses import LossInputs
+from calibrated_rewards.training.offline.rollouts import PromptRollouts, iterate_rollouts
+
+# Most held-out prompts, and rollouts of each, that are read for a check.
+CHECKED_PROMPTS, CHECKED_ROLLOUTS = 64, 32
+
+
+@dataclass(frozen=True, eq=False)
+class PromptGroup:
+    """A prompt and its K rollouts as tokens, with what is known of them."""
+
+    key: bytes
+    prompt: Prompt
+    tokens: Group
+    scores: Float64[np.ndarray, " K"]
+    rewards: Float64[np.ndarray, " K"]
+    beta: float
+    log_z: float
+    exact_log_z: float | None
+
+    def take(self, at: Sequence[int]) -> "PromptGroup":
+        """Return the group with some of its rollouts; log Z stays that of all."""
+        tokens = Group(self.tokens.prompt, [self.tokens.completions[i] for i in at])
+        scores, rewards = self.scores[list(at)], self.rewards[list(at)]
+        return PromptGroup(self.key, self.prompt, tokens, scores, rewards, self.beta, self.log_z, self.exact_log_z)
+
+    def describe(self, reference: Tensor) -> LossInputs:
+        """Return what a loss knows of the rollouts."""
+        rewards = torch.tensor(self.rewards, dtype=torch.float32, device=reference.device)
+        counts = torch.tensor([len(each) for each in self.tokens.completions], device=reference.device)
+        return LossInputs(rewards, self.beta, self.log_z, counts, reference, self.exact_log_z)
+
+
+class Groups(NamedTuple):
+    """The groups of a calibration, and the share of completions whose text makes the tokens that were drawn."""
+
+    groups: list[PromptGroup]
+    as_drawn: float
+
+    def digest(self) -> str:
+        """Digest all tokens and rewards."""
+        digest = blake2b(digest_size=8)
+        for group in self.groups:
+            digest.update(group.key + group.rewards.tobytes())
+            for row in (group.tokens.prompt, *group.tokens.completions):
+                digest.update(np.asarray([len(row), *row], np.int64).tobytes())
+        return digest.hexdigest()
+
+
+def load_groups(run: Path, reward: CalibratedReward, policy: Policy, beta: float) -> Groups:
+    """Read a calibration's rollouts, and make them into tokens as the policy drew them."""
+    groups, same, total = [], 0, 0
+    for rollouts in tqdm(iterate_rollouts(run, reward, beta=beta), desc="reading", unit=" prompts", delay=3):
+        pairs = [tokenize_completion(policy, each, rollouts.prompt) for each in rollouts.rollouts]
+        tokens = Group(policy.check([rollouts.prompt])[0], [ids for ids, _ in pairs])
+        exact = compute_exact_log_z(reward, rollouts)
+        values = (rollouts.scores.astype(np.float64), rollouts.rewards, beta, rollouts.log_z, exact)
+        groups.append(PromptGroup(rollouts.key, rollouts.prompt, tokens, *values))
+        same, total = same + sum(as_drawn for _, as_drawn in pairs), total + len(pairs)
+    if not groups:
+        raise ValueError(f"offline training needs rollouts, got none in {run}")
+    return Groups(groups, same / total)
+
+
+def compute_exact_log_z(reward: CalibratedReward, rollouts: PromptRollouts) -> float | None:
+    """Compute log Z_K of the reward's transform; None for raw scores."""
+    if isinstance(reward.calibration, Uncalibrated):
+        return None
+    return log_partition(scaled(reward.transform, reward.scale), rollouts.beta, len(rollouts.scores), reward.estimator)
+
+
+def split_groups(groups: Sequence[PromptGroup], share: float, seed: int) -> tuple[list[PromptGroup], list[PromptGroup]]:
+    """Hold a share of the prompts out, and at least 2; return those that are trained on, and those held out."""
+    if share == 0:
+        return list(groups), []
+    held = max(2, round(share * len(groups)))
+    if len(groups) < held + 1:
+        raise ValueError(f"a held-out share needs 3 prompts or more, got {len(groups)}: say --held-out 0")
+    order = np.random.default_rng(seed).permutation(len(groups)).tolist()
+    return [groups[i] for i in sorted(order[held:])], [groups[i] for i in sorted(order[:held])]
+
+
+def read_all(reader: GroupReader, groups: Sequence[PromptGroup], description: str) -> list[Tensor]:
+    """Compute the log-probabilities of all completions of all groups, shared out over the processes."""
+    processes = find_processes()
+    own = groups[processes.process_index :: processes.num_processes]
+    show: Any = None if processes.is_main_process else True
+    bar = tqdm(own, desc=description, unit=" prompts", delay=3, disable=show)
+    numbers: list[Any] = [reader(group.tokens).cpu() for group in bar]
+    if processes.num_processes == 1:
+        return numbers
+    places = range(processes.process_index, len(groups), processes.num_processes)
+    gathered = gather_object(list(zip(places, numbers, strict=True)))
+    return [values for _, values in sorted(gathered, key=lambda pair: pair[0])]
+
+
+@dataclass(frozen=True)
+class ReferenceFile:
+    """The log-probabilities of all rollouts under the policy that training starts from, in a file."""
+
+    path: Path
+    identity: str
+    """The digest of what they depend on."""
+
+    def load(self) -> dict[bytes, Tensor] | None:
+        """Read them by the keys of their prompts; None if there are none of this identity."""
+        if not self.path.exists():
+            return None
+        with safe_open(self.path, "pt") as file:
+            if (file.metadata() or {}).get("identity") != self.identity:
+                return None
+            return {bytes.fromhex(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def save(self, logprobs: dict[bytes, Tensor]) -> None:
+        """Write them in one step."""
+        tensors = {key.hex(): values.contiguous() for key, values in logprobs.items()}
+        with replace_file(self.path) as file:
+            file.write(save(tensors, {"identity": self.identity}))
+
+    def compute(self, reader: GroupReader, groups: Sequence[PromptGroup]) -> dict[bytes, Tensor]:
+        """Read them, or compute and keep them; the model is as training finds it."""
+        known, processes = self.load(), find_processes()
+        # All processes have looked before one writes: they have to agree, for they compute together.
+        processes.wait_for_everyone()
+        if known is not None:
+            return known
+        values = read_all(reader, groups, "reference")
+        logprobs = {group.key: each for group, each in zip(groups, values, strict=True)}
+        if processes.is_main_process:
+            self.save(logprobs)
+        return logprobs
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Held-out prompts, on whose rollouts a policy is checked by importance weights, without drawing any."""
+
+    groups: Sequence[PromptGroup]
+    reference: dict[bytes, Tensor]
+
+    @classmethod
+    def choose(cls, groups: Sequence[PromptGroup], reference: dict[bytes, Tensor]) -> "HeldOut":
+        """Choose the first prompts and rollouts, as many as a check reads."""
+        few = [group.take(range(min(CHECKED_ROLLOUTS, len(group.rewards)))) for group in groups[:CHECKED_PROMPTS]]
+        return cls(few, reference)
+
+    def check(self, reader: GroupReader) -> HeldOutCheck:
+        """Estimate KL, correlation with the target and win rates."""
+        values = read_all(reader, self.groups, "held-out check")
+        pairs = zip(self.groups, values, strict=True)
+        log_ratios = [(own - self.reference[group.key][: len(own)]).double().numpy() for group, own in pairs]
+        targets = [group.rewards / group.beta - group.log_z for group in self.groups]
+        return check_log_ratios(log_ratios, Samples([group.scores for group in self.groups]), targets)
+
+
+def report_tokens(groups: Groups) -> None:
+    """Print how many completions' text makes other tokens than were drawn, if any does."""
+    if groups.as_drawn < 1:
+        sys.stderr.write(
+            f"{100 * (1 - groups.as_drawn):.2g} % of the completions make other tokens of their text than were drawn: "
+            "the policy learns those that the text makes\n"
+        )

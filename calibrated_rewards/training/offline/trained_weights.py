@@ -1,0 +1,151 @@
+"""The weights that a run trains: which they are, their checkpoints, and a factor on their difference to the start.
+
+Every factor alpha is a policy, with the weights start + alpha (trained - start): 0 is the reference, 1 the trained one,
+and its KL rises with alpha. `find_factor` finds the alpha of a KL.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from calibrated_rewards.files import write_file
+from calibrated_rewards.models.parts import body_of
+from calibrated_rewards.training.loop import list_trainable, make_head_contiguous, prepare_model
+from calibrated_rewards.training.run_folder import LAST_WRITTEN, RunFolder
+
+# The KL of a factor is near enough to the one asked for, as a part of it.
+NEAR = 0.02
+# Beyond so many times the trained difference, a KL says little: more steps are what is missing.
+LARGEST_FACTOR = 2.0
+MOST_TRIALS = 12
+
+
+def select_weights(model: Any, layers: int, rank: int, lora_layers: int) -> Any:
+    """Choose what is trained: LoRA adapters, the last so many layers with the norm behind them, or all weights."""
+    if rank:
+        return prepare_model(model, rank, lora_layers)
+    make_head_contiguous(model)
+    body: Any = body_of(model)
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    holders = (part for part in body.modules() if any(_is_stack(child, count) for child in part.children()))
+    holder: Any = next(holders, None) if 0 < layers < count else None
+    if holder is None:
+        return model
+    model.requires_grad_(False)
+    parts = list(holder.children())
+    at = next(i for i, part in enumerate(parts) if _is_stack(part, count))
+    for part in (*list(parts[at])[-layers:], *parts[at + 1 :]):
+        part.requires_grad_(True)
+    return model
+
+
+def _is_stack(part: nn.Module, count: int) -> bool:
+    """Tell if a part of a model is the list of its layers."""
+    return isinstance(part, nn.ModuleList) and len(part) == count
+
+
+@dataclass(eq=False)
+class TrainedWeights:
+    """The weights that are trained, as they were at the start and as they are."""
+
+    model: Any
+    start: dict[str, Tensor]
+    """A copy; of LoRA none is needed, whose adapters begin with a difference of 0."""
+
+    @classmethod
+    def of(cls, model: Any) -> "TrainedWeights":
+        """Copy the weights of a model that is not trained yet."""
+        start = {} if is_adapter(model) else {name: each.detach().clone() for name, each in named_trainable(model)}
+        return cls(model, start)
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Multiply the difference to the start."""
+        for name, weight in named_trainable(self.model):
+            if self.start:
+                # Rounded once, in the dtype of the weight.
+                before = self.start[name].double()
+                weight.copy_(before + factor * (weight.double() - before))
+            elif "lora_B" in name or "lora_embedding_B" in name:
+                weight.mul_(factor)
+
+
+def is_adapter(model: Any) -> bool:
+    """Tell if a model has LoRA adapters."""
+    return hasattr(model, "peft_config")
+
+
+def named_trainable(model: Any) -> list[tuple[str, Tensor]]:
+    """List the weights that are trained, by name."""
+    return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+
+
+def find_factor(measure: Callable[[float], float], target: float, kl: float) -> tuple[float, float]:
+    """Find the factor whose KL is the target, by the KL of factor 1; return it and its KL.
+
+    A KL is nearly a power of the factor, at first the square, which makes the next guess. Where `LARGEST_FACTOR` is not
+    enough, that is it.
+
+    >>> find_factor(lambda factor: 0.2 * factor**2, 0.05, 0.2)
+    (0.5, 0.05)
+    """
+    low, high, factor, power = 0.0, LARGEST_FACTOR, 1.0, 2.0
+    for _ in range(MOST_TRIALS):
+        if abs(kl - target) <= NEAR * target or (factor == LARGEST_FACTOR and kl < target):
+            break
+        low, high = (factor, high) if kl < target else (low, factor)
+        guess = min(factor * (target / max(kl, 1e-12)) ** (1 / power), LARGEST_FACTOR)
+        guess = guess if low < guess < high or guess == high == LARGEST_FACTOR else (low + high) / 2
+        before, kl = kl, measure(guess)
+        if kl > 0 and before > 0:
+            power = min(max(log(kl / before) / log(guess / factor), 0.5), 8.0)
+        factor = guess
+    return factor, kl
+
+
+def build_optimizer(model: Any, kind: str, rate: float, momentum: float) -> torch.optim.Optimizer:
+    """Build SGD with momentum or AdamW without decay, for the weights that are trained."""
+    weights = list_trainable(model)
+    if kind == "sgd":
+        return torch.optim.SGD(weights, lr=rate, momentum=momentum)
+    return torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+
+
+def save_checkpoint(folder: RunFolder, step: int, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Write weights and the optimizer's state after so many steps; older checkpoints are removed."""
+    place = folder.checkpoints / f"checkpoint-{step}"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    save_file(
+        {name: each.detach().contiguous() for name, each in named_trainable(model)}, place / "weights.safetensors"
+    )
+    state = optimizer.state_dict()["state"]
+    tensors = {f"{at}.{name}": torch.as_tensor(each) for at, own in state.items() for name, each in own.items()}
+    save_file(tensors, place / "optimizer.safetensors")
+    # The last file: without it the checkpoint does not count.
+    write_file(place / LAST_WRITTEN, json.dumps({"step": step}))
+    for each in folder.checkpoints.glob("checkpoint-*"):
+        if each != place:
+            shutil.rmtree(each)
+
+
+@torch.no_grad()
+def load_checkpoint(place: str, model: Any, optimizer: torch.optim.Optimizer) -> int:
+    """Read what `save_checkpoint` wrote; return the number of steps that were done."""
+    weights = load_file(Path(place) / "weights.safetensors")
+    for name, weight in named_trainable(model):
+        weight.copy_(weights[name])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, each in load_file(Path(place) / "optimizer.safetensors").items():
+        at, _, key = name.partition(".")
+        state.setdefault(int(at), {})[key] = each
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(json.loads((Path(place) / LAST_WRITTEN).read_text())["step"])

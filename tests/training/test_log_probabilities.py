@@ -1,0 +1,249 @@
+"""Log-probabilities of groups: values and gradients against the model's own forward, one row at a time."""
+
+from typing import Any
+
+import enumerable
+import numpy as np
+import pytest
+import tiny
+import torch
+from architectures import DECODERS, HYBRIDS
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from calibrated_rewards.models.text import Text
+from calibrated_rewards.samplers.hf import HfSampler
+from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.samplers.protocol import Decoding, Rollout
+from calibrated_rewards.training.loop import ignore_peft_warning
+from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader, tokenize_completion
+from calibrated_rewards.training.offline.trained_weights import select_weights
+
+TEMPERATURE = 0.7
+LENGTHS = (9, 1, 4, 12, 3, 7)
+
+
+def writer(name: str) -> Any:
+    """A causal model whose weights tell rows apart."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config({**DECODERS, **HYBRIDS}[name].config()).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=1.0 / weight.shape[-1] ** 0.5)
+    return model
+
+
+def with_adapter(model: Any) -> Any:
+    """LoRA on all linear layers, whose two halves both have a gradient."""
+    config = LoraConfig(r=2, target_modules="all-linear", fan_in_fan_out=model.config.model_type == "gpt2")
+    with ignore_peft_warning():
+        adapted = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    return adapted
+
+
+def group(prompt: int = 30) -> Group:
+    """A prompt, longer than the windows, and completions of several lengths."""
+    rng = np.random.default_rng(0)
+    return Group(rng.integers(8, 200, prompt).tolist(), [rng.integers(8, 200, n).tolist() for n in LENGTHS])
+
+
+def loss_of(values: torch.Tensor) -> torch.Tensor:
+    """A loss in which the slope of each value depends on all of them, and one slope is large."""
+    return (values - values.mean()).square().mean() / 50 + 3 * values[2]
+
+
+def gradients(model: Any) -> torch.Tensor:
+    """All gradients, and none afterwards."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    flat = [torch.zeros_like(each).flatten() if each.grad is None else each.grad.flatten() for each in trained]
+    model.zero_grad()
+    return torch.cat(flat)
+
+
+def one_by_one(model: Any, rows: Group) -> tuple[torch.Tensor, torch.Tensor]:
+    """The oracle: each row alone through the model's own forward, and the gradient of the loss by autograd."""
+    values = []
+    for own in rows.completions:
+        logits = model(input_ids=torch.tensor([rows.prompt + own])).logits[0, len(rows.prompt) - 1 : -1]
+        values.append((logits / TEMPERATURE).log_softmax(-1).gather(1, torch.tensor(own)[:, None]).sum())
+    stacked = torch.stack(values)
+    loss_of(stacked).backward()
+    return stacked.detach(), gradients(model)
+
+
+def assert_equal(model: Any, reader: GroupReader, rows: Group) -> None:
+    """Values with and without gradients, and the gradients."""
+    expected, slopes = one_by_one(model, rows)
+
+    loss, values = reader.accumulate_gradients(rows, loss_of)
+
+    own = gradients(model)
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    np.testing.assert_allclose(reader(rows), expected, rtol=1e-5)
+    assert loss == pytest.approx(float(loss_of(expected)), rel=1e-4)
+    assert (own - slopes).norm() < 1e-5 * slopes.norm()
+
+
+@pytest.mark.parametrize("rows", [32, 4])
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Gemma", "Gemma2", "GPT2", "Mistral"])
+def test_a_shared_prompt_changes_neither_values_nor_gradients(name: str, rows: int) -> None:
+    """All weights, the head and the tied embeddings among them; all completions at once, and some at a time."""
+    model = writer(name)
+    reader = GroupReader(model, TEMPERATURE, rows)
+
+    assert_equal(model, reader, group())
+
+    assert reader.route.shared
+
+
+@pytest.mark.parametrize("rows", [32, 4])
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Gemma2", "GPT2"])
+def test_adapters_have_the_same_gradients(name: str, rows: int) -> None:
+    """LoRA below a head that is not trained, whose logits are not held."""
+    model = with_adapter(writer(name))
+    reader = GroupReader(model, TEMPERATURE, rows)
+
+    assert_equal(model, reader, group())
+
+    assert reader.route.shared
+
+
+def test_the_last_layers_have_the_same_gradients() -> None:
+    """Lower layers are frozen: of their keys and values no gradient is asked for."""
+    model = select_weights(writer("Llama"), 1, 0, 0)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+
+    assert_equal(model, GroupReader(model, TEMPERATURE, 4), group())
+
+    assert trained == {
+        name for name, _ in model.named_parameters() if ".layers.1." in name or name == "model.norm.weight"
+    }
+
+
+@pytest.mark.parametrize("trained", ["head", "adapter"])
+def test_the_head_may_be_read_in_chunks(trained: str) -> None:
+    """A few logits at a time, which are computed again or not held at all."""
+    model = writer("Llama") if trained == "head" else with_adapter(writer("Llama"))
+
+    assert_equal(model, GroupReader(model, TEMPERATURE, cells=3 * tiny.VOCABULARY), group())
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_gradient_checkpointing_changes_nothing(mode: str) -> None:
+    """In training mode it takes the cache away: prompts are then read with each completion."""
+    model = writer("Llama")
+    with ignore_peft_warning():  # it is transformers' own
+        model.gradient_checkpointing_enable()
+    model.train(mode == "train")
+    reader = GroupReader(model, TEMPERATURE)
+
+    assert_equal(model, reader, group())
+
+    assert reader.route.shared == (mode == "eval")
+
+
+def test_recurrent_models_are_read_in_whole_rows() -> None:
+    """A state is not keys and values: no completion starts from it."""
+    model = writer("Jamba")
+    reader = GroupReader(model, TEMPERATURE)
+
+    assert_equal(model, reader, group())
+
+    assert not reader.route.shared
+
+
+def test_models_without_a_cache_are_read_in_whole_rows() -> None:
+    """The enumerable model takes no keys and values."""
+    model = enumerable.Tabular(3)
+    rows = Group(list(enumerable.tokens("bc")), [[1, 2, 0], [0], [3, 3, 3]])
+    reader = GroupReader(model, TEMPERATURE)
+
+    assert_equal(model, reader, rows)
+
+    assert (reader.route.shared, reader.route.padded) == (False, True)
+
+
+def test_a_gradient_that_the_cache_loses_is_found() -> None:
+    """A model that detaches its keys and values has the right values, and no gradient through its prompt."""
+    model = writer("Llama")
+
+    def cut(_: Any, __: Any, answer: Any) -> Any:
+        for layer in answer.past_key_values.layers if answer.past_key_values is not None else ():
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        return answer
+
+    model.model.register_forward_hook(cut)
+    reader = GroupReader(model, TEMPERATURE)
+
+    assert_equal(model, reader, group())
+
+    assert not reader.route.shared
+
+
+def test_longer_prompts_are_compared_again() -> None:
+    """A model that goes wrong behind long prompts alone: a hook spoils those of more than 20 tokens."""
+    model = writer("Llama")
+
+    def spoil(_: Any, inputs: Any, options: Any) -> Any:
+        cache = options.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 20:
+            options = {**options, "position_ids": options["position_ids"] + 5}
+        return inputs, options
+
+    model.model.register_forward_pre_hook(spoil, with_kwargs=True)
+    reader = GroupReader(model, TEMPERATURE)
+
+    reader(group(8))
+    assert reader.route.shared
+
+    assert_equal(model, reader, group())
+    assert not reader.route.shared
+
+
+def test_a_completion_without_tokens_is_certain() -> None:
+    """Its log-probability is 0, and the others are as without it."""
+    model, rows = tiny.causal(), group()
+
+    values = GroupReader(model)(Group(rows.prompt, [[], *rows.completions]))
+
+    np.testing.assert_allclose(values, [0.0, *GroupReader(model)(rows).tolist()], rtol=1e-5)
+
+
+def letters_policy(tokens: int) -> Policy:
+    """A Llama with a token a letter, so that a text has the tokens that were drawn."""
+    made = tiny.causal(vocab_size=1 + enumerable.LETTERS, eos_token_id=0, pad_token_id=0, bos_token_id=None)
+    with torch.no_grad():
+        made.lm_head.weight.mul_(20)
+    return Policy(made, enumerable.tokenizer(), Decoding(tokens, TEMPERATURE), Text())
+
+
+def test_the_tokens_of_rollouts_are_those_that_were_drawn() -> None:
+    """The sampler's own sums of log-probabilities, of completions that ended and of those that were cut."""
+    policy = letters_policy(6)
+    drawn = HfSampler(policy.model, policy.tokenizer, policy.decoding, show_progress=False)(["abc"], [list(range(40))])[
+        0
+    ]
+
+    pairs = [tokenize_completion(policy, rollout) for rollout in drawn]
+
+    assert {rollout.finish for rollout in drawn} == {"stop", "length"}
+    assert all(as_drawn for _, as_drawn in pairs)
+    assert [len(ids) for ids, _ in pairs] == [rollout.tokens for rollout in drawn]
+    values = GroupReader(policy.model, TEMPERATURE)(Group(policy.ids(["abc"])[0], [ids for ids, _ in pairs]))
+    np.testing.assert_allclose(values, [rollout.logprob for rollout in drawn], rtol=1e-5)
+
+
+def test_other_tokens_than_were_drawn_are_told() -> None:
+    """A count that the text does not make; messages are refused."""
+    policy = letters_policy(6)
+
+    assert tokenize_completion(policy, Rollout("ab", 5, "stop")) == ([1, 2, 0], False)
+    assert tokenize_completion(policy, Rollout("ab", None, None)) == ([1, 2, 0], True)
+    assert tokenize_completion(policy, Rollout("ab", 2, "length")) == ([1, 2], True)
+    with pytest.raises(TypeError, match="completions that are text"):
+        tokenize_completion(policy, Rollout([{"role": "assistant", "content": "ab"}]))
