@@ -8,13 +8,14 @@ multiples of 1/256: 256 rollouts in these proportions are the law itself, and st
 logit for each completion, and learns by the library's own losses, from rollouts whose rewards go by their ranks among
 each other. Three parts:
 
-* converged: the minimiser of each loss that has pi* as its optimum, by L-BFGS from the reference;
+* converged: the minimiser of each loss that has pi* as its optimum, by Newton's method from the reference;
 * rivals: the optima of IPO, BoNBoN and top-1 for infinitely many rollouts, enumerated;
 * epochs: Adam on groups of 8 rollouts of each prompt, as a real run has them.
 
 A policy is compared with pi* at one beta (total variation), and with pi* of its own KL (points of win rate under the
 procedure that the transform is for). "fixed references" trains nothing: it is the optimum of the reward that K rollouts
-make, for all completions whether drawn or not, which theory/fixed_references.py predicts for a continuous world.
+make, for all completions whether drawn or not, which theory/fixed_references.py predicts for a continuous world; with
+"drawn completions" those that were not drawn keep their probability of the reference.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from calibrated_rewards.training.offline.losses import (
 
 COMPLETIONS, WHOLE, LEVELS = 16, 256, 5
 # Draws of the rollouts, by K. None is K = infinity.
-DRAWS: dict[int | None, int] = {8: 40, 32: 20, 100: 20, 1000: 5, None: 1}
+DRAWS: dict[int | None, int] = {8: 60, 32: 60, 100: 60, 1000: 20, None: 1}
 # Each transform, and the procedure that it is for.
 FOR = {
     "identity": "Standard()",
@@ -71,12 +72,13 @@ CONVERGED: dict[str, Loss] = {
     "pairs": Pairs(),
 }
 TRAINED: dict[str, Loss] = {
-    **{name: CONVERGED[name] for name in ("weighted", "control-variate", "regression", "centred", "pairs")},
+    **{name: CONVERGED[name] for name in ("weighted", "control-variate", "regression", "centred")},
     "ipo:2": IPO(2),
     "ipo:8": IPO(8),
     "bonbon:8": BoNBoN(n=8),
     "top-1:8": Top1(8),
 }
+FIXED = ("fixed references", "fixed references, drawn completions")
 EPOCHS, RATE, GROUP = (1, 3, 10, 30, 100, 300), 0.03, 8
 
 
@@ -133,21 +135,27 @@ def draw(exact: Exact, name: str, beta: float, size: int | None, draws: int) -> 
 
 
 def minimise(loss: Loss, rollouts: Rollouts) -> tuple[np.ndarray, float]:
-    """The policies at which a loss is least, from the reference on, and the largest gradient that is left."""
+    """The policies at which a loss is least, from the reference on, and the largest gradient that is left.
+
+    Newton's method for each prompt, with the absolute values of the Hessian's eigenvalues (a loss is not convex in the
+    logits) and a damping that falls while steps succeed. Where the minimum is not unique it ends near the reference.
+    """
     logits = rollouts.log_reference.clone().requires_grad_()
-    options = {"max_iter": 2000, "max_eval": 2500, "tolerance_grad": 1e-7, "tolerance_change": 0.0}
-    optimiser = torch.optim.LBFGS([logits], history_size=30, line_search_fn="strong_wolfe", **options)
-
-    def closure() -> torch.Tensor:
-        optimiser.zero_grad()
-        value = loss(rollouts.log_ratios(logits), rollouts.inputs).sum()
-        value.backward()
-        return value
-
-    optimiser.step(closure)
-    closure()
-    assert logits.grad is not None
-    return logits.detach().softmax(-1).numpy(), float(logits.grad.abs().max())
+    damping = torch.ones(*logits.shape[:2], 1, dtype=torch.float64)
+    for _ in range(100):
+        value = loss(rollouts.log_ratios(logits), rollouts.inputs)
+        (gradient,) = torch.autograd.grad(value.sum(), logits, create_graph=True)
+        if gradient.abs().max() < 1e-9:
+            break
+        rows = [torch.autograd.grad(gradient[..., i].sum(), logits, retain_graph=True)[0] for i in range(COMPLETIONS)]
+        bends, axes = torch.linalg.eigh(torch.stack(rows, -1))
+        along = (axes.mT @ gradient.detach()[..., None])[..., 0] / (bends.abs() + damping)
+        with torch.no_grad():
+            moved = logits - (axes @ along[..., None])[..., 0]
+            better = (loss(rollouts.log_ratios(moved), rollouts.inputs) <= value)[..., None]
+            logits.copy_(torch.where(better, moved, logits))
+            damping = torch.where(better, damping / 8, damping * 4)
+    return logits.detach().softmax(-1).numpy(), float(gradient.detach().abs().max())
 
 
 def train(loss: Loss, rollouts: Rollouts) -> dict[int, np.ndarray]:
@@ -200,19 +208,30 @@ def converge(case: dict[str, Any], draws: int | None = None) -> dict[str, Any]:
     exact, name, size = WORLDS[case["world"]], case["transform"], case["K"]
     beta = exact.beta(exact_values(exact, name), KLS[name])
     rollouts = draw(exact, name, beta, size, draws or DRAWS[size])
-    if case["loss"] == "fixed references":
-        found = compare(exact, name, beta, np.array([exact.optimum(own, beta) for own in rollouts.fixed]))
+    if case["loss"] in FIXED:
+        policies = np.array([exact.optimum(own, beta) for own in rollouts.fixed])
+        if case["loss"] == FIXED[1]:
+            policies = keep_undrawn(rollouts, policies)
+        found = compare(exact, name, beta, policies)
         return found if size is None else {**found, "predicted": predict(name, size, KLS[name])}
     policies, gradient = minimise(CONVERGED[case["loss"]], rollouts)
     seen = np.array([np.unique(row).size for row in rollouts.drawn.reshape(-1, rollouts.drawn.shape[-1])]).mean()
     return {**compare(exact, name, beta, policies), "gradient": gradient, "seen": float(seen)}
 
 
+def keep_undrawn(rollouts: Rollouts, policies: np.ndarray) -> np.ndarray:
+    """The same policies among the completions that were drawn; the others have their probability of the reference."""
+    drawn = (rollouts.drawn[..., None] == torch.arange(COMPLETIONS)).any(2).numpy()
+    laws = np.broadcast_to(rollouts.exact.laws, policies.shape)
+    share = (laws * drawn).sum(2, keepdims=True) / (policies * drawn).sum(2, keepdims=True)
+    return np.where(drawn, policies * share, laws)
+
+
 def run_epochs(case: dict[str, Any], draws: int | None = None) -> dict[str, Any]:
     """One case of Adam: what is compared, by epoch."""
     exact, name, size = WORLDS[case["world"]], case["transform"], case["K"]
     beta = exact.beta(exact_values(exact, name), KLS[name])
-    found = train(TRAINED[case["loss"]], draw(exact, name, beta, size, draws or 10))
+    found = train(TRAINED[case["loss"]], draw(exact, name, beta, size, draws or 20))
     return {"epochs": {epoch: compare(exact, name, beta, policies) for epoch, policies in found.items()}}
 
 
@@ -286,8 +305,8 @@ def cases() -> list[dict[str, Any]]:
             found += [{"part": "rivals", "world": world, "loss": "ipo", "n": n, "kl asked": kl} for kl in (0.25, 0.5)]
             found += [{"part": "rivals", "world": world, "loss": loss, "n": n} for loss in ("bonbon", "top-1")]
         for name in FOR:
-            for size in DRAWS:
-                for loss in ("fixed references", *CONVERGED):
+            for size in DRAWS if world == "no ties" else (32, 100, None):
+                for loss in (*FIXED, *CONVERGED):
                     if loss != "pairs" or size != 1000:  # half a million pairs of each prompt
                         found.append({"part": "converged", "world": world, "transform": name, "K": size, "loss": loss})
     for name in ("identity", "best of 4", "worst of 4"):
