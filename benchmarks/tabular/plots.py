@@ -211,14 +211,14 @@ def offline_tables(rows: list[dict[str, Any]]) -> str:
             )
     lines += [
         "",
-        "| transform | K | loss | " + " | ".join(f"{n} epochs" for n in (1, 3, 10, 30)) + " |",
-        "|" + "---|" * 7,
+        "| K | loss | " + " | ".join(f"after epoch {n}" for n in (1, 3, 10, 30)) + " |",
+        "|" + "---|" * 6,
     ]
     for row in rows:
         case = row["case"]
         if case["part"] == "epochs":
             told = (f"{row['epochs'][n]['kl']:.2f}, {row['epochs'][n]['missed']:.1f}" for n in ("1", "3", "10", "30"))
-            lines.append(f"| {case['transform']} | {case['K']} | {case['loss']} | " + " | ".join(told) + " |")
+            lines.append(f"| {case['K']} | {case['loss']} | " + " | ".join(told) + " |")
     return "\n".join(lines)
 
 
