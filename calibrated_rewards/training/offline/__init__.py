@@ -2,9 +2,9 @@
 
 `train.py` is the loop behind `calibrated-rewards train offline`, and `losses.py` has what it minimises. `groups.py`
 makes rollouts into tokens, `log_probabilities.py` reads them with gradients, the prompt once for all completions,
-`trained_weights.py` says which weights are trained. `dataset_folder.py` has `export`, which writes rollouts as a dataset
-for other trainers: `datasets.py` chooses the rows, `layouts.py` arranges them for a framework, `dataset_files.py` writes
-them. `reward_model.py` distils a calibrated reward.
+`trained_weights.py` says which weights are trained. `dataset_folder.py` has `export`, which writes rollouts as a data
+set for other trainers: `datasets.py` chooses the rows, `layouts.py` arranges them for a framework, `dataset_files.py`
+writes them. `reward_model.py` distils a calibrated reward.
 """
 
 from importlib import import_module

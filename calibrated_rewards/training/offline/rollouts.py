@@ -9,14 +9,15 @@ pi_ref(y) e^{Phi(u) / beta} / Z is known on them: as weights that add up to 1, a
 >>> table = calibrate(["one", "two"], NumberSampler(), NumberScorer(), folder, k=4, show_progress=False)
 >>> reward = CalibratedReward(None, table, beta=0.5)
 >>> first = next(iterate_rollouts(folder, reward))
->>> first.weights.round(3), round(float(np.exp(first.log_ratios).mean()), 6)  # of u = 3/8, 1/8, 5/8, 7/8
-(array([0.167, 0.102, 0.276, 0.455]), 1.0)
+>>> first.weights.round(3), round(float(np.exp(first.log_ratios).mean()), 6)  # of u = 1/3, 0, 2/3, 1
+(array([0.138, 0.071, 0.268, 0.523]), 1.0)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -28,7 +29,10 @@ from calibrated_rewards.evaluation.references import choose_scorer
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.samplers.protocol import Rollout
+from calibrated_rewards.theory.finite_k import Estimator, values
+from calibrated_rewards.theory.scale import scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +45,7 @@ class PromptRollouts:
     scores: Float32[np.ndarray, " K"]
     u: Float64[np.ndarray, " K"]
     rewards: Float64[np.ndarray, " K"]
-    """Phi(u) as the reward gives it: with its transform, estimator and scale."""
+    """Phi(u) with the reward's transform, estimator and scale, of each rollout's rank among the others."""
     beta: float
 
     @cached_property
@@ -105,8 +109,31 @@ def read_rollouts(
     for i, row in zip(drawn, rows, strict=True):
         if row < 0:  # unknown to a reward that does not raise
             continue
-        scores = shard.scores[select][i]
-        at, raw = np.array([row]), scores[None]
-        u, rewards = reward.table.cdf(at, raw)[0], np.asarray(reward.from_scores(at, raw)[0], np.float64)
-        planned = shard.prompts[i]
+        scores, planned = shard.scores[select][i], shard.prompts[i]
+        u, rewards = value_rollouts(reward, int(row), scores)
         yield PromptRollouts(planned.key, planned.prompt, shard.rollouts[i], scores, u, rewards, beta)
+
+
+def value_rollouts(
+    reward: CalibratedReward, row: int, scores: Float32[np.ndarray, " K"]
+) -> tuple[Float64[np.ndarray, " K"], Float64[np.ndarray, " K"]]:
+    """Compute quantile and reward of a prompt's rollouts; of the references themselves, each among the K - 1 others.
+
+    Its own score tells nothing of a rollout: among the others its rank has the law of a fresh completion's, and so the
+    weights have the KL that `expect` promises for K - 1 references. Without ties the prompt's own Z is the exact one.
+    """
+    at, K = np.array([row]), len(scores)
+    references = np.sort(scores)
+    own = reward.table.scores(row)
+    if not isinstance(reward.calibration, EmpiricalCDF) or K < 2 or not np.array_equal(own, references):
+        return reward.table.cdf(at, scores[None])[0], np.asarray(reward.from_scores(at, scores[None])[0], np.float64)
+    # 2 below + equal among all, of which the rollout itself is one that equals.
+    index = np.rint(2 * K * reward.calibration(reward.table, np.repeat(at, K), scores)).astype(np.int64) - 1
+    transform = cast(Hashable, scaled(reward.transform, reward.scale))
+    return index / (2 * (K - 1)), compute_values(transform, K - 1, reward.estimator)[index]
+
+
+@lru_cache(maxsize=1024)
+def compute_values(transform: Any, K: int, estimator: Estimator) -> Float64[np.ndarray, " _"]:
+    """Compute the value of each rank among K references, once: some take a second."""
+    return values(transform, K, estimator)
