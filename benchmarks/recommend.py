@@ -2,18 +2,21 @@
 
 Scores of reward model and judge are normals with a correlation, K = 100 rollouts of 200 prompts, drawn anew in each
 repetition. Truth: of the frontier the optimum with infinitely many references; of `recommend` the policy that fits the
-rewards of K references, averaged over draws of them. Writes benchmarks/results/recommend.json.
+rewards of K references, averaged over draws of them. Weights of pairs are the same in all repetitions and computed
+once; in the first one all numbers are checked to be those of `estimate_frontier` and `recommend`. Writes
+benchmarks/results/recommend.json.
 
-    python benchmarks/recommend.py           # half an hour
+    python benchmarks/recommend.py           # minutes; --log FILE to go on after an interruption
     python benchmarks/recommend.py --speed   # seconds; recommend_speed.json
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
 import time
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +24,14 @@ from environment import save
 from reweighted import TRANSFORMS
 from scipy.special import ndtr, ndtri
 
-from calibrated_rewards.evaluation.estimates import Samples
+from calibrated_rewards.evaluation.estimates import Samples, estimate_columns
 from calibrated_rewards.evaluation.frontier import estimate_frontier
 from calibrated_rewards.evaluation.objectives import OBJECTIVES, Fixed, OptimumAtKL
-from calibrated_rewards.evaluation.recommend import recommend
+from calibrated_rewards.evaluation.pair_weights import compare_pairs, weigh_pairs
+from calibrated_rewards.evaluation.recommend import average_at_k, recommend
 from calibrated_rewards.evaluation.references import References
+from calibrated_rewards.evaluation.weighted_rollouts import RolloutsAtKL, extrapolate
+from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import values
 from calibrated_rewards.theory.procedures import BestOf
@@ -73,44 +79,79 @@ def draw(rng, correlation, prompts=PROMPTS):
     return Samples(x, correlation * x + np.sqrt(1 - correlation**2) * rng.normal(size=x.shape))
 
 
-def measure_frontier(correlation, repetitions):
-    """Error and coverage of each objective's win rate by the judge."""
-    arms = {name: OBJECTIVES[name] for name in ("raw", "identity", "exp:10")}
-    optima = {kl: OptimumAtKL(BestOf(N)).at(kl) for kl in KLS}
-    transforms = {(name, kl): TRANSFORMS[name] for name in arms for kl in KLS}
-    transforms |= {("best-of:4", kl): optima[kl].transform for kl in KLS}
-    truth = {key: limit(transform, key[1], correlation) for key, transform in transforms.items()}
-    found = {key: [] for key in truth}
+def table_of(samples):
+    """Make the table of a draw."""
+    return ReferenceTable.build((f"prompt {i}", row) for i, row in enumerate(samples.select))
+
+
+def prepare(correlation):
+    """Return the truth of each cell, and weights of pairs for those with a known law: all but those of the raw score.
+
+    What is recommended, and its law at K, is that of the first repetition in all of them. There the win rates are
+    checked to be those of `estimate_frontier` and of `recommend`.
+    """
+    first, best = draw(np.random.default_rng([0, int(100 * correlation)]), correlation), BestOf(N)
+    truth, weights, promised = {}, {}, {}
+    for kl in KLS:
+        arms = {name: OBJECTIVES[name] for name in ("raw", "identity", "exp:10")}
+        arms["best-of:4"] = Fixed(OptimumAtKL(best).at(kl))
+        for point in estimate_frontier(first, arms, [kl], [best]).points:
+            promised[point.arm, kl] = point.win_rates["judge"][repr(best)]
+        for name, arm in arms.items():
+            transform = TRANSFORMS["raw"] if name == "raw" else arm.at(kl).transform
+            truth[name, kl] = limit(transform, kl, correlation)
+            if name != "raw":
+                weights[name, kl] = weigh_pairs(transform, beta_for_kl(transform, kl), best, ROLLOUTS)
+        answer = recommend(References(first, table_of(first), "reward", "judge"), best, kl, estimator="posterior")
+        promised["recommend", kl] = answer.win_rate
+        truth["recommend", kl] = with_references(answer, correlation)
+        smooth, smooth_kl = average_at_k(answer.transform, answer.beta, answer.estimator, best, ROLLOUTS)
+        weights["recommend", kl] = weigh_pairs(smooth, beta_for_kl(smooth, smooth_kl), best, ROLLOUTS)
+    for key, estimate in zip(truth, estimate_cells(first, list(truth), weights), strict=True):
+        if abs(estimate[0] - promised[key].value) > 1e-6 or abs(estimate[1] - promised[key].low) > 1e-6:
+            raise ValueError(f"{key} is {estimate}, and the library has {promised[key]}")
+    return truth, weights
+
+
+def estimate_cells(samples, keys, weights):
+    """Estimate the win rate of each cell by the judge, with the ends of its interval."""
+    rollouts = RolloutsAtKL(samples, (BestOf(N),))
+    halves, pools, columns = rollouts.halves(), rollouts.pools, []
+    ranks = np.take_along_axis(pools.by_judge.below + pools.by_judge.upto, pools.by_select.order, 1)
+    for key in keys:
+        if key in weights:
+            columns.append(compare_pairs(weights[key], ranks))
+            continue
+        parts = [each.reweight("raw", Uncalibrated(), key[1]) for each in (rollouts, *halves)]
+        columns.append(extrapolate(parts[0], parts[1:], 2.0, rollouts.judge_rate).win_rates[:, 1])
+    clipped = [each.clip(0.0, 1.0) for each in estimate_columns(np.stack(columns, axis=1))]
+    return [[each.value, each.low, each.high] for each in clipped]
+
+
+def measure(correlation, repetitions, log):
+    """Measure bias and coverage of all cells, going on from the repetitions that the log has."""
+    truth, weights = prepare(correlation)
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log and log.exists() else []
+    found = {each["repetition"]: each["values"] for each in lines if each["correlation"] == correlation}
     for repetition in range(repetitions):
-        samples = draw(np.random.default_rng([repetition, int(100 * correlation)]), correlation)
-        for kl in KLS:
-            objectives = {**arms, "best-of:4": Fixed(optima[kl])}
-            for point in estimate_frontier(samples, objectives, [kl], [BestOf(N)]).points:
-                found[point.arm, kl].append(point.win_rates["judge"][f"BestOf(n={N})"])
-    for (name, kl), estimates in found.items():
-        exact = truth[name, kl]
+        if repetition not in found:
+            samples = draw(np.random.default_rng([repetition, int(100 * correlation)]), correlation)
+            found[repetition] = estimate_cells(samples, list(truth), weights)
+            line = {"correlation": correlation, "repetition": repetition, "values": found[repetition]}
+            if log:
+                with log.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    values = np.array([found[repetition] for repetition in range(repetitions)])
+    for (name, kl), exact, (value, low, high) in zip(truth, truth.values(), values.transpose(1, 2, 0), strict=True):
         yield {
             "correlation": correlation,
             "objective": name,
             "kl": kl,
             "truth": round(exact, 4),
-            "bias": round(float(np.mean([each.value for each in estimates])) - exact, 4),
-            "spread": round(float(np.std([each.value for each in estimates])), 4),
-            "coverage": round(float(np.mean([each.low <= exact <= each.high for each in estimates])), 3),
+            "bias": round(float(value.mean()) - exact, 4),
+            "spread": round(float(value.std()), 4),
+            "coverage": round(float(np.mean((low <= exact) & (exact <= high))), 3),
         }
-
-
-def measure_recommend(correlation, repetitions):
-    """Error of what `recommend` promises by the judge."""
-    for kl in KLS:
-        errors = []
-        for repetition in range(repetitions):
-            samples = draw(np.random.default_rng([repetition, int(100 * correlation)]), correlation)
-            table = ReferenceTable.build((f"prompt {i}", row) for i, row in enumerate(samples.select))
-            answer = recommend(References(samples, table, "reward", "judge"), BestOf(N), kl, estimator="posterior")
-            truth = with_references(answer, correlation) if not repetition else truth
-            errors.append(answer.win_rate.value - truth)
-        yield {"correlation": correlation, "kl": kl, "truth": round(truth, 4), "bias": round(float(np.mean(errors)), 4)}
 
 
 def measure_speed():
@@ -133,6 +174,9 @@ def main():
     """Measure bias and coverage, or with --speed seconds, and save them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=500)
+    parser.add_argument(
+        "--log", type=Path, metavar="FILE", help="a file of the repetitions that are done, to go on from"
+    )
     parser.add_argument("--speed", action="store_true", help="measure seconds instead")
     options = parser.parse_args()
     if options.speed:
@@ -140,17 +184,8 @@ def main():
         print(speed, save("recommend_speed", speed), sep="\n")
         return
     results = {"prompts": PROMPTS, "rollouts": ROLLOUTS, "best_of": N, "repetitions": options.repetitions}
-    few = max(2, options.repetitions // 25)
-    for name, measure in (
-        ("recommend", partial(measure_recommend, repetitions=few)),
-        (
-            "frontier",
-            partial(measure_frontier, repetitions=options.repetitions),
-        ),
-    ):
-        results[name] = [row for correlation in CORRELATIONS for row in measure(correlation)]
-        print(name, *results[name], sep="\n  ")
-    print(save("recommend", results))
+    results["cells"] = [row for each in CORRELATIONS for row in measure(each, options.repetitions, options.log)]
+    print(*results["cells"], save("recommend", results), sep="\n  ")
 
 
 if __name__ == "__main__":

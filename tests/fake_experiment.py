@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from calibrated_rewards import BestOf, CalibratedReward
 from calibrated_rewards.calibration.calibrate import calibrate
+from calibrated_rewards.evaluation import check_log_ratios
 from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.evaluation.frontier import estimate_frontier
 from calibrated_rewards.evaluation.objectives import OBJECTIVES
@@ -107,7 +108,9 @@ def train(at: Path, reward: dict[str, str], rise: float, steps: int = 30) -> Non
         {"step": i, "reward": i / steps, "u": 0.5 + rise * i + rng.normal(0, 0.03), "kl": i / 60, "seconds": 2.0}
         for i in range(steps)
     ]
-    lines = [json.dumps({**row, "seconds_scoring": 0.5}) for row in rows]
+    d = 0.5 * rng.normal(size=(12, 10)) - 0.125
+    check = check_log_ratios(d, Samples(d + rng.normal(size=d.shape)), 2 * d).metrics()
+    lines = [json.dumps({**row, "seconds_scoring": 0.5, **(check if row["step"] % 10 == 9 else {})}) for row in rows]
     (at / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 30, "rew')
     settings = {"recipe": "train_rloo", "policy": "<policy>", "reward": reward, "settings": {"beta": 0.125}}
     (at / "settings.json").write_text(json.dumps(settings))

@@ -1,4 +1,4 @@
-"""The figures and the table of the exact world, from what trainers.py and options.py wrote.
+"""The figures and the tables of the exact world, from what trainers.py, options.py and offline.py wrote.
 
 python benchmarks/tabular/plots.py
 """
@@ -133,12 +133,103 @@ def rated(rows: list[dict[str, Any]], kl: float, key: str) -> dict[str, tuple[fl
     return {row["reward"]: (row["exact"][key], row["theory"][key]) for row in rows if row["kl"] == kl}
 
 
+# The losses of offline.py that are drawn, in the order of the legend.
+OFFLINE = {
+    "weighted": ("#D55E00", "s-"),
+    "control-variate": ("#E69F00", "v-"),
+    "regression": ("#0072B2", "o-"),
+    "regression:exact": ("#56B4E9", "^-"),
+    "centred": ("#009E73", "D-"),
+    "fixed references": ("black", "--"),
+}
+FOREVER = 8000  # where K = infinity is drawn
+
+
+def offline(rows: list[dict[str, Any]]) -> Any:
+    """What offline losses miss against K for two transforms, and against epochs for one."""
+    figure, axes = plt.subplots(1, 3, figsize=(15.5, 4.2), layout="constrained")
+    for ax, name in zip(axes[:2], ("identity", "best of 4"), strict=True):
+        for loss, (colour, style) in OFFLINE.items():
+            own = converged(rows, "no ties", name, loss)
+            at = [size or FOREVER for size in own]
+            # Numerical zeros have no logarithm.
+            missed = [max(row["missed"], 0.003) for row in own.values()]
+            ax.plot(at, missed, style, color=colour, label=loss, markersize=4, linewidth=1)
+        theory = {size: row["predicted"] for size, row in own.items() if size}
+        ax.plot([*theory], [*theory.values()], ":", color="black", label="fixed references, theory")
+        ax.axhline(BAR, color="grey", linewidth=0.6)
+        ax.set(xscale="log", yscale="log", xlabel="K", ylim=(0.002, 50), ylabel="points of win rate missed at one KL")
+        ax.set(title=f"{name}: {SPOKEN[PROCEDURES[name]]} at KL {KLS[name]}")
+        ax.set_xticks((8, 32, 100, 1000, FOREVER), ("8", "32", "100", "1000", "$\\infty$"))
+        ax.set_yticks((0.003, 0.01, 0.1, BAR, 1, 10), ("0", "0.01", "0.1", f"{BAR}", "1", "10"))
+        ax.minorticks_off()
+    for loss, (colour, style) in OFFLINE.items():
+        for row in rows:
+            if row["case"] == {"part": "epochs", "world": "no ties", "transform": "best of 4", "K": 100, "loss": loss}:
+                epochs = row["epochs"]
+                values = [each["missed"] for each in epochs.values()]
+                axes[2].plot([*map(int, epochs)], values, style, color=colour, markersize=4, linewidth=1)
+    axes[2].set(xscale="log", yscale="log", xlabel="epochs", title="best of 4, K = 100, by epoch")
+    axes[2].set_xticks((1, 3, 10, 30), ("1", "3", "10", "30"))
+    axes[2].set_yticks((1, 2, 5, 10), ("1", "2", "5", "10"))
+    axes[2].minorticks_off()
+    axes[1].legend(fontsize=8)
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    return figure
+
+
+def converged(rows: list[dict[str, Any]], world: str, name: str, loss: str) -> dict[int | None, dict[str, Any]]:
+    """The minimisers of an offline loss, by K."""
+    own = {"part": "converged", "world": world, "transform": name, "loss": loss}
+    return {row["case"]["K"]: row for row in rows if {**row["case"], **own} == row["case"]}
+
+
+def offline_tables(rows: list[dict[str, Any]]) -> str:
+    """By loss and transform, what is missed at three K; the optima of the rivals; distances by epoch."""
+    names = [name for name in TRANSFORMS if converged(rows, "no ties", name, "centred")]
+    sizes = (32, 100, 1000)
+    lines = ["| | " + " | ".join(names) + " |", "|" + "---|" * (1 + len(names))]
+    for loss in (
+        "fixed references",
+        "fixed references, drawn completions",
+        *(each for each in OFFLINE if "fixed" not in each),
+    ):
+        cells = [converged(rows, "no ties", name, loss) for name in names]
+        told = (" / ".join(f"{each[size]['missed']:.2f}" for size in sizes) for each in cells)
+        lines.append(f"| {loss} | " + " | ".join(told) + " |")
+    own = [converged(rows, "no ties", name, "fixed references") for name in names]
+    told = (" / ".join(f"{each[size]['predicted']:.2f}" for size in sizes) for each in own)
+    lines.append("| fixed references, theory | " + " | ".join(told) + " |")
+    lines += ["", "| loss | n | KL | TV to the best of n | one draw | best of 4 | worst of 4 |", "|" + "---|" * 7]
+    for row in rows:
+        case = row["case"]
+        if case["part"] == "rivals" and case["world"] == "no ties":
+            points = " | ".join(f"{each['points']:.2f}" for each in row["missed"].values())
+            lines.append(
+                f"| {case['loss']} | {case['n']} | {row['kl']:.2f} | {row['tv to the best of n']:.3f} | {points} |"
+            )
+    lines += [
+        "",
+        "| K | loss | " + " | ".join(f"after epoch {n}" for n in (1, 3, 10, 30)) + " |",
+        "|" + "---|" * 6,
+    ]
+    for row in rows:
+        case = row["case"]
+        if case["part"] == "epochs":
+            told = (f"{row['epochs'][n]['kl']:.2f}, {row['epochs'][n]['missed']:.1f}" for n in ("1", "3", "10", "30"))
+            lines.append(f"| {case['K']} | {case['loss']} | " + " | ".join(told) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Both figures and the tables."""
+    """All figures and tables."""
     rows = known("tabular")
     trainers(rows).savefig(FIGURES / "tabular.png", dpi=130)
     options(known("tabular_options")).savefig(FIGURES / "tabular_options.png", dpi=130)
-    sys.stdout.write(f"{table(rows)}\n\n{gaps(known('tabular_world'))}\n")
+    offline(known("tabular_offline")).savefig(FIGURES / "tabular_offline.png", dpi=130)
+    tables = table(rows), gaps(known("tabular_world")), offline_tables(known("tabular_offline"))
+    sys.stdout.write("\n\n".join(tables) + "\n")
 
 
 if __name__ == "__main__":

@@ -67,8 +67,7 @@ def estimate_step(step: "DumpedStep", ns: list[int] | None, threshold: float | N
     from calibrated_rewards.evaluation.estimates import IntervalEstimate
     from calibrated_rewards.evaluation.pass_at_k import best_at_k, pass_at_k, worst_at_k
 
-    if ns is None:
-        ns = sorted({*(2**i for i in range(step.fewest.bit_length())), step.fewest})
+    ns = sorted({*(ns or [*(2**i for i in range(step.fewest.bit_length())), step.fewest])})
     if max(ns) > step.fewest:
         fewest = int(step.scores.sizes.argmin())
         raise ValueError(
@@ -94,11 +93,13 @@ def estimate_step(step: "DumpedStep", ns: list[int] | None, threshold: float | N
 
 def write_verdict(rows: list[dict[str, Any]]) -> str:
     """Write the last step's best of the largest N in a sentence, with what a bootstrap makes of it."""
+    from calibrated_rewards.evaluation.wording import format_count
+
     last = rows[-1]
     n, best, biased = last["n"], last["best"], last["bootstrap_best"]
     short = best.value - biased
     bias = f"; a bootstrap with replacement says {biased:.3f}, {short:.3f} too low" if short >= 0.0005 else ""
-    many = f"{last['prompts']:,} prompts with {last['completions']:,} completions or more"
+    many = f"{format_count(last['prompts'], 'prompt')} with {format_count(last['completions'], 'completion')} or more"
     name = f"best@{n} = pass@{n}" if last.get("pass") == best else f"best@{n}"
     return f"Step {last['step']}: {name} is {best}, from {many}{bias}."
 

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,12 +166,10 @@ def choose_decoding(options: argparse.Namespace, reward: "CalibratedReward | Non
     """Choose the decoding that the options name; if they name none, that of the reward's table."""
     if options.max_tokens is not None or reward is None:
         return model_options.build_decoding(options)
-    decoding = (reward.table.meta.get("sampler") or {}).get("decoding")
-    if decoding is None:
-        raise ValueError(f"the table of {options.reward} does not say how it was drawn: say --max-tokens N, ...")
-    values = {each.name: decoding[each.name] for each in fields(Decoding)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    from calibrated_rewards.training.check_settings.rules import restore_decoding
+
+    decoding = restore_decoding(reward.table.meta, f"the table of {options.reward}", "say --max-tokens N, ...")
     said = model_options.build_decoding(argparse.Namespace(**{**vars(options), "max_tokens": 1}))
-    if said != Decoding(1) or values["stop_token_ids"]:
+    if said != Decoding(1) or decoding.stop_token_ids:
         raise ValueError("decoding is that of the table, or all of it is said: --max-tokens N too")
-    return Decoding(**values)
+    return decoding

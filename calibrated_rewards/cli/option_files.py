@@ -6,6 +6,7 @@ says replaces what the file says.
 """
 
 import argparse
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from calibrated_rewards.cli.options import read_text
+from calibrated_rewards.cli.options import error_text, read_text
 from calibrated_rewards.files import write_file
 
 # What an option is given: a text, several, or True and False for a flag.
@@ -26,6 +27,8 @@ YES, NO = ("true", "yes", "on"), ("false", "no", "off")
 OUTSIDE = {"help", "config", "save_config"}
 # The key of the command that wrote a file.
 COMMAND = "command"
+# Words that begin with a dash, and that argparse does not take for options.
+DASHED = re.compile(r"-(\d+|\d*\.\d+)?")
 
 
 def parse_options(
@@ -55,7 +58,7 @@ def parse_options(
         if places.save_config:
             write_file(places.save_config, write_config(list_actions(parser), values, name_command(parser)))
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.error(error_text(error))
     options.config, options.save_config = places.config, places.save_config
     return options
 
@@ -101,15 +104,15 @@ def read_config(file: Path, actions: Mapping[str, argparse.Action], command: str
     """Read a file of options, by the names of their attributes; ValueError for what is no option, with its line."""
     values: dict[str, Raw] = {}
     for key, node in read_pairs(file):
-        where, name = f"--config {file}, line {key.start_mark.line + 1}", str(key.value).replace("_", "-")
+        where, name = f"--config {file}, line {key.start_mark.line + 1}", format_node(key).replace("_", "-")
         if name == COMMAND:
             if node.value != command:
-                raise ValueError(f"{where}: needs options of {command}, got those of {node.value!s:.80}")
+                raise ValueError(f"{where}: needs options of {command}, got those of {format_node(node)}")
             continue
         if name not in actions:
             nearest = get_close_matches(name, actions, 1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(actions)}"
-            raise ValueError(f"{where}: {key.value!s:.80} is no option of this command; {hint}")
+            raise ValueError(f"{where}: {format_node(key)} is no option of this command; {hint}")
         if actions[name].dest in values:
             raise ValueError(f"{where}: {name} is there twice, once is enough: a list has several values")
         if node.tag != NULL:
@@ -123,6 +126,10 @@ def read_pairs(file: Path) -> list[tuple[Any, Any]]:
         root = yaml.compose(read_text(file, "--config"), yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"--config {file} is no YAML: {error}") from error
+    except RecursionError:
+        raise ValueError(
+            f"--config {file} needs lines of OPTION: VALUE, got lists in lists, too deep to read"
+        ) from None
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise ValueError(f"--config {file} needs lines of OPTION: VALUE, got a {root.id}")
     return [] if root is None else root.value
@@ -137,16 +144,30 @@ def read_value(node: Any, action: argparse.Action, where: str) -> Raw:
     """Read the value of an option: a text, a list of texts, or true or false."""
     if action.nargs == 0:
         if not isinstance(node, yaml.ScalarNode) or node.value.lower() not in YES + NO:
-            raise ValueError(f"{where} needs true or false, got {node.value!s:.80}")
+            raise ValueError(f"{where} needs true or false, got {format_node(node)}")
         return node.value.lower() in YES
     nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    if not all(isinstance(each, yaml.ScalarNode) for each in nodes):
-        raise ValueError(f"{where} needs {'a list of texts' if _takes_list(action) else 'one value'}, got a mapping")
-    if _takes_list(action):
-        return [each.value for each in nodes]
-    if nodes is not node.value:
+    if not _takes_list(action):
+        if not isinstance(node, yaml.ScalarNode):
+            raise ValueError(f"{where} needs one value, got {format_node(node)}")
         return str(node.value)
-    raise ValueError(f"{where} needs one value, got a list")
+    for each in nodes:
+        if not isinstance(each, yaml.ScalarNode) or (each.tag == NULL and nodes is node.value):
+            raise ValueError(f"{where} needs a list of texts, got {format_node(each)} in it")
+        if action.nargs is not None and len(nodes) > 1 and each.value[:1] == "-" and not DASHED.fullmatch(each.value):
+            raise ValueError(f"{where} needs texts that do not begin with -, as on the command line, got {each.value}")
+    return [each.value for each in nodes]
+
+
+def format_node(node: Any) -> str:
+    """Write a node for an error: the text of a scalar, or else what it is.
+
+    >>> format_node(yaml.compose("[a, b]")), format_node(yaml.compose("~")), format_node(yaml.compose("a: b"))
+    ('a list', '~', 'a mapping')
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return str(node.value)[:80] or "nothing"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
 def write_words(actions: Mapping[str, argparse.Action], values: Mapping[str, Raw]) -> list[str]:
@@ -165,7 +186,7 @@ def write_words(actions: Mapping[str, argparse.Action], values: Mapping[str, Raw
             words += [name]
         elif isinstance(raw, str):
             words += [f"{name}={raw}"]
-        elif action.nargs is None:
+        elif action.nargs is None or len(raw) == 1:  # after "=" a text may begin with a dash
             words += [f"{name}={each}" for each in raw]
         else:
             words += [name, *raw]
@@ -180,7 +201,9 @@ def write_config(actions: Mapping[str, argparse.Action], values: Mapping[str, Ra
             return yaml.SequenceNode("tag:yaml.org,2002:seq", [build_node(each) for each in raw], flow_style=True)
         text = str(raw).lower() if isinstance(raw, bool) else raw
         is_null = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False)) == NULL
-        return yaml.ScalarNode("tag:yaml.org,2002:str", text, style='"' if is_null else None)
+        # Without quotes some of the characters that are no line feed, but end a line, come back as spaces.
+        style = '"' if is_null or not text.isprintable() else None
+        return yaml.ScalarNode("tag:yaml.org,2002:str", text, style=style)
 
     raws = {name: values[action.dest] for name, action in actions.items() if action.dest in values}
     pairs = [(build_node(name), build_node(raw)) for name, raw in {COMMAND: command, **raws}.items()]

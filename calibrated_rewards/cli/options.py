@@ -42,6 +42,7 @@ EXTRAS = {
 NEEDED: dict[str, tuple[str, ...]] = {
     "calibrate": ("calibrate",),
     "evaluate": ("calibrate",),
+    "export": ("calibrate",),
     "serve": ("serve",),
     "report": ("plots", "calibrate"),
     "demo": ("hf", "calibrate", "trl", "plots"),

@@ -15,7 +15,8 @@ FOLDER is what `calibrate` or `reward` wrote, or save_pretrained. A table become
 repository is made if there is none. Its README.md is a card: what the table or reward was made with, how to load it,
 and a figure of the scores; --no-card leaves the README.md that is there. --rollouts adds the prompts, completions and
 scores of the run as data/rollouts.parquet, which the Hub shows and datasets.load_dataset reads. A table and a reward
-hold a few prompts and completions too, by which reward models are verified.
+hold a few prompts and completions too, by which reward models are verified, and all metadata, table.json: what looks
+like a secret in it is refused, unless you say --force.
 
 Log in first, `hf auth login`, or set HF_TOKEN. They load with ReferenceTable.from_pretrained("my-name/my-table") and
 calibrated_rewards.reward.load_reward("my-name/my-reward"). Exit code: 0 uploaded, 2 wrong usage or no access."""
@@ -33,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "a policy or reward model on the Hub, for the card; may be repeated (those that the metadata name)"
     parser.add_argument("--base-model", action="append", default=[], metavar="NAME", help=text)
     parser.add_argument("--no-card", action="store_true", help="leave the repository's README.md as it is")
+    text = "upload although a setting in the metadata looks like a secret, a key or a password"
+    parser.add_argument("--force", action="store_true", help=text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -42,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
         "licence": options.licence,
         "base_model": options.base_model,
         "card": not options.no_card,
+        "force": options.force,
     }
     if (options.folder / "reward.json").is_file():
         from calibrated_rewards.reward.hub import push_folder

@@ -152,6 +152,12 @@ def add_launch_arguments(parser: argparse.ArgumentParser, draws: bool = True) ->
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help=dtype)
     trackers = "send the metrics to trackio, wandb, tensorboard, mlflow, ...: what transformers knows and is installed"
     parser.add_argument("--report-to", nargs="+", metavar="NAME", help=trackers)
+    check = "check the policy on rollouts of this calibration, of prompts that are not trained on, by forward passes"
+    parser.add_argument("--check-rollouts", type=parse_folder, metavar="DIR", help=check)
+    parser.add_argument("--check-every", type=Whole(1), metavar="N", help="steps from one check to the next (20)")
+    parser.add_argument("--check-prompts", type=Whole(2), metavar="N", help="prompts of a check, at most (64)")
+    judge = "a second scorer of the rollouts of --check-rollouts, for the win rates of the check"
+    parser.add_argument("--judge", metavar="NAME", help=judge)
     trust = "run the code that the policy or the saved reward brings, and ask the servers that the reward names"
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
     parser.add_argument("--debug", action="store_true", help="show where an error came from")

@@ -5,6 +5,7 @@
 - `policies`, `kl`: `evaluate` draws from policies, scores, and compares them with their reference.
 - `frontier`: `estimate_frontier` compares objectives without any training.
 - `recommend`, `recommendation`: which transform and beta to train with, what it buys, whether K is enough.
+- `held_out`, `importance_weights`: `check_log_ratios` judges a policy on held-out rollouts, without generating.
 - `expectations`, `table_laws`: `expect` predicts beta, KL and win rate of training on a table, with its ties.
 - `results`, `frontier_results`, `wording`, `plots`, `report`: results in print, JSON, figures and one page of HTML.
 """
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
     from calibrated_rewards.evaluation.expectations import Expectation as Expectation, expect as expect
     from calibrated_rewards.evaluation.frontier import estimate_frontier as estimate_frontier
     from calibrated_rewards.evaluation.frontier_results import FrontierEstimate as FrontierEstimate
+    from calibrated_rewards.evaluation.held_out import (
+        HeldOutCheck as HeldOutCheck,
+        HeldOutComparison as HeldOutComparison,
+        check_log_ratios as check_log_ratios,
+        compare_log_ratios as compare_log_ratios,
+        realised_share as realised_share,
+    )
+    from calibrated_rewards.evaluation.importance_weights import weighted_win_rate as weighted_win_rate
     from calibrated_rewards.evaluation.policies import evaluate as evaluate
     from calibrated_rewards.evaluation.recommend import recommend as recommend
     from calibrated_rewards.evaluation.recommendation import Recommendation as Recommendation
@@ -36,6 +45,12 @@ LAZY = {
     "Evaluation": "results",
     "estimate_frontier": "frontier",
     "FrontierEstimate": "frontier_results",
+    "HeldOutCheck": "held_out",
+    "HeldOutComparison": "held_out",
+    "check_log_ratios": "held_out",
+    "compare_log_ratios": "held_out",
+    "realised_share": "held_out",
+    "weighted_win_rate": "importance_weights",
     "Expectation": "expectations",
     "expect": "expectations",
     "Recommendation": "recommendation",

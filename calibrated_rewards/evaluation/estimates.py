@@ -25,6 +25,7 @@ FEW_PROMPTS = 20
 # A narrower interval is rounding error: the values of all prompts are equal.
 NO_WIDTH = 1e-9
 RESAMPLES = 10_000
+LARGEST_SCORE = 1e150
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
@@ -75,6 +76,12 @@ def _check_rows(name: str, scores: Iterable[npt.ArrayLike]) -> tuple[Array, ...]
         if not np.isfinite(row).all():
             at = int(np.argmin(np.isfinite(row)))
             raise ValueError(f"Samples needs finite scores, got {row[at]} in {name}[{prompt}][{at}].")
+        if abs(row).max() > LARGEST_SCORE:
+            at = int(abs(row).argmax())
+            raise ValueError(
+                f"Samples needs scores from {-LARGEST_SCORE:g} to {LARGEST_SCORE:g}, whose squares a float can hold, "
+                f"got {row[at]:g} in {name}[{prompt}][{at}]."
+            )
     return rows
 
 

@@ -243,7 +243,7 @@ class TableRewards:
             elif few is not None:
                 parts = [few.laws(scores, vector, rng) for _ in range(draws if few.varies else 1)]
             else:
-                common = self.common_shares(scores.shape[1])
+                common = self.common_shares
                 parts = [draw_gaps(scores, vector, rng, common, self.top_gaps) for _ in range(draws)]
             mass, rewards, atoms = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
             there = mass.any(axis=0)  # without places that are empty in every row
@@ -259,23 +259,25 @@ class TableRewards:
         every = np.concatenate([scores.ravel() for _, scores in self.table.blocks(self.rows)])
         return np.unique(every, return_counts=True)
 
-    def common_values(self, K: int) -> npt.NDArray[np.float32]:
-        """Find values that K references have `COMMON` times or more on average."""
+    @cached_property
+    def common_values(self) -> npt.NDArray[np.float32]:
+        """Find values that as many references as a prompt has on average have `COMMON` times or more."""
         every, counts = self._value_counts
+        K = counts.sum() / len(self.rows)
         return np.asarray(every[(counts * K >= COMMON * counts.sum()) & (counts > 2)])
 
-    def common_shares(self, K: int) -> ValueShares | None:
-        """Fit the shares of the values that are common among K references; None if there are none."""
-        values = self.common_values(K)
-        if not len(values):
+    @cached_property
+    def common_shares(self) -> ValueShares | None:
+        """Fit the shares of the common values; None if there are none."""
+        if not len(self.common_values):
             return None
-        blocks = [count_common(values, scores) for _, scores in self.table.blocks(self.rows)]
-        return ValueShares.fit(values, np.concatenate(blocks))
+        blocks = [count_common(self.common_values, scores) for _, scores in self.table.blocks(self.rows)]
+        return ValueShares.fit(self.common_values, np.concatenate(blocks))
 
     @cached_property
     def top_gaps(self) -> TopGaps:
         """The law of the gap above a prompt's highest reference, from all prompts."""
-        blocks = [count_above(x, self.common_values(x.shape[1])) for _, x in self.table.blocks(self.rows)]
+        blocks = [count_above(x, self.common_values) for _, x in self.table.blocks(self.rows)]
         return TopGaps.fit(np.sum(blocks, axis=0))
 
     def _atoms(self, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float32], vector: Array) -> Laws:

@@ -4,8 +4,8 @@ The optimum for a reward v is pi*(y) ~ pi_ref(y) e^{v(y)/beta}, so K rollouts of
 stand for it, whatever v is (`objectives`). All are brought to one KL and compared.
 
 K rollouts fall short of the law that they are drawn from, most where few carry the weight: half of them show by how
-much (`weighted_rollouts.extrapolate`). The win rate of a transform of the quantile by the score that selects needs no
-rollouts: it is theory's, or with ties the table's.
+much (`weighted_rollouts.extrapolate`). The law of a transform of the quantile is known: by the score that selects its
+win rate needs no rollouts, and by a judge weights of pairs leave no bias (`pair_weights`). With ties it is the table's.
 
 >>> from calibrated_rewards.evaluation.objectives import OBJECTIVES
 >>> scores = Samples(np.random.default_rng(0).normal(size=(50, 64)))
@@ -135,6 +135,8 @@ def _estimate(
     rollouts.pools.check_reach(kl)  # before an optimum is solved for
     reward = objective.at(kl) if isinstance(objective, Objective) else objective
     whole = rollouts.reweight(name, reward, kl)
+    if isinstance(reward, Transformed) and halves and rollouts.known_by_rank:
+        return _make_exact(replace(whole, corrected=True), reward, rollouts, trained)
     try:
         parts = [half.reweight(name, reward, kl) for half in halves]
     except ValueError:  # half the rollouts reach less KL: what all of them give is left as it is
@@ -152,16 +154,24 @@ def _estimate(
 
 
 def _make_exact(result: Reweighted, reward: Transformed, rollouts: RolloutsAtKL, trained: TableRewards) -> Reweighted:
-    """Take beta from the table, and win rates by the score that selects from theory, or with ties from the table."""
+    """Take beta from the table, and win rates from theory's law, or with ties by the score that selects from the table.
+
+    Theory knows the law in quantiles: by the score that selects that is the win rate, by a judge it is enough for an
+    unbiased one.
+    """
     transform = scaled(reward.transform, "unit")
     trained = replace(trained, transform=transform)
     trained.check(result.name, result.kl)
     beta, rates = trained.beta_for_kl(result.kl), result.win_rates.copy()
+    in_theory = None if rollouts.has_ties else beta_for_kl(transform, result.kl)
+    by_judge = result.corrected and len(rollouts.beaten) > 1 and rollouts.known_by_rank
     for column, procedure in enumerate(rollouts.procedures):
-        if rollouts.has_ties:
+        if in_theory is None:
             rates[:, column] = replace(trained, procedure=procedure).win_rate(beta)
-        else:
-            rates[:, column] = win_rate(transform, beta_for_kl(transform, result.kl), procedure)
+            continue
+        rates[:, column] = win_rate(transform, in_theory, procedure)
+        if by_judge:
+            rates[:, len(rollouts.procedures) + column] = rollouts.judge_law(transform, in_theory, procedure)
     return replace(result, beta=beta, win_rates=rates)
 
 

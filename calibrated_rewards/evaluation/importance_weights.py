@@ -56,7 +56,7 @@ def weighted_win_rate(
     `samples` are the scores of the rollouts, by the scorer that selects and by the one that judges. The estimate is a
     sum of weighted wins over the sum of the weights. "pooled" adds up both over all prompts, which leaves a bias of
     O(1 / prompts); it needs log-ratios that are right as they are. "prompt" divides within each prompt: the estimate
-    does not change with constants within a prompt and varies less, but is drawn to one half by O(N^2 / K).
+    does not change with constants within a prompt and varies less, but has a bias of O(N^2 / K).
     """
     rows = check_log_ratio_rows("log_ratios", log_ratios, samples)
     wins, weights = _sum_wins(rows, samples, procedure)
@@ -207,7 +207,8 @@ class HeldOutPolicy:
         d = self.pools.filled(np.concatenate(self.log_ratios), -np.inf)
         if self.normalise == "prompt":
             d = d - d.max(axis=1, keepdims=True)
-        weights = np.exp(d)
+        with np.errstate(over="ignore"):
+            weights = np.exp(d)
         if self.normalise == "prompt":
             weights = weights / np.sum(weights * self.pools.uniform, axis=1, keepdims=True)
         if not np.isfinite(weights).all():

@@ -104,9 +104,10 @@ class ExponentialUtility:
     b: float = 2.0
 
     def rewards(self, scores: Float[np.ndarray, "P K"], weights: Float[np.ndarray, "P K"]) -> Float[np.ndarray, "P K"]:
-        """Return e^{b r} over b times its mean under the policy."""
-        powers = np.exp(self.b * (scores - scores[:, -1:]))
-        return np.asarray(powers / (self.b * np.sum(weights * powers, axis=1, keepdims=True)))
+        """Return e^{b r} over b times its mean under the policy, less that of the highest score."""
+        exponents = self.b * (scores - scores[:, -1:])
+        mean = np.sum(weights * np.exp(exponents), axis=1, keepdims=True)
+        return np.asarray(np.expm1(exponents) / (self.b * mean))
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def parse_objective(name: str) -> AnyObjective:
     if name in OBJECTIVES:
         return OBJECTIVES[name]
     kind, _, number = name.partition(":")
-    if kind in RIVALS and number.replace(".", "", kind == "rs-grpo").isdecimal() and float(number):
+    if kind in RIVALS and name.isascii() and number.replace(".", "", kind == "rs-grpo").isdecimal() and float(number):
         return RIVALS[kind](float(number))
     thing, kl = make_named(name)
     if thing is None or kl is not None:

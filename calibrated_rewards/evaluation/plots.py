@@ -195,6 +195,22 @@ def outcomes(
     return _add_legend(ax, beneath=True)
 
 
+def density_ratios(
+    ratios: Mapping[str, tuple[Sequence[float | None], Sequence[float | None] | None]], ax: Axes | None = None
+) -> Axes:
+    """Draw each policy's share of each tenth of u over the reference's; dashed, in its colour, that of its optimum."""
+    ax = _prepare(ax)
+    for (name, (policy, optimum)), (colour, _, mark) in zip(ratios.items(), _styles(len(ratios)), strict=True):
+        for row, dash, label in ((policy, "-", name), (optimum, "--", f"{name}, optimum")):
+            if row is not None:
+                y = np.array([np.nan if each is None else each for each in row])
+                x = (np.arange(len(y)) + 0.5) / len(y)
+                ax.plot(x, y, dash, color=colour, marker=mark if dash == "-" else None, ms=4, label=_escape(label))
+    ax.axhline(1.0, color=INK, lw=0.8, alpha=0.5)
+    ax.set(xlabel=QUANTITIES["u"], ylabel="share over the reference's", xlim=(0, 1), ylim=(0, None))
+    return _add_legend(ax, beneath=True)
+
+
 def trailing(y: Float64[np.ndarray, " s"], window: int) -> Float64[np.ndarray, " s"]:
     """Average the last `window` values at each place, or as many as there are.
 

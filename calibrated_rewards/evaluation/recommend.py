@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import log_expit
 
 from calibrated_rewards.evaluation.estimates import IntervalEstimate, Samples
 from calibrated_rewards.evaluation.expectations import expect
 from calibrated_rewards.evaluation.frontier import estimate_frontier
 from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
 from calibrated_rewards.evaluation.objectives import OBJECTIVES, AnyObjective, Fixed, Transformed
+from calibrated_rewards.evaluation.pair_weights import draw_chances
 from calibrated_rewards.evaluation.recommendation import ENOUGH, Recommendation
 from calibrated_rewards.evaluation.references import References, read_references
 from calibrated_rewards.evaluation.wording import format_procedure
@@ -32,7 +34,7 @@ from calibrated_rewards.theory.fixed_references import win_rate_at_kl
 from calibrated_rewards.theory.named import ByRank, NamedTransform, format_name, parse_transform
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate
-from calibrated_rewards.theory.transforms import Tabulated
+from calibrated_rewards.theory.transforms import Tabulated, Transform
 
 # How the loss falls is measured at this K or more, and at twice that; with ties it is taken to fall like this power.
 LEAST_K, DRAWS, RATE = 64, 300, 0.75
@@ -106,13 +108,19 @@ def _summarise(
     point, raw = points[arm], points["raw"]
     tied = _share_of_ties(references.table)
     limit = question.limit(best, tied)
-    rate, loss = point.win_rates[judged][key], 0.0
+    win_rate = rate = point.win_rates[judged][key]
+    loss = 0.0
     if tied and judged != own and limit is not None:
         # By the score that selects a transform with ties has its number at this K already; by a judge it loses in
         # proportion to what it wins.
         loss = (limit - best.win_rate) * max(0.0, rate.value - 0.5) / max(limit - 0.5, 1e-9)
+        win_rate = _shift(rate, -loss).clip(0.0, 1.0)
+    elif not tied and judged != own:
+        win_rate = estimate_at_k(best.named.transform, best.beta, best.estimator, procedure, references)
+        loss = rate.value - win_rate.value
     elif not tied and limit is not None:
-        loss = limit - best.win_rate if judged == own else rate.value - question.judge_at_k(best, references)
+        loss = limit - best.win_rate
+        win_rate = _shift(rate, -loss).clip(0.0, 1.0)
     none = IntervalEstimate(0.0, None, None, None, frontier.prompts)
     return Recommendation(
         procedure=format_name(procedure),
@@ -120,7 +128,7 @@ def _summarise(
         name=best.named.name,
         beta=best.beta,
         estimator=best.estimator,
-        win_rate=_shift(rate, -loss).clip(0.0, 1.0),
+        win_rate=win_rate,
         raw_win_rate=raw.win_rates[judged][key] if raw.corrected else None,
         gain=_shift(point.gains[judged][key], -loss).clip(-1.0, 1.0) if raw.corrected else None,
         gain_shown=point.verdict(judged, key) is not None,
@@ -135,6 +143,55 @@ def _summarise(
         frontier=frontier,
         source=str(references.table.path or "table/"),
     )
+
+
+def estimate_at_k(
+    transform: Transform, beta: float, estimator: Estimator, procedure: ByRank, references: References
+) -> IntervalEstimate:
+    """Estimate the judge's win rate of the policy that fits the rewards of K references, without ties.
+
+    Its density is a step function between references. What a judge sees of it is its output under the procedure,
+    averaged over draws of references: that of a smooth policy with less KL.
+    """
+    smooth, kl = average_at_k(transform, beta, estimator, procedure, int(np.median(references.samples.sizes)))
+    frontier = estimate_frontier(
+        references.samples,
+        {"at K": Fixed(Transformed(smooth))},
+        [kl],
+        [procedure],
+        selected_by=references.selected_by,
+        judged_by=references.judged_by,
+        table=references.table,
+    )
+    return frontier.points[0].win_rates[references.judged_by][repr(procedure)]
+
+
+def average_at_k(
+    transform: Transform, beta: float, estimator: Estimator, procedure: ByRank, K: int
+) -> tuple[Tabulated, float]:
+    """Find the policy whose output is what policies that fit K references have on average: log density and KL."""
+    rng, worst = np.random.default_rng(0), isinstance(procedure, WorstOf)
+    rewards = values(transform, K, estimator)[::2]
+    heights = np.exp((rewards - rewards.max()) / beta)
+    u = (np.arange(GRID) + 0.5) / GRID
+    chances = draw_chances(procedure)
+    # P(output <= u) = sum of chance F^k, with F counted from the other end where the worst is taken.
+    powers = np.array([chances.get(k, 0.0) for k in range(max(chances), -1, -1)])
+    outputs = []
+    for _ in range(DRAWS):
+        density = heights[np.searchsorted(np.sort(rng.random(K)), u)]
+        cdf = np.cumsum(density[::-1] if worst else density)
+        outputs.append(np.polyval(powers, cdf / cdf[-1]))
+    # Solve sum of chance F^k = mean for F, in logarithms: small shares keep their digits.
+    logits = np.linspace(-50.0, 50.0, 5 * GRID)
+    shares = log_expit(logits)
+    logs = np.interp(np.log(np.mean(outputs, axis=0)), np.log(np.polyval(powers, np.exp(shares))), shares)
+    density = np.diff(np.exp(logs), prepend=0.0) * GRID
+    density = np.maximum.accumulate(np.maximum(density[::-1] if worst else density, 1e-300))  # but for noise it rises
+    density /= density.mean()
+    log_density = np.log(density)
+    kl = float(np.mean(density * log_density))
+    return Tabulated([0.0, *u, 1.0], [log_density[0], *log_density, log_density[-1]]), kl
 
 
 def _open(table: Any, select: str | None, judge: str | None) -> References:
@@ -220,31 +277,6 @@ class _Question:
         except ValueError:  # half of the references do not reach the KL, or are none
             return None
         return candidate.win_rate + max(candidate.win_rate - half, 0.0) / (2**RATE - 1)
-
-    def judge_at_k(self, candidate: _Candidate, references: References) -> float:
-        """Estimate the judge's win rate of the policy that fits the rewards of K references.
-
-        Its density is a step function between references. What a judge sees of it is its average over draws of
-        references, a smooth policy with less KL.
-        """
-        K, rng = int(np.median(references.samples.sizes)), np.random.default_rng(0)
-        rewards = values(candidate.named.transform, K, candidate.estimator)[::2]
-        heights = np.exp((rewards - rewards.max()) / candidate.beta)
-        u = (np.arange(GRID) + 0.5) / GRID
-        drawn = [heights[np.searchsorted(np.sort(rng.random(K)), u)] for _ in range(DRAWS)]
-        density = np.maximum(np.mean([each / each.mean() for each in drawn], axis=0), 1e-300)
-        kl = float(np.mean(density * np.log(density)))
-        ends = np.log(density[[0, -1]])
-        average = Tabulated([0.0, *u, 1.0], [ends[0], *np.log(density), ends[1]])
-        frontier = estimate_frontier(
-            references.samples,
-            {"at K": Fixed(Transformed(average))},
-            [kl],
-            [self.procedure],
-            selected_by=references.selected_by,
-            judged_by=references.judged_by,
-        )
-        return frontier.points[0].win_rates[references.judged_by][repr(self.procedure)].value
 
     def find_references_needed(self, candidate: _Candidate, limit: float | None, tied: float) -> int | None:
         """Find the K at which the loss is `ENOUGH`, rounded up to two digits; None where it is less already."""

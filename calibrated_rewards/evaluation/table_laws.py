@@ -106,10 +106,16 @@ def mean_masses(sizes: npt.NDArray[np.int64], K: int) -> Array:
 
     Leaving out one reference of K, N values have r of the other K - 1 and this one too (r + 1 of K), M have r without
     it: the mean mass is N / (N + M), for any law (Good and Turing; Robbins). `sizes` are the values' numbers.
+    From r = 4 on N and M are sums over r and sqrt(r) - 1 neighbours on each side: few values have any one large r.
     """
     r = np.arange(K + 1)
     number = np.bincount(sizes, minlength=K + 2).astype(np.float64)
     again, without = (r + 1) * number[r + 1], (K - r) * number[r]
+    wide = np.maximum(np.sqrt(r).astype(np.intp) - 1, 0)
+    low, high = np.maximum(r - wide, 0), np.minimum(r + wide, K) + 1
+    again, without = (
+        np.diff(np.concatenate([[0.0], np.cumsum(x)])[np.stack([low, high])], axis=0)[0] for x in (again, without)
+    )
     prior = np.where(r > 1, PRIOR_REFERENCES, 0.0)
     return np.asarray((again + prior * r / K) / np.maximum(again + without + prior, 1e-300))
 

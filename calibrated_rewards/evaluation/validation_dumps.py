@@ -9,7 +9,7 @@ what functions logged with `log_extra`, and `advantage`.
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -72,8 +72,7 @@ def read_dump(
         field = score or ("score" if kind == "verl" else None)
         for row in rows:
             field = field or _find_reward(row)
-            step, prompt = _read_step(row), _read_field(row, PROMPT[kind])
-            key = json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+            step, (prompt, key) = _read_step(row), _read_prompt(row, PROMPT[kind])
             groups.setdefault(step, {}).setdefault(key, (prompt, []))[1].append(_read_score(row, field))
     if not groups:
         raise ValueError(f"a dump has a completion or more, got none in {at}.")
@@ -106,28 +105,29 @@ def _find_format(at: Path, wanted: DumpFormat | None) -> DumpFormat:
 
 
 def _read_jsonl(file: Path) -> Iterator[_Row]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
+            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
                 continue
-            place = f"{file}, line {number}"
+            place, start = f"{file}, line {number}", repr(line[:60].decode(errors="replace").strip())
             try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place} needs a JSON object, got {line.strip()[:60]!r}: {error}.") from error
+                # Files that were joined have a byte order mark in the middle too.
+                fields = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too many digits, too many brackets
+                raise ValueError(f"{place} needs a JSON object, got {start}: {error}.") from error
             if not isinstance(fields, dict):
-                raise ValueError(f"{place} needs a JSON object, got {line.strip()[:60]!r}.")
+                raise ValueError(f"{place} needs a JSON object, got {start}.")
             yield _Row(place, fields)
 
 
 def _read_parquet(file: Path) -> Iterator[_Row]:
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, parquet
 
     try:
-        table = parquet.read_table(file)
-    except ArrowInvalid as error:
+        rows = parquet.read_table(file).to_pylist()
+    except (ArrowException, OSError, ValueError) as error:  # no Parquet, cut short, texts that are no UTF-8
         raise ValueError(f"{file} needs to be a Parquet file, got {error}.") from error
-    for number, fields in enumerate(table.to_pylist(), 1):
+    for number, fields in enumerate(rows, 1):
         yield _Row(f"{file}, row {number}", fields)
 
 
@@ -150,12 +150,28 @@ def _read_field(row: _Row, name: str) -> Any:
 def _read_step(row: _Row) -> int:
     step = _read_field(row, "step")
     if not isinstance(step, int) or isinstance(step, bool):
-        raise ValueError(f"{row.place} needs a whole number as step, got step={step!r}.")
+        raise ValueError(f"{row.place} needs a whole number as step, got step={step!r:.60}.")
     return step
+
+
+def _read_prompt(row: _Row, name: str) -> tuple[Any, str]:
+    """Return a prompt, and the text that equal prompts share."""
+    prompt = _read_field(row, name)
+    try:
+        key = json.dumps(prompt, sort_keys=True, ensure_ascii=False) if isinstance(prompt, str | list) else None
+    except (TypeError, ValueError, RecursionError):  # messages with bytes in them, say
+        key = None
+    if key is None:
+        raise ValueError(f"{row.place} needs a text or a list of messages as {name}, got {name}={prompt!r:.60}.")
+    return prompt, key
 
 
 def _read_score(row: _Row, name: str) -> float:
     value = _read_field(row, name)
-    if not isinstance(value, int | float) or not isfinite(value):
-        raise ValueError(f"{row.place} needs a finite number as {name}, got {name}={value!r}.")
-    return float(value)
+    try:
+        score = float(value) if isinstance(value, int | float) else inf
+    except OverflowError:
+        score = inf
+    if not isfinite(score):
+        raise ValueError(f"{row.place} needs a finite number as {name}, got {name}={value!r:.60}.")
+    return score

@@ -17,10 +17,12 @@ from jaxtyping import Float
 
 from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.evaluation.objectives import ObjectiveOfPolicy
+from calibrated_rewards.evaluation.pair_weights import MOST_ROLLOUTS, compare_pairs, draw_chances, weigh_pairs
 from calibrated_rewards.evaluation.win_rate import WeightedPools, win_rates_of
 from calibrated_rewards.reward.calibrators import Calibration
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import CalibratedProcedure
+from calibrated_rewards.theory.transforms import Transform
 
 Array: TypeAlias = npt.NDArray[np.float64]
 # The error falls like K to the power of minus this: by the score that selects, and by a judge whose ranks agree with it
@@ -80,6 +82,24 @@ class RolloutsAtKL:
         """True if any two rollouts of a prompt have one selecting score."""
         standings = self.pools.by_select
         return bool(((standings.upto - standings.below > 1) & self.pools.there).any())
+
+    @property
+    def known_by_rank(self) -> bool:
+        """True if ranks among K say all of quantiles: no rollouts tie, and all prompts have one K, not too large."""
+        sizes = self.references.sizes
+        return (
+            not self.has_ties
+            and sizes.min() == sizes.max() <= MOST_ROLLOUTS
+            and all(map(draw_chances, self.procedures))
+        )
+
+    def judge_law(self, transform: Transform, beta: float, procedure: CalibratedProcedure) -> Float[np.ndarray, " P"]:
+        """Compute each prompt's win rate by the judge of a policy whose law is known in quantiles: unbiased."""
+        weights = weigh_pairs(transform, beta, procedure, int(self.references.sizes[0]))
+        standings = self.pools.by_judge
+        return compare_pairs(
+            weights, np.take_along_axis(standings.below + standings.upto, self.pools.by_select.order, 1)
+        )
 
     @property
     def judge_rate(self) -> float:

@@ -38,7 +38,8 @@ class CompletionForm:
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> "CompletionForm":
         """Read it from a table's metadata; a table of an older release has it in its probes."""
-        kind: Kind | None = (meta.get("form") or {}).get("completions")
+        form = meta.get("form")
+        kind: Kind | None = form.get("completions") if isinstance(form, Mapping) else None
         if kind is not None:
             return cls(kind)
         are_texts = {isinstance(probe["completion"], str) for probe in meta.get("probes") or []}

@@ -10,7 +10,7 @@ from typing import Any
 
 from calibrated_rewards.files import check_folder_name
 from calibrated_rewards.reward.saving import COMBINED, MEMBERS, PROMPTS, SCORER, SETTINGS, TABLE, check_prompts
-from calibrated_rewards.table.card import HUB_NAME, Card, find_hub_names, write_card
+from calibrated_rewards.table.card import HUB_NAME, Card, check_secrets, find_hub_names, write_card
 from calibrated_rewards.table.hub import upload
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.table.storage import DATA_FILE, SUMMARY_FILE
@@ -51,6 +51,7 @@ def push_folder(
     """Upload the directory of a saved reward with its card; to a new repository if there is none.
 
     The card takes the place of README.md: `licence=` and `base_model=` are for it, `card=False` is none.
+    What looks like a secret in the metadata is refused, but with `force=True`.
     """
     with tempfile.TemporaryDirectory() as directory:
         write_repository(Path(saved), Path(directory), repo_id, **card)
@@ -65,6 +66,7 @@ def write_repository(
     licence: str | None = None,
     base_model: Sequence[str] = (),
     card: bool = True,
+    force: bool = False,
 ) -> None:
     """Write what `push_folder` uploads; ValueError if a reward model is a folder, which nobody else has."""
     settings = dict(read_parts(saved))
@@ -76,6 +78,17 @@ def write_repository(
                 "repository's name, --reward-model NAME or load_scorer(NAME); or with scorer=None, for "
                 "from_pretrained(..., scorer=)"
             )
+    # By the name of the component; that of a calibrated combination, which stands above them, has none.
+    tables = {
+        at.name if at != saved else "": ReferenceTable.load(at / TABLE)
+        for at, each in settings.items()
+        if each["format"] != COMBINED
+    }
+    if not force:
+        for part, table in tables.items():
+            check_secrets(table.meta, f"the table of {part}" if part else "the reward's table")
+        for each in settings.values():
+            check_secrets(each, f"the reward ({SETTINGS})")
     for source in (at / file for at, each in settings.items() for file in list_files(at, each)):
         target = folder / source.relative_to(saved)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -83,12 +96,6 @@ def write_repository(
     if not card:
         return
     own = settings[saved]
-    # By the name of the component; that of a calibrated combination, which stands above them, has none.
-    tables = {
-        at.name if at != saved else "": ReferenceTable.load(at / TABLE)
-        for at, each in settings.items()
-        if each["format"] != COMBINED
-    }
     code = CODE.format(name=name, scorer="" if own.get("scorer", ...) else ", scorer=my_reward_model")
     facts = {label: write_setting(own[label]) for label in SHOWN if own.get(label) not in (None, {})}
     summary = SUMMARY_COMBINED if len(settings) > 1 else SUMMARY

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibrated_rewards.files import write_file
+from calibrated_rewards.files import Message, setting, write_file
 
 if TYPE_CHECKING:
     from calibrated_rewards.table.reference_table import ReferenceTable
@@ -25,8 +25,12 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Settings of a fingerprint whose values may name a checkpoint.
 NAMING = {"base", "checkpoint", "model", "name", "policy", "reference"}
 # Names of settings that may hold a secret, and values with a path of this machine in them or a password in an url.
-SECRET = re.compile(r"key|token(?!iz)|secret|passw|passphrase|auth|credential|cookie|bearer|jwt", re.IGNORECASE)
+SECRET = re.compile(
+    r"key|token(?!iz)|secret|passw|passphrase|auth(?!ors?(?![a-z]))|credential|cookie|bearer|jwt", re.IGNORECASE
+)
 PRIVATE = re.compile(r"""(^|[\s"'=,;:(\[])(/[\w.]|~[\w/]|\.[.\w]*[/\\]|[A-Za-z]:[/\\]|\\\\\w|file:)|://[^/\s]*@""")
+# An url with a password, and how keys of well-known services begin.
+CREDENTIAL = re.compile(r"://[^/\s]*@|\b(hf_|sk-|gh[pousr]_|github_pat_|Bearer )[\w-]{16,}")
 # Shown of a fingerprint: texts up to this length, and so many settings.
 LONGEST, MOST = 64, 16
 # Prompts in the figure, and what is under it.
@@ -130,6 +134,46 @@ def list_settings(settings: Any, name: str = "") -> Iterator[tuple[str, str]]:
         text = settings if isinstance(settings, str) else json.dumps(settings)
         if len(text) <= LONGEST and not _is_private(settings):
             yield name, text
+
+
+def check_secrets(settings: Any, whose: str) -> None:
+    """Raise ValueError if metadata, which is uploaded whole, has settings that look like secrets; name them.
+
+    >>> check_secrets({"scorer": {"url": "https://rm", "api_key": "k", "max_tokens": 64}}, "the table")
+    Traceback (most recent call last):
+        ...
+    ValueError: the table is uploaded with all of its metadata, and what looks like a secret in it: scorer.api_key. ...
+    """
+    places = [*dict.fromkeys(find_secrets(settings))]
+    if places:
+        raise ValueError(
+            Message(
+                f"{whose} is uploaded with all of its metadata, and what looks like a secret in it: "
+                f"{', '.join(places)}. Write it without, ReferenceTable.load(FOLDER).merge(path=..., meta=...), or, "
+                "where it is no secret, say "
+                f"{setting('force', 'True', option='--force')}"
+            )
+        )
+
+
+def find_secrets(settings: Any, place: str = "") -> Iterator[str]:
+    """Find the settings that look like secrets, by their name or by their value; yield where they are.
+
+    >>> [*find_secrets({"url": "http://me:pw@rm", "auth": True, "of": [{"password": 1}]})]
+    ['url', 'of.0.password']
+    """
+    if isinstance(settings, str) and CREDENTIAL.search(settings):
+        yield place
+    pairs = (
+        enumerate(settings) if isinstance(settings, list) else settings.items() if isinstance(settings, Mapping) else ()
+    )
+    for own, value in pairs:
+        at = f"{place}.{own}" if place else str(own)
+        is_off = value in (None, "", [], {}) or isinstance(value, bool)
+        if isinstance(own, str) and SECRET.search(own) and not is_off and not _is_number(value, own):
+            yield at
+        elif at != "probes":  # prompts and completions, which are anybody's words
+            yield from find_secrets(value, at)
 
 
 def _is_number(value: Any, name: str) -> bool:

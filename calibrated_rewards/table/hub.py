@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibrated_rewards.table.card import Card, write_card
+from calibrated_rewards.table.card import Card, check_secrets, write_card
 
 if TYPE_CHECKING:
     from calibrated_rewards.table.reference_table import ReferenceTable
@@ -41,8 +41,11 @@ def write_repository(
     base_model: Sequence[str] = (),
     rollouts: bool = False,
     card: bool = True,
+    force: bool = False,
 ) -> None:
     """Write what `push_to_hub` uploads: the table, its card, and its rollouts if they are asked for."""
+    if not force:
+        check_secrets(table.meta, "the table")
     table.save(folder)
     # Where there is no file for the viewer, it would read table.json as data.
     metadata: dict[str, Any] = {"viewer": False}

@@ -286,6 +286,7 @@ class ReferenceTable:
 
         With `rollouts=True`, those of the run that the table lies in too, as data that the Hub's viewer shows. A card
         takes the place of README.md: `licence=` and `base_model=` (names on the Hub) are for it, `card=False` is none.
+        What looks like a secret in the metadata is refused, but with `force=True`.
         """
         from calibrated_rewards.table import hub
 

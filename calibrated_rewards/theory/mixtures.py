@@ -29,6 +29,10 @@ from calibrated_rewards.theory.procedures import (
 )
 from calibrated_rewards.theory.quadrature import Array
 
+# Of a longer polynomial with equal coefficients the sum is known.
+MOST_TERMS = 64
+MOST_DRAWS = 10_000_000
+
 
 @dataclass(frozen=True)
 class BestOfUpTo:
@@ -48,6 +52,8 @@ class BestOfUpTo:
 
     def __post_init__(self) -> None:
         check_count("BestOfUpTo", n=self.n)
+        if self.n > MOST_DRAWS:
+            raise ValueError(f"BestOfUpTo has a weight for each k and needs n <= {MOST_DRAWS:,}, got n={self.n!r}.")
         if self.weights is None:
             return
         weights = np.asarray(self.weights, np.float64)
@@ -82,6 +88,12 @@ class BestOfUpTo:
 
     def density(self, rank: Rank, below_one: Rank) -> Rank:
         """Return g(C), a polynomial in C without negative coefficients: it never falls."""
+        if self.weights is None and self.n > MOST_TERMS:
+            # 1 + C + ... + C^{n-1} = (1 - C^n) / (1 - C), with (1 - C^n) from 1 - C.
+            left = np.maximum(below_one, np.finfo(np.float64).tiny)
+            with np.errstate(divide="ignore"):
+                total = -np.expm1(self.n * np.log1p(-left)) / left
+            return total * self._coefficients[0]  # type: ignore[no-any-return]
         value = 0 * rank
         for coefficient in self._coefficients:
             value = value * rank + coefficient

@@ -118,6 +118,8 @@ def make_named(name: str) -> tuple[Any, float | None]:
     >>> make_named("exp:10"), make_named("best-of:4:0.5"), make_named("exp")
     ((Exponential(t=10.0), None), (BestOf(n=4), 0.5), (None, None))
     """
+    if not name.isascii():  # float and int read digits of all scripts
+        return None, None
     kind, *numbers = name.split(":")
     cls: Any = NAMED.get(kind) or BEST_OR_WORST.get(kind)
     count = 1 if kind in BEST_OR_WORST else len(fields(cls)) if cls else 0

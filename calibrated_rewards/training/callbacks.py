@@ -1,10 +1,10 @@
 """Callbacks of TRL's trainers: time drawing and scoring, log a row a step, show progress, compare with the references.
 
-`BestOfNWinRate` is for any trainer of yours; the others are those of the command `train`.
+`BestOfNWinRate` and `HeldOutCallback` are for any trainer of yours; the others are those of the command `train`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, cast
 
@@ -20,7 +20,8 @@ from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.protocol import call, fingerprint, is_thread_safe, reads_messages
 from calibrated_rewards.theory.procedures import BestOf, Standard, check_count
-from calibrated_rewards.training.check_settings.rules import read_decoding
+from calibrated_rewards.training.check_settings.rules import restore_decoding
+from calibrated_rewards.training.held_out import HeldOutRollouts, is_due
 from calibrated_rewards.training.progress import ProgressLines
 from calibrated_rewards.training.run_folder import RunFolder
 
@@ -184,6 +185,8 @@ class BestOfNWinRate(TrainerCallback):
 
     def __post_init__(self) -> None:
         completions = self.n if self.completions is None else self.completions
+        # Each measurement reads them again.
+        self.prompts, self.ids = [*self.prompts], None if self.ids is None else [*self.ids]
         check_count("BestOfNWinRate", n=self.n, every=self.every, completions=completions)
         if completions < self.n:
             raise ValueError(f"BestOfNWinRate needs completions >= n, got {completions} for n={self.n}")
@@ -196,18 +199,7 @@ class BestOfNWinRate(TrainerCallback):
             raise ValueError("BestOfNWinRate needs prompts that the judge's table knows, got one that it does not")
         self.references = Samples([self.judge.table.scores(row) for row in rows.tolist()])
         if self.decoding is None:
-            recorded = read_decoding(self.judge.table.meta)
-            # Of a part of the settings the others would be guessed.
-            if recorded is None or {*recorded} != {each.name for each in fields(Decoding)}:
-                got = "" if recorded is None else f", only {dict(recorded)!r:.200}"
-                raise ValueError(f"the judge's table does not say how its references were drawn{got}: give decoding")
-            try:
-                lists = {name: tuple(value) for name, value in recorded.items() if isinstance(value, list)}
-                self.decoding = Decoding(**{**recorded, **lists})
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"the decoding that the judge's table records cannot be used, {error}: give decoding"
-                ) from error
+            self.decoding = restore_decoding(self.judge.table.meta, "the judge's table", "give decoding")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Measure the policy before its first step."""
@@ -237,6 +229,30 @@ class BestOfNWinRate(TrainerCallback):
         return metrics
 
 
+@dataclass(eq=False)
+class HeldOutCallback(TrainerCallback):
+    """Log a check on held-out rollouts every k steps of a trainer of TRL's, and after its last.
+
+    Before the run starts: `trainer.add_callback(HeldOutCallback(trainer, rollouts))`, where `rollouts` were read by
+    `HeldOutRollouts.load` with the trainer's model. In several processes the first one computes, with its own copy of
+    the weights (not FSDP or ZeRO-3).
+    """
+
+    trainer: Any
+    """A trainer of TRL's that logs with `_metrics`, such as RLOO and GRPO."""
+    rollouts: HeldOutRollouts
+    every: int = 20
+
+    def __post_init__(self) -> None:
+        check_count("HeldOutCallback", every=self.every)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Check the policy after every k-th step; the trainer logs it with the step's other numbers."""
+        if state.is_world_process_zero and is_due(state.global_step, self.every, state.max_steps):
+            for name, value in self.rollouts.check().metrics().items():
+                self.trainer._metrics["train"][name].append(value)
+
+
 def convert_row(logged: Mapping[str, Any], beta: float) -> dict[str, Any]:
     """Convert TRL's log of a step to a row: its KL is a mean over tokens, a row's a sum over the completion."""
     tokens, reward = logged["completions/mean_length"], logged["reward"]
@@ -244,4 +260,4 @@ def convert_row(logged: Mapping[str, Any], beta: float) -> dict[str, Any]:
     quantile = {name.rpartition("/")[2]: value for name, value in logged.items() if name.endswith(("/u", "/raw"))}
     row = {"step": logged["step"] - 1, "lr": logged["learning_rate"], "reward": reward, **quantile, "kl": kl}
     row |= {"objective": None if reward is None else reward - beta * kl, "tokens": tokens}
-    return row | {name: value for name, value in logged.items() if name.startswith("seconds")}
+    return row | {name: value for name, value in logged.items() if name.startswith(("seconds", "held_out/"))}

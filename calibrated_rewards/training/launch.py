@@ -27,6 +27,7 @@ from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.table.selection import select_prompts
 from calibrated_rewards.theory.named import NamedTransform
+from calibrated_rewards.training.check_settings.rules import read_decoding
 from calibrated_rewards.training.run_folder import RunFolder, resolve_policy
 
 # Other values draw from another distribution than softmax(logits / temperature), where the KL would mean nothing.
@@ -92,6 +93,14 @@ class Launch:
     """Leave out prompts whose references spread less."""
     report_to: Sequence[str] = ()
     """Trackers of the metrics, by the names of transformers."""
+    check_rollouts: Path | None = None
+    """Directory of a calibration: on rollouts of its prompts that are not trained on the policy is checked."""
+    check_every: int = 20
+    """Steps from one check to the next."""
+    check_prompts: int = 64
+    """Prompts of a check, at most."""
+    judge: str | None = None
+    """A second scorer of the rollouts, for the win rates of a check."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +204,7 @@ def choose_decoding(
     >>> choose_decoding({"sampler": {"decoding": {"max_tokens": 64, "temperature": 0.8, "top_p": 1.0}}}, None, None)
     Decoding(max_tokens=64, temperature=0.8, top_p=1.0, ...)
     """
-    recorded = dict((meta.get("sampler") or {}).get("decoding") or {})
+    recorded = dict(read_decoding(meta) or {})
     bent = {name: recorded[name] for name, off in WHOLE_DISTRIBUTION.items() if name in recorded}
     bent = {name: value for name, value in bent.items() if value != WHOLE_DISTRIBUTION[name]}
     if bent:
@@ -216,7 +225,7 @@ def choose_decoding(
     if length is None:
         raise ValueError("the table does not say how its references were drawn: say --max-tokens")
     heat = recorded.get("temperature", 1.0) if temperature is None else temperature
-    return Decoding(length, heat, stop_token_ids=tuple(recorded.get("stop_token_ids", ())))
+    return Decoding(length, heat, stop_token_ids=tuple(recorded.get("stop_token_ids") or ()))
 
 
 def check_prompts(reward: CalibratedReward, prompts: Sequence[Asked]) -> None:
@@ -237,9 +246,10 @@ def check_prompts(reward: CalibratedReward, prompts: Sequence[Asked]) -> None:
 
 def check_policy(policy: Policy, meta: Mapping[str, Any]) -> None:
     """Raise ValueError for another policy than the table's; print that it is not checked if the table does not say."""
-    sampler = meta.get("sampler") or {}
+    sampler = meta.get("sampler")
+    sampler = sampler if isinstance(sampler, Mapping) else {}
     wrong = None
-    if "weights" not in sampler or not str(sampler.get("kind")).startswith("hf"):
+    if not {"weights", "dtype"} <= sampler.keys() or not str(sampler.get("kind")).startswith("hf"):
         sys.stderr.write(
             "the table does not say which weights drew its references: that they are these is not checked\n"
         )
@@ -247,9 +257,9 @@ def check_policy(policy: Policy, meta: Mapping[str, Any]) -> None:
         wrong = "weights are others than those"
     if wrong is None and sampler.get("tokenizer") not in (None, tokenizer_digest(policy.tokenizer)):
         wrong = "tokenizer is another than that"
-    here, there = json.loads(json.dumps(policy.text.fingerprint(policy.tokenizer))), sampler.get("text") or {}
+    here, there = json.loads(json.dumps(policy.text.fingerprint(policy.tokenizer))), sampler.get("text")
     for name in ("chat", "template", "template_options", "special_tokens"):
-        if wrong is None and name in there and there[name] != here[name]:
+        if wrong is None and isinstance(there, Mapping) and name in there and there[name] != here[name]:
             wrong = f"text settings ({name}) are others than those"
     if wrong is not None:
         raise ValueError(
@@ -269,7 +279,7 @@ def digest_weights(model: Any, dtype: str) -> str:
 def print_outcome(folder: RunFolder, reward: Any, beta: float) -> None:
     """Print first and last steps, the optimum that they should come to, and where model and log are."""
     rows = folder.read_log()
-    text = f"{summarise_steps(rows)}{compare_with_optimum(rows, reward, beta)}"
+    text = f"{summarise_steps(rows)}{summarise_check(rows)}{compare_with_optimum(rows, reward, beta)}"
     sys.stdout.write(f"{text}model: {folder.model_folder}\nlog: {folder.log}\n")
 
 
@@ -306,6 +316,25 @@ def summarise_steps(rows: Sequence[Mapping[str, float]]) -> str:
         numbers = [f"{label} {_average(part, name):.4g}" for name, label in columns.items() if name in part[0]]
         lines.append(f"{steps}: {', '.join(numbers)}\n")
     return "".join(lines)
+
+
+def summarise_check(rows: Sequence[Mapping[str, float]]) -> str:
+    """Say what the last check on held-out rollouts found; empty where there was none.
+
+    >>> check = {"kl": 0.21, "correlation": 0.6, "best_of_4/win_rate": 0.655, "best_of_4/standard_error": 0.01}
+    >>> print(summarise_check([{"step": 19, **{f"held_out/{name}": value for name, value in check.items()}}]), end="")
+    held-out check after step 19: KL 0.21, correlation with the target 0.6, win rate 65.5 % (best of 4)
+    """
+    row = next((each for each in reversed(rows) if "held_out/kl" in each), None)
+    if row is None:
+        return ""
+    labels = {"held_out/kl": "KL", "held_out/correlation": "correlation with the target"}
+    parts = [f"{label} {row[name]:.3g}" for name, label in labels.items() if name in row]
+    for name, value in row.items():
+        if name.endswith("/win_rate"):
+            procedure = name.split("/")[1].replace("_", " ")
+            parts.append(f"win rate {100 * value:.1f} % ({procedure})")
+    return f"held-out check after step {row['step']}: {', '.join(parts)}\n"
 
 
 def _first_and_last(rows: Sequence[Mapping[str, float]]) -> list[Sequence[Mapping[str, float]]]:

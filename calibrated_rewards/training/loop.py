@@ -24,6 +24,7 @@ from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.parts import device_of
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.policy import Draft, Policy
+from calibrated_rewards.training.held_out import is_due, load_check
 from calibrated_rewards.training.launch import Launch, load_inputs, print_outcome
 from calibrated_rewards.training.progress import ProgressLines, describe_size
 from calibrated_rewards.training.run_folder import RunFolder, describe_run
@@ -264,6 +265,7 @@ def run_in_folder(name: str, train: Callable[..., Any], launch: Launch, settings
     inputs = load_inputs(launch)
     policy, settings = inputs.policy, inputs.complete(settings)
     policy.model.to(launch.device or processes.device)
+    check = load_check(launch, inputs, settings) if main else None
     run = describe_run(name, policy.model, inputs.reward, inputs.prompts, policy.decoding, settings, launch.dtype)
     with folder.reserve(main):
         if main:
@@ -276,6 +278,8 @@ def run_in_folder(name: str, train: Callable[..., Any], launch: Launch, settings
             lines = ProgressLines(settings.steps)
 
             def log(row: Mapping[str, Any]) -> None:
+                if check is not None and is_due(row["step"] + 1, launch.check_every, settings.steps):
+                    row = {**row, **check.check().metrics()}
                 folder.add_to_log(row)
                 send(row)
                 if not sys.stderr.isatty():  # where the loop's bar is not shown

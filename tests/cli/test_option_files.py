@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from calibrated_rewards.cli import train
 from calibrated_rewards.cli.main import COMMANDS, load_command, main
@@ -36,6 +36,7 @@ WORDS: dict[str, list[str]] = {
     "recommend": ["run/", "--best-of", "1-16", "--kl", "0.4", "--judge", "j", "--estimator", "posterior"],
     "frontier": ["run/", "--kl", "0.5", "1e-1", "--best-of", "2", "4"],
     "reward": ["table/", "--reward-model", "./rm", "--transform", "best-of:4:1.0", "--out", "reward"],
+    "export": ["run/", "--as", "sft", "--draws", "4", "--transform", "exp:5:0.5", "--out", "e", "--finished-only"],
     "evaluate": [
         *POLICY,
         "--policy",
@@ -132,6 +133,92 @@ def test_any_text_comes_back(tmp_path_factory: Any, text: str, number: float, fl
     assert {name: options[name] for name in expected} == expected
 
 
+class ParserBuiltError(Exception):
+    """Raised in place of a run, with its parser."""
+
+
+def find_parser(command: str) -> argparse.ArgumentParser:
+    """The parser of a command or a trainer, whose options take any text."""
+
+    def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
+        raise ParserBuiltError(parser)
+
+    built = argparse.ArgumentParser(command)
+    if command in TRAINERS:
+        name, *words = command.split()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "parse_options", stop)
+            with pytest.raises(ParserBuiltError) as stopped:
+                train.run(argparse.Namespace(trainer=name, words=words))
+        built = stopped.value.args[0]
+    else:
+        load_command(command).add_arguments(built)
+    for action in built._actions:
+        action.type = action.choices = None
+    return built
+
+
+@st.composite
+def command_lines(draw: Any, command: str) -> list[str]:
+    """Words for a random part of a command's options, of each form that it has."""
+    texts = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
+        ["null", "~", "no", "1e-6", "-x", "a: b"]
+    )
+    words, positional = [], []
+    parser = find_parser(command)
+    actions = [action for action in parser._actions if action.dest != "help"]
+    for group in parser._mutually_exclusive_groups:
+        least = 1 if group.required else 0
+        chosen = draw(st.lists(st.sampled_from(group._group_actions), min_size=least, max_size=1))
+        actions = [action for action in actions if action in chosen or action not in group._group_actions]
+    for action in actions:
+        if not action.required and action.option_strings and draw(st.booleans()):
+            continue
+        if not action.option_strings:
+            positional += [draw(texts)]
+        elif action.nargs == 0:
+            words += [draw(st.sampled_from(action.option_strings))]
+        elif action.nargs == "+":
+            words += [action.option_strings[-1], *draw(st.lists(texts.map(lambda text: text.lstrip("-")), min_size=1))]
+        else:
+            several = isinstance(action, argparse._AppendAction)
+            values = draw(st.lists(texts, min_size=1, max_size=3 if several else 1))
+            words += [f"{action.option_strings[-1]}={value}" for value in values]
+    return [*words, "--", *positional] if positional else words
+
+
+@pytest.mark.parametrize("command", [*(command for command in COMMANDS if command != "train"), *TRAINERS])
+@settings(max_examples=15)
+@given(st.data())
+def test_any_options_of_every_command_come_back(command: str, tmp_path_factory: Any, data: Any) -> None:
+    """What argparse reads from the words, it reads from the file that --save-config wrote of them."""
+    words = data.draw(command_lines(command))
+    file = str(tmp_path_factory.mktemp("any") / "options.yaml")
+    expected = vars(find_parser(command).parse_args(words))
+    parse_options(find_parser(command), ["--save-config", file, *words])
+    options = vars(parse_options(find_parser(command), ["--config", file]))
+    assert {name: options[name] for name in expected} == expected
+
+
+def test_a_dash_makes_no_option_of_a_value(tmp_path: Path, capsys: Any) -> None:
+    """Alone, repeated or negative it is the value; in a list, where the command line could not have it, an error."""
+    file = tmp_path / "options.yaml"
+    file.write_text("place: --flag\ntext: --flag\neach: [a, --flag]\nseveral: [-1, -2]\n")
+    options = parse_options(parser(), ["--config", str(file)])
+    assert (options.place, options.text, options.each) == ("--flag", "--flag", ["a", "--flag"])
+    assert (options.several, options.flag) == ([-1, -2], False)
+    words = ["frontier", "run/", "--config", str(file)]
+    for content, why in [
+        ("kl: [0.5, --exact]", "line 1: kl needs texts that do not begin with -, as on the command line, got --exact"),
+        ("kl: [0.5, --, out]", "kl needs texts that do not begin with -, as on the command line, got --"),
+        ("kl: [--debug]", "argument --kl: needs a number > 0, got '--debug'"),
+    ]:
+        file.write_text(content)
+        with pytest.raises(SystemExit):
+            main(words)
+        assert why in capsys.readouterr().err
+
+
 def test_the_command_line_wins(tmp_path: Path) -> None:
     """Over the file's text, list, flag and positional argument; what neither says has its default."""
     file = tmp_path / "options.yaml"
@@ -184,6 +271,17 @@ def test_a_file_of_another_command_is_refused(tmp_path: Path, capsys: Any) -> No
         ("text: [a, b]", "line 1: text needs one value, got a list"),
         ("text: {a: b}", "text needs one value, got a mapping"),
         ("each: [{a: b}]", "each needs a list of texts, got a mapping"),
+        ("each: [[a]]", "each needs a list of texts, got a list in it"),
+        ("each: &a [*a]", "each needs a list of texts, got a list in it"),
+        ("each: [~, a]", "each needs a list of texts, got ~ in it"),
+        ("each:\n-\n- a", "each needs a list of texts, got nothing in it"),
+        ("flag: [a]", "flag needs true or false, got a list\n"),
+        ("flag: {a: b}", "flag needs true or false, got a mapping\n"),
+        ("command: [a]", "needs options of it, got those of a list\n"),
+        ("? [a]\n: b", "line 1: a list is no option of this command"),
+        ("text: " + "[" * 5000, "needs lines of OPTION: VALUE, got lists in lists, too deep to read"),
+        ("text: &a [x, x]\neach: &b [*a, *a]", "line 1: text needs one value, got a list"),
+        ("text: a\n---\ntext: b", "is no YAML: expected a single document"),
         ("flag: 3", "flag needs true or false, got 3"),
         ("text: a\ntext: b", "line 2: text is there twice"),
         ("number: many", "argument --number: invalid float value: 'many'"),
@@ -213,8 +311,18 @@ def test_files_that_are_not_there_and_words_cut_short(tmp_path: Path, capsys: An
     file.write_text("text: null\nnumber:\n")
     options = parse_options(parser(), ["--config", str(file)])
     assert (options.text, options.number) == (None, 1.5)
-    file.write_text("")
-    assert parse_options(parser(), ["--config", str(file)]).text is None
+    for content in (b"", b"\xef\xbb\xbf", b"# nothing\n"):
+        file.write_bytes(content)
+        assert parse_options(parser(), ["--config", str(file)]).text is None
+    file.write_bytes(b"\xef\xbb\xbftext: a\n")
+    assert parse_options(parser(), ["--config", str(file)]).text == "a"
+    file.write_bytes(b"text: \xe9\n")
+    with pytest.raises(SystemExit):
+        parse_options(parser(), ["--config", str(file)])
+    assert f"--config {file} is no text in UTF-8: invalid continuation byte at byte 6" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_options(parser(), ["--text=a", "--save-config", str(file / "below.yaml")])
+    assert f"error: {file / 'below.yaml'}: " in capsys.readouterr().err
 
 
 def test_the_file_is_one_that_people_write() -> None:

@@ -56,6 +56,7 @@ EVALUATION = Evaluation(
     policy("reference", 0), (policy("calibrated", 0.1), policy("_raw $1 and a long name", 0)), (), "reward", 50, 8
 )
 LOGS = {"_run": [{"step": i, "u": i / 40, "kl": None} for i in range(40)], "other": [{"step": 0, "u": 0.5}]}
+RATIOS = {"calibrated": ([0.6] * 9 + [None], [0.5] * 9 + [3.0]), "_raw $1": ([0.5 + i / 10 for i in range(10)], None)}
 RNG = np.random.default_rng(0)
 TABLE = ReferenceTable.build([(f"prompt {i}", RNG.normal(i, 1, size=5 + i)) for i in range(30)])
 DRAWN = {
@@ -67,6 +68,7 @@ DRAWN = {
     "quantiles": lambda ax: plots.scores_by_rank(TABLE, quantiles=True, ax=ax),
     "transforms": lambda ax: plots.transforms([Identity(), Log(), Exponential(-2.0)], k=8, ax=ax),
     "training": lambda ax: plots.training(LOGS, "u", ax),
+    "density_ratios": lambda ax: plots.density_ratios(RATIOS, ax),
     "outcomes": lambda ax: plots.outcomes(EVALUATION, "judge", ax=ax),
 }
 each_plot = pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN)
@@ -222,6 +224,17 @@ def test_trailing_mean_is_the_mean_of_the_last(y, window):
     """Against the definition, place by place."""
     expected = [np.mean(y[max(0, i + 1 - window) : i + 1]) for i in range(len(y))]
     assert np.allclose(plots.trailing(np.array(y), window), expected, atol=1e-8)
+
+
+def test_density_ratios_are_at_the_middle_of_their_tenths():
+    """A line for the policy and a dashed one for its optimum, where it has one; a tenth without rollouts is a gap."""
+    ax = plots.density_ratios(RATIOS)
+    (ours, _), (optimum,), (raw,) = (lines(ax, label) for label in ("calibrated", "optimum", "raw"))
+    np.testing.assert_allclose(ours[0], np.arange(0.05, 1, 0.1))
+    assert np.isnan(ours[1][-1])
+    assert optimum[1][-1] == 3
+    np.testing.assert_allclose(raw[1], RATIOS["_raw $1"][0])
+    assert ax.get_ylim()[0] == 0
 
 
 def test_outcomes_stand_beside_their_policies():

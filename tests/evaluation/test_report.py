@@ -187,6 +187,23 @@ def test_training_is_told_by_its_log(demo, page):
     assert "25 %" in page.text
 
 
+def test_the_last_check_on_held_out_rollouts_is_shown(demo, page, tmp_path):
+    """Its numbers and its figure, of each run that has one; without checks the page says nothing of them."""
+    rows = [json.loads(line) for line in (demo / "raw" / "log.jsonl").read_text().splitlines()[:-1]]
+    last = [row for row in rows if "held_out/kl" in row][-1]
+    cells = [f"{last[f'held_out/{name}']:.4g}" for name in ("kl", "correlation", "ess")]
+    rate, error = (100 * last[f"held_out/best_of_4/{name}"] for name in ("win_rate", "standard_error"))
+    for cell in (*cells, f"{rate:.1f} % ± {error:.1f}"):
+        assert cell in page.text
+    assert "Checked on held-out rollouts" in page.text
+    assert "The policy's share of each tenth of u over the reference's" in page.text
+    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(row) for row in rows if "held_out/kl" not in row))
+    assert "held-out" not in report(tmp_path).read_text()
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 0, "held_out/kl": "much"}))
+    with pytest.raises(ValueError, match="held_out/kl='much' in line 1"):
+        report(tmp_path)
+
+
 def test_fresh_completions_are_ranked_among_their_prompts_references(demo, page):
     """The mean quantile, against one count a completion."""
     table = ReferenceTable.load(demo / "table" / "reward")
@@ -265,9 +282,9 @@ def test_figures_are_drawn_once_and_refer_to_themselves(page):
     used += [found for *_, value in page.attributes for found in re.findall(r"url\(#(.*?)\)", value or "")]
     assert used
     assert set(used) <= set(ids)
-    assert page.tags.count("svg") == page.tags.count("figcaption") == 9
+    assert page.tags.count("svg") == page.tags.count("figcaption") == 10
     assert page.tags.count("path") > 100
-    assert len([1 for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label") and value]) == 9
+    assert len([1 for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label") and value]) == 10
 
 
 @pytest.mark.parametrize("part", TITLES)
@@ -296,6 +313,16 @@ def test_a_bare_table_is_enough(tmp_path):
     page = Page(report(tmp_path / "bare", tmp_path / "page.html").read_text())
     assert "For 1 prompt, 1 completion of the reference policy was scored by reward" in page.text
     assert "Probes" not in page.text
+
+
+@pytest.mark.parametrize("sampler", ["my policy", ["my policy"], {"kind": "my policy", "decoding": "greedy"}])
+def test_metadata_in_words_is_shown_as_it_is(sampler, tmp_path):
+    """The metadata of a table that a user built may be no mappings."""
+    meta = {"sampler": sampler, "scorer": "my reward model", "form": "texts"}
+    ReferenceTable.build([("Hi", [1.0, 2.0])], meta=meta).save(tmp_path / "bare")
+    text = Page(report(tmp_path / "bare", tmp_path / "page.html").read_text()).text
+    assert "my policy" in text
+    assert "my reward model" in text
 
 
 def test_two_reports_are_the_same_bytes(demo, tmp_path):

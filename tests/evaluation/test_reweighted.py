@@ -544,6 +544,41 @@ def test_an_objective_names_no_kl(name):
         frontier.parse_arm(name)
 
 
+@pytest.mark.parametrize("name", ["iama:٣", "tailrl:٣", "rs-grpo:٢", "best-of:٣", "best-of:1-٣", "exp:\u0661"])
+def test_a_number_in_a_name_has_ascii_digits(name):
+    """Python reads digits of all scripts; a shell's user meant something else."""
+    with pytest.raises(ArgumentTypeError, match="an objective is"):
+        frontier.parse_arm(name)
+
+
+def test_a_soft_maximum_of_tiny_scores_is_the_raw_score():
+    """e^{b r} is 1 + b r where r is 1e-30, and of differences that are much larger the highest score alone counts."""
+    scores = normals(20, 32).select
+    found = estimate_frontier(
+        Samples(np.array(scores) * 1e-30), {name: frontier.parse_arm(name)[1] for name in ("raw", "rs-grpo:2")}, [0.5]
+    )
+    assert rates(found, "rs-grpo:2") == pytest.approx(rates(found, "raw"), abs=1e-4)
+    soft = {"it": frontier.parse_arm("rs-grpo:2")[1]}
+    largest = rates(estimate_frontier(Samples(np.array(scores) * 1e30), soft, [0.5]), "it")
+    highest = rates(estimate_frontier(Samples(scores), {"it": Fixed(Top())}, [0.5]), "it")
+    assert largest == pytest.approx(highest, abs=1e-9)
+
+
+@dataclass(frozen=True)
+class Top:
+    """A reward of 1 for the highest of 32, or of 16, and 0 for the others."""
+
+    def __call__(self, table, rows, scores):
+        """Compare with a quantile that only the highest has."""
+        return (Transformed(Identity())(table, rows, scores) > 0.96).astype(float)
+
+
+def test_scores_whose_squares_overflow_are_refused():
+    """A mean of 1e308s is infinite: the score is named in place of printing inf."""
+    with pytest.raises(ValueError, match=r"-1e\+150 to 1e\+150, .* got -1e\+308 in select\[1\]\[0\]"):
+        Samples([[0.0, 1.0], [-1e308, 1.0]])
+
+
 @dataclass(frozen=True)
 class Steeper:
     """An arm that is another reward at each KL."""

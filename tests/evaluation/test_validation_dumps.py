@@ -84,13 +84,54 @@ def test_trl_still_writes_these_columns() -> None:
         ('{"input": "a", "score": NaN, "step": 1}', "line 2 needs a finite number as score, got score=nan"),
         ('{"input": "a", "score": "1", "step": 1}', "line 2 needs a finite number as score, got score='1'"),
         ('{"input": "a", "score": 1, "step": "x"}', "line 2 needs a whole number as step, got step='x'"),
+        (
+            '{"input": null, "score": 1, "step": 1}',
+            "line 2 needs a text or a list of messages as input, got input=None",
+        ),
+        (
+            '{"input": "a", "score": 1%s, "step": 1}' % ("0" * 400),
+            r"line 2 needs a finite number as score, got score=10+\.$",
+        ),
+        (
+            '{"input": "a", "score": 1%s, "step": 1}' % ("0" * 5000),
+            "line 2 needs a JSON object, .* value has 5001 digits",
+        ),
+        ("[" * 100_000, r"line 2 needs a JSON object, got '\[+': maximum recursion depth"),
+        ('{"input": "caf\udce9"}', "line 2 needs a JSON object, got .*: 'utf-8' codec can't decode byte 0xe9"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     """File, line, field and value."""
-    (tmp_path / "1.jsonl").write_text('{"input": "a", "score": 1, "step": 1}\n' + line + "\n")
+    content = '{"input": "a", "score": 1, "step": 1}\n' + line + "\n"
+    (tmp_path / "1.jsonl").write_text(content, errors="surrogateescape")
     with pytest.raises(ValueError, match=message):
         read_dump(tmp_path)
+
+
+def test_byte_order_marks_and_empty_lines(tmp_path: Path) -> None:
+    """A file of Windows, or two of them joined, is read; a line separator inside a text ends no line."""
+    line = '{"input": "a\u2028b", "score": 1, "step": 1}\r\n'
+    (tmp_path / "1.jsonl").write_text(f"\ufeff{line}\r\n  \n\ufeff{line}\ufeff\n", newline="")
+    step = read_dump(tmp_path)[1]
+    assert (step.prompts, scores(step)) == (("a\u2028b",), [[1.0, 1.0]])
+
+
+def test_prompts_of_a_parquet_file_are_texts_or_messages(tmp_path: Path) -> None:
+    """Bytes, numbers and gaps are named by their row, also inside messages; so is a file that is cut or damaged."""
+    for prompt, shown in [(b"a", "b'a'"), (3, "3"), (None, "None"), ([{"role": b"user"}], r"\[\{'role': b'user'\}\]")]:
+        write_trl(tmp_path, 1, [prompt] * 2, {"r": [0.0, 1.0]})
+        message = f"00001.parquet, row 1 needs a text or a list of messages as prompt, got prompt={shown}"
+        with pytest.raises(ValueError, match=message):
+            read_dump(tmp_path, score="r")
+    file = tmp_path / "completions_00001.parquet"
+    write_trl(tmp_path, 1, ["text" * 9] * 2, {"r": [0.0, 1.0]})
+    pd.read_parquet(file).to_parquet(file, compression=None)
+    whole = file.read_bytes()
+    assert b"text" * 9 in whole
+    for content in (whole.replace(b"text" * 9, b"\xff" * 36), whole[:4] + bytes(64) + whole[68:], whole[:-20]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"00001\.parquet needs to be a Parquet file, got"):
+            read_dump(tmp_path)
 
 
 def test_files_that_are_no_dump(tmp_path: Path) -> None:
@@ -127,6 +168,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ["20", "1", "0.250"],
         ["20", "4", "1.000"],
     ]
+
+
+def test_each_n_is_reported_once_from_the_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In whatever order they are named; the verdict is of the largest."""
+    write_verl(tmp_path / "v", 20, [(p, s) for p in "ab" for s in (0.0, 1.0, 0.0, 0.0)])
+    printed = []
+    for words in (["1", "4"], ["4", "1"], ["4", "1", "1", "4"]):
+        assert main(["best-at-n", str(tmp_path / "v"), "--n", *words]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2]
+    assert printed[0].startswith("Step 20: best@4 = pass@4 is 1.000")
 
 
 def test_intervals_end_where_scores_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -185,6 +185,30 @@ def test_the_command_pushes_what_the_folder_holds(
     assert b"base_model:\n- org/a\n- org/b\n" in reward["files"]["README.md"]
 
 
+def test_a_secret_is_not_uploaded(
+    tmp_path: Path, uploads: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the metadata of a table or of a reward's table the setting is named, not its value; --force uploads it."""
+    meta = {"sampler": {"auth": True, "max_tokens": 5}, "scorer": {"of": [{"api_key": "k-4711"}]}}
+    table = ReferenceTable.build(TABLE, meta=meta)
+    table.save(tmp_path / "table")
+    CalibratedReward(json.dumps, table).save_pretrained(tmp_path / "reward")
+    for folder in ("table", "reward"):
+        assert main(["push", str(tmp_path / folder), "me/it"]) == 2
+        shown = capsys.readouterr().err
+        assert "looks like a secret in it: scorer.of.0.api_key. Write it" in shown
+        assert "say --force" in shown
+        assert "k-4711" not in shown
+        assert not uploads
+    for folder in ("table", "reward"):
+        assert main(["push", str(tmp_path / folder), "me/it", "--force"]) == 0
+    assert all(
+        b"k-4711" in data for each in uploads for name, data in each["files"].items() if name.endswith("le.json")
+    )
+    assert all(b"k-4711" not in each["files"]["README.md"] for each in uploads)
+    assert len(uploads) == 2
+
+
 def test_the_command_refuses(tmp_path: Path, uploads: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     """Several tables, which it lists; rollouts of a reward, or of a table without a run; and no table."""
     calibrate(["a"], NumberSampler(), {"x": NumberScorer(), "y": HashScorer()}, tmp_path / "run", k=4)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.table import card, hub as table_hub
-from calibrated_rewards.table.card import describe_table, escape, find_hub_names, list_settings
+from calibrated_rewards.table.card import describe_table, escape, find_hub_names, find_secrets, list_settings
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 
@@ -195,6 +195,19 @@ SECRETS = {
     "headers": [{"api_key": "k"}],
     "inside": [{"at": "/home/me/b"}],
 }
+
+
+LOCAL = {"path", "share", "folder", "other", "home", "hidden", "file", "said", "several", "inside"}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_is_found_wherever_it_is(name):
+    """In mappings and lists of metadata; a path of this machine is none, and neither is any setting beside it."""
+    public = {"tokenizer": "org/t", "max_tokens": 64, "stop_token_ids": [1], "use_auth_token": True, "authors": ["me"]}
+    public |= {"keys": [], "token": None, "probes": [{"prompt": "http://a:b@c", "token": "t"}]}
+    at = f"of.0.{name}" if name != "headers" else "of.0.headers.0.api_key"
+    assert [*find_secrets({**public, "of": [{name: SECRETS[name]}]})] == [at] * (name not in LOCAL)
+    assert [*find_secrets({**public, "at": ["send hf_" + "x" * 30]})] == ["at.0"]
 
 
 @pytest.mark.parametrize("name", SECRETS)

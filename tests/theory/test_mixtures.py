@@ -215,3 +215,20 @@ def test_bad_parameters_are_named(make, message):
     """The error says which rule, and the value it got."""
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("n", [65, 1000])
+def test_a_long_harmonic_mixture_is_its_polynomial(n):
+    """Past 64 terms the sum of a geometric series, as exact near 0 and 1 as adding the terms up is."""
+    above = np.concatenate([np.logspace(-17, -0.5, 30), [0.0, 0.7, 1.0]])
+    terms = np.exp(np.outer(np.arange(n), np.log1p(-np.minimum(above, 1 - 1e-16))))
+    expected = terms.sum(axis=0) / sum(1 / k for k in range(1, n + 1))
+    assert BestOfUpTo(n).density(1 - above, above) == pytest.approx(expected, rel=1e-12)
+    assert BestOfUpTo(n).density(1.0, 0.0) == pytest.approx(expected[30], rel=1e-12)
+
+
+def test_a_mixture_of_millions_costs_no_more_than_one_of_hundreds():
+    """Its g is read at once; where the weights alone do not fit into memory the number is refused."""
+    assert BestOfUpTo(3_000_000).density(0.5, 0.5) == pytest.approx(2 / (np.log(3e6) + np.euler_gamma), rel=1e-6)
+    with pytest.raises(ValueError, match="n <= 10,000,000, got n=30000000"):
+        BestOfUpTo(30_000_000)

@@ -338,8 +338,10 @@ def test_weights_are_compared_in_the_precision_that_drew(tmp_path: Path, capsys:
     with pytest.raises(ValueError, match="weights are others"):
         launch.check_policy(replace(whole, model=tiny.causal(seed=1)), {"sampler": told})
     assert "not checked" not in capsys.readouterr().err
-    launch.check_policy(whole, {})
-    assert "not checked" in capsys.readouterr().err
+    for sampler in ({}, "my policy", ["my policy"], {"weights": told["weights"], "kind": "hf"}, None):
+        launch.check_policy(whole, {"sampler": sampler})
+        assert "not checked" in capsys.readouterr().err
+    launch.check_policy(whole, {"sampler": {**told, "text": ["chat"]}})
 
 
 def test_what_cannot_be_right_is_refused(run: Path, tmp_path: Path, capsys: Any) -> None:
@@ -408,5 +410,7 @@ def test_decoding_is_the_tables() -> None:
     assert launch.choose_decoding(ended, None, None).stop_token_ids == (5,)
     with pytest.raises(ValueError, match=r"drawn with \{'top_p': 0.9\}"):
         launch.choose_decoding({"sampler": {"decoding": Decoding(7, top_p=0.9).fingerprint()}}, None, None)
-    with pytest.raises(ValueError, match="--max-tokens"):
-        launch.choose_decoding({}, None, None)
+    for sampler in (None, "my policy", ["my policy"], {"decoding": "greedy"}, {"decoding": ["greedy"]}):
+        with pytest.raises(ValueError, match="--max-tokens"):
+            launch.choose_decoding({"sampler": sampler}, None, None)
+        assert launch.choose_decoding({"sampler": sampler}, 3, None) == Decoding(3)

@@ -171,6 +171,16 @@ def test_what_cannot_be_compared_is_an_error(
         BestOfNWinRate(None, reward, reward, **{"prompts": HELD_OUT, **changes})
 
 
+def test_prompts_are_any_iterable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each measurement reads them again, so a generator becomes a list; too few of it are counted."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    reward = scored(HashScorer(1), 1)
+    callback = BestOfNWinRate(None, reward, reward, (each for each in HELD_OUT), ids=(None for _ in HELD_OUT))
+    assert (callback.prompts, callback.ids) == (HELD_OUT, [None] * len(HELD_OUT))
+    with pytest.raises(ValueError, match="prompts >= 2, got 1"):
+        BestOfNWinRate(None, reward, reward, (each for each in HELD_OUT[:1]))
+
+
 def test_a_table_that_does_not_say_how_it_was_drawn_needs_a_decoding() -> None:
     """Its own is the default, and one that is given is used."""
     reward = scored(HashScorer(1), 1)

@@ -53,5 +53,5 @@ def choose_title(experiment: Experiment) -> str:
     *first, last = (name for name, there in parts.items() if there)
     names = f"{', '.join(first)} and {last}" if first else last
     main = experiment.trained_for
-    policy = None if main is None else find_name(experiment.tables[main].meta.get("sampler") or {})
+    policy = None if main is None else find_name(experiment.tables[main].meta.get("sampler"))
     return f"Calibrated rewards{', a demo' * bool(experiment.demo)}: {names}{f' of {policy}' if policy else ''}"

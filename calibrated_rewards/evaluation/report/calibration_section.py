@@ -238,25 +238,28 @@ def _find_rollout_problems(rollouts: RolloutHealth) -> Iterator[str]:
 
 def _list_origins(meta: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """List policy, reward model, decoding and seed; all of it stands at the end of the page."""
-    sampler, scorer = meta.get("sampler") or {}, meta.get("scorer") or {}
+    sampler, scorer = meta.get("sampler"), meta.get("scorer")
     if sampler:
         yield "reference policy", format_identity(sampler)
     if scorer:
         yield "reward model", format_identity(scorer)
-    if decoding := sampler.get("decoding"):
+    decoding = sampler.get("decoding") if isinstance(sampler, Mapping) else None
+    if isinstance(decoding, Mapping) and decoding:
         yield "decoding", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in decoding.items() if value)
     if "seed" in meta:
         yield "seed", str(meta["seed"])
 
 
-def format_identity(fingerprint: Mapping[str, Any]) -> str:
-    """Write the name in a fingerprint, or else its kind.
+def format_identity(fingerprint: Any) -> str:
+    """Write the name in a fingerprint, or else its kind; what is no mapping as it is.
 
     >>> format_identity({"kind": "hf sampler", "name": "my/policy", "weights": "1f3a"})
     'my/policy (hf sampler)'
-    >>> format_identity({"kind": "hash", "seed": 0})
-    'hash'
+    >>> format_identity({"kind": "hash", "seed": 0}), format_identity("my policy")
+    ('hash', 'my policy')
     """
+    if not isinstance(fingerprint, Mapping):
+        return str(fingerprint)
     name, kind = find_name(fingerprint), str(fingerprint.get("kind", "not said"))
     return kind if name is None else f"{name} ({kind})"
 

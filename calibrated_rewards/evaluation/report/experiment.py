@@ -23,6 +23,8 @@ from calibrated_rewards.theory.transforms import Identity, Transform
 
 # Columns of a log that the page uses; a run may log anything else.
 LOGGED = ("reward", "u", "kl", "seconds", "seconds_scoring")
+# The beginning of the names of those of a check on held-out rollouts.
+CHECKED = "held_out/"
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,14 @@ def read_experiment(at: Path) -> Experiment:
     return experiment
 
 
-def find_name(fingerprint: Mapping[str, Any]) -> str | None:
-    """Find the name in a fingerprint, or else its path, its function, or the class of its model."""
+def find_name(fingerprint: Any) -> str | None:
+    """Find the name in a fingerprint, or else its path, its function, or the class of its model; a text is a name.
+
+    >>> find_name({"kind": "hf sampler", "path": "sft/"}), find_name("my policy"), find_name(["my policy"])
+    ('sft/', 'my policy', None)
+    """
+    if not isinstance(fingerprint, Mapping):
+        return fingerprint if isinstance(fingerprint, str) and fingerprint else None
     keys = ("name", "path", "function", "model")
     return next((fingerprint[key] for key in keys if isinstance(fingerprint.get(key), str)), None)
 
@@ -169,7 +177,7 @@ def read_log(path: Path) -> Iterator[Mapping[str, Any]]:
             row = line
         if not isinstance(row, dict) or not _is_number(row.get("step")):
             raise ValueError(f"{rule} {row!r:.80} in line {number}.")
-        for name in LOGGED:
+        for name in (*LOGGED, *(each for each in row if each.startswith(CHECKED))):
             if row.get(name) is not None and not _is_number(row[name]):
                 raise ValueError(f"{rule} {name}={row[name]!r:.60} in line {number}.")
         yield row

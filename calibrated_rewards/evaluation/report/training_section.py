@@ -15,6 +15,8 @@ from calibrated_rewards.evaluation.wording import format_count, format_transform
 
 # Means over this share of the steps at either end are reported: single steps are noise.
 END = 0.1
+# Metrics of a check on held-out rollouts: the one that each has, and the end of the names of win rates.
+CHECK, RATE = "held_out/kl", "/win_rate"
 PACKAGES = ("calibrated-rewards", "numpy", "scipy", "torch", "transformers", "trl", "peft")
 
 
@@ -35,8 +37,61 @@ def write_training(experiment: Experiment) -> page.Section | None:
         page.Paragraph(f"{summary} Values at first and at last are means over a tenth of the steps, one at least."),
         page.Table(head, [_list_run(name, run) for name, run in runs.items()]),
         page.Figures(drawings),
+        *_write_checks(runs),
     )
     return page.Section("What was trained", blocks, (summary,))
+
+
+def _write_checks(runs: Mapping[str, TrainingRun]) -> Iterator[page.Block]:
+    """Write the last check on held-out rollouts of each run that has one: what it learned, by tenths of u."""
+    last = {name: checked[-1] for name, run in runs.items() if (checked := [row for row in run.rows if CHECK in row])}
+    if not last:
+        return
+    yield page.Heading("Checked on held-out rollouts")
+    yield page.Paragraph(
+        "The last check of each policy, by importance weights on rollouts of prompts that it was not trained on. The "
+        "correlation is that of log-ratio and target within a prompt: near 0 at the start, 1 at the optimum. Win rates "
+        "are over the reference, with their standard errors over prompts."
+    )
+    rates = sorted({key.removesuffix(RATE) for row in last.values() for key in row if key.endswith(RATE)})
+    heads = [f"best of {n}" if kind == "best" else f"worst of {n}" for kind, n in map(_split_procedure, rates)]
+    rows = [
+        [
+            name,
+            str(row["step"] + 1),
+            *(_format_number(row.get(f"held_out/{key}")) for key in ("kl", "correlation", "ess")),
+            percent(row["held_out/share_by_u"]) if "held_out/share_by_u" in row else "not known",
+            *(_format_rate(row, rate) for rate in rates),
+        ]
+        for name, row in last.items()
+    ]
+    head = ["", "after steps", "KL", "correlation with the target", "effective sample size", "KL that u explains"]
+    yield page.Table([*head, *heads], rows)
+    ratios = {
+        name: (_read_ratios(row, "density_ratio"), _read_ratios(row, "target_ratio")) for name, row in last.items()
+    }
+    shown = {name: (policy, target) for name, (policy, target) in ratios.items() if policy is not None}
+    if shown:
+        caption = "The policy's share of each tenth of u over the reference's; dashed, that of the optimum."
+        yield page.Figures([page.draw(plots.density_ratios(shown), caption, "density-ratios")])
+
+
+def _split_procedure(name: str) -> tuple[str, str]:
+    """Split the metric's name of a procedure, `held_out/best_of_4`, into best and 4."""
+    kind, _, n = name.removeprefix("held_out/").partition("_of_")
+    return kind, n
+
+
+def _format_rate(row: Mapping[str, Any], rate: str) -> str:
+    if f"{rate}{RATE}" not in row:
+        return "not known"
+    error = row.get(f"{rate}/standard_error")
+    return f"{100 * row[f'{rate}{RATE}']:.1f} %" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def _read_ratios(row: Mapping[str, Any], name: str) -> list[float | None] | None:
+    ratios = [row.get(f"held_out/{name}_{tenth}") for tenth in range(1, 11)]
+    return None if all(each is None for each in ratios) else ratios
 
 
 def _choose_curves(runs: Mapping[str, TrainingRun]) -> Iterator[tuple[str, str]]:

@@ -14,9 +14,11 @@ nested mappings (OmegaConf's too), or one mapping with dotted names, and `find_b
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, TypeAlias
+
+from calibrated_rewards.samplers.protocol import Decoding
 
 Severity: TypeAlias = Literal["error", "warning", "note"]
 
@@ -246,3 +248,17 @@ def read_decoding(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
     sampler = meta.get("sampler")
     decoding = sampler.get("decoding") if isinstance(sampler, Mapping) else None
     return decoding if isinstance(decoding, Mapping) else None
+
+
+def restore_decoding(meta: Mapping[str, Any], table: str, remedy: str) -> Decoding:
+    """Restore the decoding of a table's references; ValueError with the remedy if its metadata does not say all."""
+    recorded = read_decoding(meta)
+    # Of a part of the settings the others would be guessed.
+    if recorded is None or {*recorded} != {each.name for each in fields(Decoding)}:
+        got = "" if recorded is None else f", only {dict(recorded)!r:.200}"
+        raise ValueError(f"{table} does not say how its references were drawn{got}: {remedy}")
+    try:
+        lists = {name: tuple(value) for name, value in recorded.items() if isinstance(value, list)}
+        return Decoding(**{**recorded, **lists})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the decoding that {table} records cannot be used, {error}: {remedy}") from error

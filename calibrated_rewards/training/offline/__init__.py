@@ -1,15 +1,18 @@
-"""Offline training, from rollouts that exist already.
+"""Offline training, from rollouts that exist already: `rollouts.py` reads those of a calibration with their rewards.
 
-`calibrated-rewards train offline` trains a policy: `train.py` is its loop, `losses.py` has the losses, `rollouts.py`
-reads the rollouts of a calibration with their rewards, and `groups.py` makes them into tokens. `log_probabilities.py`
-reads the completions of a prompt with gradients, the prompt once; `trained_weights.py` has checkpoints and the factor
-that brings weights to a KL. `reward_model.py` distils a calibrated reward.
+`train.py` is the loop behind `calibrated-rewards train offline`, and `losses.py` has what it minimises. `groups.py`
+makes rollouts into tokens, `log_probabilities.py` reads them with gradients, the prompt once for all completions,
+`trained_weights.py` says which weights are trained. `dataset_folder.py` has `export`, which writes rollouts as a data
+set for other trainers: `datasets.py` chooses the rows, `layouts.py` arranges them for a framework, `dataset_files.py`
+writes them. `reward_model.py` distils a calibrated reward.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from calibrated_rewards.training.offline.dataset_folder import Export as Export, export as export
+    from calibrated_rewards.training.offline.datasets import Selection as Selection
     from calibrated_rewards.training.offline.log_probabilities import Group as Group, GroupReader as GroupReader
     from calibrated_rewards.training.offline.losses import (
         Loss as Loss,
@@ -20,18 +23,27 @@ if TYPE_CHECKING:
         distil as distil,
         distillation_pairs as distillation_pairs,
     )
+    from calibrated_rewards.training.offline.rollouts import (
+        PromptRollouts as PromptRollouts,
+        iterate_rollouts as iterate_rollouts,
+    )
     from calibrated_rewards.training.offline.train import OfflineSettings as OfflineSettings
 
 # Loaded when they are asked for: they bring heavy libraries.
 LAZY = {
+    "Export": "dataset_folder",
+    "export": "dataset_folder",
+    "Selection": "datasets",
     "Group": "log_probabilities",
     "GroupReader": "log_probabilities",
-    "OfflineSettings": "train",
     "Loss": "losses",
     "LossInputs": "losses",
     "parse_loss": "losses",
     "distil": "reward_model",
     "distillation_pairs": "reward_model",
+    "PromptRollouts": "rollouts",
+    "iterate_rollouts": "rollouts",
+    "OfflineSettings": "train",
 }
 
 

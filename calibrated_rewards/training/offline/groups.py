@@ -95,10 +95,11 @@ def load_groups(run: Path, reward: CalibratedReward, policy: Policy, beta: float
 
 
 def compute_exact_log_z(reward: CalibratedReward, rollouts: PromptRollouts) -> float | None:
-    """Compute log Z_K of the reward's transform; None for raw scores."""
-    if isinstance(reward.calibration, Uncalibrated):
+    """Compute log Z of the reward's transform among the K - 1 other rollouts; None for raw scores."""
+    others = len(rollouts.scores) - 1
+    if isinstance(reward.calibration, Uncalibrated) or others < 1:
         return None
-    return log_partition(scaled(reward.transform, reward.scale), rollouts.beta, len(rollouts.scores), reward.estimator)
+    return log_partition(scaled(reward.transform, reward.scale), rollouts.beta, others, reward.estimator)
 
 
 def split_groups(groups: Sequence[PromptGroup], share: float, seed: int) -> tuple[list[PromptGroup], list[PromptGroup]]:

@@ -80,7 +80,8 @@ class LossInputs:
 
     def compute_targets(self, log_z: Float[torch.Tensor, "*P"] | float) -> Float[torch.Tensor, "*P K"]:
         """Return Phi / beta - log Z for a given partition."""
-        return self.rewards / self.beta - torch.as_tensor(log_z).to(self.rewards)[..., None]
+        own = torch.as_tensor(log_z, dtype=self.rewards.dtype, device=self.rewards.device)
+        return self.rewards / self.beta - own[..., None]
 
 
 @runtime_checkable

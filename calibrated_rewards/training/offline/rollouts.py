@@ -9,14 +9,15 @@ pi_ref(y) e^{Phi(u) / beta} / Z is known on them: as weights that add up to 1, a
 >>> table = calibrate(["one", "two"], NumberSampler(), NumberScorer(), folder, k=4, show_progress=False)
 >>> reward = CalibratedReward(None, table, beta=0.5)
 >>> first = next(iterate_rollouts(folder, reward))
->>> len(first.completions), first.weights.sum().round(6), np.exp(first.log_ratios).mean().round(6)
-(4, 1.0, 1.0)
+>>> first.weights.round(3), round(float(np.exp(first.log_ratios).mean()), 6)  # of u = 1/3, 0, 2/3, 1
+(array([0.138, 0.071, 0.268, 0.523]), 1.0)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -28,7 +29,10 @@ from calibrated_rewards.evaluation.references import choose_scorer
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.samplers.protocol import Rollout
+from calibrated_rewards.theory.finite_k import Estimator, values
+from calibrated_rewards.theory.scale import scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +45,10 @@ class PromptRollouts:
     scores: Float32[np.ndarray, " K"]
     u: Float64[np.ndarray, " K"]
     rewards: Float64[np.ndarray, " K"]
-    """Phi(u) as the reward gives it: with its transform, estimator and scale."""
+    """Phi(u) with the reward's transform, estimator and scale, of each rollout's rank among the others."""
     beta: float
 
-    @property
+    @cached_property
     def completions(self) -> list[Completion]:
         """The completions as scorers read them."""
         return [get_completion(each) for each in self.rollouts]
@@ -54,12 +58,12 @@ class PromptRollouts:
         """The prompt's own partition, log (1/K) sum_j e^{Phi_j / beta}; right with ties as well."""
         return float(logsumexp(self.rewards / self.beta)) - float(np.log(len(self.rewards)))
 
-    @property
+    @cached_property
     def log_ratios(self) -> Float64[np.ndarray, " K"]:
         """The optimum's log pi(y) - log pi_ref(y) of each rollout: Phi / beta - log Z."""
         return np.asarray(self.rewards / self.beta - self.log_z)
 
-    @property
+    @cached_property
     def weights(self) -> Float64[np.ndarray, " K"]:
         """The optimum's share of each rollout, which add up to 1: e^{Phi / beta} / sum_j e^{Phi_j / beta}."""
         return np.asarray(softmax(self.rewards / self.beta))
@@ -76,23 +80,60 @@ def iterate_rollouts(
     """Read the rollouts of each prompt of a calibration's directory, shard by shard, and value them by a reward.
 
     `select` names the scorer whose scores the reward's table is made of, where the rollouts have several; `beta` is
-    the reward's unless it is given. Prompts without rollouts are left out.
+    the reward's unless it is given. Prompts without rollouts, or without references in the table, are left out.
     """
+    beta, select, directory = choose_beta(reward, beta), choose_scorer(run, select), RunDirectory(run)
+    for name in directory.names():
+        yield from read_rollouts(directory, name, reward, select, beta)
+
+
+def choose_beta(reward: CalibratedReward, beta: float | None) -> float:
+    """Return the beta that is given, or else the reward's; ValueError if neither is a finite number above 0."""
     beta = reward.beta if beta is None else beta
     if beta is None or not (np.isfinite(beta) and beta > 0):
         value = setting("beta", str(beta))
         raise ValueError(Message(f"an optimum needs a finite beta > 0, the reward's or one that is given; got {value}"))
-    select = choose_scorer(run, select)
-    directory = RunDirectory(run)
-    for name in directory.names():
-        shard = directory.load(name)
-        if not shard.state.is_scored(select):
-            raise ValueError(f"shard {name} of {run} has rollouts without a score of {select!r}: calibrate to the end.")
-        drawn = [i for i, rollouts in enumerate(shard.rollouts) if rollouts]
-        rows = reward.rows([shard.prompts[i].prompt for i in drawn])
-        for i, row in zip(drawn, rows, strict=True):
-            scores = shard.scores[select][i]
-            at, raw = np.array([row]), scores[None]
-            u, rewards = reward.table.cdf(at, raw)[0], np.asarray(reward.from_scores(at, raw)[0], np.float64)
-            planned = shard.prompts[i]
-            yield PromptRollouts(planned.key, planned.prompt, shard.rollouts[i], scores, u, rewards, beta)
+    return beta
+
+
+def read_rollouts(
+    directory: RunDirectory, name: str, reward: CalibratedReward, select: str, beta: float
+) -> Iterator[PromptRollouts]:
+    """Read the rollouts of each prompt of one shard, as `iterate_rollouts` does."""
+    shard = directory.load(name)
+    if not shard.state.is_scored(select):
+        where = f"shard {name} of {directory.path}"
+        raise ValueError(f"{where} has rollouts without a score of {select!r}: calibrate to the end.")
+    drawn = [i for i, rollouts in enumerate(shard.rollouts) if rollouts]
+    rows = reward.rows([shard.prompts[i].prompt for i in drawn])
+    for i, row in zip(drawn, rows, strict=True):
+        if row < 0:  # unknown to a reward that does not raise
+            continue
+        scores, planned = shard.scores[select][i], shard.prompts[i]
+        u, rewards = value_rollouts(reward, int(row), scores)
+        yield PromptRollouts(planned.key, planned.prompt, shard.rollouts[i], scores, u, rewards, beta)
+
+
+def value_rollouts(
+    reward: CalibratedReward, row: int, scores: Float32[np.ndarray, " K"]
+) -> tuple[Float64[np.ndarray, " K"], Float64[np.ndarray, " K"]]:
+    """Compute quantile and reward of a prompt's rollouts; of the references themselves, each among the K - 1 others.
+
+    Its own score tells nothing of a rollout: among the others its rank has the law of a fresh completion's, and so the
+    weights have the KL that `expect` promises for K - 1 references. Without ties the prompt's own Z is the exact one.
+    """
+    at, K = np.array([row]), len(scores)
+    references = np.sort(scores)
+    own = reward.table.scores(row)
+    if not isinstance(reward.calibration, EmpiricalCDF) or K < 2 or not np.array_equal(own, references):
+        return reward.table.cdf(at, scores[None])[0], np.asarray(reward.from_scores(at, scores[None])[0], np.float64)
+    # 2 below + equal among all, of which the rollout itself is one that equals.
+    index = np.rint(2 * K * reward.calibration(reward.table, np.repeat(at, K), scores)).astype(np.int64) - 1
+    transform = cast(Hashable, scaled(reward.transform, reward.scale))
+    return index / (2 * (K - 1)), compute_values(transform, K - 1, reward.estimator)[index]
+
+
+@lru_cache(maxsize=1024)
+def compute_values(transform: Any, K: int, estimator: Estimator) -> Float64[np.ndarray, " _"]:
+    """Compute the value of each rank among K references, once: some take a second."""
+    return values(transform, K, estimator)

@@ -41,8 +41,9 @@ from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.protocol import Decoding
-from calibrated_rewards.training.callbacks import StepLog, TimedDrawing, TimedReward
+from calibrated_rewards.training.callbacks import HeldOutCallback, StepLog, TimedDrawing, TimedReward
 from calibrated_rewards.training.check_settings import check_settings, grpo_settings, rloo_settings
+from calibrated_rewards.training.held_out import HeldOutRollouts, load_check
 from calibrated_rewards.training.launch import Launch, check_numbers, load_inputs, option, print_outcome
 from calibrated_rewards.training.loop import (
     build_lora_config,
@@ -102,8 +103,11 @@ class Trainer:
         settings, policy = inputs.complete(settings), inputs.policy
         if find_processes().is_main_process:
             sys.stderr.write(f"{describe_size(settings, len(inputs.prompts), policy.decoding.max_tokens)}\n")
+        policy.model.to(find_processes().device)  # where TRL has it too: a check computes both sides of a ratio there
+        check = load_check(launch, inputs, settings) if find_processes().is_main_process else None
         parts = (policy.model, inputs.reward, inputs.prompts, policy.decoding, settings, launch.out)
-        self(*parts, tokenizer=policy.tokenizer, dtype=launch.dtype, report_to=launch.report_to)
+        more: Any = {"check": check, "check_every": launch.check_every, "report_to": launch.report_to}
+        self(*parts, tokenizer=policy.tokenizer, dtype=launch.dtype, **more)
         if find_processes().is_main_process:
             print_outcome(RunFolder(launch.out), inputs.reward, settings.beta)
 
@@ -120,12 +124,15 @@ class Trainer:
         dtype: str = "float32",
         show_progress: bool = True,
         report_to: Sequence[str] = (),
+        check: HeldOutRollouts | None = None,
+        check_every: int = 20,
     ) -> Path:
         """Train in the folder `out`, or go on there from the last checkpoint; return the place of the trained model.
 
         `policy` is a path, an id of the Hub, or a model with its tokenizer; `reward` any function that TRL takes, such
         as a CalibratedReward. The folder has settings.json, log.jsonl and model/ (an adapter with LoRA); other settings
-        in it are a ValueError. `report_to` names trackers as TRL does.
+        in it are a ValueError. `report_to` names trackers as TRL does; `check` are rollouts, read with this very model,
+        on which it is checked every so many steps.
         """
         folder = RunFolder(Path(out))
         run = describe_run(self.name, policy, reward, prompts, decoding, settings, dtype)
@@ -138,6 +145,8 @@ class Trainer:
             args = self.configure(settings, decoding, folder, processes.num_processes, report_to)
             trainer = self.build_trainer(args, policy, reward, prompts, decoding, settings, tokenizer, dtype)
             place_files(trainer.callback_handler.callbacks, folder)
+            if check is not None:
+                trainer.add_callback(HeldOutCallback(trainer, check, check_every))
             trainer.add_callback(StepLog(folder, settings.beta, settings.steps, show_progress))
             calibrated = reward if isinstance(reward, CalibratedReward) else None
             report = check_settings(args, calibrated, beta=settings.beta)
