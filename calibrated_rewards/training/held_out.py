@@ -33,7 +33,8 @@ from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import check_count
 from calibrated_rewards.training.check_settings.rules import read_decoding
 from calibrated_rewards.training.launch import Inputs, Launch, check_policy
-from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader, tokenize_completion
+from calibrated_rewards.training.offline.groups import tokenize_completion
+from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
 from calibrated_rewards.training.offline.rollouts import PromptRollouts, iterate_rollouts
 
 # Rollouts of a prompt that are read for a check.

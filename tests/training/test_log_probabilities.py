@@ -16,7 +16,8 @@ from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding, Rollout
 from calibrated_rewards.training.loop import ignore_peft_warning
-from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader, tokenize_completion
+from calibrated_rewards.training.offline.groups import tokenize_completion
+from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
 from calibrated_rewards.training.offline.trained_weights import select_weights
 
 TEMPERATURE = 0.7

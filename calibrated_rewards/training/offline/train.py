@@ -151,8 +151,7 @@ def run(launch: Launch, settings: OfflineSettings) -> None:
             reader = GroupReader(policy.model.eval(), policy.decoding.temperature, settings.rows)
             model, outcome = train(reader, training, held_out, settings, folder, reference, send)
         if main:
-            # Trained weights are in float32: rounding them to 16 bits would undo a part of the training.
-            (model if settings.lora_rank else model.float()).save_pretrained(folder.unfinished_model)
+            model.save_pretrained(folder.unfinished_model)
             policy.tokenizer.save_pretrained(folder.unfinished_model)
             write_file(folder.unfinished_model / "training.json", json.dumps(outcome, indent=2))
             folder.publish_model()
@@ -184,10 +183,10 @@ def train(
     if processes.is_main_process:
         announce(time.perf_counter() - start, len(training) + len(held_out), settings)
     checked = HeldOut.choose(held_out, logprobs)
-    weights = TrainedWeights.of(model) if settings.kl else None
-    optimizer = build_optimizer(model, settings.optimizer, settings.lr, settings.momentum)
+    weights = TrainedWeights.of(model, keep_start=settings.kl > 0)
+    optimizer = build_optimizer(weights, settings.optimizer, settings.lr, settings.momentum)
     place = folder.find_checkpoint()
-    first = 0 if place is None else load_checkpoint(place, model, optimizer)
+    first = 0 if place is None else load_checkpoint(place, weights, optimizer)
     log = open_log(folder, first, settings.steps, send)
     check: HeldOutCheck | None = None
     for step in tqdm(range(first, settings.steps), desc="offline", unit=" steps", delay=3, disable=None):
@@ -195,7 +194,8 @@ def train(
         rate = set_learning_rate(optimizer, settings, step)
         at = choose_prompts(len(training), settings, step)[processes.process_index :: processes.num_processes]
         groups = [choose_completions(training[i], settings, step, i, logprobs) for i in at]
-        row = {"step": step, **loop.average_metrics(take_step(reader, groups, loss, optimizer, settings)), "lr": rate}
+        metrics = take_step(reader, groups, loss, weights, optimizer, settings)
+        row = {"step": step, **loop.average_metrics(metrics), "lr": rate}
         if held_out and ((step + 1) % settings.check_steps == 0 or step + 1 == settings.steps):
             check = checked.check(reader)
             row |= check.metrics()
@@ -203,14 +203,17 @@ def train(
         if settings.kl and check is not None and check.kl.value >= settings.kl:
             break
         if (step + 1) % settings.save_steps == 0 and processes.is_main_process:
-            save_checkpoint(folder, step + 1, model, optimizer)
-    return model, finish(reader, weights, checked, check, settings)
+            save_checkpoint(folder, step + 1, weights, optimizer)
+    outcome = finish(reader, weights, checked, check, settings)
+    weights.widen()
+    return model, outcome
 
 
 def take_step(
     reader: GroupReader,
     groups: Sequence[tuple[PromptGroup, Tensor]],
     loss: Loss,
+    weights: TrainedWeights,
     optimizer: torch.optim.Optimizer,
     settings: OfflineSettings,
 ) -> dict[str, float]:
@@ -236,12 +239,14 @@ def take_step(
                 "ess": float(ratios.sum().square() / ratios.square().sum()),
             }
         )
+    weights.collect_gradients()
     loop.average_gradients(optimizer)
     trained = [weight for part in optimizer.param_groups for weight in part["params"]]
     norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
     if not math.isfinite(norm):
         raise FloatingPointError(f"a gradient is finite, got a norm of {norm}: a smaller --lr, or --dtype float32")
     optimizer.step()
+    weights.publish()
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} | {"grad_norm": norm}
 
 
@@ -301,7 +306,7 @@ def announce(seconds: float, prompts: int, settings: OfflineSettings) -> None:
 
 def finish(
     reader: GroupReader,
-    weights: TrainedWeights | None,
+    weights: TrainedWeights,
     held_out: HeldOut,
     check: HeldOutCheck | None,
     settings: OfflineSettings,
@@ -312,7 +317,7 @@ def finish(
     outcome: dict[str, Any] = {"loss": settings.loss, "beta": settings.beta, "alpha": 1.0, "kl_asked": settings.kl}
     if check is None:
         return outcome
-    if weights is not None:
+    if settings.kl:
         now = [1.0, check]
 
         def measure(factor: float) -> float:

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibrated_rewards.files import write_file
-from calibrated_rewards.training.loop import list_trainable, make_head_contiguous, prepare_model
+from calibrated_rewards.training.loop import make_head_contiguous, prepare_model
 from calibrated_rewards.training.offline.frozen_layers import find_layers
 from calibrated_rewards.training.run_folder import LAST_WRITTEN, RunFolder
 
+HALVES = (torch.bfloat16, torch.float16)
 # The KL of a factor is near enough to the one asked for, as a part of it.
 NEAR = 0.02
 # Beyond so many times the trained difference, a KL says little: more steps are what is missing.
@@ -46,28 +47,61 @@ def select_weights(model: Any, layers: int, rank: int, lora_layers: int) -> Any:
 
 @dataclass(eq=False)
 class TrainedWeights:
-    """The weights that are trained, as they were at the start and as they are."""
+    """The weights that are trained, as they were at the start and as they are; of a model in 16 bits, in float32.
+
+    A step of a weight in 16 bits is mostly rounded away. So copies in float32 are trained, and the model has them
+    rounded.
+    """
 
     model: Any
+    masters: dict[str, Tensor]
+    """What is trained: the model's own weights, or their copies in float32."""
     start: dict[str, Tensor]
     """A copy; of LoRA none is needed, whose adapters begin with a difference of 0."""
 
     @classmethod
-    def of(cls, model: Any) -> "TrainedWeights":
-        """Copy the weights of a model that is not trained yet."""
-        start = {} if is_adapter(model) else {name: each.detach().clone() for name, each in named_trainable(model)}
-        return cls(model, start)
+    def of(cls, model: Any, keep_start: bool = True) -> "TrainedWeights":
+        """Take the weights of a model that is not trained yet; its start is needed to scale the difference to it."""
+        masters = {
+            name: weight.detach().float().requires_grad_() if weight.dtype in HALVES else weight
+            for name, weight in named_trainable(model)
+        }
+        kept = keep_start and not is_adapter(model)
+        return cls(model, masters, {name: each.detach().clone() for name, each in masters.items()} if kept else {})
+
+    def collect_gradients(self) -> None:
+        """Move the model's gradients to the weights in float32, where there are such."""
+        for name, weight in named_trainable(self.model):
+            if weight is not self.masters[name]:
+                self.masters[name].grad = None if weight.grad is None else weight.grad.float()
+                weight.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the weights in float32 into the model."""
+        for name, weight in named_trainable(self.model):
+            if weight is not self.masters[name]:
+                weight.copy_(self.masters[name])
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
         """Multiply the difference to the start."""
-        for name, weight in named_trainable(self.model):
+        for name, weight in self.masters.items():
             if self.start:
                 # Rounded once, in the dtype of the weight.
                 before = self.start[name].double()
                 weight.copy_(before + factor * (weight.double() - before))
             elif "lora_B" in name or "lora_embedding_B" in name:
                 weight.mul_(factor)
+        self.publish()
+
+    @torch.no_grad()
+    def widen(self) -> None:
+        """Turn a model in 16 bits into float32, with the weights as they were trained: for saving."""
+        if any(weight is not self.masters[name] for name, weight in named_trainable(self.model)):
+            self.model.float()
+            for name, weight in named_trainable(self.model):
+                weight.copy_(self.masters[name])
 
 
 def is_adapter(model: Any) -> bool:
@@ -103,24 +137,23 @@ def find_factor(measure: Callable[[float], float], target: float, kl: float) -> 
     return factor, kl
 
 
-def build_optimizer(model: Any, kind: str, rate: float, momentum: float) -> torch.optim.Optimizer:
+def build_optimizer(weights: TrainedWeights, kind: str, rate: float, momentum: float) -> torch.optim.Optimizer:
     """Build SGD with momentum or AdamW without decay, for the weights that are trained."""
-    weights = list_trainable(model)
+    trained = list(weights.masters.values())
     if kind == "sgd":
-        return torch.optim.SGD(weights, lr=rate, momentum=momentum)
-    return torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+        return torch.optim.SGD(trained, lr=rate, momentum=momentum)
+    return torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
 
 
-def save_checkpoint(folder: RunFolder, step: int, model: Any, optimizer: torch.optim.Optimizer) -> None:
+def save_checkpoint(folder: RunFolder, step: int, weights: TrainedWeights, optimizer: torch.optim.Optimizer) -> None:
     """Write weights and the optimizer's state after so many steps; older checkpoints are removed."""
     place = folder.checkpoints / f"checkpoint-{step}"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    save_file(
-        {name: each.detach().contiguous() for name, each in named_trainable(model)}, place / "weights.safetensors"
-    )
+    own = {name: each.detach().contiguous() for name, each in weights.masters.items()}
+    save_file(own, place / "weights.safetensors")
     state = optimizer.state_dict()["state"]
-    tensors = {f"{at}.{name}": torch.as_tensor(each) for at, own in state.items() for name, each in own.items()}
+    tensors = {f"{at}.{name}": torch.as_tensor(each) for at, parts in state.items() for name, each in parts.items()}
     save_file(tensors, place / "optimizer.safetensors")
     # The last file: without it the checkpoint does not count.
     write_file(place / LAST_WRITTEN, json.dumps({"step": step}))
@@ -130,11 +163,11 @@ def save_checkpoint(folder: RunFolder, step: int, model: Any, optimizer: torch.o
 
 
 @torch.no_grad()
-def load_checkpoint(place: str, model: Any, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(place: str, weights: TrainedWeights, optimizer: torch.optim.Optimizer) -> int:
     """Read what `save_checkpoint` wrote; return the number of steps that were done."""
-    weights = load_file(Path(place) / "weights.safetensors")
-    for name, weight in named_trainable(model):
-        weight.copy_(weights[name])
+    for name, saved in load_file(Path(place) / "weights.safetensors").items():
+        weights.masters[name].copy_(saved)
+    weights.publish()
     state: dict[int, dict[str, Tensor]] = {}
     for name, each in load_file(Path(place) / "optimizer.safetensors").items():
         at, _, key = name.partition(".")
