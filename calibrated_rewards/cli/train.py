@@ -1,4 +1,4 @@
-"""`calibrated-rewards train`: train a policy for a saved reward, with RLOO, GRPO or PPO.
+"""`calibrated-rewards train`: train a policy for a saved reward, with RLOO, GRPO, A2PO or PPO.
 
 A run's own options are the fields of its settings, a frozen dataclass: their names, defaults and lines of help.
 """
@@ -21,6 +21,7 @@ EPILOG = """trainers:
   rloo          TRL's RLOO, whose optimum is exact
   grpo          TRL's GRPO, whose optimum is close
   grpo --plain  GRPO in plain PyTorch, whose optimum is exact
+  a2po          TRL's A*-PO, whose optimum is exact, without its first stage
   ppo           PPO in plain PyTorch, the paper's algorithm, whose optimum is exact
 
 examples:
@@ -68,10 +69,11 @@ TRL = ("hf", "trl", "calibrate")
 TRAINERS = {
     "rloo": Trainer("trl", "TRLSettings", "train_rloo.run", TRL),
     "grpo": Trainer("trl", "TRLSettings", "train_grpo.run", TRL),
+    "a2po": Trainer("a2po", "TRLSettings", "train_a2po.run", TRL),
     "grpo --plain": Trainer("grpo", "GRPOSettings", "run", plain=True),
     "ppo": Trainer("ppo", "PPOSettings", "run", plain=True),
 }
-NAMES = ("rloo", "grpo", "ppo")
+NAMES = ("rloo", "grpo", "a2po", "ppo")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
