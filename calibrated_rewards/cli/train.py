@@ -103,6 +103,8 @@ def run(options: argparse.Namespace) -> int:
         add_setting(parser, each)
     if trainer.plain:
         parser.add_argument("--force", action="store_true", help="remove what another run left in --out")
+        start = "begin with this model, or adapter, trained from the policy; KL and table are still the policy's"
+        parser.add_argument("--start", metavar="PATH|ID", help=start)
         parser.add_argument("--device", metavar="DEVICE", help="a GPU if there is one")
     parse_options(parser, options.words, options)
     try:

@@ -24,6 +24,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
+from transformers import set_seed
 from trl import __version__ as trl_version
 from trl.data_utils import maybe_apply_chat_template
 from trl.trainer.utils import disable_dropout_in_model
@@ -84,6 +85,7 @@ def build_a2po(
     if peft_config is not None:
         from peft import get_peft_model
 
+        set_seed(args.seed)  # of the adapter
         model = get_peft_model(model, peft_config)
     trainer = import_a2po().A2POTrainer(
         model, reward_funcs, args=args, train_dataset=train_dataset, processing_class=tokenizer
