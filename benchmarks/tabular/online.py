@@ -2,6 +2,7 @@
 
     python benchmarks/tabular/online.py            # goes on where it was; one core, some minutes
     python benchmarks/tabular/online.py --quick    # one case each, a few steps, nothing is kept
+    python benchmarks/tabular/online.py --table    # the table of docs/evidence/exact_world.md
 
 The policy-gradient loop of `grpo --plain` on the tables of log-probabilities themselves, several seeds at once: Adam,
 gradients cut to length 1, a rate that falls to 0. After every third step E[reward] - beta KL is enumerated. Counted
@@ -340,11 +341,27 @@ def describe(row: dict[str, Any]) -> str:
     return f"{row['transform']:<10} {row['arm']:<42} {' | '.join(cells)}"
 
 
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Write the results as the page's table: completions until each share, transforms side by side."""
+    lines = []
+    for label in dict.fromkeys(row["arm"] for row in rows):
+        cells = [label]
+        for name in NAMES:
+            found = next((row["best"] for row in rows if (row["arm"], row["transform"]) == (label, name)), [])
+            cells += ["not reached" if c is None else f"{c['completions']:,.0f} ± {c['±']:,.0f}" for c in found]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """All that is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one case each, a few steps, nothing is kept")
+    parser.add_argument("--table", action="store_true", help="print what there is as the page's table")
     args = parser.parse_args()
+    if args.table:
+        print(format_table(known("tabular_online")))
+        return
     torch.set_num_threads(1)
     here = World()
     cases = [(name, label, SEEDS) for label in ARMS for name in NAMES]
