@@ -59,9 +59,9 @@ def load_start(launch: Launch, policy: Any, lora_rank: int = 0) -> tuple[Any, An
             number = setting("lora_rank", str(lora_rank))
             raise ValueError(Message(f"an adapter to start with is trained further at its own rank, got {number}"))
         with ignore_peft_warning():
-            model = PeftModel.from_pretrained(policy, path, is_trainable=True)
-        return model, WithoutAdapter(model)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=launch.dtype, trust_remote_code=trust)
+            adapted = PeftModel.from_pretrained(policy, path, is_trainable=True)
+        return adapted, WithoutAdapter(adapted)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=launch.dtype, trust_remote_code=trust)
     sizes = [each.config.get_text_config().vocab_size for each in (policy, model)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"a model to start with has the policy's {sizes[0]:,} tokens, got {path} with {sizes[1]:,}")
