@@ -1,4 +1,4 @@
-"""`calibrated-rewards train`: train a policy for a saved reward, with RLOO, GRPO or PPO, or offline.
+"""`calibrated-rewards train`: train a policy for a saved reward, with RLOO, GRPO, A2PO or PPO, or offline.
 
 A run's own options are the fields of its settings, a frozen dataclass: their names, defaults and lines of help.
 """
@@ -21,6 +21,7 @@ EPILOG = """trainers:
   rloo          TRL's RLOO, whose optimum is exact
   grpo          TRL's GRPO, whose optimum is close
   grpo --plain  GRPO in plain PyTorch, whose optimum is exact
+  a2po          TRL's A*-PO, whose optimum is exact, without its first stage
   ppo           PPO in plain PyTorch, the paper's algorithm, whose optimum is exact
   offline       learns from the rollouts of the calibration by --loss; draws nothing and needs no reward model
 
@@ -72,11 +73,12 @@ TRL = ("hf", "trl", "calibrate")
 TRAINERS = {
     "rloo": Trainer("online.trl", "TRLSettings", "train_rloo.run", TRL),
     "grpo": Trainer("online.trl", "TRLSettings", "train_grpo.run", TRL),
+    "a2po": Trainer("online.a2po", "TRLSettings", "train_a2po.run", TRL),
     "grpo --plain": Trainer("online.grpo", "GRPOSettings", "run", plain=True),
     "ppo": Trainer("online.ppo", "PPOSettings", "run", plain=True),
     "offline": Trainer("offline.train", "OfflineSettings", "run", ("hf", "calibrate"), draws=False),
 }
-NAMES = ("rloo", "grpo", "ppo", "offline")
+NAMES = ("rloo", "grpo", "a2po", "ppo", "offline")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +108,8 @@ def run(options: argparse.Namespace) -> int:
         add_setting(parser, each)
     if trainer.plain:
         parser.add_argument("--force", action="store_true", help="remove what another run left in --out")
+        start = "begin with this model, or adapter, trained from the policy; KL and table are still the policy's"
+        parser.add_argument("--start", metavar="PATH|ID", help=start)
         parser.add_argument("--device", metavar="DEVICE", help="a GPU if there is one")
     parse_options(parser, options.words, options)
     try:
