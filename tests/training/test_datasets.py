@@ -48,7 +48,7 @@ def rows_of(selection: Selection, prompt: PromptRollouts) -> tuple[list[Row], Co
 
 
 def enumerate_weights(scores: list[float]) -> tuple[list[float], list[float], float]:
-    """Quantiles, weights and partition of one prompt by sums: Eq. 12 among the others, e^{tu} onto [0, 1], e^{Phi / beta}."""
+    """Quantiles, weights and partition by sums: Eq. 12 among the others, e^{tu} onto [0, 1], e^{Phi / beta}."""
     others = [scores[:i] + scores[i + 1 :] for i in range(len(scores))]
     pairs = zip(scores, others, strict=True)
     u = [(sum(b < a for b in own) + sum(b == a for b in own) / 2) / len(own) for a, own in pairs]
