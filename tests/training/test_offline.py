@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -327,3 +328,17 @@ def test_raw_scores_are_learned_too(files: Path, tmp_path: Path, capsys: Any) ->
     settings = json.loads((tmp_path / "raw" / "settings.json").read_text())
     assert (settings["settings"]["beta"], settings["reward"]["kind"]) == (2, "raw")
     assert "checked" not in capsys.readouterr().out
+
+
+def test_help_teaches(capsys: Any) -> None:
+    """It opens with what the run does, asks for rollouts in place of prompts, and says what each setting is for."""
+    with pytest.raises(SystemExit):
+        main(["train", "offline", "--help"])
+
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Learn the optimum from the rollouts of a calibration" in shown
+    assert "--rollouts DIR" in shown
+    assert "--prompts FILE" not in shown
+    for each in fields(OfflineSettings):
+        assert f"--{each.name.replace('_', '-')}" in shown
+        assert " ".join(each.metadata["help"].split()) in shown
