@@ -25,6 +25,7 @@ from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.testing.suites import HashScorer
 from calibrated_rewards.theory.finite_k import log_partition
+from calibrated_rewards.training.loop import ignore_peft_warning
 from calibrated_rewards.training.offline import trained_weights
 from calibrated_rewards.training.offline.groups import PromptGroup, ReferenceFile, load_groups, split_groups
 from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
@@ -154,6 +155,7 @@ def test_a_run_goes_down_in_loss_and_says_what_came_of_it(whole: Path) -> None:
 
 KILLED = """
 import os, signal, sys
+from calibrated_rewards.training.loop import ignore_peft_warning
 from calibrated_rewards.training.offline import trained_weights
 write, count = trained_weights.write_file, 0
 def write_or_die(path, text):
@@ -226,7 +228,8 @@ def test_a_run_ends_at_the_kl_that_is_asked_for(options: list[str], files: Path,
     reference = AutoModelForCausalLM.from_pretrained(files / "policy").eval()
     trained = AutoModelForCausalLM.from_pretrained(files / "policy").eval()
     if "--lora-rank" in options:
-        trained = PeftModel.from_pretrained(trained, out / "model").eval()
+        with ignore_peft_warning():
+            trained = PeftModel.from_pretrained(trained, out / "model").eval()
     else:
         trained = AutoModelForCausalLM.from_pretrained(out / "model").eval()
     policy = Policy(reference, enumerable.tokenizer(), Decoding(TOKENS, TEMPERATURE), Text())
