@@ -315,7 +315,7 @@ def test_settings_that_no_run_can_be_made_with_are_refused(files: Path, tmp_path
         ("--loss best", "a loss is weighted"),
         ("--held-out 1", "below 1, got --held-out 1"),
         ("--held-out 0 --kl 0.1", "got --held-out 0"),
-        ("--held-out 0.95", "needs 3 prompts or more"),
+        ("--held-out 0.99", "12 of 12 prompts held out leave none to train on"),
         ("--lr 0", "got --lr 0"),
         ("--check-steps 0", "got --check-steps 0"),
     ]:
