@@ -137,8 +137,7 @@ def test_the_head_may_be_read_in_chunks(trained: str) -> None:
 def test_gradient_checkpointing_changes_nothing(mode: str) -> None:
     """In training mode it takes the cache away: prompts are then read with each completion."""
     model = writer("Llama")
-    with ignore_peft_warning():  # it is transformers' own
-        model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.train(mode == "train")
     reader = GroupReader(model, TEMPERATURE)
 

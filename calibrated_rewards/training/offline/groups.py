@@ -109,7 +109,7 @@ def split_groups(groups: Sequence[PromptGroup], share: float, seed: int) -> tupl
         return list(groups), []
     held = max(2, round(share * len(groups)))
     if len(groups) < held + 1:
-        raise ValueError(f"a held-out share needs 3 prompts or more, got {len(groups)}: say --held-out 0")
+        raise ValueError(f"{held} of {len(groups)} prompts held out leave none to train on: another --held-out, or 0")
     order = np.random.default_rng(seed).permutation(len(groups)).tolist()
     return [groups[i] for i in sorted(order[held:])], [groups[i] for i in sorted(order[:held])]
 
