@@ -209,7 +209,7 @@ def test_a_dash_makes_no_option_of_a_value(tmp_path: Path, capsys: Any) -> None:
     words = ["frontier", "run/", "--config", str(file)]
     for content, why in [
         ("kl: [0.5, --exact]", "line 1: kl needs texts that do not begin with -, as on the command line, got --exact"),
-        ("kl: [0.5, --, out]", "kl needs texts that do not begin with -, as on the command line, got --"),
+        ("kl: [0.5, --, out]", "line 1: kl needs another text than --, which ends the options of a command line"),
         ("kl: [--debug]", f"--config {file}, line 1: argument --kl: needs a number > 0, got '--debug'"),
     ]:
         file.write_text(content)
