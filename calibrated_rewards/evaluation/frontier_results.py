@@ -97,7 +97,7 @@ class FrontierPoint:
             return ""
         if gain.exact and abs(gain.value) <= NO_WIDTH:
             return "; both win alike"
-        if not gain.excludes(0.0):
+        if gain.low is None or not (gain.exact or gain.excludes(0.0)):
             return "; these data do not tell the two apart"
         if not self.corrected:
             return "; not certain: too few rollouts of a prompt to correct it for their number"

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 
 from calibrated_rewards import ReferenceTable, recommend
 from calibrated_rewards.cli.main import main
-from calibrated_rewards.evaluation.estimates import NO_WIDTH, IntervalEstimate, Samples
+from calibrated_rewards.evaluation.estimates import IntervalEstimate, Samples
 from calibrated_rewards.evaluation.expectations import expect
 from calibrated_rewards.evaluation.frontier import estimate_frontier
 from calibrated_rewards.evaluation.frontier_results import FrontierPoint
@@ -258,7 +258,13 @@ def test_the_raw_score_is_named_where_it_wins():
 FEW, OPEN = "; not certain: ", "; these data do not tell the two apart"
 
 
-@given(st.floats(-0.3, 0.3), st.floats(0, 0.1), st.floats(1, 100), st.booleans(), st.sampled_from(["reward", "judge"]))
+@given(
+    st.floats(-0.3, 0.3),
+    st.just(0.0) | st.floats(1e-6, 0.1),
+    st.floats(1, 100),
+    st.booleans(),
+    st.sampled_from(["reward", "judge"]),
+)
 def test_a_verdict_never_contradicts_its_interval(value, half, ess, corrected, judge):
     """Whatever the gain: words of doubt where the interval holds 0, of few rollouts where only those leave doubt."""
     gain, rate = (IntervalEstimate(each, each - half, each + half, 0.1, 30) for each in (value, 0.6))
@@ -267,11 +273,11 @@ def test_a_verdict_never_contradicts_its_interval(value, half, ess, corrected, j
     point = FrontierPoint("exp:5", 0.5, 0.0, 1.0, ess, ess_of, rates, gains, ess_of, corrected)
     doubt, verdict = point.format_doubt(gain, judge, "p"), point.verdict(judge, "p")
     holds_0 = value - half <= 0 <= value + half
-    if half > NO_WIDTH:
+    if half:
         assert (OPEN in doubt) == holds_0
         assert doubt.startswith(FEW) == (not holds_0 and verdict is None)
     else:  # both are known: the difference is one however small
-        assert (verdict is None) == (abs(value) <= half or not corrected)
+        assert (verdict is None) == (value == 0 or not corrected)
         assert OPEN not in doubt
     assert (doubt == "") == (verdict is not None)
     assert verdict is None or (verdict == "better") == (value > 0)
