@@ -9,6 +9,7 @@ import argparse
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,12 +24,22 @@ Raw: TypeAlias = str | list[str] | bool
 
 NULL = "tag:yaml.org,2002:null"
 YES, NO = ("true", "yes", "on"), ("false", "no", "off")
+NO_DASHES = "needs another text than --, which ends the options of a command line"
 # Options that are not of a run.
 OUTSIDE = {"help", "config", "save_config"}
 # The key of the command that wrote a file.
 COMMAND = "command"
 # Words that begin with a dash, and that argparse does not take for options.
 DASHED = re.compile(r"-(\d+|\d*\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An option that a file sets, and the line that does."""
+
+    raw: Raw
+    action: argparse.Action
+    where: str
 
 
 def parse_options(
@@ -41,6 +52,7 @@ def parse_options(
         each.add_argument("--config", type=Path, metavar="FILE", help=text)
         text = "write the options, of the command line and of --config, into a YAML file, and go on"
         each.add_argument("--save-config", type=Path, metavar="FILE", help=text)
+    refuse_dashes(parser, words)
     places, _ = files.parse_known_args(words)
     if (places.config is None and places.save_config is None) or {"-h", "--help"} & {*words}:
         options = parser.parse_args(words, namespace)
@@ -50,10 +62,13 @@ def parse_options(
     with read_raw(parser):
         given = vars(parser.parse_args(words))
     try:
-        read = read_config(places.config, list_actions(parser), name_command(parser)) if places.config else {}
+        read = read_config(places.config, parser) if places.config else {}
         values = {dest: raw for dest, raw in given.items() if dest not in OUTSIDE}
-        excluded = list_excluded(parser, values)
-        values = {**{dest: raw for dest, raw in read.items() if dest not in excluded}, **values}
+        excluded = {*values} | list_excluded(parser, values)
+        for dest, setting in read.items():
+            if dest not in excluded:
+                check_value(parser, setting)
+                values[dest] = setting.raw
         options = parser.parse_args(write_words(list_actions(parser), values), namespace)
         if places.save_config:
             write_file(places.save_config, write_config(list_actions(parser), values, name_command(parser)))
@@ -61,6 +76,16 @@ def parse_options(
         parser.error(error_text(error))
     options.config, options.save_config = places.config, places.save_config
     return options
+
+
+def refuse_dashes(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Refuse `--name=--`: argparse takes the dashes for the end of the options, and fails or drops the value."""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word == "--":
+            return
+        if name.startswith("-") and equals and value == "--":
+            parser.error(f"argument {name}: {NO_DASHES}")
 
 
 @contextmanager
@@ -100,9 +125,10 @@ def list_excluded(parser: argparse.ArgumentParser, given: Collection[str]) -> se
     return {dest for group in groups if group & {*given} for dest in group}
 
 
-def read_config(file: Path, actions: Mapping[str, argparse.Action], command: str) -> dict[str, Raw]:
+def read_config(file: Path, parser: argparse.ArgumentParser) -> dict[str, Setting]:
     """Read a file of options, by the names of their attributes; ValueError for what is no option, with its line."""
-    values: dict[str, Raw] = {}
+    actions, command = list_actions(parser), name_command(parser)
+    values: dict[str, Setting] = {}
     for key, node in read_pairs(file):
         where, name = f"--config {file}, line {key.start_mark.line + 1}", format_node(key).replace("_", "-")
         if name == COMMAND:
@@ -115,9 +141,24 @@ def read_config(file: Path, actions: Mapping[str, argparse.Action], command: str
             raise ValueError(f"{where}: {format_node(key)} is no option of this command; {hint}")
         if actions[name].dest in values:
             raise ValueError(f"{where}: {name} is there twice, once is enough: a list has several values")
-        if node.tag != NULL:
-            values[actions[name].dest] = read_value(node, actions[name], f"{where}: {name}")
+        if node.tag == NULL:
+            continue
+        others = list_excluded(parser, [actions[name].dest]) & {*values}
+        if others:
+            other = _flag(values[others.pop()].action)
+            raise ValueError(f"{where}: {name} is not allowed with argument {other}, which is there too: leave one out")
+        values[actions[name].dest] = Setting(read_value(node, actions[name], f"{where}: {name}"), actions[name], where)
     return values
+
+
+def check_value(parser: argparse.ArgumentParser, setting: Setting) -> None:
+    """Convert a file's texts as argparse will; ValueError with the file and the line if one is no value."""
+    raws = [] if isinstance(setting.raw, bool) else [setting.raw] if isinstance(setting.raw, str) else setting.raw
+    try:
+        for raw in raws:
+            parser._check_value(setting.action, parser._get_value(setting.action, raw))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{setting.where}: {error}") from None
 
 
 def read_pairs(file: Path) -> list[tuple[Any, Any]]:
@@ -147,6 +188,8 @@ def read_value(node: Any, action: argparse.Action, where: str) -> Raw:
             raise ValueError(f"{where} needs true or false, got {format_node(node)}")
         return node.value.lower() in YES
     nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if action.option_strings and any(isinstance(each, yaml.ScalarNode) and each.value == "--" for each in nodes):
+        raise ValueError(f"{where} {NO_DASHES}")
     if not _takes_list(action):
         if not isinstance(node, yaml.ScalarNode):
             raise ValueError(f"{where} needs one value, got {format_node(node)}")

@@ -1,4 +1,4 @@
-"""`calibrated-rewards train`: train a policy for a saved reward, with RLOO, GRPO or PPO, or offline.
+"""`calibrated-rewards train`: train a policy for a saved reward, with RLOO, GRPO, A2PO or PPO, or offline.
 
 A run's own options are the fields of its settings, a frozen dataclass: their names, defaults and lines of help.
 """
@@ -21,6 +21,7 @@ EPILOG = """trainers:
   rloo          TRL's RLOO, whose optimum is exact
   grpo          TRL's GRPO, whose optimum is close
   grpo --plain  GRPO in plain PyTorch, whose optimum is exact
+  a2po          TRL's A*-PO, whose optimum is exact, without its first stage
   ppo           PPO in plain PyTorch, the paper's algorithm, whose optimum is exact
   offline       learns from the rollouts of the calibration by --loss; draws nothing and needs no reward model
 
@@ -72,11 +73,12 @@ TRL = ("hf", "trl", "calibrate")
 TRAINERS = {
     "rloo": Trainer("online.trl", "TRLSettings", "train_rloo.run", TRL),
     "grpo": Trainer("online.trl", "TRLSettings", "train_grpo.run", TRL),
+    "a2po": Trainer("online.a2po", "TRLSettings", "train_a2po.run", TRL),
     "grpo --plain": Trainer("online.grpo", "GRPOSettings", "run", plain=True),
     "ppo": Trainer("online.ppo", "PPOSettings", "run", plain=True),
     "offline": Trainer("offline.train", "OfflineSettings", "run", ("hf", "calibrate"), draws=False),
 }
-NAMES = ("rloo", "grpo", "ppo", "offline")
+NAMES = ("rloo", "grpo", "a2po", "ppo", "offline")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +108,8 @@ def run(options: argparse.Namespace) -> int:
         add_setting(parser, each)
     if trainer.plain:
         parser.add_argument("--force", action="store_true", help="remove what another run left in --out")
+        start = "begin with this model, or adapter, trained from the policy; KL and table are still the policy's"
+        parser.add_argument("--start", metavar="PATH|ID", help=start)
         parser.add_argument("--device", metavar="DEVICE", help="a GPU if there is one")
     parse_options(parser, options.words, options)
     try:
@@ -149,15 +153,11 @@ def add_launch_arguments(parser: argparse.ArgumentParser, draws: bool = True) ->
     any_policy = "go on with another policy, or another way to draw, than the table's references are of"
     parser.add_argument("--any-policy", action="store_true", help=any_policy)
     dtype = "(%(default)s) in bfloat16 small steps are rounded away"
+    if not draws:
+        dtype = "(%(default)s) with bfloat16 the trained weights are kept, and saved, in float32 as well"
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help=dtype)
     trackers = "send the metrics to trackio, wandb, tensorboard, mlflow, ...: what transformers knows and is installed"
     parser.add_argument("--report-to", nargs="+", metavar="NAME", help=trackers)
-    check = "check the policy on rollouts of this calibration, of prompts that are not trained on, by forward passes"
-    parser.add_argument("--check-rollouts", type=parse_folder, metavar="DIR", help=check)
-    parser.add_argument("--check-every", type=Whole(1), metavar="N", help="steps from one check to the next (20)")
-    parser.add_argument("--check-prompts", type=Whole(2), metavar="N", help="prompts of a check, at most (64)")
-    judge = "a second scorer of the rollouts of --check-rollouts, for the win rates of the check"
-    parser.add_argument("--judge", metavar="NAME", help=judge)
     trust = "run the code that the policy or the saved reward brings, and ask the servers that the reward names"
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
@@ -171,6 +171,12 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--most-ties", type=Real(0.0, 1.0), metavar="SHARE", help=ties)
     spread = "leave out prompts whose references have a smaller standard deviation, in the reward model's unit"
     parser.add_argument("--least-spread", type=Real(0.0), metavar="SD", help=spread)
+    check = "check the policy on rollouts of this calibration, of prompts that are not trained on, by forward passes"
+    parser.add_argument("--check-rollouts", type=parse_folder, metavar="DIR", help=check)
+    parser.add_argument("--check-every", type=Whole(1), metavar="N", help="steps from one check to the next (20)")
+    parser.add_argument("--check-prompts", type=Whole(2), metavar="N", help="prompts of a check, at most (64)")
+    judge = "a second scorer of the rollouts of --check-rollouts, for the win rates of the check"
+    parser.add_argument("--judge", metavar="NAME", help=judge)
 
 
 def add_setting(parser: argparse.ArgumentParser, field: Field[Any]) -> None:
@@ -178,6 +184,9 @@ def add_setting(parser: argparse.ArgumentParser, field: Field[Any]) -> None:
     if field.default is MISSING:
         raise TypeError(f"settings of a run have defaults, got {field.name} without one")
     name, choices, kind = f"--{field.name.replace('_', '-')}", field.metadata["choices"], type(field.default)
+    if kind is bool:
+        parser.add_argument(name, action="store_true", default=None, help=field.metadata["help"])
+        return
     values: dict[str, Any] = {"choices": choices} if choices else {"metavar": METAVARS.get(kind, "TEXT")}
     default = BETA.format(field.default) if field.name == "beta" else field.default
     parser.add_argument(name, type=kind, help=f"{field.metadata['help']} ({default})", **values)

@@ -4,7 +4,8 @@
 - `pass_at_k`: unbiased pass@k, best@k and worst@k; `validation_dumps` reads the samples that verl and TRL dump.
 - `policies`, `kl`: `evaluate` draws from policies, scores, and compares them with their reference.
 - `frontier`: `estimate_frontier` compares objectives without any training.
-- `recommend`, `recommendation`: which transform and beta to train with, what it buys, whether K is enough.
+- `recommend`, `recommendation`: which transform and beta to train with, what it buys, whether K is enough;
+  `reward_commands`: what to paste to make that reward.
 - `held_out`, `importance_weights`: `check_log_ratios` judges a policy on held-out rollouts, without generating.
 - `expectations`, `table_laws`: `expect` predicts beta, KL and win rate of training on a table, with its ties.
 - `results`, `frontier_results`, `wording`, `plots`, `report`: results in print, JSON, figures and one page of HTML.

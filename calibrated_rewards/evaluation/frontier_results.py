@@ -12,7 +12,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
-from calibrated_rewards.evaluation.estimates import RatesByJudge, from_json
+from calibrated_rewards.evaluation.estimates import NO_WIDTH, IntervalEstimate, RatesByJudge, from_json
 from calibrated_rewards.evaluation.wording import (
     choose_judge,
     choose_procedure,
@@ -74,13 +74,37 @@ class FrontierPoint:
 
     def verdict(self, judge: str, procedure: str) -> Literal["better", "worse"] | None:
         """Compare with the first objective; None where the interval, widened by the resolution limit, holds 0."""
-        gain = self.gains[judge][procedure] if self.gains else None
-        if gain is None or gain.low is None or gain.high is None or not self.corrected:
+        return self.judge_gain(self.gains[judge][procedure], judge, procedure) if self.gains else None
+
+    def judge_gain(self, gain: IntervalEstimate, judge: str, procedure: str) -> Literal["better", "worse"] | None:
+        """Give the verdict of a gain over the first objective, as found or less what finite K costs."""
+        if gain.low is None or gain.high is None or not self.corrected:
             return None
-        limit = resolution_limit(self.ess_of_gain(procedure))
-        if judge == next(iter(self.win_rates)):  # the score that selects comes first
-            limit = min(limit, OWN_ERROR)
+        limit = self.limit_of_gain(judge, procedure)
         return "better" if gain.low > limit else "worse" if gain.high < -limit else None
+
+    def limit_of_gain(self, judge: str, procedure: str) -> float:
+        """Return how far off a gain may be at its effective sample size; 0 for win rates that are known exactly."""
+        if self.win_rates[judge][procedure].exact and self.gains[judge][procedure].exact:
+            return 0.0
+        limit = resolution_limit(self.ess_of_gain(procedure))
+        # The score that selects comes first.
+        return min(limit, OWN_ERROR) if judge == next(iter(self.win_rates)) else limit
+
+    def format_doubt(self, gain: IntervalEstimate, judge: str, procedure: str) -> str:
+        """Say why a gain is no verdict, in a clause that fits its interval; nothing where it is one."""
+        if self.judge_gain(gain, judge, procedure):
+            return ""
+        if gain.exact and abs(gain.value) <= NO_WIDTH:
+            return "; both win alike"
+        if gain.low is None or not (gain.exact or gain.excludes(0.0)):
+            return "; these data do not tell the two apart"
+        if not self.corrected:
+            return "; not certain: too few rollouts of a prompt to correct it for their number"
+        return (
+            f"; not certain: it rests on {self.ess_of_gain(procedure):.1f} effective rollouts of a prompt, where gains "
+            f"were off by up to {100 * self.limit_of_gain(judge, procedure):.1f} points"
+        )
 
     def format_rate(self, judge: str, procedure: str) -> str:
         """Write a win rate, with a mark where it rests on a small effective sample size."""
@@ -158,10 +182,10 @@ class FrontierEstimate:
             f"{format_objective(best.arm)}{picked} wins {best.format_rate(judge, procedure)}"
         )
         if best is not first and best.gains:
-            open_ = "" if best.verdict(judge, procedure) else "; these data do not tell the two apart"
-            sentence += f", {best.format_gain(judge, procedure)} from {format_objective(first.arm)}{open_}"
+            doubt = best.format_doubt(best.gains[judge][procedure], judge, procedure)
+            sentence += f", {best.format_gain(judge, procedure)} from {format_objective(first.arm)}{doubt}"
         ess = min(best.ess_of[procedure], best.ess_of_gain(procedure))
-        if ess < RELIABLE_ESS and "~" in sentence:
+        if ess < RELIABLE_ESS and "~" in sentence and "effective" not in sentence:
             sentence += f" (~: from {ess:.1f} effective completions of a prompt, too few to go by the interval)"
         return f"{sentence}."
 

@@ -24,8 +24,9 @@ from calibrated_rewards.evaluation.frontier import estimate_frontier
 from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
 from calibrated_rewards.evaluation.objectives import OBJECTIVES, AnyObjective, Fixed, Transformed
 from calibrated_rewards.evaluation.pair_weights import draw_chances
-from calibrated_rewards.evaluation.recommendation import ENOUGH, Recommendation
+from calibrated_rewards.evaluation.recommendation import AS_GOOD, ENOUGH, ONLY_COMPARED, Recommendation
 from calibrated_rewards.evaluation.references import References, read_references
+from calibrated_rewards.evaluation.reward_commands import RecordedScorer
 from calibrated_rewards.evaluation.wording import format_procedure
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.table.search import tie_spans
@@ -42,8 +43,6 @@ LEAST_K, DRAWS, RATE = 64, 300, 0.75
 OTHERS_FOR_BEST, OTHERS_FOR_WORST = ("exp:10", "exp:5", "identity"), ("exp:-10", "exp:-5", "identity")
 # Quantiles at which a policy's density is averaged over draws of references.
 GRID = 4000
-# Win rates that differ by less are as good: they are averages over drawn gaps between references.
-AS_GOOD = 0.003
 # A larger K is not simulated, but extrapolated to.
 MOST_CHECKED = 600
 
@@ -78,7 +77,7 @@ def recommend(
     question = _Question(references.table, procedure, float(kl), estimator)  # the repr of a numpy float is no number
     best = question.choose()
     arm = best.named.name.rpartition(":")[0]
-    arms: dict[str, AnyObjective] = {each: OBJECTIVES[each] for each in ("raw", "z-score", "par", "identity")}
+    arms: dict[str, AnyObjective] = {each: OBJECTIVES[each] for each in (*ONLY_COMPARED, "identity")}
     arms[arm] = Fixed(Transformed(best.named.transform))
     procedures = [procedure] if isinstance(procedure, Standard) else [procedure, Standard()]
     frontier = estimate_frontier(
@@ -122,6 +121,7 @@ def _summarise(
         loss = limit - best.win_rate
         win_rate = _shift(rate, -loss).clip(0.0, 1.0)
     none = IntervalEstimate(0.0, None, None, None, frontier.prompts)
+    gain = _shift(point.gains[judged][key], -loss).clip(-1.0, 1.0) if raw.corrected else None
     return Recommendation(
         procedure=format_name(procedure),
         kl=kl,
@@ -130,8 +130,8 @@ def _summarise(
         estimator=best.estimator,
         win_rate=win_rate,
         raw_win_rate=raw.win_rates[judged][key] if raw.corrected else None,
-        gain=_shift(point.gains[judged][key], -loss).clip(-1.0, 1.0) if raw.corrected else None,
-        gain_shown=point.verdict(judged, key) is not None,
+        gain=gain,
+        gain_shown=gain is not None and point.judge_gain(gain, judged, key) is not None,
         single_draw_gain=point.gains[judged].get(repr(Standard()), none),
         own_win_rate=best.win_rate,
         raw_own_win_rate=raw.win_rates[own][key] if raw.corrected else None,
@@ -142,6 +142,7 @@ def _summarise(
         judged_by=judged,
         frontier=frontier,
         source=str(references.table.path or "table/"),
+        scorer=RecordedScorer.of(references.table.meta),
     )
 
 

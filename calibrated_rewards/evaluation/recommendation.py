@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from calibrated_rewards.evaluation.estimates import IntervalEstimate, from_json
-from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
+from calibrated_rewards.evaluation.frontier_results import FrontierEstimate, FrontierPoint
+from calibrated_rewards.evaluation.reward_commands import RecordedScorer
 from calibrated_rewards.evaluation.wording import (
     format_points,
     format_procedure,
@@ -27,6 +27,10 @@ from calibrated_rewards.theory.transforms import Transform
 
 ENOUGH = 0.01
 """A loss to finite K of less than this, a point, is enough."""
+AS_GOOD = 0.003
+"""Win rates that differ by less are as good: they are averages over drawn gaps between references."""
+ONLY_COMPARED = ("raw", "z-score", "par")
+"""Rows of the table that are no transform of the quantile, and are never recommended."""
 # Below this the KL's weight is lost beside the reward's.
 SMALL_BETA = 1e-3
 
@@ -50,7 +54,7 @@ class Recommendation:
     gain: IntervalEstimate | None
     """The first less the second, paired by prompt."""
     gain_shown: bool
-    """True if the gain is farther from 0 than its interval, and than errors at that effective sample size."""
+    """True if 0 is farther from the gain's interval than gains were off at that effective sample size."""
     single_draw_gain: IntervalEstimate
     """The same difference for single draws."""
     own_win_rate: float
@@ -69,6 +73,8 @@ class Recommendation:
     frontier: FrontierEstimate
     source: str = "table/"
     """The folder of the table, for the command."""
+    scorer: RecordedScorer = RecordedScorer()  # noqa: RUF009 (frozen)
+    """What the table says of its reward model, for the command."""
 
     @cached_property
     def transform(self) -> Transform:
@@ -93,10 +99,8 @@ class Recommendation:
 
     @property
     def command(self) -> str:
-        """The command that makes the reward, to paste into a shell."""
-        estimator = "" if self.estimator == "empirical" else f" --estimator {self.estimator}"
-        table = shlex.quote(self.source)
-        return f"calibrated-rewards reward {table} --reward-model ./rm --transform {self.name}{estimator} --out reward/"
+        """The command that makes the reward, to paste into a shell; for a function the lines of Python."""
+        return self.scorer.write_command(self.source, self.name, self.beta, self.estimator)
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -105,9 +109,15 @@ class Recommendation:
         yield self._what_to_train()
         yield self._what_it_wins()
         yield self._whether_k_is_enough()
-        yield f"\n  {self.command}\n"
+        yield ""
+        yield from (f"  {line}" for line in self.command.splitlines())
+        if self.scorer.note:
+            yield self.scorer.note
+        yield ""
         yield from (f"  {line}" for line in self._table())
         yield ""
+        if why := self._why_not_the_highest():
+            yield why
         yield from self._notes()
 
     def _what_to_train(self) -> str:
@@ -124,14 +134,14 @@ class Recommendation:
         start = f"It should win {format_share(self.win_rate)} of {procedure} duels by {self.judged_by}"
         if self.raw_win_rate is None or self.gain is None:
             return f"{start}. What the raw score wins is not known from so few rollouts of a prompt at this KL."
-        unclear = "" if self.gain_shown else "; these data do not tell the two apart"
+        unclear = self._point.format_doubt(self.gain, self.judged_by, repr(self._procedure))
         singly = ""
         if not isinstance(self._procedure, Standard):
             points = 100 * self.single_draw_gain.value
-            singly = f", and {'costs' if points < 0 else 'gains'} {abs(points):.1f} points of single draws"
+            singly = f" It {'costs' if points < 0 else 'gains'} {abs(points):.1f} points of single draws."
         return (
             f"{start}, {format_points(self.gain)} from the raw score's {100 * self.raw_win_rate.value:.1f} % at the "
-            f"same KL {self.kl:g}{unclear}{singly}."
+            f"same KL {self.kl:g}{unclear}.{singly}"
         )
 
     def _whether_k_is_enough(self) -> str:
@@ -140,7 +150,7 @@ class Recommendation:
         if self.enough:
             more = 100 * max(self.loss, 0.0)
             return f"K = {self.references:,} is enough: more references would add {more:.1f} points."
-        needed = f"; K = {self.references_needed:,} would lose 1" if self.references_needed else ""
+        needed = f"; K = {self.references_needed:,} would lose 1 point" if self.references_needed else ""
         return (
             f"K = {self.references:,} is not enough: a policy that fits these references loses {100 * self.loss:.1f} "
             f"points by {self.frontier.selected_by}{needed}."
@@ -203,6 +213,31 @@ class Recommendation:
     @property
     def _arm(self) -> str:
         return self.name.rpartition(":")[0]
+
+    @property
+    def _point(self) -> FrontierPoint:
+        return next(point for point in self.frontier.points if point.arm == self._arm)
+
+    def _why_not_the_highest(self) -> str | None:
+        """Say why the highest row of the table is not the answer; None where it is, or is as good."""
+        judge, procedure = self.judged_by, repr(self._procedure)
+
+        def rate(point: FrontierPoint) -> float:
+            return point.win_rates[judge][procedure].value
+
+        highest = max(self.frontier.points, key=rate)
+        as_good = 0.0005 if highest.arm in ONLY_COMPARED else AS_GOOD
+        if self.raw_is_better or rate(highest) <= rate(self._point) + as_good:
+            return None
+        if highest.arm in ONLY_COMPARED:
+            return (
+                f"{highest.arm} is higher but only compares: the answer is a transform of the quantile, which `reward` "
+                "can make."
+            )
+        return (
+            f"{highest.arm} is higher here; the answer is the transform that wins most by {self.frontier.selected_by} "
+            f"at K = {self.references:,}."
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields as nested dictionaries, and the command, for JSON."""

@@ -9,6 +9,7 @@
 (Samples(P=2, m=4), 'reward', 2)
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from jaxtyping import Float64
 from calibrated_rewards.calibration.shards import SCORE, read_table
 from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.table.reference_table import ReferenceTable
+
+CALIBRATE_FIRST = (
+    "`calibrated-rewards calibrate` makes one, with --rollouts FILE --scores COLUMN of rollouts that are there already"
+)
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,20 @@ def read_references(at: Path, select: str | None = None, judge: str | None = Non
     `select` is the scorer to train for, by default the only one or "reward"; `judge` another one, by default the only
     other one or "judge".
     """
+    if at.is_file():
+        raise ValueError(
+            f"{at} is a file, but a calibration is a folder: of rollouts with their scores one is made by "
+            f"`calibrated-rewards calibrate --rollouts {shlex.quote(str(at))} --scores COLUMN --out table/`"
+        )
+    if not at.exists():
+        raise ValueError(f"{at} needs to be the folder of a calibration, got none: {CALIBRATE_FIRST}")
     if not any((at / "rollouts").glob("*.parquet")):
         if (at / "reward.json").is_file():
             raise ValueError(
                 f"{at} is a calibrated reward: name the directory of its calibration, or {at / 'table'}, its bare table"
             )
         if not (at / "table.json").is_file():
-            raise ValueError(f"{at} needs rollouts/*.parquet or a table.json, got neither: not calibrated yet?")
+            raise ValueError(f"{at} needs rollouts/*.parquet or a table.json, got neither: {CALIBRATE_FIRST}")
         if select is not None or judge is not None:
             raise ValueError(f"{at} is a bare table: --select and --judge need a run with rollouts, got none.")
         table = ReferenceTable.load(at)
@@ -102,5 +114,5 @@ def read_scores(run: Path, select: str, judge: str | None = None) -> Samples:
 def _files(run: Path) -> list[Path]:
     files = sorted((run / "rollouts").glob("*.parquet"))
     if not files:
-        raise ValueError(f"{run} needs rollouts/*.parquet, got none: not calibrated yet?")
+        raise ValueError(f"{run} needs rollouts/*.parquet, got none: {CALIBRATE_FIRST}")
     return files

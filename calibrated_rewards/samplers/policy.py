@@ -145,3 +145,27 @@ class Policy:
             "decoding": self.decoding.fingerprint(),
             "end_tokens": sorted(self.endings.ids),
         }
+
+
+def tokenize_completion(policy: Policy, rollout: Any, prompt: Any = "") -> tuple[list[int], bool]:
+    """Make a rollout's completion into tokens, with the token that ended it; tell if as many were drawn.
+
+    Rollouts are stored as text. Where several tokens end a completion, the tokenizer's own is taken.
+    """
+    text = rollout.completion
+    if not isinstance(text, str):
+        raise TypeError(f"tokens are those of completions that are text, got messages for {start_of(prompt)}")
+    ids: list[int] = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    most, ends = policy.decoding.max_tokens, policy.endings.ids
+    if rollout.finish == "length" or (rollout.finish is None and len(ids) >= most) or not (ends or rollout.finish):
+        return ids[:most], rollout.tokens in (None, len(ids))
+    end = policy.tokenizer.eos_token_id if policy.tokenizer.eos_token_id in ends else min(ends, default=None)
+    whole = ids if end is None else [*ids, end]
+    if rollout.tokens in (None, len(whole)):
+        return whole, True
+    # It may have been ended by a stop string, which was drawn and is not stored.
+    for stop in policy.decoding.stop:
+        ids = policy.tokenizer(text + stop, add_special_tokens=False)["input_ids"]
+        if len(ids) == rollout.tokens:
+            return ids, True
+    return whole[:most], False

@@ -130,7 +130,7 @@ class StepLog(TrainerCallback):
         """Write the log up to the checkpoint again: what came after it happens again."""
         if state.is_world_process_zero:
             self.lines = ProgressLines(self.steps, state.global_step)
-            self.folder.write_log(convert_row(each, self.beta) for each in state.log_history if "kl" in each)
+            self.folder.write_log(convert_row(each, self.beta) for each in state.log_history if is_step(each))
             bar: Any = {"desc": "training", "unit": " steps", "disable": None if self.show_progress else True}
             self.bar = tqdm(total=self.steps, initial=state.global_step, delay=3, **bar)
 
@@ -140,7 +140,7 @@ class StepLog(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write a step's row; its seconds go into the history, which a checkpoint keeps."""
-        if state.is_world_process_zero and "kl" in state.log_history[-1]:
+        if state.is_world_process_zero and is_step(state.log_history[-1]):
             state.log_history[-1]["seconds"] = perf_counter() - self.step_start
             row = convert_row(state.log_history[-1], self.beta)
             self.folder.add_to_log(row)
@@ -253,10 +253,18 @@ class HeldOutCallback(TrainerCallback):
                 self.trainer._metrics["train"][name].append(value)
 
 
+def is_step(logged: Mapping[str, Any]) -> bool:
+    """Tell TRL's log of a step from its log of a whole run."""
+    return "completions/mean_length" in logged
+
+
 def convert_row(logged: Mapping[str, Any], beta: float) -> dict[str, Any]:
-    """Convert TRL's log of a step to a row: its KL is a mean over tokens, a row's a sum over the completion."""
+    """Convert TRL's log of a step to a row, whose KL is a sum over the completion.
+
+    RLOO and GRPO log its mean over tokens, A2PO beta times the sum.
+    """
     tokens, reward = logged["completions/mean_length"], logged["reward"]
-    kl = logged["kl"] * tokens
+    kl = logged["kl"] * tokens if "kl" in logged else logged["implicit_reward"] / beta
     quantile = {name.rpartition("/")[2]: value for name, value in logged.items() if name.endswith(("/u", "/raw"))}
     row = {"step": logged["step"] - 1, "lr": logged["learning_rate"], "reward": reward, **quantile, "kl": kl}
     row |= {"objective": None if reward is None else reward - beta * kl, "tokens": tokens}

@@ -28,12 +28,11 @@ from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.parts import lock_of
 from calibrated_rewards.prompts import Prompt, prompt_key
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
-from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.samplers.policy import Policy, tokenize_completion
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import check_count
 from calibrated_rewards.training.check_settings.rules import read_decoding
 from calibrated_rewards.training.launch import Inputs, Launch, check_policy
-from calibrated_rewards.training.offline.groups import tokenize_completion
 from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
 from calibrated_rewards.training.offline.rollouts import PromptRollouts, iterate_rollouts
 

@@ -87,6 +87,8 @@ class Launch:
     trust_remote_code: bool = False
     force: bool = False
     """Remove the files of another run, in the plain loops."""
+    start: str | None = None
+    """A model trained from the policy, offline say, with which the plain loops begin; the KL is to the policy."""
     most_ties: float | None = None
     """Leave out prompts whose references tie more often (`table.select_prompts`); with both None, no prompt."""
     least_spread: float | None = None

@@ -6,11 +6,12 @@ table were, so that the KL to the reference policy is the one in the objective. 
 """
 
 import copy
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.files import Message, setting
@@ -27,7 +29,7 @@ from calibrated_rewards.samplers.policy import Draft, Policy
 from calibrated_rewards.training.held_out import is_due, load_check
 from calibrated_rewards.training.launch import Launch, load_inputs, print_outcome
 from calibrated_rewards.training.progress import ProgressLines, describe_size
-from calibrated_rewards.training.run_folder import RunFolder, describe_run
+from calibrated_rewards.training.run_folder import RunFolder, describe_run, resolve_policy
 from calibrated_rewards.training.trackers import check_trackers, open_trackers
 
 
@@ -40,6 +42,31 @@ def prepare_model(model: Any, rank: int, layers: int = 0) -> Any:
 
     with ignore_peft_warning():
         return get_peft_model(model, build_lora_config(model, rank, layers))
+
+
+def load_start(launch: Launch, policy: Any, lora_rank: int = 0) -> tuple[Any, Any]:
+    """Load the model that training begins with, and the reference of its KL: the policy, if it begins elsewhere.
+
+    An adapter is loaded onto the policy and trained further; any other model takes memory beside it. Without `start`
+    the model is the policy, and the reference None: the policy as it is now.
+    """
+    if launch.start is None:
+        return policy, None
+    path, trust = resolve_policy(launch.start), launch.trust_remote_code
+    if os.path.exists(os.path.join(path, "adapter_config.json")):
+        from peft import PeftModel
+
+        if lora_rank:
+            number = setting("lora_rank", str(lora_rank))
+            raise ValueError(Message(f"an adapter to start with is trained further at its own rank, got {number}"))
+        with ignore_peft_warning():
+            adapted = PeftModel.from_pretrained(policy, path, is_trainable=True)
+        return adapted, WithoutAdapter(adapted)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=launch.dtype, trust_remote_code=trust)
+    sizes = [each.config.get_text_config().vocab_size for each in (policy, model)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"a model to start with has the policy's {sizes[0]:,} tokens, got {path} with {sizes[1]:,}")
+    return model.to(device_of(policy)), policy.requires_grad_(False)
 
 
 def list_trainable(model: Any) -> list[Any]:
@@ -261,15 +288,18 @@ def run_in_folder(name: str, train: Callable[..., Any], launch: Launch, settings
     main = processes.is_main_process
     check_trackers(launch.report_to)
     if main:
-        folder.check_free(launch.force, launch.policy)
+        folder.check_free(launch.force, launch.policy, launch.start)
     inputs = load_inputs(launch)
     policy, settings = inputs.policy, inputs.complete(settings)
     policy.model.to(launch.device or processes.device)
     check = load_check(launch, inputs, settings) if main else None
     run = describe_run(name, policy.model, inputs.reward, inputs.prompts, policy.decoding, settings, launch.dtype)
+    run |= {} if launch.start is None else {"start": resolve_policy(launch.start)}
+    model, reference = load_start(launch, policy.model, settings.lora_rank)
+    policy = replace(policy, model=model)
     with folder.reserve(main):
         if main:
-            folder.check_free(launch.force, launch.policy)  # a run may have ended there since
+            folder.check_free(launch.force, launch.policy, launch.start)  # a run may have ended there since
             folder.empty()
             folder.write_settings(run)
             folder.log.touch()
@@ -285,7 +315,7 @@ def run_in_folder(name: str, train: Callable[..., Any], launch: Launch, settings
                 if not sys.stderr.isatty():  # where the loop's bar is not shown
                     lines.add(row)
 
-            model = train(policy, inputs.reward, inputs.prompts, settings, log)
+            model = train(policy, inputs.reward, inputs.prompts, settings, log, reference)
         if main:
             model.save_pretrained(folder.unfinished_model)
             policy.tokenizer.save_pretrained(folder.unfinished_model)

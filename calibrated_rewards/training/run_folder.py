@@ -75,15 +75,17 @@ class RunFolder:
                 )
             yield
 
-    def check_free(self, force: bool, policy: str | os.PathLike[str]) -> None:
-        """Raise FileExistsError for a run that may not be removed: any without `force`, and never the policy itself."""
+    def check_free(self, force: bool, policy: str | os.PathLike[str], start: str | None = None) -> None:
+        """Raise FileExistsError for a run that may not be removed: any without `force`, and never one that is read."""
         used = next((each for each in (self.log, self.model_folder, self.settings_file) if each.exists()), None)
         if used is None:
             return
         if not force:
             raise FileExistsError(f"{used} is of another run: choose another --out, or --force to remove it")
-        if Path(policy).resolve().is_relative_to(self.model_folder.resolve()):
-            raise FileExistsError(f"--policy is {self.model_folder}, which --force would remove: choose another --out")
+        for option, path in (("--policy", policy), ("--start", start)):
+            if path is not None and Path(path).resolve().is_relative_to(self.model_folder.resolve()):
+                text = f"{option} is {self.model_folder}, which --force would remove: choose another --out"
+                raise FileExistsError(text)
 
     def empty(self) -> None:
         """Remove the files of a run: its model first, so that none lies beside the log of another."""

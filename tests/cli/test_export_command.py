@@ -8,13 +8,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rollout_runs import save_run
+from scipy.special import softmax
 
 from calibrated_rewards import BestOf, CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.evaluation.expectations import expect
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
+from calibrated_rewards.theory.finite_k import values
 from calibrated_rewards.theory.named import parse_transform
+from calibrated_rewards.theory.scale import scaled
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +48,10 @@ def test_its_beta_is_that_of_reward(run: Path, tmp_path: Path, capsys: pytest.Ca
     rewards, weights = np.array(columns["reward"]).reshape(3, 8), np.array(columns["weight"]).reshape(3, 8)
     factors = np.exp(rewards / solved.beta)
     np.testing.assert_allclose(weights, factors / factors.sum(axis=1, keepdims=True), rtol=1e-9)
-    # Of the rollouts themselves, none of which is above all eight, the KL is less than that of fresh completions.
+    # Each rollout is ranked among the seven others, for which the KL is nearly that for eight.
     kl, ess = (weights * np.log(8 * weights)).sum(axis=1).mean(), (1 / (weights**2).sum(axis=1)).mean()
-    assert kl < 0.5
+    others = softmax(values(scaled(named.transform, "unit"), 7)[::2] / solved.beta)
+    assert kl == pytest.approx(float((others * np.log(8 * others)).sum()), rel=1e-6)
     assert f"weights: KL {kl:.3g} nats from equal ones, effective sample size {ess:.3g}, on average" in output
 
 

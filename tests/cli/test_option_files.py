@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-printable = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1)
+printable = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(lambda text: text != "--")
 
 
 @given(printable, st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.lists(printable, min_size=1))
@@ -161,7 +161,7 @@ def find_parser(command: str) -> argparse.ArgumentParser:
 @st.composite
 def command_lines(draw: Any, command: str) -> list[str]:
     """Words for a random part of a command's options, of each form that it has."""
-    texts = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
+    texts = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: text != "--") | st.sampled_from(
         ["null", "~", "no", "1e-6", "-x", "a: b"]
     )
     words, positional = [], []
@@ -210,8 +210,8 @@ def test_a_dash_makes_no_option_of_a_value(tmp_path: Path, capsys: Any) -> None:
     words = ["frontier", "run/", "--config", str(file)]
     for content, why in [
         ("kl: [0.5, --exact]", "line 1: kl needs texts that do not begin with -, as on the command line, got --exact"),
-        ("kl: [0.5, --, out]", "kl needs texts that do not begin with -, as on the command line, got --"),
-        ("kl: [--debug]", "argument --kl: needs a number > 0, got '--debug'"),
+        ("kl: [0.5, --, out]", "line 1: kl needs another text than --, which ends the options of a command line"),
+        ("kl: [--debug]", f"--config {file}, line 1: argument --kl: needs a number > 0, got '--debug'"),
     ]:
         file.write_text(content)
         with pytest.raises(SystemExit):
@@ -230,6 +230,35 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
     options = parse_options(parser(), [*words, "--config", str(file)])
     assert (options.place, options.text, options.each, options.several) == ("here", "z", ["y"], [3])
     assert (options.cost, options.flag, options.how, options.number) == (False, True, "no", 2.0)
+
+
+def test_a_value_that_the_command_line_replaces_may_be_wrong(tmp_path: Path, capsys: Any) -> None:
+    """Only what is used is checked; of two that exclude each other the line of the second is named."""
+    file = tmp_path / "options.yaml"
+    file.write_text("table: there\nkl: FILL IN\n")
+    assert parse("recommend", ["--config", str(file), "--kl", "1"])["kl"] == 1.0
+    with pytest.raises(SystemExit):
+        parse("recommend", ["--config", str(file)])
+    why = f"--config {file}, line 2: argument --kl: needs a number > 0, got 'FILL IN'"
+    assert why in capsys.readouterr().err
+    file.write_text("table: there\nbest-of: 8\nworst-of: 8\n")
+    with pytest.raises(SystemExit):
+        parse("recommend", ["--config", str(file)])
+    assert f"{file}, line 3: worst-of is not allowed with argument --best-of" in capsys.readouterr().err
+
+
+def test_two_dashes_are_no_value(tmp_path: Path, capsys: Any) -> None:
+    """With a name argparse would drop them: an error; after the end of the options they are a positional argument."""
+    for word in ("--text=--", "--each=--", "--several=--"):
+        with pytest.raises(SystemExit):
+            parse_options(parser(), [word])
+        name = word.partition("=")[0]
+        assert f"argument {name}: needs another text than --, which ends the options" in capsys.readouterr().err
+    file = tmp_path / "options.yaml"
+    file.write_text('place: "--"\n')
+    options = parse_options(parser(), ["--config", str(file)])
+    assert options.place == parse_options(parser(), ["--", "--"]).place == "--"
+    assert parse_options(parser(), ["--", "--text=--"]).place == "--text=--"
 
 
 def test_the_command_line_wins_over_what_it_excludes(tmp_path: Path, capsys: Any) -> None:
@@ -284,8 +313,11 @@ def test_a_file_of_another_command_is_refused(tmp_path: Path, capsys: Any) -> No
         ("text: a\n---\ntext: b", "is no YAML: expected a single document"),
         ("flag: 3", "flag needs true or false, got 3"),
         ("text: a\ntext: b", "line 2: text is there twice"),
-        ("number: many", "argument --number: invalid float value: 'many'"),
-        ("how: maybe", "argument --how: invalid choice: 'maybe'"),
+        ("text: a\nnumber: many", "line 2: argument --number: invalid float value: 'many'"),
+        ("how: maybe", "line 1: argument --how: invalid choice: 'maybe'"),
+        ("several: [1, 2,\n two]", "line 1: argument --several: invalid int value: 'two'"),
+        ("text: --", "line 1: text needs another text than --"),
+        ("each: [a, --]", "line 1: each needs another text than --"),
         ("- text", "needs lines of OPTION: VALUE, got a sequence"),
         ("text: 'a", "is no YAML"),
         ("config: other.yaml", "config is no option"),

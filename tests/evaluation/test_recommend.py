@@ -2,17 +2,20 @@
 
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 from scipy.special import ndtr, ndtri
 from scipy.stats import spearmanr
 
 from calibrated_rewards import ReferenceTable, recommend
 from calibrated_rewards.cli.main import main
-from calibrated_rewards.evaluation.estimates import Samples
+from calibrated_rewards.evaluation.estimates import IntervalEstimate, Samples
 from calibrated_rewards.evaluation.expectations import expect
 from calibrated_rewards.evaluation.frontier import estimate_frontier
+from calibrated_rewards.evaluation.frontier_results import FrontierPoint
 from calibrated_rewards.evaluation.objectives import ExpectedScore, ExponentialUtility, OptimumAtKL, parse_objective
 from calibrated_rewards.evaluation.recommendation import Recommendation
 from calibrated_rewards.evaluation.references import References
@@ -70,6 +73,7 @@ def test_the_first_lines_answer():
         r"It should win \d\d\.\d % \[.*\] of best of 4 duels by judge, .* points \[.*\] from the raw score's", wins
     )
     assert enough.startswith("K = 32 is not enough: a policy that fits these references loses")
+    assert enough.endswith(" would lose 1 point.")
     assert command.strip() == answer.command
     assert len([line for line in rest if line.startswith("  best-of:4")]) == 1
     assert recommend(table_of(normals(20, 900)), Standard(), kl=0.1).enough
@@ -249,6 +253,81 @@ def test_the_raw_score_is_named_where_it_wins():
     truth = win_rate(NormalQuantile(), beta_for_kl(NormalQuantile(), 2.5), BestOf(4))
     assert answer.raw_is_better == (truth > answer.own_win_rate + 0.002)
     assert str(answer).startswith("With K = 64 no transform beats the raw score") == answer.raw_is_better
+
+
+FEW, OPEN = "; not certain: ", "; these data do not tell the two apart"
+
+
+@given(
+    st.floats(-0.3, 0.3),
+    st.just(0.0) | st.floats(1e-6, 0.1),
+    st.floats(1, 100),
+    st.booleans(),
+    st.sampled_from(["reward", "judge"]),
+)
+def test_a_verdict_never_contradicts_its_interval(value, half, ess, corrected, judge):
+    """Whatever the gain: words of doubt where the interval holds 0, of few rollouts where only those leave doubt."""
+    gain, rate = (IntervalEstimate(each, each - half, each + half, 0.1, 30) for each in (value, 0.6))
+    rates, gains = ({name: {"p": each} for name in ("reward", "judge")} for each in (rate, gain))
+    ess_of = {"p": ess}
+    point = FrontierPoint("exp:5", 0.5, 0.0, 1.0, ess, ess_of, rates, gains, ess_of, corrected)
+    doubt, verdict = point.format_doubt(gain, judge, "p"), point.verdict(judge, "p")
+    holds_0 = value - half <= 0 <= value + half
+    if half:
+        assert (OPEN in doubt) == holds_0
+        assert doubt.startswith(FEW) == (not holds_0 and verdict is None)
+    else:  # both are known: the difference is one however small
+        assert (verdict is None) == (value == 0 or not corrected)
+        assert OPEN not in doubt
+    assert (doubt == "") == (verdict is not None)
+    assert verdict is None or (verdict == "better") == (value > 0)
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "kl", "correlation"), [(16, 0.5, 0.9), (32, 0.2, 0.6), (32, 1.0, 0.9), (24, 0.5, 0.0)]
+)
+def test_the_printed_verdict_is_that_of_the_printed_interval(rollouts, kl, correlation):
+    """Of recommend's second line and of frontier's first, with a judge and few rollouts."""
+    samples = normals(60, rollouts, correlation)
+    answer = recommend(References(samples, table_of(samples), "reward", "judge"), BestOf(4), kl)
+    for line in str(answer).splitlines()[1], answer.frontier.headline():
+        if "from the raw score" not in line and "from raw" not in line:
+            assert "is not known from so few" in line
+            continue
+        low, high = map(float, re.search(r"points \[([+-][\d.]+), ([+-][\d.]+)\]", line).groups())
+        assert (OPEN in line) <= (low <= 0 <= high)
+        assert low > 0 or high < 0 or OPEN in line or FEW in line
+    assert answer.gain_shown == (answer.gain is not None and OPEN not in str(answer) and FEW not in str(answer))
+
+
+def test_the_highest_row_is_the_answer_or_the_reason_is_given():
+    """Of 0/1 rewards the z-score, which spends more on some prompts, may win more: it says that it only compares."""
+    rng = np.random.default_rng(0)
+    passed = (rng.random((100, 32)) < rng.beta(0.6, 0.8, size=(100, 1))).astype(float)
+    for samples in Samples(passed), normals(60, 64), normals(60, 200):
+        answer = recommend(table_of(samples), BestOf(4), kl=0.2)
+        rates = {point.arm: point.win_rates["reward"]["BestOf(n=4)"].value for point in answer.frontier.points}
+        highest, arm = max(rates, key=rates.get), answer.name.rpartition(":")[0]
+        higher = rates[highest] > rates[arm] + 0.003
+        assert (f"\n{highest} is higher" in str(answer)) >= higher
+        assert higher or highest != arm or "is higher" not in str(answer)
+        if samples.select[0].max() == 1.0:
+            assert "\nz-score is higher but only compares: the answer is a transform of the quantile" in str(answer)
+
+
+@pytest.mark.parametrize("command", ["recommend", "frontier"])
+def test_a_file_of_rollouts_is_sent_to_calibrate(command, tmp_path, capsys, monkeypatch):
+    """And what it says to type works: the folder that it makes is answered for."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    rows = [{"prompt": f"p{i}", "completion": f"{k}", "score": rng.normal()} for i in range(9) for k in range(24)]
+    (tmp_path / "my rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([command, "my rollouts.jsonl"]) == 2
+    says = re.search(r"`calibrated-rewards (.*)`", capsys.readouterr().err)[1].replace("COLUMN", "score")
+    assert main([*shlex.split(says), "--quiet"]) == 0
+    assert main([command, "table/", "--kl", "0.2"]) == 0
+    assert main([command, "nowhere"]) == 2
+    assert "nowhere needs to be the folder of a calibration, got none: `calibrated-rewards" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -515,7 +515,7 @@ def test_the_command_on_a_bare_table(run, capsys, tmp_path):
     assert bare["win_rates"]["reward"]["Standard()"]["value"] == whole["win_rates"]["reward"]["Standard()"]["value"]
     with pytest.raises(ValueError, match="bare table"):
         asked(capsys, at / "reward", "--judge", "judge")
-    with pytest.raises(ValueError, match="got neither: not calibrated yet"):
+    with pytest.raises(ValueError, match="got neither: `calibrated-rewards calibrate` makes one"):
         asked(capsys, tmp_path)
     (tmp_path / "reward.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is a calibrated reward: name the directory of its calibration, or .*table"):

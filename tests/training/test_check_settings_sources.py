@@ -195,11 +195,12 @@ LATER = {
 
 
 def _trl(name):
-    if name in ("trl-async-grpo", "trl-online-dpo"):
+    if name in ("trl-a2po", "trl-async-grpo", "trl-online-dpo"):
+        from trl.experimental.a2po import A2POConfig
         from trl.experimental.async_grpo import AsyncGRPOConfig
         from trl.experimental.online_dpo import OnlineDPOConfig
 
-        kind = AsyncGRPOConfig if name == "trl-async-grpo" else OnlineDPOConfig
+        kind = {"a2po": A2POConfig, "async-grpo": AsyncGRPOConfig, "online-dpo": OnlineDPOConfig}[name[4:]]
     else:
         kind = RLOOConfig if name == "trl-rloo" else GRPOConfig
     plain = (field for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING)

@@ -48,8 +48,10 @@ def rows_of(selection: Selection, prompt: PromptRollouts) -> tuple[list[Row], Co
 
 
 def enumerate_weights(scores: list[float]) -> tuple[list[float], list[float], float]:
-    """Quantiles, weights and partition of one prompt by sums: Eq. 12, e^{tu} scaled onto [0, 1], e^{Phi / beta}."""
-    u = [(sum(b < a for b in scores) + sum(b == a for b in scores) / 2) / len(scores) for a in scores]
+    """Quantiles, weights and partition by sums: Eq. 12 among the others, e^{tu} onto [0, 1], e^{Phi / beta}."""
+    others = [scores[:i] + scores[i + 1 :] for i in range(len(scores))]
+    pairs = zip(scores, others, strict=True)
+    u = [(sum(b < a for b in own) + sum(b == a for b in own) / 2) / len(own) for a, own in pairs]
     phi = [(exp(T * each) - 1) / (exp(T) - 1) for each in u]
     factors = [exp(each / BETA) for each in phi]
     return u, [each / sum(factors) for each in factors], sum(factors) / len(scores)

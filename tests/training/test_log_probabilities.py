@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers.hf import HfSampler
-from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.samplers.policy import Policy, tokenize_completion
 from calibrated_rewards.samplers.protocol import Decoding, Rollout
 from calibrated_rewards.training.loop import ignore_peft_warning
-from calibrated_rewards.training.offline.groups import tokenize_completion
 from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
 from calibrated_rewards.training.offline.trained_weights import select_weights
 
@@ -138,8 +137,7 @@ def test_the_head_may_be_read_in_chunks(trained: str) -> None:
 def test_gradient_checkpointing_changes_nothing(mode: str) -> None:
     """In training mode it takes the cache away: prompts are then read with each completion."""
     model = writer("Llama")
-    with ignore_peft_warning():  # it is transformers' own
-        model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.train(mode == "train")
     reader = GroupReader(model, TEMPERATURE)
 

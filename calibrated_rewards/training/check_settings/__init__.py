@@ -5,6 +5,6 @@
 """
 
 from calibrated_rewards.training.check_settings.check import Report, check_settings
-from calibrated_rewards.training.check_settings.trl import grpo_settings, rloo_settings
+from calibrated_rewards.training.check_settings.trl import a2po_settings, grpo_settings, rloo_settings
 
-__all__ = ["Report", "check_settings", "grpo_settings", "rloo_settings"]
+__all__ = ["Report", "a2po_settings", "check_settings", "grpo_settings", "rloo_settings"]

@@ -41,13 +41,14 @@ from calibrated_rewards.training.check_settings.rules import (
     is_set,
     read_decoding,
 )
-from calibrated_rewards.training.check_settings.trl import ASYNC_GRPO, GRPO, ONLINE_DPO, RLOO
+from calibrated_rewards.training.check_settings.trl import A2PO, ASYNC_GRPO, GRPO, ONLINE_DPO, RLOO
 
-FRAMEWORKS = (RLOO, GRPO, ASYNC_GRPO, ONLINE_DPO, OPENRLHF, VERL, SWIFT, SKYRL, SLIME, AREAL, NEMO, LIGHTRFT)
+FRAMEWORKS = (RLOO, GRPO, A2PO, ASYNC_GRPO, ONLINE_DPO, OPENRLHF, VERL, SWIFT, SKYRL, SLIME, AREAL, NEMO, LIGHTRFT)
 # Package and class of configurations that can be of one framework only.
 CLASSES = {
     ("trl", "RLOOConfig"): RLOO,
     ("trl", "GRPOConfig"): GRPO,
+    ("trl", "A2POConfig"): A2PO,
     ("trl", "AsyncGRPOConfig"): ASYNC_GRPO,
     ("trl", "OnlineDPOConfig"): ONLINE_DPO,
     ("swift", "GRPOConfig"): SWIFT,

@@ -1,7 +1,7 @@
-"""Tables of settings for TRL's trainers, and the settings with which its RLOO and GRPO maximise E[reward] - beta KL.
+"""Tables of settings for TRL's trainers, and the settings with which three of them maximise E[reward] - beta KL.
 
-RLOO is exact, GRPO comes close with `grpo_settings`; AsyncGRPO and OnlineDPO have other objectives. That was measured
-with the trainers themselves: see docs/evidence/results.md and benchmarks/convergence.py.
+RLOO and A2PO are exact, GRPO comes close with `grpo_settings`; AsyncGRPO and OnlineDPO have other objectives. That was
+measured with the trainers themselves: see docs/evidence/results.md and benchmarks/convergence.py.
 """
 
 from typing import Any
@@ -23,6 +23,7 @@ from calibrated_rewards.training.check_settings.rules import (
     ON,
     POSITIVE,
     Cases,
+    Framework,
     Is,
     OneOf,
     Row,
@@ -58,6 +59,10 @@ NO_KL_AT_ALL = (
     "any number of generations its optimum is an argmax"
 )
 ORDER_ALONE = "only which of two completions scores higher is used, and no calibration of a prompt changes that"
+OTHER_VALUE = "the optimal value is that of another beta, which adds noise and leaves the optimum"
+LOSS_TEMPERATURE = "the loss has log-probabilities at temperature 1, of another policy than the one that wrote"
+TOP_50 = "None is transformers' default, the 50 likeliest tokens, or what the checkpoint says"
+DROPS_PROMPTS = "leaves out prompts whose first completions all have the reward 0"
 LATE_PENALTY = "is taken off after calibration, in units of the calibrated reward"
 
 SHARED = (
@@ -121,6 +126,30 @@ GRPO = build_framework(
     others={"remove_unused_columns": False, "num_generations": 8, "gradient_accumulation_steps": 1},
     strengths=(Strength("beta", group="num_generations", only=WEIGHED),),
     sampling=SAMPLING,
+    only_prompts="remove_unused_columns",
+)
+
+A2PO = build_framework(
+    "trl-a2po",
+    VERSION,
+    title="TRL A2PO",
+    optimum="exact",
+    write="`A2POConfig(output_dir=..., **a2po_settings(beta=BETA))`, and `_optimal_values` as `train a2po` fills them",
+    rows=(
+        Row("beta2", 1e-3, POSITIVE, "the beta that you chose, such as beta2=0.05", NO_KL),
+        Row("beta1", 0.5, SameAs("beta2"), "{} as beta2", OTHER_VALUE, "warning"),
+        Row("temperature", 1.0, Is(1.0), "{}=1.0", LOSS_TEMPERATURE),
+        Row("top_k", None, Is(0), "{}=0", TOP_50),
+        Row("filter_all_incorrect", True, OFF, "{}=False", DROPS_PROMPTS, "warning"),
+    ),
+    others={"remove_unused_columns": False, "num_value_samples": 8},
+    strengths=(Strength("beta2", only=(("beta2", POSITIVE),)),),
+    sampling={
+        "max_tokens": ("max_completion_length", 256),
+        "temperature": ("temperature", 1.0),
+        "top_p": ("top_p", 1.0),
+        "top_k": ("top_k", None),
+    },
     only_prompts="remove_unused_columns",
 )
 
@@ -197,6 +226,17 @@ def grpo_settings(
     return {**close, **COMMON, **_copy_decoding(reward), **more}
 
 
+def a2po_settings(beta: float | None = None, reward: CalibratedReward | None = None, **more: Any) -> dict[str, Any]:
+    """Choose arguments for `A2POConfig` under which the optimum is pi_ref e^{R/beta} / Z. A reward is used as above.
+
+    >>> a2po_settings(0.05)["beta1"], a2po_settings(0.05)["top_k"]
+    (0.05, 0)
+    """
+    beta = _choose_beta(beta, 2, reward)
+    exact = {"beta1": beta, "beta2": beta, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "filter_all_incorrect": False}
+    return {**exact, "remove_unused_columns": False, **_copy_decoding(reward, A2PO), **more}
+
+
 def _choose_beta(beta: float | None, num_generations: int, reward: CalibratedReward | None) -> float:
     """Return the beta that is wanted, which is the reward's if none is given; ValueError where there is none."""
     if num_generations < 2:
@@ -211,9 +251,9 @@ def _choose_beta(beta: float | None, num_generations: int, reward: CalibratedRew
     return beta
 
 
-def _copy_decoding(reward: CalibratedReward | None) -> dict[str, Any]:
+def _copy_decoding(reward: CalibratedReward | None, framework: Framework = RLOO) -> dict[str, Any]:
     """Copy the settings that the references of the reward's table were drawn with; none where it does not say."""
     decoding = None if reward is None else read_decoding(reward.table.meta)
     if decoding is None:
         return {}
-    return {setting: decoding[name] for name, setting in RLOO.sampling.items() if name in decoding}
+    return {setting: decoding[name] for name, setting in framework.sampling.items() if name in decoding}

@@ -54,7 +54,7 @@ def record_inputs(layer: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def cut_upper_layers(model: Any) -> nn.Module | None:
+def cut_upper_layers(model: Any) -> Any:
     """Make a body without the frozen lower layers, that shares all weights; None where the body does not allow it.
 
     Layers number their own keys and values in a cache, so they are renumbered from 0. What else a body does with token
@@ -68,7 +68,7 @@ def cut_upper_layers(model: Any) -> nn.Module | None:
     first = count_frozen(layers)
     if not 0 < first < len(layers):
         return None
-    upper = _copy(body)
+    upper: Any = _copy(body)
     upper.config = copy.deepcopy(body.config)
     upper.config.num_hidden_layers = len(layers) - first
     if getattr(upper.config, "layer_types", None) is not None:

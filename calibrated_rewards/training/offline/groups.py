@@ -23,10 +23,10 @@ from tqdm import tqdm
 from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.evaluation.held_out import HeldOutCheck, check_log_ratios
 from calibrated_rewards.files import replace_file
-from calibrated_rewards.prompts import Prompt, start_of
+from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.calibrators import Uncalibrated
-from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.samplers.policy import Policy, tokenize_completion
 from calibrated_rewards.theory.finite_k import log_partition
 from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.training.loop import find_processes
@@ -108,7 +108,7 @@ def split_groups(groups: Sequence[PromptGroup], share: float, seed: int) -> tupl
         return list(groups), []
     held = max(2, round(share * len(groups)))
     if len(groups) < held + 1:
-        raise ValueError(f"a held-out share needs 3 prompts or more, got {len(groups)}: say --held-out 0")
+        raise ValueError(f"{held} of {len(groups)} prompts held out leave none to train on: another --held-out, or 0")
     order = np.random.default_rng(seed).permutation(len(groups)).tolist()
     return [groups[i] for i in sorted(order[held:])], [groups[i] for i in sorted(order[:held])]
 
@@ -219,27 +219,3 @@ def report_tokens(groups: Groups) -> None:
             f"{100 * (1 - groups.as_drawn):.2g} % of the completions make other tokens of their text than were drawn: "
             "the policy learns those that the text makes\n"
         )
-
-
-def tokenize_completion(policy: Policy, rollout: Any, prompt: Any = "") -> tuple[list[int], bool]:
-    """Make a rollout's completion into tokens, with the token that ended it; tell if as many were drawn.
-
-    Rollouts are stored as text. Where several tokens end a completion, the tokenizer's own is taken.
-    """
-    text = rollout.completion
-    if not isinstance(text, str):
-        raise TypeError(f"offline training needs completions that are text, got messages for {start_of(prompt)}")
-    ids: list[int] = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
-    most, ends = policy.decoding.max_tokens, policy.endings.ids
-    if rollout.finish == "length" or (rollout.finish is None and len(ids) >= most) or not (ends or rollout.finish):
-        return ids[:most], rollout.tokens in (None, len(ids))
-    end = policy.tokenizer.eos_token_id if policy.tokenizer.eos_token_id in ends else min(ends, default=None)
-    whole = ids if end is None else [*ids, end]
-    if rollout.tokens in (None, len(whole)):
-        return whole, True
-    # It may have been ended by a stop string, which was drawn and is not stored.
-    for stop in policy.decoding.stop:
-        ids = policy.tokenizer(text + stop, add_special_tokens=False)["input_ids"]
-        if len(ids) == rollout.tokens:
-            return ids, True
-    return whole[:most], False

@@ -187,7 +187,8 @@ class GroupReader:
         if alone is None:
             return
         self.route.shared = self.route.shared and self._can_share(group) and self._agrees(group, alone, Route())
-        self.route.padded = self.route.padded and self._agrees(group, alone, Route(shared=False))
+        if not self.route.shared:
+            self.route.padded = self.route.padded and self._agrees(group, alone, Route(shared=False))
 
     def _agrees(self, group: Group, alone: tuple[Tensor, list[Tensor]], route: Route) -> bool:
         """Tell if a route gives the values and gradients of rows alone, but for rounding."""
@@ -213,16 +214,24 @@ class GroupReader:
         """Read a group by a route: values, (rows, 1), and gradients of some weights; None where the model fails."""
         reader = GroupReader(self.model, self.temperature, self.rows, self.cells, route)
         weights = [weight for weight in self.model.parameters() if weight.requires_grad][:COMPARED_WEIGHTS]
+        total = [torch.zeros_like(weight) for weight in weights]
+        values = []
         try:
             with torch.enable_grad():
                 parts, opening = reader._split(group), reader._open(group) if route.shared else None
-                values = reader._join(group, parts, [reader._read(group, part, opening) for part in parts])
-                gradients = torch.autograd.grad(values.sum(), weights, allow_unused=True) if weights else ()
+                for part in parts:
+                    # Whole rows one after the other, or what is compared would need more memory than what is used.
+                    own = reader._read(group, part, opening)
+                    values.append(own.detach())
+                    last = part is parts[-1]
+                    options: Any = {"allow_unused": True, "retain_graph": opening is not None and not last}
+                    gradients = torch.autograd.grad(own.sum(), weights, **options) if weights else ()
+                    for whole, gradient in zip(total, gradients, strict=True):
+                        if gradient is not None:
+                            whole.add_(gradient)
         except RAISED:
             return None
-        pairs = zip(gradients, weights, strict=True)
-        whole = [torch.zeros_like(weight) if each is None else each for each, weight in pairs]
-        return values.detach().cpu()[:, None], whole
+        return reader._join(group, parts, values).cpu()[:, None], total
 
     def _can_share(self, group: Group) -> bool:
         """Tell if the model takes and returns a cache of keys and values alone."""
@@ -304,10 +313,12 @@ class GroupReader:
         some = max(1, self.cells // int(self._layer.weight.shape[0]))
         if not torch.is_grad_enabled() or (hidden.requires_grad and not self._trains_head):
             # Less than could be held: what stays in the processor's caches is faster.
-            parts = list(zip(hidden.split(max(1, some // 8)), targets.split(max(1, some // 8)), strict=True))
+            parts = list(
+                zip(torch.split(hidden, max(1, some // 8)), torch.split(targets, max(1, some // 8)), strict=True)
+            )
             score: Any = FrozenHead.apply
             return score(hidden, parts, self._compute_logits)  # type: ignore[no-any-return]
-        parts = list(zip(hidden.split(some), targets.split(some), strict=True))
+        parts = list(zip(torch.split(hidden, some), torch.split(targets, some), strict=True))
         if len(parts) > 1:
             return torch.cat([checkpoint(self._score_part, *part, use_reentrant=False) for part in parts])
         return self._score_part(hidden, targets)
@@ -376,7 +387,7 @@ class FrozenHead(torch.autograd.Function):
         return torch.cat(values)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """Multiply each gradient by that of its value."""
         (slopes,) = ctx.saved_tensors
         return gradient[:, None].to(slopes.dtype) * slopes, None, None

@@ -176,8 +176,8 @@ def train(
     reader.check(max((*training, *held_out), key=lambda group: len(group.tokens.prompt)).tokens)
     start = time.perf_counter()
     if settings.cache_states:
-        groups, logprobs = record_states(reader, [*training, *held_out], reference)
-        training, held_out = groups[: len(training)], groups[len(training) :]
+        recorded, logprobs = record_states(reader, [*training, *held_out], reference)
+        training, held_out = recorded[: len(training)], recorded[len(training) :]
     else:
         logprobs = reference.compute(reader, [*training, *held_out])
     if processes.is_main_process:
@@ -318,15 +318,16 @@ def finish(
     if check is None:
         return outcome
     if settings.kl:
-        now = [1.0, check]
+        factors, checks = [1.0], [check]
 
         def measure(factor: float) -> float:
-            weights.scale(factor / now[0])
-            now[:] = [factor, held_out.check(reader)]
-            return now[1].kl.value
+            weights.scale(factor / factors[-1])
+            factors.append(factor)
+            checks.append(held_out.check(reader))
+            return checks[-1].kl.value
 
         outcome["alpha"], _ = find_factor(measure, settings.kl, check.kl.value)
-        check = now[1]
+        check = checks[-1]
     return outcome | {"held_out": check.metrics(), "summary": str(check)}
 
 

@@ -79,14 +79,18 @@ def train(
     prompts: Sequence[Asked],
     settings: GRPOSettings,
     log: Callable[[Mapping[str, float]], None] = lambda row: None,
+    reference: Any = None,
 ) -> Any:
-    """Train the policy's model in place, and return it; with LoRA, the model with its adapters."""
+    """Train the policy's model in place, and return it; with LoRA, the model with its adapters.
+
+    `reference` is the frozen model that the KL is to; None for the policy as it is now.
+    """
     processes = loop.find_processes()
     loop.check_shares(settings.prompts_a_step, processes.num_processes)
     torch.manual_seed(settings.seed)
     # No dropout, also in updates: the policy that is trained is then the one that wrote.
     policy = replace(policy, model=prepare_model(policy.model, settings.lora_rank, settings.lora_layers).eval())
-    reference = build_reference(policy.model)
+    reference = build_reference(policy.model) if reference is None else reference
     optimizer = torch.optim.AdamW(list_trainable(policy.model), lr=settings.lr, weight_decay=0.0)
     batches = loop.iterate_batches(prompts, settings.prompts_a_step, settings.seed)
     loop.seed_process(settings.seed)

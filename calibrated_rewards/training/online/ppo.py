@@ -87,14 +87,18 @@ def train(
     prompts: Sequence[Asked],
     settings: PPOSettings,
     log: Callable[[Mapping[str, float]], None] = lambda row: None,
+    reference: Any = None,
 ) -> Any:
-    """Train the policy's model in place, and return it; with LoRA, the model with its adapters."""
+    """Train the policy's model in place, and return it; with LoRA, the model with its adapters.
+
+    `reference` is the frozen model that the KL is to; None for the policy as it is now.
+    """
     processes = loop.find_processes()
     loop.check_shares(settings.prompts_a_step, processes.num_processes)
     if processes.num_processes > 1 and settings.whiten != "no":
         raise ValueError(f"whitening is over all completions of a round, and of one process, got {settings.whiten!r}")
     torch.manual_seed(settings.seed)
-    learner = Learner.of(policy, settings)
+    learner = Learner.of(policy, settings, reference)
     batches = loop.iterate_batches(prompts, settings.prompts_a_step, settings.seed)
     loop.seed_process(settings.seed)
     for step in tqdm(range(settings.steps), desc="ppo", unit=" steps", delay=3, disable=None):
@@ -117,8 +121,8 @@ class Learner:
     optimizer: torch.optim.Optimizer
 
     @classmethod
-    def of(cls, policy: Policy, settings: PPOSettings) -> "Learner":
-        """Make a learner at its start: the reference is the policy, and the value is 0 everywhere."""
+    def of(cls, policy: Policy, settings: PPOSettings, reference: Any = None) -> "Learner":
+        """Make a learner at its start: the reference is the policy if none is given, and the value is 0 everywhere."""
         # No dropout, also in updates: the policy that is trained is then the one that wrote.
         model = prepare_model(policy.model, settings.lora_rank, settings.lora_layers).eval()
         head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
@@ -129,7 +133,8 @@ class Learner:
             {"params": list(head.parameters()), "times": settings.value_lr / settings.lr},
         ]
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.0)
-        return cls(replace(policy, model=model), build_reference(model), head, optimizer)
+        reference = build_reference(model) if reference is None else reference
+        return cls(replace(policy, model=model), reference, head, optimizer)
 
     def forward(self, episodes: Episodes) -> tuple[Float32[Tensor, "n L"], Float32[Tensor, "n L"]]:
         """Compute each token's log-probability, and the value of what stands before it; both 0 in the padding."""

@@ -64,7 +64,7 @@ class TRLSettings:
     beta: float = option(0.1, "the strength of the KL: small is far from the reference")
     steps: int = option(200, "updates of the policy, of new completions each")
     prompts_a_step: int = option(8, "prompts of a step, of all processes together")
-    completions: int = option(8, "completions of a prompt, G: 2 or more")
+    completions: int = option(8, "completions of a prompt, G: 2 or more, with a2po 1 or more")
     lr: float = option(1e-6, "learning rate at the start; it falls to 0. LoRA wants more, such as 1e-4")
     lora_rank: int = option(0, "rank of LoRA adapters on all linear layers; 0 trains all weights")
     lora_layers: int = option(0, "the last so many layers that get adapters, to compute less; 0: all")
@@ -75,9 +75,6 @@ class TRLSettings:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        if self.completions < 2:
-            number = setting("completions", str(self.completions))
-            raise ValueError(Message(f"a run needs completions >= 2, got {number}"))
         if self.beta == 0:
             raise ValueError(Message(f"a run needs beta > 0, got {setting('beta', str(self.beta))}"))
 
@@ -95,9 +92,12 @@ class Trainer:
     trainer: Any
     config: Any
     faithful: Callable[..., dict[str, Any]]
+    groups: bool = True
+    """Whether it draws G completions of a prompt itself and compares them; else the dataset has each prompt G times."""
 
     def run(self, launch: Launch, settings: TRLSettings) -> None:
         """Train from files to files, or go on, as the command does."""
+        self.check_completions(settings)
         check_trackers(launch.report_to)
         inputs = load_inputs(launch)
         settings, policy = inputs.complete(settings), inputs.policy
@@ -134,6 +134,7 @@ class Trainer:
         in it are a ValueError. `report_to` names trackers as TRL does; `check` are rollouts, read with this very model,
         on which it is checked every so many steps.
         """
+        self.check_completions(settings)
         folder = RunFolder(Path(out))
         run = describe_run(self.name, policy, reward, prompts, decoding, settings, dtype)
         if folder.is_finished(run):
@@ -159,6 +160,12 @@ class Trainer:
                 folder.publish_model()
             trainer.accelerator.wait_for_everyone()
         return folder.model_folder
+
+    def check_completions(self, settings: TRLSettings) -> None:
+        """Raise ValueError for groups of one completion, which has no others to be compared with."""
+        if self.groups and settings.completions < 2:
+            number = setting("completions", str(settings.completions))
+            raise ValueError(Message(f"a run needs completions >= 2, got {number}"))
 
     def configure(
         self,
@@ -226,16 +233,17 @@ class Trainer:
             ends = model.generation_config.eos_token_id
             ends = ends if isinstance(ends, list) else [each for each in (ends,) if each is not None]
             model.generation_config.eos_token_id = sorted({*ends, *decoding.stop_token_ids})
-        rank, layers = settings.lora_rank, settings.lora_layers
+        rank, layers, id_column = settings.lora_rank, settings.lora_layers, getattr(reward, "id_column", None)
         trainer = self.trainer(
             model=model,
             reward_funcs=TimedReward.of(reward),
             args=args,
-            train_dataset=build_dataset(prompts, settings, getattr(reward, "id_column", None)),
+            train_dataset=build_dataset(prompts, settings, id_column, 1 if self.groups else settings.completions),
             processing_class=tokenizer,
             peft_config=build_lora_config(model, rank, layers) if rank else None,
         )
-        trainer._generate = TimedDrawing(trainer._generate, trainer._log_metric)
+        if self.groups:
+            trainer._generate = TimedDrawing(trainer._generate, trainer._log_metric)
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         return trainer
@@ -258,14 +266,14 @@ def share_completions(settings: TRLSettings, processes: int) -> tuple[int, int]:
     return share, max(n for n in range(1, share + 1) if share % n == 0 and n <= settings.rows)
 
 
-def build_dataset(prompts: Sequence[Asked], settings: TRLSettings, id_column: str | None) -> Dataset:
-    """List the prompts of all steps in their order, with the ids by which the reward knows them."""
+def build_dataset(prompts: Sequence[Asked], settings: TRLSettings, id_column: str | None, each: int = 1) -> Dataset:
+    """List the prompts of all steps in their order, `each` times, with the ids by which the reward knows them."""
     if len({isinstance(each.prompt, str) for each in prompts}) != 1:
         raise ValueError("TRL takes prompts that are all texts or all messages, got both, or none")
     steps = islice(iterate_batches(prompts, settings.prompts_a_step, settings.seed), settings.steps)
-    rows = [each for step in steps for each in step]
-    ids = {} if id_column is None else {id_column: [each.id for each in rows]}
-    return Dataset.from_dict({"prompt": [each.prompt for each in rows], **ids})
+    rows = [asked for step in steps for asked in step for _ in range(each)]
+    ids = {} if id_column is None else {id_column: [asked.id for asked in rows]}
+    return Dataset.from_dict({"prompt": [asked.prompt for asked in rows], **ids})
 
 
 @contextmanager
