@@ -259,10 +259,11 @@ class GroupReader:
         some = max(1, self.cells // int(self._layer.weight.shape[0]))
         if not torch.is_grad_enabled() or (hidden.requires_grad and not self._trains_head):
             # Less than could be held: what stays in the processor's caches is faster.
-            parts = list(zip(hidden.split(max(1, some // 8)), targets.split(max(1, some // 8)), strict=True))
+            few = max(1, some // 8)
+            parts = list(zip(torch.split(hidden, few), torch.split(targets, few), strict=True))
             score: Any = FrozenHead.apply
             return score(hidden, parts, self._compute_logits)  # type: ignore[no-any-return]
-        parts = list(zip(hidden.split(some), targets.split(some), strict=True))
+        parts = list(zip(torch.split(hidden, some), torch.split(targets, some), strict=True))
         if len(parts) > 1:
             return torch.cat([checkpoint(self._score_part, *part, use_reentrant=False) for part in parts])
         return self._score_part(hidden, targets)
@@ -327,7 +328,7 @@ class FrozenHead(torch.autograd.Function):
         return torch.cat(values)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """Multiply each gradient by that of its value."""
         (slopes,) = ctx.saved_tensors
         return gradient[:, None].to(slopes.dtype) * slopes, None, None

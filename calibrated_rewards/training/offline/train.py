@@ -304,12 +304,12 @@ def finish(
     if check is None:
         return outcome
     if weights is not None:
-        now = [1.0, check]
+        now: list[Any] = [1.0, check]
 
         def measure(factor: float) -> float:
             weights.scale(factor / now[0])
             now[:] = [factor, held_out.check(reader)]
-            return now[1].kl.value
+            return float(now[1].kl.value)
 
         outcome["alpha"], _ = find_factor(measure, settings.kl, check.kl.value)
         check = now[1]
