@@ -102,8 +102,8 @@ class FrontierPoint:
         if not self.corrected:
             return "; not certain: too few rollouts of a prompt to correct it for their number"
         return (
-            f"; not certain: it rests on {self.ess_of_gain(procedure):.1f} effective completions of a prompt, where gains "
-            f"were off by up to {100 * self.limit_of_gain(judge, procedure):.1f} points"
+            f"; not certain: it rests on {self.ess_of_gain(procedure):.1f} effective completions of a prompt, where "
+            f"gains were off by up to {100 * self.limit_of_gain(judge, procedure):.1f} points"
         )
 
     def format_rate(self, judge: str, procedure: str) -> str:
