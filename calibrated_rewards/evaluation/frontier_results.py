@@ -27,14 +27,14 @@ from calibrated_rewards.evaluation.wording import (
 from calibrated_rewards.files import write_file
 
 RELIABLE_ESS = 5
-"""Below this effective sample size docs/evidence/results.md found win rates off by more than .02."""
+"""Below this effective sample size docs/evidence/results.md found win rates off by more than .01."""
 ERRORS = (
-    (1.5, 0.103, 0.105),
-    (3.0, 0.070, 0.076),
-    (5.0, 0.014, 0.020),
-    (8.0, 0.021, 0.015),
-    (12.0, 0.010, 0.009),
-    (20.0, 0.007, 0.006),
+    (1.5, 0.098, 0.088),
+    (3.0, 0.07, 0.07),
+    (5.0, 0.011, 0.012),
+    (8.0, 0.01, 0.013),
+    (12.0, 0.005, 0.005),
+    (20.0, 0.003, 0.003),
     (50.0, 0.005, 0.006),
     (inf, 0.002, 0.002),
 )
@@ -102,8 +102,8 @@ class FrontierPoint:
         if not self.corrected:
             return "; not certain: too few rollouts of a prompt to correct it for their number"
         return (
-            f"; not certain: it rests on {self.ess_of_gain(procedure):.1f} effective rollouts of a prompt, where gains "
-            f"were off by up to {100 * self.limit_of_gain(judge, procedure):.1f} points"
+            f"; not certain: it rests on {self.ess_of_gain(procedure):.1f} effective completions of a prompt, where "
+            f"gains were off by up to {100 * self.limit_of_gain(judge, procedure):.1f} points"
         )
 
     def format_rate(self, judge: str, procedure: str) -> str:
@@ -131,7 +131,7 @@ def resolution_limit(ess: float) -> float:
     Measured on one model of scores (docs/evidence/results.md): it shows what a small K does, and is no bound.
 
     >>> resolution_limit(2.0), resolution_limit(100.0)
-    (0.076, 0.002)
+    (0.07, 0.002)
     """
     return next(gain for below, _, gain in ERRORS if ess < below or below == inf)
 

@@ -313,9 +313,8 @@ class GroupReader:
         some = max(1, self.cells // int(self._layer.weight.shape[0]))
         if not torch.is_grad_enabled() or (hidden.requires_grad and not self._trains_head):
             # Less than could be held: what stays in the processor's caches is faster.
-            parts = list(
-                zip(torch.split(hidden, max(1, some // 8)), torch.split(targets, max(1, some // 8)), strict=True)
-            )
+            few = max(1, some // 8)
+            parts = list(zip(torch.split(hidden, few), torch.split(targets, few), strict=True))
             score: Any = FrozenHead.apply
             return score(hidden, parts, self._compute_logits)  # type: ignore[no-any-return]
         parts = list(zip(torch.split(hidden, some), torch.split(targets, some), strict=True))
