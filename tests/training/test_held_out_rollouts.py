@@ -75,7 +75,8 @@ def check_by_hand(run: Path, model: Any, beta: float = 0.3) -> Any:
             ids = (ids if row["finish"] == "length" else [*ids, tiny.EOS])[:5]
             d[-1].append(log_probability(model, prompt, ids) - log_probability(reference, prompt, ids))
         scores = np.array([row["score:reward"] for row in own])
-        u = ((scores[:, None] > scores).sum(1) + (scores[:, None] == scores).sum(1) / 2) / len(scores)
+        equal = (scores[:, None] == scores).sum(1) - 1  # each among the others
+        u = ((scores[:, None] > scores).sum(1) + equal / 2) / (len(scores) - 1)
         select.append(scores)
         judge.append([row["score:judge"] for row in own])
         targets.append(u / beta - np.log(np.exp(u / beta).mean()))

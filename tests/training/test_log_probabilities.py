@@ -246,3 +246,29 @@ def test_other_tokens_than_were_drawn_are_told() -> None:
     assert tokenize_completion(policy, Rollout("ab", 2, "length")) == ([1, 2], True)
     with pytest.raises(TypeError, match="completions that are text"):
         tokenize_completion(policy, Rollout([{"role": "assistant", "content": "ab"}]))
+
+
+@pytest.mark.parametrize("rows", [32, 4])
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Gemma2", "Mistral"])
+def test_states_below_the_trained_layers_stand_for_tokens(name: str, rows: int) -> None:
+    """A group with the states that enter the last layer has the values and gradients of the whole model."""
+    model = select_weights(writer(name), 1, 0, 0)
+    reader = GroupReader(model, TEMPERATURE, rows)
+
+    values, states = reader.record(group())
+
+    kept = group()._replace(states=states)
+    np.testing.assert_array_equal(values, reader(group()))
+    assert reader.can_skip(kept)
+    assert [len(each) for each in states.completions] == [n - 1 for n in LENGTHS]
+    assert_equal(model, reader, kept)
+    np.testing.assert_allclose(reader(kept.take([3, 0])), values[[3, 0]], rtol=1e-5)
+
+
+def test_states_that_a_body_would_change_are_not_used() -> None:
+    """GPT-2 adds positions to what it takes for embeddings: it is noticed."""
+    reader = GroupReader(select_weights(writer("GPT2"), 1, 0, 0), TEMPERATURE)
+
+    _, states = reader.record(group())
+
+    assert not reader.can_skip(group()._replace(states=states))

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from calibrated_rewards import CalibratedReward, Exponential
+from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.models.text import Text
@@ -133,11 +133,15 @@ def test_rollouts_are_read_as_they_were_drawn(files: Path) -> None:
     assert {group.prompt for group in loaded.groups} == {*PROMPTS}
     for group in loaded.groups:
         texts = [enumerable.text(tuple(ids)) for ids in group.tokens.completions]
-        np.testing.assert_allclose(group.rewards, reward([group.prompt] * 8, texts), atol=1e-6)
+        raw = reward.raw([group.prompt] * 8, texts)
+        for i in range(8):  # each among the seven others
+            others = ReferenceTable.build([(group.prompt, np.delete(raw, i))])
+            expected = CalibratedReward(None, others, Exponential(5.0)).from_scores([group.prompt], raw[i : i + 1])
+            assert group.rewards[i] == pytest.approx(float(expected[0]), abs=1e-6)
         assert np.exp(group.rewards / BETA - group.log_z).mean() == pytest.approx(1)
-        unit = np.expm1(5 * np.arange(9) / 8) / np.expm1(5.0)
+        unit = np.expm1(5 * np.arange(8) / 7) / np.expm1(5.0)
         assert group.exact_log_z == pytest.approx(np.log(np.exp(unit / BETA).mean()))
-    assert log_partition(Exponential(5.0), BETA, 8) != group.exact_log_z  # the reward is on the unit scale
+    assert log_partition(Exponential(5.0), BETA, 7) != group.exact_log_z  # the reward is on the unit scale
 
 
 def test_a_run_goes_down_in_loss_and_says_what_came_of_it(whole: Path) -> None:
@@ -345,3 +349,50 @@ def test_help_teaches(capsys: Any) -> None:
     for each in fields(OfflineSettings):
         assert f"--{each.name.replace('_', '-')}" in shown
         assert " ".join(each.metadata["help"].split()) in shown
+
+
+def test_kept_states_change_nothing(files: Path, tmp_path: Path) -> None:
+    """With --cache-states the last layer is trained as it is by reading the whole model."""
+    plain, kept = tmp_path / "plain", tmp_path / "kept"
+    assert main([*small(files, plain), "--layers", "1"]) == 0
+    assert main([*small(files, kept), "--layers", "1", "--cache-states"]) == 0
+
+    for name in ("loss", "kl", "grad_norm"):
+        expected = [row[name] for row in logged(plain)]
+        assert [row[name] for row in logged(kept)] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_steps_below_the_rounding_of_16_bits_add_up() -> None:
+    """A hundred steps, each a tenth of what bfloat16 tells apart, move a weight; what is saved has all of them."""
+    model = tiny.causal().to(torch.bfloat16)
+    name, weight = named_trainable(model)[0]
+    before = weight.detach().double().clone()
+    weights = TrainedWeights.of(model)
+    step = before * 2**-5 / 100
+
+    for _ in range(100):
+        weight.grad = -step.to(torch.bfloat16)
+        weights.collect_gradients()
+        with torch.no_grad():
+            weights.masters[name] -= weights.masters[name].grad
+        weights.publish()
+    moved = dict(model.named_parameters())[name].detach().double()
+    assert weight.grad is None
+    assert ((moved - before) * before).sum() == pytest.approx(float((before**2).sum()) * 2**-5, rel=0.05)
+
+    weights.widen()
+
+    saved = dict(model.named_parameters())[name]
+    assert saved.dtype == torch.float32
+    np.testing.assert_allclose(saved.detach().double(), before * (1 + 2**-5), rtol=2e-4)
+
+
+def test_a_policy_in_16_bits_is_saved_in_32(files: Path, tmp_path: Path) -> None:
+    """Trained in bfloat16, the model that is left is in float32, and differs from the policy."""
+    assert main([*small(files, tmp_path / "run"), "--dtype", "bfloat16", "--any-policy"]) == 0
+
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto")
+    start = AutoModelForCausalLM.from_pretrained(files / "policy", dtype=torch.bfloat16)
+    assert {weight.dtype for weight in trained.parameters()} == {torch.float32}
+    pairs = zip(trained.parameters(), start.parameters(), strict=True)
+    assert any(not torch.equal(one.bfloat16(), other) for one, other in pairs)
