@@ -1,9 +1,9 @@
 """Weights of pairs of rollouts, with which a judge's win rate has nearly no bias.
 
 In quantiles the optimum for a transform has a known law, and so has what a procedure makes of it: a density A. A
-rollout's quantile is not known, but its rank among others is: of M others, j below it have the binomial law. Numbers a
-with sum_j binom(M, j) u^j (1 - u)^(M - j) a_j = A(u) have therefore the mean A(u), whatever the quantile u.
-Such numbers exist where A is a polynomial of degree M; others are near it, the nearer the larger M: win rates are off by
+rollout's quantile is not known, but its rank among others is: of M others, j below it have the binomial law. Numbers
+a with sum_j binom(M, j) u^j (1 - u)^(M - j) a_j = A(u) have therefore the mean A(u), whatever the quantile u. Such
+numbers exist where A is a polynomial of degree M; others are near it, the nearer the larger M: win rates are off by
 .004 at K = 100 and .044 at K = 16 (benchmarks/reweighted.py, KL 1).
 
 A pair of rollouts is one of the policy and one of the reference. The reference's is the best of N if N - 1 others are
