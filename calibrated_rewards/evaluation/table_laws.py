@@ -25,6 +25,8 @@ COMMON = 2.0
 ALIKE = 1e6
 # The mass r / K of a value with r references counts as much as this many references of all prompts.
 PRIOR_REFERENCES = 20.0
+# Of fewer values with one number of references, those with nearly that number are looked at too.
+ENOUGH_VALUES = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +108,12 @@ def mean_masses(sizes: npt.NDArray[np.int64], K: int) -> Array:
 
     Leaving out one reference of K, N values have r of the other K - 1 and this one too (r + 1 of K), M have r without
     it: the mean mass is N / (N + M), for any law (Good and Turing; Robbins). `sizes` are the values' numbers.
-    From r = 4 on N and M are sums over r and sqrt(r) - 1 neighbours on each side: few values have any one large r.
+    From r = 4 on N and M are sums over r and sqrt(r) - 1 neighbours on each side, where few values have this very r.
     """
     r = np.arange(K + 1)
     number = np.bincount(sizes, minlength=K + 2).astype(np.float64)
     again, without = (r + 1) * number[r + 1], (K - r) * number[r]
-    wide = np.maximum(np.sqrt(r).astype(np.intp) - 1, 0)
+    wide = np.where(number[r] + number[r + 1] < ENOUGH_VALUES, np.maximum(np.sqrt(r).astype(np.intp) - 1, 0), 0)
     low, high = np.maximum(r - wide, 0), np.minimum(r + wide, K) + 1
     again, without = (
         np.diff(np.concatenate([[0.0], np.cumsum(x)])[np.stack([low, high])], axis=0)[0] for x in (again, without)

@@ -87,11 +87,8 @@ class RolloutsAtKL:
     def known_by_rank(self) -> bool:
         """True if ranks among K say all of quantiles: no rollouts tie, and all prompts have one K, not too large."""
         sizes = self.references.sizes
-        return (
-            not self.has_ties
-            and sizes.min() == sizes.max() <= MOST_ROLLOUTS
-            and all(map(draw_chances, self.procedures))
-        )
+        same_size = bool(sizes.min() == sizes.max() <= MOST_ROLLOUTS)
+        return not self.has_ties and same_size and all(map(draw_chances, self.procedures))
 
     def judge_law(self, transform: Transform, beta: float, procedure: CalibratedProcedure) -> Float[np.ndarray, " P"]:
         """Compute each prompt's win rate by the judge of a policy whose law is known in quantiles: unbiased."""

@@ -30,6 +30,7 @@ from calibrated_rewards.models.parts import RAISED, body_of, device_of, lock_of,
 from calibrated_rewards.models.shared_prefix import CHECKED_ROWS, FARTHER, repeatable, repeated
 from calibrated_rewards.models.vocabulary_head import Logits, logits_of, output_layer
 from calibrated_rewards.training.offline.frozen_layers import (
+    FrozenHead,
     GroupStates,
     count_frozen,
     cut_upper_layers,
@@ -362,34 +363,6 @@ class GroupReader:
     @cached_property
     def _turn(self) -> int | None:
         return rope_turn(self.model)
-
-
-class FrozenHead(torch.autograd.Function):
-    """Log-probabilities behind a head that is not trained: of each only its gradient by the hidden state is held."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, parts: list[tuple[Tensor, Tensor]], compute: Callable[..., Tensor]) -> Tensor:
-        """Compute the values, and their gradients where they are needed, part by part."""
-        values, slopes, needed = [], [], ctx.needs_input_grad[0]
-        for some, targets in parts:
-            leaf = some.detach().requires_grad_(needed)
-            with torch.set_grad_enabled(needed):
-                logits = compute(leaf)
-            work = logits.detach().log_softmax(-1)
-            values.append(work.gather(1, targets[:, None])[:, 0])
-            if needed:
-                # The derivative by a logit is one for the target's, less the probability.
-                work.exp_().scatter_add_(1, targets[:, None], -torch.ones_like(work[:, :1]))
-                slopes.append(torch.autograd.grad(logits, leaf, work)[0].neg_())
-        if needed:
-            ctx.save_for_backward(torch.cat(slopes))
-        return torch.cat(values)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Multiply each gradient by that of its value."""
-        (slopes,) = ctx.saved_tensors
-        return gradient[:, None].to(slopes.dtype) * slopes, None, None
 
 
 def split_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
