@@ -76,11 +76,12 @@ def time_offline(case: dict[str, int]) -> list[float]:
     from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
     from calibrated_rewards.training.offline.losses import parse_loss
     from calibrated_rewards.training.offline.train import OfflineSettings, take_step
-    from calibrated_rewards.training.offline.trained_weights import build_optimizer, select_weights
+    from calibrated_rewards.training.offline.trained_weights import TrainedWeights, build_optimizer, select_weights
 
     model = select_weights(build_model(), 0, RANK, 0).eval()
     settings = OfflineSettings(loss="weighted", optimizer="adamw", lr=1e-4, lora_rank=RANK)
-    optimizer, reader = build_optimizer(model, "adamw", settings.lr, 0.0), GroupReader(model)
+    weights, reader = TrainedWeights.of(model), GroupReader(model)
+    optimizer = build_optimizer(weights, "adamw", settings.lr, 0.0)
     groups = []
     for at, (prompt, completions) in enumerate(draw_groups(**case)):
         rewards = np.zeros(len(completions))
@@ -89,7 +90,7 @@ def time_offline(case: dict[str, int]) -> list[float]:
     seconds = []
     for _ in range(STEPS):
         start = time.process_time()
-        take_step(reader, groups, parse_loss(settings.loss), optimizer, settings)
+        take_step(reader, groups, parse_loss(settings.loss), weights, optimizer, settings)
         seconds.append(time.process_time() - start)
     return seconds
 
