@@ -49,10 +49,10 @@ TRAINED, HELD_OUT, M = slice(0, 384), slice(504, 904), 16
 TRANSFORM = "best-of:4:0.5"
 PROCEDURES = Standard(), BestOf(4)
 WINS = "BestOf(n=4)"
-LORA = ("--lora-rank", "16", "--lora-layers", "10", "--lr", "1e-3", "--dtype", "auto")
+LORA = ("--lora-rank", "16", "--lora-layers", "10", "--lr", "1e-3", "--dtype", "float32")
 ONLINE = (*LORA, "--prompts-a-step", "32", "--completions", "8", "--rows", "64")
 TRL = ("--save-steps", "1000")
-OFFLINE = ("--dtype", "bfloat16", "--cache-states", "--held-out", "0", "--save-steps", "1000")
+OFFLINE = ("--dtype", "float32", "--cache-states", "--held-out", "0", "--save-steps", "1000")
 TARGETS = 0.60, 0.62, 0.64, 0.66, 0.68, 0.70
 
 
@@ -91,21 +91,13 @@ class Experiment:
         self.out.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"prompt": prompt}) for prompt in make_prompts(self.cache, HELD_OUT.stop)]
         (self.out / "prompts.jsonl").write_text("\n".join(lines[TRAINED]) + "\n")
-        rewards = [f"--reward-model=reward={train_reward_model(self.cache, TEXTS)}", "--kind", "sequence-classifier"]
+        model, kind = train_reward_model(self.cache, TEXTS), ("--kind", "sequence-classifier")
         decoding = ["--max-tokens", str(TOKENS), "--temperature", str(TEMPERATURE)]
-        policy = ["--policy", str(fetch_language_model(self.cache)), "--policy-dtype", "bfloat16"]
-        self.call(
-            "table",
-            "calibrate",
-            "--prompts",
-            str(self.out / "prompts.jsonl"),
-            "-k",
-            str(K),
-            *policy,
-            *decoding,
-            *rewards,
-        )
-        self.call("reward", "reward", str(self.out / "table"), "--transform", TRANSFORM, *rewards)
+        policy = ["--policy", str(fetch_language_model(self.cache)), "--policy-dtype", "float32"]
+        prompts = ["--prompts", str(self.out / "prompts.jsonl"), "-k", str(K)]
+        self.call("table", "calibrate", *prompts, *policy, *decoding, "--reward-model", f"reward={model}", *kind)
+        table = str(self.out / "table" / "reward")
+        self.call("reward", "reward", table, "--transform", TRANSFORM, "--reward-model", str(model), *kind)
 
     def train(self, run: Run) -> None:
         """Do the run, unless it is done."""
@@ -151,7 +143,7 @@ class Experiment:
             name: load_scorer(at, kind="sequence-classifier", show_progress=False) for name, at in models.items()
         }
         prompts = make_prompts(self.cache, HELD_OUT.stop)[HELD_OUT]
-        reference = load_sampler(fetch_language_model(self.cache), decoding, dtype="bfloat16")
+        reference = load_sampler(fetch_language_model(self.cache), decoding, dtype="float32")
         policies = Trained({run.name: self.out / run.name / "model" for run in RUNS}, decoding)
         at = self.out / "evaluation"
         return evaluate(policies, reference, prompts, scorers, at, m=M, select="reward", procedures=PROCEDURES)
@@ -165,7 +157,7 @@ class Trained(Mapping[str, Any]):
     decoding: Decoding
 
     def __getitem__(self, name: str) -> Any:
-        return load_sampler(self.folders[name], self.decoding, dtype="bfloat16")
+        return load_sampler(self.folders[name], self.decoding, dtype="float32")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.folders)

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
@@ -155,6 +156,16 @@ def test_a_run_goes_down_in_loss_and_says_what_came_of_it(whole: Path) -> None:
     assert np.mean([row["corr"] for row in rows[-4:]]) > 0.3
     assert [row["step"] for row in rows if "held_out/kl" in row] == [2, 5, 8, 11, 14, 15]
     assert json.loads((whole / "model" / "training.json").read_text())["alpha"] == 1
+
+
+@pytest.mark.parametrize("more", [(), ("--cache-states",)])
+def test_a_short_run_reads_the_prompts_of_its_steps_alone(files: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    """The reference's log-probabilities are computed for what a step or a check reads, not for all prompts."""
+    words = small(files, tmp_path, "--steps", "1", "--prompts-a-step", "2", "--held-out", "0", "--layers", "1", *more)
+    assert main(words) == 0
+
+    with safe_open(tmp_path / "reference.safetensors", "pt") as file:
+        assert len([*file.keys()]) == 2 < len(PROMPTS)
 
 
 KILLED = """

@@ -175,13 +175,17 @@ def train(
     reader = replace(reader, model=model)
     reader.check(max((*training, *held_out), key=lambda group: len(group.tokens.prompt)).tokens)
     start = time.perf_counter()
+    # Only what a step will read: a short run of many prompts would otherwise spend its time on the others.
+    count = len(training)
+    coming = sorted({i for step in range(settings.steps) for i in choose_prompts(count, settings, step)})
+    groups = [*(training[i] for i in coming), *held_out]
     if settings.cache_states:
-        recorded, logprobs = record_states(reader, [*training, *held_out], reference)
-        training, held_out = recorded[: len(training)], recorded[len(training) :]
+        groups, logprobs = record_states(reader, groups, reference)
     else:
-        logprobs = reference.compute(reader, [*training, *held_out])
+        logprobs = reference.compute(reader, groups)
+    by_number, held_out = dict(zip(coming, groups, strict=False)), groups[len(coming) :]
     if processes.is_main_process:
-        announce(time.perf_counter() - start, len(training) + len(held_out), settings)
+        announce(time.perf_counter() - start, len(groups), settings)
     checked = HeldOut.choose(held_out, logprobs)
     weights = TrainedWeights.of(model, keep_start=settings.kl > 0)
     optimizer = build_optimizer(weights, settings.optimizer, settings.lr, settings.momentum)
@@ -192,9 +196,9 @@ def train(
     for step in tqdm(range(first, settings.steps), desc="offline", unit=" steps", delay=3, disable=None):
         start = time.perf_counter()
         rate = set_learning_rate(optimizer, settings, step)
-        at = choose_prompts(len(training), settings, step)[processes.process_index :: processes.num_processes]
-        groups = [choose_completions(training[i], settings, step, i, logprobs) for i in at]
-        metrics = take_step(reader, groups, loss, weights, optimizer, settings)
+        at = choose_prompts(count, settings, step)[processes.process_index :: processes.num_processes]
+        chosen = [choose_completions(by_number[i], settings, step, i, logprobs) for i in at]
+        metrics = take_step(reader, chosen, loss, weights, optimizer, settings)
         row = {"step": step, **loop.average_metrics(metrics), "lr": rate}
         if held_out and ((step + 1) % settings.check_steps == 0 or step + 1 == settings.steps):
             check = checked.check(reader)
