@@ -50,10 +50,10 @@ class Policy:
     name: str
     kl: float
     noise: float = NOISE
-    """The share of the KL that is noise."""
+    """The share of the KL that is noise, of which the scores say nothing."""
 
     def tilt(self, u: np.ndarray) -> np.ndarray:
-        """The log-ratio without its noise, up to a constant."""
+        """Compute the log-ratio without its noise, up to a constant."""
         own = self.kl * (1 - self.noise)
         if self.name == "raw":
             return np.sqrt(2 * own) * ndtri(u)
@@ -61,18 +61,18 @@ class Policy:
         return np.asarray(transform(u) / beta)
 
     def mass(self) -> np.ndarray:
-        """The law of the quantile, on the grid."""
+        """Compute the policy's law of the quantile, on the grid."""
         weight = np.exp(self.tilt(GRID) - self.tilt(GRID).max())
         return np.asarray(weight / weight.sum())
 
     def log_ratios(self, u: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """The log-ratios of rollouts with these quantiles; `noise` is normal."""
+        """Compute the log-ratios of rollouts with these quantiles; `noise` is normal."""
         constant = np.log(np.exp(self.tilt(GRID)).mean())
         spread = np.sqrt(2 * self.kl * self.noise)
         return np.asarray(self.tilt(u) - constant + spread * noise - spread**2 / 2)
 
     def win_rates(self, procedure: Procedure) -> tuple[float, float]:
-        """The win rates by the score that selects and by the judge."""
+        """Integrate the win rates by the score that selects and by the judge."""
         ours, theirs = (output(mass, procedure) for mass in (self.mass(), np.full(len(GRID), 1 / len(GRID))))
         z = ndtri(GRID)
         spread = np.sqrt(2 * (1 - CORRELATION**2))
@@ -83,7 +83,7 @@ class Policy:
 
 
 def output(mass: np.ndarray, procedure: Procedure) -> np.ndarray:
-    """The law of what a procedure returns."""
+    """Compute the law of the quantile that a procedure returns."""
     if isinstance(procedure, WorstOf):
         return output(mass[::-1], BestOf(procedure.n))[::-1]
     upto = np.cumsum(mass) ** procedure.draws
@@ -106,13 +106,13 @@ class Rollouts:
         return cls(u, judge, rng.normal(size=u.shape))
 
     def halves(self) -> list[Rollouts]:
-        """The first half of each prompt's rollouts, and the second."""
+        """Split each prompt's rollouts into a first and a second half."""
         half = self.u.shape[1] // 2
         return [Rollouts(*(of[:, part] for of in (self.u, self.judge, self.noise))) for part in np.s_[:half, half:]]
 
 
 def weighted(normalise: str, policy: Policy, rollouts: Rollouts, procedure: Procedure) -> Rates:
-    """Win rates of each prompt, by the score that selects and by the judge."""
+    """Estimate each prompt's win rates, by the score that selects and by the judge."""
     d = policy.log_ratios(rollouts.u, rollouts.noise)
     pair = Samples(rollouts.u), Samples(rollouts.u, rollouts.judge)
     by_select, by_judge = (weighted_win_rate(d, each, procedure, normalise).per_prompt for each in pair)  # type: ignore[arg-type]
@@ -120,7 +120,7 @@ def weighted(normalise: str, policy: Policy, rollouts: Rollouts, procedure: Proc
 
 
 def plug_in(policy: Policy, rollouts: Rollouts, procedure: Procedure) -> Rates:
-    """The same from distribution functions of normalised weights."""
+    """Estimate win rates from distribution functions of normalised weights, as the frontier does."""
     pools = WeightedPools(Samples(rollouts.u, rollouts.judge))
     weights, _ = pools.tilted(policy.log_ratios(rollouts.u, rollouts.noise), 1.0)
     ours, theirs = (pools.output(each, procedure) for each in (weights, pools.uniform))
@@ -129,7 +129,7 @@ def plug_in(policy: Policy, rollouts: Rollouts, procedure: Procedure) -> Rates:
 
 
 def extrapolated(policy: Policy, rollouts: Rollouts, procedure: Procedure) -> Rates:
-    """The plug-in, and once more the difference to that of half the rollouts."""
+    """Estimate by the plug-in, and add its difference to that of half the rollouts."""
     whole, halves = plug_in(policy, rollouts, procedure), [plug_in(policy, h, procedure) for h in rollouts.halves()]
     by_select, by_judge = (2 * each - (a + b) / 2 for each, a, b in zip(whole, *halves, strict=True))
     return by_select, by_judge
@@ -194,7 +194,7 @@ def show(title: str, truth: tuple[float, ...], rows: dict[str, dict[str, list[fl
 
 
 def measure_kl(policy: Policy, k: int) -> dict[str, object]:
-    """Bias and standard deviation of the estimates of the KL."""
+    """Measure bias and standard deviation of the estimates of the KL."""
     rng, by = np.random.default_rng(0), {"check": [], "plain": [], "normalised": []}
     for _ in range(10 * REPETITIONS):
         rollouts = Rollouts.draw(k, rng)
@@ -215,7 +215,7 @@ def measure_kl(policy: Policy, k: int) -> dict[str, object]:
 
 
 def main() -> None:
-    """Measure, print, save."""
+    """Measure all estimates, print the table and save the numbers."""
     one, best, worst = Standard(), BestOf(4), WorstOf(4)
     win_rates = [measure(Policy("raw", kl), 48, [one, best, worst]) for kl in (0.3, 1.0)]
     win_rates += [measure(Policy(name, 0.3), 48, [best, worst]) for name in ("best of 4", "worst of 4")]

@@ -35,7 +35,7 @@ STEPS = 1 + 2
 
 
 def build_model() -> Any:
-    """Build a Llama from its config."""
+    """Build the Llama that is trained, from its config."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,7 +56,7 @@ def build_model() -> Any:
 
 
 def draw_groups(prompts: int, completions: int) -> list[tuple[list[int], list[list[int]]]]:
-    """Draw random tokens."""
+    """Draw random tokens for prompts and completions."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def draw_groups(prompts: int, completions: int) -> list[tuple[list[int], list[li
 
 
 def time_offline(case: dict[str, int]) -> list[float]:
-    """Time steps of the offline loop."""
+    """Measure the processor seconds of each step of the offline loop."""
     import numpy as np
     import torch
 
@@ -96,7 +96,7 @@ def time_offline(case: dict[str, int]) -> list[float]:
 
 
 def time_trl(case: dict[str, int]) -> list[float]:
-    """Time steps of TRL's SFTTrainer, on rows that are tokens already."""
+    """Measure the processor seconds of each step of TRL's SFTTrainer, on rows that are tokens already."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -162,7 +162,7 @@ def measure(side: str, case: str) -> dict[str, float]:
 
 
 def compare(case: str, rounds: int) -> dict[str, Any]:
-    """Compare the sides, which take turns."""
+    """Compare both sides, which take turns, by their medians."""
     sides: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(rounds):
         for side in SIDES:
@@ -189,7 +189,7 @@ def compare(case: str, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run all, and keep the numbers."""
+    """Measure both cases and save the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round, nothing is kept")
     parser.add_argument("--rounds", type=int, default=3)
@@ -213,7 +213,7 @@ def main() -> None:
 
 
 def save_results(results: dict[str, Any]) -> None:
-    """Write them beside those of the other benchmarks."""
+    """Save the numbers as a result of the benchmark."""
     from environment import save
 
     save("offline_speed", results)

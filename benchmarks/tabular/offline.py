@@ -41,18 +41,7 @@ from calibrated_rewards.theory.procedures import BestOf, WorstOf
 from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate
 from calibrated_rewards.theory.transforms import Identity, Transform
-from calibrated_rewards.training.offline.losses import (
-    IPO,
-    BoNBoN,
-    Centred,
-    ControlVariate,
-    Loss,
-    LossInputs,
-    Pairs,
-    Regression,
-    Top1,
-    WeightedLikelihood,
-)
+from calibrated_rewards.training.offline.losses import NAMED, BoNBoN, ControlVariate, Loss, LossInputs, parse_loss
 
 COMPLETIONS, WHOLE, LEVELS = 16, 256, 5
 # Draws of the rollouts, by K. None is K = infinity.
@@ -63,28 +52,17 @@ FOR = {
     **dict.fromkeys(("log", "e^{5u}", "e^{10u}", "best of 4"), "BestOf(n=4)"),
     "worst of 4": "WorstOf(n=4)",
 }
-CONVERGED: dict[str, Loss] = {
-    "weighted": WeightedLikelihood(),
-    "control-variate": ControlVariate(),
-    "control-variate, nothing clamped": ControlVariate(inf, inf),
-    "regression": Regression(),
-    "regression:exact": Regression("exact"),
-    "centred": Centred(),
-    "pairs": Pairs(),
-}
+CONVERGED: dict[str, Loss] = {**NAMED, "control-variate, nothing clamped": ControlVariate(inf, inf)}
 TRAINED: dict[str, Loss] = {
-    **{name: CONVERGED[name] for name in ("weighted", "control-variate", "regression", "centred")},
-    "ipo:2": IPO(2),
-    "ipo:8": IPO(8),
-    "bonbon:8": BoNBoN(n=8),
-    "top-1:8": Top1(8),
+    name: parse_loss(name)
+    for name in ("weighted", "control-variate", "regression", "centred", "ipo:2", "ipo:8", "bonbon:8", "top-1:8")
 }
 FIXED = ("fixed references", "fixed references, drawn completions")
 EPOCHS, RATE, GROUP = (1, 3, 10, 30), 0.05, 8
 
 
 def few(levels: int | None = None, prompts: int = 12) -> Exact:
-    """A world of few completions, whose scores are all different, or in so many levels."""
+    """Build a world of few completions, whose scores are all different, or in so many levels."""
     rng = np.random.default_rng(0)
     shares = rng.dirichlet(np.full(COMPLETIONS, 3.0), prompts)
     counts = np.array([6 + rng.multinomial(WHOLE - 6 * COMPLETIONS, own) for own in shares])
@@ -103,20 +81,20 @@ class Rollouts:
     drawn: Int[torch.Tensor, "D P K"]
     inputs: LossInputs
     fixed: np.ndarray[Any, np.dtype[np.float64]]
-    """The rewards of all completions by the drawn references."""
+    """Rewards of all completions, by their ranks among the drawn references."""
 
     @property
     def log_reference(self) -> torch.Tensor:
-        """log pi_ref of all completions."""
+        """Log-probabilities of all completions under the reference policy."""
         return torch.tensor(np.log(self.exact.laws)).expand(len(self.drawn), -1, -1)
 
     def log_ratios(self, logits: torch.Tensor) -> Float[torch.Tensor, "D P K"]:
-        """log pi - log pi_ref of what was drawn."""
+        """Compute the log-ratios log pi - log pi_ref of the drawn completions."""
         return (logits.log_softmax(-1) - self.log_reference).gather(-1, self.drawn)
 
 
 def draw(exact: Exact, name: str, beta: float, size: int | None, draws: int) -> Rollouts:
-    """So many rollouts of each prompt, or the law itself, with their rewards by rank (below + equal / 2) / K."""
+    """Draw rollouts of each prompt, or take the law itself, with their rewards by rank (below + equal / 2) / K."""
     if size is None:
         drawn = np.array([[np.repeat(np.arange(COMPLETIONS), np.round(law * WHOLE).astype(int)) for law in exact.laws]])
     else:
@@ -136,7 +114,7 @@ def draw(exact: Exact, name: str, beta: float, size: int | None, draws: int) -> 
 
 
 def minimise(loss: Loss, rollouts: Rollouts) -> tuple[np.ndarray, float]:
-    """The policies at which a loss is least, from the reference on, and the largest gradient that is left.
+    """Minimise a loss, from the reference on; return the policies and the largest gradient that is left.
 
     Newton's method for each prompt, with the absolute values of the Hessian's eigenvalues (a loss is not convex in the
     logits) and a damping that falls while steps succeed. Where the minimum is not unique it ends near the reference.
@@ -160,7 +138,7 @@ def minimise(loss: Loss, rollouts: Rollouts) -> tuple[np.ndarray, float]:
 
 
 def train(loss: Loss, rollouts: Rollouts) -> dict[int, np.ndarray]:
-    """The policies after some epochs of Adam on groups of a few rollouts of each prompt, in a new order each epoch."""
+    """Train by Adam on groups of a few rollouts of each prompt, in a new order each epoch; return policies by epoch."""
     logits, rng = rollouts.log_reference.clone().requires_grad_(), np.random.default_rng(0)
     optimiser, size, found = torch.optim.Adam([logits], lr=RATE), rollouts.drawn.shape[-1], {}
     for epoch in range(1, EPOCHS[-1] + 1):
@@ -180,7 +158,7 @@ def train(loss: Loss, rollouts: Rollouts) -> dict[int, np.ndarray]:
 
 
 def compare(exact: Exact, name: str, beta: float, policies: np.ndarray) -> dict[str, float]:
-    """Distances from pi*, means over draws with the error of the mean, in nats, total variation and points."""
+    """Measure how far policies are from pi*: means over draws in nats, total variation and points, with an error."""
     best, best_values, procedure = exact.optimum(exact_values(exact, name), beta), exact_values(exact, name), FOR[name]
     rows = []
     for policy in policies:
@@ -193,13 +171,13 @@ def compare(exact: Exact, name: str, beta: float, policies: np.ndarray) -> dict[
 
 
 def exact_values(exact: Exact, name: str) -> np.ndarray:
-    """The rewards of all completions, by their exact quantiles."""
+    """Compute the rewards of all completions, by their exact quantiles."""
     return valued(exact, TRANSFORMS[name])
 
 
 @cache
 def predict(name: str, size: int) -> float:
-    """The points that `fixed_references` says are missed at the transform's KL, in a continuous world."""
+    """Predict by `fixed_references` the points that are missed at the transform's KL, in a continuous world."""
     kl = KLS[name]
     transform, procedure = TRANSFORMS[name], PROCEDURES[FOR[name]]
     best = win_rate(transform, beta_for_kl(transform, kl), procedure)
@@ -207,7 +185,7 @@ def predict(name: str, size: int) -> float:
 
 
 def converge(case: dict[str, Any], draws: int | None = None) -> dict[str, Any]:
-    """One case of a minimiser, or of the optimum with fixed references."""
+    """Measure one case of a minimiser, or of the optimum with fixed references."""
     exact, name, size = WORLDS[case["world"]], case["transform"], case["K"]
     beta = exact.beta(exact_values(exact, name), KLS[name])
     rollouts = draw(exact, name, beta, size, draws or DRAWS[size])
@@ -223,7 +201,7 @@ def converge(case: dict[str, Any], draws: int | None = None) -> dict[str, Any]:
 
 
 def keep_undrawn(rollouts: Rollouts, policies: np.ndarray) -> np.ndarray:
-    """The same policies among the completions that were drawn; the others have their probability of the reference."""
+    """Give completions that were not drawn their probability under the reference; return such policies."""
     drawn = (rollouts.drawn[..., None] == torch.arange(COMPLETIONS)).any(2).numpy()
     laws = np.broadcast_to(rollouts.exact.laws, policies.shape)
     share = (laws * drawn).sum(2, keepdims=True) / (policies * drawn).sum(2, keepdims=True)
@@ -231,7 +209,7 @@ def keep_undrawn(rollouts: Rollouts, policies: np.ndarray) -> np.ndarray:
 
 
 def run_epochs(case: dict[str, Any], draws: int | None = None) -> dict[str, Any]:
-    """One case of Adam: what is compared, by epoch."""
+    """Train one case by Adam, and compare its policies with pi* after some epochs."""
     exact, name, size = WORLDS[case["world"]], case["transform"], case["K"]
     beta = exact.beta(exact_values(exact, name), KLS[name])
     found = train(TRAINED[case["loss"]], draw(exact, name, beta, size, draws or 10))
@@ -239,7 +217,7 @@ def run_epochs(case: dict[str, Any], draws: int | None = None) -> dict[str, Any]
 
 
 def pair_chances(exact: Exact, n: int) -> Float[np.ndarray, "P M M"]:
-    """How often the best and the worst of n draws are which completions, for each prompt; ties by a fair coin."""
+    """Compute the joint law of the best and the worst of n draws for each prompt; ties are broken by a fair coin."""
     mass = exact.by_level(exact.laws)
     upto = np.pad(mass.cumsum(1), ((0, 0), (1, 0)))
     between = np.maximum(upto[:, 1:, None] - upto[:, None, :-1], 0) ** n  # all at most the row's level, and at least
@@ -251,7 +229,7 @@ def pair_chances(exact: Exact, n: int) -> Float[np.ndarray, "P M M"]:
 
 
 def solve_ipo(exact: Exact, n: int) -> Float[np.ndarray, "P M"]:
-    """The log-ratios, up to a constant, at which IPO with a gap of 1 is least: a linear system for each prompt."""
+    """Solve for the log-ratios, up to a constant, at which IPO with a gap of 1 is least: linear systems."""
     return np.array([np.linalg.lstsq(*system, rcond=None)[0] for system in _systems(exact, n)])
 
 
@@ -265,7 +243,7 @@ def _systems(exact: Exact, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def solve_bonbon(exact: Exact, n: int, alpha: float = BoNBoN.alpha) -> Float[np.ndarray, "P M"]:
-    """The policies at which BoNBoN is least, by Newton's method."""
+    """Solve for the policies at which BoNBoN is least, by Newton's method."""
     gap, best, policies = (n - 1) * sum(1 / i for i in range(1, n)), law_of_best(exact, n), []
     for (matrix, slope), reference, chosen in zip(_systems(exact, n), exact.laws, best, strict=True):
         h = np.zeros(len(reference))
@@ -280,18 +258,18 @@ def solve_bonbon(exact: Exact, n: int, alpha: float = BoNBoN.alpha) -> Float[np.
 
 
 def law_of_best(exact: Exact, n: int) -> Float[np.ndarray, "P M"]:
-    """The law of the best of n draws of the reference: at which Top1 is least."""
+    """Compute the law of the best of n draws of the reference, at which Top1 is least."""
     return np.asarray(pair_chances(exact, n).sum(2))
 
 
 @cache
 def optima(kl: float) -> dict[str, Transform]:
-    """The best transform of each procedure at a KL."""
+    """Find the best transform of each procedure at a KL."""
     return {"Standard()": Identity(), **{repr(p): optimum(p, kl=kl).transform for p in (BestOf(4), WorstOf(4))}}
 
 
 def rival(case: dict[str, Any]) -> dict[str, Any]:
-    """The optimum of a loss that has not pi*: its KL, and the points it misses of each procedure's optimum there."""
+    """Solve for the optimum of a loss that has not pi*; return its KL and what it misses of each optimum."""
     exact, n = WORLDS[case["world"]], case["n"]
     if case["loss"] == "ipo":
         policy = exact.at_kl(solve_ipo(exact, n), case["kl asked"])
@@ -306,7 +284,7 @@ def rival(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def cases() -> list[dict[str, Any]]:
-    """All that is asked."""
+    """List the cases of all three parts."""
     found = []
     for world in WORLDS:
         for n in (2, 4, 8):
@@ -324,14 +302,14 @@ def cases() -> list[dict[str, Any]]:
 
 
 def run(case: dict[str, Any], draws: int | None = None) -> dict[str, Any]:
-    """One case."""
+    """Run one case of any part."""
     if case["part"] == "rivals":
         return rival(case)
     return (converge if case["part"] == "converged" else run_epochs)(case, draws)
 
 
 def main() -> None:
-    """All that is not there yet."""
+    """Run the cases that the results do not have yet, and save them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a case of each kind, two draws, nothing is kept")
     args = parser.parse_args()

@@ -41,14 +41,14 @@ TOKENS = LETTERS + 1
 
 @dataclass(frozen=True)
 class Arm:
-    """What a run does differently."""
+    """Settings in which a run differs from the plain loop."""
 
     baseline: str = "leave-one-out"
     completions: int = 4
     rollouts: int = 0
     """Steps that learn from the table's rollouts, with importance weights up to `clip`."""
     K: int = 128
-    """Rollouts of a prompt."""
+    """Rollouts of a prompt in the table."""
     clip: float = 4.0
     offline: int = 0
     """Steps of offline training before, on the same rollouts: regression to the target log-ratio."""
@@ -80,20 +80,20 @@ ARMS = {
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A transform's rewards, and the beta of its KL."""
+    """The rewards of a transform in the exact world, and the beta of its KL."""
 
     name: str
     values: Array
     beta: float
     log_reference: Array
     starts: tuple[Array, Array]
-    """The reference's logits of first and second tokens."""
+    """Logits of first and of second tokens under the reference policy."""
     identity: Array
-    """What a curriculum begins with, in the unit of beta."""
+    """Rewards that a curriculum begins with, in the unit of beta."""
 
     @classmethod
     def of(cls, here: World, name: str) -> Task:
-        """The task in the world."""
+        """Build the task of a transform in the world."""
         exact, values = here.exact, here.values(name)
         order = [enumerable.completions(LENGTH, LETTERS).index(each) for each in _places()]
         beta = exact.beta(values, KLS[name])
@@ -103,18 +103,18 @@ class Task:
         )
 
     def objective(self, log_policy: Array) -> Array:
-        """E[reward] - beta KL of each run, the mean over prompts."""
+        """Compute E[reward] - beta KL of each run, the mean over prompts."""
         gains = self.values - self.beta * (log_policy - self.log_reference)
         return np.asarray((np.exp(log_policy) * gains).sum(-1).mean(-1))
 
     @property
     def mean(self) -> Array:
-        """E_ref[reward] of each prompt."""
+        """The mean reward of the reference policy, of each prompt."""
         return np.asarray((np.exp(self.log_reference) * self.values).sum(-1))
 
     @property
     def optimal(self) -> Array:
-        """beta log Z of each prompt."""
+        """The optimal value beta log Z of each prompt."""
         return np.asarray(self.beta * np.log((np.exp(self.log_reference + self.values / self.beta)).sum(-1)))
 
     def share(self, log_policy: Array) -> Array:
@@ -140,7 +140,7 @@ def _logits(model: Any) -> tuple[Array, Array]:
 
 
 def log_softmax(logits: Array) -> Array:
-    """Log-probabilities over the last axis."""
+    """Normalise logits over the last axis to log-probabilities."""
     high = logits - logits.max(-1, keepdims=True)
     return np.asarray(high - np.log(np.exp(high).sum(-1, keepdims=True)))
 
@@ -157,18 +157,18 @@ class Runs:
 
     @classmethod
     def start(cls, task: Task, seeds: int) -> Runs:
-        """All at the reference."""
+        """Make policies of several runs, all at the reference."""
         logits = [np.broadcast_to(each, (seeds, *each.shape)).copy() for each in task.starts]
         return cls(task, np.random.default_rng(0), logits, [[np.zeros_like(x) for _ in range(2)] for x in logits])
 
     def log_policy(self) -> Array:
-        """The log-probability of each completion: runs, prompts, places."""
+        """Compute the log-probability of each completion: runs, prompts, places."""
         first, second = map(log_softmax, self.logits)
         whole = first[..., 1:, None] + second
         return np.concatenate([first[..., :1], whole.reshape(*whole.shape[:2], -1)], -1)
 
     def draw(self, log_policy: Array, count: int) -> Array:
-        """Places of so many completions of each prompt."""
+        """Draw so many completions of each prompt, as places in the enumeration."""
         upto = np.exp(log_policy).cumsum(-1)
         chances = self.rng.random((*upto.shape[:2], count)) * upto[..., -1:]
         return (upto[..., None, :] < chances[..., None]).sum(-1)
@@ -268,7 +268,7 @@ class Counting:
     every: int = 10
 
     def __call__(self, rate: float, seed: int, steps: int) -> list[float]:
-        """Completions drawn until each share of the way."""
+        """Count the completions drawn until each share of the way."""
         model, reached = self.here.model(), [np.nan] * len(SHARES)
         policy = Policy(model, enumerable.tokenizer(LETTERS), Decoding(LENGTH), Text())
         reward = CalibratedReward(self.here.scorer, self.here.table(), TRANSFORMS[self.task.name])
@@ -303,7 +303,7 @@ def summarise(reached: Array) -> list[dict[str, float | None]]:
 
 
 def best(cases: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
-    """For each share, the rate with the fewest completions."""
+    """Choose, for each share, the rate with the fewest completions."""
     found: list[dict[str, Any] | None] = []
     for i in range(len(SHARES)):
         there = [{"rate": c["rate"], **c["reached"][i]} for c in cases if c["reached"][i]["completions"] is not None]
@@ -312,7 +312,7 @@ def best(cases: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
 
 
 def run(here: World, name: str, label: str, seeds: int, steps: int) -> dict[str, Any]:
-    """One arm for one transform, at each rate."""
+    """Run one arm for one transform, at each rate."""
     task = Task.of(here, name)
     if label == "the library's loop":
         reached = np.array([Counting(here, task)(0.05, seed, steps) for seed in range(seeds)]).T
@@ -334,7 +334,7 @@ def run(here: World, name: str, label: str, seeds: int, steps: int) -> dict[str,
 
 
 def describe(row: dict[str, Any]) -> str:
-    """A line: completions until each share, at the best rate."""
+    """Format a row of the table: completions until each share, at the best rate."""
     cells = [
         "-" if each is None else f"{each['completions']:.0f} ± {each['±']:.0f} ({each['rate']})" for each in row["best"]
     ]
@@ -354,7 +354,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """All that is not there yet."""
+    """Run the arms that the results do not have yet, and save them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one case each, a few steps, nothing is kept")
     parser.add_argument("--table", action="store_true", help="print what there is as the page's table")

@@ -217,12 +217,12 @@ class HeldOutPolicy:
 
     @property
     def mean_weight(self) -> Estimate:
-        """The mean of w."""
+        """Mean importance weight over the rollouts, which is 1 for exact log-ratios."""
         return Estimate(np.sum(self.weights * self.pools.uniform, axis=1))
 
     @property
     def kl(self) -> Estimate:
-        """The mean of w log w - w + 1, which is never negative."""
+        """KL of the policy from the reference, the mean of w log w - w + 1, which is never negative."""
         w = self.weights
         with np.errstate(divide="ignore", invalid="ignore"):
             terms = np.where(w > 0, w * np.log(w), 0.0) - w + 1

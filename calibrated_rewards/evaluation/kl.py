@@ -29,7 +29,7 @@ from calibrated_rewards.samplers.continuous import ContinuousSampler
 from calibrated_rewards.samplers.generation import contiguous_input
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.loading import LoadedSampler
-from calibrated_rewards.samplers.policy import Policy
+from calibrated_rewards.samplers.policy import Policy, tokenize_completion
 from calibrated_rewards.samplers.protocol import Decoding, Rollout, Sampler
 from calibrated_rewards.scorers.protocol import fingerprint
 
@@ -103,20 +103,21 @@ class Divergence:
         return Precision(" and ".join(sorted(read_in)), find_rounding(ours, theirs))
 
     def _measure(self, ours: Policy, theirs: Policy, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Distance]:
-        paths = [_retokenize(ours, prompt, rollout) for rollout in rollouts]
-        if any(_ids(theirs, str(r.completion)) != _ids(ours, str(r.completion)) for r in rollouts):
+        pairs = [tokenize_completion(ours, rollout, prompt) for rollout in rollouts]
+        if any(theirs.text_ids(str(r.completion)) != ours.text_ids(str(r.completion)) for r in rollouts):
             raise ValueError(
                 "a KL needs models of the same tokens, policy and reference make other tokens of a completion of "
                 f"{start_of(prompt)}"
             )
         openings = [each.ids([prompt])[0] for each in (ours, theirs)]
-        costs = [max(map(len, openings)) + len(fed) + 1 for fed, _ in paths]
+        fed = [ids[:-1] for ids, _ in pairs]  # nothing follows the last token
+        costs = [max(map(len, openings)) + len(ids) + 1 for ids in fed]
         budget = Budget(self._most_tokens(ours.model))
         kls: dict[int, float] = {}
         for batch in budget.batches(costs):
-            sums = budget.run(lambda at: self._sums(ours, theirs, openings, [paths[i][0] for i in at]), batch, costs)
+            sums = budget.run(lambda at: self._sums(ours, theirs, openings, [fed[i] for i in at]), batch, costs)
             kls |= dict(zip(batch, sums, strict=True))
-        return [Distance(kls[i], as_drawn) for i, (_, as_drawn) in enumerate(paths)]
+        return [Distance(kls[i], as_drawn) for i, (_, as_drawn) in enumerate(pairs)]
 
     def _sums(self, ours: Policy, theirs: Policy, openings: list[list[int]], fed: list[list[int]]) -> list[float]:
         """Sum the terms of some completions of a prompt, in float32 and a part of their tokens at a time."""
@@ -249,28 +250,6 @@ def _policy(sampler: Any) -> Policy:
     """Return the model as the sampler uses it."""
     inner = sampler.sampler if isinstance(sampler, LoadedSampler) else sampler
     return Policy(inner.model, inner.tokenizer, inner.decoding, inner.text)
-
-
-def _retokenize(policy: Policy, prompt: Prompt, rollout: Rollout) -> tuple[list[int], bool]:
-    """Return a completion's tokens without the last that was drawn, and whether they are as many as were drawn."""
-    if not isinstance(rollout.completion, str):
-        raise TypeError(f"a KL needs completions that are text, got messages for {start_of(prompt)}")
-    most, ids = policy.decoding.max_tokens, _ids(policy, rollout.completion)
-    cut = rollout.finish == "length" or (rollout.finish is None and len(ids) >= most)
-    fed = ids[: -1 if cut else None][: most - 1]
-    if rollout.tokens == len(fed) + 1:
-        return fed, True
-    # It may have been ended by a stop string, which was drawn and is not stored.
-    for stop in policy.decoding.stop if rollout.finish == "stop" else ():
-        ids = _ids(policy, rollout.completion + stop)
-        if len(ids) == rollout.tokens:
-            return ids[:-1], True
-    return fed, False
-
-
-def _ids(policy: Policy, text: str) -> list[int]:
-    with lock_of(policy.model):  # fast tokenizers do not bear two threads
-        return list(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _logits(model: Any, opening: list[int], fed: list[list[int]]) -> Tensor:

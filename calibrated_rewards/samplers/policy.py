@@ -110,6 +110,11 @@ class Policy:
         with lock_of(self.model):  # two threads cannot use a fast tokenizer at once
             return tokenize_prompts(self.text, self.tokenizer, prompts)
 
+    def text_ids(self, text: str) -> list[int]:
+        """Make a text that follows a prompt into tokens, without special tokens of the tokenizer's."""
+        with lock_of(self.model):
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def rendered(self, prompt: Prompt) -> str:
         """Return the text that is tokenised."""
         return self.text.opening(self.tokenizer, prompt)[0]
@@ -155,7 +160,7 @@ def tokenize_completion(policy: Policy, rollout: Any, prompt: Any = "") -> tuple
     text = rollout.completion
     if not isinstance(text, str):
         raise TypeError(f"tokens are those of completions that are text, got messages for {start_of(prompt)}")
-    ids: list[int] = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = policy.text_ids(text)
     most, ends = policy.decoding.max_tokens, policy.endings.ids
     if rollout.finish == "length" or (rollout.finish is None and len(ids) >= most) or not (ends or rollout.finish):
         return ids[:most], rollout.tokens in (None, len(ids))
@@ -165,7 +170,7 @@ def tokenize_completion(policy: Policy, rollout: Any, prompt: Any = "") -> tuple
         return whole, True
     # It may have been ended by a stop string, which was drawn and is not stored.
     for stop in policy.decoding.stop:
-        ids = policy.tokenizer(text + stop, add_special_tokens=False)["input_ids"]
+        ids = policy.text_ids(text + stop)
         if len(ids) == rollout.tokens:
             return ids, True
     return whole[:most], False

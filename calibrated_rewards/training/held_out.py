@@ -9,7 +9,7 @@ The command `train` has it as `--check-rollouts`; for a trainer of TRL's there i
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -36,8 +36,8 @@ from calibrated_rewards.training.launch import Inputs, Launch, check_policy
 from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
 from calibrated_rewards.training.offline.rollouts import PromptRollouts, iterate_rollouts
 
-# Rollouts of a prompt that are read for a check.
-ROLLOUTS = 32
+# Prompts, and rollouts of each, that are read for a check.
+PROMPTS, ROLLOUTS = 64, 32
 
 
 def load_check(launch: Launch, inputs: Inputs, settings: Any) -> "HeldOutRollouts | None":
@@ -63,6 +63,24 @@ def load_check(launch: Launch, inputs: Inputs, settings: Any) -> "HeldOutRollout
     return rollouts
 
 
+def compute_log_probabilities(reader: GroupReader, groups: Iterable[Group]) -> list[Float32[Tensor, " K"]]:
+    """Compute the log-probabilities of all completions, without dropout or an autocast of a loop around it."""
+    with _evaluation_mode(reader.model):
+        return [reader(group).float().cpu() for group in groups]
+
+
+@contextmanager
+def _evaluation_mode(model: Any) -> Iterator[None]:
+    training = [part for part in model.modules() if part.training]
+    with lock_of(model), torch.autocast(model.device.type, enabled=False):
+        model.eval()
+        try:
+            yield
+        finally:
+            for part in training:
+                part.training = True
+
+
 @dataclass(frozen=True, eq=False)
 class HeldOutRollouts:
     """Rollouts of held-out prompts with their scores, targets, and log-probabilities under the reference."""
@@ -73,8 +91,10 @@ class HeldOutRollouts:
     samples: Samples
     targets: Sequence[Float64[np.ndarray, " K"]]
     reference: Sequence[Float32[Tensor, " K"]]
-    as_drawn: float
+    as_drawn: float = 1.0
     """The share of completions whose text makes as many tokens as were drawn."""
+    compute: Callable[[GroupReader, Sequence[Group]], list[Tensor]] = compute_log_probabilities
+    """The function that reads the groups; one that shares them out wants all processes to check at the same step."""
 
     @classmethod
     def load(
@@ -86,7 +106,7 @@ class HeldOutRollouts:
         trained_on: Sequence[Prompt] = (),
         beta: float | None = None,
         judge: str | None = None,
-        prompts: int = 64,
+        prompts: int = PROMPTS,
         rows: int = 32,
     ) -> "HeldOutRollouts":
         """Read the first prompts of a calibration's directory that are not trained on, with at most 32 rollouts each.
@@ -128,7 +148,7 @@ class HeldOutRollouts:
 
     def check(self) -> HeldOutCheck:
         """Estimate the policy as the model is now; it is left as it was, and no random number is drawn."""
-        values = compute_log_probabilities(self.reader, self.groups)
+        values = self.compute(self.reader, self.groups)
         pairs = zip(values, self.reference, strict=True)
         return check_log_ratios([(own - ref).double().numpy() for own, ref in pairs], self.samples, self.targets)
 
@@ -147,24 +167,6 @@ def is_due(done: int, every: int, steps: int) -> bool:
     [3, 6, 7]
     """
     return done % every == 0 or done == steps
-
-
-def compute_log_probabilities(reader: GroupReader, groups: Sequence[Group]) -> list[Float32[Tensor, " K"]]:
-    """Compute the log-probabilities of all completions, without dropout or an autocast of a loop around it."""
-    with _evaluation_mode(reader.model):
-        return [reader(group).float().cpu() for group in groups]
-
-
-@contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
-    training = [part for part in model.modules() if part.training]
-    with lock_of(model), torch.autocast(model.device.type, enabled=False):
-        model.eval()
-        try:
-            yield
-        finally:
-            for part in training:
-                part.training = True
 
 
 def load_table(run: Path, select: str) -> ReferenceTable:

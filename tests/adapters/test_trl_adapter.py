@@ -4,9 +4,6 @@ import asyncio
 import json
 import os
 import pickle
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -328,46 +325,3 @@ def test_an_async_worker_scores_with_its_pickle(reward):
     assert [sample.metrics["rewards/ours"] for sample in samples] == wanted.tolist()
     # It always divides by the spread, which docs/guides/train.md says it cannot help.
     np.testing.assert_allclose([s.advantage for s in samples], (wanted - wanted.mean()) / wanted.std(), rtol=1e-6)
-
-
-RANK = """
-import json, os, sys
-import tiny
-from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
-from calibrated_rewards.adapters import trl_reward
-from calibrated_rewards.calibration.calibrate import calibrate
-from test_trl_adapter import CHATS, SMALL, Recorded
-
-policy, out = sys.argv[1:]
-recorded = Recorded(trl_reward.reward)
-config = GRPOConfig(output_dir=out, **{**SMALL, "max_steps": 1, "num_generations": 4, "per_device_train_batch_size": 2})
-data = Dataset.from_list([{"prompt": chat} for chat in CHATS])
-GRPOTrainer(policy, recorded, config, data, processing_class=tiny.tokenizer(side="left")).train()
-with open(os.path.join(out, f"rank{os.environ['RANK']}.json"), "w") as file:
-    json.dump(recorded.calls, file)
-"""
-
-
-def test_ranks_give_what_one_gives(reward, policy, tmp_path):
-    """Two processes, as torchrun starts them, share a prompt's group; each gives its half what one would."""
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    # What torchrun would set, without a third process that imports torch.
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
-    started = []
-    for rank in ("0", "1"):
-        env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": paths}
-        command = [sys.executable, str(script), policy, str(tmp_path)]
-        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    told = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], told[0][-2000:] + told[1][-2000:]
-
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text())[0] for rank in range(2)]
-    assert ranks[0]["prompts"] == ranks[1]["prompts"]
-    assert same_as_alone(ranks, reward)

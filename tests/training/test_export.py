@@ -20,7 +20,7 @@ from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.calibration.shards import Planned, new_shard
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import Rollout
-from calibrated_rewards.training.offline.dataset_files import FILES
+from calibrated_rewards.training.offline.dataset_files import FILES, write_part
 from calibrated_rewards.training.offline.dataset_folder import Export, export
 from calibrated_rewards.training.offline.datasets import Selection
 from calibrated_rewards.training.offline.rollouts import iterate_rollouts
@@ -266,3 +266,15 @@ def test_two_processes_do_not_write_one_export(run: Path, tmp_path: Path) -> Non
 def test_shards_of_few_rows_share_row_groups(run: Path, tmp_path: Path) -> None:
     """Four shards, one row group: a reader is not slowed by the run's shards."""
     assert pq.ParquetFile(write(run, tmp_path / "out", "sft").path).num_row_groups == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_lines_are_those_of_json(count: int, tmp_path: Path) -> None:
+    """Each row is written as json.dumps writes it, below the counts: signs of zeros, null and other alphabets."""
+    row = {"prompt": [{"role": "user", "content": 'é\u2028\n"%s'}], "u": 0.1, "tokens": None, "low": -0.0, "tiny": 1e-7}
+    rows = [{**row, "number": number} for number in range(count)]
+
+    write_part(tmp_path / "part", rows, {"rows": count, "kl": 0.5}, "jsonl")
+
+    lines = [json.dumps({"kl": 0.5, "rows": count}), *(json.dumps(each, ensure_ascii=False) for each in rows)]
+    assert (tmp_path / "part").read_bytes() == "".join(f"{line}\n" for line in lines).encode()

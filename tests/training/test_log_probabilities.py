@@ -1,5 +1,6 @@
 """Log-probabilities of groups: values and gradients against the model's own forward, one row at a time."""
 
+from pathlib import Path
 from typing import Any
 
 import enumerable
@@ -16,6 +17,7 @@ from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.policy import Policy, tokenize_completion
 from calibrated_rewards.samplers.protocol import Decoding, Rollout
 from calibrated_rewards.training.loop import ignore_peft_warning
+from calibrated_rewards.training.offline.groups import PromptGroup, ReferenceFile, record_states
 from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
 from calibrated_rewards.training.offline.trained_weights import select_weights
 
@@ -272,3 +274,26 @@ def test_states_that_a_body_would_change_are_not_used() -> None:
     _, states = reader.record(group())
 
     assert not reader.can_skip(group()._replace(states=states))
+
+
+@pytest.mark.parametrize(("long", "kept"), [(4, True), (30, False)])
+def test_states_are_compared_at_the_longest_group(
+    long: int, kept: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPT-2 whose first 20 positions add nothing: states are kept unless a later group is longer than that."""
+    model = select_weights(writer("GPT2"), 1, 0, 0)
+    with torch.no_grad():
+        model.transformer.wpe.weight[:20] = 0
+    rewards = np.zeros(len(LENGTHS))
+    groups = [
+        PromptGroup(bytes([i]) * 16, str(i), group(size), rewards, rewards, 1.0, 0.0, None)
+        for i, size in enumerate((4, long, 3))
+    ]
+    reader = GroupReader(model, TEMPERATURE)
+
+    recorded, logprobs = record_states(reader, groups, ReferenceFile(tmp_path / "reference", ""))
+
+    assert [each.tokens.states is not None for each in recorded] == [kept] * 3
+    assert ("no states are kept" in capsys.readouterr().err) is not kept
+    for each in recorded:
+        np.testing.assert_allclose(reader(each.tokens), logprobs[each.key], rtol=1e-5)

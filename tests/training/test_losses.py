@@ -21,6 +21,7 @@ from calibrated_rewards.training import offline
 from calibrated_rewards.training.offline.losses import (
     IPO,
     LOSS_NAMES,
+    NAMED,
     BoNBoN,
     Centred,
     ControlVariate,
@@ -37,14 +38,9 @@ from calibrated_rewards.training.offline.losses import (
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 EXACT_LOG_Z = 0.3
-# The losses whose optimum is pi*.
-TILTED: dict[str, Loss] = {
-    "weighted": WeightedLikelihood(),
-    "control-variate": ControlVariate(inf, inf),
-    "regression": Regression(),
-    "centred": Centred(),
-    "pairs": Pairs(),
-}
+# The losses whose optimum is pi*, of which none is clamped.
+TILTED: dict[str, Loss] = {**NAMED, "control-variate": ControlVariate(inf, inf)}
+del TILTED["regression:exact"]  # whose partition is that of another law here
 NAMES = (*TILTED, "control-variate, clamped", "regression:exact", "ipo", "ipo:3", "bonbon:2", "top-1", "top-1:3")
 LOSSES: dict[str, Loss] = {"control-variate, clamped": ControlVariate(3.0, 2.0)}
 LOSSES |= {name: TILTED[name] if name in TILTED else parse_loss(name) for name in NAMES if name not in LOSSES}

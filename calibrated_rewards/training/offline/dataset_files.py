@@ -29,9 +29,9 @@ def write_part(path: Path, rows: Sequence[Row], counts: Mapping[str, float], fil
     """Write the rows of a shard and what was counted beside them."""
     text = json.dumps(dict(sorted(counts.items())))
     if file_format == "jsonl":
-        lines = [text, *(json.dumps(row, ensure_ascii=False) for row in rows)]
+        encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each row
         with replace_file(path) as file:
-            file.write("".join(f"{line}\n" for line in lines).encode())
+            file.write("\n".join([text, *map(encode, rows), ""]).encode())
         return
     import pyarrow.parquet as pq
 

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from jaxtyping import Float64
+from jaxtyping import Float32, Float64
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from calibrated_rewards.evaluation.estimates import Samples
-from calibrated_rewards.evaluation.held_out import HeldOutCheck, check_log_ratios
 from calibrated_rewards.files import replace_file
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
@@ -29,13 +28,11 @@ from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.samplers.policy import Policy, tokenize_completion
 from calibrated_rewards.theory.finite_k import log_partition
 from calibrated_rewards.theory.scale import scaled
+from calibrated_rewards.training.held_out import PROMPTS, ROLLOUTS, HeldOutRollouts, compute_log_probabilities
 from calibrated_rewards.training.loop import find_processes
 from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
 from calibrated_rewards.training.offline.losses import LossInputs
 from calibrated_rewards.training.offline.rollouts import PromptRollouts, iterate_rollouts
-
-# Most held-out prompts, and rollouts of each, that are read for a check.
-CHECKED_PROMPTS, CHECKED_ROLLOUTS = 64, 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,18 +110,19 @@ def split_groups(groups: Sequence[PromptGroup], share: float, seed: int) -> tupl
     return [groups[i] for i in sorted(order[held:])], [groups[i] for i in sorted(order[:held])]
 
 
-def read_all(reader: GroupReader, groups: Sequence[PromptGroup], description: str) -> list[Tensor]:
-    """Compute the log-probabilities of all completions of all groups, shared out over the processes."""
+def share_log_probabilities(
+    reader: GroupReader, groups: Sequence[Group], description: str = "held-out check"
+) -> list[Float32[Tensor, " K"]]:
+    """Compute the log-probabilities of all completions of all groups, each process those of some."""
     processes = find_processes()
     own = groups[processes.process_index :: processes.num_processes]
     show: Any = None if processes.is_main_process else True
-    bar = tqdm(own, desc=description, unit=" prompts", delay=3, disable=show)
-    numbers: list[Any] = [reader(group.tokens).cpu() for group in bar]
+    values = compute_log_probabilities(reader, tqdm(own, desc=description, unit=" prompts", delay=3, disable=show))
     if processes.num_processes == 1:
-        return numbers
+        return values
     places = range(processes.process_index, len(groups), processes.num_processes)
-    gathered = gather_object(list(zip(places, numbers, strict=True)))
-    return [values for _, values in sorted(gathered, key=lambda pair: pair[0])]
+    gathered = gather_object(list(zip(places, values, strict=True)))
+    return [value for _, value in sorted(gathered, key=lambda pair: pair[0])]
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ class ReferenceFile:
             return {bytes.fromhex(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def save(self, logprobs: dict[bytes, Tensor]) -> None:
-        """Write them in one step."""
+        """Write the log-probabilities to the file, which is replaced as a whole."""
         tensors = {key.hex(): values.contiguous() for key, values in logprobs.items()}
         with replace_file(self.path) as file:
             file.write(save(tensors, {"identity": self.identity}))
@@ -157,7 +155,7 @@ class ReferenceFile:
         processes.wait_for_everyone()
         if known is not None:
             return known
-        values = read_all(reader, groups, "reference")
+        values = share_log_probabilities(reader, [group.tokens for group in groups], "reference")
         logprobs = {group.key: each for group, each in zip(groups, values, strict=True)}
         if processes.is_main_process:
             self.save(logprobs)
@@ -169,47 +167,42 @@ def record_states(
 ) -> tuple[list[PromptGroup], dict[bytes, Tensor]]:
     """Keep the hidden states below the trained layers, in memory, with the reference's log-probabilities.
 
-    The groups come back as they were where the model has no such states, or where they do not give the same numbers.
+    The groups come back as they were where the states of the first or of the longest group do not give the same
+    numbers: a model may treat long inputs in another way.
     """
     if find_processes().num_processes > 1:
         raise ValueError(
             "states are kept by a process for all prompts, got several processes: leave --cache-states out"
         )
-    values, recorded = {}, []
-    for i, group in enumerate(tqdm(groups, desc="reference", unit=" prompts", delay=3, disable=None)):
-        logprobs, states = reader.record(group.tokens)
-        tokens = group.tokens._replace(states=states)
-        if i == 0 and not reader.can_skip(tokens):
+    compared = (groups[0].tokens, max((group.tokens for group in groups), key=lambda tokens: tokens.longest))
+    for tokens in compared:
+        if not reader.can_skip(tokens._replace(states=reader.record(tokens)[1])):
             sys.stderr.write("the trained layers alone give other numbers than the whole model: no states are kept\n")
             return list(groups), reference.compute(reader, groups)
+    values, recorded = {}, []
+    for group in tqdm(groups, desc="reference", unit=" prompts", delay=3, disable=None):
+        logprobs, states = reader.record(group.tokens)
         values[group.key] = logprobs.cpu()
-        recorded.append(replace(group, tokens=tokens))
+        recorded.append(replace(group, tokens=group.tokens._replace(states=states)))
     known = reference.load()
     if known is None:
         reference.save(values)
     return recorded, values if known is None else known
 
 
-@dataclass(frozen=True, eq=False)
-class HeldOut:
-    """Held-out prompts, on whose rollouts a policy is checked by importance weights, without drawing any."""
-
-    groups: Sequence[PromptGroup]
-    reference: dict[bytes, Tensor]
-
-    @classmethod
-    def choose(cls, groups: Sequence[PromptGroup], reference: dict[bytes, Tensor]) -> "HeldOut":
-        """Choose the first prompts and rollouts, as many as a check reads."""
-        few = [group.take(range(min(CHECKED_ROLLOUTS, len(group.rewards)))) for group in groups[:CHECKED_PROMPTS]]
-        return cls(few, reference)
-
-    def check(self, reader: GroupReader) -> HeldOutCheck:
-        """Estimate KL, correlation with the target and win rates."""
-        values = read_all(reader, self.groups, "held-out check")
-        pairs = zip(self.groups, values, strict=True)
-        log_ratios = [(own - self.reference[group.key][: len(own)]).double().numpy() for group, own in pairs]
-        targets = [group.rewards / group.beta - group.log_z for group in self.groups]
-        return check_log_ratios(log_ratios, Samples([group.scores for group in self.groups]), targets)
+def hold_rollouts(
+    reader: GroupReader, groups: Sequence[PromptGroup], reference: dict[bytes, Tensor]
+) -> HeldOutRollouts | None:
+    """Take the first held-out prompts and rollouts, as many as a check reads; None if no prompt is held out."""
+    few = [group.take(range(min(ROLLOUTS, len(group.rewards)))) for group in groups[:PROMPTS]]
+    if not few:
+        return None
+    targets = [group.rewards / group.beta - group.log_z for group in few]
+    known = [reference[group.key][: len(group.rewards)] for group in few]
+    samples = Samples([group.scores for group in few])
+    return HeldOutRollouts(
+        reader, [group.tokens for group in few], samples, targets, known, compute=share_log_probabilities
+    )
 
 
 def report_tokens(groups: Groups) -> None:

@@ -101,7 +101,7 @@ class Layout:
 
 
 def write_trl_usage(file: str, kind: Kind, _: bool) -> str:
-    """Write how TRL reads the dataset."""
+    """Write the code with which TRL reads the dataset, as a block of Markdown."""
     reader, name = ("parquet", file) if file.endswith(".parquet") else ("json", file)
     load = f'load_dataset("{reader}", data_files="{name}", split="train")'
     if not file.endswith((".parquet", ".jsonl")):
@@ -115,7 +115,7 @@ def write_trl_usage(file: str, kind: Kind, _: bool) -> str:
 
 
 def write_openrlhf_usage(file: str, kind: Kind, chat: bool) -> str:
-    """Write OpenRLHF's options."""
+    """Write the options with which OpenRLHF reads the dataset."""
     if kind == "pairs":
         keys = "--data.prompt_key prompt --data.chosen_key chosen --data.rejected_key rejected"
     else:
@@ -152,7 +152,7 @@ AXOLOTL_TYPES = {  # of pairs or not, of chats or not
 
 
 def write_axolotl_usage(file: str, kind: Kind, chat: bool) -> str:
-    """Write axolotl's settings."""
+    """Write the settings with which axolotl reads the dataset."""
     reader, pairs = "parquet" if file.endswith(".parquet") else "json", kind == "pairs"
     head = (
         f"{'rl: dpo' + chr(10) if pairs else ''}datasets:\n  - path: {file}\n    ds_type: {reader}\n    split: train\n"
@@ -161,7 +161,7 @@ def write_axolotl_usage(file: str, kind: Kind, chat: bool) -> str:
 
 
 def write_llama_factory_usage(file: str, kind: Kind, chat: bool) -> str:
-    """Write LLaMA-Factory's settings; `describe_for_llama_factory` is the dataset_info.json that they name."""
+    """Write the settings with which LLaMA-Factory reads the dataset; `describe_for_llama_factory` writes the rest."""
     stage, folder = "dpo" if kind == "pairs" else "sft", file.rpartition("/")[0]
     more = "mask_history: true" if chat else "template: empty  # adds nothing to the texts, and so no end token"
     return f"```yaml\nstage: {stage}\ndataset_dir: {folder}\ndataset: rollouts\n{more}\n```"
@@ -182,7 +182,7 @@ def describe_for_llama_factory(file: str, kind: Kind, chat: bool) -> str:
 
 
 def write_ms_swift_usage(file: str, kind: Kind, chat: bool) -> str:
-    """Write ms-swift's options."""
+    """Write the options with which ms-swift reads the dataset."""
     command = "swift rlhf --rlhf_type dpo" if kind == "pairs" else "swift sft"
     weights = " --is_binary_loss_scale false" if kind == "weighted" else ""
     return f"```\n{command} --dataset {file}{weights}{'' if chat else ' --use_chat_template false'} ...\n```"

@@ -60,6 +60,11 @@ class Group(NamedTuple):
     states: GroupStates | None = None
     """The hidden states that enter the first trained layer, in place of the tokens, if they are known."""
 
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the prompt with its longest completion."""
+        return len(self.prompt) + max(map(len, self.completions))
+
     def take(self, at: Sequence[int]) -> "Group":
         """Return the group with some of its completions."""
         states = self.states and GroupStates(self.states.prompt, [self.states.completions[i] for i in at])
@@ -247,8 +252,7 @@ class GroupReader:
 
     def _shares(self, group: Group) -> bool:
         """Tell if a group is read behind its prompt: LongRoPE has other angles for all of a long input."""
-        longest = len(group.prompt) + max(map(len, group.completions))
-        turned = self._turn is not None and len(group.prompt) <= self._turn < longest
+        turned = self._turn is not None and len(group.prompt) <= self._turn < group.longest
         return self.route.shared and len(group.completions) > 1 and not turned
 
     def _split(self, group: Group) -> list[list[int]]:

@@ -37,11 +37,12 @@ from calibrated_rewards.evaluation.held_out import HeldOutCheck
 from calibrated_rewards.files import Message, setting, write_file
 from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.training import loop
+from calibrated_rewards.training.held_out import HeldOutRollouts
 from calibrated_rewards.training.launch import Launch, check_numbers, digest_weights, load_policy, load_reward, option
 from calibrated_rewards.training.offline.groups import (
-    HeldOut,
     PromptGroup,
     ReferenceFile,
+    hold_rollouts,
     load_groups,
     record_states,
     report_tokens,
@@ -186,7 +187,7 @@ def train(
     by_number, held_out = dict(zip(coming, groups, strict=False)), groups[len(coming) :]
     if processes.is_main_process:
         announce(time.perf_counter() - start, len(groups), settings)
-    checked = HeldOut.choose(held_out, logprobs)
+    checked = hold_rollouts(reader, held_out, logprobs)
     weights = TrainedWeights.of(model, keep_start=settings.kl > 0)
     optimizer = build_optimizer(weights, settings.optimizer, settings.lr, settings.momentum)
     place = folder.find_checkpoint()
@@ -200,15 +201,15 @@ def train(
         chosen = [choose_completions(by_number[i], settings, step, i, logprobs) for i in at]
         metrics = take_step(reader, chosen, loss, weights, optimizer, settings)
         row = {"step": step, **loop.average_metrics(metrics), "lr": rate}
-        if held_out and ((step + 1) % settings.check_steps == 0 or step + 1 == settings.steps):
-            check = checked.check(reader)
+        if checked and ((step + 1) % settings.check_steps == 0 or step + 1 == settings.steps):
+            check = checked.check()
             row |= check.metrics()
         log(row | {"seconds": time.perf_counter() - start})
         if settings.kl and check is not None and check.kl.value >= settings.kl:
             break
         if (step + 1) % settings.save_steps == 0 and processes.is_main_process:
             save_checkpoint(folder, step + 1, weights, optimizer)
-    outcome = finish(reader, weights, checked, check, settings)
+    outcome = finish(weights, checked, check, settings)
     weights.widen()
     return model, outcome
 
@@ -309,17 +310,13 @@ def announce(seconds: float, prompts: int, settings: OfflineSettings) -> None:
 
 
 def finish(
-    reader: GroupReader,
-    weights: TrainedWeights,
-    held_out: HeldOut,
-    check: HeldOutCheck | None,
-    settings: OfflineSettings,
+    weights: TrainedWeights, held_out: HeldOutRollouts | None, check: HeldOutCheck | None, settings: OfflineSettings
 ) -> dict[str, Any]:
     """Bring the held-out KL to the one asked for, by a factor on the weights' difference; return what came of it."""
-    if check is None and held_out.groups:  # the run was over when it was started again
-        check = held_out.check(reader)
+    if check is None and held_out is not None:  # the run was over when it was started again
+        check = held_out.check()
     outcome: dict[str, Any] = {"loss": settings.loss, "beta": settings.beta, "alpha": 1.0, "kl_asked": settings.kl}
-    if check is None:
+    if check is None or held_out is None:
         return outcome
     if settings.kl:
         factors, checks = [1.0], [check]
@@ -327,7 +324,7 @@ def finish(
         def measure(factor: float) -> float:
             weights.scale(factor / factors[-1])
             factors.append(factor)
-            checks.append(held_out.check(reader))
+            checks.append(held_out.check())
             return checks[-1].kl.value
 
         outcome["alpha"], _ = find_factor(measure, settings.kl, check.kl.value)
