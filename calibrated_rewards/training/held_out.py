@@ -23,6 +23,7 @@ from torch import Tensor
 
 from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.evaluation.held_out import HeldOutCheck, check_log_ratios
+from calibrated_rewards.evaluation.importance_weights import PolicyTooFarError
 from calibrated_rewards.evaluation.references import choose_scorer
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.parts import lock_of
@@ -131,6 +132,21 @@ class HeldOutRollouts:
         values = compute_log_probabilities(self.reader, self.groups)
         pairs = zip(values, self.reference, strict=True)
         return check_log_ratios([(own - ref).double().numpy() for own, ref in pairs], self.samples, self.targets)
+
+    def measure(self) -> dict[str, float]:
+        """Return the metrics of a check; none, and a line that says so, of a policy that is too far away for one.
+
+        A check is a look at a run, and must not end it.
+        """
+        try:
+            return self.check().metrics()
+        except PolicyTooFarError as error:
+            sys.stderr.write(f"no held-out check, for the policy is too far from the reference: {error}\n")
+            return {}
+
+    def follow(self, model: Any) -> "HeldOutRollouts":
+        """Return the same rollouts, to check another model on: one that training begins with in place of the policy."""
+        return replace(self, reader=GroupReader(model, self.reader.temperature, self.reader.rows))
 
     def __str__(self) -> str:
         sizes, tokens = self.samples.sizes, sum(len(row) for group in self.groups for row in group.completions)

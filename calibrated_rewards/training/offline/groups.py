@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from jaxtyping import Float64
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.evaluation.held_out import HeldOutCheck, check_log_ratios
+from calibrated_rewards.evaluation.importance_weights import PolicyTooFarError
 from calibrated_rewards.files import replace_file
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
@@ -136,13 +137,16 @@ class ReferenceFile:
     """The digest of what they depend on."""
 
     def load(self) -> dict[bytes, Tensor] | None:
-        """Read them by the keys of their prompts; None if there are none of this identity."""
+        """Read them by the keys of their prompts; None if there are none of this identity, or they cannot be read."""
         if not self.path.exists():
             return None
-        with safe_open(self.path, "pt") as file:
-            if (file.metadata() or {}).get("identity") != self.identity:
-                return None
-            return {bytes.fromhex(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(self.path, "pt") as file:
+                if (file.metadata() or {}).get("identity") != self.identity:
+                    return None
+                return {bytes.fromhex(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError:
+            return None
 
     def save(self, logprobs: dict[bytes, Tensor]) -> None:
         """Write them in one step."""
@@ -203,11 +207,22 @@ class HeldOut:
         few = [group.take(range(min(CHECKED_ROLLOUTS, len(group.rewards)))) for group in groups[:CHECKED_PROMPTS]]
         return cls(few, reference)
 
+    def measure(self, reader: GroupReader) -> HeldOutCheck | None:
+        """Check the policy; None, and a line that says so, if it is too far away for a check."""
+        try:
+            return self.check(reader)
+        except PolicyTooFarError as error:
+            if find_processes().is_main_process:
+                sys.stderr.write(f"no held-out check, for the policy is too far from the reference: {error}\n")
+            return None
+
     def check(self, reader: GroupReader) -> HeldOutCheck:
         """Estimate KL, correlation with the target and win rates."""
         values = read_all(reader, self.groups, "held-out check")
         pairs = zip(self.groups, values, strict=True)
         log_ratios = [(own - self.reference[group.key][: len(own)]).double().numpy() for group, own in pairs]
+        if not all(np.isfinite(each).all() for each in log_ratios):
+            raise FloatingPointError("log-probabilities of the policy are finite numbers, got others: a smaller --lr")
         targets = [group.rewards / group.beta - group.log_z for group in self.groups]
         return check_log_ratios(log_ratios, Samples([group.scores for group in self.groups]), targets)
 
