@@ -1,6 +1,7 @@
 """The check on held-out rollouts while a policy trains: its numbers by plain forward passes, in runs of the command."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,22 @@ def test_a_run_logs_what_plain_forward_passes_give(
         assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
 
 
+def test_a_check_is_of_the_model_that_training_begins_with(run: Path, tmp_path: Path) -> None:
+    """With --start another model than the policy is trained: the KL is that of the saved model, not 0."""
+    moved: Any = AutoModelForCausalLM.from_pretrained(run / "policy")
+    with torch.no_grad():
+        moved.lm_head.weight.add_(torch.randn(moved.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)))
+    start = tiny.saved(moved, tmp_path / "moved", tiny.tokenizer())
+    options = ["--start", start, "--check-rollouts", str(run / "run"), "--check-every", "1", "--judge", "judge"]
+    rows = train(run, tmp_path / "out", "grpo --plain", *options)
+
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    expected = check_by_hand(run, model.eval()).metrics()
+    assert expected["held_out/kl"] > 0.01
+    assert rows[-1]["held_out/kl"] == pytest.approx(expected["held_out/kl"], rel=1e-3)
+    assert rows[0]["held_out/kl"] > 0.01
+
+
 def load(run: Path, **options: Any) -> HeldOutRollouts:
     """The rollouts, read from Python."""
     model = AutoModelForCausalLM.from_pretrained(run / "policy")
@@ -143,6 +160,17 @@ def test_the_model_is_left_as_it_was(run: Path) -> None:
     assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
     assert "2 held-out prompts, 12 rollouts of" in str(rollouts)
+
+
+def test_a_policy_too_far_for_a_check_does_not_end_the_run(run: Path, capsys: Any) -> None:
+    """No metrics and a line that says so; a check that is asked for is an error."""
+    rollouts = load(run, trained_on=TRAINED)
+    assert rollouts.measure()["held_out/kl"] == 0
+    far = replace(rollouts, reference=[each - 800 for each in rollouts.reference])
+    with pytest.raises(ValueError, match="below 700"):
+        far.check()
+    assert far.measure() == {}
+    assert "no held-out check, for the policy is too far from the reference" in capsys.readouterr().err
 
 
 def test_what_cannot_be_checked_is_refused(run: Path, tmp_path: Path, capsys: Any) -> None:

@@ -109,7 +109,7 @@ def test_rollouts_of_others_are_refused(tmp_path: Path) -> None:
     check(drawn)
     check({"kind": "vllm", "weights": "w"})
     check(None, None)
-    with pytest.raises(ValueError, match="scores 'reward' of the rollouts of .* are another reward model's"):
+    with pytest.raises(ValueError, match=r"scores 'reward' of the rollouts of .* are another reward model's"):
         check(drawn, {"kind": "other"}, any_policy=True)
     for change, why in (
         ({"weights": "v"}, "weights is 'w', and 'v' in the table"),
@@ -160,7 +160,7 @@ def test_a_run_without_a_kl_ends_without_a_check_where_it_went_too_far(tmp_path:
     assert "held_out/kl" not in RunFolder(tmp_path).read_log()[-1]
 
 
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+def test_weights_that_are_no_numbers_are_not_saved() -> None:
     """After the last step nobody looks at them but this."""
     model = tiny.causal()
     weights = TrainedWeights.of(model)
