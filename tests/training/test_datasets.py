@@ -159,7 +159,7 @@ def test_ties_are_left_out_or_the_first_counts() -> None:
 
 def test_what_a_trainer_cannot_use_is_left_out() -> None:
     """Empty completions, those that the limit cut if it is asked for, and weights under the floor; each counted."""
-    texts = [Rollout("", 0, "stop"), Rollout("long", 9, "length"), Rollout("b", 1, "stop"), Rollout("a", 1, "stop")]
+    texts = [Rollout("", 0, "length"), Rollout("long", 9, "length"), Rollout("b", 1, "stop"), Rollout("a", 1, "stop")]
     prompt = make_prompt([3.0, 2.0, 1.0, 0.0], completions=texts)
     assert rows_of(Selection("sft"), prompt) == (
         [{"prompt": "p", "completion": "long", "score": 2.0, "u": 0.625}],

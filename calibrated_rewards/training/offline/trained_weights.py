@@ -40,8 +40,10 @@ def select_weights(model: Any, layers: int, rank: int, lora_layers: int) -> Any:
         model.requires_grad_(False)
         holder, name, stack = place
         parts = list(holder.named_children())
-        behind = parts[[each for each, _ in parts].index(name) + 1 :]
-        for part in (*list(stack)[-layers:], *(part for _, part in behind)):
+        first = [each for each, _ in parts].index(name) + 1
+        # OPT makes the norm behind its layers before them.
+        behind = [part for at, (each, part) in enumerate(parts) if at >= first or each.startswith("final")]
+        for part in (*list(stack)[-layers:], *behind):
             part.requires_grad_(True)
     return model
 
