@@ -21,7 +21,7 @@ from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.calibration.shards import Planned, new_shard
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import Rollout
-from calibrated_rewards.training.offline.dataset_files import FILES
+from calibrated_rewards.training.offline.dataset_files import FILES, write_part
 from calibrated_rewards.training.offline.dataset_folder import Export, export
 from calibrated_rewards.training.offline.datasets import Selection
 from calibrated_rewards.training.offline.rollouts import iterate_rollouts
@@ -277,6 +277,19 @@ def test_a_damaged_export_is_not_taken_for_a_whole_one(damage: str, run: Path, t
     assert write(run, tmp_path / "out", "sft", force=True).rows == 7
     assert read_files(tmp_path / "out").keys() == before.keys()
     assert read_rows(tmp_path / "out" / "train.parquet")
+
+
+def test_parts_of_another_export_are_not_used(run: Path, tmp_path: Path) -> None:
+    """One that was begun with other settings and never ended: its parts have other rows."""
+    parts = tmp_path / "out" / ".parts"
+    for name in RunDirectory(run).names():
+        write_part(parts / name, [{"prompt": "another"}], {"rows": 1}, "jsonl")
+    (parts / "settings.json").write_text("{}")
+
+    done = write(run, tmp_path / "out", "sft", file_format="jsonl")
+
+    assert done.rows == 7
+    assert [row["prompt"] for row in read_rows(done.path)] == [prompt for prompt, _, _ in PROMPTS]
 
 
 def test_a_folder_that_was_half_removed_is_no_obstacle(run: Path, tmp_path: Path) -> None:

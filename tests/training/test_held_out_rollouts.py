@@ -23,6 +23,7 @@ from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers import load_scorer
 from calibrated_rewards.testing.suites import HashScorer
+from calibrated_rewards.training import held_out
 from calibrated_rewards.training.held_out import HeldOutRollouts
 
 PROMPTS = tiny.texts(5)
@@ -160,6 +161,19 @@ def test_the_model_is_left_as_it_was(run: Path) -> None:
     assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
     assert "2 held-out prompts, 12 rollouts of" in str(rollouts)
+
+
+def test_of_many_rollouts_the_first_are_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens, scores and targets are those of the same rollouts."""
+    whole = load(run, trained_on=TRAINED, judge="judge")
+    monkeypatch.setattr(held_out, "ROLLOUTS", 4)
+    few = load(run, trained_on=TRAINED, judge="judge")
+    for i in range(len(HELD_OUT)):
+        assert few.groups[i].completions == whole.groups[i].completions[:4]
+        assert few.reference[i].tolist() == pytest.approx(whole.reference[i][:4].tolist(), rel=1e-5)
+        np.testing.assert_array_equal(few.samples.select[i], whole.samples.select[i][:4])
+        np.testing.assert_array_equal(few.samples.judge[i], whole.samples.judge[i][:4])
+        np.testing.assert_array_equal(few.targets[i], whole.targets[i][:4])
 
 
 def test_a_policy_too_far_for_a_check_does_not_end_the_run(run: Path, capsys: Any) -> None:

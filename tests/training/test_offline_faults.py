@@ -5,11 +5,11 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
 from accelerate import PartialState
+from offline_runs import fit, make_group
 from rollout_runs import save_run
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
@@ -17,23 +17,12 @@ from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.training import loop
 from calibrated_rewards.training.offline import trained_weights
-from calibrated_rewards.training.offline.groups import HeldOut, PromptGroup, ReferenceFile
+from calibrated_rewards.training.offline.groups import HeldOut, ReferenceFile
 from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
 from calibrated_rewards.training.offline.rollouts import check_source, iterate_rollouts
-from calibrated_rewards.training.offline.train import OfflineSettings, check_groups, finish, train
+from calibrated_rewards.training.offline.train import OfflineSettings, check_groups, finish
 from calibrated_rewards.training.offline.trained_weights import TrainedWeights, build_optimizer, find_factor
 from calibrated_rewards.training.run_folder import RunFolder
-
-BETA = 0.3
-
-
-def make_group(name: str, K: int = 8, tied: bool = False) -> PromptGroup:
-    """A prompt with completions of three tokens, whose rewards rise with the number of the completion."""
-    rng = np.random.default_rng(len(name) + K)
-    rewards = np.zeros(K) if tied else np.linspace(0, 1, K)
-    tokens = Group(rng.integers(8, 200, 5).tolist(), rng.integers(8, 200, (K, 3)).tolist())
-    log_z = float(np.log(np.exp(rewards / BETA).mean()))
-    return PromptGroup(name.encode(), name, tokens, rewards, rewards, BETA, log_z, None)
 
 
 def loud(seed: int = 0) -> Any:
@@ -42,15 +31,6 @@ def loud(seed: int = 0) -> Any:
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
     return model
-
-
-def fit(model: Any, folder: Path, **changes: Any) -> Any:
-    """Train on two prompts, with two that are held out."""
-    groups = [make_group(name) for name in ("a", "bb", "ccc", "dddd")]
-    options = {"steps": 4, "prompts_a_step": 2, "completions": 8, "layers": 0, "check_steps": 1, "beta": BETA}
-    settings = OfflineSettings(**{**options, **changes})
-    reference = ReferenceFile(folder / "reference.safetensors", "a")
-    return train(GroupReader(model), groups[:2], groups[2:], settings, RunFolder(folder), reference)
 
 
 @pytest.mark.parametrize(
