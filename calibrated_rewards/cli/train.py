@@ -34,7 +34,7 @@ examples:
 docs/guides/train.md says which to take."""
 
 # Errors that a user can do something about; the others come with their traceback.
-EXPECTED = (ValueError, TypeError, OSError, ImportError, UnknownPromptError)
+EXPECTED = (ValueError, TypeError, OSError, ImportError, UnknownPromptError, FloatingPointError)
 STOPPED = 130
 # A setting of a run that an error names, in the words of the command line.
 OTHER_OPTION = "--{flag} {value}"

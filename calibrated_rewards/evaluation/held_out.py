@@ -228,6 +228,7 @@ def check_log_ratios(
     if targets is not None:
         optimum = HeldOutPolicy.of(targets, samples, "prompt")
         correlation = estimate_correlation(policy.correlate(optimum.log_ratios))
+        correlation = correlation and correlation.clip(-1.0, 1.0)
         target_ratios = tuple(None if each is None else each[1].value for each in optimum.density_ratios())
     return HeldOutCheck(
         prompts=len(samples),

@@ -45,6 +45,10 @@ U_STEPS = 20
 NO_KL = 1e-6
 
 
+class PolicyTooFarError(ValueError):
+    """Log-ratios so far from 0 that their weights cannot be held in double precision: the policy has moved too far."""
+
+
 def weighted_win_rate(
     log_ratios: Iterable[npt.ArrayLike],
     samples: Samples,
@@ -116,7 +120,7 @@ def _sum_wins(rows: list[Array], samples: Samples, procedure: HeldOutProcedure) 
                 share += won / len(orders)
             if total.min() == 0:
                 at = int(part[np.argmin(total)])
-                raise ValueError(
+                raise PolicyTooFarError(
                     f"log_ratios need weight on {n} rollouts of each prompt, got numbers {np.ptp(rows[at]):.3g} nats "
                     f"apart in row {at}, of which e^d rounds to 0 beside the largest."
                 )
@@ -212,7 +216,7 @@ class HeldOutPolicy:
         if self.normalise == "prompt":
             weights = weights / np.sum(weights * self.pools.uniform, axis=1, keepdims=True)
         if not np.isfinite(weights).all():
-            raise ValueError(f"log_ratios need to be below 700, where e^d is finite, got {d.max():.4g}.")
+            raise PolicyTooFarError(f"log_ratios need to be below 700, where e^d is finite, got {d.max():.4g}.")
         return np.asarray(weights)
 
     @property
@@ -268,10 +272,12 @@ class HeldOutPolicy:
     def density_ratios(self, steps: int = DECILES) -> list[tuple[float, Estimate] | None]:
         """Estimate the policy's share of equal steps of u over the reference's, each with the reference's own share.
 
-        None for a step without rollouts.
+        None for a step without rollouts, and for all where each weight rounds to 0.
         """
         ratios: list[tuple[float, Estimate] | None] = []
         step, weights = self._steps(steps), self.pools.uniform * self.weights
+        if not weights.any():
+            return [None] * steps
         for each in range(steps):
             theirs = np.sum(self.pools.uniform * (step == each), axis=1)
             mass = float(theirs.mean())

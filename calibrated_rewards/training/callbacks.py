@@ -249,7 +249,8 @@ class HeldOutCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Check the policy after every k-th step; the trainer logs it with the step's other numbers."""
         if state.is_world_process_zero and is_due(state.global_step, self.every, state.max_steps):
-            for name, value in self.rollouts.check().metrics().items():
+            found = self.rollouts.measure()
+            for name, value in (found.metrics() if found is not None else {}).items():
                 self.trainer._metrics["train"][name].append(value)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.evaluation.held_out import HeldOutCheck, check_log_ratios
+from calibrated_rewards.evaluation.importance_weights import PolicyTooFarError
 from calibrated_rewards.evaluation.references import choose_scorer
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.parts import lock_of
@@ -33,6 +34,7 @@ from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import check_count
 from calibrated_rewards.training.check_settings.rules import read_decoding
 from calibrated_rewards.training.launch import Inputs, Launch, check_policy
+from calibrated_rewards.training.loop import find_processes
 from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
 from calibrated_rewards.training.offline.rollouts import PromptRollouts, iterate_rollouts
 
@@ -150,7 +152,26 @@ class HeldOutRollouts:
         """Estimate the policy as the model is now; it is left as it was, and no random number is drawn."""
         values = self.compute(self.reader, self.groups)
         pairs = zip(values, self.reference, strict=True)
-        return check_log_ratios([(own - ref).double().numpy() for own, ref in pairs], self.samples, self.targets)
+        log_ratios = [(own - ref).double().numpy() for own, ref in pairs]
+        if not all(np.isfinite(each).all() for each in log_ratios):
+            raise FloatingPointError("log-probabilities of the policy are finite numbers, got others: a smaller --lr")
+        return check_log_ratios(log_ratios, self.samples, self.targets)
+
+    def measure(self) -> HeldOutCheck | None:
+        """Check the policy; None, and a line that says so, if it is too far away for a check.
+
+        A check is a look at a run, and must not end it.
+        """
+        try:
+            return self.check()
+        except PolicyTooFarError as error:
+            if find_processes().is_main_process:
+                sys.stderr.write(f"no held-out check, for the policy is too far from the reference: {error}\n")
+            return None
+
+    def follow(self, model: Any) -> "HeldOutRollouts":
+        """Return the same rollouts, to check another model on: one that training begins with in place of the policy."""
+        return replace(self, reader=GroupReader(model, self.reader.temperature, self.reader.rows))
 
     def __str__(self) -> str:
         sizes, tokens = self.samples.sizes, sum(len(row) for group in self.groups for row in group.completions)

@@ -252,6 +252,17 @@ def find_processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
+def choose_device(name: str | None) -> torch.device:
+    """Choose the device that is named, or that of this process; ValueError for one that is not here."""
+    if name is None:
+        return find_processes().device
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        text = f"a device is here and known to torch, got {setting('device', name)}: {str(error).splitlines()[0]}"
+        raise ValueError(Message(text)) from error
+
+
 def seed_process(seed: int) -> None:
     """Draw other completions in each process; a single process goes on with what was seeded before."""
     processes = find_processes()
@@ -268,11 +279,13 @@ def check_shares(prompts_a_step: int, processes: int) -> None:
 
 
 def average_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Replace each gradient by its mean over all processes."""
+    """Replace each gradient by its mean over all processes; of a weight without one, as of an idle expert, it is 0.
+
+    Which weights have a gradient may differ from process to process, and all have to take part in each mean.
+    """
     if find_processes().num_processes > 1:
         for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-            if weight.grad is not None:
-                weight.grad = reduce(weight.grad, "mean")
+            weight.grad = reduce(torch.zeros_like(weight) if weight.grad is None else weight.grad, "mean")
 
 
 def average_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -291,12 +304,13 @@ def run_in_folder(name: str, train: Callable[..., Any], launch: Launch, settings
         folder.check_free(launch.force, launch.policy, launch.start)
     inputs = load_inputs(launch)
     policy, settings = inputs.policy, inputs.complete(settings)
-    policy.model.to(launch.device or processes.device)
+    policy.model.to(choose_device(launch.device))
     check = load_check(launch, inputs, settings) if main else None
     run = describe_run(name, policy.model, inputs.reward, inputs.prompts, policy.decoding, settings, launch.dtype)
     run |= {} if launch.start is None else {"start": resolve_policy(launch.start)}
     model, reference = load_start(launch, policy.model, settings.lora_rank)
     policy = replace(policy, model=model)
+    check = check and check.follow(model)
     with folder.reserve(main):
         if main:
             folder.check_free(launch.force, launch.policy, launch.start)  # a run may have ended there since
@@ -309,7 +323,8 @@ def run_in_folder(name: str, train: Callable[..., Any], launch: Launch, settings
 
             def log(row: Mapping[str, Any]) -> None:
                 if check is not None and is_due(row["step"] + 1, launch.check_every, settings.steps):
-                    row = {**row, **check.check().metrics()}
+                    found = check.measure()
+                    row = {**row, **(found.metrics() if found is not None else {})}
                 folder.add_to_log(row)
                 send(row)
                 if not sys.stderr.isatty():  # where the loop's bar is not shown

@@ -138,13 +138,24 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """Read the rows of the log, one a step."""
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
+        """Read the rows of the log, one a step; without a last one that was cut short."""
+        lines = self.log.read_text().splitlines()
+        if lines and not _is_json(lines[-1]):
+            lines.pop()
+        return [json.loads(line) for line in lines]
 
     def publish_model(self) -> None:
         """Give the model that was written its name, and remove the checkpoints."""
         os.replace(self.unfinished_model, self.model_folder)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_whole(checkpoint: Path) -> bool:

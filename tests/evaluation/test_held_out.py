@@ -21,7 +21,7 @@ from calibrated_rewards.evaluation import (
     weighted_win_rate,
     win_rate,
 )
-from calibrated_rewards.evaluation.importance_weights import HeldOutPolicy
+from calibrated_rewards.evaluation.importance_weights import HeldOutPolicy, PolicyTooFarError
 from calibrated_rewards.theory.procedures import BestOf, SoftBestOf, Standard, WorstOf
 
 PROCEDURES = {"Standard()": Standard(), "BestOf(n=4)": BestOf(4), "WorstOf(n=4)": WorstOf(4)}
@@ -333,6 +333,37 @@ def test_other_procedures_and_weights_that_vanish_are_an_error(monkeypatch: pyte
         weighted_win_rate([[0.0] * 4], samples, SoftBestOf(2, 1.0))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"weight on 2 rollouts of each prompt, got numbers 9e\+03 nats apart"):
         weighted_win_rate([[0.0, -9000.0, -9000.0, -9000.0]], samples, BestOf(2))
+
+
+def test_a_policy_that_is_too_far_is_told_from_numbers_that_are_wrong() -> None:
+    """Both are a ValueError; a run that is only looked at goes on after the first."""
+    samples = Samples([[0.1, 0.2, 0.3, 0.4]] * 2)
+    with pytest.raises(PolicyTooFarError, match="below 700"):
+        check_log_ratios([[800.0, 0.0, 0.0, 0.0]] * 2, samples)
+    with pytest.raises(PolicyTooFarError, match="weight on 2 rollouts"):
+        weighted_win_rate([[0.0, -9000.0, -9000.0, -9000.0]] * 2, samples, BestOf(2))
+    with pytest.raises(ValueError, match="finite numbers, got nan") as error:
+        check_log_ratios([[np.nan, 0.0, 0.0, 0.0]] * 2, samples)
+    assert not isinstance(error.value, PolicyTooFarError)
+
+
+def test_a_policy_that_writes_none_of_the_rollouts_has_finite_numbers() -> None:
+    """Each weight rounds to 0: there is no share of a decile, and no warning of a division."""
+    check = check_log_ratios([[-1000.0] * 8] * 2, Samples([np.arange(8.0)] * 2), [np.arange(8.0)] * 2)
+    assert check.mean_weight.value == 0
+    assert all(np.isfinite(value) for value in check.metrics().values())
+    assert check.density_ratio == (None,) * 10
+    assert "policy   -" in str(check)
+
+
+def test_a_correlation_is_at_most_1() -> None:
+    """So is its interval, which is stretched for few prompts."""
+    d = [[0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.5], [0.0, 0.1, 0.2, 0.4]]
+    correlation = check_log_ratios(d, Samples([np.arange(4.0)] * 3), [np.arange(4.0)] * 3).correlation
+    assert correlation is not None
+    assert correlation.low is not None
+    assert correlation.high is not None
+    assert -1 <= correlation.low < correlation.value < correlation.high <= 1
 
 
 def test_the_kl_estimate_varies_less_than_the_plain_one() -> None:

@@ -105,6 +105,13 @@ def test_no_weight_is_no_draw() -> None:
             assert {*resample(weights, draws, start).tolist()} <= {1, 3}
 
 
+def test_weights_that_round_to_0_beside_one_that_is_left_out_are_drawn_by() -> None:
+    """The best rollout is empty and has all the weight: of the others the best comes, at a beta of 1e-6."""
+    prompt = make_prompt([0.0, 1.0, 2.0, 3.0], completions=["0", "1", "2", ""], beta=1e-6)
+    assert prompt.weights[:3].sum() == 0
+    assert [row["completion"] for row in rows_of(Selection("sft", draws=3), prompt)[0]] == ["2"] * 3
+
+
 @pytest.mark.parametrize("n", [2, 3])
 def test_pairs_are_best_and_worst_of_n(n: int) -> None:
     """The i-th of K by score is the best of a random set of n with chance C(i - 1, n - 1) / C(K, n)."""
@@ -152,7 +159,7 @@ def test_ties_are_left_out_or_the_first_counts() -> None:
 
 def test_what_a_trainer_cannot_use_is_left_out() -> None:
     """Empty completions, those that the limit cut if it is asked for, and weights under the floor; each counted."""
-    texts = [Rollout("", 0, "stop"), Rollout("long", 9, "length"), Rollout("b", 1, "stop"), Rollout("a", 1, "stop")]
+    texts = [Rollout("", 0, "length"), Rollout("long", 9, "length"), Rollout("b", 1, "stop"), Rollout("a", 1, "stop")]
     prompt = make_prompt([3.0, 2.0, 1.0, 0.0], completions=texts)
     assert rows_of(Selection("sft"), prompt) == (
         [{"prompt": "p", "completion": "long", "score": 2.0, "u": 0.625}],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,6 +252,59 @@ def test_what_cannot_be_exported_is_refused(run: Path, tmp_path: Path) -> None:
     directory.save("00001", new_shard(directory.prompts("00001")).add_rollouts([[Rollout("a")], []], [[0], []]))
     with pytest.raises(ValueError, match="without a score of 'reward'"):
         write(run, tmp_path / "out")
+
+
+def test_rollouts_of_another_reward_model_are_not_exported(run: Path, tmp_path: Path) -> None:
+    """Their scores, ranked among references of another scorer, would say nothing."""
+    table = ReferenceTable.build(((p, scores) for p, _, scores in PROMPTS), meta={"scorer": {"kind": "other"}})
+    with pytest.raises(ValueError, match="are another reward model's"):
+        export(run, tmp_path / "out", "sft", CalibratedReward(None, table), show_progress=False)
+
+
+@pytest.mark.parametrize("damage", ["cut", "list", "missing"])
+def test_a_damaged_export_is_not_taken_for_a_whole_one(damage: str, run: Path, tmp_path: Path) -> None:
+    """Of which export.json cannot be read, or the rows are gone: refused, and with `force` written again."""
+    write(run, tmp_path / "out", "sft")
+    before = read_files(tmp_path / "out")
+    if damage == "missing":
+        (tmp_path / "out" / "train.parquet").unlink()
+    else:
+        (tmp_path / "out" / "export.json").write_text('{"settings": ' if damage == "cut" else "[]")
+
+    with pytest.raises(FileExistsError, match="is missing" if damage == "missing" else "cannot be read"):
+        write(run, tmp_path / "out", "sft")
+
+    assert write(run, tmp_path / "out", "sft", force=True).rows == 7
+    assert read_files(tmp_path / "out").keys() == before.keys()
+    assert read_rows(tmp_path / "out" / "train.parquet")
+
+
+def test_parts_of_another_export_are_not_used(run: Path, tmp_path: Path) -> None:
+    """One that was begun with other settings and never ended: its parts have other rows."""
+    parts = tmp_path / "out" / ".parts"
+    for name in RunDirectory(run).names():
+        write_part(parts / name, [{"prompt": "another"}], {"rows": 1}, "jsonl")
+    (parts / "settings.json").write_text("{}")
+
+    done = write(run, tmp_path / "out", "sft", file_format="jsonl")
+
+    assert done.rows == 7
+    assert [row["prompt"] for row in read_rows(done.path)] == [prompt for prompt, _, _ in PROMPTS]
+
+
+def test_a_folder_that_was_half_removed_is_no_obstacle(run: Path, tmp_path: Path) -> None:
+    """Killed twice between the rename of the saved dataset and export.json, and while the old one was removed."""
+    out = tmp_path / "out"
+    write(run, out, file_format="datasets")
+    shutil.copytree(out / "train", out / ".parts" / "removed")
+    settings = json.loads((out / "export.json").read_text())["settings"]
+    (out / ".parts" / "settings.json").write_text(json.dumps(settings, indent=2))
+    (out / "export.json").unlink()
+
+    write(run, out, file_format="datasets")
+
+    assert len(read_rows(out / "train")) == sum(len(scores) for _, _, scores in PROMPTS)
+    assert not (out / ".parts").exists()
 
 
 def test_two_processes_do_not_write_one_export(run: Path, tmp_path: Path) -> None:

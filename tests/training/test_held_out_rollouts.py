@@ -1,6 +1,7 @@
 """The check on held-out rollouts while a policy trains: its numbers by plain forward passes, in runs of the command."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers import load_scorer
 from calibrated_rewards.testing.suites import HashScorer
+from calibrated_rewards.training import held_out
 from calibrated_rewards.training.held_out import HeldOutRollouts
 
 PROMPTS = tiny.texts(5)
@@ -121,6 +123,22 @@ def test_a_run_logs_what_plain_forward_passes_give(
         assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
 
 
+def test_a_check_is_of_the_model_that_training_begins_with(run: Path, tmp_path: Path) -> None:
+    """With --start another model than the policy is trained: the KL is that of the saved model, not 0."""
+    moved: Any = AutoModelForCausalLM.from_pretrained(run / "policy")
+    with torch.no_grad():
+        moved.lm_head.weight.add_(torch.randn(moved.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)))
+    start = tiny.saved(moved, tmp_path / "moved", tiny.tokenizer())
+    options = ["--start", start, "--check-rollouts", str(run / "run"), "--check-every", "1", "--judge", "judge"]
+    rows = train(run, tmp_path / "out", "grpo --plain", *options)
+
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    expected = check_by_hand(run, model.eval()).metrics()
+    assert expected["held_out/kl"] > 0.01
+    assert rows[-1]["held_out/kl"] == pytest.approx(expected["held_out/kl"], rel=1e-3)
+    assert rows[0]["held_out/kl"] > 0.01
+
+
 def load(run: Path, **options: Any) -> HeldOutRollouts:
     """The rollouts, read from Python."""
     model = AutoModelForCausalLM.from_pretrained(run / "policy")
@@ -143,6 +161,32 @@ def test_the_model_is_left_as_it_was(run: Path) -> None:
     assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
     assert "2 held-out prompts, 12 rollouts of" in str(rollouts)
+
+
+def test_of_many_rollouts_the_first_are_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens, scores and targets are those of the same rollouts."""
+    whole = load(run, trained_on=TRAINED, judge="judge")
+    monkeypatch.setattr(held_out, "ROLLOUTS", 4)
+    few = load(run, trained_on=TRAINED, judge="judge")
+    for i in range(len(HELD_OUT)):
+        assert few.groups[i].completions == whole.groups[i].completions[:4]
+        assert few.reference[i].tolist() == pytest.approx(whole.reference[i][:4].tolist(), rel=1e-5)
+        np.testing.assert_array_equal(few.samples.select[i], whole.samples.select[i][:4])
+        np.testing.assert_array_equal(few.samples.judge[i], whole.samples.judge[i][:4])
+        np.testing.assert_array_equal(few.targets[i], whole.targets[i][:4])
+
+
+def test_a_policy_too_far_for_a_check_does_not_end_the_run(run: Path, capsys: Any) -> None:
+    """No metrics and a line that says so; a check that is asked for is an error."""
+    rollouts = load(run, trained_on=TRAINED)
+    found = rollouts.measure()
+    assert found is not None
+    assert found.metrics()["held_out/kl"] == 0
+    far = replace(rollouts, reference=[each - 800 for each in rollouts.reference])
+    with pytest.raises(ValueError, match="below 700"):
+        far.check()
+    assert far.measure() is None
+    assert "no held-out check, for the policy is too far from the reference" in capsys.readouterr().err
 
 
 def test_what_cannot_be_checked_is_refused(run: Path, tmp_path: Path, capsys: Any) -> None:

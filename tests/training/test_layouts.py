@@ -150,6 +150,7 @@ def test_weights_of_ms_swift_are_one_on_average(tmp_path: Path) -> None:
         ([*chat("a"), *chat("b")], "c", {"llama-factory"}),
         ([*chat("a"), {"role": "system", "content": "b"}], "c", {"llama-factory"}),
         ([{"role": "system", "content": "b"}, *chat("a")], "c", set()),
+        ([*chat("a"), {"role": "assistant", "content": "b"}, *chat("c")], "d", set()),
         (
             chat("a"),
             [{"role": "assistant", "content": "b"}, {"role": "tool", "content": "c"}],

@@ -127,6 +127,19 @@ def test_the_last_layers_have_the_same_gradients() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [("OPT", "model.decoder.final_layer_norm"), ("GPT2", "transformer.ln_f"), ("Gemma2", "model.norm")],
+)
+def test_the_norm_behind_the_layers_is_trained_and_a_tied_head_is_not(name: str, norm: str) -> None:
+    """Wherever a model declares it; the head has the weights of the embeddings, which are below the trained layers."""
+    model = select_weights(writer(name), 1, 0, 0)
+
+    outside = {name for name, weight in model.named_parameters() if weight.requires_grad and ".1." not in name}
+    assert {each.rpartition(".")[0] for each in outside} == {norm}
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize("trained", ["head", "adapter"])
 def test_the_head_may_be_read_in_chunks(trained: str) -> None:
     """A few logits at a time, which are computed again or not held at all."""

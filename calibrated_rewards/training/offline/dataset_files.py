@@ -133,6 +133,8 @@ def save_dataset(rows: Path, path: Path) -> None:
     # A fingerprint of its own making would depend on when the file was written.
     Dataset(MemoryMappedTable.from_file(str(rows)), fingerprint=digest).save_to_disk(unfinished)
     if path.exists():  # of an attempt that was stopped after this
-        os.replace(path, doomed := rows.with_name("removed"))
+        doomed = rows.with_name("removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(path, doomed)
         shutil.rmtree(doomed)
     os.replace(unfinished, path)

@@ -31,7 +31,7 @@ from calibrated_rewards.table.card import HUB_NAME, README, Card, write_card
 from calibrated_rewards.training.offline.dataset_files import FILES, Format, join_parts, read_counts, write_part
 from calibrated_rewards.training.offline.datasets import CUT, Kind, Row, Selection
 from calibrated_rewards.training.offline.layouts import LAYOUTS, describe_for_llama_factory
-from calibrated_rewards.training.offline.rollouts import choose_beta, read_rollouts
+from calibrated_rewards.training.offline.rollouts import check_source, choose_beta, read_rollouts
 from calibrated_rewards.training.run_folder import describe_reward
 
 PARTS, RESULT, INFO = ".parts", "export.json", "dataset_info.json"
@@ -103,6 +103,7 @@ def export(
     check_form(selection, file_format, layout)
     run, out = Path(run), Path(out)
     select, directory = choose_scorer(run, select), RunDirectory(run)
+    check_source(run, select, reward)
     beta = choose_beta(reward, beta) if selection.needs_beta else None
     digest, chat = examine_run(directory, select)
     settings = {
@@ -232,11 +233,13 @@ def find_export(out: Path, settings: Mapping[str, Any], force: bool) -> Export |
         if out.is_dir() and not any(out.iterdir()):
             return None
         raise FileExistsError(f"{out} is there and is no export: choose another directory")
-    there = json.loads((out / RESULT).read_text())
+    there = read_result(out / RESULT)
     changes = [
         f"{place} was {old!r:.60}, is {new!r:.60}"
         for place, old, new in differences(there["settings"], json.loads(json.dumps(settings)))
     ]
+    if not changes and not (out / FILES[settings["format"]]).exists():
+        changes = [f"{FILES[settings['format']]} is missing"]
     if not changes:
         shutil.rmtree(out / PARTS, ignore_errors=True)
         return Export(**{**there["result"], "path": out / FILES[settings["format"]]})
@@ -247,6 +250,15 @@ def find_export(out: Path, settings: Mapping[str, Any], force: bool) -> Export |
     for name in (RESULT, INFO, *FILES.values()):
         shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     return None
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read export.json; of one that cannot be read, settings that are no export's."""
+    try:
+        there = json.loads(path.read_text())
+        return {"settings": dict(there["settings"]), "result": dict(there["result"])}
+    except (ValueError, KeyError, TypeError):
+        return {"settings": {"file": "cannot be read"}, "result": {}}
 
 
 def begin(parts: Path, settings: Mapping[str, Any]) -> None:

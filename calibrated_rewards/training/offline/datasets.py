@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Float64, Int64
+from scipy.special import softmax
 
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.text import completion_messages
@@ -94,7 +95,9 @@ class Selection:
             # The first of several that tie: rollouts are exchangeable, so this favours none.
             chosen = usable[[np.argmax(prompt.scores[usable])]]
         else:
-            chosen = usable[resample(prompt.weights[usable], self.draws, float(rng.random()))]
+            # The weights of all may round to 0 beside that of a rollout that is left out.
+            weights = np.asarray(softmax(prompt.rewards[usable] / prompt.beta))
+            chosen = usable[resample(weights, self.draws, float(rng.random()))]
         return [
             {**make_row(prompt, i), "score": float(prompt.scores[i]), "u": float(prompt.u[i])} for i in chosen.tolist()
         ]

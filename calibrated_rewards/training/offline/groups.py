@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from jaxtyping import Float32, Float64
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
@@ -134,13 +134,16 @@ class ReferenceFile:
     """The digest of what they depend on."""
 
     def load(self) -> dict[bytes, Tensor] | None:
-        """Read them by the keys of their prompts; None if there are none of this identity."""
+        """Read them by the keys of their prompts; None if there are none of this identity, or they cannot be read."""
         if not self.path.exists():
             return None
-        with safe_open(self.path, "pt") as file:
-            if (file.metadata() or {}).get("identity") != self.identity:
-                return None
-            return {bytes.fromhex(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(self.path, "pt") as file:
+                if (file.metadata() or {}).get("identity") != self.identity:
+                    return None
+                return {bytes.fromhex(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError:
+            return None
 
     def save(self, logprobs: dict[bytes, Tensor]) -> None:
         """Write the log-probabilities to the file, which is replaced as a whole."""

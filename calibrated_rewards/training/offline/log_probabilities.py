@@ -134,7 +134,8 @@ class GroupReader:
         if len(group.completions) <= self.rows:
             values = self._join(group, parts, [self._read(group, part, opening) for part in parts])
             loss = compute_loss(values)
-            torch.autograd.backward(loss)
+            if loss.requires_grad:  # not if no completion has a token
+                torch.autograd.backward(loss)
             return float(loss.detach()), values.detach()
         cut = None if opening is None else opening.detach()
         with torch.no_grad():

@@ -13,9 +13,10 @@ pi_ref(y) e^{Phi(u) / beta} / Z is known on them: as weights that add up to 1, a
 (array([0.138, 0.071, 0.268, 0.523]), 1.0)
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,8 +32,12 @@ from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
 from calibrated_rewards.samplers.protocol import Rollout
+from calibrated_rewards.scorers.differences import differences
 from calibrated_rewards.theory.finite_k import Estimator, values
 from calibrated_rewards.theory.scale import scaled
+
+# What a sampler says of itself that decides which completions it draws.
+DRAWN_BY = ("weights", "tokenizer", "decoding")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +95,30 @@ def iterate_rollouts(
 def choose_beta(reward: CalibratedReward, beta: float | None) -> float:
     """Return the beta that is given, or else the reward's; ValueError if neither is a finite number above 0."""
     beta = reward.beta if beta is None else beta
-    if beta is None or not (np.isfinite(beta) and beta > 0):
+    if beta is None or not (isfinite(beta) and beta > 0):
         value = setting("beta", str(beta))
         raise ValueError(Message(f"an optimum needs a finite beta > 0, the reward's or one that is given; got {value}"))
     return beta
+
+
+def check_source(run: Path, select: str, reward: CalibratedReward, any_policy: bool = False) -> None:
+    """Raise ValueError for rollouts that another reward model scored, or another policy drew, than the reward's table.
+
+    What either does not say is not compared. `any_policy` leaves out how they were drawn.
+    """
+    there, here = RunDirectory(run).settings(), reward.table.meta
+    theirs, ours = (there.get("scorers") or {}).get(select), here.get("scorer")
+    if ours is not None and theirs is not None and any(differences(theirs, ours)):
+        raise ValueError(f"the scores {select!r} of the rollouts of {run} are another reward model's than the reward's")
+    theirs, ours = there.get("sampler"), here.get("sampler")
+    if any_policy or not isinstance(theirs, Mapping) or not isinstance(ours, Mapping):
+        return
+    for name in {*DRAWN_BY} & {*theirs} & {*ours}:
+        for place, old, new in differences(theirs[name], ours[name], name):
+            raise ValueError(
+                f"the rollouts of {run} were drawn in another way than the references of the reward's table: {place} "
+                f"is {old!r:.60}, and {new!r:.60} in the table. Take the reward of this calibration"
+            )
 
 
 def read_rollouts(
@@ -111,6 +136,8 @@ def read_rollouts(
             continue
         scores, planned = shard.scores[select][i], shard.prompts[i]
         u, rewards = value_rollouts(reward, int(row), scores)
+        if not isfinite(float(np.abs(rewards).max()) / beta):
+            raise ValueError(Message(f"a reward over beta is a finite number, got {setting('beta', str(beta))}"))
         yield PromptRollouts(planned.key, planned.prompt, shard.rollouts[i], scores, u, rewards, beta)
 
 

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from calibrated_rewards.calibration.dry_run import format_seconds
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.evaluation.held_out import HeldOutCheck
+from calibrated_rewards.evaluation.references import choose_scorer
 from calibrated_rewards.files import Message, setting, write_file
 from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.training import loop
@@ -50,6 +51,7 @@ from calibrated_rewards.training.offline.groups import (
 )
 from calibrated_rewards.training.offline.log_probabilities import GroupReader
 from calibrated_rewards.training.offline.losses import LOSS_NAMES, Loss, parse_loss
+from calibrated_rewards.training.offline.rollouts import check_source
 from calibrated_rewards.training.offline.trained_weights import (
     TrainedWeights,
     build_optimizer,
@@ -100,6 +102,17 @@ class OfflineSettings:
 
     def __post_init__(self) -> None:
         check_numbers(self, steps=0, kl=0, warmup=0, layers=0, check_steps=1, momentum=0, seed=0)
+        for name, value, right in (
+            ("momentum", self.momentum, self.momentum < 1),
+            ("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0),
+            ("beta", self.beta, self.beta > 0),
+        ):
+            if not right:
+                rule = "below 1" if name == "momentum" else "above 0"
+                raise ValueError(Message(f"a run needs a {name} {rule}, got {setting(name, str(value))}"))
+        if self.lora_layers and not self.lora_rank:
+            number = setting("lora_layers", str(self.lora_layers))
+            raise ValueError(Message(f"adapters on the last layers need a lora_rank, got {number} without"))
         try:
             parse_loss(self.loss)
         except argparse.ArgumentTypeError as error:
@@ -126,12 +139,14 @@ def run(launch: Launch, settings: OfflineSettings) -> None:
     if launch.rollouts is None:
         raise ValueError("offline training learns from the rollouts of a calibration: say --rollouts DIR")
     reward = load_reward(launch)
+    check_source(launch.rollouts, choose_scorer(launch.rollouts), reward, launch.any_policy)
     beta = launch.beta or reward.beta or settings.beta
     if launch.raw:
         reward = replace(reward, calibration=Uncalibrated(), beta=None)
     policy = load_policy(launch, reward.table.meta)
     loaded = load_groups(launch.rollouts, reward, policy, beta)
     training, held_out = split_groups(loaded.groups, settings.held_out, settings.seed)
+    check_groups(training, settings)
     steps = settings.steps or math.ceil(settings.epochs * len(training) / settings.prompts_a_step)
     settings = replace(settings, beta=beta, steps=steps)
     asked = [Asked(group.prompt) for group in loaded.groups]
@@ -193,7 +208,7 @@ def train(
     place = folder.find_checkpoint()
     first = 0 if place is None else load_checkpoint(place, weights, optimizer)
     log = open_log(folder, first, settings.steps, send)
-    check: HeldOutCheck | None = None
+    check, far = None, False
     for step in tqdm(range(first, settings.steps), desc="offline", unit=" steps", delay=3, disable=None):
         start = time.perf_counter()
         rate = set_learning_rate(optimizer, settings, step)
@@ -202,16 +217,31 @@ def train(
         metrics = take_step(reader, chosen, loss, weights, optimizer, settings)
         row = {"step": step, **loop.average_metrics(metrics), "lr": rate}
         if checked and ((step + 1) % settings.check_steps == 0 or step + 1 == settings.steps):
-            check = checked.check()
-            row |= check.metrics()
+            check = checked.measure()
+            row |= check.metrics() if check is not None else {}
+            far = check is None or check.kl.value >= settings.kl
         log(row | {"seconds": time.perf_counter() - start})
-        if settings.kl and check is not None and check.kl.value >= settings.kl:
+        if settings.kl and far:
             break
         if (step + 1) % settings.save_steps == 0 and processes.is_main_process:
             save_checkpoint(folder, step + 1, weights, optimizer)
     outcome = finish(weights, checked, check, settings)
     weights.widen()
     return model, outcome
+
+
+def check_groups(groups: Sequence[PromptGroup], settings: OfflineSettings) -> None:
+    """Raise ValueError for prompts with fewer rollouts in a step than compete in the loss, or with nothing to learn."""
+    n, fewest = getattr(parse_loss(settings.loss), "n", None) or 1, min(len(group.rewards) for group in groups)
+    if n > min(fewest, settings.completions):
+        raise ValueError(
+            Message(
+                f"{n} rollouts compete in {setting('loss', settings.loss)}, got prompts with {fewest}, and "
+                f"{setting('completions', str(settings.completions))}"
+            )
+        )
+    if all(np.ptp(group.rewards) == 0 for group in groups):
+        raise ValueError("a run learns from rollouts that differ in reward, got one reward for all of each prompt")
 
 
 def take_step(
@@ -313,23 +343,33 @@ def finish(
     weights: TrainedWeights, held_out: HeldOutRollouts | None, check: HeldOutCheck | None, settings: OfflineSettings
 ) -> dict[str, Any]:
     """Bring the held-out KL to the one asked for, by a factor on the weights' difference; return what came of it."""
-    if check is None and held_out is not None:  # the run was over when it was started again
-        check = held_out.check()
+    # The run was over when it was started again, or went too far to be checked.
+    if check is None and held_out is not None:
+        check = held_out.measure()
+    weights.check()
     outcome: dict[str, Any] = {"loss": settings.loss, "beta": settings.beta, "alpha": 1.0, "kl_asked": settings.kl}
-    if check is None or held_out is None:
-        return outcome
     if settings.kl:
         factors, checks = [1.0], [check]
 
         def measure(factor: float) -> float:
             weights.scale(factor / factors[-1])
             factors.append(factor)
-            checks.append(held_out.check())
-            return checks[-1].kl.value
+            try:
+                checks.append(held_out.measure())
+            except FloatingPointError:  # stretched too far
+                checks.append(None)
+            return get_kl(checks[-1])
 
-        outcome["alpha"], _ = find_factor(measure, settings.kl, check.kl.value)
+        outcome["alpha"], _ = find_factor(measure, settings.kl, get_kl(check))
         check = checks[-1]
-    return outcome | {"held_out": check.metrics(), "summary": str(check)}
+        if check is None:
+            raise ValueError(f"no factor on the difference of the weights has a KL of {settings.kl:g}: a smaller --lr")
+    return outcome if check is None else outcome | {"held_out": check.metrics(), "summary": str(check)}
+
+
+def get_kl(check: HeldOutCheck | None) -> float:
+    """Return a check's KL; that of a policy too far away for a check is infinite."""
+    return math.inf if check is None else check.kl.value
 
 
 def summarise(outcome: Mapping[str, Any]) -> str:

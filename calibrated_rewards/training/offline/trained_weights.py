@@ -8,11 +8,12 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import log
+from math import inf, log
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,7 +27,7 @@ HALVES = (torch.bfloat16, torch.float16)
 NEAR = 0.02
 # Beyond so many times the trained difference, a KL says little: more steps are what is missing.
 LARGEST_FACTOR = 2.0
-MOST_TRIALS = 12
+MOST_TRIALS = 16
 
 
 def select_weights(model: Any, layers: int, rank: int, lora_layers: int) -> Any:
@@ -39,8 +40,10 @@ def select_weights(model: Any, layers: int, rank: int, lora_layers: int) -> Any:
         model.requires_grad_(False)
         holder, name, stack = place
         parts = list(holder.named_children())
-        behind = parts[[each for each, _ in parts].index(name) + 1 :]
-        for part in (*list(stack)[-layers:], *(part for _, part in behind)):
+        first = [each for each, _ in parts].index(name) + 1
+        # OPT makes the norm behind its layers before them.
+        behind = [part for at, (each, part) in enumerate(parts) if at >= first or each.startswith("final")]
+        for part in (*list(stack)[-layers:], *behind):
             part.requires_grad_(True)
     return model
 
@@ -75,6 +78,11 @@ class TrainedWeights:
             if weight is not self.masters[name]:
                 self.masters[name].grad = None if weight.grad is None else weight.grad.float()
                 weight.grad = None
+
+    def check(self) -> None:
+        """Raise FloatingPointError unless all are finite numbers."""
+        if not all(bool(weight.isfinite().all()) for weight in self.masters.values()):
+            raise FloatingPointError("trained weights are finite numbers, got others: a smaller --lr")
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -118,7 +126,7 @@ def find_factor(measure: Callable[[float], float], target: float, kl: float) -> 
     """Find the factor whose KL is the target, by the KL of factor 1; return it and its KL.
 
     A KL is nearly a power of the factor, at first the square, which makes the next guess. Where `LARGEST_FACTOR` is not
-    enough, that is it.
+    enough, that is it. A KL may be infinite, of a policy that is too far away to measure it.
 
     >>> find_factor(lambda factor: 0.2 * factor**2, 0.05, 0.2)
     (0.5, 0.05)
@@ -129,9 +137,10 @@ def find_factor(measure: Callable[[float], float], target: float, kl: float) -> 
             break
         low, high = (factor, high) if kl < target else (low, factor)
         guess = min(factor * (target / max(kl, 1e-12)) ** (1 / power), LARGEST_FACTOR)
+        guess = factor / 10 if kl == inf else guess
         guess = guess if low < guess < high or guess == high == LARGEST_FACTOR else (low + high) / 2
         before, kl = kl, measure(guess)
-        if kl > 0 and before > 0:
+        if 0 < kl < inf and 0 < before < inf:
             power = min(max(log(kl / before) / log(guess / factor), 0.5), 8.0)
         factor = guess
     return factor, kl
@@ -165,11 +174,15 @@ def save_checkpoint(folder: RunFolder, step: int, weights: TrainedWeights, optim
 @torch.no_grad()
 def load_checkpoint(place: str, weights: TrainedWeights, optimizer: torch.optim.Optimizer) -> int:
     """Read what `save_checkpoint` wrote; return the number of steps that were done."""
-    for name, saved in load_file(Path(place) / "weights.safetensors").items():
+    try:
+        files = [load_file(Path(place) / name) for name in ("weights.safetensors", "optimizer.safetensors")]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{place} cannot be read ({error}): remove it, and the run begins again") from error
+    for name, saved in files[0].items():
         weights.masters[name].copy_(saved)
     weights.publish()
     state: dict[int, dict[str, Tensor]] = {}
-    for name, each in load_file(Path(place) / "optimizer.safetensors").items():
+    for name, each in files[1].items():
         at, _, key = name.partition(".")
         state.setdefault(int(at), {})[key] = each
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
