@@ -25,7 +25,7 @@ from scipy.special import logsumexp, softmax
 
 from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.calibration.shards import get_completion
-from calibrated_rewards.evaluation.references import choose_scorer
+from calibrated_rewards.evaluation.references import match_scorer
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
@@ -79,10 +79,11 @@ def iterate_rollouts(
 ) -> Iterator[PromptRollouts]:
     """Read the rollouts of each prompt of a calibration's directory, shard by shard, and value them by a reward.
 
-    `select` names the scorer whose scores the reward's table is made of, where the rollouts have several; `beta` is
-    the reward's unless it is given. Prompts without rollouts, or without references in the table, are left out.
+    `select` names the scorer, by default the one whose scores the reward's table holds; `beta` is the reward's unless
+    it is given. Prompts without rollouts, or without references in the table, are left out.
     """
-    beta, select, directory = choose_beta(reward, beta), choose_scorer(run, select), RunDirectory(run)
+    beta, directory = choose_beta(reward, beta), RunDirectory(run)
+    select = match_scorer(run, reward.table) if select is None else select
     for name in directory.names():
         yield from read_rollouts(directory, name, reward, select, beta)
 

@@ -131,6 +131,7 @@ def run(launch: Launch, settings: OfflineSettings) -> None:
     policy = load_policy(launch, reward.table.meta)
     loaded = load_groups(launch.rollouts, reward, policy, beta)
     training, held_out = split_groups(loaded.groups, settings.held_out, settings.seed)
+    check_block(settings, training)
     steps = settings.steps or math.ceil(settings.epochs * len(training) / settings.prompts_a_step)
     settings = replace(settings, beta=beta, steps=steps)
     asked = [Asked(group.prompt) for group in loaded.groups]
@@ -248,6 +249,19 @@ def take_step(
     optimizer.step()
     weights.publish()
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} | {"grad_norm": norm}
+
+
+def check_block(settings: OfflineSettings, training: Sequence[PromptGroup]) -> None:
+    """Raise ValueError for a loss that compares more rollouts of a prompt than a step has of it."""
+    compared = getattr(parse_loss(settings.loss), "n", None) or 1
+    fewest = min(settings.completions, *(len(group.rewards) for group in training))
+    if compared > fewest:
+        raise ValueError(
+            Message(
+                f"{setting('loss', settings.loss)} compares {compared} rollouts of a prompt, but a step has {fewest} "
+                f"of some prompt, {setting('completions', str(settings.completions))} at most"
+            )
+        )
 
 
 def choose_prompts(count: int, settings: OfflineSettings, step: int) -> list[int]:
