@@ -24,7 +24,8 @@ EPILOG = """examples:
 
 sft: the best completion of each prompt, or --draws N of them, drawn by the weights that the optimum gives them. pairs:
 the best and the worst of all rollouts, or of disjoint random sets of --of N. scored: all rollouts with raw score, u,
-reward, weight, log Z and target log-ratio. weighted: the rollouts with their weights.
+reward, weight, log Z and target log-ratio. weighted: the rollouts with their weights, which
+only ms-swift reads of these layouts. scored has TRL's layout alone, as --format datasets has.
 
 Weights need a beta: of --reward, of --transform with a KL (solved for on this table, as `reward` does), or --beta. The
 directory has the rows, a card that says how to load them and what was left out, and export.json. An export that was
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--finished-only", action="store_true", help="leave out rollouts that the token limit cut")
     add("--seed", type=Whole(0), default=0, metavar="N", help="the seed of draws and of sets of --of (%(default)s)")
     add = parser.add_argument_group("files").add_argument
-    text = "a Parquet file, lines of JSON, or a folder for datasets.load_from_disk (%(default)s)"
+    text = "a Parquet file, lines of JSON, or a folder `train` for datasets.load_from_disk (%(default)s)"
     add("--format", choices=("parquet", "jsonl", "datasets"), default="parquet", help=text)
     layouts = ("trl", "axolotl", "llama-factory", "openrlhf", "ms-swift")
     add("--layout", choices=layouts, default="trl", help="the framework whose columns to write (%(default)s)")
@@ -81,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
     if selection.needs_beta and beta is None:
         rest = f"a KL, {setting('transform', 'best-of:4:0.5')}, or {setting('beta', 'B')}"
         raise ValueError(Message(f"weights need a beta, got none: name it by {rest}"))
+    before = read_stamp(options.out)
     done = export(
         folder,
         options.out,
@@ -94,8 +96,16 @@ def run(options: argparse.Namespace) -> int:
     )
     lines = [*done.lines(), *([f"beta {beta:.4g}, {reward.transform!r}"] if selection.needs_beta else [])]
     sys.stdout.write("".join(f"{line}\n" for line in lines))
+    if read_stamp(options.out) == before:
+        sys.stderr.write("it was there already: nothing is written\n")
     sys.stderr.write(f"how to load it: {options.out / 'README.md'}\n")
     return 0
+
+
+def read_stamp(out: Path) -> int | None:
+    """Read when the last file of an export was written; None if there is none."""
+    file = out / "export.json"
+    return file.stat().st_mtime_ns if file.is_file() else None
 
 
 def locate_run(at: Path, select: str | None) -> tuple[Path, str | None]:

@@ -53,6 +53,10 @@ def test_its_beta_is_that_of_reward(run: Path, tmp_path: Path, capsys: pytest.Ca
     others = softmax(values(scaled(named.transform, "unit"), 7)[::2] / solved.beta)
     assert kl == pytest.approx(float((others * np.log(8 * others)).sum()), rel=1e-6)
     assert f"weights: KL {kl:.3g} nats from equal ones, effective sample size {ess:.3g}, on average" in output
+    written = (tmp_path / "out" / "export.json").read_bytes()
+    assert main(words) == 0
+    assert "there already: nothing is written" in capsys.readouterr().err
+    assert (tmp_path / "out" / "export.json").read_bytes() == written
 
 
 def test_the_run_of_a_table_is_found(run: Path, tmp_path: Path) -> None:
