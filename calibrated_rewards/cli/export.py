@@ -24,7 +24,8 @@ EPILOG = """examples:
 
 sft: the best completion of each prompt, or --draws N of them, drawn by the weights that the optimum gives them. pairs:
 the best and the worst of all rollouts, or of disjoint random sets of --of N. scored: all rollouts with raw score, u,
-reward, weight, log Z and target log-ratio. weighted: the rollouts with their weights.
+reward, weight, log Z and target log-ratio. weighted: the rollouts with their weights, which
+only ms-swift reads of these layouts. scored has TRL's layout alone, as --format datasets has.
 
 Weights need a beta: of --reward, of --transform with a KL (solved for on this table, as `reward` does), or --beta. The
 directory has the rows, a card that says how to load them and what was left out, and export.json. An export that was
@@ -51,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--estimator", choices=estimators, help=f"{text} (empirical)")
     text = "the reward's scale: [0, 1], mean 0 and variance 1, or the transform as it is (unit)"
     add("--scale", choices=("unit", "standard", "raw"), help=text)
-    add("--select", metavar="NAME", help="the reward model whose scores count, where there are several (reward)")
+    text = "the reward model whose scores count, where there are several (that of --reward, else the one named reward)"
+    add("--select", metavar="NAME", help=text)
     add_trust_option(parser)
     add = parser.add_argument_group("rows").add_argument
     text = "of sft, completions to draw a prompt, by weight, in place of the best; of pairs, the most of a prompt"
@@ -62,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--finished-only", action="store_true", help="leave out rollouts that the token limit cut")
     add("--seed", type=Whole(0), default=0, metavar="N", help="the seed of draws and of sets of --of (%(default)s)")
     add = parser.add_argument_group("files").add_argument
-    text = "a Parquet file, lines of JSON, or a folder for datasets.load_from_disk (%(default)s)"
+    text = "a Parquet file, lines of JSON, or a folder `train` for datasets.load_from_disk (%(default)s)"
     add("--format", choices=("parquet", "jsonl", "datasets"), default="parquet", help=text)
     layouts = ("trl", "axolotl", "llama-factory", "openrlhf", "ms-swift")
     add("--layout", choices=layouts, default="trl", help="the framework whose columns to write (%(default)s)")
@@ -75,11 +77,12 @@ def run(options: argparse.Namespace) -> int:
 
     names = ("kind", "draws", "of", "floor", "finished_only", "seed")
     selection = Selection(**{name: getattr(options, name) for name in names})
-    folder, table, select = locate_run(options.table, options.select)
-    reward, beta = make_reward(options, table)
+    folder, select = locate_run(options.table, options.select)
+    reward, beta = make_reward(options, folder, select)
     if selection.needs_beta and beta is None:
         rest = f"a KL, {setting('transform', 'best-of:4:0.5')}, or {setting('beta', 'B')}"
         raise ValueError(Message(f"weights need a beta, got none: name it by {rest}"))
+    before = read_stamp(options.out)
     done = export(
         folder,
         options.out,
@@ -93,29 +96,34 @@ def run(options: argparse.Namespace) -> int:
     )
     lines = [*done.lines(), *([f"beta {beta:.4g}, {reward.transform!r}"] if selection.needs_beta else [])]
     sys.stdout.write("".join(f"{line}\n" for line in lines))
+    if read_stamp(options.out) == before:
+        sys.stderr.write("it was there already: nothing is written\n")
     sys.stderr.write(f"how to load it: {options.out / 'README.md'}\n")
     return 0
 
 
-def locate_run(at: Path, select: str | None) -> tuple[Path, Path, str]:
-    """Find the folder of a calibration, the table of the scorer to train for, and that scorer's name."""
-    from calibrated_rewards.evaluation.references import choose_scorer
+def read_stamp(out: Path) -> int | None:
+    """Read when the last file of an export was written; None if there is none."""
+    file = out / "export.json"
+    return file.stat().st_mtime_ns if file.is_file() else None
 
+
+def locate_run(at: Path, select: str | None) -> tuple[Path, str | None]:
+    """Find the folder of a calibration, and the scorer that is named by an option or by the folder of its table."""
     above = at.absolute().parent
     if not (at / "run.json").is_file() and (at / "table.json").is_file() and (above / "run.json").is_file():
         at, select = above, select or at.name
     if not (at / "run.json").is_file():
         raise ValueError(f"an export needs the folder of a calibration, with its rollouts, got {at}")
-    select = choose_scorer(at, select)
-    table = next((each for each in (at / select, at) if (each / "table.json").is_file()), None)
-    if table is None:
-        raise ValueError(f"{at} needs a table.json, got none: calibrate to the end")
-    return at, table, select
+    return at, select
 
 
-def make_reward(options: argparse.Namespace, table: Path) -> "tuple[CalibratedReward, float | None]":
-    """Open the reward, or make it of the table and the transform; with its beta, or the one that is given."""
+def make_reward(
+    options: argparse.Namespace, folder: Path, select: str | None
+) -> "tuple[CalibratedReward, float | None]":
+    """Open the reward, or make it of the scorer's table and the transform; with its beta, or the one that is given."""
     from calibrated_rewards.evaluation.expectations import check_resolved, expect
+    from calibrated_rewards.evaluation.references import choose_scorer
     from calibrated_rewards.reward.calibrated_reward import CalibratedReward
     from calibrated_rewards.table.reference_table import ReferenceTable
     from calibrated_rewards.theory.scale import scaled
@@ -129,6 +137,10 @@ def make_reward(options: argparse.Namespace, table: Path) -> "tuple[CalibratedRe
     named: NamedTransform = options.transform or NamedTransform("identity", Identity())
     if named.kl is not None and options.beta is not None:
         raise ValueError(f"{named.name} names a KL, which has its beta: leave out the KL or --beta")
+    select = choose_scorer(folder, select)
+    table = next((each for each in (folder / select, folder) if (each / "table.json").is_file()), None)
+    if table is None:
+        raise ValueError(f"{folder} needs a table.json, got none: calibrate to the end")
     references = ReferenceTable.load(table)
     estimator: Estimator = options.estimator or "empirical"
     scale: Scale = options.scale or "unit"

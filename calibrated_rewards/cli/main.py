@@ -24,7 +24,7 @@ COMMANDS = {
     "frontier": "predict win rates and KL of training for each reward, by reweighting the rollouts of a calibration",
     "reward": "save table, reward model and transform, verified, as the directory that trainers load",
     "export": "write the rollouts of a calibration as a dataset: best completions, pairs, or all with weights",
-    "train": "train a policy for a saved reward: RLOO or GRPO with TRL, GRPO or PPO in plain PyTorch",
+    "train": "train a policy for a saved reward: RLOO, GRPO, A2PO or PPO online, or offline from the rollouts",
     "evaluate": "compare trained policies with their reference: win rates and KL, with their errors",
     "best-at-n": "read the validation completions that verl or TRL dumped: unbiased best@N, worst@N and pass@N by step",
     "report": "write one HTML page about the calibration, the training and the evaluation",

@@ -66,7 +66,7 @@ OPTIONS = {
     "scores": "--scores COLUMN",
     "select": "--select {value}",
     "split": "--split {value}",
-    "template": "--chat-template FILE",
+    "template": "--chat-template FILE (of a policy: --policy-chat-template FILE)",
     "tokenizer": "--option tokenizer=PATH (of a policy: --policy-tokenizer PATH)",
     "trust_remote_code": "--trust-remote-code (of a policy: --policy-trust-remote-code)",
 }

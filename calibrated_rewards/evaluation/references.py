@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64
 
+from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.calibration.shards import SCORE, read_table
 from calibrated_rewards.evaluation.estimates import Samples
+from calibrated_rewards.scorers.differences import differences
 from calibrated_rewards.table.reference_table import ReferenceTable
 
 CALIBRATE_FIRST = (
@@ -85,6 +87,26 @@ def choose_scorer(run: Path, select: str | None = None) -> str:
             f"added by `calibrated-rewards calibrate --reward-model NAME=PATH --out {run}`, drawing nothing."
         )
     return select
+
+
+def match_scorer(run: Path, table: ReferenceTable, select: str | None = None) -> str:
+    """Choose the scorer whose scores a reward's table holds, by its fingerprint; ValueError if the run has another.
+
+    Where a fingerprint is not recorded, it is the scorer of `choose_scorer`.
+    """
+    own, recorded = table.meta.get("scorer"), RunDirectory(run).settings().get("scorers", {})
+    if own is None:
+        return choose_scorer(run, select)
+    names = find_scorers(run) if select is None else [choose_scorer(run, select)]
+    matches = [name for name in names if name in recorded and not any(differences(recorded[name], own, name))]
+    if matches:
+        return "reward" if "reward" in matches else matches[0]
+    if any(name not in recorded for name in names):
+        return choose_scorer(run, select)
+    raise ValueError(
+        f"the rollouts of {run} are scored by {', '.join(names)}, another reward model than the reward's. Its scores "
+        f"are added by `calibrated-rewards calibrate --reward-model NAME=PATH --out {run}`, drawing nothing"
+    )
 
 
 def find_scorers(run: Path) -> list[str]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from calibrated_rewards.evaluation.estimates import Samples
 from calibrated_rewards.evaluation.held_out import HeldOutCheck, check_log_ratios
 from calibrated_rewards.evaluation.importance_weights import PolicyTooFarError
-from calibrated_rewards.evaluation.references import choose_scorer
+from calibrated_rewards.evaluation.references import choose_scorer, match_scorer
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.parts import lock_of
 from calibrated_rewards.prompts import Prompt, prompt_key
@@ -50,7 +50,8 @@ def load_check(launch: Launch, inputs: Inputs, settings: Any) -> "HeldOutRollout
         return None
     check_count("--check-every", steps=launch.check_every)
     if not launch.any_policy:
-        check_policy(inputs.policy, load_table(launch.check_rollouts, choose_scorer(launch.check_rollouts)).meta)
+        select = match_scorer(launch.check_rollouts, inputs.reward.table)
+        check_policy(inputs.policy, load_table(launch.check_rollouts, select).meta)
     rollouts = HeldOutRollouts.load(
         launch.check_rollouts,
         inputs.reward,
@@ -118,9 +119,9 @@ class HeldOutRollouts:
         """
         check_count("a held-out check", prompts=prompts, rows=rows)
         run, trained = Path(run), {prompt_key(prompt) for prompt in trained_on}
-        select = choose_scorer(run)
+        select = match_scorer(run, reward.table)
         table = load_table(run, select)
-        check_fit(run, table, reward, policy)
+        check_decoding(run, table, policy)
         reward = replace(reward, scorer=None, table=table, alarm=False, on_missing="raise")
         scorers = [select] if judge is None else [select, choose_scorer(run, judge)]
         streams = [iterate_rollouts(run, reward, select=scorer, beta=beta) for scorer in scorers]
@@ -198,11 +199,8 @@ def load_table(run: Path, select: str) -> ReferenceTable:
     return ReferenceTable.load(folder)
 
 
-def check_fit(run: Path, table: ReferenceTable, reward: CalibratedReward, policy: Policy) -> None:
-    """Raise ValueError for rollouts of another reward model, or drawn in another way than the policy draws."""
-    ours, theirs = reward.table.meta.get("scorer"), table.meta.get("scorer")
-    if ours is not None and theirs is not None and ours != theirs:
-        raise ValueError(f"the rollouts of {run} are scored by another reward model than the reward's")
+def check_decoding(run: Path, table: ReferenceTable, policy: Policy) -> None:
+    """Raise ValueError for rollouts that were drawn in another way than the policy draws."""
     recorded, decoding = read_decoding(table.meta) or {}, policy.decoding.fingerprint()
     for name in ("temperature", "max_tokens"):
         if recorded.get(name, decoding[name]) != decoding[name]:

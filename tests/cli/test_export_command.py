@@ -43,7 +43,7 @@ def test_its_beta_is_that_of_reward(run: Path, tmp_path: Path, capsys: pytest.Ca
     solved = expect(table, named.transform, kl=0.5, procedure=BestOf(4))
     output = capsys.readouterr().out
     assert f"beta {solved.beta:.4g}, " in output
-    assert "24 rows of 3 prompts, from 24 rollouts" in output
+    assert "24 rows of 3 prompts, from 24 rollouts with the scores of 'reward'" in output
     columns = pq.read_table(tmp_path / "out" / "train.parquet").to_pydict()
     rewards, weights = np.array(columns["reward"]).reshape(3, 8), np.array(columns["weight"]).reshape(3, 8)
     factors = np.exp(rewards / solved.beta)
@@ -53,6 +53,10 @@ def test_its_beta_is_that_of_reward(run: Path, tmp_path: Path, capsys: pytest.Ca
     others = softmax(values(scaled(named.transform, "unit"), 7)[::2] / solved.beta)
     assert kl == pytest.approx(float((others * np.log(8 * others)).sum()), rel=1e-6)
     assert f"weights: KL {kl:.3g} nats from equal ones, effective sample size {ess:.3g}, on average" in output
+    written = (tmp_path / "out" / "export.json").read_bytes()
+    assert main(words) == 0
+    assert "there already: nothing is written" in capsys.readouterr().err
+    assert (tmp_path / "out" / "export.json").read_bytes() == written
 
 
 def test_the_run_of_a_table_is_found(run: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset, load_from_disk
@@ -17,10 +18,12 @@ from rollout_runs import Drawn, chat, save_run
 
 import calibrated_rewards.files as files
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.calibration.shards import Planned, new_shard
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.protocol import Rollout
+from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
 from calibrated_rewards.training.offline.dataset_files import FILES, write_part
 from calibrated_rewards.training.offline.dataset_folder import Export, export
 from calibrated_rewards.training.offline.datasets import Selection
@@ -206,6 +209,7 @@ def test_the_card_says_what_is_in_none(tmp_path: Path) -> None:
         "cut": 1,
         "kl": kl,
         "ess": ess,
+        "scorer": "reward",
     }
     assert "| transform | Exponential(t=5.0) |" in card
     assert "| beta | 0.3 |" in card
@@ -257,7 +261,7 @@ def test_what_cannot_be_exported_is_refused(run: Path, tmp_path: Path) -> None:
 def test_rollouts_of_another_reward_model_are_not_exported(run: Path, tmp_path: Path) -> None:
     """Their scores, ranked among references of another scorer, would say nothing."""
     table = ReferenceTable.build(((p, scores) for p, _, scores in PROMPTS), meta={"scorer": {"kind": "other"}})
-    with pytest.raises(ValueError, match="are another reward model's"):
+    with pytest.raises(ValueError, match="another reward model"):
         export(run, tmp_path / "out", "sft", CalibratedReward(None, table), show_progress=False)
 
 
@@ -332,3 +336,21 @@ def test_lines_are_those_of_json(count: int, tmp_path: Path) -> None:
 
     lines = [json.dumps({"kl": 0.5, "rows": count}), *(json.dumps(each, ensure_ascii=False) for each in rows)]
     assert (tmp_path / "part").read_bytes() == "".join(f"{line}\n" for line in lines).encode()
+
+
+def test_the_scores_are_those_of_the_rewards_table(tmp_path: Path) -> None:
+    """Of two scorers the one that made it, whatever its name; another one, or a run without it, is an error."""
+    scorers = {"reward": NumberScorer(), "judge": HashScorer(2)}
+    tables = calibrate(["one", "two"], NumberSampler(), scorers, tmp_path / "run", k=6, show_progress=False)
+    for name, table in tables.items():
+        reward = CalibratedReward(None, table, beta=0.3)
+        for prompt in iterate_rollouts(tmp_path / "run", reward):
+            assert np.array_equal(np.sort(prompt.scores), table.scores(int(table.rows([prompt.prompt])[0])))
+        done = export(tmp_path / "run", tmp_path / name, "sft", reward, show_progress=False)
+        for row in read_rows(done.path):
+            assert row["score"] == table.scores(int(table.rows([row["prompt"]])[0])).max()
+    with pytest.raises(ValueError, match="scored by reward, another reward model"):
+        export(tmp_path / "run", tmp_path / "out", "sft", CalibratedReward(None, tables["judge"]), select="reward")
+    calibrate(["one", "two"], NumberSampler(), NumberScorer(), tmp_path / "other", k=6, show_progress=False)
+    with pytest.raises(ValueError, match="scored by reward, another reward model"):
+        next(iterate_rollouts(tmp_path / "other", CalibratedReward(None, tables["judge"], beta=0.3)))

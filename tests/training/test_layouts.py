@@ -108,6 +108,7 @@ def test_columns_are_those_that_the_settings_name(layout: str, chats: bool, kind
     columns, card = {*read(path).column_names}, (path.parent / "README.md").read_text()
     usage = LAYOUTS[layout].usage("out/train.jsonl", kind, chats)
     assert usage in card
+    assert ("reads no weights" in card) == (kind == "weighted" and layout != "ms-swift")
     lines = usage.splitlines()[1:-1]
     if layout == "axolotl":
         (entry,) = yaml.safe_load("\n".join(lines))["datasets"]

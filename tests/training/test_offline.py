@@ -333,6 +333,8 @@ def test_settings_that_no_run_can_be_made_with_are_refused(files: Path, tmp_path
         ("--held-out 0.99", "12 of 12 prompts held out leave none to train on"),
         ("--lr 0", "got --lr 0"),
         ("--check-steps 0", "got --check-steps 0"),
+        ("--loss ipo:40", "40 rollouts compete in --loss ipo:40, got prompts with"),
+        ("--loss top-1:3 --completions 2", "but a step has 2 of some prompt, --completions 2 at most"),
     ]:
         assert main(words(files, tmp_path / "out", *options.split())) == 2
         assert message in capsys.readouterr().err
@@ -371,6 +373,14 @@ def test_kept_states_change_nothing(files: Path, tmp_path: Path) -> None:
     for name in ("loss", "kl", "grad_norm"):
         expected = [row[name] for row in logged(plain)]
         assert [row[name] for row in logged(kept)] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_no_states_are_kept_where_all_layers_are_trained(files: Path, tmp_path: Path, capsys: Any) -> None:
+    """There are none below; the run goes on, and says why."""
+    options = ("--layers", "0", "--cache-states", "--steps", "1", "--held-out", "0")
+    assert main([*small(files, tmp_path / "all"), *options]) == 0
+
+    assert "layers are trained, so no states are kept" in capsys.readouterr().err
 
 
 def test_steps_below_the_rounding_of_16_bits_add_up() -> None:

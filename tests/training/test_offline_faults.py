@@ -75,7 +75,7 @@ def test_the_command_refuses_them(run: Path, tmp_path: Path, capsys: Any) -> Non
 
 
 def test_rollouts_of_others_are_refused(tmp_path: Path) -> None:
-    """Of another reward model, of another policy, drawn at another temperature; what is not said is not compared."""
+    """Of another policy, drawn at another temperature; what is not said is not compared."""
     run = tmp_path / "run"
     save_run(run, [("p", ["a", "b"], [1.0, 2.0])])
     drawn = {"kind": "hf", "weights": "w", "decoding": {"temperature": 1.0, "max_tokens": 5}}
@@ -84,13 +84,12 @@ def test_rollouts_of_others_are_refused(tmp_path: Path) -> None:
 
     def check(sampler: Any, by: Any = scorer, **options: Any) -> None:
         table = ReferenceTable.build([("p", [1.0, 2.0])], meta={"scorer": by, "sampler": sampler})
-        check_source(run, "reward", CalibratedReward(None, table), **options)
+        check_source(run, CalibratedReward(None, table), **options)
 
     check(drawn)
     check({"kind": "vllm", "weights": "w"})
     check(None, None)
-    with pytest.raises(ValueError, match=r"scores 'reward' of the rollouts of .* are another reward model's"):
-        check(drawn, {"kind": "other"}, any_policy=True)
+    check({**drawn, "weights": "v"}, any_policy=True)
     for change, why in (
         ({"weights": "v"}, "weights is 'w', and 'v' in the table"),
         ({"decoding": {"temperature": 0.7, "max_tokens": 5}}, "decoding.temperature is 1.0, and 0.7 in the table"),

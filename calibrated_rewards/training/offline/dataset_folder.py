@@ -23,7 +23,7 @@ import numpy as np
 
 from calibrated_rewards.calibration.run import show_bar
 from calibrated_rewards.calibration.run_directory import RunDirectory
-from calibrated_rewards.evaluation.references import choose_scorer
+from calibrated_rewards.evaluation.references import match_scorer
 from calibrated_rewards.files import Message, claim, setting, write_file
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.scorers.differences import differences
@@ -34,6 +34,11 @@ from calibrated_rewards.training.offline.layouts import LAYOUTS, describe_for_ll
 from calibrated_rewards.training.offline.rollouts import check_source, choose_beta, read_rollouts
 from calibrated_rewards.training.run_folder import describe_reward
 
+READS_WEIGHTS = ("ms-swift", "trl")
+NO_WEIGHTS = (
+    "The framework reads no weights: it would learn from all rollouts alike, which is the reference policy. "
+    "`export --as sft --draws N` says the same by repetition."
+)
 PARTS, RESULT, INFO = ".parts", "export.json", "dataset_info.json"
 WRITTEN = (*FILES.values(), RESULT, INFO, README)
 # Counted beside the reasons of `datasets`.
@@ -68,10 +73,13 @@ class Export:
     """KL of the weights from equal ones, in nats, on average over prompts; None where nothing is weighted."""
     ess: float | None = None
     """Effective sample size of the weights, on average over prompts."""
+    scorer: str = "reward"
+    """The reward model whose scores count."""
 
     def lines(self) -> Iterator[str]:
         """Write the numbers in sentences."""
-        yield f"{self.path}: {self.rows:,} rows of {self.prompts:,} prompts, from {self.rollouts:,} rollouts"
+        source = f"{self.rollouts:,} rollouts with the scores of {self.scorer!r}"
+        yield f"{self.path}: {self.rows:,} rows of {self.prompts:,} prompts, from {source}"
         yield from (f"left out: {count:,} {reason}" for reason, count in self.left_out.items())
         if self.kl is not None:
             yield f"weights: KL {self.kl:.3g} nats from equal ones, effective sample size {self.ess:.3g}, on average"
@@ -95,15 +103,15 @@ def export(
 ) -> Export:
     """Write a dataset of a run's rollouts, valued by a reward whose table knows their prompts.
 
-    An export that was killed goes on where it stopped, and writes the same bytes. `select` names the scorer of the
-    reward's table, if the run has several; `beta` is the reward's unless given, and is not needed for the best of each
-    prompt and for pairs. `force` writes over an export with other settings.
+    An export that was killed goes on where it stopped, and writes the same bytes. `select` names the scorer, by
+    default the one whose scores the reward's table holds; `beta` is the reward's unless given, and is not needed for
+    the best of each prompt and for pairs. `force` writes over an export with other settings.
     """
     selection = selection if isinstance(selection, Selection) else Selection(selection)
     check_form(selection, file_format, layout)
     run, out = Path(run), Path(out)
-    select, directory = choose_scorer(run, select), RunDirectory(run)
-    check_source(run, select, reward)
+    select, directory = match_scorer(run, reward.table, select), RunDirectory(run)
+    check_source(run, reward)
     beta = choose_beta(reward, beta) if selection.needs_beta else None
     digest, chat = examine_run(directory, select)
     settings = {
@@ -132,7 +140,8 @@ def export(
                 counts[reason] = counts.get(reason, 0) + count
         rows, prompts, rollouts, valued, kl, ess = (counts.pop(name, 0) for name in NUMBERS)
         cut = counts.get(CUT, 0) if selection.finished_only else counts.pop(CUT, 0)
-        result = Export(out / FILES[file_format], rows, prompts, dict(sorted(counts.items())), rollouts, cut)
+        left_out = dict(sorted(counts.items()))
+        result = Export(out / FILES[file_format], rows, prompts, left_out, rollouts, cut, scorer=select)
         if selection.needs_beta and valued:
             result = replace(result, kl=kl / valued, ess=ess / valued)
         if not rows:
@@ -283,14 +292,20 @@ def write_readme(
         **(
             {"KL of the weights": f"{result.kl:.4g}", "effective sample size": f"{result.ess:.4g}"} if result.kl else {}
         ),
-        **{name: repr(getattr(reward, name)) for name in ("transform", "estimator", "scale", "calibration")},
-        **{name: str(value) for name, value in asdict(selection).items() if value not in (None, False)},
+        **{name: str(getattr(reward, name)) for name in ("transform", "estimator", "scale", "calibration")},
+        **{
+            name: str(value)
+            for name, value in asdict(selection).items()
+            if value not in (None, False) and (name != "floor" or kind == "weighted")
+        },
         **{f"left out: {reason}": f"{count:,}" for reason, count in result.left_out.items()},
         "rollouts read": f"{result.rollouts:,}",
         **({CUT: f"{result.cut:,}"} if result.cut and CUT not in result.left_out else {}),
     }
     place = f"{folder.name}/{file}"
     section = f"## In a framework\n\n{LAYOUTS[layout].usage(place, selection.kind, chat)}"
+    if kind == "weighted" and layout not in READS_WEIGHTS:
+        section += f"\n\n{NO_WEIGHTS}"
     data = file if "." in file else f"{file}/*.arrow"
     metadata = {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": data}]}]}
     title = folder.name if HUB_NAME.fullmatch(f"x/{folder.name}") else "rollouts"

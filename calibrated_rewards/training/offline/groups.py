@@ -30,6 +30,7 @@ from calibrated_rewards.theory.finite_k import log_partition
 from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.training.held_out import PROMPTS, ROLLOUTS, HeldOutRollouts, compute_log_probabilities
 from calibrated_rewards.training.loop import find_processes
+from calibrated_rewards.training.offline.frozen_layers import count_frozen, find_layers
 from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
 from calibrated_rewards.training.offline.losses import LossInputs
 from calibrated_rewards.training.offline.rollouts import PromptRollouts, iterate_rollouts
@@ -177,6 +178,13 @@ def record_states(
         raise ValueError(
             "states are kept by a process for all prompts, got several processes: leave --cache-states out"
         )
+    place = find_layers(reader.model)
+    if place is not None and not count_frozen(place[2]):
+        sys.stderr.write(
+            f"all {len(place[2])} layers are trained, so no states are kept: --layers N, or --lora-layers N with LoRA, "
+            "trains fewer\n"
+        )
+        return list(groups), reference.compute(reader, groups)
     compared = (groups[0].tokens, max((group.tokens for group in groups), key=lambda tokens: tokens.longest))
     for tokens in compared:
         if not reader.can_skip(tokens._replace(states=reader.record(tokens)[1])):

@@ -26,7 +26,7 @@ from scipy.special import logsumexp, softmax
 
 from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.calibration.shards import get_completion
-from calibrated_rewards.evaluation.references import choose_scorer
+from calibrated_rewards.evaluation.references import match_scorer
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
@@ -84,10 +84,11 @@ def iterate_rollouts(
 ) -> Iterator[PromptRollouts]:
     """Read the rollouts of each prompt of a calibration's directory, shard by shard, and value them by a reward.
 
-    `select` names the scorer whose scores the reward's table is made of, where the rollouts have several; `beta` is
-    the reward's unless it is given. Prompts without rollouts, or without references in the table, are left out.
+    `select` names the scorer, by default the one whose scores the reward's table holds; `beta` is the reward's unless
+    it is given. Prompts without rollouts, or without references in the table, are left out.
     """
-    beta, select, directory = choose_beta(reward, beta), choose_scorer(run, select), RunDirectory(run)
+    beta, directory = choose_beta(reward, beta), RunDirectory(run)
+    select = match_scorer(run, reward.table) if select is None else select
     for name in directory.names():
         yield from read_rollouts(directory, name, reward, select, beta)
 
@@ -101,16 +102,12 @@ def choose_beta(reward: CalibratedReward, beta: float | None) -> float:
     return beta
 
 
-def check_source(run: Path, select: str, reward: CalibratedReward, any_policy: bool = False) -> None:
-    """Raise ValueError for rollouts that another reward model scored, or another policy drew, than the reward's table.
+def check_source(run: Path, reward: CalibratedReward, any_policy: bool = False) -> None:
+    """Raise ValueError for rollouts that were drawn in another way than the references of the reward's table.
 
-    What either does not say is not compared. `any_policy` leaves out how they were drawn.
+    What either does not say is not compared. `any_policy` takes them nevertheless.
     """
-    there, here = RunDirectory(run).settings(), reward.table.meta
-    theirs, ours = (there.get("scorers") or {}).get(select), here.get("scorer")
-    if ours is not None and theirs is not None and any(differences(theirs, ours)):
-        raise ValueError(f"the scores {select!r} of the rollouts of {run} are another reward model's than the reward's")
-    theirs, ours = there.get("sampler"), here.get("sampler")
+    theirs, ours = RunDirectory(run).settings().get("sampler"), reward.table.meta.get("sampler")
     if any_policy or not isinstance(theirs, Mapping) or not isinstance(ours, Mapping):
         return
     for name in {*DRAWN_BY} & {*theirs} & {*ours}:

@@ -34,7 +34,6 @@ from tqdm import tqdm
 from calibrated_rewards.calibration.dry_run import format_seconds
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.evaluation.held_out import HeldOutCheck
-from calibrated_rewards.evaluation.references import choose_scorer
 from calibrated_rewards.files import Message, setting, write_file
 from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.training import loop
@@ -139,7 +138,7 @@ def run(launch: Launch, settings: OfflineSettings) -> None:
     if launch.rollouts is None:
         raise ValueError("offline training learns from the rollouts of a calibration: say --rollouts DIR")
     reward = load_reward(launch)
-    check_source(launch.rollouts, choose_scorer(launch.rollouts), reward, launch.any_policy)
+    check_source(launch.rollouts, reward, launch.any_policy)
     beta = launch.beta or reward.beta or settings.beta
     if launch.raw:
         reward = replace(reward, calibration=Uncalibrated(), beta=None)
