@@ -189,6 +189,15 @@ def test_damaged_files_are_named_or_made_again(tmp_path: Path) -> None:
         folder.read_log()
 
 
+def test_what_a_kill_left_of_a_file_is_removed(tmp_path: Path) -> None:
+    """Of a reference, say, as large as itself; a user's own files stay."""
+    left = [f".{name}.{'0f' * 16}" for name in ("settings.json", "log.jsonl", "reference.safetensors")]
+    for name in (*left, ".notes.json.old", "log.jsonl"):
+        (tmp_path / name).touch()
+    RunFolder(tmp_path).begin({})
+    assert {each.name for each in tmp_path.iterdir()} == {".notes.json.old", "log.jsonl", "settings.json"}
+
+
 def test_weights_without_a_gradient_take_part_in_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     """An expert may be idle in one process and not in another, and each mean is of all processes."""
     counted = []
