@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from offline_runs import fit, make_group
 from rollout_runs import save_run
+from safetensors import SafetensorError
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.run_directory import RunDirectory
@@ -187,6 +188,20 @@ def test_damaged_files_are_named_or_made_again(tmp_path: Path) -> None:
     folder.log.write_text('{"st\n' + json.dumps({"step": 0}) + "\n")
     with pytest.raises(ValueError, match="Unterminated"):
         folder.read_log()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is no error of safetensors to a user; the checkpoint before it stays."""
+    weights, folder = TrainedWeights.of(tiny.causal()), RunFolder(tmp_path)
+    trained_weights.save_checkpoint(folder, 3, weights, build_optimizer(weights, "sgd", 0.1, 0.0))
+
+    def fill_disk(*_: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(trained_weights, "save_file", fill_disk)
+    with pytest.raises(OSError, match="checkpoint-4 cannot be written: No space left"):
+        trained_weights.save_checkpoint(folder, 4, weights, build_optimizer(weights, "sgd", 0.1, 0.0))
+    assert str(folder.find_checkpoint()).endswith("checkpoint-3")
 
 
 def test_what_a_kill_left_of_a_file_is_removed(tmp_path: Path) -> None:
