@@ -117,8 +117,8 @@ class RunFolder:
     def begin(self, run: Mapping[str, Any]) -> None:
         """Write which run it is; remove files and checkpoints that were cut short, since no run can go on from them."""
         _remove(self.unfinished_model)
-        for each in filter(CUT_SHORT.fullmatch, os.listdir(self.out)):
-            (self.out / each).unlink()
+        for name in filter(CUT_SHORT.fullmatch, os.listdir(self.out)):
+            (self.out / name).unlink()
         for each in self.checkpoints.glob("checkpoint-*"):
             if not _is_whole(each):
                 sys.stderr.write(f"{each} was cut short: it is removed, and the run goes on from before it\n")
