@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
@@ -34,7 +35,6 @@ from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import check_count
 from calibrated_rewards.training.check_settings.rules import read_decoding
 from calibrated_rewards.training.launch import Inputs, Launch, check_policy
-from calibrated_rewards.training.loop import find_processes
 from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
 from calibrated_rewards.training.offline.rollouts import PromptRollouts, iterate_rollouts
 
@@ -166,7 +166,7 @@ class HeldOutRollouts:
         try:
             return self.check()
         except PolicyTooFarError as error:
-            if find_processes().is_main_process:
+            if PartialState().is_main_process:
                 sys.stderr.write(f"no held-out check, for the policy is too far from the reference: {error}\n")
             return None
 

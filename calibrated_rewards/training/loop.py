@@ -255,7 +255,8 @@ def find_processes() -> PartialState:
 def choose_device(name: str | None) -> torch.device:
     """Choose the device that is named, or that of this process; ValueError for one that is not here."""
     if name is None:
-        return find_processes().device
+        device: torch.device = find_processes().device
+        return device
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it

@@ -6,6 +6,7 @@ row for each step. `model` is the trained model, whole, or absent: it is written
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,9 @@ from calibrated_rewards.scorers.differences import differences
 
 # The last file that transformers' Trainer writes of a checkpoint: one without it was cut short.
 LAST_WRITTEN = "trainer_state.json"
+
+# What a kill leaves of a file that is written in one step.
+CUT_SHORT = re.compile(r"\.(settings\.json|log\.jsonl|reference\.safetensors)\.[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,10 @@ class RunFolder:
         return self.model_folder.exists()
 
     def begin(self, run: Mapping[str, Any]) -> None:
-        """Write which run it is; remove checkpoints that were cut short, since no run can go on from them."""
+        """Write which run it is; remove files and checkpoints that were cut short, since no run can go on from them."""
         _remove(self.unfinished_model)
+        for name in filter(CUT_SHORT.fullmatch, os.listdir(self.out)):
+            (self.out / name).unlink()
         for each in self.checkpoints.glob("checkpoint-*"):
             if not _is_whole(each):
                 sys.stderr.write(f"{each} was cut short: it is removed, and the run goes on from before it\n")

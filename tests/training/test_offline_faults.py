@@ -11,13 +11,14 @@ import torch
 from accelerate import PartialState
 from offline_runs import fit, make_group
 from rollout_runs import save_run
+from safetensors import SafetensorError
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
 from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.training import loop
 from calibrated_rewards.training.offline import trained_weights
-from calibrated_rewards.training.offline.groups import HeldOut, ReferenceFile
+from calibrated_rewards.training.offline.groups import ReferenceFile
 from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
 from calibrated_rewards.training.offline.rollouts import check_source, iterate_rollouts
 from calibrated_rewards.training.offline.train import OfflineSettings, check_groups, finish
@@ -147,7 +148,7 @@ def test_weights_that_are_no_numbers_are_not_saved() -> None:
         model.lm_head.weight[3, 4] = torch.nan
 
     with pytest.raises(FloatingPointError, match="trained weights are finite numbers"):
-        finish(GroupReader(model), weights, HeldOut([], {}), None, OfflineSettings())
+        finish(weights, None, None, OfflineSettings())
 
 
 def test_a_factor_is_found_below_a_kl_that_cannot_be_measured() -> None:
@@ -186,6 +187,29 @@ def test_damaged_files_are_named_or_made_again(tmp_path: Path) -> None:
     folder.log.write_text('{"st\n' + json.dumps({"step": 0}) + "\n")
     with pytest.raises(ValueError, match="Unterminated"):
         folder.read_log()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is no error of safetensors to a user; the checkpoint before it stays."""
+    weights, folder = TrainedWeights.of(tiny.causal()), RunFolder(tmp_path)
+    trained_weights.save_checkpoint(folder, 3, weights, build_optimizer(weights, "sgd", 0.1, 0.0))
+
+    def fill_disk(*_: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(trained_weights, "save_file", fill_disk)
+    with pytest.raises(OSError, match="checkpoint-4 cannot be written: No space left"):
+        trained_weights.save_checkpoint(folder, 4, weights, build_optimizer(weights, "sgd", 0.1, 0.0))
+    assert str(folder.find_checkpoint()).endswith("checkpoint-3")
+
+
+def test_what_a_kill_left_of_a_file_is_removed(tmp_path: Path) -> None:
+    """Of a reference, say, as large as itself; a user's own files stay."""
+    left = [f".{name}.{'0f' * 16}" for name in ("settings.json", "log.jsonl", "reference.safetensors")]
+    for name in (*left, ".notes.json.old", "log.jsonl"):
+        (tmp_path / name).touch()
+    RunFolder(tmp_path).begin({})
+    assert {each.name for each in tmp_path.iterdir()} == {".notes.json.old", "log.jsonl", "settings.json"}
 
 
 def test_weights_without_a_gradient_take_part_in_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:

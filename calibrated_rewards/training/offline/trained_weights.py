@@ -160,10 +160,13 @@ def save_checkpoint(folder: RunFolder, step: int, weights: TrainedWeights, optim
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     own = {name: each.detach().contiguous() for name, each in weights.masters.items()}
-    save_file(own, place / "weights.safetensors")
     state = optimizer.state_dict()["state"]
     tensors = {f"{at}.{name}": torch.as_tensor(each) for at, parts in state.items() for name, each in parts.items()}
-    save_file(tensors, place / "optimizer.safetensors")
+    try:
+        save_file(own, place / "weights.safetensors")
+        save_file(tensors, place / "optimizer.safetensors")
+    except SafetensorError as error:  # of a full disk
+        raise OSError(f"{place} cannot be written: {error}") from error
     # The last file: without it the checkpoint does not count.
     write_file(place / LAST_WRITTEN, json.dumps({"step": step}))
     for each in folder.checkpoints.glob("checkpoint-*"):
