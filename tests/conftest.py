@@ -7,5 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hypothesis import settings
 
-settings.register_profile("patient", settings(), deadline=None)
-settings.load_profile("patient")
+# A test that does not say how many examples it tries has these.
+settings.register_profile("patient", settings(), deadline=None, max_examples=40)
+settings.register_profile("thorough", settings(), deadline=None, max_examples=400)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "patient"))
