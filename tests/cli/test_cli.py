@@ -41,13 +41,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.saved(tiny.classifier(), tmp_path_factory.mktemp("one"), tiny.tokenizer())
 
 
+# No more than the minimum of each check.
+QUICK = ("--long-words", "100", "--spare-seconds", "0")
+
+
 def check(*words: str) -> int:
     return main(["check-scorer", *words])
 
 
 def test_a_model_is_checked_in_a_process_of_its_own(model, tmp_path):
     """The whole way, from the shell: what was loaded, a line a check, the speed, and exit code 0."""
-    command = [*MODULE, "check-scorer", "--reward-model", model, "--no-sign", "--long-words", "100"]
+    command = [*MODULE, "check-scorer", "--reward-model", model, "--no-sign", *QUICK]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert done.returncode == PASSED, done.stderr
@@ -58,9 +62,9 @@ def test_a_model_is_checked_in_a_process_of_its_own(model, tmp_path):
     assert re.search(r"\n\d+ ok, 0 failed, \d+ not asked\n$", done.stdout)
 
 
-def test_a_failed_check_exits_with_one(model, capsys):
+def test_a_failed_check_exits_with_one(model, tmp_path, capsys):
     """A random head does not know good from bad: that line says FAIL, the others are told all the same."""
-    assert check("--reward-model", model, "--long-words", "100") == FAILED
+    assert check("--reward-model", model, "--prompts", str(written(tmp_path)), *QUICK) == FAILED
 
     told = capsys.readouterr().out
     assert re.search(r"\n  FAIL  sign: .*\n        -> is this a cost model\?", told)
@@ -138,7 +142,7 @@ def test_pairs_of_ones_own(model, tmp_path, capsys):
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     prompts, completions = read_pairs(file)
-    check("--reward-model", model, "--prompts", str(file), "--long-words", "100", "--no-sign")
+    check("--reward-model", model, "--prompts", str(file), "--no-sign", *QUICK)
     low, high = re.search(r"3 scores, (\S+) to (\S+), sd", capsys.readouterr().out).groups()
     scores = load_scorer(model)(prompts, completions)
 
@@ -165,7 +169,8 @@ def test_settings_reach_the_model(tmp_path, capsys):
     template = tmp_path / "chat.jinja"
     template.write_text(tiny.TEMPLATE)
     words = ["--label", "2-0", "--dtype", "bfloat16", "--max-length", "400", "--chat-template", str(template)]
-    check("--reward-model", three, *words, "--option", "pool=last", "--no-sign", "--long-words", "100")
+    words += ["--prompts", str(written(tmp_path)), "--option", "pool=last", "--no-sign", *QUICK]
+    check("--reward-model", three, *words)
     told = capsys.readouterr().out
 
     for line in (
@@ -321,7 +326,8 @@ def test_names_of_labels_are_asked_about_and_costs_are_turned_round(tmp_path, ca
     assert "--label 1-0" in said
     assert check("--reward-model", two, "--label", "ordinal") == UNUSABLE
     assert "--label expected:0,1" in capsys.readouterr().err
-    check("--reward-model", two, "--label", "0-1", "--cost", "--no-sign")
+    words = ["--label", "0-1", "--cost", "--no-sign", "--prompts", str(written(tmp_path)), *QUICK]
+    check("--reward-model", two, *words)
     assert "kind: cost" in capsys.readouterr().out
 
 
