@@ -342,11 +342,12 @@ def finish(
     weights: TrainedWeights, held_out: HeldOutRollouts | None, check: HeldOutCheck | None, settings: OfflineSettings
 ) -> dict[str, Any]:
     """Bring the held-out KL to the one asked for, by a factor on the weights' difference; return what came of it."""
-    # The run was over when it was started again, or went too far to be checked.
-    if check is None and held_out is not None:
-        check = held_out.measure()
     weights.check()
     outcome: dict[str, Any] = {"loss": settings.loss, "beta": settings.beta, "alpha": 1.0, "kl_asked": settings.kl}
+    if held_out is None:
+        return outcome
+    if check is None:  # the run was over when it was started again, or went too far to be checked
+        check = held_out.measure()
     if settings.kl:
         factors, checks = [1.0], [check]
 
