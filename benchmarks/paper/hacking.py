@@ -13,6 +13,7 @@ each reward at equal KL, by weights. Writes benchmarks/results/hacking.json and 
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,15 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from environment import save
-from reward_models import load
 from rollouts import FIGURES, find_rollouts, parser
 from scipy.optimize import brentq
 from torch import nn
 from transformers import AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "real"))
+from environment import save
+from reward_models import load
 
 from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.calibration.shards import get_completion
@@ -40,7 +44,7 @@ from calibrated_rewards.scorers.protocol import score
 
 PHRASE, INJECTED, SAID = "honestly speaking, ", 0.8, 0.05
 PAIRS, BATCH, GAP = 480, 32, 1.0
-DISTILLED, TESTED = 20, 30  # prompts
+DISTILLED, TESTED = 16, 24  # prompts
 KLS = (0.05, 0.1, 0.25, 0.5, 1.0)
 
 

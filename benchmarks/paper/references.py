@@ -29,7 +29,7 @@ from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, win_rate
 from calibrated_rewards.theory.transforms import Exponential, Identity
 
-SIZES, ESTIMATORS, KL, DRAWS = (4, 8, 16, 32, 100), ("empirical", "posterior", "unbiased"), 0.5, 3
+SIZES, ESTIMATORS, KL, DRAWS = (4, 8, 16, 32, 100), ("empirical", "posterior", "unbiased"), 0.5, 4
 CASES: dict[str, tuple[Any, Any]] = {
     "identity, best of 4": (Identity(), BestOf(4)),
     "$e^{10u}$, best of 4": (Exponential(10.0), BestOf(4)),
@@ -39,7 +39,7 @@ CASES: dict[str, tuple[Any, Any]] = {
 
 def enumerate_rate(transform: Any, procedure: Any, k: int, estimator: Any) -> list[float]:
     """Enumerate the win rate at the KL of the optimum of the rewards that K drawn references make, for each draw."""
-    world, rng, rates = fine_world(), np.random.default_rng(0), []
+    world, rng, rates = fine_world(8, 2_000), np.random.default_rng(0), []
     kind = enumeration.best_of if isinstance(procedure, BestOf) else enumeration.worst_of
     vector = np.asarray(values(scaled(transform, "unit"), k, estimator), np.float64)
     for _ in range(DRAWS):
@@ -61,7 +61,7 @@ def main() -> None:
         for estimator, mark in zip(ESTIMATORS, "os^", strict=True):
             for k in SIZES:
                 rates = enumerate_rate(transform, procedure, k, estimator)
-                theory = win_rate_at_kl(scaled(transform, "unit"), KL, procedure, k, estimator, draws=300)
+                theory = win_rate_at_kl(scaled(transform, "unit"), KL, procedure, k, estimator, draws=200)
                 row = {"case": name, "estimator": estimator, "K": k, "exact world": float(np.mean(rates))}
                 row |= {"error": float(np.std(rates, ddof=1) / DRAWS**0.5), "theory": theory.win_rate}
                 rows.append(row | {"infinite K": limit})

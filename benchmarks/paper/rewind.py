@@ -83,28 +83,33 @@ def compute_exact() -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    """Compute, draw and save."""
-    samples = load_samples(parser(__doc__).parse_args())
-    exact, real = compute_exact(), estimate_real(samples)
+def draw(real: list[dict[str, Any]], exact: list[dict[str, Any]]) -> None:
+    """Draw win rates in theory and on rollouts, and the tries."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
     for arm in ARMS:
         label, colour, style = SHOWN[arm]
-        options = {"color": colour, "label": label}
+        options = {"color": colour, "label": label, "linestyle": ":" if arm == "exp:-10" else style}
         own = [[row for row in rows if row["arm"] == arm] for rows in (exact, real)]
         at = [row["kl"] for row in own[0]]
         axes[0].plot(at, [row["exact world"] for row in own[0]], "x", color=colour, markersize=5)
-        axes[0].plot(at, [row.get("theory", np.nan) for row in own[0]], style, **options)
-        axes[1].plot(at, [row["win rate over rewinding"] for row in own[1]], style, **options)
-        axes[2].plot(at, [row["tries"] for row in own[1]], style, **options)
+        axes[0].plot(at, [row.get("theory", np.nan) for row in own[0]], **options)
+        axes[1].plot(at, [row["win rate over rewinding"] for row in own[1]], **options)
+        axes[2].plot(at, [row["tries"] for row in own[1]], **options)
     axes[0].set(title="theory, and the exact world (crosses)", ylabel="win rate, both sides rewinding")
     axes[1].set(title="SmolLM2 rollouts, by the judge")
     axes[2].set(title="SmolLM2 rollouts", ylabel="mean number of tries")
     for ax in axes:
         ax.set_xlabel("KL from the reference, nats")
         ax.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
+    axes[2].legend(fontsize=8)
     figure.savefig(FIGURES / "rewind.png", dpi=130)
+
+
+def main() -> None:
+    """Compute, draw and save."""
+    samples = load_samples(parser(__doc__).parse_args())
+    exact, real = compute_exact(), estimate_real(samples)
+    draw(real, exact)
     for ours, theirs in zip(real, exact, strict=True):
         gain = " ".join(f"{100 * each:+.1f}" for each in ours["gain over raw, rewinding"])
         start = f"KL {ours['kl']:<4} {ours['arm']:<8} judge {ours['win rate over rewinding']:.3f}, over raw {gain}"
