@@ -6,7 +6,9 @@ calibration lies in the demo's cache, or wherever `--rollouts` says: directories
 whose prompts are put together.
 
     python benchmarks/paper/rollouts.py                           # minutes: 96 prompts, 64 rollouts each
-    python benchmarks/paper/rollouts.py --prompts 420 --k 48      # those of the committed figures; "dev": the first 120
+    python benchmarks/paper/rollouts.py --prompts 420 --k 48      # the prompts and seeds of the committed figures
+
+Those were made from two calibrations, "dev" (the first 120 of these prompts) and "test" (the other 300).
 
 The optimum for any reward at a KL is the rollouts with weights: what training would reach if it found the optimum.
 """

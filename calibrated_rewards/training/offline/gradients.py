@@ -110,4 +110,4 @@ def _correlate(rewards: Sequence[Sequence[Float[np.ndarray, " K"]]]) -> Float[np
     """Average the correlation of the rewards of a prompt over the prompts where none is constant."""
     prompts = [np.stack(rows) for rows in zip(*rewards, strict=True)]
     several = [np.atleast_2d(np.corrcoef(rows)) for rows in prompts if (np.ptp(rows, axis=1) > 0).all()]
-    return np.mean(several, axis=0) if several else np.full((len(rewards),) * 2, np.nan)
+    return np.asarray(np.mean(several, axis=0)) if several else np.full((len(rewards),) * 2, np.nan)
