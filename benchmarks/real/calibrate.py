@@ -44,14 +44,22 @@ SHOWN = 10
 MODELS = {"reward": train_reward_model, "judge": train_judge}
 
 
-def run(cache: Path, asked: list[str], out: Path, k: int) -> tuple[dict[str, ReferenceTable], dict[str, float]]:
-    """Both reward models' tables, and the seconds by part."""
-    draw, watch = sampler(cache), Watch()
-    scorers = {name: load(folder(cache), show_progress=False) for name, folder in MODELS.items()}
+def run(
+    cache: Path,
+    asked: list[str],
+    out: Path,
+    k: int,
+    texts: int | None = None,
+    seed: int = 0,
+    **drawn: Any,
+) -> tuple[dict[str, ReferenceTable], dict[str, float]]:
+    """Both reward models' tables, and the seconds by part; each model has learned from so many texts of its half."""
+    draw, watch = sampler(cache, **drawn), Watch()
+    scorers = {name: load(folder(cache, texts), show_progress=False) for name, folder in MODELS.items()}
     draw(asked[:1], [list(range(8))])  # the first call of a process takes longer
     watched = {name: Watched(scorer, watch, f"scoring ({name})") for name, scorer in scorers.items()}
     watch.restart()
-    tables = calibrate(asked, Watched(draw, watch, "drawing"), watched, out, k=k, prompts_per_shard=8)
+    tables = calibrate(asked, Watched(draw, watch, "drawing"), watched, out, k=k, seed=seed, prompts_per_shard=8)
     return tables, watch.parts("files and tables")
 
 

@@ -4,7 +4,7 @@
 makes rollouts into tokens, `log_probabilities.py` reads them with gradients, the prompt once for all completions,
 `trained_weights.py` says which weights are trained. `dataset_folder.py` has `export`, which writes rollouts as a data
 set for other trainers: `datasets.py` chooses the rows, `layouts.py` arranges them for a framework, `dataset_files.py`
-writes them. `reward_model.py` distils a calibrated reward.
+writes them. `reward_model.py` distils a calibrated reward. `gradients.py` compares the policy gradients of rewards.
 """
 
 from importlib import import_module
@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calibrated_rewards.training.offline.dataset_folder import Export as Export, export as export
     from calibrated_rewards.training.offline.datasets import Selection as Selection
+    from calibrated_rewards.training.offline.gradients import (
+        GradientComparison as GradientComparison,
+        compare_gradients as compare_gradients,
+    )
     from calibrated_rewards.training.offline.log_probabilities import Group as Group, GroupReader as GroupReader
     from calibrated_rewards.training.offline.losses import (
         Loss as Loss,
@@ -34,6 +38,8 @@ LAZY = {
     "Export": "dataset_folder",
     "export": "dataset_folder",
     "Selection": "datasets",
+    "GradientComparison": "gradients",
+    "compare_gradients": "gradients",
     "Group": "log_probabilities",
     "GroupReader": "log_probabilities",
     "Loss": "losses",
