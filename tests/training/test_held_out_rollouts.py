@@ -145,6 +145,25 @@ def test_the_model_is_left_as_it_was(run: Path) -> None:
     assert "2 held-out prompts, 12 rollouts of" in str(rollouts)
 
 
+def test_another_model_is_read_on_as_many_rollouts_as_asked_for(run: Path) -> None:
+    """Log-ratios of a model that is given are those of plain forward passes, of the first rollouts alone."""
+    reward = CalibratedReward.from_pretrained(run / "reward")
+    reference = AutoModelForCausalLM.from_pretrained(run / "policy").eval()
+    policy = Policy(reference, tiny.tokenizer(), Decoding(5, temperature=TEMPERATURE), Text())
+    rollouts = HeldOutRollouts.load(run / "run", reward, policy, trained_on=TRAINED, rollouts=4)
+    other = AutoModelForCausalLM.from_pretrained(run / "policy").eval()
+    with torch.no_grad():
+        other.model.norm.weight.mul_(1.2)
+    for group, log_ratios in zip(rollouts.groups, rollouts.compute_log_ratios(other), strict=True):
+        prompt = next(each for each in HELD_OUT if tiny.tokenizer()(each)["input_ids"] == group.prompt)
+        read = [
+            log_probability(other, prompt, row) - log_probability(reference, prompt, row) for row in group.completions
+        ]
+        assert len(read) == 4
+        np.testing.assert_allclose(log_ratios, read, atol=1e-4)
+    assert all((row == 0).all() for row in rollouts.compute_log_ratios())
+
+
 def test_what_cannot_be_checked_is_refused(run: Path, tmp_path: Path, capsys: Any) -> None:
     """No prompt left over, a length of other rollouts, an unknown judge, a judge alone, and another policy."""
     with pytest.raises(ValueError, match="none of its prompts is: leave some out"):
