@@ -37,8 +37,9 @@ def figure(compared: HeldOutPolicies, path: Path = FIGURE) -> None:
     left, right = drawn.subplots(1, 2)
     plots.held_out(compared, ax=left)
     plots.held_out_gains(compared, ax=right)
-    kl = next(iter(compared.checks.values())).kl.value
-    drawn.suptitle(f"Train for the way it is served: policies at one KL, {kl:.2f} nats", fontsize=12)
+    kls = sorted(check.kl.value for check in compared.checks.values())
+    title = f"Train for the way it is served: policies at KL {kls[0]:.2f} to {kls[-1]:.2f} nats, by what they are trained for"
+    drawn.suptitle(title, fontsize=12)
     drawn.savefig(path, dpi=130)
 
 

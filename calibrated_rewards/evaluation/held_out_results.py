@@ -6,7 +6,7 @@
 >>> d = {"raw": u - np.log(np.e - 1), "mine": 2 * u - np.log((np.exp(2) - 1) / 2)}
 >>> compared = compare_held_out(d, Samples(u), [WorstOf(4)])
 >>> print(compared.claim("mine", "raw", WorstOf(4)))
-Under worst of 4, mine wins more than raw: +10.9 points [+10.7, +11.2], at unequal KL (0.154 and 0.041 nats), by ...
+Under worst of 4, mine wins more than raw: +10.9 points [+10.7, +11.2], at more KL (0.154 and 0.041 nats), by ...
 """
 
 import json
@@ -87,9 +87,10 @@ class HeldOutPolicies:
         else:
             verdict = f"no difference shown between {a} and {b}"
         kls = first.kl.value, second.kl.value
-        equal = "equal" if abs(kls[0] - kls[1]) <= EQUAL_KL * max(kls) else "unequal"
+        equal = abs(kls[0] - kls[1]) <= EQUAL_KL * max(kls)
+        at = "equal" if equal else "less" if kls[0] < kls[1] else "more"
         return (
-            f"Under {format_procedure(procedure)}, {verdict}: {format_points(gain)}, at {equal} KL ({kls[0]:.3f} and "
+            f"Under {format_procedure(procedure)}, {verdict}: {format_points(gain)}, at {at} KL ({kls[0]:.3f} and "
             f"{kls[1]:.3f} nats), by the {self.judge_word}, on {format_count(first.prompts, 'held-out prompt')}."
         )
 

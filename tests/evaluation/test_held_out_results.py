@@ -50,7 +50,9 @@ def test_a_claim_goes_as_far_as_its_interval(value: float, half: float) -> None:
     assert f"{100 * value:+.1f} points [{100 * (value - half):+.1f}, {100 * (value + half):+.1f}]" in claim
 
 
-@pytest.mark.parametrize(("kl", "word"), [(0.1, "at equal KL"), (0.104, "at equal KL"), (0.12, "at unequal KL")])
+@pytest.mark.parametrize(
+    ("kl", "word"), [(0.1, "at equal KL"), (0.104, "at equal KL"), (0.12, "at more KL"), (0.08, "at less KL")]
+)
 def test_a_claim_says_whether_the_kls_are_equal(kl: float, word: str) -> None:
     """At unequal KL a difference is not the reward's alone."""
     assert f"{word} ({kl:.3f} and 0.100 nats), by the judge, on 40" in with_gain(0.1, 0.01, kl).claim(
