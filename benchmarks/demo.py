@@ -38,8 +38,7 @@ def figure(compared: HeldOutPolicies, path: Path = FIGURE) -> None:
     plots.held_out(compared, ax=left)
     plots.held_out_gains(compared, ax=right)
     kls = sorted(check.kl.value for check in compared.checks.values())
-    title = f"Train for the way it is served: policies at KL {kls[0]:.2f} to {kls[-1]:.2f} nats, by what they are trained for"
-    drawn.suptitle(title, fontsize=12)
+    drawn.suptitle(f"Train for the way it is served: policies at KL {kls[0]:.2f} to {kls[-1]:.2f} nats", fontsize=12)
     drawn.savefig(path, dpi=130)
 
 
