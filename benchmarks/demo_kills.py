@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 COMPARED = (
     "table/reward/table.safetensors",
-    "table/judge/table.safetensors",
+    "held-out/judge/table.safetensors",
     "frontier.json",
-    "calibrated/model/adapter_model.safetensors",
-    "raw/model/adapter_model.safetensors",
-    "evaluation/evaluation.json",
+    "raw/model/model.safetensors",
+    "worst-of-16/model/model.safetensors",
+    "held_out.json",
 )
 
 

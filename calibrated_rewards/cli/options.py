@@ -45,7 +45,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "export": ("calibrate",),
     "serve": ("serve",),
     "report": ("plots", "calibrate"),
-    "demo": ("hf", "calibrate", "trl", "plots"),
+    "demo": ("hf", "calibrate", "plots"),
 }
 # The option for each keyword argument that an error message names.
 OPTIONS = {

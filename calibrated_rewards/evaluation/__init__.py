@@ -6,7 +6,8 @@
 - `frontier`: `estimate_frontier` compares objectives without any training.
 - `recommend`, `recommendation`: which transform and beta to train with, what it buys, whether K is enough;
   `reward_commands`: what to paste to make that reward.
-- `held_out`, `importance_weights`: `check_log_ratios` judges a policy on held-out rollouts, without generating.
+- `held_out`, `importance_weights`: `check_log_ratios` judges a policy on held-out rollouts, without generating;
+  `held_out_results`: `compare_held_out` puts several side by side.
 - `expectations`, `table_laws`: `expect` predicts beta, KL and win rate of training on a table, with its ties.
 - `results`, `frontier_results`, `wording`, `plots`, `report`: results in print, JSON, figures and one page of HTML.
 """
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
         compare_log_ratios as compare_log_ratios,
         realised_share as realised_share,
     )
+    from calibrated_rewards.evaluation.held_out_results import (
+        HeldOutPolicies as HeldOutPolicies,
+        compare_held_out as compare_held_out,
+    )
     from calibrated_rewards.evaluation.importance_weights import weighted_win_rate as weighted_win_rate
     from calibrated_rewards.evaluation.policies import evaluate as evaluate
     from calibrated_rewards.evaluation.recommend import recommend as recommend
@@ -51,6 +56,8 @@ LAZY = {
     "check_log_ratios": "held_out",
     "compare_log_ratios": "held_out",
     "realised_share": "held_out",
+    "HeldOutPolicies": "held_out_results",
+    "compare_held_out": "held_out_results",
     "weighted_win_rate": "importance_weights",
     "Expectation": "expectations",
     "expect": "expectations",

@@ -27,6 +27,7 @@ except ModuleNotFoundError as missing:
 
 from calibrated_rewards.evaluation.estimates import IntervalEstimate
 from calibrated_rewards.evaluation.frontier_results import RELIABLE_ESS, FrontierEstimate
+from calibrated_rewards.evaluation.held_out_results import HeldOutPolicies
 from calibrated_rewards.evaluation.results import Evaluation
 from calibrated_rewards.evaluation.wording import format_objective, format_procedure, format_transform
 from calibrated_rewards.table.reference_table import ReferenceTable
@@ -193,6 +194,44 @@ def outcomes(
     ax.set_yticks(np.arange(len(by_policy)), [_escape(name) for name in by_policy])
     ax.set(ylim=(len(by_policy) - 0.4, -0.6), xlabel=f"win rate over the reference, by {_escape(judged_by)}")
     return _add_legend(ax, beneath=True)
+
+
+def held_out(compared: HeldOutPolicies, ax: Axes | None = None) -> Axes:
+    """Draw the win rates of policies on the same held-out rollouts, procedure by procedure, by the judge."""
+    ax, judge = _prepare(ax), compared.judged_by
+    rates = {
+        name: [check.win_rates[judge][each] for each in compared.procedures] for name, check in compared.checks.items()
+    }
+    _draw_by_procedure(rates, compared.procedures, 1, ax)
+    ax.axhline(0.5, color=INK, lw=0.8, alpha=0.5)
+    ax.set_ylabel(f"win rate over the reference, by the {compared.judge_word}")
+    return _add_legend(ax, beneath=True)
+
+
+def held_out_gains(compared: HeldOutPolicies, ax: Axes | None = None) -> Axes:
+    """Draw how much more each policy wins than the first one on the same held-out rollouts, in points, paired."""
+    ax = _prepare(ax)
+    first, *others = compared.checks
+    gains = {name: [compared.gain(name, first, each) for each in compared.procedures] for name in others}
+    # The first policy's colour stays free: the others have the same ones as in `held_out`.
+    _draw_by_procedure({first: [], **gains}, compared.procedures, 100, ax)
+    ax.axhline(0.0, color=INK, lw=0.8, alpha=0.5)
+    ax.set_ylabel(f"points more than {_escape(first)}, by the {compared.judge_word}")
+    return _add_legend(ax, beneath=True)
+
+
+def _draw_by_procedure(
+    estimates: Mapping[str, Sequence[IntervalEstimate]], procedures: Sequence[str], unit: float, ax: Axes
+) -> None:
+    """Draw a mark with its interval for each policy at each procedure."""
+    for place, (name, (colour, _, mark)) in enumerate(zip(estimates, _styles(len(estimates)), strict=True)):
+        row = estimates[name]
+        if not row:
+            continue
+        x = np.arange(len(row)) + 0.15 * (place - (len(estimates) - 1) / 2)
+        y = unit * np.array([each.value for each in row])
+        ax.errorbar(x, y, yerr=unit * _whiskers(row), fmt=mark, color=colour, ms=6, label=_escape(name))
+    ax.set_xticks(np.arange(len(procedures)), [format_procedure(each) for each in procedures])
 
 
 def density_ratios(

@@ -38,7 +38,7 @@ from calibrated_rewards.training.launch import Inputs, Launch, check_policy
 from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
 from calibrated_rewards.training.offline.rollouts import PromptRollouts, iterate_rollouts
 
-# Prompts, and rollouts of each, that are read for a check.
+# Prompts, and rollouts of each, that are read for a check, unless it is told otherwise.
 PROMPTS, ROLLOUTS = 64, 32
 
 
@@ -110,14 +110,15 @@ class HeldOutRollouts:
         beta: float | None = None,
         judge: str | None = None,
         prompts: int = PROMPTS,
+        rollouts: int = ROLLOUTS,
         rows: int = 32,
     ) -> "HeldOutRollouts":
-        """Read the first prompts of a calibration's directory that are not trained on, with at most 32 rollouts each.
+        """Read the first prompts of a calibration's directory that are not trained on, and so many rollouts of each.
 
         `policy` is the model that is going to be trained, still as the reference. `judge` names a second scorer of the
         rollouts; `beta` is the reward's by default. `rows` completions are read at once.
         """
-        check_count("a held-out check", prompts=prompts, rows=rows)
+        check_count("a held-out check", prompts=prompts, rollouts=rollouts, rows=rows)
         run, trained = Path(run), {prompt_key(prompt) for prompt in trained_on}
         select = match_scorer(run, reward.table)
         table = load_table(run, select)
@@ -133,30 +134,36 @@ class HeldOutRollouts:
                 f"a check needs 2 prompts or more of {run} that the run does not train on, and {number}: leave some "
                 "out of the prompts to train on, or calibrate others"
             )
-        return cls._read(chosen, policy, rows)
+        return cls._read(chosen, policy, rollouts, rows)
 
     @classmethod
-    def _read(cls, chosen: Sequence[tuple[PromptRollouts, ...]], policy: Policy, rows: int) -> "HeldOutRollouts":
+    def _read(
+        cls, chosen: Sequence[tuple[PromptRollouts, ...]], policy: Policy, most: int, rows: int
+    ) -> "HeldOutRollouts":
         openings = policy.check([each[0].prompt for each in chosen])
         groups, as_drawn = [], []
         for opening, (first, *_) in zip(openings, chosen, strict=True):
-            pairs = [tokenize_completion(policy, rollout, first.prompt) for rollout in first.rollouts[:ROLLOUTS]]
+            pairs = [tokenize_completion(policy, rollout, first.prompt) for rollout in first.rollouts[:most]]
             groups.append(Group(opening, [ids for ids, _ in pairs]))
             as_drawn += [same for _, same in pairs]
-        scores = [[each.scores[:ROLLOUTS] for each in column] for column in zip(*chosen, strict=True)]
-        targets = [each[0].log_ratios[:ROLLOUTS] for each in chosen]
+        scores = [[each.scores[:most] for each in column] for column in zip(*chosen, strict=True)]
+        targets = [each[0].log_ratios[:most] for each in chosen]
         reader = GroupReader(policy.model, policy.decoding.temperature, rows)
         reference = compute_log_probabilities(reader, groups)
         return cls(reader, groups, Samples(*scores), targets, reference, float(np.mean(as_drawn)))
 
     def check(self) -> HeldOutCheck:
         """Estimate the policy as the model is now; it is left as it was, and no random number is drawn."""
-        values = self.compute(self.reader, self.groups)
-        pairs = zip(values, self.reference, strict=True)
+        return check_log_ratios(self.compute_log_ratios(), self.samples, self.targets)
+
+    def compute_log_ratios(self, model: Any = None) -> list[Float64[np.ndarray, " K"]]:
+        """Compute the log-ratios to the reference: of the model as it is now, or of another one, of the same dtype."""
+        reader = self.reader if model is None else self.follow(model).reader
+        pairs = zip(self.compute(reader, self.groups), self.reference, strict=True)
         log_ratios = [(own - ref).double().numpy() for own, ref in pairs]
         if not all(np.isfinite(each).all() for each in log_ratios):
             raise FloatingPointError("log-probabilities of the policy are finite numbers, got others: a smaller --lr")
-        return check_log_ratios(log_ratios, self.samples, self.targets)
+        return log_ratios
 
     def measure(self) -> HeldOutCheck | None:
         """Check the policy; None, and a line that says so, if it is too far away for a check.

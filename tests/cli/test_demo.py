@@ -5,20 +5,23 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from transformers import BertConfig, BertModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from calibrated_rewards.cli.demo import assets, reward_models
-from calibrated_rewards.cli.demo.assets import Rated, make_folder
+from calibrated_rewards.cli.demo.assets import Rated, make_folder, make_tiny_prompts
 from calibrated_rewards.cli.demo.command import format_frontier
-from calibrated_rewards.cli.demo.pipeline import QUICK
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
-from calibrated_rewards.evaluation.results import Evaluation
+from calibrated_rewards.evaluation.held_out_results import HeldOutPolicies
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
+from calibrated_rewards.theory.procedures import WorstOf
 
 COMMAND = [sys.executable, "-m", "calibrated_rewards", "demo", "--quick", "--out"]
 
@@ -27,7 +30,7 @@ COMMAND = [sys.executable, "-m", "calibrated_rewards", "demo", "--quick", "--out
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A demo from start to end."""
     out = tmp_path_factory.mktemp("demo") / "whole"
-    done = subprocess.run([*COMMAND, str(out)], capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run([*COMMAND, str(out)], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     (out / "said.txt").write_text(done.stdout)
     return out
@@ -36,17 +39,46 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_parts_are_there_and_agree(whole: Path) -> None:
     """What it leaves can be opened by the public names, and what it says is what they hold."""
     said = (whole / "said.txt").read_text()
-    found = Evaluation.load(whole / "evaluation" / "evaluation.json")
-    assert [each.name for each in found.policies] == ["calibrated", "raw"]
-    assert str(found) in said
-    assert format_frontier(FrontierEstimate.load(whole / "frontier.json"), QUICK) in said
+    compared = HeldOutPolicies.load(whole / "held_out.json")
+    assert [*compared.checks] == ["raw", "worst-of-16"]
+    assert str(compared) in said
+    assert said.splitlines()[-1] == compared.claim("worst-of-16", "raw", WorstOf(16))
+    assert format_frontier(FrontierEstimate.load(whole / "frontier.json")) in said
     assert "nothing else" in said.splitlines()[2]  # that random models mean nothing is said first
     reward = CalibratedReward.from_pretrained(whole / "reward")
-    assert reward.table.meta["sampler"]["decoding"]["max_tokens"] == 8
-    assert "<html" in (whole / "report.html").read_text()
-    for name in ("calibrated", "raw"):
+    assert reward.table.meta["sampler"]["decoding"]["max_tokens"] == 4
+    assert "On held-out rollouts" in (whole / "report.html").read_text()
+    for name in compared.checks:
         assert len((whole / name / "log.jsonl").read_text().splitlines()) == 3
-        assert (whole / name / "model" / "adapter_model.safetensors").exists()
+        outcome = json.loads((whole / name / "model" / "training.json").read_text())
+        assert outcome["held_out"]["held_out/kl"] == pytest.approx(0.01, rel=0.03)  # all are brought to one KL
+
+
+def test_the_comparison_is_that_of_the_saved_policies(whole: Path) -> None:
+    """Log-ratios by plain forwards of each saved policy, in float32 and without a shared prompt, give the same KL."""
+    compared = HeldOutPolicies.load(whole / "held_out.json")
+    rows = [
+        row
+        for path in sorted((whole / "held-out/rollouts").glob("*.parquet"))
+        for row in pq.read_table(path).to_pylist()
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(whole / "miniature/policy")
+    prompts = make_tiny_prompts(18)[12:]
+
+    def read(model: Any, row: Any) -> float:
+        start = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        ended = [0] if row["finish"] == "stop" else []
+        ids = torch.tensor([start + tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + ended])
+        logprobs = (model(ids).logits[0, :-1] / 0.8).log_softmax(-1)
+        return float(logprobs.gather(1, ids[0, 1:, None])[len(start) - 1 :].sum())
+
+    with torch.no_grad():
+        reference = AutoModelForCausalLM.from_pretrained(whole / "miniature/policy", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(whole / "raw/model", dtype=torch.float32)
+        by_prompt = {prompt: [row for row in rows if row["prompt"] == prompt] for prompt in prompts}
+        d = np.array([[read(model, row) - read(reference, row) for row in each] for each in by_prompt.values()])
+    kl = float((np.exp(d) * d - np.exp(d) + 1).mean())
+    assert compared.checks["raw"].kl.value == pytest.approx(kl, rel=0.15)  # those of the demo are read in bfloat16
 
 
 def test_goes_on_after_ctrl_c_with_the_same_numbers(whole: Path, tmp_path: Path) -> None:
@@ -55,15 +87,20 @@ def test_goes_on_after_ctrl_c_with_the_same_numbers(whole: Path, tmp_path: Path)
     with subprocess.Popen([*COMMAND, str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
         assert run.stdout is not None
         for line in run.stdout:
-            if line.startswith("[4/"):
+            if line.startswith("[5/"):
                 break
         run.send_signal(signal.SIGINT)
         run.stdout.read()
         assert run.wait(60) == 130
-    assert not (out / "evaluation").exists()
+    assert not (out / "held_out.json").exists()
     assert main(["demo", "--quick", "--out", str(out)]) == 0
-    for name in ("evaluation/evaluation.json", "frontier.json"):
+    for name in ("held_out.json", "frontier.json"):
         assert json.loads((out / name).read_text()) == json.loads((whole / name).read_text())
+    # Another policy is added to those that are there.
+    assert main(["demo", "--quick", "--identity", "--out", str(out)]) == 0
+    two, three = (HeldOutPolicies.load(each / "held_out.json").checks for each in (whole, out))
+    assert [*three] == [*two, "identity"]
+    assert {name: three[name] for name in two} == two
 
 
 def test_another_demo_in_the_same_folder_is_refused(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -254,7 +254,7 @@ def without_extras(folder: Path, *words: str) -> "subprocess.CompletedProcess[st
             "calibrated_rewards calibrate --out x --policy p --max-tokens 4 --reward-model http://rm",
             "calibrate,hf,http",
         ),
-        ("calibrated_rewards demo --quick", "calibrate,hf,plots,trl"),
+        ("calibrated_rewards demo --quick", "calibrate,hf,plots"),
     ],
 )
 def test_all_that_is_missing_is_named_at_once(words, extras, tmp_path):

@@ -43,6 +43,7 @@ TITLES = {
     "table": "What was calibrated",
     "frontier.json": "What to expect without training",
     "calibrated": "What was trained",
+    "held_out.json": "On held-out rollouts",
     "evaluation": "What came out",
 }
 VOID = {"meta", "use", "path"}
@@ -152,6 +153,19 @@ def test_every_number_of_the_evaluation_is_there(demo, page):
         winner = each["a"] if each["value"]["value"] > 0 else each["b"]
         verdict = f"{winner} is ahead" if clear else "these data do not tell"
         assert f"{gain(each['value'])}{verdict}" in page.text.replace("] ", "]")
+
+
+def test_every_number_of_the_held_out_comparison_is_there(demo, page):
+    """Win rates and paired differences by the judge, as held_out.json has them; the claim stands in the summary too."""
+    said = json.loads((demo / "held_out.json").read_text())
+    for check in said["checks"].values():
+        assert all(share(rate) in page.text for rate in check["win_rates"]["judge"].values())
+    (difference,) = said["differences"]
+    assert all(gain(each) in page.text for each in difference["comparison"]["win_rates"]["judge"].values())
+    claim = "Under worst of 4, calibrated wins more than raw: " + gain(
+        difference["comparison"]["win_rates"]["judge"]["WorstOf(n=4)"]
+    )
+    assert page.text.count(claim) == 2
 
 
 def test_every_number_of_the_frontier_is_there(demo, page):
@@ -282,9 +296,9 @@ def test_figures_are_drawn_once_and_refer_to_themselves(page):
     used += [found for *_, value in page.attributes for found in re.findall(r"url\(#(.*?)\)", value or "")]
     assert used
     assert set(used) <= set(ids)
-    assert page.tags.count("svg") == page.tags.count("figcaption") == 10
+    assert page.tags.count("svg") == page.tags.count("figcaption") == 12
     assert page.tags.count("path") > 100
-    assert len([1 for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label") and value]) == 10
+    assert len([1 for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label") and value]) == 12
 
 
 @pytest.mark.parametrize("part", TITLES)

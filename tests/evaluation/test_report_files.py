@@ -34,6 +34,7 @@ def run(tmp_path):
         ("frontier.json", b"", "frontier"),
         ("frontier.json", b'{"points": [', "frontier"),
         ("evaluation.json", b"[]", "evaluation"),
+        ("held_out.json", b"{}", "held-out comparison"),
         ("log.jsonl", STEP.encode() + b"garbage\n", "got 'garbage' in line 2"),
         ("log.jsonl", b"null\n", "got None in line 1"),
         ("log.jsonl", b"[]\n", r"got \[\] in line 1"),

@@ -23,7 +23,6 @@ from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers import load_scorer
 from calibrated_rewards.testing.suites import HashScorer
-from calibrated_rewards.training import held_out
 from calibrated_rewards.training.held_out import HeldOutRollouts
 
 PROMPTS = tiny.texts(5)
@@ -163,11 +162,10 @@ def test_the_model_is_left_as_it_was(run: Path) -> None:
     assert "2 held-out prompts, 12 rollouts of" in str(rollouts)
 
 
-def test_of_many_rollouts_the_first_are_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_rollouts_the_first_are_read(run: Path) -> None:
     """Tokens, scores and targets are those of the same rollouts."""
     whole = load(run, trained_on=TRAINED, judge="judge")
-    monkeypatch.setattr(held_out, "ROLLOUTS", 4)
-    few = load(run, trained_on=TRAINED, judge="judge")
+    few = load(run, trained_on=TRAINED, judge="judge", rollouts=4)
     for i in range(len(HELD_OUT)):
         assert few.groups[i].completions == whole.groups[i].completions[:4]
         assert few.reference[i].tolist() == pytest.approx(whole.reference[i][:4].tolist(), rel=1e-5)
@@ -187,6 +185,25 @@ def test_a_policy_too_far_for_a_check_does_not_end_the_run(run: Path, capsys: An
         far.check()
     assert far.measure() is None
     assert "no held-out check, for the policy is too far from the reference" in capsys.readouterr().err
+
+
+def test_another_model_is_read_on_as_many_rollouts_as_asked_for(run: Path) -> None:
+    """Log-ratios of a model that is given are those of plain forward passes, of the first rollouts alone."""
+    reward = CalibratedReward.from_pretrained(run / "reward")
+    reference = AutoModelForCausalLM.from_pretrained(run / "policy").eval()
+    policy = Policy(reference, tiny.tokenizer(), Decoding(5, temperature=TEMPERATURE), Text())
+    rollouts = HeldOutRollouts.load(run / "run", reward, policy, trained_on=TRAINED, rollouts=4)
+    other = AutoModelForCausalLM.from_pretrained(run / "policy").eval()
+    with torch.no_grad():
+        other.model.norm.weight.mul_(1.2)
+    for group, log_ratios in zip(rollouts.groups, rollouts.compute_log_ratios(other), strict=True):
+        prompt = next(each for each in HELD_OUT if tiny.tokenizer()(each)["input_ids"] == group.prompt)
+        read = [
+            log_probability(other, prompt, row) - log_probability(reference, prompt, row) for row in group.completions
+        ]
+        assert len(read) == 4
+        np.testing.assert_allclose(log_ratios, read, atol=1e-4)
+    assert all((row == 0).all() for row in rollouts.compute_log_ratios())
 
 
 def test_what_cannot_be_checked_is_refused(run: Path, tmp_path: Path, capsys: Any) -> None:

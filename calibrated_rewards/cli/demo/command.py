@@ -5,8 +5,7 @@ import json
 import os
 import sys
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,8 +17,7 @@ from calibrated_rewards.files import write_file
 
 if TYPE_CHECKING:
     from calibrated_rewards.cli.demo.pipeline import Scale
-    from calibrated_rewards.evaluation.frontier_results import FrontierEstimate, FrontierPoint
-    from calibrated_rewards.evaluation.results import Evaluation
+    from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
     from calibrated_rewards.table.reference_table import ReferenceTable
 
 EPILOG = """examples:
@@ -27,12 +25,12 @@ EPILOG = """examples:
   calibrated-rewards demo --quick          # under a minute, without a download, with models of random weights
   calibrated-rewards demo --out mine --seed 1
 
-A language model of 135 million weights is the reference policy. A reward model and a judge are trained on disjoint
-halves of human ratings. Rollouts are drawn and scored (calibration); what training would achieve is predicted (the
-frontier); two policies are trained, one for the calibrated and transformed reward and one for the raw score; and the
-judge evaluates both on prompts that were not used before. Stop it with Ctrl-C: called again, it goes on where it was.
-The same seed gives the same numbers."""
-STEPS = 7
+A language model of 135 million weights is the reference policy, which is served with the worst of 16 completions: a
+story of safety. A reward model and a judge are trained on disjoint halves of human ratings. Rollouts are drawn and
+scored (calibration). Two policies are trained on them, offline: for the raw score, and for the calibrated one that is
+transformed for the worst of 16; --identity adds one for the calibrated score as it is. Each is brought to the same KL,
+and the judge compares them on prompts that were not used before. Stop it with Ctrl-C: called again, it goes on where it
+was. The same seed gives the same numbers."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("demo"), metavar="DIR", help="the folder of all results (%(default)s)")
     add("--quick", action="store_true", help="use tiny random models, to see that everything works here")
+    add("--identity", action="store_true", help="train for the calibrated score without a transform as well")
     add("--seed", type=Whole(0), default=0, metavar="N", help="the seed of everything that is drawn (%(default)s)")
     cache = Path("~/.cache/calibrated-rewards")
     add("--cache", type=Path, default=cache, metavar="DIR", help="downloads and the reward models (%(default)s)")
@@ -52,18 +51,16 @@ def run(options: argparse.Namespace) -> int:
     import transformers
 
     from calibrated_rewards.cli.demo import pipeline
-    from calibrated_rewards.evaluation.references import read_scores
     from calibrated_rewards.evaluation.report import report
-    from calibrated_rewards.training.launch import summarise_steps
 
     # The progress bars and reports of transformers are about many small loads; the demo has its own.
     logging: Any = transformers.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks for it
     out: Path = options.out
     scale = pipeline.QUICK if options.quick else pipeline.FULL
-    diary = Diary.open(out, scale, options.seed)
+    arms = pipeline.ARMS | (pipeline.IDENTITY_ARM if options.identity else {})
+    diary = Diary.open(out, scale, options.seed, steps=5 + len(arms))
     with diary.step(1, "reference policy, reward model, judge"):
         parts = (
             pipeline.make_tiny_parts(out / "miniature", scale)
@@ -71,38 +68,34 @@ def run(options: argparse.Namespace) -> int:
             else pipeline.make_real_parts(options.cache, scale)
         )
         demo = pipeline.Demo(parts, scale, out, options.seed)
-        print_line(parts.description)
+        print_line(f"{parts.description} The language model computes in {demo.dtype}.")
     with diary.step(2, f"calibration: {scale.k} rollouts of the reference policy for each of {scale.prompts} prompts"):
-        tables = demo.calibrate()
-        reward = demo.save_reward(tables["reward"])
-        print_line(format_calibration(tables["reward"]))
-    with diary.step(3, "the frontier without training: the rollouts, reweighted"):
-        frontier = demo.estimate_frontier(read_scores(out / "table", "reward", "judge"))
-        print_line(format_frontier(frontier, scale))
-    betas = pipeline.choose_betas(frontier, demo.choice, scale.kl)
-    rewards = {
-        pipeline.CALIBRATED: "the quantile among the rollouts, transformed for best-of-N",
-        pipeline.RAW: "the raw score, for comparison, at the beta whose optimum has the same KL on the rollouts",
-    }
+        table = demo.calibrate()
+        reward = demo.save_reward(table)
+        print_line(format_calibration(table))
+    with diary.step(3, f"{scale.held_out} held-out prompts, {scale.held_out_k} rollouts each, and what is possible"):
+        frontier = demo.estimate_frontier(demo.draw_held_out())
+        print_line(format_frontier(frontier))
     models = {}
-    for number, (name, description) in enumerate(rewards.items(), 4):
-        with diary.step(number, f"training, {scale.steps} steps of RLOO: {description}"):
-            models[name] = demo.train(name, reward, betas[name])
-            log = (out / name / "log.jsonl").read_text().splitlines()
-            print_line(summarise_steps([json.loads(line) for line in log]).rstrip())
-    with diary.step(6, f"evaluation: {scale.m} completions for each of {scale.held_out} prompts that nobody has seen"):
-        evaluation = demo.evaluate(models)
-        print_line(f"{evaluation}\n{format_kl(evaluation, scale)}")
-    with diary.step(7, "report"):
+    for number, (name, description) in enumerate(arms.items(), 4):
+        with diary.step(number, f"training for {description}"):
+            models[name] = demo.train(name)
+            print_line(format_training(json.loads((models[name] / "training.json").read_text()), scale))
+    with diary.step(4 + len(arms), f"comparison on the held-out rollouts, at KL {scale.kl:g}"):
+        compared = demo.compare(models, reward)
+        claim = compared.claim(pipeline.OPTIMUM, pipeline.RAW, pipeline.SERVED)
+        print_line(f"{claim}\n{compared}")
+    with diary.step(5 + len(arms), "report"):
         lines = {
-            report(out): "all of this as a page, with figures and completions",
+            report(out): "all of this as a page, with figures",
             out / "table": "the table and its rollouts: calibrated-rewards inspect",
             out / "reward": "the reward for your own trainer: calibrated-rewards train, calibrated-rewards serve",
-            out / pipeline.CALIBRATED / "model": "the trained policy, a LoRA adapter",
-            out / "evaluation": "what the policies wrote, and evaluation.json",
+            models[pipeline.OPTIMUM]: "the trained policy",
+            out / "held_out.json": "the comparison",
         }
         width = max(len(str(each)) for each in lines)
         print_line("\n".join(f"{each!s:<{width}}  {text}" for each, text in lines.items()))
+    print_line(f"\n{claim}")
     return 0
 
 
@@ -114,34 +107,38 @@ def print_line(text: str) -> None:
 
 @dataclass
 class Diary:
-    """The settings of a demo and the seconds of its steps over all runs, in demo.json."""
+    """The settings of a demo and the seconds of its steps over all runs, by the clock and of processors."""
 
     path: Path
     about: dict[str, Any]
+    steps: int
     seconds: dict[str, float] = field(default_factory=dict)
+    processor: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, out: Path, scale: "Scale", seed: int) -> "Diary":
+    def open(cls, out: Path, scale: "Scale", seed: int, steps: int) -> "Diary":
         """Open the diary of a folder; ValueError if another demo is there."""
         path, about = out / "demo.json", {"version": __version__, "seed": seed, **asdict(scale)}
         if not path.exists():
-            return cls(path, about)
+            return cls(path, about, steps)
         saved = json.loads(path.read_text())
         if saved["about"] != about:
             other = {name: saved["about"].get(name) for name in about if saved["about"].get(name) != about[name]}
             raise ValueError(f"{out} has another demo, with {other}: choose another --out, or delete it")
-        return cls(path, about, saved["seconds"])
+        return cls(path, about, steps, saved["seconds"], saved["processor"])
 
     @contextmanager
     def step(self, number: int, title: str) -> Iterator[None]:
         """Print the title of a step, and save its seconds afterwards."""
-        print_line(f"\n[{number}/{STEPS}] {title}")
-        start = time.perf_counter()
+        print_line(f"\n[{number}/{self.steps}] {title}")
+        start, used = time.perf_counter(), sum(os.times()[:4])
         try:
             yield
         finally:
             self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - start
-            write_file(self.path, json.dumps({"about": self.about, "seconds": self.seconds}, indent=2))
+            self.processor[title] = self.processor.get(title, 0.0) + sum(os.times()[:4]) - used
+            content = {"about": self.about, "seconds": self.seconds, "processor": self.processor}
+            write_file(self.path, json.dumps(content, indent=2))
 
 
 def format_calibration(table: "ReferenceTable") -> str:
@@ -155,42 +152,28 @@ def format_calibration(table: "ReferenceTable") -> str:
     )
 
 
-def format_frontier(frontier: "FrontierEstimate", scale: "Scale") -> str:
-    """Say which rewards are above the raw one, then show the best-of-N win rate of each, by the judge."""
-    from calibrated_rewards.evaluation.frontier_results import RELIABLE_ESS, mark_ess
-    from calibrated_rewards.theory.procedures import BestOf
-
-    procedure = repr(BestOf(scale.n))
-    kls = sorted({point.kl for point in frontier.points})
-    names = list(dict.fromkeys(point.arm for point in frontier.points))
-    points = {(point.arm, point.kl): point for point in frontier.points}
-
-    def format_cell(point: "FrontierPoint | None") -> str:
-        return f"{point.win_rates['judge'][procedure]}{mark_ess(point.ess_of[procedure])}" if point else "not reached"
-
-    lines = []
-    for kl in kls:
-        better = [
-            name for name in names if (name, kl) in points and points[name, kl].verdict("judge", procedure) == "better"
-        ]
-        lines.append(
-            f"Above the raw score at KL {kl:g}, so far as these rollouts can tell: {', '.join(better) or 'none'}."
-        )
-    lines += [
-        f"What training for each reward achieves at best: best-of-{scale.n} win rate over the reference, by the judge",
-        " " * 13 + "".join(f"  {f'at KL {kl:g}':<22}" for kl in kls),
-    ]
-    for name in names:
-        lines.append(f"  {name:<11}" + "".join(f"  {format_cell(points.get((name, kl))):<22}" for kl in kls))
-    lines.append(f"~ rests on fewer than {RELIABLE_ESS} effective rollouts of a prompt, and may be off by .04 to .14.")
-    return "\n".join(lines)
-
-
-def format_kl(evaluation: "Evaluation", scale: "Scale") -> str:
-    """Say which KL the policies reached, which is a part of every difference between them."""
-    kls = [f"{each.name} {each.kl.value:.2f}" for each in evaluation.policies if each.kl is not None]
+def format_training(outcome: Mapping[str, Any], scale: "Scale") -> str:
+    """Say how training came to its KL."""
+    check = outcome["held_out"]
     return (
-        f"KL reached: {', '.join(kls)} nats, where both were to reach {scale.kl:g}. {scale.steps} steps are few:\n"
-        "neither is at its optimum, and at unequal KL a difference is not the reward's alone;\n"
-        "the frontier is at equal KL."
+        f"{scale.steps} steps of {scale.prompts_a_step * scale.k} completions, then the weights' difference times "
+        f"{outcome['alpha']:.2f}: KL {check['held_out/kl']:.3f} on prompts that were left out. Correlation of the "
+        f"log-ratios with those of the optimum: {check['held_out/correlation']:.2f}"
     )
+
+
+def format_frontier(frontier: "FrontierEstimate") -> str:
+    """Show the win rate of each reward's optimum under each procedure, by the judge."""
+    from calibrated_rewards.evaluation.wording import format_objective, format_procedure, format_table
+
+    columns = {
+        format_procedure(name): [point.format_rate("judge", name) for point in frontier.points]
+        for name in frontier.procedures
+    }
+    names = [format_objective(point.arm) for point in frontier.points]
+    title = (
+        f"What is possible at KL {frontier.points[0].kl:g}: win rates of each reward's optimum over the reference, by "
+        "the judge.\nThese are the rollouts with the optimum's weights: training comes a part of the way."
+    )
+    rough = ["~ rests on few rollouts, and may be off by some points"] if frontier.unreliable else []
+    return "\n".join([title, *format_table(names, columns), *rough])

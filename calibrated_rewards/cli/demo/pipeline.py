@@ -1,33 +1,53 @@
 """The demo's models, sizes and steps: the library's public functions, in the order of use for a policy of your own."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.cli.demo import assets, reward_models
 from calibrated_rewards.evaluation.estimates import Samples
+from calibrated_rewards.evaluation.expectations import expect
 from calibrated_rewards.evaluation.frontier import estimate_frontier
 from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
-from calibrated_rewards.evaluation.policies import evaluate
-from calibrated_rewards.evaluation.results import Evaluation
+from calibrated_rewards.evaluation.held_out_results import HeldOutPolicies, compare_held_out
+from calibrated_rewards.evaluation.objectives import OBJECTIVES, OptimumAtKL
+from calibrated_rewards.evaluation.references import read_scores
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
-from calibrated_rewards.reward.calibrators import Uncalibrated
 from calibrated_rewards.samplers.loading import load_sampler
+from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.table.reference_table import ReferenceTable
-from calibrated_rewards.theory.optimum import Choice, optimum
-from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard
-from calibrated_rewards.training.online import TRLSettings, train_rloo
+from calibrated_rewards.theory.named import parse_transform
+from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
+from calibrated_rewards.training.held_out import HeldOutRollouts
+from calibrated_rewards.training.launch import Launch, load_policy
+from calibrated_rewards.training.offline import OfflineSettings
+from calibrated_rewards.training.offline.train import run as train_offline
 
-# The policy that is trained for the procedure that it is served with, and the one that is not.
-CALIBRATED, RAW = "calibrated", "raw"
-# Prompts of a shard, which is what a Ctrl-C loses: about as many completions in calibration as in evaluation.
-SHARD, EVALUATION_SHARD = 4, 12
+# What the policy is served with: an attacker, or bad luck, picks the worst of 16 completions.
+SERVED = WorstOf(16)
+# All that the policies are compared under.
+PROCEDURES = (SERVED, WorstOf(4), Standard(), BestOf(4))
+# The policies, by what they are trained for: a raw score, its quantile transformed for `SERVED`, the quantile as it is.
+RAW, OPTIMUM, IDENTITY = "raw", "worst-of-16", "identity"
+ARMS = {
+    RAW: "the raw score, for comparison",
+    OPTIMUM: "the calibrated score, transformed for the worst of 16",
+}
+# Asked for by --identity: it tells what calibration does from what the transform does.
+IDENTITY_ARM = {IDENTITY: "the calibrated score as it is, for comparison"}
+# Prompts of a shard, which is what a Ctrl-C loses.
+SHARD = 16
+# Prompts that are drawn for together: their completions are short, and a CPU spends its time reading weights.
+PROMPTS_AT_ONCE = 8
+# Settings were chosen on the prompts before this one, so that results are measured from here on.
+UNSEEN = 700
 
 
 @dataclass(frozen=True)
@@ -36,34 +56,30 @@ class Scale:
 
     prompts: int
     """To calibrate and to train on."""
-    held_out: int
-    """To evaluate on."""
     k: int
-    """Rollouts of a prompt in the table."""
+    """Rollouts of each of them."""
+    held_out: int
+    """Prompts that results are measured on."""
+    held_out_k: int
+    """Rollouts of each of them."""
     tokens: int
     """Of the longest completion."""
     texts: int
     """That each of the two reward models learns from."""
     steps: int
-    """Of training, for each reward."""
+    """Of training, for each policy."""
     prompts_a_step: int
-    completions: int
-    """Of a prompt, in a step."""
-    lr: float
-    lora_rank: int
-    lora_layers: int
-    """The last layers, which have adapters."""
-    m: int
-    """Completions of a held-out prompt by each policy."""
-    n: int = 4
-    """The policy is served with best of n."""
-    kl: float = 0.5
-    """Wanted distance of the trained policy from the reference, in nats."""
+    layers: int
+    """The last layers, which are trained."""
+    kl: float = 0.15
+    """Distance from the reference, in nats, that each trained policy is brought to."""
+    far: float = 0.5
+    """KL of the optimum that training aims at: a short training comes a part of the way."""
     temperature: float = 0.8
 
 
-FULL = Scale(24, 24, 48, 10, 1_500, 18, 8, 4, 3e-3, 16, 10, 12)
-QUICK = Scale(6, 6, 16, 8, 0, 3, 2, 4, 1e-2, 2, 1, 8)
+FULL = Scale(320, 32, 160, 48, 4, 1_500, 24, 12, 10)
+QUICK = Scale(12, 32, 6, 32, 4, 0, 3, 4, 1, kl=0.01)
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,7 @@ class Parts:
 
 def make_real_parts(cache: Path, scale: Scale) -> Parts:
     """Fetch SmolLM2-135M-Instruct, which continues movie reviews, and train models of how people rate them."""
-    prompts = reward_models.make_prompts(cache, scale.prompts + scale.held_out)
+    prompts = reward_models.make_prompts(cache, UNSEEN + scale.held_out)
     return Parts(
         "SmolLM2-135M-Instruct goes on from the first three words of movie reviews. Reward model and judge are MiniLM "
         f"encoders, each trained on {scale.texts:,} reviews of its own that people have rated.",
@@ -88,7 +104,7 @@ def make_real_parts(cache: Path, scale: Scale) -> Parts:
         reward_models.train_reward_model(cache, scale.texts),
         reward_models.train_judge(cache, scale.texts),
         prompts[: scale.prompts],
-        prompts[scale.prompts :],
+        prompts[UNSEEN:],
     )
 
 
@@ -115,87 +131,105 @@ class Demo:
     out: Path
     seed: int = 0
 
-    @property
-    def decoding(self) -> Decoding:
-        """The decoding of calibration, training and evaluation."""
-        return Decoding(self.scale.tokens, self.scale.temperature)
+    @cached_property
+    def dtype(self) -> str:
+        """The dtype of the language model: 16 bits are twice as fast where tiles are multiplied, else half as fast."""
+        import torch
 
-    @property
-    def procedures(self) -> tuple[CalibratedProcedure, ...]:
-        """Single responses, and the procedure that the policy is served with."""
-        return Standard(), BestOf(self.scale.n)
+        multiplies_tiles: Any = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        return "bfloat16" if torch.cuda.is_available() or multiplies_tiles() else "float32"
 
     @cached_property
     def scorers(self) -> dict[str, Any]:
-        """The reward model, which also selects the best of N, and the judge."""
+        """The reward model, which also selects the worst of N, and the judge."""
         folders = {"reward": self.parts.reward_model, "judge": self.parts.judge}
         return {name: load_scorer(at, kind="sequence-classifier", show_progress=False) for name, at in folders.items()}
 
     @cached_property
-    def choice(self) -> Choice:
-        """The exact optimum for best-of-N at the KL, and its beta."""
-        return optimum(BestOf(self.scale.n), kl=self.scale.kl)
+    def sampler(self) -> Any:
+        """The reference policy."""
+        decoding = Decoding(self.scale.tokens, self.scale.temperature)
+        return load_sampler(self.parts.policy, decoding, dtype=self.dtype, prompts_at_once=PROMPTS_AT_ONCE)
 
-    def calibrate(self) -> Mapping[str, ReferenceTable]:
-        """Draw K rollouts of the reference policy for each prompt, scored by reward model and judge."""
-        policy = load_sampler(self.parts.policy, self.decoding)
-        at, k = self.out / "table", self.scale.k
-        return calibrate(self.parts.prompts, policy, self.scorers, at, k=k, seed=self.seed, prompts_per_shard=SHARD)
+    def calibrate(self) -> ReferenceTable:
+        """Draw K rollouts of the reference for each prompt, scored by the reward model."""
+        scorers = {"reward": self.scorers["reward"]}
+        options = {"k": self.scale.k, "seed": self.seed, "prompts_per_shard": SHARD}
+        return calibrate(self.parts.prompts, self.sampler, scorers, self.out / "table", **options)["reward"]
 
     def save_reward(self, table: ReferenceTable) -> CalibratedReward:
-        """Join reward model, table and transform in one reward, verify it, and save it for any trainer."""
-        reward = CalibratedReward(self.scorers["reward"], table, self.choice.transform, beta=self.choice.beta)
+        """Join reward model, table and transform in one reward, with the beta of its KL, verify it, and save it."""
+        named = parse_transform(f"worst-of:{SERVED.n}:{self.scale.far}")
+        beta = expect(table, named.transform, kl=named.kl, estimator="posterior").beta
+        reward = CalibratedReward(self.scorers["reward"], table, named.transform, beta=beta, estimator="posterior")
         reward.verify()
         reward.save_pretrained(self.out / "reward")
         return reward
 
-    def estimate_frontier(self, references: Samples) -> FrontierEstimate:
-        """Estimate what training for each reward would achieve, by reweighting the rollouts; nothing is trained."""
-        frontier = estimate_frontier(references, kls=(self.scale.kl / 2, self.scale.kl), procedures=self.procedures)
+    def draw_held_out(self) -> Samples:
+        """Draw rollouts of the reference for the held-out prompts, scored by the reward model and by the judge."""
+        options = {"k": self.scale.held_out_k, "seed": self.seed, "prompts_per_shard": SHARD}
+        calibrate(self.parts.held_out, self.sampler, self.scorers, self.out / "held-out", **options)
+        return read_scores(self.out / "held-out", "reward", "judge")
+
+    def estimate_frontier(self, rollouts: Samples) -> FrontierEstimate:
+        """Estimate the optimum of each reward on the held-out prompts, by weights on the rollouts: no training."""
+        objectives = {RAW: OBJECTIVES["raw"], IDENTITY: OBJECTIVES["identity"], "worst-of:16": OptimumAtKL(SERVED)}
+        objectives["best-of:4"] = OptimumAtKL(BestOf(4))
+        frontier = estimate_frontier(rollouts, objectives, [self.scale.kl], PROCEDURES, estimator="posterior")
         frontier.save(self.out / "frontier.json")
         return frontier
 
-    def train(self, name: str, reward: CalibratedReward, beta: float) -> Path:
-        """Train by RLOO, with TRL's trainer, for the calibrated and transformed reward or for the raw one."""
+    def train(self, name: str) -> Path:
+        """Train on the rollouts of the calibration, without drawing any; all policies in the same way."""
         scale = self.scale
-        settings = TRLSettings(
-            beta=beta,
+        reward: dict[str, Any] = {}  # the saved one
+        if name == IDENTITY:
+            reward["transform"] = parse_transform(f"identity:{scale.far}")
+        if name == RAW:
+            # No theory knows the raw score's beta: it depends on how scores spread within a prompt.
+            scores = read_scores(self.out / "table", "reward")
+            (point,) = estimate_frontier(scores, {RAW: OBJECTIVES["raw"]}, [scale.far], [Standard()]).points
+            reward = {"raw": True, "beta": point.beta}
+        settings = OfflineSettings(
             steps=scale.steps,
             prompts_a_step=scale.prompts_a_step,
-            completions=scale.completions,
-            lr=scale.lr,
-            lora_rank=scale.lora_rank,
-            lora_layers=scale.lora_layers,
-            rows=scale.prompts_a_step * scale.completions,
-            save_steps=4,
+            completions=scale.k,
+            layers=scale.layers,
+            kl=scale.kl,
+            cache_states=True,
+            check_steps=scale.steps,
+            save_steps=10,
             seed=self.seed,
         )
-        paid = reward if name == CALIBRATED else replace(reward, calibration=Uncalibrated(), beta=None)
-        prompts = [Asked(prompt) for prompt in self.parts.prompts]
-        at = self.out / name
-        return train_rloo(self.parts.policy, paid, prompts, self.decoding, settings, at, dtype="auto")
+        parts = {"policy": str(self.parts.policy), "reward": str(self.out / "reward"), "rollouts": self.out / "table"}
+        with redirect_stdout(StringIO()):  # the demo says less of it
+            train_offline(Launch(**parts, out=self.out / name, dtype=self.dtype, **reward), settings)
+        return self.out / name / "model"
 
-    def evaluate(self, models: Mapping[str, Path]) -> Evaluation:
-        """Evaluate both policies and the reference on held-out prompts, by the judge."""
-        samplers = {name: load_sampler(at, self.decoding) for name, at in models.items()}
-        return evaluate(
-            samplers,
-            load_sampler(self.parts.policy, self.decoding),
-            self.parts.held_out,
-            self.scorers,
-            self.out / "evaluation",
-            m=self.scale.m,
-            seed=self.seed + 1,
-            select="reward",
-            procedures=self.procedures,
-            prompts_per_shard=EVALUATION_SHARD,
+    def compare(self, models: Mapping[str, Path], reward: CalibratedReward) -> HeldOutPolicies:
+        """Compare the policies on the held-out rollouts of the reference: paired, and nothing is drawn."""
+        path = self.out / "held_out.json"
+        if path.exists() and {*(saved := HeldOutPolicies.load(path)).checks} == {*models}:
+            return saved
+
+        def load(at: Path) -> Policy:
+            launch = Launch(
+                policy=str(at), reward=str(self.out / "reward"), out=self.out, dtype=self.dtype, any_policy=True
+            )
+            return load_policy(launch, reward.table.meta)
+
+        rollouts = HeldOutRollouts.load(
+            self.out / "held-out",
+            reward,
+            load(self.parts.policy),
+            judge="judge",
+            prompts=self.scale.held_out,
+            rollouts=self.scale.held_out_k,
+            rows=self.scale.held_out_k,
         )
-
-
-def choose_betas(frontier: FrontierEstimate, choice: Choice, kl: float) -> dict[str, float]:
-    """Choose for each policy the beta at which its optimum has that KL on the rollouts.
-
-    No theory knows it for the raw score: it depends on the spread of scores within a prompt.
-    """
-    (raw,) = (point.beta for point in frontier.points if point.arm == "raw" and point.kl == kl)
-    return {CALIBRATED: choice.beta, RAW: raw}
+        # Read in the dtype of the reference: rounding is the same on both sides of a log-ratio.
+        log_ratios = {name: rollouts.compute_log_ratios(load(at).model) for name, at in models.items()}
+        compared = compare_held_out(log_ratios, rollouts.samples, PROCEDURES)
+        compared.save(path)
+        return compared

@@ -11,12 +11,21 @@ from pathlib import Path
 
 from calibrated_rewards.evaluation.report.calibration_section import write_calibration
 from calibrated_rewards.evaluation.report.experiment import Experiment, find_name, read_experiment
+from calibrated_rewards.evaluation.report.held_out_section import write_held_out
 from calibrated_rewards.evaluation.report.page import render_page
 from calibrated_rewards.evaluation.report.training_section import write_provenance, write_training
 from calibrated_rewards.evaluation.report.win_rate_sections import write_evaluation, write_examples, write_frontier
 from calibrated_rewards.files import write_file
 
-SECTIONS = (write_calibration, write_frontier, write_training, write_evaluation, write_examples, write_provenance)
+SECTIONS = (
+    write_calibration,
+    write_frontier,
+    write_training,
+    write_held_out,
+    write_evaluation,
+    write_examples,
+    write_provenance,
+)
 
 
 def report(
@@ -48,7 +57,7 @@ def choose_title(experiment: Experiment) -> str:
         "calibration": bool(experiment.tables),
         "comparison of rewards": experiment.frontier is not None and not experiment.tables,
         "training": bool(experiment.runs),
-        "evaluation": experiment.evaluation is not None,
+        "evaluation": experiment.evaluation is not None or experiment.held_out is not None,
     }
     *first, last = (name for name, there in parts.items() if there)
     names = f"{', '.join(first)} and {last}" if first else last

@@ -11,6 +11,7 @@ from typing import Any
 
 from calibrated_rewards.evaluation.expectations import TableRewards
 from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
+from calibrated_rewards.evaluation.held_out_results import HeldOutPolicies
 from calibrated_rewards.evaluation.results import Evaluation
 from calibrated_rewards.evaluation.wording import choose_procedure
 from calibrated_rewards.reward.calibrators import EmpiricalCDF
@@ -50,6 +51,8 @@ class Experiment:
     evaluation: Evaluation | None
     evaluated: Path | None
     """Directory with the completions of the evaluation."""
+    held_out: HeldOutPolicies | None = None
+    """Policies that were compared on held-out rollouts."""
     demo: Mapping[str, Any] = field(default_factory=dict)
     """Sizes of a demo, and the seconds of its steps."""
 
@@ -107,7 +110,7 @@ def read_experiment(at: Path) -> Experiment:
     """Read what a directory holds of a demo, a calibration, a table, training runs, or an evaluation."""
     tables = _find_tables(at)
     frontier, reward = _find(at, "frontier.json"), _find(at, "reward.json", "reward")
-    evaluation = _find(at, "evaluation.json", "evaluation")
+    evaluation, held_out = _find(at, "evaluation.json", "evaluation"), _find(at, "held_out.json")
     experiment = Experiment(
         at=at,
         tables={name: ReferenceTable.load(path) for name, path in tables.items()},
@@ -117,11 +120,14 @@ def read_experiment(at: Path) -> Experiment:
         runs={name: _read_run(path.parent) for name, path in _find_in_folders(at, "log.jsonl").items()},
         evaluation=None if evaluation is None else Evaluation.load(evaluation),
         evaluated=None if evaluation is None else evaluation.parent,
+        held_out=None if held_out is None else HeldOutPolicies.load(held_out),
         demo=read_json_object(at / "demo.json") if (at / "demo.json").is_file() else {},
     )
-    if not (experiment.tables or experiment.frontier or experiment.runs or experiment.evaluation):
+    results = (experiment.frontier, experiment.evaluation, experiment.held_out)
+    if not (experiment.tables or experiment.runs or any(results)):
         raise ValueError(
-            f"{at} needs a table, a frontier.json, a log.jsonl of training or an evaluation.json, got none of them"
+            f"{at} needs a table, a frontier.json, a log.jsonl of training, a held_out.json or an evaluation.json, got "
+            "none of them"
         )
     return experiment
 
