@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -30,6 +31,7 @@ from calibrated_rewards.evaluation.held_out import realised_share
 from calibrated_rewards.evaluation.objectives import Objective, parse_objective
 from calibrated_rewards.evaluation.weighted_rollouts import RolloutsAtKL
 from calibrated_rewards.evaluation.win_rate import WeightedPools, win_rate, win_rates_of
+from calibrated_rewards.reward.calibrators import Calibration
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Standard, WorstOf
 
@@ -79,17 +81,23 @@ class Targets:
         return self.values / self.beta - self.log_z[:, None]
 
 
+@cache
+def get_reward(arm: str, kl: float) -> Calibration:
+    """Return what an arm maximises at a KL; an optimum is solved for once, which takes a second or two."""
+    objective = parse_objective(arm)
+    if not isinstance(objective, Objective):
+        raise ValueError(f"an arm needs one reward at each KL, got {arm!r}, whose reward changes with the policy.")
+    return objective.at(kl)
+
+
 def compute_targets(arm: str, scores: npt.ArrayLike, kl: float) -> Targets:
     """Compute an arm's targets at a KL: rewards of the rollouts among each other, and the beta of that KL on them."""
     rows = np.asarray(scores, np.float32)
     if rows.ndim != 2:
         raise ValueError(f"compute_targets needs scores of P prompts x K rollouts, got shape {rows.shape}.")
-    objective = parse_objective(arm)
-    if not isinstance(objective, Objective):
-        raise ValueError(f"an arm needs one reward at each KL, got {arm!r}, whose reward changes with the policy.")
     table = ReferenceTable.build((at.to_bytes(16, "big"), row) for at, row in enumerate(rows))
     each = np.repeat(np.arange(len(rows)), rows.shape[1])
-    values = np.asarray(objective.at(kl)(table, each, rows.ravel()), np.float64).reshape(rows.shape)
+    values = np.asarray(get_reward(arm, kl)(table, each, rows.ravel()), np.float64).reshape(rows.shape)
     pools = WeightedPools(Samples(rows))
     beta = pools.beta_for_kl(values, kl)
     top = values.max(axis=1, keepdims=True)
@@ -168,9 +176,7 @@ def predict_optima(references: Samples, kl: float, arms: Sequence[str] = ARMS) -
     pool = RolloutsAtKL(references, tuple(PROCEDURES.values()))
     optima = {}
     for arm in arms:
-        objective = parse_objective(arm)
-        reward = objective.at(kl) if isinstance(objective, Objective) else objective
-        found = pool.reweight(arm, reward, kl)
+        found = pool.reweight(arm, get_reward(arm, kl), kl)
         columns = iter(found.win_rates.T)
         rates = {judge: {name: next(columns) for name in PROCEDURES} for judge in JUDGES}
         optima[arm] = Point(1.0, np.full(len(references), kl), rates)
