@@ -12,38 +12,19 @@ gathered in benchmarks/results/proof_small_model.json.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from laws import Laws, Rollouts
-from learn import Batch, Policy, Settings, at_weights, compute_gradient, measure, train
-from shares import gather
+from experiment import add_options, describe, run_world, score_all
+from laws import Laws
+from learn import Policy, Settings
 from small_language_model import Size, build_model, fetch_small_language_model, load
-from tqdm import tqdm
 from tree import Tree, choose_prompts
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from environment import save
-
-from calibrated_rewards.cli.demo.assets import CACHE
 from calibrated_rewards.cli.demo.reward_models import make_prompts
-from calibrated_rewards.scorers.loading import load_scorer
-from calibrated_rewards.scorers.protocol import score
-
-SCORERS = {"reward": "reward-model-1500", "judge": "judge-1500"}
-# 0 stands for infinitely many: the law itself.
-SIZES = (128, 1024, 8192, 65536, 0)
-MAIN = ("raw", "identity", "worst-of:16", "best-of:16")
-FURTHER = ("z-score", "worst-of:4", "best-of:4", "exp:10", "log")
-TRAINED_KL = 0.5
-# Sizes at which gradients are compared with those of infinitely many rollouts.
-GRADIENT_SIZES = (128, 1024, 8192)
 
 
 @dataclass(frozen=True)
@@ -63,23 +44,6 @@ class World:
         return f"proof-{self.hidden}-{self.prompts}x{self.width}^{self.length}"
 
 
-def score_all(folder: Path, cache: Path, prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Score all completions by reward and judge, prompt after prompt; what is there is read."""
-    found = {}
-    for name, model in SCORERS.items():
-        place, scorer = cache / model, None
-        rows = []
-        for at, (prompt, own) in enumerate(tqdm([*zip(prompts, texts, strict=True)], desc=name, disable=None)):
-            file = folder / f"{name}-{at}.npy"
-            if not file.exists():
-                scorer = scorer or load_scorer(place, kind="sequence-classifier", show_progress=False)
-                np.save(file.with_suffix(".part.npy"), score(scorer, [prompt] * len(own), own))
-                file.with_suffix(".part.npy").rename(file)
-            rows.append(np.load(file))
-        found[name] = np.array(rows, np.float64)
-    return found
-
-
 def build(cache: Path, world: World, folder: Path) -> tuple[Policy, dict[str, Any]]:
     """Build the world: the model, its tree of completions, their laws and scores."""
     model, tokenizer = load(fetch_small_language_model(cache, Size(hidden=world.hidden, epochs=world.epochs)))
@@ -95,19 +59,6 @@ def build(cache: Path, world: World, folder: Path) -> tuple[Policy, dict[str, An
     return policy, {**asdict(world), "texts": texts, "likeliest": samples, **describe(laws)}
 
 
-def describe(laws: Laws) -> dict[str, Any]:
-    """Describe the laws: how many completions count, how much of a prompt's law is its scores' spread."""
-    entropy = -(laws.reference * laws.log_reference).sum(axis=1)
-    centred = [each - (laws.reference * each).sum(1, keepdims=True) for each in (laws.reward, laws.judge)]
-    spreads = [np.sqrt((laws.reference * each**2).sum(1)) for each in centred]
-    both = (laws.reference * centred[0] * centred[1]).sum(1) / (spreads[0] * spreads[1])
-    return {
-        "perplexity": np.exp(entropy).round(1).tolist(),
-        "reward_sd": spreads[0].round(3).tolist(),
-        "judge_correlation": both.round(3).tolist(),
-    }
-
-
 def build_tiny() -> tuple[Policy, dict[str, Any]]:
     """Build a tiny world of a random model, whose scores are random as well."""
     torch.manual_seed(0)
@@ -119,136 +70,19 @@ def build_tiny() -> tuple[Policy, dict[str, Any]]:
     return Policy(model.model, model.lm_head.weight, list(model.parameters()), tree, laws), describe(laws)
 
 
-def list_cases(seeds: int, sizes: Sequence[int], further: bool) -> Iterator[dict[str, Any]]:
-    """List what is trained: the main arms with each seed at every size, then the others with one."""
-    for k in sizes:
-        yield from ({"arm": arm, "k": k, "seed": 0} for arm in MAIN)
-    yield {"part": "gradients"}
-    for seed in range(1, seeds):
-        yield from ({"arm": arm, "k": k, "seed": seed} for k in sizes if k for arm in MAIN)
-    if further:
-        yield from ({"arm": arm, "k": k, "seed": 0} for k in sizes[1:] for arm in FURTHER)
-
-
-def run(policy: Policy, case: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """Train and measure one arm."""
-    arm, k, seed = case["arm"], case["k"], case["seed"]
-    if k:
-        rollouts = Rollouts.draw(policy.laws, k, seed)
-        batch = Batch.from_rollouts(policy, rollouts, arm, TRAINED_KL)
-        seen = float(policy.laws.reference.ravel()[rollouts.drawn].sum() / len(policy.laws.reference))
-    else:
-        batch, seen = Batch.from_law(policy, arm, TRAINED_KL), 1.0
-    trained, about = train(policy, batch, settings, seed)
-    return {**case, "settings": asdict(settings), "seen": seen, **about, **measure(policy, trained, arm)}
-
-
-def compare_gradients(policy: Policy, settings: Settings) -> dict[str, Any]:
-    """Compare the arms' gradients: with each other, along the training of raw, and with those of few rollouts."""
-    whole = {arm: Batch.from_law(policy, arm, TRAINED_KL) for arm in MAIN}
-    trained, _ = train(policy, whole["raw"], settings)
-    along = []
-    for factor in (0.0, 0.25, 0.5, 0.75, 1.0):
-        with at_weights(policy, trained, factor):
-            vectors = [compute_gradient(policy, batch) for batch in whole.values()]
-            along.append({"factor": factor, "norms": [float(v.norm()) for v in vectors], "cosines": _cosines(vectors)})
-    exact, few = [compute_gradient(policy, batch) for batch in whole.values()], []
-    for k in GRADIENT_SIZES:
-        rows = []
-        for seed in range(4):
-            rollouts = Rollouts.draw(policy.laws, k, 100 + seed)
-            own = [compute_gradient(policy, Batch.from_rollouts(policy, rollouts, arm, TRAINED_KL)) for arm in MAIN]
-            # What tells an arm from raw, beside the noise of that difference.
-            apart = [float(_cosine(a - own[0], b - exact[0])) for a, b in zip(own[1:], exact[1:], strict=True)]
-            rows.append([*(float(_cosine(a, b)) for a, b in zip(own, exact, strict=True)), *apart])
-        few.append(
-            {
-                "k": k,
-                "with_exact": np.mean(rows, 0)[: len(MAIN)].tolist(),
-                "less_raw": np.mean(rows, 0)[len(MAIN) :].tolist(),
-            }
-        )
-    targets = [policy.laws.targets(arm, TRAINED_KL).log_ratios for arm in MAIN]
-    agree = [[float(policy.laws.correlate(a, b).mean()) for b in targets] for a in targets]
-    return {"part": "gradients", "arms": MAIN, "along_raw": along, "few": few, "target_correlations": agree}
-
-
-def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cosine_similarity(a, b, dim=0)
-
-
-def _cosines(vectors: Sequence[torch.Tensor]) -> list[list[float]]:
-    return [[float(_cosine(a, b)) for b in vectors] for a in vectors]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the results that are there; a line that was cut off does not count."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def run_all(policy: Policy, lines: Path, cases: Sequence[dict[str, Any]], settings: Settings) -> Iterator[list[Any]]:
-    """Run the cases that have no line yet, and yield all rows after each."""
-    rows = read_lines(lines)
-    done = [{name: row[name] for name in ("part", "arm", "k", "seed") if name in row} for row in rows]
-    for case in cases:
-        if case in done:
-            continue
-        rows.append(compare_gradients(policy, settings) if "part" in case else run(policy, case, settings))
-        with lines.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-        print(*(f"{name}={value}" for name, value in case.items()), _tell(rows[-1]), flush=True)
-        yield rows
-
-
-def _tell(row: dict[str, Any]) -> str:
-    if "own" not in row:
-        return ""
-    own, kl = row["own"], np.mean(row["own"]["kl"])
-    told = f"steps={row['kept']}/{row['steps']} {row['seconds']}s kl={kl:.3f} corr={own['correlation']:.3f}"
-    for at, each in row["at"].items():
-        rates = {name: np.mean(each["rates"]["judge"][name]) for name in ("best of 16", "worst of 16")}
-        told += f" | {at}: x{each['factor']:.2f} " + " ".join(f"{rate:.4f}" for rate in rates.values())
-    return told
-
-
 def main() -> None:
     """Train and measure all that is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=CACHE)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--further", action="store_true", help="also the arms that nothing is claimed of")
+    add_options(parser, Settings())
     for name in ("prompts", "length", "width"):
         parser.add_argument(f"--{name}", type=int, default=getattr(World, name))
-    for name in ("rate", "steps"):
-        parser.add_argument(f"--{name}", type=type(getattr(Settings, name)), default=getattr(Settings, name))
-    parser.add_argument("--optimizer", choices=("adam", "sgd"), default=Settings.optimizer)
-    parser.add_argument("--quick", type=Path, metavar="OUT", help="a tiny random world, results in this folder")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    settings, cache = Settings(args.optimizer, args.rate, steps=args.steps), args.cache.expanduser()
-    if args.quick:
-        args.quick.mkdir(parents=True, exist_ok=True)
-        folder, (policy, about) = args.quick, build_tiny()
-        settings, cases = Settings(steps=20, rate=0.01), list_cases(2, (64, 512, 0), False)
-    else:
-        world = World(args.prompts, args.length, args.width)
-        folder = cache / world.name
-        folder.mkdir(parents=True, exist_ok=True)
-        policy, about = build(cache, world, folder)
-        cases = list_cases(args.seeds, SIZES, args.further)
-    print(json.dumps(about, indent=1), flush=True)
-    for rows in run_all(policy, folder / "arms.jsonl", [*cases], settings):
-        results = {"world": about, **gather(rows, policy.laws)}
-        if args.quick:
-            (folder / "results.json").write_text(json.dumps(results))
-        else:
-            save("proof_small_model", results)
+    world = World(args.prompts, args.length, args.width)
+    folder: Path = args.quick or args.cache.expanduser() / world.name
+    folder.mkdir(parents=True, exist_ok=True)
+    policy, about = build_tiny() if args.quick else build(args.cache.expanduser(), world, folder)
+    run_world(policy, about, folder, args, None if args.quick else "proof_small_model")
 
 
 if __name__ == "__main__":
