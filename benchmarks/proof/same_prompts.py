@@ -22,7 +22,7 @@ from laws import Laws
 from learn import Policy, Settings
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from tree import Inputs, Tree, choose_prompts
+from tree import Inputs, Tree, choose_prompts, grow_widest
 
 from calibrated_rewards.cli.demo.assets import fetch_language_model
 from calibrated_rewards.cli.demo.reward_models import make_prompts
@@ -37,7 +37,7 @@ class World:
     prompts: int = 8
     length: int = 2
     width: int = 32
-    temperature: float = 0.8
+    temperature: float = 1.0
     layers: int = 4
     """Layers that are trained, counted from the last."""
 
@@ -80,8 +80,10 @@ def build(cache: Path, world: World, folder: Path) -> tuple[Policy, dict[str, An
     place = fetch_language_model(cache)
     tokenizer: Any = AutoTokenizer.from_pretrained(place)
     model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, attn_implementation="eager").eval()
-    texts, prompts = choose_prompts(lambda text: tokenizer(text)["input_ids"], make_prompts(cache, 600), world.prompts)
-    tree = Tree.grow(model.model, model.lm_head.weight, prompts, world.length, world.width, world.temperature)
+    candidates = choose_prompts(lambda text: tokenizer(text)["input_ids"], make_prompts(cache, 600), 5 * world.prompts)
+    shape = (world.length, world.width)
+    body, head = model.model, model.lm_head.weight
+    texts, tree = grow_widest(body, head, *candidates, world.prompts, shape, world.temperature)
     completions = [tokenizer.batch_decode(rows.tolist()) for rows in tree.tokens()]
 
     def score_tree(_: Tree) -> tuple[Any, Any]:

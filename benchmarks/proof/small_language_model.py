@@ -1,4 +1,4 @@
-"""A small language model of our own: a Llama of about a million weights and a BPE of 2,048 tokens, on the rated texts.
+"""A small language model of our own: a Llama of half a million weights and a BPE of 2,048 tokens, on the rated texts.
 
     python benchmarks/proof/small_language_model.py     # trains it in some minutes, and prints its held-out loss
 
@@ -34,10 +34,9 @@ class Size:
     """Sizes of the model and of its training."""
 
     vocabulary: int = 2048
-    hidden: int = 128
-    layers: int = 4
-    heads: int = 4
-    epochs: float = 6.0
+    hidden: int = 96
+    layers: int = 3
+    epochs: float = 1.2
     rate: float = 3e-3
     batch: int = 64
     texts: int | None = None
@@ -81,7 +80,7 @@ def build_model(size: Size, tokens: int) -> Any:
         hidden_size=size.hidden,
         intermediate_size=round(size.hidden * 8 / 3 / 16) * 16,
         num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
+        num_attention_heads=max(1, size.hidden // 32),
         max_position_embeddings=128,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -155,11 +154,15 @@ def train(cache: Path, size: Size, folder: Path) -> None:
             optimizer.zero_grad()
             done += 1
             progress.update()
-            if done % 400 == 0 or done == steps:
+            if done % 100 == 0 or done == steps:
                 log.append(
-                    {"step": done, "held_out": measure_loss(model.eval(), held_out), "last": float(loss) / tokens}
+                    {
+                        "step": done,
+                        "held_out": measure_loss(model.eval(), held_out),
+                        "last": float(loss.detach()) / tokens,
+                    }
                 )
-                tqdm.write(json.dumps(log[-1]))
+                print(json.dumps(log[-1]), flush=True)
     progress.close()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -178,10 +181,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--hidden", type=int, default=Size.hidden)
+    parser.add_argument("--layers", type=int, default=Size.layers)
     parser.add_argument("--epochs", type=float, default=Size.epochs)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    folder = fetch_small_language_model(args.cache, Size(hidden=args.hidden, epochs=args.epochs))
+    folder = fetch_small_language_model(args.cache, Size(hidden=args.hidden, layers=args.layers, epochs=args.epochs))
     print((folder / "trained.json").read_text())
 
 

@@ -12,7 +12,7 @@ gathered in benchmarks/results/proof_small_model.json.
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from experiment import add_options, describe, run_world, score_all
 from laws import Laws
 from learn import Policy, Settings
 from small_language_model import Size, build_model, fetch_small_language_model, load
-from tree import Tree, choose_prompts
+from tree import Tree, choose_prompts, grow_widest
 
 from calibrated_rewards.cli.demo.reward_models import make_prompts
 
@@ -34,22 +34,21 @@ class World:
     prompts: int = 12
     length: int = 3
     width: int = 12
-    temperature: float = 0.8
-    hidden: int = 128
-    epochs: float = 3.0
+    temperature: float = 1.0
+    model: Size = field(default_factory=Size)
 
     @property
     def name(self) -> str:
         """The folder of its scores and results."""
-        return f"proof-{self.hidden}-{self.prompts}x{self.width}^{self.length}"
+        return f"proof-{self.model.name}-{self.prompts}x{self.width}^{self.length}"
 
 
 def build(cache: Path, world: World, folder: Path) -> tuple[Policy, dict[str, Any]]:
     """Build the world: the model, its tree of completions, their laws and scores."""
-    model, tokenizer = load(fetch_small_language_model(cache, Size(hidden=world.hidden, epochs=world.epochs)))
-    texts, prompts = choose_prompts(lambda text: tokenizer(text)["input_ids"], make_prompts(cache, 600), world.prompts)
-    body, head = model.model, model.lm_head.weight
-    tree = Tree.grow(body, head, prompts, world.length, world.width, world.temperature)
+    model, tokenizer = load(fetch_small_language_model(cache, world.model))
+    candidates = choose_prompts(lambda text: tokenizer(text)["input_ids"], make_prompts(cache, 600), 4 * world.prompts)
+    body, head, shape = model.model, model.lm_head.weight, (world.length, world.width)
+    texts, tree = grow_widest(body, head, *candidates, world.prompts, shape, world.temperature)
     completions = [tokenizer.batch_decode(rows.tolist()) for rows in tree.tokens()]
     scores = score_all(folder, cache, texts, completions)
     law = np.exp(tree.law(body, head))
@@ -76,9 +75,12 @@ def main() -> None:
     add_options(parser, Settings())
     for name in ("prompts", "length", "width"):
         parser.add_argument(f"--{name}", type=int, default=getattr(World, name))
+    for name in ("hidden", "layers", "epochs"):
+        parser.add_argument(f"--{name}", type=type(getattr(Size, name)), default=getattr(Size, name))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    world = World(args.prompts, args.length, args.width)
+    size = Size(hidden=args.hidden, layers=args.layers, epochs=args.epochs)
+    world = World(args.prompts, args.length, args.width, model=size)
     folder: Path = args.quick or args.cache.expanduser() / world.name
     folder.mkdir(parents=True, exist_ok=True)
     policy, about = build_tiny() if args.quick else build(args.cache.expanduser(), world, folder)

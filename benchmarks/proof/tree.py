@@ -158,3 +158,19 @@ def choose_prompts(encode: Any, texts: Sequence[str], count: int) -> tuple[list[
     if len(at) < count:
         raise ValueError(f"choose_prompts found {len(at)} prompts of {size} tokens, {count} are needed.")
     return [texts[i] for i in at], torch.tensor([rows[i] for i in at])
+
+
+def grow_widest(
+    body: Any,
+    head: Tensor,
+    texts: Sequence[str],
+    prompts: Tensor,
+    count: int,
+    shape: tuple[int, int],
+    temperature: float,
+) -> tuple[list[str], Tree]:
+    """Grow the tree of the prompts whose laws have the largest entropy: a few completions have few quantiles."""
+    law = Tree.grow(body, head, prompts, *shape, temperature).law(body, head)
+    entropies = -(np.exp(law) * law).sum(axis=1)
+    at = np.sort(np.argsort(-entropies)[:count])
+    return [texts[i] for i in at], Tree.grow(body, head, prompts[torch.from_numpy(at)], *shape, temperature)
