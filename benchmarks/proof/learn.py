@@ -36,8 +36,8 @@ class Settings:
     optimizer: str = "adam"
     rate: float = 1e-3
     momentum: float = 0.9
-    steps: int = 100
-    patience: int = 30
+    steps: int = 80
+    patience: int = 15
     """Steps without a lower held-out loss after which it ends."""
 
 

@@ -31,7 +31,7 @@ from calibrated_rewards.cli.demo.reward_models import make_prompts
 class World:
     """Sizes of the world."""
 
-    prompts: int = 12
+    prompts: int = 8
     length: int = 3
     width: int = 12
     temperature: float = 1.0
