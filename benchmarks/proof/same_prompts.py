@@ -38,7 +38,7 @@ class World:
     length: int = 2
     width: int = 32
     temperature: float = 1.0
-    layers: int = 4
+    layers: int = 2
     """Layers that are trained, counted from the last."""
 
     @property
@@ -112,7 +112,7 @@ def build_tiny() -> tuple[Policy, dict[str, Any]]:
 def main() -> None:
     """Train and measure all that is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, Settings(rate=1e-4, steps=80))
+    add_options(parser, Settings(rate=1e-4, steps=60))
     for name in ("prompts", "length", "width", "layers"):
         parser.add_argument(f"--{name}", type=int, default=getattr(World, name))
     args = parser.parse_args()
