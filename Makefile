@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# Not here: vllm_sampler.py needs vLLM and a model, report_page.py Chromium, real/ fetches a model and ratings.
+# Not here: vllm_sampler.py needs vLLM and a model, report_page.py Chromium, real/ and proof/ fetch models and ratings.
 APART := benchmarks/environment.py benchmarks/vllm_sampler.py benchmarks/report_page.py
 TABULAR := $(addprefix benchmarks/tabular/,world.py trainers.py options.py offline.py plots.py)
 BENCHMARKS := $(filter-out $(APART),$(sort $(wildcard benchmarks/*.py benchmarks/paper/*.py))) $(TABULAR)

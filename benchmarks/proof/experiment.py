@@ -68,12 +68,19 @@ def describe(laws: Laws) -> dict[str, Any]:
 
 
 def list_cases(seeds: int, sizes: Sequence[int], further: bool) -> Iterator[dict[str, Any]]:
-    """List what is trained: the main arms with each seed at every size, then the others with one."""
+    """List what is trained: a seed of the main arms at every size, then the gradients, the other seeds and arms."""
+
+    def list_seed(k: int, seed: int) -> list[dict[str, Any]]:
+        return [{"arm": arm, "k": k, "seed": seed} for arm in MAIN]
+
     for k in sizes:
-        yield from ({"arm": arm, "k": k, "seed": 0} for arm in MAIN)
+        yield from list_seed(k, 0)
+        if k == sizes[0] and seeds > 1:
+            yield from list_seed(k, 1)
     yield {"part": "gradients"}
-    for seed in range(1, seeds):
-        yield from ({"arm": arm, "k": k, "seed": seed} for k in sizes if k for arm in MAIN)
+    for k in filter(None, sizes):  # of the law itself there is one
+        for seed in range(2 if k == sizes[0] else 1, seeds):
+            yield from list_seed(k, seed)
     if further:
         yield from ({"arm": arm, "k": k, "seed": 0} for k in sizes for arm in FURTHER)
 
@@ -169,6 +176,7 @@ def add_options(parser: argparse.ArgumentParser, settings: Settings) -> None:
     """Add the options of a run."""
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="K, rollouts of each prompt; 0: the law")
     parser.add_argument("--further", action="store_true", help="also the arms that nothing is claimed of")
     for name in ("rate", "steps"):
         parser.add_argument(f"--{name}", type=type(getattr(settings, name)), default=getattr(settings, name))
@@ -179,7 +187,7 @@ def add_options(parser: argparse.ArgumentParser, settings: Settings) -> None:
 def run_world(policy: Policy, about: dict[str, Any], folder: Path, args: argparse.Namespace, name: str | None) -> None:
     """Run all that is not there yet, and write the results after each arm; without a name, to the folder."""
     settings = Settings(args.optimizer, args.rate, steps=args.steps)
-    cases = list_cases(args.seeds, SIZES, args.further)
+    cases = list_cases(args.seeds, args.sizes, args.further)
     if name is None:
         settings, cases = Settings(steps=20, rate=0.01), list_cases(2, (64, 512, 0), False)
     print(json.dumps(about, indent=1), flush=True)
