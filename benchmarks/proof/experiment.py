@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ SIZES = (8192, 1024, 128, 0, 65536)
 MAIN = ("raw", "identity", "worst-of:16", "best-of:16")
 FURTHER = ("z-score", "worst-of:4", "best-of:4", "exp:10", "log")
 TRAINED_KL = 0.5
+# Steps of the runs that show what more steps would give.
+LONGEST = 400
 # Sizes at which gradients are compared with those of infinitely many rollouts.
 GRADIENT_SIZES = (128, 1024, 8192)
 
@@ -78,6 +80,8 @@ def list_cases(seeds: int, sizes: Sequence[int], further: bool) -> Iterator[dict
         if k == sizes[0] and seeds > 1:
             yield from list_seed(k, 1)
     yield {"part": "gradients"}
+    # How much of what is missing is a matter of steps.
+    yield from ({"arm": arm, "k": sizes[0], "seed": 0, "longest": LONGEST} for arm in MAIN)
     for k in filter(None, sizes):  # of the law itself there is one
         for seed in range(2 if k == sizes[0] else 1, seeds):
             yield from list_seed(k, seed)
@@ -88,6 +92,7 @@ def list_cases(seeds: int, sizes: Sequence[int], further: bool) -> Iterator[dict
 def run(policy: Policy, case: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Train and measure one arm."""
     arm, k, seed = case["arm"], case["k"], case["seed"]
+    settings = replace(settings, steps=case.get("longest", settings.steps))
     if k:
         rollouts = Rollouts.draw(policy.laws, k, seed)
         batch = Batch.from_rollouts(policy, rollouts, arm, TRAINED_KL)
@@ -150,7 +155,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def run_all(policy: Policy, lines: Path, cases: Sequence[dict[str, Any]], settings: Settings) -> Iterator[list[Any]]:
     """Run the cases that have no line yet, and yield all rows after each."""
     rows = read_lines(lines)
-    done = [{name: row[name] for name in ("part", "arm", "k", "seed") if name in row} for row in rows]
+    done = [{name: row[name] for name in ("part", "arm", "k", "seed", "longest") if name in row} for row in rows]
     for case in cases:
         if case in done:
             continue
@@ -189,7 +194,10 @@ def run_world(policy: Policy, about: dict[str, Any], folder: Path, args: argpars
     settings = Settings(args.optimizer, args.rate, steps=args.steps)
     cases = list_cases(args.seeds, args.sizes, args.further)
     if name is None:
-        settings, cases = Settings(steps=20, rate=0.01), list_cases(2, (64, 512, 0), False)
+        settings, cases = (
+            Settings(steps=20, rate=0.01),
+            (each for each in list_cases(2, (64, 512, 0), False) if "longest" not in each),
+        )
     print(json.dumps(about, indent=1), flush=True)
     for rows in run_all(policy, folder / "arms.jsonl", [*cases], settings):
         results = {"world": about, **gather(rows, policy.laws)}

@@ -31,7 +31,7 @@ KLS = (0.25, 0.5)
 
 def gather(rows: Sequence[Mapping[str, Any]], laws: Laws, kls: Sequence[float] = KLS) -> dict[str, Any]:
     """Gather trained arms: the optima, each arm's means by size, and the realised shares."""
-    trained = [row for row in rows if "arm" in row]
+    trained, longer = ([row for row in rows if "arm" in row and ("longest" in row) == long] for long in (False, True))
     arms = list(dict.fromkeys(row["arm"] for row in trained))
     optima = {kl: {arm: laws.point(1.0, laws.targets(arm, kl).log_ratios) for arm in arms} for kl in kls}
     shares = [share for kl in kls for share in compute_shares(trained, optima[kl], kl)]
@@ -42,6 +42,10 @@ def gather(rows: Sequence[Mapping[str, Any]], laws: Laws, kls: Sequence[float] =
         },
         "arms": [summarise(trained, arm, k) for arm in arms for k in sorted({row["k"] for row in trained})],
         "shares": shares,
+        "longer": {
+            "arms": [summarise(longer, row["arm"], row["k"]) for row in longer],
+            "shares": [share for kl in kls for share in compute_shares(longer, optima[kl], kl)],
+        },
         "gradients": [row for row in rows if row.get("part") == "gradients"],
     }
 
