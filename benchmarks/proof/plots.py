@@ -129,7 +129,7 @@ def list_tables(results: dict[str, Any]) -> Iterator[str]:
     for row in results.get("longer", {"shares": [], "arms": []})["shares"]:
         if row["judge"] == "judge" and row["against"] == "best other" and row["procedure"] in PROCEDURES.values():
             value, gain = row["share"]["value"], 100 * row["gain"]["value"]
-            yield f"\nmore steps, K = {row['k']}, KL {row['kl']}: {row['procedure']}, share {value:.2f}, {gain:.1f} points"
+            yield f"\nmore steps, K = {row['k']}, KL {row['kl']}: {row['procedure']}, {value:.2f}, {gain:.1f} points"
     for row in results.get("longer", {"shares": [], "arms": []})["arms"]:
         yield f"{row['arm']}: step {row['kept']:.0f}, KL {row['kl']:.3f}, correlation {row['correlation']:.2f}"
     yield "\n| arm | K | mass of the law seen | step kept | KL reached | corr with the target | density ratio |"
