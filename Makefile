@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# Not here: vllm_sampler.py needs vLLM and a model, report_page.py Chromium, real/ and most of paper/ fetch a model and ratings.
+# Not here: vllm_sampler.py needs vLLM and a model, report_page.py Chromium, real/, proof/ and most of paper/ fetch models and ratings.
 APART := benchmarks/environment.py benchmarks/vllm_sampler.py benchmarks/report_page.py \
 	$(addprefix benchmarks/paper/,curves.py hacking.py miscalibration.py other_n.py raw_reward.py rewind.py \
 	rollouts.py win_rates.py)
