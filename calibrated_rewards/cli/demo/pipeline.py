@@ -202,7 +202,11 @@ class Demo:
             save_steps=10,
             seed=self.seed,
         )
-        parts = {"policy": str(self.parts.policy), "reward": str(self.out / "reward"), "rollouts": self.out / "table"}
+        parts: dict[str, Any] = {
+            "policy": str(self.parts.policy),
+            "reward": str(self.out / "reward"),
+            "rollouts": self.out / "table",
+        }
         with redirect_stdout(StringIO()):  # the demo says less of it
             train_offline(Launch(**parts, out=self.out / name, dtype=self.dtype, **reward), settings)
         return self.out / name / "model"
