@@ -63,7 +63,7 @@ def draw_shares(worlds: dict[str, dict[str, Any]]) -> Any:
                 for row in rows:
                     if not row["k"]:
                         axis.axhline(row["share"]["value"], color=COLOURS[arm], linestyle=style, alpha=0.35, lw=1)
-        axis.set(xscale="log", title=label, xlabel="completions trained on", ylim=(-0.6, 1.15))
+        axis.set(xscale="log", title=label, xlabel="completions trained on", ylim=(-0.6, 1.4))
         axis.axhline(0, color="black", lw=0.5)
         axis.axhline(1, color="black", lw=0.5)
     axes[0][0].set_ylabel("realised share of the tabular gap")
