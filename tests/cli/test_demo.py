@@ -87,7 +87,7 @@ def test_goes_on_after_ctrl_c_with_the_same_numbers(whole: Path, tmp_path: Path)
     with subprocess.Popen([*COMMAND, str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
         assert run.stdout is not None
         for line in run.stdout:
-            if line.startswith("[5/"):
+            if line.startswith("[4/"):
                 break
         run.send_signal(signal.SIGINT)
         run.stdout.read()

@@ -310,10 +310,10 @@ def test_nobody_waits_for_what_is_in_flight(ending) -> None:
 import os, signal, sys, threading, time
 from calibrated_rewards.scorers.remote import Remote
 from calibrated_rewards.scorers.remote import Native
-if sys.argv[2] == "interrupt":
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 start = time.monotonic()
 try:
+    if sys.argv[2] == "interrupt":
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     Remote(sys.argv[1], Native("rm"), batch_size=1, concurrency=2, show_progress=False)(["p", "q"], ["1", "2"])
 except (ValueError, KeyboardInterrupt) as error:
     print(type(error).__name__, time.monotonic() - start < 5)

@@ -334,7 +334,10 @@ def test_settings_that_no_run_can_be_made_with_are_refused(files: Path, tmp_path
         ("--lr 0", "got --lr 0"),
         ("--check-steps 0", "got --check-steps 0"),
         ("--loss ipo:40", "40 rollouts compete in --loss ipo:40, got prompts with"),
-        ("--loss top-1:3 --completions 2", "but a step has 2 of some prompt, --completions 2 at most"),
+        (
+            "--loss top-1:3 --completions 2",
+            "3 rollouts compete in --loss top-1:3, got prompts with 8, and --completions 2",
+        ),
     ]:
         assert main(words(files, tmp_path / "out", *options.split())) == 2
         assert message in capsys.readouterr().err

@@ -11,7 +11,7 @@ from offline_runs import BETA, fit, make_group
 
 from calibrated_rewards.training.loop import ignore_peft_warning
 from calibrated_rewards.training.offline import groups as offline_groups, trained_weights
-from calibrated_rewards.training.offline.groups import HeldOut
+from calibrated_rewards.training.offline.groups import hold_rollouts
 from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
 from calibrated_rewards.training.offline.losses import parse_loss
 from calibrated_rewards.training.offline.train import OfflineSettings, set_learning_rate, take_step
@@ -97,16 +97,17 @@ def test_adapters_begin_by_the_seed(tmp_path: Path) -> None:
 
 def test_a_check_reads_the_first_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many prompts and rollouts; each against its own reference, so that the reference has a KL of 0."""
-    monkeypatch.setattr(offline_groups, "CHECKED_PROMPTS", 2)
-    monkeypatch.setattr(offline_groups, "CHECKED_ROLLOUTS", 3)
+    monkeypatch.setattr(offline_groups, "PROMPTS", 2)
+    monkeypatch.setattr(offline_groups, "ROLLOUTS", 3)
     reader, groups = GroupReader(tiny.causal()), [make_group(name) for name in ("a", "bb", "ccc")]
-    chosen = HeldOut.choose(groups, {group.key: reader(group.tokens) for group in groups})
+    held_out = hold_rollouts(reader, groups, {group.key: reader(group.tokens) for group in groups})
 
-    assert [group.prompt for group in chosen.groups] == ["a", "bb"]
-    for few, group in zip(chosen.groups, groups, strict=False):
-        assert few.tokens.completions == group.tokens.completions[:3]
-        assert few.log_z == group.log_z
-    check = chosen.check(reader)
+    assert held_out is not None
+    assert len(held_out.groups) == 2
+    for tokens, targets, group in zip(held_out.groups, held_out.targets, groups, strict=False):
+        assert tokens.completions == group.tokens.completions[:3]
+        np.testing.assert_allclose(targets, group.rewards[:3] / group.beta - group.log_z)
+    check = held_out.check()
     assert (check.prompts, check.rollouts) == (2, 6)
     assert check.kl.value == pytest.approx(0, abs=1e-9)
 
