@@ -72,8 +72,9 @@ def time_offline(case: dict[str, int]) -> list[float]:
     import numpy as np
     import torch
 
+    from calibrated_rewards.training.offline.group_batches import Group
     from calibrated_rewards.training.offline.groups import PromptGroup
-    from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
+    from calibrated_rewards.training.offline.log_probabilities import GroupReader
     from calibrated_rewards.training.offline.losses import parse_loss
     from calibrated_rewards.training.offline.train import OfflineSettings, take_step
     from calibrated_rewards.training.offline.trained_weights import TrainedWeights, build_optimizer, select_weights

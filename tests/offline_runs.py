@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from calibrated_rewards.training.offline.group_batches import Group
 from calibrated_rewards.training.offline.groups import PromptGroup, ReferenceFile
-from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
+from calibrated_rewards.training.offline.log_probabilities import GroupReader
 from calibrated_rewards.training.offline.train import OfflineSettings, train
 from calibrated_rewards.training.run_folder import RunFolder
 

@@ -31,7 +31,8 @@ from calibrated_rewards.theory.optimum import optimum
 from calibrated_rewards.theory.procedures import BestOf, WorstOf
 from calibrated_rewards.training.held_out import load_table
 from calibrated_rewards.training.offline.gradients import GradientComparison, compare_gradients
-from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
+from calibrated_rewards.training.offline.group_batches import Group
+from calibrated_rewards.training.offline.log_probabilities import GroupReader
 from calibrated_rewards.training.offline.rollouts import iterate_rollouts
 from calibrated_rewards.training.offline.trained_weights import select_weights
 

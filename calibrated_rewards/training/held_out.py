@@ -35,7 +35,8 @@ from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import check_count
 from calibrated_rewards.training.check_settings.rules import read_decoding
 from calibrated_rewards.training.launch import Inputs, Launch, check_policy
-from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
+from calibrated_rewards.training.offline.group_batches import Group
+from calibrated_rewards.training.offline.log_probabilities import GroupReader
 from calibrated_rewards.training.offline.rollouts import PromptRollouts, iterate_rollouts
 
 # Prompts, and rollouts of each, that are read for a check, unless it is told otherwise.
@@ -69,7 +70,7 @@ def load_check(launch: Launch, inputs: Inputs, settings: Any) -> "HeldOutRollout
 def compute_log_probabilities(reader: GroupReader, groups: Iterable[Group]) -> list[Float32[Tensor, " K"]]:
     """Compute the log-probabilities of all completions, without dropout or an autocast of a loop around it."""
     with _evaluation_mode(reader.model):
-        return [reader(group).float().cpu() for group in groups]
+        return [values.float().cpu() for values in reader.read(groups)]
 
 
 @contextmanager

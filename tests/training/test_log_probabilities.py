@@ -17,12 +17,15 @@ from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.policy import Policy, tokenize_completion
 from calibrated_rewards.samplers.protocol import Decoding, Rollout
 from calibrated_rewards.training.loop import ignore_peft_warning
+from calibrated_rewards.training.offline.group_batches import Group
 from calibrated_rewards.training.offline.groups import PromptGroup, ReferenceFile, record_states
-from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
+from calibrated_rewards.training.offline.log_probabilities import GroupReader
 from calibrated_rewards.training.offline.trained_weights import select_weights
 
 TEMPERATURE = 0.7
 LENGTHS = (9, 1, 4, 12, 3, 7)
+# Their windows would count a prompt's padding.
+READ_APART = {"Mistral", "Gemma2"}
 
 
 def writer(name: str) -> Any:
@@ -82,7 +85,7 @@ def assert_equal(model: Any, reader: GroupReader, rows: Group) -> None:
     """Values with and without gradients, and the gradients."""
     expected, slopes = one_by_one(model, rows)
 
-    loss, values = reader.accumulate_gradients(rows, loss_of)
+    ((loss, values),) = reader.accumulate_gradients([rows], [loss_of])
 
     own = gradients(model)
     np.testing.assert_allclose(values, expected, rtol=1e-5)
@@ -101,6 +104,36 @@ def test_a_shared_prompt_changes_neither_values_nor_gradients(name: str, rows: i
     assert_equal(model, reader, group())
 
     assert reader.route.shared
+
+
+def several(*prompts: int) -> list[Group]:
+    """Groups with prompts of some lengths, and other completions each."""
+    rng = np.random.default_rng(1)
+    return [
+        Group(rng.integers(8, 200, n).tolist(), [rng.integers(8, 200, k).tolist() for k in LENGTHS]) for n in prompts
+    ]
+
+
+@pytest.mark.parametrize("prompts", [(5, 12, 3, 12), (7, 7)])
+@pytest.mark.parametrize(
+    "name", ["Llama", "Qwen2", "GPT2", "Bloom", "OPT", "FalconAlibi", "Falcon", "Mistral", "Gemma2"]
+)
+def test_groups_that_are_read_together_have_the_same_gradients(name: str, prompts: tuple[int, ...]) -> None:
+    """Prompts are padded, and completions are read behind each; or a model that would not bear it is found out."""
+    model, groups = writer(name), several(*prompts)
+    reader = GroupReader(model, TEMPERATURE)
+    expected, slopes = zip(*(one_by_one(model, each) for each in groups), strict=True)
+
+    results = reader.accumulate_gradients(groups, [loss_of] * len(groups))
+
+    own, sum_of_slopes = gradients(model), torch.stack(slopes).sum(0)
+    assert (own - sum_of_slopes).norm() < 1e-5 * sum_of_slopes.norm()
+    for (loss, values), read, each in zip(results, reader.read(groups), expected, strict=True):
+        np.testing.assert_allclose(values, each, rtol=1e-5)
+        np.testing.assert_allclose(read, each, rtol=1e-5)
+        assert loss == pytest.approx(float(loss_of(each)), rel=1e-4)
+    together = len([*reader.batch(groups)]) == 1
+    assert together == (name not in READ_APART), "a model is read in another way than it was"
 
 
 @pytest.mark.parametrize("rows", [32, 4])
@@ -270,7 +303,7 @@ def test_states_below_the_trained_layers_stand_for_tokens(name: str, rows: int) 
     model = select_weights(writer(name), 1, 0, 0)
     reader = GroupReader(model, TEMPERATURE, rows)
 
-    values, states = reader.record(group())
+    ((values, states),) = reader.record([group()])
 
     kept = group()._replace(states=states)
     np.testing.assert_array_equal(values, reader(group()))
@@ -284,7 +317,7 @@ def test_states_that_a_body_would_change_are_not_used() -> None:
     """GPT-2 adds positions to what it takes for embeddings: it is noticed."""
     reader = GroupReader(select_weights(writer("GPT2"), 1, 0, 0), TEMPERATURE)
 
-    _, states = reader.record(group())
+    ((_, states),) = reader.record([group()])
 
     assert not reader.can_skip(group()._replace(states=states))
 

@@ -28,8 +28,9 @@ from calibrated_rewards.testing.suites import HashScorer
 from calibrated_rewards.theory.finite_k import log_partition
 from calibrated_rewards.training.loop import ignore_peft_warning
 from calibrated_rewards.training.offline import trained_weights
+from calibrated_rewards.training.offline.group_batches import Group
 from calibrated_rewards.training.offline.groups import PromptGroup, ReferenceFile, load_groups, split_groups
-from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
+from calibrated_rewards.training.offline.log_probabilities import GroupReader
 from calibrated_rewards.training.offline.train import OfflineSettings, choose_completions, choose_prompts, train
 from calibrated_rewards.training.offline.trained_weights import TrainedWeights, find_factor, named_trainable
 from calibrated_rewards.training.run_folder import RunFolder

@@ -18,8 +18,9 @@ from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.training import loop
 from calibrated_rewards.training.offline import trained_weights
+from calibrated_rewards.training.offline.group_batches import Group
 from calibrated_rewards.training.offline.groups import ReferenceFile
-from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
+from calibrated_rewards.training.offline.log_probabilities import GroupReader
 from calibrated_rewards.training.offline.rollouts import check_source, iterate_rollouts
 from calibrated_rewards.training.offline.train import OfflineSettings, check_groups, finish
 from calibrated_rewards.training.offline.trained_weights import TrainedWeights, build_optimizer, find_factor
@@ -111,7 +112,9 @@ def test_a_beta_that_makes_rewards_infinite_is_refused(tmp_path: Path) -> None:
 def test_a_prompt_whose_completions_are_all_empty_has_no_gradient(rows: int) -> None:
     """Without a token there is nothing that weights could change."""
     model = tiny.causal()
-    loss, values = GroupReader(model, rows=rows).accumulate_gradients(Group([1, 9], [[], []]), lambda x: x.sum() + 2)
+    ((loss, values),) = GroupReader(model, rows=rows).accumulate_gradients(
+        [Group([1, 9], [[], []])], [lambda x: x.sum() + 2]
+    )
 
     assert (loss, values.tolist()) == (2, [0, 0])
     assert all(weight.grad is None for weight in model.parameters())

@@ -11,8 +11,9 @@ from offline_runs import BETA, fit, make_group
 
 from calibrated_rewards.training.loop import ignore_peft_warning
 from calibrated_rewards.training.offline import groups as offline_groups, trained_weights
+from calibrated_rewards.training.offline.group_batches import Group
 from calibrated_rewards.training.offline.groups import hold_rollouts
-from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
+from calibrated_rewards.training.offline.log_probabilities import GroupReader
 from calibrated_rewards.training.offline.losses import parse_loss
 from calibrated_rewards.training.offline.train import OfflineSettings, set_learning_rate, take_step
 from calibrated_rewards.training.offline.trained_weights import TrainedWeights, build_optimizer

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
         GradientComparison as GradientComparison,
         compare_gradients as compare_gradients,
     )
-    from calibrated_rewards.training.offline.log_probabilities import Group as Group, GroupReader as GroupReader
+    from calibrated_rewards.training.offline.group_batches import Group as Group
+    from calibrated_rewards.training.offline.log_probabilities import GroupReader as GroupReader
     from calibrated_rewards.training.offline.losses import (
         Loss as Loss,
         LossInputs as LossInputs,

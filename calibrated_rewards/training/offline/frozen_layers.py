@@ -1,12 +1,11 @@
 """Hidden states below the trained layers, computed once: steps then read the trained layers alone.
 
 `record_states` reads a group with the whole model, and keeps what enters the first trained layer; `cut_upper_layers`
-makes a body of the trained layers, which shares their weights and reads such states in place of tokens. `FrozenHead` is
-for an output layer that is not trained.
+makes a body of the trained layers, which shares their weights and reads such states in place of tokens.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -97,31 +96,3 @@ def _renumber(module: nn.Module, first: int) -> nn.Module:
 def stack_states(states: list[Tensor], device: torch.device) -> Tensor:
     """Pad states on the right with zeros, into one tensor: (rows, tokens, hidden size)."""
     return nn.utils.rnn.pad_sequence([each.to(device) for each in states], batch_first=True)
-
-
-class FrozenHead(torch.autograd.Function):
-    """Log-probabilities behind a head that is not trained: of each only its gradient by the hidden state is held."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, parts: list[tuple[Tensor, Tensor]], compute: Callable[..., Tensor]) -> Tensor:
-        """Compute the values, and their gradients where they are needed, part by part."""
-        values, slopes, needed = [], [], ctx.needs_input_grad[0]
-        for some, targets in parts:
-            leaf = some.detach().requires_grad_(needed)
-            with torch.set_grad_enabled(needed):
-                logits = compute(leaf)
-            work = logits.detach().log_softmax(-1)
-            values.append(work.gather(1, targets[:, None])[:, 0])
-            if needed:
-                # The derivative by a logit is one for the target's, less the probability.
-                work.exp_().scatter_add_(1, targets[:, None], -torch.ones_like(work[:, :1]))
-                slopes.append(torch.autograd.grad(logits, leaf, work)[0].neg_())
-        if needed:
-            ctx.save_for_backward(torch.cat(slopes))
-        return torch.cat(values)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Multiply each gradient by that of its value."""
-        (slopes,) = ctx.saved_tensors
-        return gradient[:, None].to(slopes.dtype) * slopes, None, None

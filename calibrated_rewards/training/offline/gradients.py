@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibrated_rewards.evaluation.wording import format_table
-from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
+from calibrated_rewards.training.offline.group_batches import Group
+from calibrated_rewards.training.offline.log_probabilities import GroupReader
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,20 +87,29 @@ def compare_gradients(
         )
 
 
+@dataclass(frozen=True, eq=False)
+class WeightedSum:
+    """A sum of log-probabilities, whose gradient is that of a policy with these rewards."""
+
+    weights: Float[np.ndarray, " K"]
+
+    def __call__(self, logprobs: Tensor) -> Tensor:
+        """Compute the sum."""
+        return (torch.as_tensor(self.weights, dtype=logprobs.dtype, device=logprobs.device) * logprobs).sum()
+
+
 def compute_gradient(
     reader: GroupReader, groups: Sequence[Group], rewards: Sequence[Float[np.ndarray, " K"]], half: int
 ) -> Tensor:
     """Compute the mean over groups of Cov(reward, grad log pi) on every other completion, as one vector."""
     trained: list[Any] = [weight for weight in reader.model.parameters() if weight.requires_grad]
     reader.model.zero_grad(set_to_none=True)
+    some, sums = [], []
     for group, row in zip(groups, rewards, strict=True):
         at = list(range(half, len(row), 2))
-        centred = (row[at] - row[at].mean()) / (len(at) - 1) / len(groups)
-
-        def compute_sum(logprobs: Tensor, slopes: Any = centred) -> Tensor:
-            return (torch.as_tensor(slopes, dtype=logprobs.dtype, device=logprobs.device) * logprobs).sum()
-
-        reader.accumulate_gradients(group.take(at), compute_sum)
+        some.append(group.take(at))
+        sums.append(WeightedSum((row[at] - row[at].mean()) / (len(at) - 1) / len(groups)))
+    reader.accumulate_gradients(some, sums)
     parts = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
     gradient = torch.cat([part.detach().float().flatten() for part in parts])
     reader.model.zero_grad(set_to_none=True)

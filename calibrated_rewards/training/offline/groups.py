@@ -31,7 +31,8 @@ from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.training.held_out import PROMPTS, ROLLOUTS, HeldOutRollouts, compute_log_probabilities
 from calibrated_rewards.training.loop import find_processes
 from calibrated_rewards.training.offline.frozen_layers import count_frozen, find_layers
-from calibrated_rewards.training.offline.log_probabilities import Group, GroupReader
+from calibrated_rewards.training.offline.group_batches import Group
+from calibrated_rewards.training.offline.log_probabilities import GroupReader
 from calibrated_rewards.training.offline.losses import LossInputs
 from calibrated_rewards.training.offline.rollouts import PromptRollouts, iterate_rollouts
 
@@ -187,12 +188,13 @@ def record_states(
         return list(groups), reference.compute(reader, groups)
     compared = (groups[0].tokens, max((group.tokens for group in groups), key=lambda tokens: tokens.longest))
     for tokens in compared:
-        if not reader.can_skip(tokens._replace(states=reader.record(tokens)[1])):
+        if not reader.can_skip(tokens._replace(states=next(reader.record([tokens]))[1])):
             sys.stderr.write("the trained layers alone give other numbers than the whole model: no states are kept\n")
             return list(groups), reference.compute(reader, groups)
     values, recorded = {}, []
-    for group in tqdm(groups, desc="reference", unit=" prompts", delay=3, disable=None):
-        logprobs, states = reader.record(group.tokens)
+    own = [group.tokens for group in groups]
+    progress = tqdm(own, desc="reference", unit=" prompts", delay=3, disable=None)
+    for group, (logprobs, states) in zip(groups, reader.record(progress), strict=True):
         values[group.key] = logprobs.cpu()
         recorded.append(replace(group, tokens=group.tokens._replace(states=states)))
     known = reference.load()

@@ -49,7 +49,7 @@ from calibrated_rewards.training.offline.groups import (
     split_groups,
 )
 from calibrated_rewards.training.offline.log_probabilities import GroupReader
-from calibrated_rewards.training.offline.losses import LOSS_NAMES, Loss, parse_loss
+from calibrated_rewards.training.offline.losses import LOSS_NAMES, Loss, LossInputs, parse_loss
 from calibrated_rewards.training.offline.rollouts import check_source
 from calibrated_rewards.training.offline.trained_weights import (
     TrainedWeights,
@@ -243,6 +243,20 @@ def check_groups(groups: Sequence[PromptGroup], settings: OfflineSettings) -> No
         raise ValueError("a run learns from rollouts that differ in reward, got one reward for all of each prompt")
 
 
+@dataclass(frozen=True, eq=False)
+class LogProbabilityLoss:
+    """A prompt's part of the mean loss, as a function of the log-probabilities of its completions."""
+
+    loss: Loss
+    inputs: LossInputs
+    reference: Tensor
+    prompts: int
+
+    def __call__(self, logprobs: Tensor) -> Tensor:
+        """Compute it."""
+        return self.loss(logprobs - self.reference, self.inputs) / self.prompts
+
+
 def take_step(
     reader: GroupReader,
     groups: Sequence[tuple[PromptGroup, Tensor]],
@@ -254,14 +268,10 @@ def take_step(
     """Do one step: add up the gradients of the prompts' mean loss, cut them to length, update; return the metrics."""
     optimizer.zero_grad()
     rows = []
-    for group, reference in groups:
-        inputs = group.describe(reference)
-
-        def compute_loss(logprobs: Tensor, inputs: Any = inputs) -> Tensor:
-            return loss(logprobs - inputs.logprobs, inputs) / len(groups)
-
-        value, logprobs = reader.accumulate_gradients(group.tokens, compute_loss)
-        log_ratios, targets = (each.double() for each in (logprobs - reference, inputs.targets))
+    losses = [LogProbabilityLoss(loss, group.describe(known), known, len(groups)) for group, known in groups]
+    results = reader.accumulate_gradients([group.tokens for group, _ in groups], losses)
+    for own, (value, logprobs) in zip(losses, results, strict=True):
+        log_ratios, targets = (each.double() for each in (logprobs - own.reference, own.inputs.targets))
         spread = log_ratios.std(correction=0) * targets.std(correction=0)
         product = ((log_ratios - log_ratios.mean()) * (targets - targets.mean())).mean()
         ratios = log_ratios.exp()
