@@ -12,10 +12,10 @@ from offline_runs import BETA, fit, make_group
 from calibrated_rewards.training.loop import ignore_peft_warning
 from calibrated_rewards.training.offline import groups as offline_groups, trained_weights
 from calibrated_rewards.training.offline.group_batches import Group
-from calibrated_rewards.training.offline.groups import hold_rollouts
+from calibrated_rewards.training.offline.groups import RecordedStates, ReferenceFile, hold_rollouts
 from calibrated_rewards.training.offline.log_probabilities import GroupReader
 from calibrated_rewards.training.offline.losses import parse_loss
-from calibrated_rewards.training.offline.train import OfflineSettings, set_learning_rate, take_step
+from calibrated_rewards.training.offline.train import OfflineSettings, set_learning_rate, take_step, train
 from calibrated_rewards.training.offline.trained_weights import TrainedWeights, build_optimizer
 from calibrated_rewards.training.run_folder import RunFolder
 
@@ -134,3 +134,45 @@ def test_a_checkpoint_of_16_bits_is_read_into_the_model(tmp_path: Path) -> None:
         one, two = optimizer.state[weights.masters[name]], restored.state[found.masters[name]]
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_states_are_recorded_once_for_all_runs_of_a_process(tmp_path: Path) -> None:
+    """A second run reads no group again, and both train as runs do that record for themselves."""
+    groups = [make_group(name) for name in ("a", "bb", "ccc", "dddd")]
+    settings = OfflineSettings(steps=2, prompts_a_step=2, completions=8, layers=1, cache_states=True, beta=0.3)
+
+    def fit(folder: str, recorded: RecordedStates | None) -> tuple[Any, int]:
+        model, forwards = tiny.causal(), 0
+
+        def count(*_: Any) -> None:
+            nonlocal forwards
+            forwards += 1
+
+        model.model.layers[0].register_forward_pre_hook(count)
+        path = tmp_path / folder
+        path.mkdir()
+        train(
+            GroupReader(model),
+            groups[:2],
+            groups[2:],
+            settings,
+            RunFolder(path),
+            ReferenceFile(path / "reference.safetensors", "a"),
+            recorded=recorded,
+        )
+        return model.state_dict(), forwards
+
+    recorded = RecordedStates()
+    first, read = fit("1", recorded)
+    known = dict(recorded.by_tokens)
+    second, less = fit("2", recorded)
+    alone, as_many = fit("3", None)
+
+    assert len(known) == 4
+    assert all(recorded.by_tokens[key] is value for key, value in known.items())
+    assert less < read == as_many
+    for name, weight in alone.items():
+        assert torch.equal(weight, first[name])
+        assert torch.equal(weight, second[name])
+    recorded.open("other weights")
+    assert not recorded.by_tokens

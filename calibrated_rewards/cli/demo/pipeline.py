@@ -1,10 +1,8 @@
 """The demo's models, sizes and steps: the library's public functions, in the order of use for a policy of your own."""
 
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,8 @@ from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
 from calibrated_rewards.training.held_out import HeldOutRollouts
 from calibrated_rewards.training.launch import Launch, load_policy
 from calibrated_rewards.training.offline import OfflineSettings
-from calibrated_rewards.training.offline.train import run as train_offline
+from calibrated_rewards.training.offline.groups import RecordedStates
+from calibrated_rewards.training.offline.train import train_from_files
 
 # What the policy is served with: an attacker, or bad luck, picks the worst of 16 completions.
 SERVED = WorstOf(16)
@@ -140,6 +139,11 @@ class Demo:
         return "bfloat16" if torch.cuda.is_available() or multiplies_tiles() else "float32"
 
     @cached_property
+    def recorded(self) -> RecordedStates:
+        """The rollouts as the layers see them that are not trained: read once for all policies."""
+        return RecordedStates()
+
+    @cached_property
     def scorers(self) -> dict[str, Any]:
         """The reward model, which also selects the worst of N, and the judge."""
         folders = {"reward": self.parts.reward_model, "judge": self.parts.judge}
@@ -207,8 +211,7 @@ class Demo:
             "reward": str(self.out / "reward"),
             "rollouts": self.out / "table",
         }
-        with redirect_stdout(StringIO()):  # the demo says less of it
-            train_offline(Launch(**parts, out=self.out / name, dtype=self.dtype, **reward), settings)
+        train_from_files(Launch(**parts, out=self.out / name, dtype=self.dtype, **reward), settings, self.recorded)
         return self.out / name / "model"
 
     def compare(self, models: Mapping[str, Path], reward: CalibratedReward) -> HeldOutPolicies:

@@ -5,8 +5,8 @@ log-probabilities in the run's folder, so that a run that goes on has the very s
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from calibrated_rewards.theory.finite_k import log_partition
 from calibrated_rewards.theory.scale import scaled
 from calibrated_rewards.training.held_out import PROMPTS, ROLLOUTS, HeldOutRollouts, compute_log_probabilities
 from calibrated_rewards.training.loop import find_processes
-from calibrated_rewards.training.offline.frozen_layers import count_frozen, find_layers
+from calibrated_rewards.training.offline.frozen_layers import GroupStates, count_frozen, find_layers
 from calibrated_rewards.training.offline.group_batches import Group
 from calibrated_rewards.training.offline.log_probabilities import GroupReader
 from calibrated_rewards.training.offline.losses import LossInputs
@@ -167,8 +167,45 @@ class ReferenceFile:
         return logprobs
 
 
+@dataclass(eq=False)
+class RecordedStates:
+    """Log-probabilities and hidden states of groups that were read, for other runs of the same process."""
+
+    weights: str = ""
+    """The digest of the policy's weights."""
+    by_tokens: dict[bytes, tuple[Tensor, GroupStates]] = field(default_factory=dict)
+
+    def open(self, weights: str) -> None:
+        """Prepare for a policy: what is of another one is dropped."""
+        if weights != self.weights:
+            self.weights, self.by_tokens = weights, {}
+
+    def read(
+        self, reader: GroupReader, groups: Sequence[PromptGroup]
+    ) -> Iterator[tuple[PromptGroup, tuple[Tensor, GroupStates]]]:
+        """Read those groups that were not read before; iterate over all, with what is known of them."""
+        layers = count_frozen(place[2]) if (place := find_layers(reader.model)) is not None else 0
+        keys = [digest_tokens(group.tokens, layers) for group in groups]
+        new = {key: group.tokens for key, group in zip(keys, groups, strict=True) if key not in self.by_tokens}
+        progress = tqdm([*new.values()], desc="reference", unit=" prompts", delay=3, disable=None)
+        for key, (logprobs, states) in zip(new, reader.record(progress), strict=True):
+            self.by_tokens[key] = logprobs.cpu(), states
+        return zip(groups, (self.by_tokens[key] for key in keys), strict=True)
+
+
+def digest_tokens(group: Group, layers: int) -> bytes:
+    """Digest the tokens of a group, and the number of layers below its states."""
+    digest = blake2b(digest_size=16)
+    for row in (group.prompt, *group.completions):
+        digest.update(np.asarray([layers, len(row), *row], np.int64).tobytes())
+    return digest.digest()
+
+
 def record_states(
-    reader: GroupReader, groups: Sequence[PromptGroup], reference: ReferenceFile
+    reader: GroupReader,
+    groups: Sequence[PromptGroup],
+    reference: ReferenceFile,
+    recorded: RecordedStates | None = None,
 ) -> tuple[list[PromptGroup], dict[bytes, Tensor]]:
     """Keep the hidden states below the trained layers, in memory, with the reference's log-probabilities.
 
@@ -191,16 +228,14 @@ def record_states(
         if not reader.can_skip(tokens._replace(states=next(reader.record([tokens]))[1])):
             sys.stderr.write("the trained layers alone give other numbers than the whole model: no states are kept\n")
             return list(groups), reference.compute(reader, groups)
-    values, recorded = {}, []
-    own = [group.tokens for group in groups]
-    progress = tqdm(own, desc="reference", unit=" prompts", delay=3, disable=None)
-    for group, (logprobs, states) in zip(groups, reader.record(progress), strict=True):
-        values[group.key] = logprobs.cpu()
-        recorded.append(replace(group, tokens=group.tokens._replace(states=states)))
+    values, with_states = {}, []
+    for group, (logprobs, states) in (recorded or RecordedStates()).read(reader, groups):
+        values[group.key] = logprobs
+        with_states.append(replace(group, tokens=group.tokens._replace(states=states)))
     known = reference.load()
     if known is None:
         reference.save(values)
-    return recorded, values if known is None else known
+    return with_states, values if known is None else known
 
 
 def hold_rollouts(

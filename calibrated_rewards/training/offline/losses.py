@@ -286,6 +286,20 @@ NAMED: dict[str, Loss] = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class LogProbabilityLoss:
+    """A prompt's part of the mean loss, as a function of the log-probabilities of its completions."""
+
+    loss: Loss
+    inputs: LossInputs
+    reference: Float[torch.Tensor, " K"]
+    prompts: int
+
+    def __call__(self, logprobs: Float[torch.Tensor, " K"]) -> Float[torch.Tensor, ""]:
+        """Compute it."""
+        return self.loss(logprobs - self.reference, self.inputs) / self.prompts
+
+
 def parse_loss(name: str) -> Loss:
     """Parse the name of a loss, as the command line has it.
 

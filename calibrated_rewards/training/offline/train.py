@@ -41,6 +41,7 @@ from calibrated_rewards.training.held_out import HeldOutRollouts
 from calibrated_rewards.training.launch import Launch, check_numbers, digest_weights, load_policy, load_reward, option
 from calibrated_rewards.training.offline.groups import (
     PromptGroup,
+    RecordedStates,
     ReferenceFile,
     hold_rollouts,
     load_groups,
@@ -49,7 +50,7 @@ from calibrated_rewards.training.offline.groups import (
     split_groups,
 )
 from calibrated_rewards.training.offline.log_probabilities import GroupReader
-from calibrated_rewards.training.offline.losses import LOSS_NAMES, Loss, LossInputs, parse_loss
+from calibrated_rewards.training.offline.losses import LOSS_NAMES, LogProbabilityLoss, Loss, parse_loss
 from calibrated_rewards.training.offline.rollouts import check_source
 from calibrated_rewards.training.offline.trained_weights import (
     TrainedWeights,
@@ -130,7 +131,20 @@ class OfflineSettings:
 
 
 def run(launch: Launch, settings: OfflineSettings) -> None:
-    """Train from files to files, or go on, as the command does."""
+    """Train from files to files, or go on, and print what came of it: the command."""
+    folder = RunFolder(launch.out)
+    outcome = train_from_files(launch, settings)
+    if loop.find_processes().is_main_process and outcome is not None:
+        sys.stdout.write(f"{summarise(outcome)}model: {folder.model_folder}\nlog: {folder.log}\n")
+
+
+def train_from_files(
+    launch: Launch, settings: OfflineSettings, recorded: RecordedStates | None = None
+) -> dict[str, Any] | None:
+    """Train from files to files, or go on; return what came of it, or None if the model was there.
+
+    Runs of one process that are given the same `recorded` read the layers below the trained ones once for all of them.
+    """
     folder, processes = RunFolder(launch.out), loop.find_processes()
     main = processes.is_main_process
     check_trackers(launch.report_to)
@@ -153,10 +167,12 @@ def run(launch: Launch, settings: OfflineSettings) -> None:
     described |= {"rollouts": loaded.digest()}
     weights = digest_weights(policy.model, str(policy.model.dtype).removeprefix("torch."))
     reference = ReferenceFile(folder.out / "reference.safetensors", f"{weights} {loaded.digest()}")
+    if recorded is not None:
+        recorded.open(weights)
     policy.model.to(launch.device or processes.device)
     if folder.is_finished(described):
         sys.stderr.write(f"{folder.model_folder} is this run's model: nothing to do\n")
-        return
+        return None
     with folder.reserve(main):
         if main:
             folder.begin(described)
@@ -164,14 +180,14 @@ def run(launch: Launch, settings: OfflineSettings) -> None:
             sys.stderr.write(f"{describe_size(settings, len(training), policy.decoding.max_tokens)}\n")
         with open_trackers(launch.report_to if main else (), folder, policy.model, steps) as send:
             reader = GroupReader(policy.model.eval(), policy.decoding.temperature, settings.rows)
-            model, outcome = train(reader, training, held_out, settings, folder, reference, send)
+            model, outcome = train(reader, training, held_out, settings, folder, reference, send, recorded)
         if main:
             model.save_pretrained(folder.unfinished_model)
             policy.tokenizer.save_pretrained(folder.unfinished_model)
             write_file(folder.unfinished_model / "training.json", json.dumps(outcome, indent=2))
             folder.publish_model()
-            sys.stdout.write(f"{summarise(outcome)}model: {folder.model_folder}\nlog: {folder.log}\n")
     processes.wait_for_everyone()
+    return outcome
 
 
 def train(
@@ -182,6 +198,7 @@ def train(
     folder: RunFolder,
     reference: ReferenceFile,
     send: Callable[[Mapping[str, float]], None] = lambda row: None,
+    recorded: RecordedStates | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Train the reader's model in place, or go on from the folder's checkpoint; return it and what came of it."""
     processes, loss = loop.find_processes(), parse_loss(settings.loss)
@@ -195,7 +212,7 @@ def train(
     coming = sorted({i for step in range(settings.steps) for i in choose_prompts(count, settings, step)})
     groups = [*(training[i] for i in coming), *held_out]
     if settings.cache_states:
-        groups, logprobs = record_states(reader, groups, reference)
+        groups, logprobs = record_states(reader, groups, reference, recorded)
     else:
         logprobs = reference.compute(reader, groups)
     by_number, held_out = dict(zip(coming, groups, strict=False)), groups[len(coming) :]
@@ -241,20 +258,6 @@ def check_groups(groups: Sequence[PromptGroup], settings: OfflineSettings) -> No
         )
     if all(np.ptp(group.rewards) == 0 for group in groups):
         raise ValueError("a run learns from rollouts that differ in reward, got one reward for all of each prompt")
-
-
-@dataclass(frozen=True, eq=False)
-class LogProbabilityLoss:
-    """A prompt's part of the mean loss, as a function of the log-probabilities of its completions."""
-
-    loss: Loss
-    inputs: LossInputs
-    reference: Tensor
-    prompts: int
-
-    def __call__(self, logprobs: Tensor) -> Tensor:
-        """Compute it."""
-        return self.loss(logprobs - self.reference, self.inputs) / self.prompts
 
 
 def take_step(
