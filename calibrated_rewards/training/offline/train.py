@@ -68,6 +68,8 @@ from calibrated_rewards.training.trackers import check_trackers, open_trackers
 LAST_RATE = 0.1
 # A gradient costs about so many forwards.
 FORWARDS = 3
+# Log-ratios with a smaller spread are rounding: a reference that was read in other batches differs by as much.
+ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,8 @@ def take_step(
     results = reader.accumulate_gradients([group.tokens for group, _ in groups], losses)
     for own, (value, logprobs) in zip(losses, results, strict=True):
         log_ratios, targets = (each.double() for each in (logprobs - own.reference, own.inputs.targets))
-        spread = log_ratios.std(correction=0) * targets.std(correction=0)
+        moved = log_ratios.std(correction=0) > ROUNDING
+        spread = moved * log_ratios.std(correction=0) * targets.std(correction=0)
         product = ((log_ratios - log_ratios.mean()) * (targets - targets.mean())).mean()
         ratios = log_ratios.exp()
         rows.append(
