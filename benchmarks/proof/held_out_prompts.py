@@ -1,0 +1,317 @@
+"""World 4: SmolLM2-135M-Instruct trained on some prompts and measured on others, all arms at one KL, three seeds.
+
+    python benchmarks/proof/held_out_prompts.py                # goes on where it was; one core, about two hours
+    python benchmarks/proof/held_out_prompts.py --steps 48     # twice as many completions, other results
+    python benchmarks/proof/held_out_prompts.py --quick OUT    # tiny random models, in the folder OUT
+
+It writes four tokens of a film review behind its first three words. The reward model and the judge are the demo's. A
+seed is other prompts to train on, out of one pool, and another order. Each arm is trained offline to its optimum at KL
+.5, brought to KL .25 on other prompts by a factor on the weights' difference, and measured on prompts that no setting
+was chosen on: by importance weights on the reference's rollouts, paired between arms, and by fresh draws. Results:
+benchmarks/results/proof_held_out_prompts.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from arms import OTHERS, Array, Point, compute_targets, measure, predict_optima, weigh
+from shares import FOR, average, shorten
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from environment import save
+
+from calibrated_rewards import CalibratedReward, ReferenceTable
+from calibrated_rewards.calibration.calibrate import calibrate
+from calibrated_rewards.cli.demo import pipeline
+from calibrated_rewards.cli.demo.assets import CACHE
+from calibrated_rewards.evaluation.estimates import Estimate, Samples, difference
+from calibrated_rewards.evaluation.references import read_scores
+from calibrated_rewards.samplers.hf import HfSampler
+from calibrated_rewards.samplers.protocol import Decoding
+from calibrated_rewards.scorers.protocol import score
+from calibrated_rewards.training.launch import Launch, load_policy
+from calibrated_rewards.training.offline import OfflineSettings
+from calibrated_rewards.training.offline.group_batches import Group
+from calibrated_rewards.training.offline.groups import PromptGroup, RecordedStates, ReferenceFile, load_groups
+from calibrated_rewards.training.offline.log_probabilities import GroupReader
+from calibrated_rewards.training.offline.train import train
+from calibrated_rewards.training.offline.trained_weights import named_trainable, select_weights
+from calibrated_rewards.training.run_folder import RunFolder
+
+# In the order in which they are run; the first ones for all seeds before the others.
+MAIN = ("raw", "worst-of:16", "identity", "worst-of:4", "z-score", "par")
+FURTHER = ("best-of:16", "best-of:4")
+# Prompts from here on were read by nobody who chose a setting, and not by the demo.
+UNSEEN = 860
+
+
+@dataclass(frozen=True)
+class World:
+    """Sizes of the world."""
+
+    pool: int = 480
+    """Prompts that seeds take theirs from."""
+    k: int = 32
+    prompts: int = 288
+    """Prompts that a seed trains on."""
+    dev: int = 32
+    """Prompts that its KL is matched on."""
+    test: int = 160
+    test_k: int = 48
+    fresh: int = 32
+    """Fresh draws of each test prompt."""
+    steps: int = 24
+    layers: int = 10
+    tokens: int = 4
+    kl: float = 0.25
+    far: float = 0.5
+    """KL of the optimum that training aims at."""
+    unseen: int = UNSEEN
+
+
+QUICK = World(12, 32, 8, 4, 6, 32, 32, 3, 1, 4, kl=0.01, unseen=12)
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """Rollouts, models and the place of the results."""
+
+    world: World
+    parts: pipeline.Parts
+    folder: Path
+    recorded: RecordedStates = field(default_factory=RecordedStates)
+
+    @cached_property
+    def demo(self) -> pipeline.Demo:
+        """The demo's loaders of scorers and policy."""
+        scale = replace(pipeline.FULL, tokens=self.world.tokens)
+        return pipeline.Demo(self.parts, scale, self.folder)
+
+    @cached_property
+    def reward(self) -> CalibratedReward:
+        """The rollouts to train on, as a table; only their scores are used."""
+        scorers = {"reward": self.demo.scorers["reward"]}
+        options: dict[str, Any] = {"k": self.world.k, "prompts_per_shard": 16}
+        return CalibratedReward(
+            None, calibrate(self.parts.prompts, self.demo.sampler, scorers, self.folder / "train", **options)["reward"]
+        )
+
+    @cached_property
+    def references(self) -> Samples:
+        """Scores of the reference's rollouts of the test prompts, by reward model and judge."""
+        options: dict[str, Any] = {"k": self.world.test_k, "prompts_per_shard": 16}
+        calibrate(self.parts.held_out, self.demo.sampler, self.demo.scorers, self.folder / "test", **options)
+        return read_scores(self.folder / "test", "reward", "judge")
+
+    @cached_property
+    def policy(self) -> Any:
+        """The reference policy, whose last layers are trained in place."""
+        launch = Launch(str(self.parts.policy), str(self.folder), out=self.folder)
+        policy = load_policy(launch, self.reward.table.meta)
+        select_weights(policy.model, self.world.layers, 0, 0)
+        return policy
+
+    @cached_property
+    def start(self) -> dict[str, torch.Tensor]:
+        """The weights that are trained, as they are in the reference."""
+        return {name: weight.detach().clone() for name, weight in named_trainable(self.policy.model)}
+
+    @cached_property
+    def training(self) -> list[PromptGroup]:
+        """The groups that seeds take theirs from."""
+        return load_groups(self.folder / "train", self.reward, self.policy, 1.0).groups
+
+    @cached_property
+    def test(self) -> tuple[list[Group], list[torch.Tensor]]:
+        """The groups of the test prompts with their states, and the reference's log-probabilities."""
+        _ = self.references
+        reward = CalibratedReward(None, ReferenceTable.load(self.folder / "test" / "reward"))
+        groups = load_groups(self.folder / "test", reward, self.policy, 1.0).groups
+        reader = GroupReader(self.policy.model.eval(), self.policy.decoding.temperature, self.world.test_k)
+        read = [*self.recorded.read(reader, groups)]
+        tokens = [group.tokens._replace(states=states) for group, (_, states) in read]
+        return tokens, [logprobs for _, (logprobs, _) in read]
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Set the weights to the reference's."""
+        for name, weight in named_trainable(self.policy.model):
+            weight.copy_(self.start[name])
+        self.policy.model.zero_grad()
+
+    def choose(self, arm: str, seed: int) -> tuple[list[PromptGroup], list[PromptGroup]]:
+        """Choose a seed's prompts, and give them an arm's targets: those to train on, and those to match the KL on."""
+        count = self.world.prompts + self.world.dev
+        at = np.random.default_rng([seed, 4]).permutation(len(self.training))[:count]
+        groups = [self.training[i] for i in at]
+        targets = compute_targets(arm, np.stack([group.scores for group in groups]), self.world.far)
+        groups = [
+            replace(group, rewards=values, beta=targets.beta, log_z=float(log_z), exact_log_z=None)
+            for group, values, log_z in zip(groups, targets.values, targets.log_z, strict=True)
+        ]
+        return groups[: self.world.prompts], groups[self.world.prompts :]
+
+    def run(self, arm: str, seed: int) -> dict[str, Any]:
+        """Train an arm, bring it to the KL, and measure it in both ways."""
+        began = time.process_time()
+        tests, reference = self.test
+        _ = self.start
+        self.reset()
+        training, dev = self.choose(arm, seed)
+        world = self.world
+        settings = OfflineSettings(
+            beta=training[0].beta, kl=world.kl, steps=world.steps, layers=world.layers, cache_states=True, seed=seed,
+            check_steps=world.steps, save_steps=world.steps + 1, completions=world.k,
+            prompts_a_step=min(12, world.prompts),
+        )  # fmt: skip
+        folder = self.folder / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        reader = GroupReader(self.policy.model.eval(), self.policy.decoding.temperature, world.test_k)
+        known = ReferenceFile(folder / "reference.safetensors", "")
+        _, outcome = train(reader, training, dev, settings, RunFolder(folder), known, recorded=self.recorded)
+        trained = time.process_time() - began
+        log_ratios = np.stack([(a.cpu() - b).numpy() for a, b in zip(reader.read(tests), reference, strict=True)])
+        np.save(self.folder / f"{arm}-{seed}.npy", log_ratios)
+        paired = weigh(outcome["alpha"], log_ratios, self.references)
+        fresh = measure(outcome["alpha"], self.draw(seed), self.references, paired.kl)
+        return {
+            "arm": arm, "seed": seed, "factor": outcome["alpha"], "kl_dev": outcome["held_out"]["held_out/kl"],
+            "correlation": outcome["held_out"]["held_out/correlation"], "kl": float(paired.kl.mean()),
+            "training_seconds": round(trained), "seconds": round(time.process_time() - began),
+            "paired": paired.to_json(), "fresh": fresh.to_json(),
+        }  # fmt: skip
+
+    def draw(self, seed: int) -> Samples:
+        """Draw from the model as it is, and score by reward model and judge."""
+        decoding = Decoding(self.world.tokens, self.policy.decoding.temperature)
+        sampler = HfSampler(self.policy.model, self.policy.tokenizer, decoding, prompts_at_once=8, show_progress=False)
+        prompts = self.parts.held_out
+        first = 1_000_000 * (seed + 1)  # seeds that the references are not of
+        rows = [[*range(first, first + self.world.fresh)]] * len(prompts)
+        drawn = [[each.completion for each in own] for own in sampler(prompts, rows)]
+        flat = [(prompt, text) for prompt, own in zip(prompts, drawn, strict=True) for text in own]
+        scores = [
+            np.asarray(score(scorer, [p for p, _ in flat], [t for _, t in flat]), np.float64).reshape(len(prompts), -1)
+            for scorer in self.demo.scorers.values()
+        ]
+        return Samples(*scores)
+
+
+def list_cases(seeds: int) -> Iterator[tuple[str, int]]:
+    """List what is trained, the claims first."""
+    for seed in range(seeds):
+        yield from ((arm, seed) for arm in MAIN)
+    for seed in range(seeds):
+        yield from ((arm, seed) for arm in FURTHER)
+
+
+def summarise(rows: Sequence[dict[str, Any]], optima: dict[str, Point]) -> dict[str, Any]:
+    """Gather win rates and gains: by seed, and over prompts with the seeds' mean."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    summary: dict[str, Any] = {"arms": [], "gains": []}
+    for arm in arms:
+        own = [row for row in rows if row["arm"] == arm]
+        numbers = {name: [row[name] for row in own] for name in ("seed", "kl", "factor", "correlation", "kl_dev")}
+        rates = {
+            way: {
+                judge: {
+                    name: float(np.mean([row[way]["rates"][judge][name] for row in own]))
+                    for name in own[0][way]["rates"][judge]
+                }
+                for judge in ("reward", "judge")
+            }
+            for way in ("paired", "fresh")
+        }
+        summary["arms"].append({"arm": arm, **numbers, "seconds": [row["seconds"] for row in own], **rates})
+    for arm, procedures in FOR.items():
+        for procedure in procedures if arm in arms else ():
+            for other in (name for name in arms if name in OTHERS):
+                for way in ("paired", "fresh"):
+                    summary["gains"].append(compare(rows, optima, arm, other, procedure, way))
+    return summary
+
+
+def compare(
+    rows: Sequence[dict[str, Any]], optima: dict[str, Point], arm: str, other: str, procedure: str, way: str
+) -> dict[str, Any]:
+    """Compare two arms by the judge: the mean over the seeds that both have, with intervals over prompts and seeds."""
+    by_case = {(row["arm"], row["seed"]): row for row in rows}
+    seeds = [seed for name, seed in by_case if name == arm and (other, seed) in by_case]
+
+    def rate(name: str) -> Array:
+        each = [by_case[name, seed][way]["rates"]["judge"].get(procedure) for seed in seeds]
+        return np.array(each, np.float64)
+
+    ours, theirs = rate(arm), rate(other)
+    gain = difference(Estimate(ours.mean(0)), Estimate(theirs.mean(0)))
+    best, best_other = (float(optima[name].rates["judge"][procedure].mean()) for name in (arm, other))
+    return {
+        "arm": arm, "other": other, "procedure": procedure, "way": way, "seeds": seeds, "gain": gain.value,
+        "over_prompts": gain.interval(), "over_seeds": average((ours - theirs).mean(1)), "gap": best - best_other,
+        "share": gain.value / (best - best_other),
+    }  # fmt: skip
+
+
+def make_parts(cache: Path, world: World, quick: Path | None) -> pipeline.Parts:
+    """Make models and prompts."""
+    scale = replace(pipeline.FULL, prompts=world.pool, held_out=world.test)
+    if quick is not None:
+        return pipeline.make_tiny_parts(quick, scale)
+    parts = pipeline.make_real_parts(cache, scale)
+    prompts = pipeline.reward_models.make_prompts(cache, world.unseen + world.test)
+    return replace(parts, prompts=prompts[: world.pool], held_out=prompts[world.unseen :])
+
+
+def main() -> None:
+    """Train and measure all that is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=World.steps, help="of 12 prompts x 32 completions")
+    parser.add_argument("--quick", type=Path, metavar="OUT")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    world = QUICK if args.quick else World(steps=args.steps)
+    cache = args.cache.expanduser()
+    folder: Path = args.quick or cache / "proof-held-out-prompts"
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(world, make_parts(cache, world, args.quick), folder)
+    lines = folder / f"arms-{world.steps}.jsonl"
+    rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    there = {(row["arm"], row["seed"]) for row in rows}
+    optima = predict_optima(bench.references, world.kl, (*MAIN, *FURTHER))
+    for arm, seed in list_cases(args.seeds):
+        if (arm, seed) not in there:
+            rows.append(bench.run(arm, seed))
+            with lines.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+        results = {
+            "world": asdict(world),
+            "optima": {arm: shorten(point) for arm, point in optima.items()},
+            **summarise(rows, optima),
+        }
+        name = "proof_held_out_prompts" if world.steps == World.steps else f"proof_held_out_prompts_{world.steps}"
+        if args.quick:
+            (folder / "results.json").write_text(json.dumps(results))
+        else:
+            save(name, results)
+        last = rows[-1]
+        rates = {each: np.mean(last["paired"]["rates"]["judge"][each]) for each in ("worst of 16", "best of 16")}
+        print(arm, seed, f"kl {last['kl']:.3f} factor {last['factor']:.2f} {last['seconds']} s", rates, flush=True)
+
+
+if __name__ == "__main__":
+    main()
