@@ -208,7 +208,7 @@ def train(
     model = select_weights(reader.model, settings.layers, settings.lora_rank, settings.lora_layers).eval()
     reader = replace(reader, model=model)
     reader.check(max((*training, *held_out), key=lambda group: len(group.tokens.prompt)).tokens)
-    start = time.perf_counter()
+    start, first_read = time.perf_counter(), recorded is None or not recorded.by_tokens
     # Only what a step will read: a short run of many prompts would otherwise spend its time on the others.
     count = len(training)
     coming = sorted({i for step in range(settings.steps) for i in choose_prompts(count, settings, step)})
@@ -218,7 +218,7 @@ def train(
     else:
         logprobs = reference.compute(reader, groups)
     by_number, held_out = dict(zip(coming, groups, strict=False)), groups[len(coming) :]
-    if processes.is_main_process:
+    if processes.is_main_process and first_read:
         announce(time.perf_counter() - start, len(groups), settings)
     checked = hold_rollouts(reader, held_out, logprobs)
     weights = TrainedWeights.of(model, keep_start=settings.kl > 0)
