@@ -35,6 +35,7 @@ from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.procedures import check_count
 from calibrated_rewards.training.check_settings.rules import read_decoding
 from calibrated_rewards.training.launch import Inputs, Launch, check_policy
+from calibrated_rewards.training.offline.frozen_layers import freeze_lower_layers
 from calibrated_rewards.training.offline.group_batches import Group
 from calibrated_rewards.training.offline.log_probabilities import GroupReader
 from calibrated_rewards.training.offline.rollouts import PromptRollouts, iterate_rollouts
@@ -97,6 +98,8 @@ class HeldOutRollouts:
     reference: Sequence[Float32[Tensor, " K"]]
     as_drawn: float = 1.0
     """The share of completions whose text makes as many tokens as were drawn."""
+    layers: int = 0
+    """The groups have the states below the last so many layers, if it is not 0."""
     compute: Callable[[GroupReader, Sequence[Group]], list[Tensor]] = compute_log_probabilities
     """The function that reads the groups; one that shares them out wants all processes to check at the same step."""
 
@@ -113,11 +116,13 @@ class HeldOutRollouts:
         prompts: int = PROMPTS,
         rollouts: int = ROLLOUTS,
         rows: int = 32,
+        layers: int = 0,
     ) -> "HeldOutRollouts":
         """Read the first prompts of a calibration's directory that are not trained on, and so many rollouts of each.
 
         `policy` is the model that is going to be trained, still as the reference. `judge` names a second scorer of the
-        rollouts; `beta` is the reward's by default. `rows` completions are read at once.
+        rollouts; `beta` is the reward's by default. `rows` completions are read at once. Of policies that differ from
+        this one in the last `layers` layers alone, those are read: the states below are kept in memory.
         """
         check_count("a held-out check", prompts=prompts, rollouts=rollouts, rows=rows)
         run, trained = Path(run), {prompt_key(prompt) for prompt in trained_on}
@@ -135,11 +140,11 @@ class HeldOutRollouts:
                 f"a check needs 2 prompts or more of {run} that the run does not train on, and {number}: leave some "
                 "out of the prompts to train on, or calibrate others"
             )
-        return cls._read(chosen, policy, rollouts, rows)
+        return cls._read(chosen, policy, rollouts, rows, layers)
 
     @classmethod
     def _read(
-        cls, chosen: Sequence[tuple[PromptRollouts, ...]], policy: Policy, most: int, rows: int
+        cls, chosen: Sequence[tuple[PromptRollouts, ...]], policy: Policy, most: int, rows: int, layers: int
     ) -> "HeldOutRollouts":
         openings = policy.check([each[0].prompt for each in chosen])
         groups, as_drawn = [], []
@@ -150,8 +155,15 @@ class HeldOutRollouts:
         scores = [[each.scores[:most] for each in column] for column in zip(*chosen, strict=True)]
         targets = [each[0].log_ratios[:most] for each in chosen]
         reader = GroupReader(policy.model, policy.decoding.temperature, rows)
-        reference = compute_log_probabilities(reader, groups)
-        return cls(reader, groups, Samples(*scores), targets, reference, float(np.mean(as_drawn)))
+        if layers:
+            freeze_lower_layers(policy.model, layers)
+            with _evaluation_mode(policy.model):
+                recorded = [*reader.record(groups)]
+            groups = [group._replace(states=states) for group, (_, states) in zip(groups, recorded, strict=True)]
+            reference = [logprobs.float().cpu() for logprobs, _ in recorded]
+        else:
+            reference = compute_log_probabilities(reader, groups)
+        return cls(reader, groups, Samples(*scores), targets, reference, float(np.mean(as_drawn)), layers)
 
     def check(self) -> HeldOutCheck:
         """Estimate the policy as the model is now; it is left as it was, and no random number is drawn."""
@@ -159,8 +171,8 @@ class HeldOutRollouts:
 
     def compute_log_ratios(self, model: Any = None) -> list[Float64[np.ndarray, " K"]]:
         """Compute the log-ratios to the reference: of the model as it is now, or of another one, of the same dtype."""
-        reader = self.reader if model is None else self.follow(model).reader
-        pairs = zip(self.compute(reader, self.groups), self.reference, strict=True)
+        own_rollouts = self if model is None else self.follow(model)
+        pairs = zip(self.compute(own_rollouts.reader, own_rollouts.groups), self.reference, strict=True)
         log_ratios = [(own - ref).double().numpy() for own, ref in pairs]
         if not all(np.isfinite(each).all() for each in log_ratios):
             raise FloatingPointError("log-probabilities of the policy are finite numbers, got others: a smaller --lr")
@@ -180,7 +192,13 @@ class HeldOutRollouts:
 
     def follow(self, model: Any) -> "HeldOutRollouts":
         """Return the same rollouts, to check another model on: one that training begins with in place of the policy."""
-        return replace(self, reader=GroupReader(model, self.reader.temperature, self.reader.rows))
+        reader = GroupReader(model, self.reader.temperature, self.reader.rows)
+        if not self.layers:
+            return replace(self, reader=reader)
+        freeze_lower_layers(model, self.layers)
+        if reader.can_skip(self.groups[0]):
+            return replace(self, reader=reader)
+        return replace(self, reader=reader, groups=[group._replace(states=None) for group in self.groups], layers=0)
 
     def __str__(self) -> str:
         sizes, tokens = self.samples.sizes, sum(len(row) for group in self.groups for row in group.completions)

@@ -187,15 +187,22 @@ def test_a_policy_too_far_for_a_check_does_not_end_the_run(run: Path, capsys: An
     assert "no held-out check, for the policy is too far from the reference" in capsys.readouterr().err
 
 
-def test_another_model_is_read_on_as_many_rollouts_as_asked_for(run: Path) -> None:
-    """Log-ratios of a model that is given are those of plain forward passes, of the first rollouts alone."""
+@pytest.mark.parametrize(
+    ("layers", "changed", "from_states"), [(0, "model.norm", False), (1, "model.norm", True), (1, "layers.0", False)]
+)
+def test_another_model_is_read_on_as_many_rollouts_as_asked_for(
+    run: Path, layers: int, changed: str, from_states: bool
+) -> None:
+    """Log-ratios are those of plain forward passes; states are left out for a model that has other lower layers."""
     reward = CalibratedReward.from_pretrained(run / "reward")
-    reference = AutoModelForCausalLM.from_pretrained(run / "policy").eval()
+    reference, other = (AutoModelForCausalLM.from_pretrained(run / "policy").eval() for _ in range(2))
     policy = Policy(reference, tiny.tokenizer(), Decoding(5, temperature=TEMPERATURE), Text())
-    rollouts = HeldOutRollouts.load(run / "run", reward, policy, trained_on=TRAINED, rollouts=4)
-    other = AutoModelForCausalLM.from_pretrained(run / "policy").eval()
+    rollouts = HeldOutRollouts.load(run / "run", reward, policy, trained_on=TRAINED, rollouts=4, layers=layers)
     with torch.no_grad():
-        other.model.norm.weight.mul_(1.2)
+        for name, weight in other.named_parameters():
+            if changed in name:
+                weight.mul_(1.2)
+    assert (rollouts.follow(other).groups[0].states is not None) == from_states
     for group, log_ratios in zip(rollouts.groups, rollouts.compute_log_ratios(other), strict=True):
         prompt = next(each for each in HELD_OUT if tiny.tokenizer()(each)["input_ids"] == group.prompt)
         read = [
@@ -203,7 +210,7 @@ def test_another_model_is_read_on_as_many_rollouts_as_asked_for(run: Path) -> No
         ]
         assert len(read) == 4
         np.testing.assert_allclose(log_ratios, read, atol=1e-4)
-    assert all((row == 0).all() for row in rollouts.compute_log_ratios())
+    np.testing.assert_allclose(rollouts.compute_log_ratios(), 0, atol=1e-5)
 
 
 def test_what_cannot_be_checked_is_refused(run: Path, tmp_path: Path, capsys: Any) -> None:

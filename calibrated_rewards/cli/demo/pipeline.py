@@ -77,7 +77,7 @@ class Scale:
     temperature: float = 0.8
 
 
-FULL = Scale(320, 32, 160, 48, 4, 1_500, 24, 12, 10)
+FULL = Scale(288, 32, 160, 48, 4, 1_500, 22, 12, 10)
 QUICK = Scale(12, 32, 6, 32, 4, 0, 3, 4, 1, kl=0.01)
 
 
@@ -234,6 +234,7 @@ class Demo:
             prompts=self.scale.held_out,
             rollouts=self.scale.held_out_k,
             rows=self.scale.held_out_k,
+            layers=self.scale.layers,
         )
         # Read in the dtype of the reference: rounding is the same on both sides of a log-ratio.
         log_ratios = {name: rollouts.compute_log_ratios(load(at).model) for name, at in models.items()}

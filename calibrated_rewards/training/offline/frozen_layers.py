@@ -33,6 +33,21 @@ def find_layers(model: Any) -> tuple[nn.Module, str, nn.ModuleList] | None:
     return None
 
 
+def freeze_lower_layers(model: Any, layers: int) -> None:
+    """Leave the last so many layers to train, with the norm behind them; 0, or all of them: every weight."""
+    place = find_layers(model)
+    if place is None or not 0 < layers < len(place[2]):
+        return
+    model.requires_grad_(False)
+    holder, name, stack = place
+    parts = list(holder.named_children())
+    first = [each for each, _ in parts].index(name) + 1
+    # OPT makes the norm behind its layers before them.
+    behind = [part for at, (each, part) in enumerate(parts) if at >= first or each.startswith("final")]
+    for part in (*list(stack)[-layers:], *behind):
+        part.requires_grad_(True)
+
+
 def count_frozen(layers: nn.ModuleList) -> int:
     """Count the layers below the first one that is trained."""
     trained = (i for i, layer in enumerate(layers) if any(weight.requires_grad for weight in layer.parameters()))

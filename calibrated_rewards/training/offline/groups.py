@@ -238,7 +238,7 @@ def record_states(
             return list(groups), reference.compute(reader, groups)
     values, with_states = {}, []
     for group, (logprobs, states) in (recorded or RecordedStates()).read(reader, groups):
-        values[group.key] = logprobs
+        values[group.key] = logprobs.clone()
         with_states.append(replace(group, tokens=group.tokens._replace(states=states)))
     known = reference.load()
     if known is None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calibrated_rewards.files import write_file
 from calibrated_rewards.training.loop import make_head_contiguous, prepare_model
-from calibrated_rewards.training.offline.frozen_layers import find_layers
+from calibrated_rewards.training.offline.frozen_layers import freeze_lower_layers
 from calibrated_rewards.training.run_folder import LAST_WRITTEN, RunFolder
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -35,16 +35,7 @@ def select_weights(model: Any, layers: int, rank: int, lora_layers: int) -> Any:
     if rank:
         return prepare_model(model, rank, lora_layers)
     make_head_contiguous(model)
-    place = find_layers(model)
-    if place is not None and 0 < layers < len(place[2]):
-        model.requires_grad_(False)
-        holder, name, stack = place
-        parts = list(holder.named_children())
-        first = [each for each, _ in parts].index(name) + 1
-        # OPT makes the norm behind its layers before them.
-        behind = [part for at, (each, part) in enumerate(parts) if at >= first or each.startswith("final")]
-        for part in (*list(stack)[-layers:], *behind):
-            part.requires_grad_(True)
+    freeze_lower_layers(model, layers)
     return model
 
 
