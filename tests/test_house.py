@@ -20,8 +20,8 @@ ARROWS = """
 prompts, files, theory ->
 table        -> prompts, files
 models       -> prompts, files
-samplers     -> prompts, files, models
 scorers      -> prompts, files, models
+samplers     -> prompts, files, models, scorers
 reward       -> prompts, files, theory, table, models, scorers
 calibration  -> prompts, files, theory, table, models, samplers, scorers
 testing      -> prompts, theory, samplers, scorers
