@@ -82,7 +82,7 @@ POLICY_SERVER_HELP = (
 )
 
 
-def add_reward_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+def add_reward_model_options(parser: argparse.ArgumentParser, *, several: bool = False, required: bool = True) -> None:
     """Add --reward-model and the options that load it; with `several`, it may be repeated as NAME=PATH."""
     group = parser.add_argument_group("reward model")
     model = "a folder, a name on the Hugging Face Hub, or the URL of a server"
@@ -90,7 +90,7 @@ def add_reward_model_options(parser: argparse.ArgumentParser, *, several: bool =
         text = f"{model}; repeat it as NAME=PATH for several, which share the options below"
         group.add_argument("--reward-model", action="append", default=[], metavar="[NAME=]PATH|ID|URL", help=text)
     else:
-        group.add_argument("--reward-model", required=True, metavar="PATH|ID|URL", help=model)
+        group.add_argument("--reward-model", required=required, metavar="PATH|ID|URL", help=model)
     add = group.add_argument
     add("--kind", help="the kind of model, where the checkpoint does not tell: judge, process, ...")
     add("--option", action="append", default=[], type=parse_setting, metavar="NAME=VALUE", help=OPTION_HELP)

@@ -18,10 +18,10 @@ from calibrated_rewards.samplers.protocol import (
 )
 
 if TYPE_CHECKING:
+    from calibrated_rewards.samplers.completions_file import write_completions as write_completions
     from calibrated_rewards.samplers.continuous import ContinuousSampler as ContinuousSampler
     from calibrated_rewards.samplers.hf import HfSampler as HfSampler
     from calibrated_rewards.samplers.loading import load_sampler as load_sampler
-    from calibrated_rewards.samplers.completions_file import write_completions as write_completions
     from calibrated_rewards.samplers.openai import OpenAISampler as OpenAISampler
     from calibrated_rewards.samplers.reranking import Choice as Choice, Reranked as Reranked
     from calibrated_rewards.samplers.vllm import VllmSampler as VllmSampler

@@ -125,20 +125,26 @@ def _tasks(prompts: Sequence[Prompt], seed: int, samples: int) -> Iterator[_Task
 def _complete(sampler: Sampler, tasks: Sequence[_Task], ids: Sequence[Any] | None) -> list[dict[str, Any]]:
     """Draw the completions of some prompts, and make a line of each."""
     prompts, seeds = [task.prompt for task in tasks], [task.seeds for task in tasks]
-    drawn: Sequence[Sequence[Choice | Rollout]]
-    drawn = sampler.choose(prompts, seeds) if isinstance(sampler, Reranked) else sample(sampler, prompts, seeds)
-    lines = []
-    for at, (task, own) in enumerate(zip(tasks, drawn, strict=True)):
-        for number, each in enumerate(own, task.first):
-            head = {"prompt": to_plain(task.prompt), **({"id": ids[at]} if ids else {}), "number": number}
-            lines.append({**head, **_describe(each)})
-    return lines
+    if isinstance(sampler, Reranked):
+        lines = [[_describe_choice(each) for each in own] for own in sampler.choose(prompts, seeds)]
+    else:
+        lines = [[_describe(each) for each in own] for own in sample(sampler, prompts, seeds)]
+    heads = [
+        [
+            {"prompt": to_plain(task.prompt), **({"id": ids[at]} if ids else {}), "number": task.first + i}
+            for i in range(len(own))
+        ]
+        for at, (task, own) in enumerate(zip(tasks, lines, strict=True))
+    ]
+    return [{**head, **line} for pair in zip(heads, lines, strict=True) for head, line in zip(*pair, strict=True)]
 
 
-def _describe(drawn: Choice | Rollout) -> dict[str, Any]:
-    """Write a completion, with its score and its candidates where it was chosen."""
-    if isinstance(drawn, Rollout):
-        return {"completion": to_plain(drawn.completion), "tokens": drawn.tokens, "finish": drawn.finish}
+def _describe(drawn: Rollout) -> dict[str, Any]:
+    return {"completion": to_plain(drawn.completion), "tokens": drawn.tokens, "finish": drawn.finish}
+
+
+def _describe_choice(drawn: Choice) -> dict[str, Any]:
+    """Write a completion that was chosen, with its score and its candidates."""
     scores = [_shortest(value) for value in drawn.scores]
     candidates = [
         {"completion": to_plain(each.completion), "score": value}

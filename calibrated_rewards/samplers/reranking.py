@@ -13,7 +13,7 @@ itself can be.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +45,8 @@ class Stopping(Protocol):
         """The score that suffices."""
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True)
+class Choice:
     """The rollout that a procedure chose, and the candidates that it was chosen from."""
 
     rollout: Rollout
