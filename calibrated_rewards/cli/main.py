@@ -104,7 +104,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
     >>> split_arguments(["check-scorer", "--reward-model", "my/model"])
     ('check-scorer', ['--reward-model', 'my/model'])
     """
-    lines = [f"  {name:<14}{summary}" for name, summary in COMMANDS.items()]
+    lines = [f"  {name:<16}{summary}" for name, summary in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="calibrated-rewards",
         description="Calibrate a reward model against a reference policy, and transform it for best-of-N and others.",
