@@ -2,7 +2,7 @@
 
 `protocol.py` has `Decoding`, `Rollout`, the protocol and `sample`, which calls any sampler. `loading.py` has
 `load_sampler`, which loads a policy (`policy.py`) into an engine: transformers (`hf.py`, which writes by
-`generation.py`), its continuous batching (`continuous.py`), or vLLM (`vllm.py`, `vllm_engine.py`).
+`generation.py` and `drawing.py`), its continuous batching (`continuous.py`), or vLLM (`vllm.py`, `vllm_engine.py`).
 `openai.py` asks a server. `reranking.py` has `Reranked`, the best of N of a sampler as a sampler, and
 `completions_file.py` writes completions to a file.
 """

@@ -72,7 +72,7 @@ def load_sampler(
             {"tokenizer": words, **options} if tokenizer is not None else options
         )
         return VllmSampler.load(name_or_path, decoding, text, **options)
-    known = {each.name for each in fields(CLASSES[engine])} - {"model", "tokenizer", "decoding", "text"}
+    known = {each.name for each in fields(CLASSES[engine])} - {"model", "tokenizer", "decoding", "text", "scorer"}
     if unknown := sorted(set(options) - known):
         raise TypeError(
             Message(f"the engine {engine} takes no {setting(unknown[0])}; it takes {', '.join(sorted(known))}")
