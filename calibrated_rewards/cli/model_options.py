@@ -18,7 +18,7 @@ from calibrated_rewards.cli.options import (
     refuse_options,
     split_name,
 )
-from calibrated_rewards.models.labels import Difference, Expected, Label, Labels, Ordinal, Weighted
+from calibrated_rewards.models.labels import Difference, Expected, Label, Labels, Levels, Ordinal, Weighted
 from calibrated_rewards.models.server_address import is_variable
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.ensemble import Cost
@@ -64,7 +64,8 @@ POLICY_OPTION_HELP = (
 )
 LABEL_HELP = (
     "how several labels make one score: 3 (logit of that label), 1-0 (logit 1 minus logit 0), expected:1,2,3,4,5 "
-    "(their expected value), weighted:1,-0.5 (a weighted sum), ordinal (the expected class)"
+    "(their expected value), levels:6:3,2,1 (of logits 6 to 8 alone), weighted:1,-0.5 (a weighted sum), ordinal (the "
+    "expected class)"
 )
 COST_HELP = (
     "the model's higher is worse (a cost or toxicity model): its score is multiplied by -1; --no-cost if the names of "
@@ -140,6 +141,8 @@ def parse_labels(text: str) -> Labels:
 
     >>> parse_labels("3"), parse_labels("1-0"), parse_labels("expected:1,2,3"), parse_labels("ordinal")
     (Label(index=3), Difference(good=1, bad=0), Expected(values=(1.0, 2.0, 3.0)), Ordinal())
+    >>> parse_labels("levels:6:3,2,1")
+    Levels(values=(3.0, 2.0, 1.0), first=6)
     """
     name, _, numbers = text.partition(":")
     try:
@@ -147,10 +150,13 @@ def parse_labels(text: str) -> Labels:
             return LABELS_OF_NUMBERS[name](tuple(map(float, numbers.split(","))))
         if text == "ordinal":
             return Ordinal()
+        if name == "levels":
+            first, _, values = numbers.partition(":")
+            return Levels(tuple(map(float, values.split(","))), int(first))
         good, minus, bad = text.partition("-")
         return Difference(int(good), int(bad)) if minus else Label(int(good))
     except ValueError:
-        forms = "3, 1-0, expected:1,2,3, weighted:1,-0.5 or ordinal"
+        forms = "3, 1-0, expected:1,2,3, levels:FIRST:3,2,1, weighted:1,-0.5 or ordinal"
         raise argparse.ArgumentTypeError(f"a label is {forms}, got {text!r}") from None
 
 
