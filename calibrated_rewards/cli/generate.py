@@ -147,7 +147,7 @@ def rerank(sampler: "Sampler", scorer: "Scorer | None", procedure: Any) -> "Samp
         return sampler
     from calibrated_rewards.samplers.reranking import Reranked
 
-    return Reranked(sampler, scorer, procedure)
+    return Reranked(model_options.share_with_head(sampler, scorer), scorer, procedure)
 
 
 def describe(written: "Written", procedure: Any, as_json: bool) -> str:

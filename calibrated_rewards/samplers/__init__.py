@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from calibrated_rewards.samplers.completions_file import write_completions as write_completions
     from calibrated_rewards.samplers.continuous import ContinuousSampler as ContinuousSampler
     from calibrated_rewards.samplers.hf import HfSampler as HfSampler
-    from calibrated_rewards.samplers.loading import load_sampler as load_sampler
+    from calibrated_rewards.samplers.loading import load_sampler as load_sampler, share_model as share_model
     from calibrated_rewards.samplers.openai import OpenAISampler as OpenAISampler
     from calibrated_rewards.samplers.reranking import Choice as Choice, Reranked as Reranked
     from calibrated_rewards.samplers.vllm import VllmSampler as VllmSampler
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Imported at their first use: they bring heavy libraries.
 LAZY = {
     "load_sampler": "loading",
+    "share_model": "loading",
     "HfSampler": "hf",
     "OpenAISampler": "openai",
     "VllmSampler": "vllm",

@@ -23,6 +23,9 @@ from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.continuous import ContinuousSampler
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding, Rollout, Sampler, Seeds
+from calibrated_rewards.scorers.ensemble import Cost
+from calibrated_rewards.scorers.preference_head import PreferenceHeadScorer
+from calibrated_rewards.scorers.protocol import Loaded, Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +141,30 @@ class LoadedSampler:
 
     def __hash__(self) -> int:
         return hash(self.name)  # options may have no hash
+
+
+def share_model(sampler: Sampler, scorer: Scorer) -> Sampler:
+    """Return a sampler that writes with the very model that a preference head reads, if the policy is that model.
+
+    Then one model is in memory, and the scores come free with the completions, which stay the same. Any other pair of
+    sampler and scorer is left as it is: a head with an adapter that the policy does not have, another precision, ...
+    """
+    inner: Any = scorer.scorer if isinstance(scorer, Loaded) else scorer
+    inner = inner.scorer if isinstance(inner, Cost) else inner
+    if not isinstance(inner, PreferenceHeadScorer) or not isinstance(scorer, Loaded):
+        return sampler
+    if not isinstance(sampler, LoadedSampler) or sampler.engine != "hf" or sampler.tokenizer is not None:
+        return sampler
+    recipe: Any = scorer.recipe
+    head = find_source(recipe.name, recipe.revision, recipe.base, recipe.placement, recipe.tokenizer)
+    policy = sampler.source
+    names = [(each.name, each.revision) for each in (policy.checkpoint, head.checkpoint, head.base)]
+    same = names[0] == names[1] or (inner.headed.adapter is None and names[0] == names[2])
+    if not same or recipe.placement != sampler.placement or recipe.tokenizer is not None:
+        return sampler
+    model, tokenizer = inner.model, inner.tokenizer
+    logger.info("%s: one model writes and scores", sampler.name)
+    return HfSampler(model, tokenizer, sampler.decoding, sampler.text, scorer=inner, **sampler.options)
 
 
 def check_policy(source: Source) -> None:

@@ -2,18 +2,25 @@
 
 import json
 
+import numpy as np
 import pytest
 import tiny
+from transformers import AutoModelForCausalLM
 
-from calibrated_rewards import BestOf, CalibratedReward, RewindAndRepeat, WorstOf
+from calibrated_rewards import BestOf, CalibratedReward, ReferenceTable, RewindAndRepeat, WorstOf
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.evaluation import Question, answer_questions
+from calibrated_rewards.heads import HeadedModel
 from calibrated_rewards.reward import Quantiles
-from calibrated_rewards.samplers import Reranked, write_completions
+from calibrated_rewards.samplers import Reranked, load_sampler, share_model, write_completions
 from calibrated_rewards.samplers.hf import HfSampler
+from calibrated_rewards.samplers.loading import LoadedSampler
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.classifiers import SequenceClassifier
+from calibrated_rewards.scorers.ensemble import Cost
 from calibrated_rewards.scorers.implicit import ImplicitReward
+from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.scorers.protocol import score
 
 CHATS = [[{"role": "user", "content": f"question {i}"}] for i in range(3)]
@@ -102,6 +109,51 @@ def test_soft_best_of_and_no_choice(models, tmp_path, capsys):
     assert main(asked(models, tmp_path / "b.jsonl", "--max-tokens", "5")) == 0
     assert (tmp_path / "b.jsonl").read_bytes() == before
     assert "3 completions (3 were there) of 3 prompts\n" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def head(models):
+    """A preference head on the policy that is on disk."""
+    model = AutoModelForCausalLM.from_pretrained(models / "policy")
+    HeadedModel.build(model, tiny.tokenizer(), pooler="tanh").save_pretrained(models / "head")
+    return str(models / "head")
+
+
+def test_one_model_writes_and_scores(models, head, tmp_path, caplog):
+    """A head on the policy: the candidates are those that the policy writes, with the scores that the head gives."""
+    words = ["--best-of", "4", "--reward-model", head, "--max-tokens", "5", "--candidates"]
+    with caplog.at_level("INFO"):
+        assert main(asked(models, tmp_path / "a.jsonl", *words)) == 0
+    assert "policy: one model writes and scores" in caplog.text
+    scorer = load_scorer(head)
+    apart = Reranked(HfSampler(tiny.causal(), tiny.tokenizer(), Decoding(5)), scorer, BestOf(4))
+    write_completions(tmp_path / "b.jsonl", CHATS, apart, candidates=True)
+    assert chosen(tmp_path / "a.jsonl") == chosen(tmp_path / "b.jsonl")
+    out = tmp_path / "table"
+    policy = ["--policy", str(models / "policy"), "--prompts", str(models / "prompts.jsonl"), "--max-tokens", "5"]
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert main(["calibrate", *policy, "--reward-model", head, "--out", str(out), "-k", "4"]) == 0
+    assert "policy: one model writes and scores" in caplog.text
+    expected = calibrate(CHATS, load_sampler(models / "policy", Decoding(5)), scorer, k=4)
+    table = ReferenceTable.load(out)
+    for row in range(3):
+        np.testing.assert_allclose(table.scores(row), expected.scores(row), atol=1e-5)
+    assert table.meta["sampler"] == expected.meta["sampler"]
+
+
+def test_models_are_shared_only_if_they_are_one(models, head, policy, scorer):
+    """Another policy, precision, engine or scorer: the sampler stays as it is."""
+    headed, sampler = load_scorer(head), load_sampler(models / "policy", Decoding(5))
+    shared = share_model(sampler, headed)
+    assert shared.model is headed.scorer.model
+    assert share_model(sampler, Cost(headed)) is sampler
+    assert share_model(sampler, load_scorer(head, cost=True)).scorer is not None
+    for other in (policy, load_sampler(models / "policy", Decoding(5), dtype="bfloat16")):
+        assert share_model(other, headed) is other
+    assert share_model(sampler, scorer) is sampler
+    other = tiny.saved(tiny.causal(5), models / "other", tiny.tokenizer())
+    assert isinstance(share_model(load_sampler(other, Decoding(5)), headed), LoadedSampler)
 
 
 @pytest.mark.parametrize(
