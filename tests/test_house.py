@@ -22,7 +22,7 @@ table        -> prompts, files
 models       -> prompts, files
 heads        -> prompts, files, models
 scorers      -> prompts, files, models, heads
-samplers     -> prompts, files, models, scorers
+samplers     -> prompts, files, models, heads, scorers
 reward       -> prompts, files, theory, table, models, scorers
 calibration  -> prompts, files, theory, table, models, samplers, scorers
 testing      -> prompts, theory, samplers, scorers

@@ -109,7 +109,7 @@ class Rows(NamedTuple):
     cache: Any
     logits: Tensor
     states: Tensor | None = None
-    """The hidden states at the last token, (rows, layers x size), where they were asked for."""
+    """The hidden states at the last tokens, (rows, tokens, layers x size), where they were asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +124,7 @@ class Reader:
     layers: tuple[int, ...] = (-1,)
     """The layers of which hidden states are returned where they are asked for, side by side."""
 
-    def open(self, prompts: Sequence[list[int]], of: Sequence[int], states: bool = False) -> Rows:
+    def open(self, prompts: Sequence[list[int]], of: Sequence[int], states: int = 0) -> Rows:
         """Read prompts: row i begins with prompts[of[i]]."""
         # A shared prompt is read once; if not shared, each row reads its own.
         read = list(prompts) if self.share else [prompts[i] for i in of]
@@ -136,14 +136,14 @@ class Reader:
             rows = self.select(rows, of)
         return rows._replace(cache=add_room(rows.cache))
 
-    def next(self, rows: Rows, tokens: Tensor, states: bool = False) -> Rows:
-        """Read one more token of each row; with the hidden states there, if they are asked for."""
-        ids = torch.cat([rows.ids, tokens[:, None]], 1)
-        if ids.shape[1] - 1 == self._turn:
+    def next(self, rows: Rows, tokens: Tensor, states: int = 0) -> Rows:
+        """Read more tokens of each row, (rows, tokens); with the hidden states at so many of the last ones."""
+        before, ids = rows.ids.shape[1], torch.cat([rows.ids, tokens], 1)
+        if self._turn is not None and before <= self._turn < ids.shape[1]:
             # From this length on all angles are others, and so are all keys.
             return self.open(ids.tolist(), range(len(ids)), states)
-        mask = None if rows.mask is None else torch.cat([rows.mask, rows.mask.new_ones(len(ids), 1)], 1)
-        return self._forward(rows._replace(ids=ids, mask=mask), tokens[:, None], states)
+        mask = None if rows.mask is None else torch.cat([rows.mask, torch.ones_like(tokens)], 1)
+        return self._forward(rows._replace(ids=ids, mask=mask), tokens, states)
 
     def select(self, rows: Rows, at: Sequence[int]) -> Rows:
         """Select rows; one may be selected many times."""
@@ -163,13 +163,13 @@ class Reader:
         """True if prompts of several lengths may be read together."""
         return self._turn is None
 
-    def _forward(self, rows: Rows, ids: Tensor, states: bool = False) -> Rows:
+    def _forward(self, rows: Rows, ids: Tensor, states: int = 0) -> Rows:
         """Read `ids`, which are the last of the rows, behind the rows' cache; without one, read the rows whole."""
         ids = rows.ids if rows.cache is None else ids
         options: dict[str, Any] = {"use_cache": self.caches}
         if rows.cache is not None:
             options[self._cache_name] = rows.cache
-            if rows.mask is None and self._needs_empty_mask(rows.cache):
+            if rows.mask is None and ids.shape[1] == 1 and self._needs_empty_mask(rows.cache):
                 seen = rows.cache.get_seq_length() + ids.shape[1]
                 options["attention_mask"] = ids.new_ones(1, 1, 1, seen, dtype=torch.bool)
         if rows.mask is not None:
@@ -177,7 +177,7 @@ class Reader:
             if "position_ids" in self._parameters:
                 options["position_ids"] = (rows.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if "logits_to_keep" in self._parameters:
-            options["logits_to_keep"] = 1
+            options["logits_to_keep"] = max(1, states)
         # The last layer's states are what the output layer reads: they cost nothing. Others have to be asked for.
         outputs: list[Tensor] = []
         if states and self.layers != (-1,):
@@ -188,7 +188,7 @@ class Reader:
         last = None
         if states:
             picked = outputs[-1:] if self.layers == (-1,) else [answer.hidden_states[layer] for layer in self.layers]
-            last = torch.cat([each[:, -1] for each in picked], -1)
+            last = torch.cat([each[:, -states:] for each in picked], -1)
         return rows._replace(cache=cache, logits=answer.logits[:, -1], states=last)
 
     def _needs_empty_mask(self, cache: Any) -> bool:
@@ -284,10 +284,8 @@ class Writer:
             if self.reader.can_select(rows) and len(staying) <= CROWD * len(members):
                 members, chances = [members[at] for at in staying], chances[staying]
                 rows, tokens = self.reader.select(rows, staying), tokens[torch.tensor(staying, device=tokens.device)]
-            rows = self._next(rows, tokens.to(rows.ids.device), drafts, members, due)
+            rows = self._next(rows, tokens.to(rows.ids.device), drafts, members, due, going if last else ())
             read.update(due)
-            if last and going:  # the last token of these was read just now
-                self._next(rows, rows.ids[:, -1], drafts, members, going)
             if last or not going:
                 break
         return drafts
@@ -300,16 +298,29 @@ class Writer:
         return self.turn_end is not None and (self.positions is None or rows.ids.shape[1] + 2 <= self.positions)
 
     def _next(
-        self, rows: Rows, tokens: Tensor, drafts: Sequence[Draft], members: Sequence[int], due: Sequence[int]
+        self,
+        rows: Rows,
+        tokens: Tensor,
+        drafts: Sequence[Draft],
+        members: Sequence[int],
+        due: Sequence[int],
+        cut: Sequence[int],
     ) -> Rows:
-        """Read the next token of each row; of drafts that are due the end of the turn, and keep its hidden states."""
-        if not due or self.turn_end is None:
-            return self.reader.next(rows, tokens)
-        at = [members.index(i) for i in due]
-        rows = self.reader.next(rows, tokens.index_fill(0, torch.tensor(at, device=tokens.device), self.turn_end), True)
+        """Read the next token of each row, and keep the hidden states at the ends of turns.
+
+        The end stands in the place of the next token of drafts that are due, and behind that of drafts that are cut.
+        """
+        if self.turn_end is None or not (due or cut):
+            return self.reader.next(rows, tokens[:, None])
+        ends = torch.tensor([i in due for i in members], device=tokens.device)
+        tokens = torch.where(ends, self.turn_end, tokens)[:, None]
+        if cut:
+            tokens = torch.cat([tokens, torch.full_like(tokens, self.turn_end)], 1)
+        rows = self.reader.next(rows, tokens, tokens.shape[1])
         if rows.states is not None:
-            for i, state in zip(due, rows.states[at], strict=True):
-                drafts[i].state = state
+            for at, i in enumerate(members):
+                if i in due or i in cut:
+                    drafts[i].state = rows.states[at, 0 if i in due else -1]
         return rows
 
     def _draw(self, rows: Rows, chances: Float64[np.ndarray, "rows halvings"]) -> Drawn:

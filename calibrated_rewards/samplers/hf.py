@@ -350,7 +350,7 @@ def measure_gap(
             keep = list(range(0, len(members), 2))
             rows, fed, members = reader.select(rows, keep), fed[keep], members[::2]
         if step + 1 < length:
-            rows = reader.next(rows, fed)
+            rows = reader.next(rows, fed[:, None])
     return sum(gaps) / len(gaps)
 
 

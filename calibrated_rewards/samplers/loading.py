@@ -3,13 +3,15 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import transformers
 
 from calibrated_rewards.files import Message, setting
+from calibrated_rewards.heads.headed_model import HeadedModel
 from calibrated_rewards.models.checkpoints import (
+    Checkpoint,
     architecture,
     check_writes,
     find_checkpoint,
@@ -17,7 +19,7 @@ from calibrated_rewards.models.checkpoints import (
     needs_code,
 )
 from calibrated_rewards.models.lazy import Lazy, fields_only
-from calibrated_rewards.models.loading import Placement, Source, find_source
+from calibrated_rewards.models.loading import Placement, Source, add_adapter, find_source
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.continuous import ContinuousSampler
@@ -144,27 +146,41 @@ class LoadedSampler:
 
 
 def share_model(sampler: Sampler, scorer: Scorer) -> Sampler:
-    """Return a sampler that writes with the very model that a preference head reads, if the policy is that model.
+    """Return a sampler that writes with the very model that a preference head reads, so that one is in memory.
 
-    Then one model is in memory, and the scores come free with the completions, which stay the same. Any other pair of
-    sampler and scorer is left as it is: a head with an adapter that the policy does not have, another precision, ...
+    If the policy is that model, its completions are scored by the pass that writes them. If it is a PEFT adapter on
+    the model of a head with a frozen backbone, the adapter is put on the scorer's model, and is off while the head
+    reads. Any other pair is left as it is: a head with an adapter of its own, another precision, another engine.
     """
     inner: Any = scorer.scorer if isinstance(scorer, Loaded) else scorer
-    inner = inner.scorer if isinstance(inner, Cost) else inner
+    is_cost = isinstance(inner, Cost)
+    inner = inner.scorer if is_cost else inner
     if not isinstance(inner, PreferenceHeadScorer) or not isinstance(scorer, Loaded):
         return sampler
     if not isinstance(sampler, LoadedSampler) or sampler.engine != "hf" or sampler.tokenizer is not None:
         return sampler
     recipe: Any = scorer.recipe
     head = find_source(recipe.name, recipe.revision, recipe.base, recipe.placement, recipe.tokenizer)
-    policy = sampler.source
-    names = [(each.name, each.revision) for each in (policy.checkpoint, head.checkpoint, head.base)]
-    same = names[0] == names[1] or (inner.headed.adapter is None and names[0] == names[2])
-    if not same or recipe.placement != sampler.placement or recipe.tokenizer is not None:
+    policy, frozen = sampler.source, inner.headed.adapter is None
+    if recipe.placement != sampler.placement or recipe.tokenizer is not None:
         return sampler
-    model, tokenizer = inner.model, inner.tokenizer
-    logger.info("%s: one model writes and scores", sampler.name)
-    return HfSampler(model, tokenizer, sampler.decoding, sampler.text, scorer=inner, **sampler.options)
+    settings = (sampler.decoding, sampler.text)
+    if is_same(policy.checkpoint, head.checkpoint) or (frozen and is_same(policy.checkpoint, head.base)):
+        logger.info("%s: one model writes and scores", sampler.name)
+        return HfSampler(inner.model, inner.tokenizer, *settings, scorer=inner, **sampler.options)
+    if not (frozen and policy.checkpoint.adapter and is_same(policy.base, head.base)):
+        return sampler
+    logger.info("%s: the adapter is put on the model that the head reads", sampler.name)
+    model = add_adapter(inner.model, policy.checkpoint).eval().requires_grad_(False)
+    # The model of before has the adapter in its layers now: whoever holds the scorer has to read without it.
+    inner = replace(inner, headed=HeadedModel(model, inner.tokenizer, inner.headed.head))
+    vars(scorer)["scorer"] = Cost(inner) if is_cost else inner
+    return HfSampler(model, policy.tokenizer(model), *settings, **sampler.options)
+
+
+def is_same(one: Checkpoint, other: Checkpoint) -> bool:
+    """Tell if two checkpoints are one: the folder, or the repository at a commit."""
+    return (one.name, one.revision) == (other.name, other.revision)
 
 
 def check_policy(source: Source) -> None:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from calibrated_rewards import BestOf, CalibratedReward, ReferenceTable, RewindAndRepeat, WorstOf
@@ -12,8 +13,9 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.evaluation import Question, answer_questions
 from calibrated_rewards.heads import HeadedModel
+from calibrated_rewards.models.adapters import ignore_peft_warning
 from calibrated_rewards.reward import Quantiles
-from calibrated_rewards.samplers import Reranked, load_sampler, share_model, write_completions
+from calibrated_rewards.samplers import Reranked, load_sampler, sample, share_model, write_completions
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.loading import LoadedSampler
 from calibrated_rewards.samplers.protocol import Decoding
@@ -154,6 +156,26 @@ def test_models_are_shared_only_if_they_are_one(models, head, policy, scorer):
     assert share_model(sampler, scorer) is sampler
     other = tiny.saved(tiny.causal(5), models / "other", tiny.tokenizer())
     assert isinstance(share_model(load_sampler(other, Decoding(5)), headed), LoadedSampler)
+
+
+def test_an_adapter_on_the_heads_model(models, head, tmp_path):
+    """A policy that was trained by LoRA on the head's model: one base, and the scores of two models apart."""
+    with ignore_peft_warning():
+        options = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(models / "policy"), options).save_pretrained(
+            tmp_path / "lora"
+        )
+        headed, sampler = load_scorer(head), load_sampler(tmp_path / "lora", Decoding(5))
+        shared, apart = share_model(sampler, headed), load_sampler(tmp_path / "lora", Decoding(5))
+        own = {each.data_ptr() for each in shared.model.parameters()}
+        assert {each.data_ptr() for each in headed.scorer.model.parameters()} == own
+        written, expected = (sample(each, CHATS, [[1, 2, 3]] * 3) for each in (shared, apart))
+    assert [r.completion for own in written for r in own] == [r.completion for own in expected for r in own]
+    assert shared.fingerprint() == apart.fingerprint()
+    pairs = [c for c in CHATS for _ in range(3)], [r.completion for own in written for r in own]
+    alone = load_scorer(head)
+    np.testing.assert_allclose(score(headed, *pairs), score(alone, *pairs), atol=1e-5)
+    assert headed.fingerprint() == alone.fingerprint()
 
 
 @pytest.mark.parametrize(
