@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -26,8 +26,8 @@ from calibrated_rewards.models.text import Text
 
 WEIGHTS_FILE, SETTINGS_FILE = "preference_head.safetensors", "preference_head.json"
 FORMAT = "preference-head-1"
-Pooler = Literal["identity", "tanh", "swiglu"]
-Backbone = Literal["frozen", "lora", "full"]
+POOLERS = ("identity", "tanh", "swiglu")
+BACKBONES = ("frozen", "lora", "full")
 # The standard deviation of a fresh w, that of transformers' classification heads: first scores are near 0.
 INITIAL_STD = 0.02
 
@@ -39,7 +39,7 @@ class HeadSettings:
     hidden_size: int
     names: tuple[str, ...] = ("reward",)
     """One score for each name."""
-    pooler: Pooler = "identity"
+    pooler: str = "identity"
     """f in r = w . f(h): h itself, tanh(W h), or tanh(W2 (silu(a) * b)) with (a, b) = W1 h."""
     layers: tuple[int, ...] = (-1,)
     """Indices into transformers' `hidden_states`: -1 is the last layer behind the final norm, 0 the embeddings.
@@ -52,7 +52,7 @@ class HeadSettings:
     """The end-of-turn token at which the head reads; None: the tokenizer's EOS."""
     text: Text = field(default_factory=Text)
     """The settings by which prompts and completions become tokens."""
-    backbone: Backbone = "frozen"
+    backbone: str = "frozen"
     """How the model was trained under the head: not at all, by an adapter saved beside the head, or all weights."""
     base: str | None = None
     """The folder or repository of the model that the head was trained on."""
@@ -60,7 +60,7 @@ class HeadSettings:
     """A digest of that model's weights, by which another model is noticed."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("pooler", get_args(Pooler)), ("backbone", get_args(Backbone))):
+        for name, choices in (("pooler", POOLERS), ("backbone", BACKBONES)):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(

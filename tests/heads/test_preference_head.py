@@ -94,7 +94,7 @@ def test_a_head_stays_in_float32(pooler: str, hidden_states: tuple[Tensor, ...])
     assert head.double().score.weight.dtype == torch.float64
 
 
-def test_16_bits_would_tie(hidden_states: tuple[Tensor, ...]) -> None:
+def test_16_bits_would_tie() -> None:
     """What float32 is for: scores that differ in it are equal in bfloat16."""
     head = head_of()
     states = 1 + 0.002 * torch.randn(64, SIZE, generator=torch.Generator().manual_seed(0))
