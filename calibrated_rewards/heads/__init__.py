@@ -1,19 +1,24 @@
 """Direct Preference Heads: a small reward head on a language model's own hidden states (arXiv 2405.20053).
 
-`preference_head.py` has the head itself: pooler, layers, names, files.
+`preference_head.py` has the head itself: pooler, layers, names, files. `headed_model.py` puts it on a model, frozen,
+with an adapter or trained whole, and `turn_end.py` makes every input end in the token at which it reads.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from calibrated_rewards.heads.headed_model import HeadedModel as HeadedModel, SelectedLayers as SelectedLayers
     from calibrated_rewards.heads.preference_head import (
         HeadSettings as HeadSettings,
         PreferenceHead as PreferenceHead,
     )
+    from calibrated_rewards.heads.turn_end import TurnEnd as TurnEnd, find_turn_end as find_turn_end
 
 # Imported when they are asked for: they bring torch.
 LAZY = {"HeadSettings": "preference_head", "PreferenceHead": "preference_head"}
+LAZY |= {"HeadedModel": "headed_model", "SelectedLayers": "headed_model"}
+LAZY |= {"TurnEnd": "turn_end", "find_turn_end": "turn_end"}
 
 
 def __getattr__(name: str) -> Any:

@@ -63,9 +63,8 @@ class HeadSettings:
         for name, choices in (("pooler", POOLERS), ("backbone", BACKBONES)):
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(
-                    Message(f"a head needs {name} to be one of {choices}, got {setting(name, str(value))}")
-                )
+                chosen = setting(name, str(value))
+                raise ValueError(Message(f"a head needs {name} to be one of {', '.join(choices)}, got {chosen}"))
         for name in ("names", "layers"):
             values = getattr(self, name)
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
@@ -120,7 +119,7 @@ class PreferenceHead(nn.Module):
     def forward(self, states: Float[Tensor, "*rows features"]) -> Float32[Tensor, "*rows names"]:
         """Score hidden states at the end-of-turn token, `select`'s: the head's layers side by side, one for most."""
         with torch.autocast(states.device.type, enabled=False):
-            hidden = self.dropout(self._mix_layers(states.to(self.score.weight.dtype)))
+            hidden = self.dropout(self._mix_layers(states.to(self.score.weight)))
             if self.pooler_in is not None:
                 gate, value = self.pooler_in(hidden).chunk(2, -1)
                 hidden = nn.functional.silu(gate) * value
