@@ -2,6 +2,7 @@
 
 `preference_head.py` has the head itself: pooler, layers, names, files. `headed_model.py` puts it on a model, frozen,
 with an adapter or trained whole, and `turn_end.py` makes every input end in the token at which it reads.
+`losses.py` has what a head is trained with, and decay towards the initial weights.
 """
 
 from importlib import import_module
@@ -9,6 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calibrated_rewards.heads.headed_model import HeadedModel as HeadedModel, SelectedLayers as SelectedLayers
+    from calibrated_rewards.heads.losses import (
+        ConservativeDPO as ConservativeDPO,
+        HeadLoss as HeadLoss,
+        JointLoss as JointLoss,
+        PriorDecay as PriorDecay,
+    )
     from calibrated_rewards.heads.preference_head import (
         HeadSettings as HeadSettings,
         PreferenceHead as PreferenceHead,
@@ -18,6 +25,7 @@ if TYPE_CHECKING:
 # Imported when they are asked for: they bring torch.
 LAZY = {"HeadSettings": "preference_head", "PreferenceHead": "preference_head"}
 LAZY |= {"HeadedModel": "headed_model", "SelectedLayers": "headed_model"}
+LAZY |= dict.fromkeys(("ConservativeDPO", "HeadLoss", "JointLoss", "PriorDecay"), "losses")
 LAZY |= {"TurnEnd": "turn_end", "find_turn_end": "turn_end"}
 
 
