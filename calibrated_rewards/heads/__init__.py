@@ -2,6 +2,7 @@
 
 `preference_head.py` has the head itself: pooler, layers, names, files. `headed_model.py` puts it on a model, frozen,
 with an adapter or trained whole, and `turn_end.py` makes every input end in the token at which it reads.
+`data.py` reads preference data and orders tasks,
 `losses.py` has what a head is trained with, and decay towards the initial weights.
 """
 
@@ -9,6 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from calibrated_rewards.heads.data import (
+        Pair as Pair,
+        PairReader as PairReader,
+        TaskTemplate as TaskTemplate,
+        order_pairs as order_pairs,
+        parse_pairs as parse_pairs,
+    )
     from calibrated_rewards.heads.headed_model import HeadedModel as HeadedModel, SelectedLayers as SelectedLayers
     from calibrated_rewards.heads.losses import (
         ConservativeDPO as ConservativeDPO,
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
 LAZY = {"HeadSettings": "preference_head", "PreferenceHead": "preference_head"}
 LAZY |= {"HeadedModel": "headed_model", "SelectedLayers": "headed_model"}
 LAZY |= dict.fromkeys(("ConservativeDPO", "HeadLoss", "JointLoss", "PriorDecay"), "losses")
+LAZY |= dict.fromkeys(("Pair", "PairReader", "TaskTemplate", "order_pairs", "parse_pairs"), "data")
 LAZY |= {"TurnEnd": "turn_end", "find_turn_end": "turn_end"}
 
 
