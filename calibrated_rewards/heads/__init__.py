@@ -24,9 +24,20 @@ if TYPE_CHECKING:
         JointLoss as JointLoss,
         PriorDecay as PriorDecay,
     )
+    from calibrated_rewards.heads.pair_batches import (
+        EncodedPair as EncodedPair,
+        PairCollator as PairCollator,
+        encode_pairs as encode_pairs,
+    )
     from calibrated_rewards.heads.preference_head import (
         HeadSettings as HeadSettings,
         PreferenceHead as PreferenceHead,
+    )
+    from calibrated_rewards.heads.trainer import (
+        PreferenceHeadTrainer as PreferenceHeadTrainer,
+        add_references as add_references,
+        cache_states as cache_states,
+        measure_pairs as measure_pairs,
     )
     from calibrated_rewards.heads.turn_end import TurnEnd as TurnEnd, find_turn_end as find_turn_end
 
@@ -35,6 +46,8 @@ LAZY = {"HeadSettings": "preference_head", "PreferenceHead": "preference_head"}
 LAZY |= {"HeadedModel": "headed_model", "SelectedLayers": "headed_model"}
 LAZY |= dict.fromkeys(("ConservativeDPO", "HeadLoss", "JointLoss", "PriorDecay"), "losses")
 LAZY |= dict.fromkeys(("Pair", "PairReader", "TaskTemplate", "order_pairs", "parse_pairs"), "data")
+LAZY |= dict.fromkeys(("EncodedPair", "PairCollator", "encode_pairs"), "pair_batches")
+LAZY |= dict.fromkeys(("PreferenceHeadTrainer", "add_references", "cache_states", "measure_pairs"), "trainer")
 LAZY |= {"TurnEnd": "turn_end", "find_turn_end": "turn_end"}
 
 

@@ -190,6 +190,26 @@ class HeadedModel(nn.Module):
             save_adapter(self.model, self.adapter, folder)
         self.head.save_pretrained(folder)
 
+    def load_weights(self, folder: str | Path) -> None:
+        """Load what `save_pretrained` wrote into the weights of this model, in place: a checkpoint of training."""
+        saved = PreferenceHead.from_pretrained(folder)
+        self.head.load_state_dict(saved.state_dict())
+        if self.adapter is not None:
+            from peft import set_peft_model_state_dict
+            from safetensors.torch import load_file
+
+            weights = load_file(Path(folder) / "adapter_model.safetensors")
+            set_peft_model_state_dict(self.model, weights, adapter_name=self.adapter)
+        if self.settings.backbone == "full":
+            fresh = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
+            self.model.load_state_dict(fresh.state_dict())
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Compute activations again in the backward pass: the model's own."""
+        self.model.activation_checkpointing_enable(**options)
+        if self.settings.backbone != "full":
+            self.model.enable_input_require_grads()
+
     @classmethod
     def from_pretrained(
         cls,

@@ -11,6 +11,7 @@ beta (d_w - d_l) is that margin; with eps = 0 there is no least. Joint weights a
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,22 +170,22 @@ class PriorDecay:
     """Decay towards the initial weights, decoupled from the gradient: theta <- theta - lr lambda (theta - theta_0).
 
     It is AdamW's weight decay with theta_0 in the place of 0, for any optimiser of torch: lambda is what a parameter
-    group has as `prior_decay`, lr what the scheduler says. It keeps a copy of those weights as they are now.
+    group has as `prior_decay`, lr what the scheduler says. theta_0 is a copy of the weights as they are now.
 
+        decay = PriorDecay(backbone)
         optimizer = torch.optim.AdamW([{"params": backbone, "prior_decay": 0.1, "weight_decay": 0.0}, ...])
-        PriorDecay().register(optimizer)
+        decay.register(optimizer)
     """
 
-    def __init__(self) -> None:
-        self.start: dict[Tensor, Tensor] = {}
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self.start = {weight: weight.detach().clone() for weight in weights}
 
-    def register(self, optimizer: torch.optim.Optimizer) -> "PriorDecay":
-        """Note the weights of the groups that decay, and apply the rule before each step; return itself."""
-        for group in optimizer.param_groups:
-            for weight in group["params"] if group.get("prior_decay", 0.0) else ():
-                self.start.setdefault(weight, weight.detach().clone())
+    def register(self, optimizer: torch.optim.Optimizer) -> None:
+        """Apply the rule before each step of an optimiser; ValueError if it decays weights without a start."""
+        decayed = [weight for group in optimizer.param_groups if group.get("prior_decay") for weight in group["params"]]
+        if not all(weight in self.start for weight in decayed):
+            raise ValueError("weights that decay towards their start are noted first: PriorDecay(weights)")
         optimizer.register_step_pre_hook(self)
-        return self
 
     @torch.no_grad()
     def __call__(self, optimizer: Any, args: Any = (), options: Any = None) -> None:

@@ -77,13 +77,17 @@ class PairCollator:
     targets: bool = False
     """Also say which tokens are completions, for the losses that read log-probabilities."""
     pad_id: int = 0
+    tasks: tuple[str, ...] = ("",)
+    """The tasks that are numbered in a batch."""
 
     def __call__(self, pairs: Sequence[EncodedPair]) -> dict[str, Tensor]:
         """Make the tensors of a batch; `ends` has the row and the position at which each text is read."""
         heads = torch.tensor([pair.head for pair in pairs])
+        numbers = {task: i for i, task in enumerate(self.tasks)}
+        task_ids = torch.tensor([numbers.get(pair.task, 0) for pair in pairs])
         if pairs[0].states is not None:
             chosen, rejected = zip(*(pair.states for pair in pairs if pair.states is not None), strict=True)
-            return {"states": torch.stack([*chosen, *rejected]), "heads": heads}
+            return {"states": torch.stack([*chosen, *rejected]), "heads": heads, "task_ids": task_ids}
         texts = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
         rows = pack(list(map(len, texts)), self.window) if self.window else [[i] for i in range(len(texts))]
         width = max(sum(len(texts[i]) for i in row) for row in rows)
@@ -101,7 +105,8 @@ class PairCollator:
                 places[i] = (number, start)
                 start += length
         ends = torch.tensor([(places[i][0], places[i][1] + len(text) - 1) for i, text in enumerate(texts)])
-        batch = {"input_ids": ids, "ends": ends, "heads": heads, "tokens": torch.tensor(sum(map(len, texts)))}
+        batch = {"input_ids": ids, "ends": ends, "heads": heads, "task_ids": task_ids}
+        batch |= {"tokens": torch.tensor(sum(map(len, texts)))}
         batch |= {"position_ids": positions} if self.window else {"attention_mask": mask}
         if self.targets:
             starts = [*(pair.chosen_start for pair in pairs), *(pair.rejected_start for pair in pairs)]
@@ -167,4 +172,5 @@ def check_packing(headed: HeadedModel, pairs: Sequence[EncodedPair], window: int
 def move(batch: dict[str, Tensor], headed: HeadedModel) -> dict[str, Tensor]:
     """Move what the model reads of a batch to its device."""
     device = headed.head.score.weight.device
-    return {name: each.to(device) for name, each in batch.items() if name not in ("heads", "tokens", "references")}
+    beside = ("heads", "tokens", "references", "task_ids")
+    return {name: each.to(device) for name, each in batch.items() if name not in beside}
