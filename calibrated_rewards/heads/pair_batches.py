@@ -122,25 +122,31 @@ class PairCollator:
 
 
 def pack(lengths: Sequence[int], window: int) -> list[list[int]]:
-    """Pack texts into rows of at most `window` tokens, the longest first, each into the first row with room.
+    """Pack texts into few rows of at most `window` tokens, and fill those evenly, for a batch is as wide as its widest.
 
-    >>> pack([3, 5, 2, 4], 7)
-    [[1, 2], [3, 0]]
+    >>> pack([3, 5, 2, 4], 7), pack([3, 5, 2, 4], 20)
+    ([[1, 2], [3, 0]], [[1, 3, 0, 2]])
     """
     if max(lengths, default=0) > window:
         number = setting("window", str(window))
         raise ValueError(Message(f"a packed row holds the longest text, of {max(lengths)} tokens, got {number}"))
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = next((row for row, left in enumerate(room) if left >= lengths[i]), None)
-        if at is None:
-            at = len(rows)
+    filled: list[int] = []
+    for i in order:  # the longest first, each into the first row with room
+        at = next((row for row, tokens in enumerate(filled) if tokens + lengths[i] <= window), len(rows))
+        if at == len(rows):
             rows.append([])
-            room.append(window)
+            filled.append(0)
         rows[at].append(i)
-        room[at] -= lengths[i]
-    return rows
+        filled[at] += lengths[i]
+    even: list[list[int]] = [[] for _ in rows]
+    tokens = [0] * len(rows)
+    for i in order:  # into as many rows, each text into the emptiest
+        at = min(range(len(rows)), key=lambda row: tokens[row])
+        even[at].append(i)
+        tokens[at] += lengths[i]
+    return even if max(tokens, default=0) <= max(filled, default=0) else rows
 
 
 def check_packing(headed: HeadedModel, pairs: Sequence[EncodedPair], window: int) -> None:
