@@ -15,13 +15,14 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from calibrated_rewards.files import Message, setting
@@ -39,6 +40,7 @@ from calibrated_rewards.models.fingerprint import weights_digest, weights_with
 from calibrated_rewards.models.loading import Placement, Source, load_complete
 from calibrated_rewards.models.parts import body_of, device_of, for_scoring, lock_of, pad_right, positions_of
 from calibrated_rewards.models.text import Text
+from calibrated_rewards.models.vocabulary_head import Logits, logits_of, output_layer
 from calibrated_rewards.prompts import Completion, Prompt
 
 # The name of the head's own adapter among those of a policy.
@@ -101,40 +103,70 @@ class HeadedModel(nn.Module):
         """The token at which the head reads."""
         return find_turn_end(self.tokenizer, self.settings.text, self.settings.end_token)
 
+    @property
+    def limit(self) -> int:
+        """The number of tokens above which an input is truncated."""
+        return self.settings.text.limit(self.tokenizer, positions_of(self.model))
+
     def activate(self) -> AbstractContextManager[None]:
         """Make the head's adapter, or none, the active one meanwhile."""
         return activate(self.model, self.adapter)
 
     def encode(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[list[int]]:
         """Encode pairs as rows that end in the end-of-turn token, where the head reads."""
-        text = self.settings.text
-        limit = text.limit(self.tokenizer, positions_of(self.model))
         with lock_of(self.model):  # fast tokenizers do not bear two threads
-            return encode_turns(self.tokenizer, text, self.turn_end, prompts, completions, limit)
+            return encode_turns(self.tokenizer, self.settings.text, self.turn_end, prompts, completions, self.limit)
 
-    def read(self, ids: Int64[Tensor, "rows tokens"], mask: Int64[Tensor, "rows tokens"]) -> list[Tensor]:
-        """Run the body on right-padded rows; return the hidden states of the head's layers, and the last layer's."""
+    def read(
+        self, input_ids: Int64[Tensor, "rows tokens"], **masks: Int64[Tensor, "rows tokens"] | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Run the body on rows, right-padded or packed; return the states of the head's layers, and of the last one."""
         layers = self.settings.layers
+        given = {name: mask for name, mask in masks.items() if mask is not None}
         with self.activate():
             answer = body_of(self.model)(
-                input_ids=ids, attention_mask=mask, output_hidden_states=layers != (-1,), use_cache=False
+                input_ids=input_ids, output_hidden_states=layers != (-1,), use_cache=False, **given
             )
         last: Tensor = answer.last_hidden_state
-        return [*(self.head.pick(answer.hidden_states) if layers != (-1,) else [last]), last]
+        return self.head.pick(answer.hidden_states) if layers != (-1,) else [last], last
 
     def forward(
-        self, input_ids: Int64[Tensor, "rows tokens"], attention_mask: Int64[Tensor, "rows tokens"]
-    ) -> Float32[Tensor, "rows names"]:
-        """Score right-padded rows, each at its last token; gradients flow into what is trained."""
-        *states, _ = self.read(input_ids, attention_mask)
-        rows, ends = torch.arange(len(input_ids), device=input_ids.device), attention_mask.sum(1) - 1
-        return self.head(torch.cat([layer[rows, ends] for layer in states], -1))  # type: ignore[no-any-return]
+        self,
+        input_ids: Int64[Tensor, "rows tokens"] | None = None,
+        ends: Int64[Tensor, "texts 2"] | None = None,
+        targets: Int64[Tensor, "targets 3"] | None = None,
+        states: Float[Tensor, "texts features"] | None = None,
+        **masks: Int64[Tensor, "rows tokens"] | None,
+    ) -> Any:
+        """Score texts at their ends, (texts, names), with gradients into what is trained; masks are the model's own.
+
+        `ends` has the row and the position of each text's last token. With `targets`, each the number of a text, a row
+        and a position, also return the sum of a text's log-probabilities of the tokens there. With `states`, those at
+        the ends, the head alone is run.
+        """
+        if states is not None:
+            return self.head(states)
+        if input_ids is None or ends is None:
+            raise TypeError("a headed model reads input_ids at ends, or states, got neither")
+        layers, last = self.read(input_ids, **masks)
+        scores = self.head(torch.cat([layer[ends[:, 0], ends[:, 1]] for layer in layers], -1))
+        if targets is None:
+            return scores
+        logits = self.vocabulary.of(output_layer(self.model), last[targets[:, 1], targets[:, 2] - 1]).float()
+        following = input_ids[targets[:, 1], targets[:, 2]]
+        logprobs = logits.gather(1, following[:, None])[:, 0] - logits.logsumexp(1)
+        return scores, logprobs.new_zeros(len(ends)).index_add(0, targets[:, 0], logprobs)
+
+    @cached_property
+    def vocabulary(self) -> Logits:
+        """The rule from the output layer to logits, with the model's own scale and bound."""
+        return logits_of(self.model, lock_of(self.model))
 
     def states_at_end(self, rows: list[list[int]]) -> Float32[Tensor, "rows features"]:
         """Read the hidden states at the last token of each row, in one batch without gradients: the head's input."""
         with for_scoring(self.model, lock_of(self.model)):
             ids, mask = pad_right(rows, 0, device_of(self.model))
-            *states, _ = self.read(ids, mask)
+            states, _ = self.read(ids, attention_mask=mask)
             at = torch.arange(len(rows), device=ids.device)
             return torch.cat([layer[at, mask.sum(1) - 1] for layer in states], -1).float()
 
@@ -157,6 +189,26 @@ class HeadedModel(nn.Module):
         if self.adapter is not None:
             save_adapter(self.model, self.adapter, folder)
         self.head.save_pretrained(folder)
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Load what `save_pretrained` wrote into the weights of this model, in place: a checkpoint of training."""
+        saved = PreferenceHead.from_pretrained(folder)
+        self.head.load_state_dict(saved.state_dict())
+        if self.adapter is not None:
+            from peft import set_peft_model_state_dict
+            from safetensors.torch import load_file
+
+            weights = load_file(Path(folder) / "adapter_model.safetensors")
+            set_peft_model_state_dict(self.model, weights, adapter_name=self.adapter)
+        if self.settings.backbone == "full":
+            fresh = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
+            self.model.load_state_dict(fresh.state_dict())
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Compute activations again in the backward pass: the model's own."""
+        self.model.activation_checkpointing_enable(**options)
+        if self.settings.backbone != "full":
+            self.model.enable_input_require_grads()
 
     @classmethod
     def from_pretrained(

@@ -59,6 +59,11 @@ def build(policy: str, tokenizer: Any, **settings: Any) -> HeadedModel:
     return headed.eval()
 
 
+def ends_of(rows: list[list[int]]) -> torch.Tensor:
+    """Row and position of each row's last token."""
+    return torch.tensor([(i, len(row) - 1) for i, row in enumerate(rows)])
+
+
 def one_by_one(headed: HeadedModel, rows: list[list[int]]) -> torch.Tensor:
     """The oracle: the whole model's own forward, a row at a time, and the head on its last token."""
     scores = []
@@ -81,7 +86,7 @@ def test_a_batch_scores_as_rows_alone(policy: str, tokenizer: Any, backbone: str
 
     assert expected.std(0).min() > 0.01
     torch.testing.assert_close(headed.score_rows(rows), expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(headed(ids, mask).detach(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(headed(ids, ends_of(rows), attention_mask=mask).detach(), expected, atol=1e-5, rtol=1e-4)
     body = SelectedLayers(body_of(headed.model), headed.head)
     with torch.no_grad(), headed.activate():
         states = body(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -93,8 +98,9 @@ def test_a_batch_scores_as_rows_alone(policy: str, tokenizer: Any, backbone: str
 def test_what_is_trained(policy: str, tokenizer: Any, backbone: str) -> None:
     """Gradients reach the head, and of the model nothing, its new adapter, or all of the body."""
     headed = build(policy, tokenizer, backbone=backbone)
-    ids, mask = pad_right(headed.encode(PROMPTS, COMPLETIONS), 0, torch.device("cpu"))
-    headed(ids, mask).sum().backward()
+    rows = headed.encode(PROMPTS, COMPLETIONS)
+    ids, mask = pad_right(rows, 0, torch.device("cpu"))
+    headed(ids, ends_of(rows), attention_mask=mask).sum().backward()
 
     reached = {name for name, weight in headed.named_parameters() if weight.grad is not None and weight.grad.any()}
 
