@@ -175,7 +175,8 @@ def read_pairs(sources: Sequence[str], templates: Path | None) -> list[Pair]:
         task, separator, place = source.partition("=")
         if not separator or Path(source).exists():
             task, place = "", source
-        pairs += reader.read(tqdm(read_rows(place), desc=f"reading {place}", unit=" rows", delay=3, disable=None), task)
+        rows = tqdm(read_rows(place), desc=f"reading {place}", unit=" rows", delay=3, disable=None)
+        pairs += reader.read(iter(rows), task)
     if not pairs:
         raise ValueError(f"a head learns from pairs, got none in {', '.join(sources)}")
     return pairs
