@@ -67,7 +67,11 @@ class HeadedModel(nn.Module):
         """
         text = settings.pop("text", None) or Text()
         end = find_turn_end(tokenizer, text, settings.pop("end_token", None))
-        size = model.config.get_text_config().hidden_size
+        config = model.config.get_text_config()
+        size, count = config.hidden_size, config.num_hidden_layers + 1
+        if not all(-count <= layer < count for layer in settings.get("layers", ())):
+            layers = setting("layers", ",".join(map(str, settings["layers"])))
+            raise ValueError(Message(f"the model has hidden states from {-count} to {count - 1}, got {layers}"))
         head = PreferenceHead(HeadSettings(size, end_token=end.token, text=text, backbone=backbone, **settings))
         model.requires_grad_(False)
         if backbone == "lora":

@@ -93,7 +93,6 @@ class PreferenceHeadTrainer(Trainer):
         backbone = [weight for weight in headed.model.parameters() if weight.requires_grad]
         self.prior, self.prior_decay = PriorDecay(backbone if prior_decay else []), prior_decay
         self._sums: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._tokens = 0
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimiser of `args`: the backbone decays towards its start, the head towards 0, at its own rate."""
@@ -148,10 +147,12 @@ class PreferenceHeadTrainer(Trainer):
         means = {name: torch.stack(values).float().mean() for name, values in sums.items() if name != "tokens"}
         if mode == "train":
             if sums["tokens"]:
-                tokens = torch.stack(sums["tokens"]).sum()
-                self._tokens += int(self.accelerator.reduce(tokens, "sum"))
+                # Those before a checkpoint that this run goes on from are in its history.
+                before = [row["num_tokens"] for row in self.state.log_history if "num_tokens" in row]
+                tokens = self.accelerator.reduce(torch.stack(sums["tokens"]).sum(), "sum")
+                logs["num_tokens"] = max([0.0, *before[-1:]]) + float(tokens)
             means = {name: self.accelerator.reduce(mean, "mean") for name, mean in means.items()}
-            logs |= {name: float(mean) for name, mean in means.items()} | {"num_tokens": float(self._tokens)}
+            logs |= {name: float(mean) for name, mean in means.items()}
         sums.clear()
         super().log(logs, start_time)
 
