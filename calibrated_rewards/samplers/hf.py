@@ -101,6 +101,8 @@ class HfSampler:
         hidden = None if self.show_progress else True
         bar = tqdm(total=len(tasks), desc="sampling", unit=" completions", delay=PATIENCE, leave=False, disable=hidden)
         with for_scoring(self._model, lock_of(self.model)), bar:
+            if self.scorer is not None:
+                self.scorer.forget()
             for batch in self._batches(rows, tasks):
                 try:
                     written = self._write(rows, [tasks[i] for i in batch])

@@ -36,6 +36,9 @@ class ReadsTurnEnds(Protocol):
     def reads(self, model: Any) -> bool:
         """Tell if a model, as its adapters are now, is the one that it reads."""
 
+    def forget(self) -> None:
+        """Drop the scores that were kept before: what a call scores for free depends on that call alone."""
+
     def keep(self, rows: Sequence[list[int]], states: Tensor) -> None:
         """Keep the scores of rows that end in the token, of their states there."""
 

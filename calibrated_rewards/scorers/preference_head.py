@@ -104,7 +104,7 @@ class PreferenceHeadScorer:
     share_prefixes: bool = True
     show_progress: bool = True
     most_kept: int = 65_536
-    """Scores that are kept of completions which a sampler with this scorer has written."""
+    """Scores that are kept of the completions which a sampler with this scorer wrote in its last call."""
 
     thread_safe = True  # each call takes the model's lock
     reads_messages = True
@@ -175,6 +175,11 @@ class PreferenceHeadScorer:
             return True
         merged = any(getattr(layer, "merged_adapters", ()) for layer in adapter_layers(carrier).values())
         return not merged and {*active_adapters(carrier)} == {*self._adapters}
+
+    def forget(self) -> None:
+        """Drop the scores that were kept."""
+        with lock_of(self.model):
+            self.memory.scores.clear()
 
     def keep(self, rows: Sequence[list[int]], states: Float[Tensor, "n features"]) -> None:
         """Keep the scores of inputs that end in the end-of-turn token, of the states that were read there."""

@@ -236,6 +236,19 @@ def test_other_weights_other_scores() -> None:
         assert not scorer.memory.scores
 
 
+def test_scores_do_not_depend_on_earlier_calls() -> None:
+    """Each call of the sampler begins anew: a run that goes on scores what one that was not stopped does."""
+    headed = build(base(vocab_size=ASCII))
+    scorer = PreferenceHeadScorer(headed)
+    sampler = HfSampler(headed.model, headed.tokenizer, Decoding(6), scorer=scorer)
+    sample(sampler, SPACELESS[:1], [range(4)])
+    first = {*scorer.memory.scores}
+    sample(sampler, SPACELESS[1:2], [range(4)])
+    assert first
+    assert scorer.memory.scores
+    assert not first & {*scorer.memory.scores}
+
+
 def test_memory_is_bounded() -> None:
     """The oldest go first."""
     memory = Memory(2)
