@@ -20,14 +20,15 @@ ARROWS = """
 prompts, files, theory ->
 table        -> prompts, files
 models       -> prompts, files
-samplers     -> prompts, files, models
-scorers      -> prompts, files, models
+heads        -> prompts, files, models
+scorers      -> prompts, files, models, heads
+samplers     -> prompts, files, models, heads, scorers
 reward       -> prompts, files, theory, table, models, scorers
 calibration  -> prompts, files, theory, table, models, samplers, scorers
 testing      -> prompts, theory, samplers, scorers
 server       -> prompts, files, reward
 evaluation   -> prompts, files, theory, table, models, samplers, scorers, reward, calibration
-training     -> prompts, files, theory, table, models, samplers, scorers, reward, calibration, evaluation
+training     -> prompts, files, theory, table, models, heads, samplers, scorers, reward, calibration, evaluation
 cli          -> everything
 """
 # Libraries that a file loads when it is imported only if it is about them, or lies in a room that runs models.
@@ -44,7 +45,7 @@ HEAVY = {
     "vllm",
     "httpx",
 }
-RUN_MODELS = {"models", "samplers", "scorers", "training"}
+RUN_MODELS = {"models", "heads", "samplers", "scorers", "training"}
 ABOUT_THEM = {
     "table.torch_search": {"torch"},
     "calibration.cluster": {"ray"},

@@ -111,6 +111,9 @@ def make_tables(options: argparse.Namespace) -> Any:
         return None
     scorers = model_options.load_reward_models(options)
     model_options.check_costs(options.out / "run.json", scorers if isinstance(scorers, dict) else {REWARD: scorers})
+    if sampler is not None and not options.ray:  # a worker loads models of its own
+        for scorer in scorers.values() if isinstance(scorers, dict) else [scorers]:
+            sampler = model_options.share_with_head(sampler, scorer)
     settings = {"k": options.k, "seed": options.seed, "adaptive": rounds, **collect_run_settings(options)}
     return calibrate(prompts, sampler, scorers, options.out, **settings, **source)
 

@@ -26,6 +26,8 @@ COMMANDS = {
     "export": "write the rollouts of a calibration as a dataset: best completions, pairs, or all with weights",
     "train": "train a policy for a saved reward: RLOO, GRPO, A2PO or PPO online, or offline from the rollouts",
     "evaluate": "compare trained policies with their reference: win rates and KL, with their errors",
+    "generate": "write completions of a policy to a file, each the best of N by a reward model, or the worst",
+    "multiple-choice": "answer questions by reward models and by log-probability, and compare how often each is right",
     "best-at-n": "read the validation completions that verl or TRL dumped: unbiased best@N, worst@N and pass@N by step",
     "report": "write one HTML page about the calibration, the training and the evaluation",
     "serve": "answer requests for a reward over HTTP, in the dialects of OpenRLHF, LightRFT, slime and LLaMA-Factory",
@@ -102,7 +104,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
     >>> split_arguments(["check-scorer", "--reward-model", "my/model"])
     ('check-scorer', ['--reward-model', 'my/model'])
     """
-    lines = [f"  {name:<14}{summary}" for name, summary in COMMANDS.items()]
+    lines = [f"  {name:<16}{summary}" for name, summary in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="calibrated-rewards",
         description="Calibrate a reward model against a reference policy, and transform it for best-of-N and others.",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from calibrated_rewards.cli.options import (
     Real,
@@ -18,16 +18,26 @@ from calibrated_rewards.cli.options import (
     refuse_options,
     split_name,
 )
-from calibrated_rewards.models.labels import Difference, Expected, Label, Labels, Ordinal, Weighted
+from calibrated_rewards.models.labels import Difference, Expected, Label, Labels, Levels, Ordinal, Weighted
 from calibrated_rewards.models.server_address import is_variable
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.ensemble import Cost
-from calibrated_rewards.scorers.protocol import fingerprint
+from calibrated_rewards.scorers.protocol import Loaded, fingerprint
 
 if TYPE_CHECKING:
     from calibrated_rewards.models.text import Text
     from calibrated_rewards.samplers.protocol import Sampler
     from calibrated_rewards.scorers.protocol import Scorer
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """A reward that has a reward model."""
+
+    @property
+    def scorer(self) -> Any:
+        """The reward model."""
+
 
 DIALECTS = ("native", "vllm", "vllm-score", "openrlhf")
 ENGINES = ("hf", "continuous", "vllm", "openai")
@@ -64,7 +74,8 @@ POLICY_OPTION_HELP = (
 )
 LABEL_HELP = (
     "how several labels make one score: 3 (logit of that label), 1-0 (logit 1 minus logit 0), expected:1,2,3,4,5 "
-    "(their expected value), weighted:1,-0.5 (a weighted sum), ordinal (the expected class)"
+    "(their expected value), levels:6:3,2,1 (of logits 6 to 8 alone), weighted:1,-0.5 (a weighted sum), ordinal (the "
+    "expected class)"
 )
 COST_HELP = (
     "the model's higher is worse (a cost or toxicity model): its score is multiplied by -1; --no-cost if the names of "
@@ -82,7 +93,7 @@ POLICY_SERVER_HELP = (
 )
 
 
-def add_reward_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+def add_reward_model_options(parser: argparse.ArgumentParser, *, several: bool = False, required: bool = True) -> None:
     """Add --reward-model and the options that load it; with `several`, it may be repeated as NAME=PATH."""
     group = parser.add_argument_group("reward model")
     model = "a folder, a name on the Hugging Face Hub, or the URL of a server"
@@ -90,7 +101,7 @@ def add_reward_model_options(parser: argparse.ArgumentParser, *, several: bool =
         text = f"{model}; repeat it as NAME=PATH for several, which share the options below"
         group.add_argument("--reward-model", action="append", default=[], metavar="[NAME=]PATH|ID|URL", help=text)
     else:
-        group.add_argument("--reward-model", required=True, metavar="PATH|ID|URL", help=model)
+        group.add_argument("--reward-model", required=required, metavar="PATH|ID|URL", help=model)
     add = group.add_argument
     add("--kind", help="the kind of model, where the checkpoint does not tell: judge, process, ...")
     add("--option", action="append", default=[], type=parse_setting, metavar="NAME=VALUE", help=OPTION_HELP)
@@ -140,6 +151,8 @@ def parse_labels(text: str) -> Labels:
 
     >>> parse_labels("3"), parse_labels("1-0"), parse_labels("expected:1,2,3"), parse_labels("ordinal")
     (Label(index=3), Difference(good=1, bad=0), Expected(values=(1.0, 2.0, 3.0)), Ordinal())
+    >>> parse_labels("levels:6:3,2,1")
+    Levels(values=(3.0, 2.0, 1.0), first=6)
     """
     name, _, numbers = text.partition(":")
     try:
@@ -147,10 +160,13 @@ def parse_labels(text: str) -> Labels:
             return LABELS_OF_NUMBERS[name](tuple(map(float, numbers.split(","))))
         if text == "ordinal":
             return Ordinal()
+        if name == "levels":
+            first, _, values = numbers.partition(":")
+            return Levels(tuple(map(float, values.split(","))), int(first))
         good, minus, bad = text.partition("-")
         return Difference(int(good), int(bad)) if minus else Label(int(good))
     except ValueError:
-        forms = "3, 1-0, expected:1,2,3, weighted:1,-0.5 or ordinal"
+        forms = "3, 1-0, expected:1,2,3, levels:FIRST:3,2,1, weighted:1,-0.5 or ordinal"
         raise argparse.ArgumentTypeError(f"a label is {forms}, got {text!r}") from None
 
 
@@ -369,6 +385,20 @@ def load_policy(options: argparse.Namespace, policy: str | None = None, decoding
         )
     except TypeError as error:  # an option that the engine does not know
         raise TypeError(error_text(error, "--policy-option {name}={value}")) from error
+
+
+def share_with_head(sampler: "Sampler", scorer: "Scorer") -> "Sampler":
+    """Let a policy write with the model of a preference head that reads the policy: one model in memory, free scores.
+
+    The scorer may be one that gives the quantiles of a calibrated reward by such a head.
+    """
+    if isinstance(reward := getattr(scorer, "reward", None), Scoring):
+        scorer = reward.scorer
+    if isinstance(scorer, Loaded) and not is_url(scorer.recipe.name):
+        from calibrated_rewards.samplers.loading import share_model
+
+        return share_model(sampler, scorer)
+    return sampler
 
 
 def _connect_policy(options: argparse.Namespace, url: str, decoding: Decoding, text: "Text | None") -> "Sampler":

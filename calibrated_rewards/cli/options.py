@@ -19,7 +19,7 @@ from calibrated_rewards.files import Message
 from calibrated_rewards.reward.saving import NeedsTrust
 from calibrated_rewards.theory.mixtures import BestOfUpTo
 from calibrated_rewards.theory.named import parse_procedure
-from calibrated_rewards.theory.procedures import BestOf
+from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, SoftBestOf
 
 if TYPE_CHECKING:
     from calibrated_rewards.reward.calibrated_reward import CalibratedReward
@@ -125,6 +125,45 @@ def parse_best_of(text: str) -> BestOf | BestOfUpTo:
     if not isinstance(procedure, BestOf | BestOfUpTo):
         raise argparse.ArgumentTypeError(f"needs a whole number >= 1, or 1-N where N is not known, got {text!r}")
     return procedure
+
+
+def parse_soft_best_of(text: str) -> SoftBestOf:
+    """Parse N:T, the draws and the temperature of --soft-best-of.
+
+    >>> parse_soft_best_of("8:0.1")
+    SoftBestOf(n=8, temperature=0.1)
+    """
+    n, _, temperature = text.partition(":")
+    try:
+        return SoftBestOf(int(n), float(temperature))
+    except ValueError as error:
+        why = str(error) if "SoftBestOf" in str(error) else f"needs N:T, such as 8:0.1, got {text!r}"
+        raise argparse.ArgumentTypeError(why) from None
+
+
+def parse_rewind(text: str) -> RewindAndRepeat:
+    """Parse Q or Q:TRIES, the quantile to reach and the most draws of --rewind.
+
+    >>> parse_rewind("0.85"), parse_rewind("0.9:8")
+    (RewindAndRepeat(threshold=0.85, max_tries=32), RewindAndRepeat(threshold=0.9, max_tries=8))
+    """
+    threshold, colon, tries = text.partition(":")
+    try:
+        return RewindAndRepeat(float(threshold), int(tries)) if colon else RewindAndRepeat(float(threshold))
+    except ValueError as error:
+        why = str(error) if "RewindAndRepeat" in str(error) else f"needs Q or Q:TRIES, such as 0.85:32, got {text!r}"
+        raise argparse.ArgumentTypeError(why) from None
+
+
+def parse_file(text: str) -> Path:
+    """Parse the name of a file to write; refuse "" and a folder.
+
+    >>> parse_file("answers.jsonl").name
+    'answers.jsonl'
+    """
+    if not text or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"needs a file, got {'the folder ' if text else ''}{text!r}")
+    return Path(text)
 
 
 def parse_folder(text: str) -> Path:

@@ -1,4 +1,4 @@
-"""`calibrated-rewards train`: train a policy for a saved reward, with RLOO, GRPO, A2PO or PPO, or offline.
+"""`calibrated-rewards train`: train a policy for a saved reward, with RLOO, GRPO, A2PO or PPO, or offline; or a head.
 
 A run's own options are the fields of its settings, a frozen dataclass: their names, defaults and lines of help.
 """
@@ -24,10 +24,12 @@ EPILOG = """trainers:
   a2po          TRL's A*-PO, whose optimum is exact, without its first stage
   ppo           PPO in plain PyTorch, the paper's algorithm, whose optimum is exact
   offline       learns from the rollouts of the calibration by --loss; draws nothing and needs no reward model
+  head          a reward head on the policy's own hidden states, from preferences: one model generates and scores
 
 examples:
   calibrated-rewards train rloo --policy ./sft --reward reward/ --prompts prompts.jsonl --out run/
   calibrated-rewards train offline --policy ./sft --reward reward/ --rollouts table/ --kl 0.3 --out run/
+  calibrated-rewards train head --policy ./sft --pairs preferences.jsonl --out head/
   calibrated-rewards train ppo --help
   accelerate launch --num_processes 4 -m calibrated_rewards train rloo ...
 
@@ -56,6 +58,8 @@ class Trainer:
     """Draws completions for prompts that are given; if not, it learns from rollouts that exist already."""
     plain: bool = False
     """A loop of ours in PyTorch, which begins anew instead of going on, on any device."""
+    launch: str = "launch.Launch"
+    """The class of the parts of a run."""
 
     def load(self) -> tuple[str, type[Any], Callable[..., None]]:
         """Import the trainer: its help, settings and function; ImportError names all libraries that are missing."""
@@ -68,6 +72,11 @@ class Trainer:
             run = getattr(run, name)
         return str(module.__doc__), getattr(module, self.settings), run
 
+    def load_launch(self) -> type[Any]:
+        """Import the class of the parts of a run."""
+        module, _, name = self.launch.rpartition(".")
+        return getattr(import_module(f"calibrated_rewards.training.{module}"), name)  # type: ignore[no-any-return]
+
 
 TRL = ("hf", "trl", "calibrate")
 TRAINERS = {
@@ -77,8 +86,9 @@ TRAINERS = {
     "grpo --plain": Trainer("online.grpo", "GRPOSettings", "run", plain=True),
     "ppo": Trainer("online.ppo", "PPOSettings", "run", plain=True),
     "offline": Trainer("offline.train", "OfflineSettings", "run", ("hf", "calibrate"), draws=False),
+    "head": Trainer("head", "HeadTraining", "run", launch="head.HeadLaunch"),
 }
-NAMES = ("rloo", "grpo", "a2po", "ppo", "offline")
+NAMES = ("rloo", "grpo", "a2po", "ppo", "offline", "head")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,14 +104,16 @@ def run(options: argparse.Namespace) -> int:
         options.trainer = "grpo --plain"
     trainer = TRAINERS[options.trainer]
     description, settings, train = trainer.load()
-    from calibrated_rewards.training.launch import Launch
 
     parser = argparse.ArgumentParser(
         prog=f"calibrated-rewards train {options.trainer}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_launch_arguments(parser, trainer.draws)
+    if options.trainer == "head":
+        add_head_arguments(parser)
+    else:
+        add_launch_arguments(parser, trainer.draws)
     if options.trainer.startswith("grpo"):
         parser.add_argument("--plain", action="store_true", help="GRPO in plain PyTorch, with an exact optimum")
     for each in fields(settings):
@@ -114,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
     parse_options(parser, options.words, options)
     try:
         # Wrong settings are refused before anything is loaded.
-        train(launch=read_fields(options, Launch), settings=read_fields(options, settings))
+        train(launch=read_fields(options, trainer.load_launch()), settings=read_fields(options, settings))
     except NeedsTrust as error:
         raise ValueError(f"{error.reason}: read it, then allow it with --trust-remote-code") from None
     except KeyboardInterrupt:
@@ -156,9 +168,33 @@ def add_launch_arguments(parser: argparse.ArgumentParser, draws: bool = True) ->
     if not draws:
         dtype = "(%(default)s) with bfloat16 the trained weights are kept, and saved, in float32 as well"
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help=dtype)
+    trust = "run the code that the policy or the saved reward brings, and ask the servers that the reward names"
+    add_tracker_arguments(parser, trust)
+
+
+def add_head_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the parts of a run that trains a reward head."""
+    parser.add_argument("--policy", required=True, metavar="PATH|ID", help="the model that the head is put on")
+    pairs = "preferences: JSONL or what else calibrate reads; task=FILE for several tasks"
+    parser.add_argument("--pairs", required=True, nargs="+", metavar="FILE|FOLDER|ID", help=pairs)
+    checked = "preferences to evaluate on, in place of a share of --pairs"
+    parser.add_argument("--eval-pairs", nargs="+", metavar="FILE|FOLDER|ID", help=checked)
+    templates = 'JSON of templates by task, as {"nli": {"prompt": "{premise} So: {claim}", "answers": ["yes", "no"]}}'
+    parser.add_argument("--templates", type=Path, metavar="FILE", help=templates)
+    parser.add_argument("--out", required=True, type=parse_folder, metavar="DIR", help="for model/ and log.jsonl")
+    end = "the end-of-turn token at which the head reads; by default the chat template's, or EOS"
+    parser.add_argument("--end-token", metavar="TOKEN", help=end)
+    chat = "make a user's message of each prompt that is text, and render it with the policy's chat template"
+    parser.add_argument("--chat", action="store_true", default=None, help=chat)
+    dtype = "of the policy's weights (%(default)s); the head is in float32 in any case"
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help=dtype)
+    add_tracker_arguments(parser, "run the code that the policy brings")
+
+
+def add_tracker_arguments(parser: argparse.ArgumentParser, trust: str) -> None:
+    """Add the options that every trainer has: trackers, trust and tracebacks."""
     trackers = "send the metrics to trackio, wandb, tensorboard, mlflow, ...: what transformers knows and is installed"
     parser.add_argument("--report-to", nargs="+", metavar="NAME", help=trackers)
-    trust = "run the code that the policy or the saved reward brings, and ask the servers that the reward names"
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
 

@@ -2,6 +2,7 @@
 
 - `estimates`, `win_rate`: averages over prompts with intervals; win rates of samples and of weighted rollouts.
 - `pass_at_k`: unbiased pass@k, best@k and worst@k; `validation_dumps` reads the samples that verl and TRL dump.
+- `multiple_choice`: `answer_questions` compares reward models and log-probability on questions with options.
 - `policies`, `kl`: `evaluate` draws from policies, scores, and compares them with their reference.
 - `frontier`: `estimate_frontier` compares objectives without any training.
 - `recommend`, `recommendation`: which transform and beta to train with, what it buys, whether K is enough;
@@ -40,6 +41,12 @@ if TYPE_CHECKING:
         compare_held_out as compare_held_out,
     )
     from calibrated_rewards.evaluation.importance_weights import weighted_win_rate as weighted_win_rate
+    from calibrated_rewards.evaluation.multiple_choice import (
+        Answers as Answers,
+        Question as Question,
+        answer_questions as answer_questions,
+        read_questions as read_questions,
+    )
     from calibrated_rewards.evaluation.policies import evaluate as evaluate
     from calibrated_rewards.evaluation.recommend import recommend as recommend
     from calibrated_rewards.evaluation.recommendation import Recommendation as Recommendation
@@ -59,6 +66,7 @@ LAZY = {
     "HeldOutPolicies": "held_out_results",
     "compare_held_out": "held_out_results",
     "weighted_win_rate": "importance_weights",
+    **dict.fromkeys(("Answers", "Question", "answer_questions", "read_questions"), "multiple_choice"),
     "Expectation": "expectations",
     "expect": "expectations",
     "Recommendation": "recommendation",

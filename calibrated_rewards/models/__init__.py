@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Difference as Difference,
         Expected as Expected,
         Label as Label,
+        Levels as Levels,
         Ordinal as Ordinal,
         Weighted as Weighted,
     )
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 # Imported when they are asked for: some bring heavy libraries.
 LAZY = {"Text": "text", "Budget": "batches", "Placement": "loading"}
-LAZY |= dict.fromkeys(("Difference", "Expected", "Label", "Ordinal", "Weighted"), "labels")
+LAZY |= dict.fromkeys(("Difference", "Expected", "Label", "Levels", "Ordinal", "Weighted"), "labels")
 
 
 def __getattr__(name: str) -> Any:

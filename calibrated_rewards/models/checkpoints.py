@@ -25,6 +25,8 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Where LLaMA-Factory keeps a value head, beside the model or the adapter that it belongs to.
 HEAD_WEIGHTS = ("value_head.safetensors", "value_head.bin")
+# The settings of a preference head, which lies alone, beside an adapter of its own, or beside its model.
+PREFERENCE_HEAD = "preference_head.json"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Checkpoint:
     def adapter(self) -> dict[str, Any]:
         """The members of a PEFT adapter's adapter_config.json, or none."""
         return self._json("adapter_config.json")
+
+    @property
+    def preference_head(self) -> dict[str, Any]:
+        """The settings of a preference head, or none."""
+        return self._json(PREFERENCE_HEAD)
 
     @cached_property
     def weights(self) -> dict[str, str]:
@@ -200,6 +207,7 @@ Kind: TypeAlias = Literal[
     "rated-judge",
     "token-logit",
     "implicit",
+    "preference-head",
 ]
 
 KINDS_WITHOUT_HEAD = (
@@ -213,6 +221,8 @@ KINDS_WITHOUT_HEAD = (
 
 def detect_kind(checkpoint: Checkpoint, base: Checkpoint, trust_remote_code: bool = False) -> Kind:
     """Detect the only kind that a checkpoint can be, or raise a ValueError with the choices; `base` for adapters."""
+    if checkpoint.preference_head:
+        return "preference-head"
     what = architecture(base)
     task = checkpoint.adapter.get("task_type")
     if task == "TOKEN_CLS" or what.endswith("ForTokenClassification"):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calibrated_rewards.models.adapters import active_adapters, adapter_layers
 from calibrated_rewards.models.parts import dtype_of, unwrap
 
 # Settings of an adapter that no score depends on: where it came from, and whether it may be trained.
@@ -37,24 +38,6 @@ def model_fingerprint(model: Any, tokenizer: Any) -> dict[str, Any]:
         "dtype": str(dtype_of(model)).removeprefix("torch."),
         "tokenizer": tokenizer_digest(tokenizer),
     }
-
-
-def active_adapters(model: Any) -> list[str]:
-    """Name the adapters that a forward would go through now; none for a model without, or with adapters disabled."""
-    if not hasattr(model, "peft_config"):
-        return []
-    off = any(getattr(layer, "disable_adapters", False) is True for layer in adapter_layers(model).values())
-    names = model.active_adapters  # a property of PEFT's models, a method of those that transformers gave adapters
-    return [] if off else list(names() if callable(names) else names)
-
-
-def adapter_layers(model: Any) -> dict[str, Any]:
-    """Find the layers that hold adapters' weights, by name."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    parts = dict(model.named_modules())
-    return {name: part for name, part in parts.items() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)}
 
 
 def weights_with(model: Any, adapters: set[str]) -> dict[str, Tensor]:

@@ -83,6 +83,31 @@ class Expected:
 
 
 @dataclass(frozen=True)
+class Levels:
+    """The expected level of one dimension of several: a softmax over its own logits, which begin at `first`.
+
+    >>> Levels((3, 1), first=1)(np.log(np.array([[9.0, 0.75, 0.25]], np.float32)))
+    array([2.5], dtype=float32)
+    """
+
+    values: tuple[float, ...]
+    """The value of each level in the order of its logits; higher is better."""
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(map(float, self.values)))
+        if len(self.values) < 2 or self.first < 0:
+            raise ValueError(f"Levels needs two values or more and first >= 0, got {self!r}")
+
+    def __call__(self, logits: Float32[np.ndarray, "n L"], /) -> Float32[np.ndarray, " n"]:
+        """Return softmax(logits[:, first:...]) @ values."""
+        end = self.first + len(self.values)
+        if end > logits.shape[1]:
+            raise ValueError(f"{self} reads the logits {self.first} to {end - 1}, the model has {logits.shape[1]}")
+        return Expected(self.values)(logits[:, self.first : end])
+
+
+@dataclass(frozen=True)
 class Ordinal:
     """The expected class of an ordinal model, whose k-th logit is for `class > k`: the sum of their sigmoids.
 

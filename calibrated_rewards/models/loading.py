@@ -104,12 +104,17 @@ class Source:
 def find_source(
     name: str, revision: str | None, base: str | None, placement: Placement, tokenizer: str | None = None
 ) -> Source:
-    """Find the checkpoint of that name; for an adapter with the base that it names, or with the one given."""
+    """Find the checkpoint of that name; of an adapter or a head, also the base: the one given, or the one it names."""
     checkpoint = find_checkpoint(name, revision)
     words = None if tokenizer is None else find_checkpoint(tokenizer)
     if adapter := checkpoint.adapter:
         under = find_checkpoint(base or adapter["base_model_name_or_path"], None if base else adapter.get("revision"))
         return Source(checkpoint, under, placement, words)
+    if (head := checkpoint.preference_head) and not checkpoint.config:
+        place = base or head.get("base")
+        if not place:
+            raise ValueError(Message(f"{name} does not say on which model its head is: say {setting('base')}"))
+        return Source(checkpoint, find_checkpoint(place), placement, words)
     if base is not None:
         raise ValueError(f"base= is for adapters, and {name} has no adapter_config.json; got base={base!r}")
     if not checkpoint.config:

@@ -182,7 +182,10 @@ def pick_output(outputs: Any, output: str | int | None) -> Tensor:
                 f"{setting('output', '...')} which is the score"
             )
         )
-    return outputs[output]  # type: ignore[no-any-return]
+    picked = outputs[output]
+    if isinstance(picked, list | tuple):  # a tensor for each dimension, side by side
+        return torch.cat([each.flatten(1) for each in picked], 1)
+    return picked  # type: ignore[no-any-return]
 
 
 def _widened(value: Any) -> Any:

@@ -4,7 +4,7 @@
 to the form that they had in calibration. `calibrators` compare a raw score with the prompt's references, `lookup` turns
 the rank into a reward, on a GPU too. `combined` joins several rewards, `batching` scores single completions together,
 `frameworks` has the building blocks of adapters. `verification` checks the reward model, `monitoring` a training run;
-`saving` is the directory of `save_pretrained`, `hub` its card and its upload.
+`saving` is the directory of `save_pretrained`, `hub` its card and its upload. `quantiles` has the quantile as a scorer.
 """
 
 from importlib import import_module
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         loud as loud,
         number as number,
     )
+    from calibrated_rewards.reward.quantiles import Quantiles as Quantiles
     from calibrated_rewards.reward.saving import load_reward as load_reward
 
 # Loaded when they are asked for, to keep `import calibrated_rewards` quick.
@@ -48,6 +49,7 @@ LAZY = {
     **dict.fromkeys(("ascore", "ascore_one", "score_one"), "batching"),
     **dict.fromkeys(("And", "CombinedReward", "Lowest", "Or", "WeightedMean"), "combined"),
     **dict.fromkeys(("completion_of", "configured", "details", "identifier", "loud", "number"), "frameworks"),
+    "Quantiles": "quantiles",
     "load_reward": "saving",
 }
 

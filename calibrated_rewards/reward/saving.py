@@ -21,7 +21,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from hashlib import blake2b
 from importlib import import_module
 from math import isfinite
@@ -48,10 +48,11 @@ CLASSES = {
         "theory.optimum": "Optimal",
         "theory.mixtures": "BestOfUpTo",
         "theory.procedures": "BestOf Calibrated RewindAndRepeat SoftBestOf Standard WorstOf",
-        "models.labels": "Difference Expected Label Ordinal Weighted",
+        "models.labels": "Difference Expected Label Levels Ordinal Weighted",
         "models.loading": "Placement",
         "models.text": "Question Text",
         "scorers.ensemble": "Cost Ensemble Function LowerBound Mean Min",
+        "scorers.graded": "Dimension Graded GradedDimension",
         "scorers.protocol": "Loaded",
         "scorers.loading": "FromCheckpoint",
         "scorers.pair_models": "PairClassifier",
@@ -352,7 +353,21 @@ def load_combined(cls: Any, at: Path, scorers: Mapping[str, Any], trust: bool, c
             for name, digest in digests.items()
         }
         settings = {name: from_json(value, trust=trust) for name, value in saved.items() if name not in changes}
-        return cls(**{"rewards": rewards, **settings, **changes})
+        return cls(**{"rewards": _share_classifiers(rewards), **settings, **changes})
+
+
+def _share_classifiers(rewards: Mapping[str, Any]) -> dict[str, Any]:
+    """Give components that are dimensions of one classifier the same one: it is loaded, and reads each pair, once."""
+    from calibrated_rewards.scorers.graded import GradedDimension
+
+    classifiers: dict[str, Any] = {}
+    shared = dict(rewards)
+    for name, reward in rewards.items():
+        if isinstance(dimension := reward.scorer, GradedDimension):
+            own = json.dumps(to_json(dimension.graded), sort_keys=True)
+            graded = classifiers.setdefault(own, dimension.graded)
+            shared[name] = replace(reward, scorer=replace(dimension, graded=graded))
+    return shared
 
 
 def _load_part(at: Path, folder: str, digest: str, trust: bool, **changes: Any) -> Any:

@@ -1,8 +1,7 @@
 """Write completions token by token: read rows through the model's own forward, draw, drop rows that have ended.
 
 `Writer` writes completions. `Reader` reads rows of tokens behind a cache of keys and values, which `add_room` gives
-room for the tokens that are yet to come. `draw` draws the next token from the distribution that the decoding settings
-leave, with numbers that belong to a seed.
+room for the tokens that are yet to come. `drawing.py` draws the next token.
 """
 
 import inspect
@@ -21,106 +20,12 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
     LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers.cache_utils import DynamicLayer
 
 from calibrated_rewards.models.parts import device_of, reading_errors, rope_turn
+from calibrated_rewards.samplers.drawing import HALVINGS, Drawn, draw, uniforms
 from calibrated_rewards.samplers.policy import Draft, Endings
-from calibrated_rewards.samplers.protocol import Decoding
-
-# Uniform numbers for each token: one for each halving of the vocabulary.
-HALVINGS = 32
-# Philox makes four numbers at a time.
-COUNTS = HALVINGS // 4
-# Advice for a policy that gives nan.
-ADVICE = "look for nan among the weights, or try --policy-dtype float32 / bfloat16"
-
-
-class Drawn(NamedTuple):
-    """The next token of each row, and its log-probability, in float64."""
-
-    tokens: Tensor
-    logprobs: Tensor
-
-
-def uniforms(seeds: Sequence[int], first: int, tokens: int) -> Float64[np.ndarray, "rows tokens halvings"]:
-    """Generate numbers in [0, 1) that depend on a seed and the number of a token alone, from the first token on.
-
-    >>> bool((uniforms([7, 8], 0, 9)[1, 5:] == uniforms([8], 5, 4)).all())
-    True
-    """
-    raw = [np.random.Philox(key=seed, counter=first * COUNTS).random_raw(tokens * HALVINGS) for seed in seeds]
-    # The raw bits are the same in every version of numpy; what its Generator makes of them need not be.
-    numbers = (np.stack(raw) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return numbers.reshape(len(seeds), tokens, HALVINGS)
-
-
-def processors(decoding: Decoding) -> LogitsProcessorList:
-    """List transformers' own processors of logits for the settings that are on, in its order."""
-    chain: list[Any] = []
-    if decoding.repetition_penalty != 1:
-        chain.append(RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
-    if decoding.temperature != 1:
-        chain.append(TemperatureLogitsWarper(float(decoding.temperature)))
-    if decoding.top_k:
-        chain.append(TopKLogitsWarper(int(decoding.top_k)))
-    if decoding.top_p < 1:
-        chain.append(TopPLogitsWarper(float(decoding.top_p)))
-    if decoding.min_p:
-        chain.append(MinPLogitsWarper(float(decoding.min_p)))
-    return LogitsProcessorList(chain)
-
-
-def draw(scores: Tensor, chances: Tensor) -> Drawn:
-    """Draw a token for each row from softmax(scores).
-
-    The vocabulary is halved until one token is left, by a chance for each halving. Inverting the cumulative
-    probability is as fast, but where a batch of another size rounds the scores otherwise, each of the vocabulary's
-    boundaries moves, and the token changes a thousand times as often. In float32 rare tokens would be lost, too.
-    """
-    # Apple's GPUs have no float64.
-    scores = (scores.cpu() if scores.device.type == "mps" else scores).float()
-    folds = _fold(scores.softmax(-1))
-    totals = folds[-1]
-    wrong = ~((totals > 0) & totals.isfinite())
-    if wrong.any():  # a token would be drawn all the same
-        raise FloatingPointError(
-            f"the policy gives nan or no probabilities, in {int(wrong.sum())} of {len(totals)} rows of {scores.dtype} "
-            f"scores: {ADVICE}"
-        )
-    at = torch.zeros(len(scores), 1, dtype=torch.long, device=scores.device)
-    for chance, weights in zip(chances.to(scores.device).unbind(1), reversed(folds[:-1]), strict=False):
-        at = _choose_half(weights, at, chance[:, None])
-    logprobs = folds[0].gather(1, at).double().log() - totals.double().log()
-    return Drawn(at[:, 0], logprobs[:, 0])
-
-
-def _fold(weights: Tensor) -> list[Tensor]:
-    """Add the second half of the weights to the first, again and again: all foldings, down to the sum of all."""
-    folds = [weights]
-    while weights.shape[1] > 1:
-        half = (weights.shape[1] + 1) // 2
-        left, right = weights[:, :half], weights[:, half:]
-        weights = left.clone() if right.shape[1] < half else left + right
-        if right.shape[1] < half:
-            weights[:, : right.shape[1]] += right
-        folds.append(weights)
-    return folds
-
-
-def _choose_half(weights: Tensor, at: Tensor, chance: Tensor) -> Tensor:
-    """Choose one of the two weights that were added at `at`, never one that is 0."""
-    size = weights.shape[1]
-    other = at + (size + 1) // 2
-    left = weights.gather(1, at).double()
-    right = torch.where(other < size, weights.gather(1, other.clamp(max=size - 1)).double(), 0.0)
-    return torch.where(chance * (left + right) < left, at, other)
-
 
 # A full cache gets room for at least so many tokens more, and for this part of its tokens.
 ROOM, PART = 32, 4
@@ -203,6 +108,8 @@ class Rows(NamedTuple):
     """None without padding: attention is faster then."""
     cache: Any
     logits: Tensor
+    states: Tensor | None = None
+    """The hidden states at the last tokens, (rows, tokens, layers x size), where they were asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,27 +121,29 @@ class Reader:
     """Read each prompt once, for all the rows that go on from it."""
     caches: bool = True
     """Use the cache that the model returns; if not, or if it returns none, each token takes a whole reading."""
+    layers: tuple[int, ...] = (-1,)
+    """The layers of which hidden states are returned where they are asked for, side by side."""
 
-    def open(self, prompts: Sequence[list[int]], of: Sequence[int]) -> Rows:
+    def open(self, prompts: Sequence[list[int]], of: Sequence[int], states: int = 0) -> Rows:
         """Read prompts: row i begins with prompts[of[i]]."""
         # A shared prompt is read once; if not shared, each row reads its own.
         read = list(prompts) if self.share else [prompts[i] for i in of]
         ids, mask = left_padded(read, device_of(self.model))
-        rows = self._forward(Rows(ids, mask, None, ids), ids)
+        rows = self._forward(Rows(ids, mask, None, ids), ids, states)
         if self.share and list(of) != list(range(len(prompts))):
             if not self.can_select(rows):
-                return replace(self, share=False).open(prompts, of)
+                return replace(self, share=False).open(prompts, of, states)
             rows = self.select(rows, of)
         return rows._replace(cache=add_room(rows.cache))
 
-    def next(self, rows: Rows, tokens: Tensor) -> Rows:
-        """Read one more token of each row."""
-        ids = torch.cat([rows.ids, tokens[:, None]], 1)
-        if ids.shape[1] - 1 == self._turn:
+    def next(self, rows: Rows, tokens: Tensor, states: int = 0) -> Rows:
+        """Read more tokens of each row, (rows, tokens); with the hidden states at so many of the last ones."""
+        before, ids = rows.ids.shape[1], torch.cat([rows.ids, tokens], 1)
+        if self._turn is not None and before <= self._turn < ids.shape[1]:
             # From this length on all angles are others, and so are all keys.
-            return self.open(ids.tolist(), range(len(ids)))
-        mask = None if rows.mask is None else torch.cat([rows.mask, rows.mask.new_ones(len(ids), 1)], 1)
-        return self._forward(rows._replace(ids=ids, mask=mask), tokens[:, None])
+            return self.open(ids.tolist(), range(len(ids)), states)
+        mask = None if rows.mask is None else torch.cat([rows.mask, torch.ones_like(tokens)], 1)
+        return self._forward(rows._replace(ids=ids, mask=mask), tokens, states)
 
     def select(self, rows: Rows, at: Sequence[int]) -> Rows:
         """Select rows; one may be selected many times."""
@@ -254,13 +163,13 @@ class Reader:
         """True if prompts of several lengths may be read together."""
         return self._turn is None
 
-    def _forward(self, rows: Rows, ids: Tensor) -> Rows:
+    def _forward(self, rows: Rows, ids: Tensor, states: int = 0) -> Rows:
         """Read `ids`, which are the last of the rows, behind the rows' cache; without one, read the rows whole."""
         ids = rows.ids if rows.cache is None else ids
         options: dict[str, Any] = {"use_cache": self.caches}
         if rows.cache is not None:
             options[self._cache_name] = rows.cache
-            if rows.mask is None and self._needs_empty_mask(rows.cache):
+            if rows.mask is None and ids.shape[1] == 1 and self._needs_empty_mask(rows.cache):
                 seen = rows.cache.get_seq_length() + ids.shape[1]
                 options["attention_mask"] = ids.new_ones(1, 1, 1, seen, dtype=torch.bool)
         if rows.mask is not None:
@@ -268,11 +177,19 @@ class Reader:
             if "position_ids" in self._parameters:
                 options["position_ids"] = (rows.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if "logits_to_keep" in self._parameters:
-            options["logits_to_keep"] = 1
-        with contiguous_input(self.model), reading_errors(self.model, rows.ids.shape[1]):
+            options["logits_to_keep"] = max(1, states)
+        # The last layer's states are what the output layer reads: they cost nothing. Others have to be asked for.
+        outputs: list[Tensor] = []
+        if states and self.layers != (-1,):
+            options["output_hidden_states"] = True
+        with contiguous_input(self.model, outputs), reading_errors(self.model, rows.ids.shape[1]):
             answer = self.model(input_ids=ids, **options)
         cache = answer.get(self._cache_name) if self.caches else None
-        return rows._replace(cache=cache, logits=answer.logits[:, -1])
+        last = None
+        if states:
+            picked = outputs[-1:] if self.layers == (-1,) else [answer.hidden_states[layer] for layer in self.layers]
+            last = torch.cat([each[:, -states:] for each in picked], -1)
+        return rows._replace(cache=cache, logits=answer.logits[:, -1], states=last)
 
     def _needs_empty_mask(self, cache: Any) -> bool:
         """Find models that are faster with a mask that masks nothing: heads that share keys then read them together.
@@ -300,10 +217,19 @@ class Reader:
 
 
 @contextmanager
-def contiguous_input(model: Any) -> Iterator[None]:
-    """Make the input of the output layer contiguous during the block: on CPUs it is up to 1000 times slower if not."""
+def contiguous_input(model: Any, seen: list[Tensor] | None = None) -> Iterator[None]:
+    """Make the input of the output layer contiguous during the block: on CPUs it is up to 1000 times slower if not.
+
+    The inputs are appended to `seen`: the last layer's hidden states.
+    """
     layer = model.get_output_embeddings()
-    hook = None if layer is None else layer.register_forward_pre_hook(lambda _, x: (x[0].contiguous(), *x[1:]))
+
+    def prepare(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if seen is not None:
+            seen.append(inputs[0])
+        return (inputs[0].contiguous(), *inputs[1:])
+
+    hook = None if layer is None else layer.register_forward_pre_hook(prepare)
     try:
         yield
     finally:
@@ -332,6 +258,10 @@ class Writer:
     processors: LogitsProcessorList
     endings: Endings
     max_tokens: int
+    turn_end: int | None = None
+    """A token that is read behind each completion, in place of the one that ended it, for its hidden states there."""
+    positions: int | None = None
+    """Most tokens of a row; a completion that was cut there has no room for the end of a turn."""
 
     def __call__(self, prompts: Sequence[list[int]], of: Sequence[int], seeds: Sequence[int]) -> list[Draft]:
         """Write a draft for each seed: the i-th continues prompts[of[i]]."""
@@ -339,21 +269,59 @@ class Writer:
         # The draft of each row of the batch, those that have ended but not left among them.
         members = list(range(len(drafts)))
         chances = np.empty((len(drafts), 0, HALVINGS))
-        rows = self.reader.open(prompts, of)
+        rows, read = self.reader.open(prompts, of), set[int]()
         for written in range(self.max_tokens):
             if written % AHEAD == 0:
                 chances = uniforms([seeds[i] for i in members], written, AHEAD)
             drawn = self._draw(rows, chances[:, written % AHEAD])
             self._append([drafts[i] for i in members], drawn)
-            going = [at for at, i in enumerate(members) if drafts[i].end is None]
-            if not going or written + 1 == self.max_tokens:
+            last = written + 1 == self.max_tokens
+            going = [] if last and not self._has_room(rows) else [i for i in members if drafts[i].end is None]
+            due = [i for i in members if self._reads_end(drafts[i]) and i not in read]
+            if not going and not due:
                 break
-            tokens = drawn.tokens
-            if self.reader.can_select(rows) and len(going) <= CROWD * len(members):
-                members, chances = [members[at] for at in going], chances[going]
-                rows, tokens = self.reader.select(rows, going), tokens[torch.tensor(going, device=tokens.device)]
-            rows = self.reader.next(rows, tokens.to(rows.ids.device))
+            tokens, staying = drawn.tokens, [at for at, i in enumerate(members) if i in {*going, *due}]
+            if self.reader.can_select(rows) and len(staying) <= CROWD * len(members):
+                members, chances = [members[at] for at in staying], chances[staying]
+                rows, tokens = self.reader.select(rows, staying), tokens[torch.tensor(staying, device=tokens.device)]
+            rows = self._next(rows, tokens.to(rows.ids.device), drafts, members, due, going if last else ())
+            read.update(due)
+            if last or not going:
+                break
         return drafts
+
+    def _reads_end(self, draft: Draft) -> bool:
+        return self.turn_end is not None and draft.end == "token"
+
+    def _has_room(self, rows: Rows) -> bool:
+        """Tell if completions that are cut here are to be read on, to the end of their turn."""
+        return self.turn_end is not None and (self.positions is None or rows.ids.shape[1] + 2 <= self.positions)
+
+    def _next(
+        self,
+        rows: Rows,
+        tokens: Tensor,
+        drafts: Sequence[Draft],
+        members: Sequence[int],
+        due: Sequence[int],
+        cut: Sequence[int],
+    ) -> Rows:
+        """Read the next token of each row, and keep the hidden states at the ends of turns.
+
+        The end stands in the place of the next token of drafts that are due, and behind that of drafts that are cut.
+        """
+        if self.turn_end is None or not (due or cut):
+            return self.reader.next(rows, tokens[:, None])
+        ends = torch.tensor([i in due for i in members], device=tokens.device)
+        tokens = torch.where(ends, self.turn_end, tokens)[:, None]
+        if cut:
+            tokens = torch.cat([tokens, torch.full_like(tokens, self.turn_end)], 1)
+        rows = self.reader.next(rows, tokens, tokens.shape[1])
+        if rows.states is not None:
+            for at, i in enumerate(members):
+                if i in due or i in cut:
+                    drafts[i].state = rows.states[at, 0 if i in due else -1]
+        return rows
 
     def _draw(self, rows: Rows, chances: Float64[np.ndarray, "rows halvings"]) -> Drawn:
         logits = rows.logits.float()

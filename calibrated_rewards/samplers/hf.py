@@ -29,9 +29,11 @@ from calibrated_rewards.models.parts import (
 )
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt, start_of
-from calibrated_rewards.samplers.generation import ADVICE, Reader, Writer, bytes_of, contiguous_input, processors
+from calibrated_rewards.samplers.drawing import ADVICE, processors
+from calibrated_rewards.samplers.generation import Reader, Writer, bytes_of, contiguous_input
 from calibrated_rewards.samplers.policy import Draft, Policy
 from calibrated_rewards.samplers.protocol import PATIENCE, Decoding, Rollout, Seeds
+from calibrated_rewards.samplers.turn_ends import ReadsTurnEnds, TurnEnds
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,9 @@ class HfSampler:
     """Most tokens of a batch, prompts and completions; None: as many as a part of the memory holds."""
     share_prefill: bool = True
     show_progress: bool = True
+    scorer: ReadsTurnEnds | None = None
+    """A scorer by a head on this very model (`PreferenceHeadScorer`): the pass that writes a completion reads the head
+    as well, and the scorer, asked for the completion, has its score already. The completions are the same."""
 
     def __post_init__(self) -> None:
         if self.prompts_at_once is not None and self.prompts_at_once < 1:
@@ -96,12 +101,16 @@ class HfSampler:
         hidden = None if self.show_progress else True
         bar = tqdm(total=len(tasks), desc="sampling", unit=" completions", delay=PATIENCE, leave=False, disable=hidden)
         with for_scoring(self._model, lock_of(self.model)), bar:
+            if self.scorer is not None:
+                self.scorer.forget()
             for batch in self._batches(rows, tasks):
                 try:
                     written = self._write(rows, [tasks[i] for i in batch])
                 except FloatingPointError as error:
                     first = start_of(prompts[tasks[batch[0]].prompt])
                     raise FloatingPointError(f"{error}; the first prompt of the batch is {first}") from error
+                if self._turn_ends is not None:
+                    self._turn_ends.keep([rows[tasks[i].prompt] for i in batch], written)
                 for i, draft in zip(batch, written, strict=True):
                     drafts[i] = draft
                 bar.update(len(batch))
@@ -166,8 +175,13 @@ class HfSampler:
         return self._write(rows, tasks)
 
     def _write_at_once(self, rows: Sequence[list[int]], tasks: Sequence[Task]) -> list[Draft]:
-        writer = Writer(self._reader, processors(self.decoding), self._policy.endings, self.decoding.max_tokens)
-        return writer(*_distinct_prompts(rows, tasks), [task.seed for task in tasks])
+        end = None if self._turn_ends is None else self._turn_ends.find_token(self.model)
+        options = (processors(self.decoding), self._policy.endings, self.decoding.max_tokens, end, self._policy.limit)
+        return Writer(self._reader, *options)(*_distinct_prompts(rows, tasks), [task.seed for task in tasks])
+
+    @cached_property
+    def _turn_ends(self) -> TurnEnds | None:
+        return None if self.scorer is None else TurnEnds(self.scorer)
 
     @property
     def _model(self) -> Any:
@@ -189,7 +203,8 @@ class HfSampler:
 
     @property
     def _reader(self) -> Reader:
-        return Reader(self._model, self._route.shares, self._route.caches)
+        layers = (-1,) if self.scorer is None else self.scorer.layers
+        return Reader(self._model, self._route.shares, self._route.caches, layers)
 
     @property
     def _most_prompts(self) -> int:
@@ -337,7 +352,7 @@ def measure_gap(
             keep = list(range(0, len(members), 2))
             rows, fed, members = reader.select(rows, keep), fed[keep], members[::2]
         if step + 1 < length:
-            rows = reader.next(rows, fed)
+            rows = reader.next(rows, fed[:, None])
     return sum(gaps) / len(gaps)
 
 

@@ -3,13 +3,15 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import transformers
 
 from calibrated_rewards.files import Message, setting
+from calibrated_rewards.heads.headed_model import HeadedModel
 from calibrated_rewards.models.checkpoints import (
+    Checkpoint,
     architecture,
     check_writes,
     find_checkpoint,
@@ -17,12 +19,15 @@ from calibrated_rewards.models.checkpoints import (
     needs_code,
 )
 from calibrated_rewards.models.lazy import Lazy, fields_only
-from calibrated_rewards.models.loading import Placement, Source, find_source
+from calibrated_rewards.models.loading import Placement, Source, add_adapter, find_source
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.continuous import ContinuousSampler
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding, Rollout, Sampler, Seeds
+from calibrated_rewards.scorers.ensemble import Cost
+from calibrated_rewards.scorers.preference_head import PreferenceHeadScorer
+from calibrated_rewards.scorers.protocol import Loaded, Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +77,7 @@ def load_sampler(
             {"tokenizer": words, **options} if tokenizer is not None else options
         )
         return VllmSampler.load(name_or_path, decoding, text, **options)
-    known = {each.name for each in fields(CLASSES[engine])} - {"model", "tokenizer", "decoding", "text"}
+    known = {each.name for each in fields(CLASSES[engine])} - {"model", "tokenizer", "decoding", "text", "scorer"}
     if unknown := sorted(set(options) - known):
         raise TypeError(
             Message(f"the engine {engine} takes no {setting(unknown[0])}; it takes {', '.join(sorted(known))}")
@@ -138,6 +143,44 @@ class LoadedSampler:
 
     def __hash__(self) -> int:
         return hash(self.name)  # options may have no hash
+
+
+def share_model(sampler: Sampler, scorer: Scorer) -> Sampler:
+    """Return a sampler that writes with the very model that a preference head reads, so that one is in memory.
+
+    If the policy is that model, its completions are scored by the pass that writes them. If it is a PEFT adapter on
+    the model of a head with a frozen backbone, the adapter is put on the scorer's model, and is off while the head
+    reads. Any other pair is left as it is: a head with an adapter of its own, another precision, another engine.
+    """
+    inner: Any = scorer.scorer if isinstance(scorer, Loaded) else scorer
+    is_cost = isinstance(inner, Cost)
+    inner = inner.scorer if is_cost else inner
+    if not isinstance(inner, PreferenceHeadScorer) or not isinstance(scorer, Loaded):
+        return sampler
+    if not isinstance(sampler, LoadedSampler) or sampler.engine != "hf" or sampler.tokenizer is not None:
+        return sampler
+    recipe: Any = scorer.recipe
+    head = find_source(recipe.name, recipe.revision, recipe.base, recipe.placement, recipe.tokenizer)
+    policy, frozen = sampler.source, inner.headed.adapter is None
+    if recipe.placement != sampler.placement or recipe.tokenizer is not None:
+        return sampler
+    settings = (sampler.decoding, sampler.text)
+    if is_same(policy.checkpoint, head.checkpoint) or (frozen and is_same(policy.checkpoint, head.base)):
+        logger.info("%s: one model writes and scores", sampler.name)
+        return HfSampler(inner.model, inner.tokenizer, *settings, scorer=inner, **sampler.options)
+    if not (frozen and policy.checkpoint.adapter and is_same(policy.base, head.base)):
+        return sampler
+    logger.info("%s: the adapter is put on the model that the head reads", sampler.name)
+    model = add_adapter(inner.model, policy.checkpoint).eval().requires_grad_(False)
+    # The model of before has the adapter in its layers now: whoever holds the scorer has to read without it.
+    inner = replace(inner, headed=HeadedModel(model, inner.tokenizer, inner.headed.head))
+    vars(scorer)["scorer"] = Cost(inner) if is_cost else inner
+    return HfSampler(model, policy.tokenizer(model), *settings, **sampler.options)
+
+
+def is_same(one: Checkpoint, other: Checkpoint) -> bool:
+    """Tell if two checkpoints are one: the folder, or the repository at a commit."""
+    return (one.name, one.revision) == (other.name, other.revision)
 
 
 def check_policy(source: Source) -> None:

@@ -22,6 +22,8 @@ class Draft:
     ids: list[int] = field(default_factory=list)
     logprob: float = 0.0
     end: Literal["token", "text"] | None = None
+    state: Any = None
+    """The hidden states at the end of its turn, where a preference head is to read them; a tensor of one axis."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,11 @@
 """Scorers: anything that gives a prompt's completion a number. A plain function is one.
 
 `protocol` defines them and calls them. `loading` has `load_scorer`, which looks at a checkpoint and picks the kind of
-reward model: `classifiers`, `value_head`, `process`, `implicit`, or `judge` for language models that are asked.
-`remote` and `remote_vllm` ask servers, `ensemble` combines scorers, `pairwise` and `pair_models` make scorers of models
-that compare two completions. `differences` compares two scorers' fingerprints.
+reward model: `classifiers`, `value_head`, `preference_head`, `process`, `implicit`, or `judge` for language models that
+are asked.
+`remote` and `remote_vllm` ask servers, `ensemble` combines scorers, `graded` reads levels in several dimensions off one
+classifier, `pairwise` and `pair_models` make scorers of models that compare two completions. `differences` compares two
+scorers' fingerprints.
 
 >>> from calibrated_rewards.scorers import score
 >>> score(lambda prompts, completions: [len(c) for c in completions], ["Hi", "Hi"], ["Hello!", "Go away"])
@@ -24,12 +26,26 @@ if TYPE_CHECKING:
         Mean as Mean,
         Min as Min,
     )
+    from calibrated_rewards.scorers.graded import (
+        FLAMES as FLAMES,
+        FLAMES_TEXT as FLAMES_TEXT,
+        Dimension as Dimension,
+        Graded as Graded,
+        find_dimensions as find_dimensions,
+    )
     from calibrated_rewards.scorers.loading import load_scorer as load_scorer
+    from calibrated_rewards.scorers.preference_head import PreferenceHeadScorer as PreferenceHeadScorer
     from calibrated_rewards.scorers.remote import Remote as Remote
 
 # Loaded when they are asked for: they bring heavy libraries.
 _COMBINED = ("Cost", "Ensemble", "Function", "LowerBound", "Mean", "Min")
-LAZY = {"load_scorer": "loading", "Remote": "remote", **dict.fromkeys(_COMBINED, "ensemble")}
+LAZY = {
+    "load_scorer": "loading",
+    "Remote": "remote",
+    "PreferenceHeadScorer": "preference_head",
+    **dict.fromkeys(_COMBINED, "ensemble"),
+    **dict.fromkeys(("FLAMES", "FLAMES_TEXT", "Dimension", "Graded", "find_dimensions"), "graded"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,13 +7,14 @@ import logging
 import operator
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast, get_args
 
 import numpy as np
 import transformers
 
 from calibrated_rewards.files import Message, setting
+from calibrated_rewards.heads.headed_model import HeadedModel
 from calibrated_rewards.models.checkpoints import (
     Kind,
     architecture,
@@ -33,6 +34,7 @@ from calibrated_rewards.scorers.classifiers import CrossEncoder, MultiAttribute,
 from calibrated_rewards.scorers.ensemble import Cost
 from calibrated_rewards.scorers.implicit import ImplicitReward
 from calibrated_rewards.scorers.judge import ExpectedRating, Judge, RatedJudge, TokenLogit
+from calibrated_rewards.scorers.preference_head import PreferenceHeadScorer
 from calibrated_rewards.scorers.process import ProcessReward
 from calibrated_rewards.scorers.protocol import Loaded
 from calibrated_rewards.scorers.value_head import ValueHead, choose_auto_class, load_head, read_normalisation
@@ -50,9 +52,10 @@ CLASSES: dict[Kind, Any] = {
     "rated-judge": RatedJudge,
     "token-logit": TokenLogit,
     "implicit": ImplicitReward,
+    "preference-head": PreferenceHeadScorer,
 }
 # Fields of the classes that are no options: `load_scorer` loads them itself.
-LOADED = {"model", "tokenizer", "reference"}
+LOADED = {"model", "tokenizer", "reference", "headed"}
 TEXT = {each.name for each in fields(Text)}
 
 
@@ -191,6 +194,7 @@ def check_labels(labels: Labels, outputs: int) -> None:
 def check_options(kind: Kind, options: Mapping[str, Any], reference: bool, adapter: bool) -> None:
     """Refuse options that the kind's class does not take, and an implicit reward without a reference."""
     taken = {each.name for each in fields(CLASSES[kind])} - LOADED
+    taken |= {"any_base"} if kind == "preference-head" else set()
     # `share_prefixes=False` holds for kinds that never share.
     unknown = sorted(set(options) - taken - {"share_prefixes"})
     if unknown:
@@ -255,6 +259,8 @@ class FromCheckpoint:
                 scorer = CLASSES[kind](*_load_writer(at, kind), **options)
             case "implicit":
                 scorer = self._load_implicit(at, options)
+            case "preference-head":
+                scorer = _load_preference_head(at, options)
         return Cost(scorer) if self.cost else scorer
 
     def _load_classifier(self, at: Source, kind: Any, options: Mapping[str, Any]) -> Any:
@@ -325,6 +331,16 @@ def _load_value_head(at: Source, options: Mapping[str, Any], rules: int) -> Valu
     auto = choose_auto_class(at.base.config, bool(at.checkpoint.adapter))
     settings = {**read_normalisation(at.base, beaver=rules >= RULES), **options, "head": head}
     return ValueHead(*_load_both(at, auto), **settings)
+
+
+def _load_preference_head(at: Source, options: Mapping[str, Any]) -> PreferenceHeadScorer:
+    """Load a preference head with its model: the one beside it, or the one that it was trained on."""
+    base, head = replace(at, checkpoint=at.base), at.checkpoint
+    model = base.model(transformers.AutoModelForCausalLM)
+    settings = {name: value for name, value in options.items() if name != "any_base"}
+    tokenizer, any_base = base.tokenizer(model), bool(options.get("any_base"))
+    headed = HeadedModel.attach(head.name, model, tokenizer, revision=head.revision, any_base=any_base)
+    return PreferenceHeadScorer(headed, **settings)
 
 
 def _load_process(at: Source, options: Mapping[str, Any]) -> ProcessReward:

@@ -6,8 +6,7 @@ reward that is one adapter more on the policy's base model: no second copy of th
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,9 @@ import torch
 from jaxtyping import Float32
 from torch import nn
 
+from calibrated_rewards.models.adapters import activate
 from calibrated_rewards.models.checkpoints import Checkpoint
 from calibrated_rewards.models.fingerprint import (
-    adapter_layers,
     config_digest,
     model_fingerprint,
     settings_digest,
@@ -176,27 +175,6 @@ class SharedBase:
     def _access(self) -> ModelReader:
         options = (self.batch_tokens, self.share_prefixes, self.show_progress)
         return ModelReader(self.policy, self.tokenizer, self.text, *options)
-
-
-@contextmanager
-def activate(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Make one adapter alone active meanwhile, and enabled even within `disable_adapter()`; then restore all."""
-    layers = list(adapter_layers(model).values())
-    merged = sorted({name for layer in layers for name in getattr(layer, "merged_adapters", ())})
-    if merged:
-        raise ValueError(
-            f"adapter {adapter!r} needs the base as it was, {merged} is merged into it: unmerge_adapter() first"
-        )
-    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
-    try:
-        for layer in layers:
-            # Not through set_adapter(): that also decides which parameters are trained, behind the optimiser's back.
-            layer._active_adapter = [adapter] if adapter in layer._get_available_adapters() else []
-            layer._disable_adapters = False
-        yield
-    finally:
-        for layer, names, disabled in before:
-            layer._active_adapter, layer._disable_adapters = names, disabled
 
 
 def read_head(access: ModelReader, head: nn.Module, ids: list[list[int]], prompts: Sequence[Prompt]) -> torch.Tensor:

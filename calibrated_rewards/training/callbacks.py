@@ -3,6 +3,7 @@
 `BestOfNWinRate` and `HeldOutCallback` are for any trainer of yours; the others are those of the command `train`.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -22,8 +23,11 @@ from calibrated_rewards.scorers.protocol import call, fingerprint, is_thread_saf
 from calibrated_rewards.theory.procedures import BestOf, Standard, check_count
 from calibrated_rewards.training.check_settings.rules import restore_decoding
 from calibrated_rewards.training.held_out import HeldOutRollouts, is_due
-from calibrated_rewards.training.progress import ProgressLines
+from calibrated_rewards.training.progress import BETWEEN_LINES, ProgressLines
 from calibrated_rewards.training.run_folder import RunFolder
+
+# Numbers of a step that the log has, by their names in transformers' own.
+LOGGED = ("loss", "loss/head", "loss/dpo", "loss/sft", "accuracy", "margin", "grad_norm", "learning_rate", "num_tokens")
 
 
 @dataclass
@@ -270,3 +274,57 @@ def convert_row(logged: Mapping[str, Any], beta: float) -> dict[str, Any]:
     row = {"step": logged["step"] - 1, "lr": logged["learning_rate"], "reward": reward, **quantile, "kl": kl}
     row |= {"objective": None if reward is None else reward - beta * kl, "tokens": tokens}
     return row | {name: value for name, value in logged.items() if name.startswith(("seconds", "held_out/"))}
+
+
+@dataclass(eq=False)
+class HeadLog(TrainerCallback):
+    """Write a log row for each step and each evaluation, and show progress with the time left."""
+
+    folder: RunFolder
+    steps: int
+    bar: Any = None
+    last_line: float = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write the log up to the checkpoint again: what came after it happens again."""
+        if state.is_world_process_zero:
+            self.folder.write_log(row for each in state.log_history if (row := convert_head_row(each)))
+            bar: Any = {"desc": "training", "unit": " steps", "disable": None}
+            self.bar = tqdm(total=self.steps, initial=state.global_step, delay=3, **bar)
+            self.last_line = perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write the row of a step or an evaluation."""
+        row = convert_head_row(state.log_history[-1]) if state.is_world_process_zero else None
+        if row is None or self.bar is None:
+            return
+        self.folder.add_to_log(row)
+        if "loss" in row:
+            self.bar.update()
+            self.bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.2f}", refresh=False)
+        if self.bar.disable and perf_counter() - self.last_line > BETWEEN_LINES:
+            self.last_line = perf_counter()
+            numbers = ", ".join(f"{name} {value:.3g}" for name, value in row.items() if name != "step")
+            sys.stderr.write(f"step {row['step'] + 1} of {self.steps}: {numbers}\n")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the progress bar at the end."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def convert_head_row(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Convert an entry of transformers' history to a log row, counted from step 0; None for a summary.
+
+    >>> convert_head_row({"loss": 1.2, "accuracy": 0.5, "step": 3, "epoch": 0.1})
+    {'step': 2, 'loss': 1.2, 'accuracy': 0.5}
+    >>> convert_head_row({"eval_accuracy": 0.75, "eval_runtime": 1.0, "step": 3})
+    {'step': 2, 'held_out/accuracy': 0.75}
+    """
+    step = {"step": int(entry["step"]) - 1}
+    if "loss" in entry:
+        return step | {name: float(entry[name]) for name in LOGGED if name in entry}
+    timing = ("_runtime", "_per_second")
+    checks = {name: value for name, value in entry.items() if name.startswith("eval_") and not name.endswith(timing)}
+    return step | {f"held_out/{name[5:]}": float(value) for name, value in checks.items()} if checks else None

@@ -8,9 +8,7 @@ table were, so that the KL to the reference policy is the one in the objective. 
 import copy
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.files import Message, setting
+from calibrated_rewards.models.adapters import ignore_peft_warning
 from calibrated_rewards.models.parts import device_of
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.policy import Draft, Policy
@@ -119,14 +118,6 @@ def list_linear_layers(model: Any) -> set[str]:
     head = model.get_output_embeddings()
     layers = ((name, module) for name, module in model.named_modules() if module is not head)
     return {name.rpartition(".")[2] for name, module in layers if isinstance(module, torch.nn.Linear | Conv1D)}
-
-
-@contextmanager
-def ignore_peft_warning() -> Iterator[None]:
-    """Silence a warning: PEFT and TRL ask models for an attribute by a name that transformers is about to drop."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        yield
 
 
 def make_head_contiguous(model: Any) -> None:

@@ -51,6 +51,8 @@ WORDS: dict[str, list[str]] = {
         "4",
         "--no-kl",
     ],
+    "generate": [*POLICY, "--prompts", "p", "--out", "a.jsonl", "--soft-best-of", "8:0.1", "--reward-model", "./rm"],
+    "multiple-choice": ["--questions", "q", "--policy", "./sft", "--reward-model", "a=./rm", "--sum", "--limit", "3"],
     "best-at-n": ["dump/", "--n", "1", "4", "--threshold", "-0.5", "--json"],
     "report": ["experiment/"],
     "serve": ["reward/", "--port", "0", "--seconds", "2.5", "--insecure"],
@@ -64,6 +66,7 @@ TRAINERS = {
     "grpo": [*LAUNCH, "--raw", "--beta", "2"],
     "grpo --plain": [*LAUNCH, "--plain", "--baseline", "group-mean", "--force"],
     "ppo": [*LAUNCH, "--whiten", "no", "--device", "cpu"],
+    "head": ["--policy", "./sft", "--pairs", "a=a.jsonl", "b", "--out", "run", "--chat", "--layers=-1,4", "--bf16"],
 }
 
 

@@ -8,7 +8,7 @@ from scipy import special, stats
 from tiny import causal
 from transformers import GenerationConfig
 
-from calibrated_rewards.samplers.generation import HALVINGS, draw, processors, uniforms
+from calibrated_rewards.samplers.drawing import HALVINGS, draw, processors, uniforms
 from calibrated_rewards.samplers.protocol import Decoding
 
 

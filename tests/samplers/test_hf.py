@@ -17,7 +17,7 @@ from words import WORDS, ids_of, spread, words
 
 from calibrated_rewards.models.parts import UnreadError
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.samplers.generation import processors
+from calibrated_rewards.samplers.drawing import processors
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding, Particular, Rendering, Rollout, Sampler, sample
 from calibrated_rewards.scorers.protocol import Fingerprinted

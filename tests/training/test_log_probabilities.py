@@ -12,11 +12,11 @@ from architectures import DECODERS, HYBRIDS
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from calibrated_rewards.models.adapters import ignore_peft_warning
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.policy import Policy, tokenize_completion
 from calibrated_rewards.samplers.protocol import Decoding, Rollout
-from calibrated_rewards.training.loop import ignore_peft_warning
 from calibrated_rewards.training.offline.group_batches import Group
 from calibrated_rewards.training.offline.groups import PromptGroup, ReferenceFile, record_states
 from calibrated_rewards.training.offline.log_probabilities import GroupReader

@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.main import main
+from calibrated_rewards.models.adapters import ignore_peft_warning
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.testing.suites import HashScorer
 from calibrated_rewards.theory.finite_k import log_partition
-from calibrated_rewards.training.loop import ignore_peft_warning
 from calibrated_rewards.training.offline import trained_weights
 from calibrated_rewards.training.offline.group_batches import Group
 from calibrated_rewards.training.offline.groups import PromptGroup, ReferenceFile, load_groups, split_groups
@@ -171,7 +171,7 @@ def test_a_short_run_reads_the_prompts_of_its_steps_alone(files: Path, tmp_path:
 
 KILLED = """
 import os, signal, sys
-from calibrated_rewards.training.loop import ignore_peft_warning
+from calibrated_rewards.models.adapters import ignore_peft_warning
 from calibrated_rewards.training.offline import trained_weights
 write, count = trained_weights.write_file, 0
 def write_or_die(path, text):

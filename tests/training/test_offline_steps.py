@@ -9,7 +9,7 @@ import tiny
 import torch
 from offline_runs import BETA, fit, make_group
 
-from calibrated_rewards.training.loop import ignore_peft_warning
+from calibrated_rewards.models.adapters import ignore_peft_warning
 from calibrated_rewards.training.offline import groups as offline_groups, trained_weights
 from calibrated_rewards.training.offline.group_batches import Group
 from calibrated_rewards.training.offline.groups import RecordedStates, ReferenceFile, hold_rollouts

@@ -15,10 +15,10 @@ from datasets import Dataset
 from trl import RLOOConfig, RLOOTrainer
 
 from calibrated_rewards import CalibratedReward, ReferenceTable
+from calibrated_rewards.models.adapters import ignore_peft_warning
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.testing.suites import HashScorer
 from calibrated_rewards.training.callbacks import BestOfNWinRate
-from calibrated_rewards.training.loop import ignore_peft_warning
 
 PROMPTS = tiny.texts(5)
 TRAINED, HELD_OUT = PROMPTS[:2], PROMPTS[2:]

@@ -39,6 +39,7 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.files import Message, setting
+from calibrated_rewards.models.adapters import ignore_peft_warning
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.training.callbacks import HeldOutCallback, StepLog, TimedDrawing, TimedReward
@@ -48,7 +49,6 @@ from calibrated_rewards.training.launch import Launch, check_numbers, load_input
 from calibrated_rewards.training.loop import (
     build_lora_config,
     find_processes,
-    ignore_peft_warning,
     iterate_batches,
     make_head_contiguous,
 )

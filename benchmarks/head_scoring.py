@@ -1,0 +1,154 @@
+"""What the scores of a preference head cost: from the pass that writes, against a forward of their own.
+
+    python benchmarks/head_scoring.py                              # a Llama of 4 layers, 256 wide, float32, one thread
+    python benchmarks/head_scoring.py --model SmolLM2-135M-Instruct    # a checkpoint: its folder, in its own precision
+    python benchmarks/head_scoring.py --device cuda --dtype bfloat16 --layers 16 --width 2048 --cases 16,64,256
+
+Three sides take turns in one run, on the same prompts and seeds: completions alone; completions by a sampler that has
+the head's scorer, and then their scores; completions alone, and then their scores by a forward of their own. What
+counts is the median over the rounds of the ratio to the completions alone within a round, by the clock and by the
+processor's time. `share_free` is the share of completions whose text makes the tokens that were drawn: the others are
+read again, and that is in the time. `farthest` is the largest difference of the two ways, in standard deviations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from environment import save
+from sampling import in_rounds, small_llama
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from calibrated_rewards.heads import HeadedModel
+from calibrated_rewards.samplers.hf import HfSampler
+from calibrated_rewards.samplers.protocol import Decoding
+from calibrated_rewards.scorers.preference_head import PreferenceHeadScorer
+
+# Prompts, completions of each, tokens of each.
+CASES = ["4,16,64", "1,64,64", "4,16,128"]
+QUESTIONS = [
+    "Why is the sky blue?", "Name three rivers of Europe.", "How do I boil an egg?", "Write a line about autumn.",
+    "What is a prime number?", "Who wrote Hamlet?", "Give me a tip for sleeping well.", "Explain rain to a child.",
+]  # fmt: skip
+
+
+def words_of_32000() -> Any:
+    """A tokenizer of 32,000 words: any tokens, joined by spaces, make the same tokens again."""
+    names = ["<pad>", "<end>", "<unk>", "<user>", "<assistant>", *(f"w{i}" for i in range(31_995))]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(names[:5])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<end>",
+        unk_token="<unk>",
+        additional_special_tokens=names[3:5],
+    )
+    made.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    return made
+
+
+def loaded(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    if args.model:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(args.device).eval()
+        return model, AutoTokenizer.from_pretrained(args.model)
+    return small_llama(args), words_of_32000()
+
+
+def prompts_of(args: argparse.Namespace, number: int) -> list[Any]:
+    """Chats of one message: questions, or words."""
+    rng = np.random.default_rng(0)
+    texts = QUESTIONS if args.model else [" ".join(f"w{i}" for i in rng.integers(0, 31_995, 32)) for _ in range(number)]
+    return [[{"role": "user", "content": texts[i % len(texts)]}] for i in range(number)]
+
+
+def compared(model: Any, words: Any, case: tuple[int, int, int], args: argparse.Namespace) -> dict[str, Any]:
+    """One case: seconds of each side, and its ratio to the completions alone."""
+    number, k, new = case
+    prompts, seeds = prompts_of(args, number), [list(range(k))] * number
+    headed = HeadedModel.build(model, words, pooler=args.pooler)
+    free, apart = (PreferenceHeadScorer(headed, show_progress=False) for _ in range(2))
+    options = {"show_progress": False}
+    plain = HfSampler(model, words, Decoding(new), **options)
+    with_head = HfSampler(model, words, Decoding(new), scorer=free, **options)
+    pairs = [prompt for prompt in prompts for _ in range(k)]
+
+    def score(sampler: Any, scorer: Any) -> np.ndarray:
+        return scorer(pairs, [rollout.completion for own in sampler(prompts, seeds) for rollout in own])
+
+    sides = {
+        "completions": lambda: plain(prompts, seeds),
+        "scored_in_the_pass": lambda: score(with_head, free),
+        "scored_apart": lambda: score(plain, apart),
+    }
+    times = in_rounds(args.rounds, sides)
+    used = free.memory.used
+    scores, expected = score(with_head, free), score(plain, apart)
+    ratios = {
+        name: [[row[at] / alone[at] for row, alone in zip(own, times["completions"], strict=True)] for at in (0, 1)]
+        for name, own in times.items()
+    }
+    return {
+        "prompts": number,
+        "k": k,
+        "new": new,
+        "seconds": {name: statistics.median(row[0] for row in own) for name, own in times.items()},
+        "cost_by_clock": {name: statistics.median(own[0]) - 1 for name, own in ratios.items()},
+        "cost_by_processor_time": {name: statistics.median(own[1]) - 1 for name, own in ratios.items()},
+        "cost_by_round": {name: [x - 1 for x in own[1]] for name, own in ratios.items()},
+        "share_free": (free.memory.used - used) / len(pairs),
+        "farthest": float(np.abs(scores - expected).max() / expected.std()),
+    }
+
+
+def main() -> None:
+    """Measure, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a checkpoint's folder; without, a small Llama of random weights")
+    parser.add_argument("--cases", nargs="*", default=CASES, help="PROMPTS,K,NEW ...")
+    parser.add_argument("--pooler", default="tanh")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the small Llama")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="a small case, two rounds, nothing saved")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model, words = loaded(args)
+    cases, args.rounds = (["2,4,16"], 2) if args.quick else (args.cases, args.rounds)
+    found = []
+    print("prompts   K  new  cost over completions alone, by the clock (processor's time)")
+    for name in cases:
+        number, k, new = map(int, name.split(","))
+        found.append(row := compared(model, words, (number, k, new), args))
+        costs = [
+            f"{side} {row['cost_by_clock'][side]:+.1%} ({row['cost_by_processor_time'][side]:+.1%})"
+            for side in ("scored_in_the_pass", "scored_apart")
+        ]
+        print(
+            f"{number:7d} {k:3d} {new:4d}  {'  '.join(costs)}  free {row['share_free']:.0%}, "
+            f"apart by {row['farthest']:.0e} sd",
+            flush=True,
+        )
+    if not args.quick:
+        kind = Path(args.model).name if args.model else "small_llama"
+        told = {**vars(args), "model": kind, "dtype": str(model.dtype).removeprefix("torch.")}
+        print(save(f"head_scoring_{kind}_{args.device}_{told['dtype']}", {**told, "cases": found}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

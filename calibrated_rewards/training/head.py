@@ -1,0 +1,353 @@
+"""Train a reward head on a policy's own hidden states from preferences: one model then generates and scores (DPH).
+
+    calibrated-rewards train head --policy ./sft --pairs preferences.jsonl --out head/
+
+The pairs are in TRL's preference format: `chosen` and `rejected`, texts or messages, with or without `prompt`; or a
+prompt with `choices` and the number of the right one in `label`. Several tasks are shuffled and interleaved:
+`--pairs reviews=reviews.jsonl nli=nli.jsonl`, each with a template of its own if `--templates FILE` has one.
+
+`--backbone frozen` reads the policy once and trains the head alone, in minutes, and the policy stays what it is.
+`lora` trains an adapter under the head, which is off while the policy generates; `full` trains all weights, and with
+`--dpo-weight 1` the policy as well. Some pairs are held out, by prompt, and give accuracy and calibration at the end.
+
+The same command goes on from the last checkpoint after Ctrl-C or a crash, and ends with the same weights. `head/model`
+is the head: score with it by `--reward-model head/model`. On several GPUs: `accelerate launch -m calibrated_rewards
+train head ...`.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainingArguments, set_seed
+
+from calibrated_rewards.calibration.sources import read_rows
+from calibrated_rewards.files import Message, setting, write_file
+from calibrated_rewards.heads.data import Pair, PairReader, TaskTemplate, order_pairs
+from calibrated_rewards.heads.headed_model import HeadedModel
+from calibrated_rewards.heads.losses import ConservativeDPO, HeadLoss, JointLoss
+from calibrated_rewards.heads.pair_batches import EncodedPair, encode_pairs
+from calibrated_rewards.heads.preference_head import BACKBONES, POOLERS
+from calibrated_rewards.heads.trainer import PreferenceHeadTrainer, add_references, cache_states
+from calibrated_rewards.models.loading import Placement, find_source
+from calibrated_rewards.models.text import Text
+from calibrated_rewards.prompts import prompt_key
+from calibrated_rewards.training.callbacks import HeadLog
+from calibrated_rewards.training.launch import check_numbers, option
+from calibrated_rewards.training.loop import check_shares, find_processes
+from calibrated_rewards.training.run_folder import RunFolder, resolve_policy
+from calibrated_rewards.training.trackers import check_trackers, name_run, place_files
+
+# How often each pair comes, unless a run says so.
+EPOCHS, FROZEN_EPOCHS = 3, 30
+
+
+@dataclass(frozen=True)
+class HeadLaunch:
+    """The parts of a run and where it leaves its files, beside its settings."""
+
+    policy: str
+    pairs: Sequence[str]
+    """Sources of preferences, each as task=source or without a task."""
+    out: Path
+    eval_pairs: Sequence[str] = ()
+    """Sources of the pairs of evaluation, in place of a share of the others."""
+    templates: Path | None = None
+    """A JSON file of templates by task."""
+    end_token: str | None = None
+    """The end-of-turn token; None: what the template writes behind an answer, else EOS."""
+    chat: bool | None = None
+    """True makes a user's message of each prompt that is text."""
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+    report_to: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class HeadTraining:
+    """Settings of the run; each is an option of the command."""
+
+    backbone: str = option("frozen", "what is trained under the head: nothing, an adapter, or all weights", *BACKBONES)
+    pooler: str = option("identity", "f in the score w . f(h)", *POOLERS)
+    layers: str = option("-1", "the layer that is read, -1 for the last; several as 8,16,-1, or all: a learned mix")
+    heads: str = option("reward", "names of the scores, as helpful,harmless; a pair's column head names its own")
+    loss: str = option("separable", "chosen up and rejected down each, or their difference", "separable", "contrastive")
+    smoothing: float = option(0.1, "share of pairs taken to be labelled the wrong way round")
+    penalty: float = option(0.0, "weight of the squared scores")
+    centring: float = option(0.0, "weight of the squared sum of a pair's scores")
+    dpo_weight: float = option(0.0, "weight of cDPO on the policy beside the head's loss; 1 in the paper")
+    dpo_beta: float = option(0.1, "cDPO's beta")
+    sft_weight: float = option(0.0, "weight of the chosen completions' negative log-likelihood")
+    epochs: int = option(
+        0, "how often each pair comes; 0: 3 times, and 30 over a frozen backbone, where it costs little"
+    )
+    steps: int = option(0, "updates; 0: as --epochs says")
+    pairs_a_step: int = option(64, "pairs of a step, of all processes together")
+    rows: int = option(8, "pairs that a process reads at once; memory, not the result")
+    window: int = option(0, "pack texts into rows of so many tokens; 0 pads each")
+    max_length: int = option(0, "most tokens of a text, whose beginning goes; 0: what the model reads")
+    mix: str = option("size", "how often a task comes: by its pairs, or as often as any other", "size", "uniform")
+    lr: float = option(1e-4, "highest learning rate of the backbone: 1e-4 for LoRA, 3e-6 to 1e-5 for all weights")
+    head_lr: float = option(1e-3, "highest learning rate of the head")
+    warmup: int = option(20, "steps in which the learning rates rise; they then fall to 0 along a cosine")
+    head_decay: float = option(0.1, "weight decay of the head")
+    prior_decay: float = option(0.1, "decay of the backbone's weights towards the initial ones")
+    max_grad_norm: float = option(1.0, "longer gradients are cut to this length")
+    dropout: float = option(0.0, "dropout within the head")
+    lora_rank: int = option(16, "rank of the adapter of --backbone lora")
+    bf16: bool = option(False, "compute the backbone in bfloat16, and keep what is trained in --dtype")
+    checkpoint_activations: bool = option(False, "compute activations twice: less memory, more time")
+    held_out: float = option(0.05, "share of the prompts whose pairs are held out for evaluation; 0: none")
+    eval_steps: int = option(100, "steps from one evaluation to the next")
+    save_steps: int = option(100, "steps from checkpoint to checkpoint, from which the run can go on")
+    seed: int = option(0, "of the pairs' order, the held-out prompts, the head and the adapter")
+
+    def __post_init__(self) -> None:
+        counts = dict.fromkeys(("steps", "epochs", "warmup", "window", "max_length", "seed"), 0)
+        check_numbers(self, **counts, pairs_a_step=1, eval_steps=1, lora_rank=1)
+        self.joint_loss()
+        self.layer_indices(1)
+        if not 0 <= self.held_out < 1:
+            raise ValueError(
+                Message(f"a share is 0 or more and below 1, got {setting('held_out', str(self.held_out))}")
+            )
+
+    def joint_loss(self) -> JointLoss:
+        """Make the loss; ValueError for numbers that none has."""
+        head = HeadLoss(self.loss, self.smoothing, self.penalty, self.centring)
+        dpo = ConservativeDPO(self.dpo_beta, self.smoothing)
+        return JointLoss(head, dpo, dpo_weight=self.dpo_weight, sft_weight=self.sft_weight)
+
+    def layer_indices(self, layers: int) -> tuple[int, ...]:
+        """Return the indices into the hidden states of a model of so many layers."""
+        if self.layers == "all":
+            return tuple(range(layers + 1))
+        try:
+            return tuple(int(each) for each in self.layers.split(","))
+        except ValueError:
+            number = setting("layers", self.layers)
+            raise ValueError(Message(f"layers are whole numbers with commas between, or all, got {number}")) from None
+
+
+def run(launch: HeadLaunch, settings: HeadTraining) -> None:
+    """Train from files to files, or go on, as the command does."""
+    folder, processes = RunFolder(launch.out), find_processes()
+    check_trackers(launch.report_to)
+    check_shares(settings.pairs_a_step, processes.num_processes)
+    pairs = read_pairs(launch.pairs, launch.templates)
+    training, held_out = split_pairs(pairs, settings.held_out, settings.seed)
+    if launch.eval_pairs:
+        training, held_out = pairs, read_pairs(launch.eval_pairs, launch.templates)
+    if not training:
+        raise ValueError(Message(f"no pair is left to train on, of {len(pairs)}: {setting('held_out', '0')}"))
+    described = describe(launch, settings, training, held_out)
+    if folder.is_finished(described):
+        sys.stderr.write(f"{folder.model_folder} is this run's head: nothing to do\n")
+        return
+    with folder.reserve(processes.is_main_process):
+        if processes.is_main_process:
+            folder.begin(described)
+        headed = build_model(launch, settings)
+        trainer = build_trainer(headed, settings, folder, training, held_out, launch.report_to)
+        trainer.train(resume_from_checkpoint=folder.find_checkpoint())
+        metrics = trainer.evaluate(metric_key_prefix="held_out") if held_out else {}
+        trainer.save_model(str(folder.unfinished_model))
+        if processes.is_main_process:
+            result = {name: value for name, value in metrics.items() if isinstance(value, float)}
+            write_file(folder.unfinished_model / "training.json", json.dumps(result, indent=2))
+            folder.publish_model()
+            sys.stdout.write(f"{summarise(result, len(held_out))}head: {folder.model_folder}\nlog: {folder.log}\n")
+    processes.wait_for_everyone()
+
+
+def read_pairs(sources: Sequence[str], templates: Path | None) -> list[Pair]:
+    """Read the pairs of all sources, each `task=source` or a source whose rows may name their task."""
+    reader = PairReader({} if templates is None else load_templates(templates))
+    pairs: list[Pair] = []
+    for source in sources:
+        task, separator, place = source.partition("=")
+        if not separator or Path(source).exists():
+            task, place = "", source
+        rows = tqdm(read_rows(place), desc=f"reading {place}", unit=" rows", delay=3, disable=None)
+        pairs += reader.read(iter(rows), task)
+    if not pairs:
+        raise ValueError(f"a head learns from pairs, got none in {', '.join(sources)}")
+    return pairs
+
+
+def load_templates(path: Path) -> dict[str, TaskTemplate]:
+    """Load templates by task from a JSON file, each with the fields of `TaskTemplate`."""
+    content = json.loads(path.read_text())
+    if not isinstance(content, Mapping) or not all(isinstance(each, Mapping) for each in content.values()):
+        raise ValueError(f'{path} holds templates by task, as {{"nli": {{"prompt": "{{premise}}"}}}}')
+    try:
+        return {
+            task: TaskTemplate(**{**each, "answers": tuple(each.get("answers", ()))}) for task, each in content.items()
+        }
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def split_pairs(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Split pairs by prompt: all of one prompt are trained on or held out, by a hash of the prompt and the seed."""
+    sides: tuple[list[Pair], list[Pair]] = ([], [])
+    for pair in pairs:
+        digest = blake2b(prompt_key(pair.prompt), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
+        sides[int.from_bytes(digest, "little") < share * 2**64].append(pair)
+    return sides
+
+
+def build_model(launch: HeadLaunch, settings: HeadTraining) -> HeadedModel:
+    """Load the policy and put a fresh head on it, the same for the same seed."""
+    device = find_processes().device
+    placement = Placement(launch.dtype, device, trust_remote_code=launch.trust_remote_code)
+    source = find_source(resolve_policy(launch.policy), None, None, placement)
+    model = source.model(AutoModelForCausalLM)
+    tokenizer = source.tokenizer(model)
+    set_seed(settings.seed)
+    return HeadedModel.build(
+        model,
+        tokenizer,
+        backbone=settings.backbone,
+        rank=settings.lora_rank,
+        pooler=settings.pooler,
+        layers=settings.layer_indices(model.config.get_text_config().num_hidden_layers),
+        names=tuple(settings.heads.split(",")),
+        dropout=settings.dropout,
+        end_token=launch.end_token,
+        text=Text(max_length=settings.max_length or None, chat=launch.chat),
+    )
+
+
+def build_trainer(
+    headed: HeadedModel,
+    settings: HeadTraining,
+    folder: RunFolder,
+    training: Sequence[Pair],
+    held_out: Sequence[Pair],
+    report_to: Sequence[str] = (),
+) -> PreferenceHeadTrainer:
+    """Encode the pairs, read what is read once, and make the trainer."""
+    processes, loss = find_processes(), settings.joint_loss()
+    pairs, checked = encode_pairs(headed, training), encode_pairs(headed, held_out) if held_out else []
+    if settings.backbone == "frozen":
+        states = cache_states(headed, [*pairs, *checked])
+        pairs, checked = states[: len(pairs)], states[len(pairs) :]
+    elif settings.dpo_weight:
+        pairs, checked = (add_references(headed, each, settings.rows) for each in (pairs, checked))
+    epochs = settings.epochs or (FROZEN_EPOCHS if settings.backbone == "frozen" else EPOCHS)
+    steps = settings.steps or math.ceil(epochs * len(pairs) / settings.pairs_a_step)
+    order = order_pairs(
+        [pair.task for pair in pairs], steps * settings.pairs_a_step / len(pairs), mix=settings.mix, seed=settings.seed
+    )
+    if processes.is_main_process:
+        sys.stderr.write(f"{describe_size(pairs, checked, settings, steps)}\n")
+    trainer = PreferenceHeadTrainer(
+        headed,
+        configure(settings, folder, steps, processes.num_processes, bool(checked), report_to),
+        pairs,
+        order=order,
+        eval_pairs=checked or None,
+        loss=loss,
+        window=settings.window,
+        head_lr=settings.head_lr,
+        head_decay=settings.head_decay,
+        prior_decay=0.0 if settings.backbone == "frozen" else settings.prior_decay,
+        callbacks=[HeadLog(folder, steps)],
+    )
+    trainer.remove_callback(PrinterCallback)  # which writes all numbers of each step to stdout
+    place_files(trainer.callback_handler.callbacks, folder)
+    return trainer
+
+
+def configure(
+    settings: HeadTraining, folder: RunFolder, steps: int, processes: int, evaluates: bool, report_to: Sequence[str]
+) -> TrainingArguments:
+    """Make the trainer's arguments."""
+    share = settings.pairs_a_step // processes
+    # A frozen backbone's states are small: a step is one batch.
+    rows = share if settings.backbone == "frozen" else math.gcd(share, settings.rows)
+    return TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=steps,
+        learning_rate=settings.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(settings.warmup, max(0, steps - 1)),
+        weight_decay=0.0,
+        adam_beta2=0.95,
+        max_grad_norm=settings.max_grad_norm,
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=rows,
+        gradient_accumulation_steps=share // rows,
+        activation_checkpointing=settings.checkpoint_activations,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=settings.layers != "-1" and settings.backbone != "frozen",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        eval_strategy="steps" if evaluates and settings.eval_steps < steps else "no",
+        eval_steps=settings.eval_steps,
+        logging_steps=1,
+        report_to=list(report_to) or "none",
+        run_name=name_run(folder),
+        disable_tqdm=True,
+    )
+
+
+def describe(
+    launch: HeadLaunch, settings: HeadTraining, training: Sequence[Pair], held_out: Sequence[Pair]
+) -> dict[str, Any]:
+    """Describe as JSON all that a run depends on but for the weights."""
+    digests = {name: blake2b(digest_size=8) for name in ("pairs", "held_out")}
+    for name, pairs in (("pairs", training), ("held_out", held_out)):
+        for pair in pairs:
+            digests[name].update(json.dumps(pair, sort_keys=True).encode())
+    return {
+        "recipe": "head",
+        "policy": resolve_policy(launch.policy),
+        "dtype": launch.dtype,
+        "text": {"end_token": launch.end_token, "chat": launch.chat},
+        "settings": asdict(settings),
+        "pairs": {"number": len(training), "digest": digests["pairs"].hexdigest()},
+        "held_out": {"number": len(held_out), "digest": digests["held_out"].hexdigest()},
+    }
+
+
+def describe_size(
+    pairs: Sequence[EncodedPair], held_out: Sequence[EncodedPair], settings: HeadTraining, steps: int
+) -> str:
+    """Describe how much a run reads."""
+    tokens = sum(pair.tokens for pair in pairs)
+    tasks = len({pair.task for pair in pairs})
+    return (
+        f"{steps:,} steps of {settings.pairs_a_step:,} pairs; {len(pairs):,} pairs of {tasks} task{'s' * (tasks > 1)} "
+        f"with {tokens:,} tokens come about {steps * settings.pairs_a_step / len(pairs):.2g} times; "
+        f"{len(held_out):,} pairs are held out"
+    )
+
+
+def summarise(metrics: Mapping[str, float], count: int) -> str:
+    """Say what came of a run on the held-out pairs; empty without any.
+
+    >>> metrics = {"accuracy": 0.8125, "ties": 0.0, "ece": 0.031, "brier": 0.14, "margin": 1.5}
+    >>> print(summarise({f"held_out_{name}": value for name, value in metrics.items()}, 400), end="")
+    pairwise accuracy 81.2 % +- 2.0 on 400 held-out pairs; calibration error 0.031, Brier score 0.140, ties 0.0 %
+    """
+    if not count or "held_out_accuracy" not in metrics:
+        return ""
+    accuracy, ties = metrics["held_out_accuracy"], metrics["held_out_ties"]
+    error = math.sqrt(accuracy * (1 - accuracy) / count)
+    return (
+        f"pairwise accuracy {100 * accuracy:.1f} % +- {100 * error:.1f} on {count:,} held-out pairs; calibration error "
+        f"{metrics['held_out_ece']:.3f}, Brier score {metrics['held_out_brier']:.3f}, ties {100 * ties:.1f} %\n"
+    )

@@ -1,0 +1,202 @@
+"""A head on a model: what is trained, which adapter it reads with, and that it comes back from its files."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+
+from calibrated_rewards.heads import HeadedModel, SelectedLayers
+from calibrated_rewards.models.adapters import ignore_peft_warning
+from calibrated_rewards.models.parts import body_of, pad_right
+
+PROMPTS = ["Hi", [{"role": "user", "content": "Who are you?"}], "2+2=", "Hi"]
+COMPLETIONS = ["hello there", "a llama", "4", ""]
+BACKBONES = ["frozen", "lora", "full"]
+LAYERS = [(-1,), (0, 1, -1)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """A tokenizer with a chat template."""
+    return tiny.tokenizer()
+
+
+@pytest.fixture
+def policy(tmp_path: Path, tokenizer: Any) -> str:
+    """A tiny policy in a folder."""
+    return tiny.saved(tiny.causal(), tmp_path / "policy", tokenizer)
+
+
+def load(policy: str) -> Any:
+    """The policy, as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(policy).eval()
+
+
+def adapt(model: Any) -> Any:
+    """The policy with a LoRA adapter of its own."""
+    with ignore_peft_warning():
+        return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def disturb(model: Any, seed: int = 0) -> None:
+    """Change all weights that are trained: an adapter and a head that were not trained do nothing yet."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.3 * torch.randn_like(weight))
+
+
+def build(policy: str, tokenizer: Any, **settings: Any) -> HeadedModel:
+    """A headed model whose trained weights are not those of the start."""
+    headed = HeadedModel.build(load(policy), tokenizer, **settings)
+    disturb(headed)
+    return headed.eval()
+
+
+def ends_of(rows: list[list[int]]) -> torch.Tensor:
+    """Row and position of each row's last token."""
+    return torch.tensor([(i, len(row) - 1) for i, row in enumerate(rows)])
+
+
+def one_by_one(headed: HeadedModel, rows: list[list[int]]) -> torch.Tensor:
+    """The oracle: the whole model's own forward, a row at a time, and the head on its last token."""
+    scores = []
+    with torch.no_grad(), headed.activate():
+        for row in rows:
+            states = headed.model(input_ids=torch.tensor([row]), output_hidden_states=True).hidden_states
+            scores.append(headed.head(headed.head.select(states, torch.tensor([len(row) - 1])))[0])
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_batch_scores_as_rows_alone(policy: str, tokenizer: Any, backbone: str, layers: tuple[int, ...]) -> None:
+    """Batched and padded, with and without gradients, a pair has the score that it has alone."""
+    headed = build(policy, tokenizer, backbone=backbone, layers=layers, pooler="tanh", names=("a", "b"))
+    rows = headed.encode(PROMPTS, COMPLETIONS)
+    ids, mask = pad_right(rows, 0, torch.device("cpu"))
+
+    expected = one_by_one(headed, rows)
+
+    assert expected.std(0).min() > 0.01
+    torch.testing.assert_close(headed.score_rows(rows), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(headed(ids, ends_of(rows), attention_mask=mask).detach(), expected, atol=1e-5, rtol=1e-4)
+    body = SelectedLayers(body_of(headed.model), headed.head)
+    with torch.no_grad(), headed.activate():
+        states = body(input_ids=ids, attention_mask=mask).last_hidden_state
+        scores = headed.head(states[range(len(rows)), mask.sum(1) - 1])
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_what_is_trained(policy: str, tokenizer: Any, backbone: str) -> None:
+    """Gradients reach the head, and of the model nothing, its new adapter, or all of the body."""
+    headed = build(policy, tokenizer, backbone=backbone)
+    rows = headed.encode(PROMPTS, COMPLETIONS)
+    ids, mask = pad_right(rows, 0, torch.device("cpu"))
+    headed(ids, ends_of(rows), attention_mask=mask).sum().backward()
+
+    reached = {name for name, weight in headed.named_parameters() if weight.grad is not None and weight.grad.any()}
+
+    assert "head.score.weight" in reached
+    inside = {name for name in reached if name.startswith("model.")}
+    assert inside == {name for name, weight in headed.model.named_parameters(prefix="model") if weight.requires_grad}
+    if backbone == "lora":
+        assert inside
+        assert all(".preference_head." in name for name in inside)
+    assert bool(inside) == (backbone != "frozen")
+    assert ("model.lm_head.weight" in inside) is False
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_saved_and_loaded(policy: str, tokenizer: Any, tmp_path: Path, backbone: str, beside: bool) -> None:
+    """A head comes back with its model and scores the same; a frozen one may lie in the model's own folder."""
+    headed = build(policy, tokenizer, backbone=backbone, pooler="swiglu", layers=(1, -1))
+    rows = headed.encode(PROMPTS, COMPLETIONS)
+    folder = Path(policy) if beside and backbone == "frozen" else tmp_path / "head"
+
+    headed.save_pretrained(folder)
+    loaded = HeadedModel.from_pretrained(folder)
+
+    if folder.name == "head":
+        weights = {"frozen": set(), "lora": {"adapter_model.safetensors"}, "full": {"model.safetensors"}}[backbone]
+        assert {path.name for path in folder.glob("*.safetensors")} == {"preference_head.safetensors", *weights}
+    assert loaded.encode(PROMPTS, COMPLETIONS) == rows
+    assert torch.equal(loaded.score_rows(rows), headed.score_rows(rows))
+    assert not any(weight.requires_grad for weight in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("backbone", ["frozen", "lora"])
+def test_the_policys_adapter_is_off(policy: str, tokenizer: Any, tmp_path: Path, backbone: str) -> None:
+    """On a policy that carries an adapter, the head reads without it, and the policy is as it was afterwards."""
+    headed = build(policy, tokenizer, backbone=backbone)
+    rows = headed.encode(PROMPTS, COMPLETIONS)
+    headed.save_pretrained(tmp_path / "head")
+    adapted = adapt(load(policy))
+    disturb(adapted, seed=1)
+    adapted.train()
+    trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    ids = torch.tensor([rows[0]])
+    before = adapted(input_ids=ids).logits
+
+    attached = HeadedModel.attach(tmp_path / "head", adapted, tokenizer)
+
+    torch.testing.assert_close(attached.score_rows(rows), headed.score_rows(rows))
+    assert torch.equal(adapted(input_ids=ids).logits, before)
+    assert adapted.active_adapters == ["default"]
+    assert adapted.training
+    assert {name for name, weight in adapted.named_parameters() if weight.requires_grad} == trained
+    with adapted.disable_adapter():
+        torch.testing.assert_close(attached.score_rows(rows), headed.score_rows(rows))
+        plain = adapted(input_ids=ids).logits
+    assert not torch.allclose(plain, before)
+
+
+@pytest.mark.parametrize("backbone", ["frozen", "lora"])
+def test_built_on_a_policy_with_an_adapter(policy: str, tokenizer: Any, backbone: str) -> None:
+    """A new head on an adapted policy trains its own adapter alone, and the policy's is off while it reads."""
+    adapted = adapt(load(policy))
+    disturb(adapted, seed=1)
+    headed = HeadedModel.build(adapted, tokenizer, backbone=backbone)
+    rows = headed.encode(PROMPTS, COMPLETIONS)
+    plain = HeadedModel(load(policy), tokenizer, headed.head)
+    plain.head.settings = headed.settings
+    trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+
+    assert all(".preference_head." in name for name in trained)
+    assert bool(trained) == (backbone == "lora")
+    with torch.no_grad():  # a fresh adapter changes nothing
+        states = load(policy)(input_ids=torch.tensor([rows[0]]), output_hidden_states=True).hidden_states[-1][:, -1]
+        torch.testing.assert_close(headed.score_rows(rows)[:1], headed.head.eval()(states))
+
+
+def test_another_base_is_refused(policy: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Other weights than the head was trained on are refused, unless any will do; 16 bits of the same are not."""
+    headed = build(policy, tokenizer)
+    headed.save_pretrained(tmp_path / "head")
+    other = tiny.causal(seed=5)
+    with pytest.raises(ValueError, match="was trained on other weights"):
+        HeadedModel.attach(tmp_path / "head", other, tokenizer)
+    HeadedModel.attach(tmp_path / "head", other, tokenizer, any_base=True)
+    HeadedModel.attach(tmp_path / "head", load(policy).bfloat16(), tokenizer)
+    with pytest.raises(ValueError, match="reads 32 numbers, the model has hidden states of 64"):
+        HeadedModel.attach(tmp_path / "head", tiny.causal(hidden_size=64), tokenizer)
+    adapted = adapt(load(policy))
+    with pytest.raises(ValueError, match="without adapters: merge_and_unload"):
+        HeadedModel.build(adapted, tokenizer, backbone="full")
+
+
+def test_a_model_in_16_bits_has_scores_in_float32(policy: str, tokenizer: Any) -> None:
+    """The head of a bfloat16 model computes in float32: scores are not rounded to 8 bits."""
+    headed = build(policy, tokenizer).to(torch.bfloat16)
+    scores = headed.score_rows(headed.encode(PROMPTS, COMPLETIONS))
+    assert headed.model.dtype == torch.bfloat16
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())

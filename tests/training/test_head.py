@@ -1,0 +1,168 @@
+"""The command `train head`: from files to a head, in one go or two, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from calibrated_rewards.cli.main import main
+from calibrated_rewards.heads import HeadedModel, Pair, measure_pairs
+from calibrated_rewards.training import head as head_run
+from calibrated_rewards.training.callbacks import HeadLog
+from calibrated_rewards.training.head import HeadTraining, read_pairs, split_pairs
+
+TEMPLATES = {"even": {"prompt": "Even? {question}", "answers": ["even", "odd"], "chat": True}}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy, pairs of two tasks, and templates."""
+    root = Path(tmp_path_factory.mktemp("head"))
+    tiny.saved(tiny.causal(), root / "policy", tiny.tokenizer())
+    words = sorted(set(tiny.texts(40, seed=1, longest=10)))
+    rows = [{"prompt": word, "chosen": f"{word}!", "rejected": f"{word}?"} for word in words]
+    (root / "marks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = [{"question": word, "label": len(word) % 2} for word in words]
+    (root / "even.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
+    (root / "templates.json").write_text(json.dumps(TEMPLATES))
+    return root
+
+
+def words(files: Path, out: Path, *options: str) -> list[str]:
+    """The command line of a short run."""
+    pairs = [f"marks={files / 'marks.jsonl'}", f"even={files / 'even.jsonl'}"]
+    usual = ["--templates", str(files / "templates.json"), "--pairs-a-step", "8", "--held-out", "0.25", "--steps", "6"]
+    return ["train", "head", "--policy", str(files / "policy"), "--pairs", *pairs, "--out", str(out), *usual, *options]
+
+
+def test_from_files_to_a_head(files: Path, tmp_path: Path, capsys: Any) -> None:
+    """The head in `model/` scores the held-out pairs as the run says, and the command ends with its verdict."""
+    out = tmp_path / "run"
+    options = ("--steps", "60", "--pooler", "tanh", "--head-lr", "0.01", "--eval-steps", "20", "--seed", "1")
+    assert main(words(files, out, *options)) == 0
+    verdict = capsys.readouterr().out.splitlines()
+
+    headed = HeadedModel.from_pretrained(out / "model")
+    pairs = read_pairs([f"marks={files / 'marks.jsonl'}", f"even={files / 'even.jsonl'}"], files / "templates.json")
+    training, held_out = split_pairs(pairs, 0.25, 1)
+    sides = [[pair.chosen for pair in held_out], [pair.rejected for pair in held_out]]
+    scores = [headed.score_rows(headed.encode([pair.prompt for pair in held_out], side))[:, 0] for side in sides]
+    metrics = measure_pairs(head_run.torch.stack(scores, 1).double().numpy())
+    result = json.loads((out / "model" / "training.json").read_text())
+    for name, value in metrics.items():
+        assert result[f"held_out_{name}"] == pytest.approx(value, abs=1e-5), name
+    assert verdict[0].startswith(f"pairwise accuracy {100 * metrics['accuracy']:.1f} % +- ")
+    assert f"on {len(held_out)} held-out pairs" in verdict[0]
+    assert verdict[1:] == [f"head: {out / 'model'}", f"log: {out / 'log.jsonl'}"]
+    assert result["held_out_marks/accuracy"] > 0.9
+    assert 5 < len(held_out) < len(training)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(60))
+    assert [row["step"] for row in rows if "held_out/accuracy" in row][:3] == [19, 39, 59]
+
+    assert main(words(files, out, *options)) == 0
+    assert "nothing to do" in capsys.readouterr().err
+    assert main(words(files, out, "--steps", "61")) != 0
+    assert "has a run with other settings" in capsys.readouterr().err
+
+
+class CrashError(Exception):
+    """What ends a run in the middle."""
+
+
+@pytest.mark.parametrize("backbone", ["frozen", "lora", "full"])
+def test_interrupted_and_started_again(backbone: str, files: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The same command after a crash ends with the files of a run that was not interrupted, bit for bit."""
+    options = ["--backbone", backbone, "--save-steps", "2", "--rows", "4", "--lr", "1e-3"]
+    options += ["--dpo-weight", "1", "--window", "128"] if backbone == "lora" else []
+    assert main(words(files, tmp_path / "whole", *options)) == 0
+    log = HeadLog.on_log
+
+    def crash(self: HeadLog, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step == 5:
+            raise CrashError
+        log(self, args, state, control, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeadLog, "on_log", crash)
+        with pytest.raises(CrashError):
+            main(words(files, tmp_path / "two", *options))
+    assert not (tmp_path / "two" / "model").exists()
+    assert (tmp_path / "two" / "checkpoints" / "checkpoint-4").exists()
+    assert main(words(files, tmp_path / "two", *options)) == 0
+
+    for name in ("preference_head", *{"frozen": [], "lora": ["adapter_model"], "full": ["model"]}[backbone]):
+        one, other = (load_file(tmp_path / run / "model" / f"{name}.safetensors") for run in ("whole", "two"))
+        assert one.keys() == other.keys()
+        assert all((one[key] == other[key]).all() for key in one)
+    logs = [(tmp_path / run / "log.jsonl").read_text() for run in ("whole", "two")]
+    assert logs[0] == logs[1]
+    assert not (tmp_path / "two" / "checkpoints").exists()
+
+
+def test_the_split_is_by_prompt() -> None:
+    """Pairs of one prompt are on one side; the seed decides which; a share of 0 holds nothing out."""
+    pairs = [Pair(f"prompt {i % 200}", "a", "b") for i in range(600)]
+    training, held_out = split_pairs(pairs, 0.2, 0)
+    assert not {pair.prompt for pair in training} & {pair.prompt for pair in held_out}
+    assert 60 < len(held_out) < 190
+    assert split_pairs(pairs, 0.2, 1)[1] != held_out
+    assert split_pairs(pairs, 0.0, 0) == (pairs, [])
+
+
+class Lines(TrainerCallback):
+    """A tracker that keeps what it is sent."""
+
+    events: list[Any] = []  # noqa: RUF012  (transformers makes the object: only its class is known here)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Keep the numbers."""
+        self.events.append((args.run_name, dict(logs)))
+
+
+def test_a_tracker_gets_the_numbers(files: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """`--report-to` sends each step's loss and accuracy, and those of the evaluation, under the run's name."""
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "lines", Lines)
+    monkeypatch.setattr(Lines, "events", [])
+    assert main(words(files, tmp_path / "my-head", "--report-to", "lines")) == 0
+    steps = [numbers for _, numbers in Lines.events if "loss" in numbers]
+    assert len(steps) == 6
+    assert all({"accuracy", "margin", "loss/head"} <= numbers.keys() for numbers in steps)
+    assert {name for name, _ in Lines.events} == {"my-head"}
+    assert any("held_out_accuracy" in numbers for _, numbers in Lines.events)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--dpo-weight", "1"],
+            "a frozen backbone learns nothing, got --dpo-weight 1.0: train an adapter",
+        ),
+        (["--smoothing", "0.5"], "0 <= eps < 0.5, got --smoothing 0.5"),
+        (["--layers", "last"], "whole numbers with commas between, or all, got --layers last"),
+        (["--layers", "7"], "the model has hidden states from -3 to 2, got --layers 7"),
+        (["--held-out", "1"], "below 1, got --held-out 1.0"),
+        (["--end-token", "<|im_end|>"], "that the tokenizer knows, got --end-token <|im_end|>"),
+        (["--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--head-lr", "0"], "a run needs a finite head_lr > 0"),
+        (["--window", "8", "--backbone", "lora"], "holds the longest text"),
+    ],
+)
+def test_what_is_refused(options: list[str], message: str, files: Path, tmp_path: Path, capsys: Any) -> None:
+    """Wrong settings end the command with a line that names the option."""
+    assert main(words(files, tmp_path / "run", *options)) != 0
+    assert message in capsys.readouterr().err
+
+
+def test_settings_by_default() -> None:
+    """All layers are a mix of each, with the embeddings; the defaults are the paper's loss."""
+    settings = HeadTraining(layers="all")
+    assert settings.layer_indices(3) == (0, 1, 2, 3)
+    loss = HeadTraining().joint_loss()
+    assert (loss.head.kind, loss.head.smoothing, loss.head_weight, loss.dpo_weight) == ("separable", 0.1, 1.0, 0.0)
