@@ -28,8 +28,8 @@ VOCABULARY, BATCH, RANK, WINDOW, EPOCHS = 8192, 8, 16, 512, 3
 # Tokens of a text: their median, and the standard deviation of their logarithm.
 MEDIAN, SPREAD, LEAST, MOST = 120, 0.5, 16, 480
 # The first step is slower, and is not counted.
-STEPS = 1 + 4
-FROZEN_PAIRS = 48
+STEPS = 1 + 3
+FROZEN_PAIRS = 32
 
 
 def build_config() -> Any:
