@@ -346,7 +346,8 @@ def summarise(metrics: Mapping[str, float], count: int) -> str:
     if not count or "held_out_accuracy" not in metrics:
         return ""
     accuracy, ties = metrics["held_out_accuracy"], metrics["held_out_ties"]
-    error = math.sqrt(accuracy * (1 - accuracy) / count)
+    share = (accuracy * count + 2) / (count + 4)  # Agresti and Coull's: 0 errors of 14 are no certainty
+    error = math.sqrt(share * (1 - share) / (count + 4))
     return (
         f"pairwise accuracy {100 * accuracy:.1f} % +- {100 * error:.1f} on {count:,} held-out pairs; calibration error "
         f"{metrics['held_out_ece']:.3f}, Brier score {metrics['held_out_brier']:.3f}, ties {100 * ties:.1f} %\n"

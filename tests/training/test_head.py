@@ -1,9 +1,13 @@
 """The command `train head`: from files to a head, in one go or two, and what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from safetensors.torch import load_file
@@ -103,6 +107,26 @@ def test_interrupted_and_started_again(backbone: str, files: Path, tmp_path: Pat
     logs = [(tmp_path / run / "log.jsonl").read_text() for run in ("whole", "two")]
     assert logs[0] == logs[1]
     assert not (tmp_path / "two" / "checkpoints").exists()
+
+
+def test_two_processes_train_as_one(files: Path, tmp_path: Path) -> None:
+    """Started by torchrun in two processes, a run has the log and the weights of one process, but for rounding."""
+    options = ["--backbone", "lora", "--rows", "4", "--lr", "1e-3"]
+    assert main(words(files, tmp_path / "one", *options)) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "calibrated_rewards"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    command = [*launch, *words(files, tmp_path / "two", *options)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [
+        [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("one", "two")
+    ]
+    assert len(rows[0]) == len(rows[1])
+    for one, two in zip(*rows, strict=True):
+        assert two == pytest.approx(one, abs=1e-5)
+    weights = [load_file(tmp_path / run / "model" / "adapter_model.safetensors") for run in ("one", "two")]
+    for name, weight in weights[0].items():
+        np.testing.assert_allclose(weight, weights[1][name], atol=1e-5)
 
 
 def test_the_split_is_by_prompt() -> None:
