@@ -32,7 +32,7 @@ from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.preference_head import PreferenceHeadScorer
 
 # Prompts, completions of each, tokens of each.
-CASES = ["4,16,64", "1,64,64", "4,16,128"]
+CASES = ["1,16,64", "1,16,128"]
 QUESTIONS = [
     "Why is the sky blue?", "Name three rivers of Europe.", "How do I boil an egg?", "Write a line about autumn.",
     "What is a prime number?", "Who wrote Hamlet?", "Give me a tip for sleeping well.", "Explain rain to a child.",
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the small Llama")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a small case, two rounds, nothing saved")
     args = parser.parse_args()

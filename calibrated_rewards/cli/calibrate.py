@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.cli import model_options
+from calibrated_rewards.cli.generate import share_with_head
 from calibrated_rewards.cli.options import Real, Whole, add_prompt_options, add_run_options, refuse_options
 from calibrated_rewards.theory.named import OPTIMUM_NAMES, TRANSFORM_NAMES, NamedTransform, parse_transform
 from calibrated_rewards.theory.procedures import BestOf, WorstOf
@@ -113,7 +114,7 @@ def make_tables(options: argparse.Namespace) -> Any:
     model_options.check_costs(options.out / "run.json", scorers if isinstance(scorers, dict) else {REWARD: scorers})
     if sampler is not None and not options.ray:  # a worker loads models of its own
         for scorer in scorers.values() if isinstance(scorers, dict) else [scorers]:
-            sampler = model_options.share_with_head(sampler, scorer)
+            sampler = share_with_head(sampler, scorer)
     settings = {"k": options.k, "seed": options.seed, "adaptive": rounds, **collect_run_settings(options)}
     return calibrate(prompts, sampler, scorers, options.out, **settings, **source)
 

@@ -16,6 +16,7 @@ from calibrated_rewards.cli.options import (
     parse_rewind,
     parse_soft_best_of,
 )
+from calibrated_rewards.scorers.protocol import Loaded
 from calibrated_rewards.theory.procedures import RewindAndRepeat, SoftBestOf, Standard, WorstOf
 
 if TYPE_CHECKING:
@@ -147,7 +148,23 @@ def rerank(sampler: "Sampler", scorer: "Scorer | None", procedure: Any) -> "Samp
         return sampler
     from calibrated_rewards.samplers.reranking import Reranked
 
-    return Reranked(model_options.share_with_head(sampler, scorer), scorer, procedure)
+    return Reranked(share_with_head(sampler, scorer), scorer, procedure)
+
+
+def share_with_head(sampler: "Sampler", scorer: "Scorer") -> "Sampler":
+    """Let a policy write with the model of a preference head that reads the policy: one model in memory, free scores.
+
+    The scorer may be one that gives the quantiles of a calibrated reward by such a head.
+    """
+    from calibrated_rewards.reward.quantiles import Quantiles
+
+    if isinstance(scorer, Quantiles):
+        scorer = scorer.reward.scorer or scorer
+    if not isinstance(scorer, Loaded):
+        return sampler
+    from calibrated_rewards.samplers.loading import share_model
+
+    return share_model(sampler, scorer)
 
 
 def describe(written: "Written", procedure: Any, as_json: bool) -> str:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.cli.options import (
     Real,
@@ -22,21 +22,12 @@ from calibrated_rewards.models.labels import Difference, Expected, Label, Labels
 from calibrated_rewards.models.server_address import is_variable
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.ensemble import Cost
-from calibrated_rewards.scorers.protocol import Loaded, fingerprint
+from calibrated_rewards.scorers.protocol import fingerprint
 
 if TYPE_CHECKING:
     from calibrated_rewards.models.text import Text
     from calibrated_rewards.samplers.protocol import Sampler
     from calibrated_rewards.scorers.protocol import Scorer
-
-
-@runtime_checkable
-class Scoring(Protocol):
-    """A reward that has a reward model."""
-
-    @property
-    def scorer(self) -> Any:
-        """The reward model."""
 
 
 DIALECTS = ("native", "vllm", "vllm-score", "openrlhf")
@@ -385,20 +376,6 @@ def load_policy(options: argparse.Namespace, policy: str | None = None, decoding
         )
     except TypeError as error:  # an option that the engine does not know
         raise TypeError(error_text(error, "--policy-option {name}={value}")) from error
-
-
-def share_with_head(sampler: "Sampler", scorer: "Scorer") -> "Sampler":
-    """Let a policy write with the model of a preference head that reads the policy: one model in memory, free scores.
-
-    The scorer may be one that gives the quantiles of a calibrated reward by such a head.
-    """
-    if isinstance(reward := getattr(scorer, "reward", None), Scoring):
-        scorer = reward.scorer
-    if isinstance(scorer, Loaded) and not is_url(scorer.recipe.name):
-        from calibrated_rewards.samplers.loading import share_model
-
-        return share_model(sampler, scorer)
-    return sampler
 
 
 def _connect_policy(options: argparse.Namespace, url: str, decoding: Decoding, text: "Text | None") -> "Sampler":

@@ -5,8 +5,8 @@ room for the tokens that are yet to come. `drawing.py` draws the next token.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from calibrated_rewards.models.parts import device_of, reading_errors, rope_turn
+from calibrated_rewards.models.parts import body_of, device_of, reading_errors, rope_turn
 from calibrated_rewards.samplers.drawing import HALVINGS, Drawn, draw, uniforms
 from calibrated_rewards.samplers.policy import Draft, Endings
 
@@ -136,14 +136,17 @@ class Reader:
             rows = self.select(rows, of)
         return rows._replace(cache=add_room(rows.cache))
 
-    def next(self, rows: Rows, tokens: Tensor, states: int = 0) -> Rows:
-        """Read more tokens of each row, (rows, tokens); with the hidden states at so many of the last ones."""
+    def next(self, rows: Rows, tokens: Tensor, states: int = 0, going_on: bool = True) -> Rows:
+        """Read more tokens of each row, (rows, tokens); with the hidden states at so many of the last ones.
+
+        Rows that do not go on need no logits: their body alone is run, where it takes what the model takes.
+        """
         before, ids = rows.ids.shape[1], torch.cat([rows.ids, tokens], 1)
         if self._turn is not None and before <= self._turn < ids.shape[1]:
             # From this length on all angles are others, and so are all keys.
             return self.open(ids.tolist(), range(len(ids)), states)
         mask = None if rows.mask is None else torch.cat([rows.mask, torch.ones_like(tokens)], 1)
-        return self._forward(rows._replace(ids=ids, mask=mask), tokens, states)
+        return self._forward(rows._replace(ids=ids, mask=mask), tokens, states, going_on)
 
     def select(self, rows: Rows, at: Sequence[int]) -> Rows:
         """Select rows; one may be selected many times."""
@@ -163,7 +166,7 @@ class Reader:
         """True if prompts of several lengths may be read together."""
         return self._turn is None
 
-    def _forward(self, rows: Rows, ids: Tensor, states: int = 0) -> Rows:
+    def _forward(self, rows: Rows, ids: Tensor, states: int = 0, going_on: bool = True) -> Rows:
         """Read `ids`, which are the last of the rows, behind the rows' cache; without one, read the rows whole."""
         ids = rows.ids if rows.cache is None else ids
         options: dict[str, Any] = {"use_cache": self.caches}
@@ -177,19 +180,37 @@ class Reader:
             if "position_ids" in self._parameters:
                 options["position_ids"] = (rows.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if "logits_to_keep" in self._parameters:
-            options["logits_to_keep"] = max(1, states)
-        # The last layer's states are what the output layer reads: they cost nothing. Others have to be asked for.
-        outputs: list[Tensor] = []
-        if states and self.layers != (-1,):
+            options["logits_to_keep"] = 1
+        # Those of the last layer are the body's output, and cost nothing; others are asked for.
+        asks = bool(states) and (self.layers != (-1,) or self._body is None)
+        if asks:
             options["output_hidden_states"] = True
-        with contiguous_input(self.model, outputs), reading_errors(self.model, rows.ids.shape[1]):
+        if not going_on and self._body is not None:
+            options.pop("logits_to_keep", None)
+            with reading_errors(self._body, rows.ids.shape[1]):
+                answer = self._body(input_ids=ids, **options)
+            last = [] if asks else [answer.last_hidden_state]
+            return rows._replace(states=self._join(answer, last, states))
+        last = []
+        listening = last_states(self.model, last) if states and not asks else nullcontext()
+        with listening, contiguous_input(self.model), reading_errors(self.model, rows.ids.shape[1]):
             answer = self.model(input_ids=ids, **options)
         cache = answer.get(self._cache_name) if self.caches else None
-        last = None
-        if states:
-            picked = outputs[-1:] if self.layers == (-1,) else [answer.hidden_states[layer] for layer in self.layers]
-            last = torch.cat([each[:, -states:] for each in picked], -1)
-        return rows._replace(cache=cache, logits=answer.logits[:, -1], states=last)
+        joined = self._join(answer, last[-1:], states) if states else None
+        return rows._replace(cache=cache, logits=answer.logits[:, -1], states=joined)
+
+    def _join(self, answer: Any, last: list[Tensor], count: int) -> Tensor:
+        """Put the states of the layers at the last tokens side by side; of the last layer alone they are in `last`."""
+        picked = last or [answer.hidden_states[layer] for layer in self.layers]
+        return torch.cat([each[:, -count:] for each in picked], -1)
+
+    @cached_property
+    def _body(self) -> Any:
+        """The model without its output layer, if its forward takes what the model's does; else None."""
+        body = body_of(self.model)
+        taken = set(inspect.signature(body.forward).parameters)
+        needed = {"input_ids", "attention_mask", self._cache_name, *({"position_ids"} & self._parameters)}
+        return body if body is not self.model and needed <= taken else None
 
     def _needs_empty_mask(self, cache: Any) -> bool:
         """Find models that are faster with a mask that masks nothing: heads that share keys then read them together.
@@ -217,24 +238,26 @@ class Reader:
 
 
 @contextmanager
-def contiguous_input(model: Any, seen: list[Tensor] | None = None) -> Iterator[None]:
-    """Make the input of the output layer contiguous during the block: on CPUs it is up to 1000 times slower if not.
-
-    The inputs are appended to `seen`: the last layer's hidden states.
-    """
+def contiguous_input(model: Any) -> Iterator[None]:
+    """Make the input of the output layer contiguous during the block: on CPUs it is up to 1000 times slower if not."""
     layer = model.get_output_embeddings()
-
-    def prepare(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        if seen is not None:
-            seen.append(inputs[0])
-        return (inputs[0].contiguous(), *inputs[1:])
-
-    hook = None if layer is None else layer.register_forward_pre_hook(prepare)
+    hook = None if layer is None else layer.register_forward_pre_hook(lambda _, x: (x[0].contiguous(), *x[1:]))
     try:
         yield
     finally:
         if hook is not None:
             hook.remove()
+
+
+@contextmanager
+def last_states(model: Any, states: list[Tensor]) -> Iterator[None]:
+    """Append the last layer's hidden states of each forward of the model to a list; they cost nothing."""
+    body = body_of(model)
+    hook = body.register_forward_hook(lambda _module, _inputs, answer: states.append(answer[0]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def left_padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -280,7 +303,8 @@ class Writer:
             due = [i for i in members if self._reads_end(drafts[i]) and i not in read]
             if not going and not due:
                 break
-            tokens, staying = drawn.tokens, [at for at, i in enumerate(members) if i in {*going, *due}]
+            stays = {*going, *due}
+            tokens, staying = drawn.tokens, [at for at, i in enumerate(members) if i in stays]
             if self.reader.can_select(rows) and len(staying) <= CROWD * len(members):
                 members, chances = [members[at] for at in staying], chances[staying]
                 rows, tokens = self.reader.select(rows, staying), tokens[torch.tensor(staying, device=tokens.device)]
@@ -303,8 +327,8 @@ class Writer:
         tokens: Tensor,
         drafts: Sequence[Draft],
         members: Sequence[int],
-        due: Sequence[int],
-        cut: Sequence[int],
+        due: Collection[int],
+        cut: Collection[int],
     ) -> Rows:
         """Read the next token of each row, and keep the hidden states at the ends of turns.
 
@@ -312,15 +336,17 @@ class Writer:
         """
         if self.turn_end is None or not (due or cut):
             return self.reader.next(rows, tokens[:, None])
-        ends = torch.tensor([i in due for i in members], device=tokens.device)
+        at_end, cut = {*due}, {*cut}
+        ends = torch.tensor([i in at_end for i in members], device=tokens.device)
         tokens = torch.where(ends, self.turn_end, tokens)[:, None]
         if cut:
             tokens = torch.cat([tokens, torch.full_like(tokens, self.turn_end)], 1)
-        rows = self.reader.next(rows, tokens, tokens.shape[1])
+        going_on = not cut and any(draft.end is None for draft in drafts)
+        rows = self.reader.next(rows, tokens, tokens.shape[1], going_on)
         if rows.states is not None:
             for at, i in enumerate(members):
-                if i in due or i in cut:
-                    drafts[i].state = rows.states[at, 0 if i in due else -1]
+                if i in at_end or i in cut:
+                    drafts[i].state = rows.states[at, 0 if i in at_end else -1]
         return rows
 
     def _draw(self, rows: Rows, chances: Float64[np.ndarray, "rows halvings"]) -> Drawn:
