@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import OTHERS, Array, Point, compute_targets, measure, predict_optima, weigh
-from shares import FOR, average, shorten
+from arms import OTHERS, PROCEDURES, compute_targets, measure
+from shares import FOR, average
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import save
@@ -37,6 +37,8 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.demo import pipeline
 from calibrated_rewards.cli.demo.assets import CACHE
 from calibrated_rewards.evaluation.estimates import Estimate, Samples, difference
+from calibrated_rewards.evaluation.held_out import check_log_ratios
+from calibrated_rewards.evaluation.held_out_results import HeldOutPolicies, compare_held_out
 from calibrated_rewards.evaluation.references import read_scores
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding
@@ -55,6 +57,9 @@ MAIN = ("raw", "worst-of:16", "identity", "worst-of:4", "z-score", "par")
 FURTHER = ("best-of:16", "best-of:4")
 # Prompts from here on were read by nobody who chose a setting, and not by the demo.
 UNSEEN = 860
+# By weights a procedure needs twice as many rollouts as it draws.
+NAMES = {name: procedure for name, procedure in PROCEDURES.items() if name != "best of 32"}
+MEASURED = [*NAMES.values()]
 
 
 @dataclass(frozen=True)
@@ -185,13 +190,13 @@ class Bench:
         trained = time.process_time() - began
         log_ratios = np.stack([(a.cpu() - b).numpy() for a, b in zip(reader.read(tests), reference, strict=True)])
         np.save(self.folder / f"{arm}-{seed}.npy", log_ratios)
-        paired = weigh(outcome["alpha"], log_ratios, self.references)
-        fresh = measure(outcome["alpha"], self.draw(seed), self.references, paired.kl)
+        kl = check_log_ratios(log_ratios, self.references).kl.value
+        fresh = measure(outcome["alpha"], self.draw(seed), self.references, np.full(len(tests), kl))
         return {
             "arm": arm, "seed": seed, "factor": outcome["alpha"], "kl_dev": outcome["held_out"]["held_out/kl"],
-            "correlation": outcome["held_out"]["held_out/correlation"], "kl": float(paired.kl.mean()),
+            "correlation": outcome["held_out"]["held_out/correlation"], "kl": kl,
             "training_seconds": round(trained), "seconds": round(time.process_time() - began),
-            "paired": paired.to_json(), "fresh": fresh.to_json(),
+            "fresh": fresh.to_json(),
         }  # fmt: skip
 
     def draw(self, seed: int) -> Samples:
@@ -218,50 +223,59 @@ def list_cases(seeds: int) -> Iterator[tuple[str, int]]:
         yield from ((arm, seed) for arm in FURTHER)
 
 
-def summarise(rows: Sequence[dict[str, Any]], optima: dict[str, Point]) -> dict[str, Any]:
-    """Gather win rates and gains: by seed, and over prompts with the seeds' mean."""
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    summary: dict[str, Any] = {"arms": [], "gains": []}
-    for arm in arms:
-        own = [row for row in rows if row["arm"] == arm]
-        numbers = {name: [row[name] for row in own] for name in ("seed", "kl", "factor", "correlation", "kl_dev")}
-        rates = {
-            way: {
-                judge: {
-                    name: float(np.mean([row[way]["rates"][judge][name] for row in own]))
-                    for name in own[0][way]["rates"][judge]
-                }
-                for judge in ("reward", "judge")
-            }
-            for way in ("paired", "fresh")
-        }
-        summary["arms"].append({"arm": arm, **numbers, "seconds": [row["seconds"] for row in own], **rates})
+def summarise(bench: Bench, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Gather KL and win rates of each arm, and what the arms for a procedure gain over the others, seed by seed."""
+    by_case = {(row["arm"], row["seed"]): row for row in rows}
+    names = sorted({arm for arm, _ in by_case}, key=lambda arm: arm not in OTHERS)
+    optima = {arm: compute_targets(arm, np.stack(bench.references.select), bench.world.kl).log_ratios for arm in names}
+    best = compare_held_out(optima, bench.references, MEASURED)
+    seeds = {}
+    for seed in sorted({seed for _, seed in by_case}):
+        there = [arm for arm in names if (arm, seed) in by_case]
+        log_ratios = {arm: np.load(bench.folder / f"{arm}-{seed}.npy") for arm in there}
+        seeds[seed] = compare_held_out(log_ratios, bench.references, MEASURED)
+    gains = []
     for arm, procedures in FOR.items():
-        for procedure in procedures if arm in arms else ():
-            for other in (name for name in arms if name in OTHERS):
-                for way in ("paired", "fresh"):
-                    summary["gains"].append(compare(rows, optima, arm, other, procedure, way))
-    return summary
+        for other in names if arm in names else ():
+            for procedure in procedures if other in OTHERS else ():
+                pairs = [seed for seed, found in seeds.items() if {arm, other} <= {*found.checks}]
+                if pairs and procedure in NAMES:
+                    gains.append(compare(seeds, by_case, best, (arm, other, procedure), pairs))
+    arms = [describe(arm, seed, found, by_case[arm, seed]) for seed, found in seeds.items() for arm in found.checks]
+    return {"arms": arms, "gains": gains}
+
+
+def describe(arm: str, seed: int, found: HeldOutPolicies, row: dict[str, Any]) -> dict[str, Any]:
+    """Describe a trained arm: its KL, win rates by the judge, and what training it took."""
+    check = found.checks[arm]
+    rates = {each: asdict(check.win_rates[found.judged_by][repr(NAMES[each])]) for each in NAMES}
+    beside = {name: row[name] for name in ("factor", "kl_dev", "correlation", "training_seconds", "seconds")}
+    fresh = {name: float(np.mean(each)) for name, each in row["fresh"]["rates"]["judge"].items()}
+    return {"arm": arm, "seed": seed, "kl": check.kl.value, **beside, "win_rates": rates, "fresh_win_rates": fresh}
 
 
 def compare(
-    rows: Sequence[dict[str, Any]], optima: dict[str, Point], arm: str, other: str, procedure: str, way: str
+    seeds: dict[int, HeldOutPolicies],
+    by_case: dict[tuple[str, int], dict[str, Any]],
+    best: HeldOutPolicies,
+    case: tuple[str, str, str],
+    pairs: Sequence[int],
 ) -> dict[str, Any]:
-    """Compare two arms by the judge: the mean over the seeds that both have, with intervals over prompts and seeds."""
-    by_case = {(row["arm"], row["seed"]): row for row in rows}
-    seeds = [seed for name, seed in by_case if name == arm and (other, seed) in by_case]
-
-    def rate(name: str) -> Array:
-        each = [by_case[name, seed][way]["rates"]["judge"].get(procedure) for seed in seeds]
-        return np.array(each, np.float64)
-
-    ours, theirs = rate(arm), rate(other)
-    gain = difference(Estimate(ours.mean(0)), Estimate(theirs.mean(0)))
-    best, best_other = (float(optima[name].rates["judge"][procedure].mean()) for name in (arm, other))
+    """Compare two arms by the judge: by weights and by fresh draws, each seed, their mean, and the realised share."""
+    arm, other, procedure = case
+    weighted = [seeds[seed].gain(arm, other, NAMES[procedure]) for seed in pairs]
+    drawn = []
+    for seed in pairs:
+        ours, theirs = (by_case[each, seed]["fresh"]["rates"]["judge"][procedure] for each in (arm, other))
+        drawn.append(difference(Estimate(np.array(ours)), Estimate(np.array(theirs))))
+    gap = best.gain(arm, other, NAMES[procedure]).value
+    means = [average(np.array([each.value for each in way])) for way in (weighted, drawn)]
     return {
-        "arm": arm, "other": other, "procedure": procedure, "way": way, "seeds": seeds, "gain": gain.value,
-        "over_prompts": gain.interval(), "over_seeds": average((ours - theirs).mean(1)), "gap": best - best_other,
-        "share": gain.value / (best - best_other),
+        "arm": arm, "other": other, "procedure": procedure, "seeds": list(pairs), "gain": means[0], "gap": gap,
+        "share": means[0]["value"] / gap,
+        "kl": [[seeds[seed].checks[each].kl.value for each in (arm, other)] for seed in pairs],
+        "by_seed": [[each.value, each.low, each.high] for each in weighted],
+        "fresh": means[1], "fresh_by_seed": [[each.value, *each.interval()] for each in drawn],
     }  # fmt: skip
 
 
@@ -282,6 +296,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=World.steps, help="of 12 prompts x 32 completions")
     parser.add_argument("--quick", type=Path, metavar="OUT")
+    parser.add_argument("--summarise", action="store_true", help="train nothing: write the results of what is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
     world = QUICK if args.quick else World(steps=args.steps)
@@ -292,25 +307,24 @@ def main() -> None:
     lines = folder / f"arms-{world.steps}.jsonl"
     rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     there = {(row["arm"], row["seed"]) for row in rows}
-    optima = predict_optima(bench.references, world.kl, (*MAIN, *FURTHER))
     for arm, seed in list_cases(args.seeds):
-        if (arm, seed) not in there:
+        if (arm, seed) not in there and not args.summarise:
             rows.append(bench.run(arm, seed))
             with lines.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
-        results = {
-            "world": asdict(world),
-            "optima": {arm: shorten(point) for arm, point in optima.items()},
-            **summarise(rows, optima),
-        }
-        name = "proof_held_out_prompts" if world.steps == World.steps else f"proof_held_out_prompts_{world.steps}"
-        if args.quick:
-            (folder / "results.json").write_text(json.dumps(results))
-        else:
-            save(name, results)
-        last = rows[-1]
-        rates = {each: np.mean(last["paired"]["rates"]["judge"][each]) for each in ("worst of 16", "best of 16")}
-        print(arm, seed, f"kl {last['kl']:.3f} factor {last['factor']:.2f} {last['seconds']} s", rates, flush=True)
+            write(bench, rows, args.quick)
+            print(*(f"{name}={rows[-1][name]}" for name in ("arm", "seed", "kl", "factor", "seconds")), flush=True)
+    write(bench, rows, args.quick)
+
+
+def write(bench: Bench, rows: Sequence[dict[str, Any]], quick: Path | None) -> None:
+    """Write the results of all arms so far."""
+    results = {"world": asdict(bench.world), **summarise(bench, rows)}
+    if quick is None:
+        steps = "" if bench.world.steps == World.steps else f"_{bench.world.steps}"
+        save(f"proof_held_out_prompts{steps}", results)
+    else:
+        (quick / "results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

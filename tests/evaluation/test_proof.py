@@ -3,8 +3,10 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import held_out_prompts
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,8 @@ from small_language_model import Size, build_model
 from tree import Tree
 
 from calibrated_rewards.evaluation.estimates import Samples
+from calibrated_rewards.evaluation.held_out_results import compare_held_out
+from calibrated_rewards.theory.procedures import WorstOf
 
 JUDGES = ("reward", "judge")
 
@@ -203,3 +207,31 @@ def test_weights_on_rollouts_agree_with_draws_of_the_optimum() -> None:
     other = choose_best_other(optima, "best of 4", "reward")
     assert other == max(("raw", "identity"), key=lambda arm: optima[arm].rates["reward"]["best of 4"].mean())
     assert compare(optima, optima, "exp:10", other, "best of 4", "reward")["share"] == pytest.approx(1.0)
+
+
+def test_world_4_averages_the_paired_gains_of_its_seeds(tmp_path: Path) -> None:
+    """Gains are means over seeds of what `compare_held_out` says; that of the optima themselves has a share of 1."""
+    rng = np.random.default_rng(5)
+    references = Samples(rng.normal(size=(12, 32)), rng.normal(size=(12, 32)))
+    names = ("worst-of:4", "raw")
+    bench: Any = SimpleNamespace(references=references, folder=tmp_path, world=held_out_prompts.World(kl=0.2))
+    fresh = {"rates": {"judge": {"worst of 4": rng.uniform(size=12).tolist()}}}
+    beside = {"factor": 1.0, "kl_dev": 0.2, "correlation": 0.5, "training_seconds": 1, "seconds": 1, "fresh": fresh}
+    rows = [{"arm": name, "seed": seed, **beside} for name in names for seed in (0, 1)]
+    optima = {name: compute_targets(name, np.stack(references.select), 0.2).log_ratios for name in names}
+    for name in names:
+        np.save(tmp_path / f"{name}-0.npy", optima[name])
+        np.save(tmp_path / f"{name}-1.npy", 0.5 * optima[name])
+
+    (row,) = held_out_prompts.summarise(bench, rows)["gains"]
+
+    by_seed = [
+        compare_held_out({"raw": scale * optima["raw"], "mine": scale * optima["worst-of:4"]}, references, [WorstOf(4)])
+        .gain("mine", "raw", WorstOf(4))
+        .value
+        for scale in (1.0, 0.5)
+    ]
+    assert [each[0] for each in row["by_seed"]] == pytest.approx(by_seed)
+    assert row["gain"]["value"] == pytest.approx(np.mean(by_seed))
+    assert row["gap"] == pytest.approx(by_seed[0])
+    assert row["fresh"]["value"] == 0
