@@ -55,7 +55,9 @@ Pairs = list[tuple[str, str, str]]
 Scores = npt.NDArray[np.float64]
 # Prompts of the best of N.
 PROMPTS = 80
-# A name, the number of pairs, and the settings of `train head`; the first is the one that is compared with the others.
+# The head whose best of 8 is compared with that of the others.
+SERVED = "frozen, contrastive"
+# A name, the number of pairs, and the settings of `train head`.
 HEADS: dict[str, tuple[int, dict[str, Any]]] = {
     "frozen, separable": (LARGE, {"backbone": "frozen"}),
     "frozen, contrastive": (LARGE, {"backbone": "frozen", "loss": "contrastive"}),
@@ -190,10 +192,6 @@ def iterate_scorers(args: argparse.Namespace, cache: Path) -> Iterator[tuple[str
     """Train and load every scorer, one after the other: name, seed, scorer, and what it cost."""
     texts, policy = split_ratings(cache).reward_model, fetch_language_model(cache)
     for seed in range(args.seeds):
-        for name, (count, settings) in HEADS.items():
-            out = args.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-            cost = train_head(out, policy, make_pairs(texts, count, seed), settings, seed)
-            yield name, seed, load_scorer(out / "model", show_progress=False), {**cost, "pairs": count}
         for count in (SMALL, LARGE):
             out = args.out / f"minilm-{count}-{seed}"
             train_encoder(fetch_encoder(cache), make_pairs(texts, count, seed), out, seed)
@@ -204,6 +202,10 @@ def iterate_scorers(args: argparse.Namespace, cache: Path) -> Iterator[tuple[str
                 load_scorer(out, kind="sequence-classifier", show_progress=False),
                 cost,
             )
+        for name, (count, settings) in HEADS.items():
+            out = args.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            cost = train_head(out, policy, make_pairs(texts, count, seed), settings, seed)
+            yield name, seed, load_scorer(out / "model", show_progress=False), {**cost, "pairs": count}
 
 
 def main() -> None:
@@ -293,15 +295,14 @@ def summarise(rows: Sequence[dict[str, Any]], served: Mapping[str, Scores], judg
                 "seconds": float(np.mean([row["seconds"] for row in own])),
             }
         )  # fmt: skip
-    first = Estimate(win_rates(next(iter(served.values())), judge))
+    first = Estimate(win_rates(served[SERVED], judge)) if SERVED in served else None
     best = []
     for name, scores in served.items():
         rate = Estimate(win_rates(scores, judge))
-        gain = difference(first, rate)
-        best.append(
-            {"name": name, "best_of_8": rate.value, "interval": rate.interval(), "first_gains": gain.value,
-             "gain_interval": gain.interval()}
-        )  # fmt: skip
+        best.append({"name": name, "best_of_8": rate.value, "interval": rate.interval()})
+        if first is not None and name != SERVED:
+            gain = difference(first, rate)
+            best[-1] |= {"head_gains": gain.value, "gain_interval": gain.interval()}
     return {
         "checked_pairs": CHECKED, "prompts": len(judge), "rollouts": judge.shape[1], "accuracy": accuracy,
         "best_of_8": best, "resolution": {row["name"]: row["resolution"] for row in rows if "resolution" in row},

@@ -33,6 +33,7 @@ def found(tmp_path_factory):
     command = [sys.executable, "-W", "error", deaths.__file__, str(tmp_path_factory.mktemp("deaths")), *CASES]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
+    sys.stderr.write(done.stderr)  # shown where a test fails
     return json.loads(done.stdout)
 
 

@@ -41,6 +41,7 @@ def found(tmp_path_factory):
     command = [sys.executable, "-W", "error", crowds.__file__, str(tmp_path_factory.mktemp("crowds"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert not done.returncode, done.stderr
+    sys.stderr.write(done.stderr)  # shown where a test fails
     return json.loads(done.stdout)
 
 

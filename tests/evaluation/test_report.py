@@ -127,7 +127,7 @@ def test_no_page_shows_a_brace_expression(demo, page, tmp_path):
 def test_no_text_lost_its_f():
     """Beside an f-string in a literal that is none, braces around a name or a call are a forgotten f."""
     package = Path(calibrated_rewards.__file__).parent
-    meant = {"{step} and {mark}", "{completion}, and mostly {prompt}"}  # of layouts, which the user writes
+    meant = {"{step} and {mark}", "{completion}, and mostly {prompt}", "{premise}", "{question}"}  # of users' layouts
     found = [
         f"{path.name}:{node.lineno}: {part.value}"
         for path in package.rglob("*.py")

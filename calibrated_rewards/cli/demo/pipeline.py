@@ -77,7 +77,7 @@ class Scale:
     temperature: float = 0.8
 
 
-FULL = Scale(288, 32, 160, 48, 4, 1_500, 22, 12, 10)
+FULL = Scale(320, 32, 160, 48, 4, 1_500, 24, 12, 10)
 QUICK = Scale(12, 32, 6, 32, 4, 0, 3, 4, 1, kl=0.01)
 
 
