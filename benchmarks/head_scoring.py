@@ -114,7 +114,7 @@ def compared(model: Any, words: Any, case: tuple[int, int, int], args: argparse.
 
 
 def main() -> None:
-    """Measure, print, save."""
+    """Measure what scoring costs, print it, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint's folder; without, a small Llama of random weights")
     parser.add_argument("--cases", nargs="*", default=CASES, help="PROMPTS,K,NEW ...")

@@ -99,11 +99,11 @@ def build_clock(seconds: list[float]) -> Any:
         """Times each step."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            """Start the clock."""
+            """Start the clock of a training step."""
             self.start = time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            """Keep the seconds."""
+            """Keep the processor seconds of the training step."""
             seconds.append(time.process_time() - self.start)
 
     return Clock()

@@ -1,4 +1,4 @@
-"""World 4: SmolLM2-135M-Instruct trained on some prompts and measured on others, all arms at one KL, three seeds.
+"""World 4: SmolLM2-135M-Instruct trained on some prompts and measured on others, all arms at one KL.
 
     python benchmarks/proof/held_out_prompts.py                # goes on where it was; one core, about two hours
     python benchmarks/proof/held_out_prompts.py --steps 48     # twice as many completions, other results
@@ -280,7 +280,7 @@ def compare(
 
 
 def make_parts(cache: Path, world: World, quick: Path | None) -> pipeline.Parts:
-    """Make models and prompts."""
+    """Fetch or train the demo's models, and split the prompts into those to train on and those to measure on."""
     scale = replace(pipeline.FULL, prompts=world.pool, held_out=world.test)
     if quick is not None:
         return pipeline.make_tiny_parts(quick, scale)

@@ -20,6 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "proof"))
 from environment import save
 from held_out_prompts import Bench, World, make_parts
 
+from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.cli.demo.assets import CACHE, Rated, fetch_encoder, fetch_language_model
 from calibrated_rewards.cli.demo.reward_models import split_ratings
 from calibrated_rewards.evaluation.estimates import Estimate, difference
@@ -209,7 +211,7 @@ def iterate_scorers(args: argparse.Namespace, cache: Path) -> Iterator[tuple[str
 
 
 def main() -> None:
-    """Train, measure, write."""
+    """Train all scorers, measure them, and write the results after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="heads, encoders and scores")
     parser.add_argument("--cache", type=Path, default=CACHE)
@@ -236,7 +238,7 @@ def main() -> None:
     for name, seed, scorer, cost in iterate_scorers(args, cache):
         place = args.out / f"scores-{name.replace(', ', '-').replace(' ', '-')}-{seed}.npz"
         if not place.exists():
-            pairs = score_pairs(lambda p, t, scorer=scorer: score(scorer, p, t), checked)  # type: ignore[misc]
+            pairs = score_pairs(partial(score, scorer), checked)
             np.savez(place, pairs=pairs, pool=score_pool(scorer) if seed == 0 and is_served(name) else np.zeros(0))
         scores = np.load(place)
         row = {"name": name, "seed": seed, **cost, **measure_accuracy(scores["pairs"])}
@@ -270,8 +272,6 @@ def is_served(name: str) -> bool:
 
 def read_texts(folder: Path, prompts: Sequence[str]) -> list[list[str]]:
     """Read the rollouts' texts of a calibration in the order of the prompts."""
-    from calibrated_rewards.calibration.run_directory import RunDirectory
-
     directory = RunDirectory(folder)
     by_prompt: dict[str, list[str]] = {}
     for name in directory.names():

@@ -41,7 +41,7 @@ class EncodedPair(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """The tokens of both texts."""
+        """The number of tokens of both texts together."""
         return len(self.chosen) + len(self.rejected)
 
 

@@ -42,7 +42,7 @@ class Stopping(Protocol):
 
     @property
     def threshold(self) -> float:
-        """The score that suffices."""
+        """The score at which drawing stops."""
 
 
 @dataclass(frozen=True)

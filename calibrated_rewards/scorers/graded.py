@@ -49,7 +49,7 @@ class GivesLogits(Protocol):
     """A classifier that gives the numbers of all its labels, as `SequenceClassifier` and `MultiAttribute` do."""
 
     def logits(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Any:
-        """Return (pairs, labels)."""
+        """Compute the logits of all labels for each pair: (pairs, labels)."""
 
 
 @dataclass(frozen=True)

@@ -298,7 +298,7 @@ class _OnAdapter(HeadedModel):
 
     @property
     def adapter(self) -> str | None:
-        """The name of the copy."""
+        """The name of the copied adapter in the policy, by which it is switched on."""
         return self.adapter_name
 
 

@@ -62,7 +62,7 @@ class OutputLayer:
 
     @cached_property
     def layer(self) -> Any:
-        """The output layer's module."""
+        """The module that turns hidden states into logits."""
         return output_layer(self.model)
 
     @property
