@@ -1,7 +1,7 @@
 """World 4: SmolLM2-135M-Instruct trained on some prompts and measured on others, all arms at one KL.
 
     python benchmarks/proof/held_out_prompts.py                # goes on where it was; one core, about two hours
-    python benchmarks/proof/held_out_prompts.py --steps 48     # twice as many completions, other results
+    python benchmarks/proof/held_out_prompts.py --steps 48     # twice as many prompts and completions, other results
     python benchmarks/proof/held_out_prompts.py --quick OUT    # tiny random models, in the folder OUT
 
 It writes four tokens of a film review behind its first three words. The reward model and the judge are the demo's. A
@@ -189,7 +189,7 @@ class Bench:
         _, outcome = train(reader, training, dev, settings, RunFolder(folder), known, recorded=self.recorded)
         trained = time.process_time() - began
         log_ratios = np.stack([(a.cpu() - b).numpy() for a, b in zip(reader.read(tests), reference, strict=True)])
-        np.save(self.folder / f"{arm}-{seed}.npy", log_ratios)
+        np.save(self.log_ratios(arm, seed), log_ratios)
         kl = check_log_ratios(log_ratios, self.references).kl.value
         fresh = measure(outcome["alpha"], self.draw(seed), self.references, np.full(len(tests), kl))
         return {
@@ -198,6 +198,10 @@ class Bench:
             "training_seconds": round(trained), "seconds": round(time.process_time() - began),
             "fresh": fresh.to_json(),
         }  # fmt: skip
+
+    def log_ratios(self, arm: str, seed: int) -> Path:
+        """The file of a trained arm's log-ratios on the test rollouts."""
+        return self.folder / f"{arm}-{seed}-{self.world.steps}.npy"
 
     def draw(self, seed: int) -> Samples:
         """Draw from the model as it is, and score by reward model and judge."""
@@ -215,12 +219,11 @@ class Bench:
         return Samples(*scores)
 
 
-def list_cases(seeds: int) -> Iterator[tuple[str, int]]:
+def list_cases(seeds: int, arms: Sequence[str]) -> Iterator[tuple[str, int]]:
     """List what is trained, the claims first."""
-    for seed in range(seeds):
-        yield from ((arm, seed) for arm in MAIN)
-    for seed in range(seeds):
-        yield from ((arm, seed) for arm in FURTHER)
+    for some in (MAIN, FURTHER):
+        for seed in range(seeds):
+            yield from ((arm, seed) for arm in some if arm in arms)
 
 
 def summarise(bench: Bench, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -232,7 +235,7 @@ def summarise(bench: Bench, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     seeds = {}
     for seed in sorted({seed for _, seed in by_case}):
         there = [arm for arm in names if (arm, seed) in by_case]
-        log_ratios = {arm: np.load(bench.folder / f"{arm}-{seed}.npy") for arm in there}
+        log_ratios = {arm: np.load(bench.log_ratios(arm, seed)) for arm in there}
         seeds[seed] = compare_held_out(log_ratios, bench.references, MEASURED)
     gains = []
     for arm, procedures in FOR.items():
@@ -294,12 +297,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=World.steps, help="of 12 prompts x 32 completions")
+    parser.add_argument("--steps", type=int, default=World.steps, help="of 12 prompts x 32 completions, each seen once")
+    parser.add_argument("--arms", nargs="+", choices=MAIN + FURTHER, default=MAIN + FURTHER, metavar="ARM")
     parser.add_argument("--quick", type=Path, metavar="OUT")
     parser.add_argument("--summarise", action="store_true", help="train nothing: write the results of what is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    world = QUICK if args.quick else World(steps=args.steps)
+    prompts = 12 * args.steps
+    world = QUICK if args.quick else World(steps=args.steps, prompts=prompts, pool=prompts + 192)
     cache = args.cache.expanduser()
     folder: Path = args.quick or cache / "proof-held-out-prompts"
     folder.mkdir(parents=True, exist_ok=True)
@@ -307,7 +312,7 @@ def main() -> None:
     lines = folder / f"arms-{world.steps}.jsonl"
     rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     there = {(row["arm"], row["seed"]) for row in rows}
-    for arm, seed in list_cases(args.seeds):
+    for arm, seed in list_cases(args.seeds, args.arms):
         if (arm, seed) not in there and not args.summarise:
             rows.append(bench.run(arm, seed))
             with lines.open("a") as file:
