@@ -102,7 +102,7 @@ def fine_world(prompts: int = 12, completions: int = 5_000) -> enumeration.Exact
 
 
 def value_completions(arm: str, kl: float, procedure: Procedure) -> Any:
-    """Return an arm's reward of all completions of the exact world; None for an arm that it is not made for, or cannot be there."""
+    """Return an arm's reward of all completions of the exact world; None where it has none for the procedure and KL."""
     exact = fine_world()
     if arm == "raw":
         return exact.scores
