@@ -1,10 +1,13 @@
 """The demo's models, sizes and steps: the library's public functions, in the order of use for a policy of your own."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.demo import assets, reward_models
@@ -15,6 +18,7 @@ from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
 from calibrated_rewards.evaluation.held_out_results import HeldOutPolicies, compare_held_out
 from calibrated_rewards.evaluation.objectives import OBJECTIVES, OptimumAtKL
 from calibrated_rewards.evaluation.references import read_scores
+from calibrated_rewards.files import replace_file
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.policy import Policy
@@ -133,10 +137,13 @@ class Demo:
     @cached_property
     def dtype(self) -> str:
         """The dtype of the language model: 16 bits are twice as fast where tiles are multiplied, else half as fast."""
-        import torch
-
         multiplies_tiles: Any = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        return "bfloat16" if torch.cuda.is_available() or multiplies_tiles() else "float32"
+        return "bfloat16" if self.has_gpu or multiplies_tiles() else "float32"
+
+    @property
+    def has_gpu(self) -> bool:
+        """Tell if there is a GPU to compute on."""
+        return torch.cuda.is_available()
 
     @cached_property
     def recorded(self) -> RecordedStates:
@@ -155,14 +162,25 @@ class Demo:
         decoding = Decoding(self.scale.tokens, self.scale.temperature)
         return load_sampler(self.parts.policy, decoding, dtype=self.dtype, prompts_at_once=PROMPTS_AT_ONCE)
 
-    def calibrate(self) -> ReferenceTable:
+    def calibrate(self) -> None:
         """Draw K rollouts of the reference for each prompt, scored by the reward model."""
         scorers = {"reward": self.scorers["reward"]}
         options = {"k": self.scale.k, "seed": self.seed, "prompts_per_shard": SHARD}
-        return calibrate(self.parts.prompts, self.sampler, scorers, self.out / "table", **options)["reward"]
+        calibrate(self.parts.prompts, self.sampler, scorers, self.out / "table", **options)
 
-    def save_reward(self, table: ReferenceTable) -> CalibratedReward:
+    def draw_held_out(self) -> None:
+        """Draw rollouts of the reference for the held-out prompts, scored by the reward model and by the judge."""
+        options = {"k": self.scale.held_out_k, "seed": self.seed, "prompts_per_shard": SHARD}
+        calibrate(self.parts.held_out, self.sampler, self.scorers, self.out / "held-out", **options)
+
+    @cached_property
+    def held_out(self) -> Samples:
+        """The scores of the held-out rollouts, by the reward model and by the judge."""
+        return read_scores(self.out / "held-out", "reward", "judge")
+
+    def save_reward(self) -> CalibratedReward:
         """Join reward model, table and transform in one reward, with the beta of its KL, verify it, and save it."""
+        table = ReferenceTable.load(self.out / "table" / "reward")
         named = parse_transform(f"worst-of:{SERVED.n}:{self.scale.far}")
         beta = expect(table, named.transform, kl=named.kl, estimator="posterior").beta
         reward = CalibratedReward(self.scorers["reward"], table, named.transform, beta=beta, estimator="posterior")
@@ -170,22 +188,16 @@ class Demo:
         reward.save_pretrained(self.out / "reward")
         return reward
 
-    def draw_held_out(self) -> Samples:
-        """Draw rollouts of the reference for the held-out prompts, scored by the reward model and by the judge."""
-        options = {"k": self.scale.held_out_k, "seed": self.seed, "prompts_per_shard": SHARD}
-        calibrate(self.parts.held_out, self.sampler, self.scorers, self.out / "held-out", **options)
-        return read_scores(self.out / "held-out", "reward", "judge")
-
-    def estimate_frontier(self, rollouts: Samples) -> FrontierEstimate:
+    def estimate_frontier(self) -> FrontierEstimate:
         """Estimate the optimum of each reward on the held-out prompts, by weights on the rollouts: no training."""
         objectives = {RAW: OBJECTIVES["raw"], IDENTITY: OBJECTIVES["identity"], "worst-of:16": OptimumAtKL(SERVED)}
         objectives["best-of:4"] = OptimumAtKL(BestOf(4))
-        frontier = estimate_frontier(rollouts, objectives, [self.scale.kl], PROCEDURES, estimator="posterior")
+        frontier = estimate_frontier(self.held_out, objectives, [self.scale.kl], PROCEDURES, estimator="posterior")
         frontier.save(self.out / "frontier.json")
         return frontier
 
-    def train(self, name: str) -> Path:
-        """Train on the rollouts of the calibration, without drawing any; all policies in the same way."""
+    def train(self, name: str) -> None:
+        """Train on the rollouts of the calibration, without drawing any, and compute the held-out log-ratios."""
         scale = self.scale
         reward: dict[str, Any] = {}  # the saved one
         if name == IDENTITY:
@@ -212,32 +224,42 @@ class Demo:
             "rollouts": self.out / "table",
         }
         train_from_files(Launch(**parts, out=self.out / name, dtype=self.dtype, **reward), settings, self.recorded)
-        return self.out / name / "model"
+        if not self.log_ratios(name).exists():
+            values = self.rollouts.compute_log_ratios(self._load_policy(self.out / name / "model").model)
+            with replace_file(self.log_ratios(name)) as file:
+                np.save(file, np.stack(values))
 
-    def compare(self, models: Mapping[str, Path], reward: CalibratedReward) -> HeldOutPolicies:
-        """Compare the policies on the held-out rollouts of the reference: paired, and nothing is drawn."""
-        path = self.out / "held_out.json"
-        if path.exists() and {*(saved := HeldOutPolicies.load(path)).checks} == {*models}:
-            return saved
+    def log_ratios(self, name: str) -> Path:
+        """The file of a policy's log-ratios to the reference on the held-out rollouts."""
+        return self.out / name / "held_out.npy"
 
-        def load(at: Path) -> Policy:
-            launch = Launch(
-                policy=str(at), reward=str(self.out / "reward"), out=self.out, dtype=self.dtype, any_policy=True
-            )
-            return load_policy(launch, reward.table.meta)
-
-        rollouts = HeldOutRollouts.load(
+    @cached_property
+    def rollouts(self) -> HeldOutRollouts:
+        """The held-out rollouts as tokens, with the reference's log-probabilities."""
+        return HeldOutRollouts.load(
             self.out / "held-out",
-            reward,
-            load(self.parts.policy),
+            self._reward,
+            self._load_policy(self.parts.policy),
             judge="judge",
             prompts=self.scale.held_out,
             rollouts=self.scale.held_out_k,
             rows=self.scale.held_out_k,
             layers=self.scale.layers,
         )
-        # Read in the dtype of the reference: rounding is the same on both sides of a log-ratio.
-        log_ratios = {name: rollouts.compute_log_ratios(load(at).model) for name, at in models.items()}
-        compared = compare_held_out(log_ratios, rollouts.samples, PROCEDURES)
-        compared.save(path)
+
+    @cached_property
+    def _reward(self) -> CalibratedReward:
+        # Its table alone is read: beta is for targets, which nobody asks for here.
+        return CalibratedReward(None, ReferenceTable.load(self.out / "table" / "reward"), beta=1.0)
+
+    def _load_policy(self, at: Path) -> Policy:
+        # In the dtype of the reference: rounding is the same on both sides of a log-ratio.
+        parts: dict[str, Any] = {"policy": str(at), "reward": str(self.out / "reward"), "any_policy": True}
+        return load_policy(Launch(**parts, out=self.out, dtype=self.dtype), self._reward.table.meta)
+
+    def compare(self, names: Sequence[str]) -> HeldOutPolicies:
+        """Compare the policies on the held-out rollouts of the reference: paired, and nothing is drawn."""
+        log_ratios = {name: np.load(self.log_ratios(name)) for name in names}
+        compared = compare_held_out(log_ratios, self.held_out, PROCEDURES)
+        compared.save(self.out / "held_out.json")
         return compared
