@@ -236,6 +236,7 @@ def test_multiple_choice(models, scorer, tmp_path, capsys):
     )
     assert capsys.readouterr().out.startswith("reward is right on ")
     assert main(["multiple-choice", "--questions", str(tmp_path / "q.jsonl")]) == 2
+    assert "needs --reward-model" in capsys.readouterr().err
     (tmp_path / "none.jsonl").write_text("")
     assert main(["multiple-choice", "--questions", str(tmp_path / "none.jsonl"), *words]) == 2
     assert "none.jsonl has no questions" in capsys.readouterr().err
@@ -244,4 +245,3 @@ def test_multiple_choice(models, scorer, tmp_path, capsys):
         main(["generate", *words, "--prompts", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "a.jsonl")]) == 2
     )
     assert "none.jsonl has no prompts" in capsys.readouterr().err
-    assert "needs --reward-model" in capsys.readouterr().err
