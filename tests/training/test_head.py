@@ -23,6 +23,7 @@ from calibrated_rewards.models.text import TruncationWarning
 from calibrated_rewards.training import head as head_run
 from calibrated_rewards.training.callbacks import HeadLog
 from calibrated_rewards.training.head import HeadTraining, read_pairs, split_pairs
+from calibrated_rewards.training.run_folder import RunFolder
 
 TEMPLATES = {"even": {"prompt": "Even? {question}", "answers": ["even", "odd"], "chat": True}}
 
@@ -135,12 +136,21 @@ def test_two_processes_train_as_one(files: Path, tmp_path: Path) -> None:
 
 def test_the_split_is_by_prompt() -> None:
     """Pairs of one prompt are on one side; the seed decides which; a share of 0 holds nothing out."""
-    pairs = [Pair(f"prompt {i % 200}", "a", "b") for i in range(600)]
+    pairs = [Pair(f"prompt {i % 200}", "a", f"b{i}") for i in range(600)]
     training, held_out = split_pairs(pairs, 0.2, 0)
     assert not {pair.prompt for pair in training} & {pair.prompt for pair in held_out}
     assert 60 < len(held_out) < 190
     assert split_pairs(pairs, 0.2, 1)[1] != held_out
     assert split_pairs(pairs, 0.0, 0) == (pairs, [])
+
+
+@pytest.mark.parametrize(("backbone", "batches"), [("frozen", 1), ("lora", 4)])
+def test_a_step_has_all_its_pairs(backbone: str, batches: int, tmp_path: Path) -> None:
+    """Of all processes together, in as many batches as --rows asks for."""
+    settings = HeadTraining(backbone=backbone, pairs_a_step=24, rows=9)
+    args = head_run.configure(settings, RunFolder(tmp_path), 5, 2, False, ())
+    assert args.gradient_accumulation_steps == batches
+    assert 2 * args.per_device_train_batch_size * batches == 24
 
 
 class Lines(TrainerCallback):
