@@ -46,6 +46,8 @@ class Batch:
     """Groups that are read together: all their completions in one list, each with the number of its group."""
 
     groups: Sequence[Group]
+    trees: bool = False
+    """The completions of a group are read as a tree: what several begin with is read once."""
 
     @cached_property
     def completions(self) -> list[list[int]]:
@@ -102,6 +104,10 @@ class Opening(NamedTuple):
             return repeated(self.cache, len(owners))
         return self._change(lambda tensor: tensor.index_select(0, owners))
 
+    def copy(self) -> Cache:
+        """Return keys and values that others may be added behind, while these stay as they are."""
+        return self._change(_keep)
+
     def _change(self, change: Any) -> Cache:
         cache = copy.copy(self.cache)
         layers: Any = [copy.copy(layer) for layer in self.cache.layers]
@@ -109,6 +115,10 @@ class Opening(NamedTuple):
             layer.keys, layer.values = change(layer.keys), change(layer.values)
         cache.layers = layers
         return cache
+
+
+def _keep(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _leaf(tensor: Tensor) -> Tensor:
