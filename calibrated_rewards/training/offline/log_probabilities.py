@@ -38,7 +38,7 @@ from calibrated_rewards.training.offline.frozen_layers import (
 from calibrated_rewards.training.offline.group_batches import Batch, Group, Opening, split_by_length
 from calibrated_rewards.training.offline.output_layer import CELLS, OutputLayer
 from calibrated_rewards.training.offline.routes import Answer, Route, Size, agree, choose_ends, take_few
-from calibrated_rewards.training.offline.token_trees import TreeRows
+from calibrated_rewards.training.offline.token_trees import TreeRows, save_enough
 
 # Groups are read together until they have so many tokens: fewer leave a processor to read weights, more are no faster.
 TOKENS = 2048
@@ -159,11 +159,11 @@ class GroupReader:
 
     def _grow(self, batch: Batch) -> Batch:
         """Choose trees for a batch where that saves tokens, and the model gives with them what it gives without."""
-        grown = replace(batch, trees=True)
-        pays = self.route.trees and self._shares(batch) and self._takes_trees
-        if not (pays and all(self._trees(grown, part).pays for part in self._split(grown))):
+        if not (self.route.trees and self._takes_trees and self._shares(batch)):
             return batch
-        return grown if self._check_trees(grown) else batch
+        grown = replace(batch, trees=True)
+        parts = [self._trees(grown, part) for part in self._split(grown)]
+        return grown if save_enough(parts) and self._check_trees(grown, max(each.width for each in parts)) else batch
 
     def _fits(self, groups: Sequence[Group]) -> bool:
         """Tell if groups are read together: all are small, and the model gives what it gives for each of them."""
@@ -212,10 +212,9 @@ class GroupReader:
             self.route.together = whole and alone is not None and self._agrees([Batch(some)], alone, self.route)
         return self.route.together
 
-    def _check_trees(self, batch: Batch) -> bool:
+    def _check_trees(self, batch: Batch, width: int) -> bool:
         """Tell if trees give what the same groups give without them; compared where they are larger than before."""
         ends = choose_ends(batch.groups)
-        width = max(self._trees(batch, part).width for part in self._split(batch))
         size = Size(len(ends[-1].prompt) + width, len(ends[-1].prompt) - len(ends[0].prompt))
         if not self.route.covers_trees(batch.has_states, size):
             some = Batch(ends, trees=True)

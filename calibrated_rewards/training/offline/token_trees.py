@@ -39,17 +39,19 @@ class TokenTree(NamedTuple):
         >>> tree.tokens, tree.parents, tree.paths
         ([5, 6, 7], [-1, 0, 0], [[0, 1], [0, 2], [0]])
         """
-        tree, nodes, count = cls([], [], [], [], []), dict[tuple[int, int], int](), 0
+        tree, nodes, place = cls([], [], [], [], []), dict[tuple[int, int], int](), 0
         for row in rows:
             node, path = -1, list[int]()
             for depth, token in enumerate(row):
                 parent, node = node, nodes.setdefault((node, token), len(nodes))
                 if node == len(tree.tokens):
-                    for values, value in zip(tree, (token, parent, depth, count + depth), strict=False):
-                        values.append(value)  # type: ignore[arg-type]
+                    tree.tokens.append(token)
+                    tree.parents.append(parent)
+                    tree.depths.append(depth)
+                    tree.sources.append(place + depth)
                 path.append(node)
             tree.paths.append(path)
-            count += len(row)
+            place += len(row)
         return tree
 
     @property
@@ -88,16 +90,10 @@ class TreeRows:
         """The tree of each prompt's completions."""
         return [TokenTree.grow([self.completions[i][:-1] for i in own]) for own in self.members]
 
-    @property
+    @cached_property
     def width(self) -> int:
         """The number of nodes of the largest tree."""
         return max(len(tree.tokens) for tree in self.trees)
-
-    @property
-    def pays(self) -> bool:
-        """Tell if fewer nodes are read than there are tokens, padding included."""
-        fed = sum(len(row) - 1 for row in self.completions)
-        return 0 < self.width <= MOST_NODES and self.prompts * self.width <= WORTHWHILE * fed
 
     def pad(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Pad the nodes on the right: their tokens, the mask of those that are none, and their depths."""
@@ -149,3 +145,11 @@ class TreeRows:
         owners = torch.tensor([i for i, row in enumerate(rows) for _ in row], device=values.device)
         steps = torch.tensor([step for row in rows for step in row], device=values.device)
         return values.new_zeros(len(rows)).index_add(0, owners, values[steps])
+
+
+def save_enough(parts: Sequence[TreeRows]) -> bool:
+    """Tell if far fewer nodes are read than there are tokens, padding included."""
+    widths = [trees.width for trees in parts]
+    fed = sum(len(row) - 1 for trees in parts for row in trees.completions)
+    nodes = sum(trees.prompts * width for trees, width in zip(parts, widths, strict=True))
+    return fed > 0 and max(widths) <= MOST_NODES and nodes <= WORTHWHILE * fed
