@@ -3,11 +3,12 @@
 A group is a prompt and its completions, as tokens. One forward of the prompt leaves keys and values, behind which all
 completions are read; gradients flow back through them. The head is applied to completion tokens alone. Of more than
 `rows` completions, some are read at a time: their gradients by the prompt's keys and values are added up, and one
-backward pass goes through the prompt in the end. Small groups go through the model several at a time.
+backward pass goes through the prompt in the end. Small groups go through the model several at a time. What several
+completions of a group begin with is read once, where that is worth it (token_trees.py).
 
 Models whose completions cannot share a prompt (recurrent states, some windows) are found by comparing values and
 gradients of a group with rows read alone. They are read in whole rows. Groups that are read together are compared with
-the same groups read one after the other.
+the same groups read one after the other, and trees with the same groups without them.
 
 Where the lower layers are frozen, `GroupReader.record` keeps the hidden states that enter the first trained one, and
 groups with states are read from there on.
@@ -22,7 +23,6 @@ from typing import Any
 import torch
 from jaxtyping import Float32
 from torch import Tensor
-from transformers import DynamicLayer
 
 from calibrated_rewards.models.batches import moved_by_rounding
 from calibrated_rewards.models.parts import RAISED, body_of, device_of, pad_right, rope_turn
@@ -38,7 +38,7 @@ from calibrated_rewards.training.offline.frozen_layers import (
 from calibrated_rewards.training.offline.group_batches import Batch, Group, Opening, split_by_length
 from calibrated_rewards.training.offline.output_layer import CELLS, OutputLayer
 from calibrated_rewards.training.offline.routes import Answer, Route, Size, agree, choose_ends, take_few
-from calibrated_rewards.training.offline.token_trees import TreeRows, save_enough
+from calibrated_rewards.training.offline.token_trees import TreeRows, grow_tree, save_enough
 
 # Groups are read together until they have so many tokens: fewer leave a processor to read weights, more are no faster.
 TOKENS = 2048
@@ -159,7 +159,8 @@ class GroupReader:
 
     def _grow(self, batch: Batch) -> Batch:
         """Choose trees for a batch where that saves tokens, and the model gives with them what it gives without."""
-        if not (self.route.trees and self._takes_trees and self._shares(batch)):
+        takes_trees = "position_ids" in self._parameters and self._attention in ("sdpa", "eager")
+        if not (self.route.trees and takes_trees and self._shares(batch)):
             return batch
         grown = replace(batch, trees=True)
         parts = [self._trees(grown, part) for part in self._split(grown)]
@@ -208,7 +209,7 @@ class GroupReader:
             some = [take_few(group) for group in ends]
             alone = self._try([Batch([group]) for group in some], self.route)
             # A window would count the padding behind a shorter prompt.
-            whole = self._keeps_all(Batch(some[:1]))
+            whole = self._open(Batch(some[:1])).keeps_all
             self.route.together = whole and alone is not None and self._agrees([Batch(some)], alone, self.route)
         return self.route.together
 
@@ -217,21 +218,15 @@ class GroupReader:
         ends = choose_ends(batch.groups)
         size = Size(len(ends[-1].prompt) + width, len(ends[-1].prompt) - len(ends[0].prompt))
         if not self.route.covers_trees(batch.has_states, size):
-            some = Batch(ends, trees=True)
-            trees = [tree for part in self._split(some) for tree in self._trees(some, part).trees]
-            if not any(tree.branches for tree in trees):
+            widest = max(batch.groups, key=lambda group: len(grow_tree(group.completions).tokens))
+            some = ends if any(group is widest for group in ends) else [*ends, widest]
+            if not any(grow_tree(group.completions).branches for group in some):
                 return False  # A mask of all that came before would do: others will show more.
-            self.route.tree_sizes[batch.has_states] = size
-            rows = self._try([Batch(ends)], self.route)
-            whole = self._keeps_all(Batch(ends[:1]))
-            self.route.trees = whole and rows is not None and self._agrees([some], rows, self.route)
+            self.route.add_trees(batch.has_states, size)
+            rows = self._try([Batch(some)], self.route)
+            whole = self._open(Batch(ends[:1])).keeps_all
+            self.route.trees = whole and rows is not None and self._agrees([Batch(some, trees=True)], rows, self.route)
         return self.route.trees
-
-    def _keeps_all(self, batch: Batch) -> bool:
-        """Tell if the cache of every layer holds all tokens: of a window, the places of tokens would be counted."""
-        with torch.no_grad():
-            layers = self._open(batch).cache.layers
-        return {*map(type, layers)} == {DynamicLayer}
 
     def _agrees(self, batches: Sequence[Batch], alone: Answer, route: Route) -> bool:
         """Tell if a route gives the values and gradients of another one, but for rounding."""
@@ -356,7 +351,7 @@ class GroupReader:
             sees = trees.mask_attention(opening.mask)
             if self._attention == "eager":  # it adds the mask
                 sees = torch.zeros_like(sees, dtype=hidden.dtype).masked_fill(~sees, torch.finfo(hidden.dtype).min)
-            options = {"position_ids": positions, "attention_mask": sees, "past_key_values": opening.copy()}
+            options = {"position_ids": positions, "attention_mask": sees, "past_key_values": opening.copy_cache()}
             if states is None:
                 answer = self._body(input_ids=ids, use_cache=True, **options)
             else:
@@ -392,11 +387,6 @@ class GroupReader:
     @property
     def _attention(self) -> str | None:
         return getattr(self.model.config.get_text_config(), "_attn_implementation", None)
-
-    @property
-    def _takes_trees(self) -> bool:
-        """Tell if positions are told to the model, and its attention takes any mask."""
-        return "position_ids" in self._parameters and self._attention in ("sdpa", "eager")
 
     @cached_property
     def _output(self) -> OutputLayer:

@@ -47,6 +47,10 @@ class Route:
         seen = self.tree_sizes.get(with_states)
         return seen is not None and all(n <= FARTHER * m for n, m in zip(size, seen, strict=True))
 
+    def add_trees(self, with_states: bool, size: Size) -> None:
+        """Note that trees are compared."""
+        self.tree_sizes[with_states] = Size(*map(max, size, self.tree_sizes.get(with_states, size)))
+
 
 class Answer(NamedTuple):
     """What a route gives for some groups."""

@@ -88,7 +88,7 @@ class TreeRows:
     @cached_property
     def trees(self) -> list[TokenTree]:
         """The tree of each prompt's completions."""
-        return [TokenTree.grow([self.completions[i][:-1] for i in own]) for own in self.members]
+        return [grow_tree([self.completions[i] for i in own]) for own in self.members]
 
     @cached_property
     def width(self) -> int:
@@ -145,6 +145,11 @@ class TreeRows:
         owners = torch.tensor([i for i, row in enumerate(rows) for _ in row], device=values.device)
         steps = torch.tensor([step for row in rows for step in row], device=values.device)
         return values.new_zeros(len(rows)).index_add(0, owners, values[steps])
+
+
+def grow_tree(completions: Sequence[list[int]]) -> TokenTree:
+    """Number the distinct prefixes that are fed: nothing is read behind a completion's last token."""
+    return TokenTree.grow([row[:-1] for row in completions])
 
 
 def save_enough(parts: Sequence[TreeRows]) -> bool:
