@@ -289,7 +289,7 @@ class GroupReader:
         most = len(batch.completions) if len(batch.groups) > 1 else self.rows
         if batch.trees:  # those that begin alike together
             pairs = [*zip(batch.owners, batch.completions, strict=True)]
-            order = sorted((i for i, (_, row) in enumerate(pairs) if row), key=pairs.__getitem__)
+            order = sorted((i for i, (_, row) in enumerate(pairs) if row), key=lambda i: pairs[i])
             return [order[start : start + most] for start in range(0, len(order), most)]
         if not (self.route.padded or self._shares(batch)):
             most = 1

@@ -49,7 +49,8 @@ class Route:
 
     def add_trees(self, with_states: bool, size: Size) -> None:
         """Note that trees are compared."""
-        self.tree_sizes[with_states] = Size(*map(max, size, self.tree_sizes.get(with_states, size)))
+        seen = self.tree_sizes.get(with_states, size)
+        self.tree_sizes[with_states] = Size(max(size.longest, seen.longest), max(size.padding, seen.padding))
 
 
 class Answer(NamedTuple):

@@ -16,7 +16,7 @@ from calibrated_rewards.models.parts import pad_right
 
 # Trees with more nodes, or that save less, are not read: each node is masked from most others.
 MOST_NODES = 512
-WORTHWHILE = 0.85
+WORTHWHILE = 0.95
 
 
 class TokenTree(NamedTuple):
