@@ -20,7 +20,7 @@ is our cross-check.
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from math import asinh, exp, expm1, inf, isfinite, log, log1p, sinh
 
@@ -295,6 +295,8 @@ def optimal_transform(
 ) -> Optimal:
     """Return the Phi of Corollary 2 at the beta of Def. 5, or at the beta where its policy has the given KL.
 
+    The latest 32 answers to a KL are kept with their curves, for the next one who asks.
+
     >>> from calibrated_rewards.theory.procedures import BestOf
     >>> print(f"{optimal_transform(BestOf(4), kl=1.0).beta:.4f}")
     0.0830
@@ -303,7 +305,16 @@ def optimal_transform(
         raise ValueError(f"optimal_transform needs either beta or kl, got beta={beta!r}, kl={kl!r}.")
     if beta is not None:
         return Optimal(procedure, float(beta), base)
-    return Optimal(procedure, _beta_of_optimum(procedure, base, float(kl or 0)), base)
+    try:
+        return _optimal_at_kl(procedure, base, float(kl or 0))
+    except TypeError:  # the g of a `Calibrated` may have no hash
+        return Optimal(procedure, _beta_of_optimum(procedure, base, float(kl or 0)), base)
+
+
+@lru_cache(maxsize=32)
+def _optimal_at_kl(procedure: CalibratedProcedure, base: CalibratedProcedure | None, kl: float) -> Optimal:
+    """Solve for a KL once: dozens of curves are solved on the way to it."""
+    return Optimal(procedure, _beta_of_optimum(procedure, base, kl), base)
 
 
 def _beta_of_optimum(procedure: CalibratedProcedure, base: CalibratedProcedure | None, kl: float) -> float:
