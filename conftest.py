@@ -14,8 +14,9 @@ EXAMPLES = ("tests/test_readme.py::test_examples_run", "tests/evaluation/test_re
 
 
 @pytest.fixture(autouse=True)
-def untyped_solvers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the type checks of a test or an example that solves for an optimum."""
+def typed_calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count calls anew for each test, and leave out the type checks of one that solves for an optimum."""
+    typecheck.calls.clear()
     name = request.node.nodeid
     if any(f"{path}::" in name for path in SOLVE) or any(example in name for example in EXAMPLES):
         monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -10,7 +10,6 @@ annotations that cannot be evaluated yet, which it takes for Any, and sizes comp
 import dataclasses
 import functools
 import inspect
-import itertools
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jaxtyping
@@ -19,8 +18,10 @@ from jaxtyping import AbstractArray
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=jaxtyping.TypeCheckError))
 jaxtyped = jaxtyping.jaxtyped
-# An integrator calls this some 500 times a shot, always alike: a few calls of each shot are checked, and all they call.
-CALLBACKS, EVERY = ("Optimal._slope_at",), 64
+# Of a function that a test calls more than MOST times, as an integrator calls a slope, one call in EVERY is checked.
+MOST, EVERY = 1000, 16
+calls: dict[Any, int] = {}
+"""How often each function was called in this test."""
 
 
 def parts(annotation: Any) -> list[Any]:
@@ -49,32 +50,22 @@ def check(function: Any = None, *, typechecker: Any) -> Any:
     shapes = [part.dim_str for part in annotations if isinstance(part, type) and issubclass(part, AbstractArray)]
     if any("{" in shape for shape in shapes):
         return jaxtyped(function, typechecker=typechecker)
-    typed = typechecker(function)
+    return count_and_check(function, typechecker(function), bool(shapes))
+
+
+def count_and_check(function: Any, typed: Any, has_shapes: bool) -> Any:
+    """Wrap a function: call it checked, or as it is where checks are off or it was called so often."""
 
     @functools.wraps(function)
     def run_checked(*args: Any, **kwargs: Any) -> Any:
         if jaxtyping.config.jaxtyping_disable:
             return function(*args, **kwargs)
-        if not shapes:
+        calls[function] = count = calls.get(function, 0) + 1
+        if count > MOST and count % EVERY:
+            return function(*args, **kwargs)
+        if not has_shapes:
             return typed(*args, **kwargs)
         with jaxtyped("context"):
             return typed(*args, **kwargs)
 
-    return sample(function, run_checked) if function.__qualname__ in CALLBACKS else run_checked
-
-
-def sample(function: Any, run_checked: Any) -> Any:
-    """Check one call in `EVERY`; in the others, nothing that the function calls is checked either."""
-    calls = itertools.count()
-
-    @functools.wraps(function)
-    def run_sampled(*args: Any, **kwargs: Any) -> Any:
-        if jaxtyping.config.jaxtyping_disable or next(calls) % EVERY == 0:
-            return run_checked(*args, **kwargs)
-        jaxtyping.config.jaxtyping_disable = True
-        try:
-            return function(*args, **kwargs)
-        finally:
-            jaxtyping.config.jaxtyping_disable = False
-
-    return run_sampled
+    return run_checked
