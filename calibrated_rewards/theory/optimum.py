@@ -120,7 +120,14 @@ class Optimal:
 
     @cached_property
     def _solved(self) -> tuple[Grid, Array]:
-        """Phi/beta on a grid that resolves it: the best of the stationary points that could be solved for."""
+        """Phi/beta on a grid that resolves it, solved for once by all that are equal."""
+        try:
+            return _solve(self)
+        except TypeError:  # the g of a `Calibrated` may have no hash
+            return self._find_best()
+
+    def _find_best(self) -> tuple[Grid, Array]:
+        """Solve for all stationary points that can be solved for, and return the best one."""
         solutions = []
         for start in self._starts():
             with suppress(ArithmeticError):
@@ -276,6 +283,12 @@ class Optimal:
         return np.asarray(direction - (ahead - behind) / (2 * h))
 
 
+@lru_cache(maxsize=64)
+def _solve(optimal: Optimal) -> tuple[Grid, Array]:
+    """Return the solution of an `Optimal`; those that are read from a file or a pickle are equal to others."""
+    return optimal._find_best()
+
+
 @dataclass(frozen=True)
 class Choice:
     """A transform with range [0, 1], the beta to train it with, and the KL and win rate that this will give."""
@@ -295,7 +308,7 @@ def optimal_transform(
 ) -> Optimal:
     """Return the Phi of Corollary 2 at the beta of Def. 5, or at the beta where its policy has the given KL.
 
-    The latest 32 answers to a KL are kept with their curves, for the next one who asks.
+    The latest answers are kept with their curves, for the next one who asks.
 
     >>> from calibrated_rewards.theory.procedures import BestOf
     >>> print(f"{optimal_transform(BestOf(4), kl=1.0).beta:.4f}")
