@@ -319,7 +319,7 @@ def optimal_transform(
     if beta is not None:
         return Optimal(procedure, float(beta), base)
     try:
-        return _optimal_at_kl(procedure, base, float(kl or 0))
+        return _optimal_at_kl(procedure, base, float(kl or 0))  # type: ignore[arg-type]  # hashed, or else below
     except TypeError:  # the g of a `Calibrated` may have no hash
         return Optimal(procedure, _beta_of_optimum(procedure, base, float(kl or 0)), base)
 
