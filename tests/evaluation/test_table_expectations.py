@@ -204,7 +204,9 @@ def test_a_value_that_is_common_in_the_table() -> None:
 @pytest.mark.parametrize("cap", [0.4, 9.0])
 def test_rows_drawn_three_times_are_three_draws(cap: float) -> None:
     """With and without a common value: the very numbers of drawing them one time after the other."""
-    rows = np.sort(np.minimum(np.random.default_rng(0).normal(size=(30, 12)), cap), axis=1).astype(np.float32)
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(30, 12)) + rng.normal(size=(30, 1))  # prompts differ in how often they have the cap
+    rows = np.sort(np.minimum(scores, cap), axis=1).astype(np.float32)
     rewards = TableRewards(table_of(rows))
     vector, parts = values(Identity(), 12, "empirical"), (rewards.common_shares, rewards.top_gaps)
     one, other = np.random.default_rng(1), np.random.default_rng(1)
