@@ -292,11 +292,11 @@ class Writer:
         # The draft of each row of the batch, those that have ended but not left among them.
         members = list(range(len(drafts)))
         chances = np.empty((len(drafts), 0, HALVINGS))
-        rows, read = self.reader.open(prompts, of), set[int]()
+        (rows, places), read = self._open(prompts, of), set[int]()
         for written in range(self.max_tokens):
             if written % AHEAD == 0:
                 chances = uniforms([seeds[i] for i in members], written, AHEAD)
-            drawn = self._draw(rows, chances[:, written % AHEAD])
+            drawn = self._draw(rows, places, chances[:, written % AHEAD])
             self._append([drafts[i] for i in members], drawn)
             last = written + 1 == self.max_tokens
             going = [] if last and not self._has_room(rows) else [i for i in members if drafts[i].end is None]
@@ -304,15 +304,39 @@ class Writer:
             if not going and not due:
                 break
             stays = {*going, *due}
-            tokens, staying = drawn.tokens, [at for at, i in enumerate(members) if i in stays]
+            tokens, staying = drawn.tokens.tolist(), [at for at, i in enumerate(members) if i in stays]
             if self.reader.can_select(rows) and len(staying) <= CROWD * len(members):
                 members, chances = [members[at] for at in staying], chances[staying]
-                rows, tokens = self.reader.select(rows, staying), tokens[torch.tensor(staying, device=tokens.device)]
-            rows = self._next(rows, tokens.to(rows.ids.device), drafts, members, due, going if last else ())
+                places, tokens = [places[at] for at in staying], [tokens[at] for at in staying]
+            rows, places, fed = self._part_ways(rows, places, tokens)
+            rows = self._next(rows, fed, drafts, members, due, going if last else ())
             read.update(due)
             if last or not going:
                 break
         return drafts
+
+    def _open(self, prompts: Sequence[list[int]], of: Sequence[int]) -> tuple[Rows, list[int]]:
+        """Read the prompts; return the rows, and the row of each draft: drafts of a prompt begin as one row."""
+        reader = self.reader
+        if reader.share and self.turn_end is None:  # the end of a turn is read by each draft at a time of its own
+            rows = reader.open(prompts, range(len(prompts)))
+            if reader.can_select(rows):
+                return rows, list(of)
+            reader = replace(reader, share=False)
+        return reader.open(prompts, of), list(range(len(of)))
+
+    def _part_ways(self, rows: Rows, places: Sequence[int], tokens: Sequence[int]) -> tuple[Rows, list[int], Tensor]:
+        """Copy a row for each token that its drafts go on with: drafts that have the same tokens so far stay one row.
+
+        Return the rows, the row of each draft, and the token that each row reads next.
+        """
+        pairs = list(zip(places, tokens, strict=True))
+        ways = {way: row for row, way in enumerate(dict.fromkeys(pairs))}
+        parents = [parent for parent, _ in ways]
+        if parents != list(range(len(rows.ids))):
+            rows = self.reader.select(rows, parents)
+        fed = torch.tensor([token for _, token in ways], device=rows.ids.device)
+        return rows, [ways[pair] for pair in pairs], fed
 
     def _reads_end(self, draft: Draft) -> bool:
         return self.turn_end is not None and draft.end == "token"
@@ -349,9 +373,11 @@ class Writer:
                     drafts[i].state = rows.states[at, 0 if i in at_end else -1]
         return rows
 
-    def _draw(self, rows: Rows, chances: Float64[np.ndarray, "rows halvings"]) -> Drawn:
+    def _draw(self, rows: Rows, places: Sequence[int], chances: Float64[np.ndarray, "drafts halvings"]) -> Drawn:
         logits = rows.logits.float()
         scores = self.processors(rows.ids.to(logits.device), logits)  # type: ignore[arg-type]
+        if list(places) != list(range(len(rows.ids))):
+            scores = scores[torch.tensor(places, device=scores.device)]
         return draw(scores, torch.from_numpy(chances))
 
     def _append(self, drafts: Sequence[Draft], drawn: Drawn) -> None:

@@ -84,9 +84,10 @@ def test_the_comparison_is_that_of_the_saved_policies(whole: Path) -> None:
 
 
 def test_goes_on_after_ctrl_c_with_the_same_numbers(whole: Path, tmp_path: Path) -> None:
-    """Stopped while it trains, it finishes when called again, as if nothing had been."""
+    """Stopped while it trains side by side, it finishes in one process when called again, as if nothing had been."""
     out = tmp_path / "stopped"
-    with subprocess.Popen([*COMMAND, str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
+    command = [*COMMAND, str(out), "--processes", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
         assert run.stdout is not None
         for line in run.stdout:
             if line.startswith("[4/"):

@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -330,7 +331,7 @@ def test_each_prompt_needs_its_seeds() -> None:
         sampler(writer("Llama"))(PROMPTS[:3], SEEDS[:1])
 
 
-def test_where_memory_does_not_suffice_batches_are_halved() -> None:
+def test_where_memory_does_not_suffice_batches_are_halved(caplog: pytest.LogCaptureFixture) -> None:
     """The completions are the same, and the next batches are small from the start."""
     model, sizes, seeds = writer("Llama"), list[int](), list(range(40))
     expected = sampler(model)(["w8", "w9"], [seeds] * 2)
@@ -339,7 +340,23 @@ def test_where_memory_does_not_suffice_batches_are_halved() -> None:
 
     assert texts(rollouts) == texts(expected)
     # The second prompt's batches are of ten from the start.
-    assert [size for size in sizes if size > 12] == [40, 20, 20]
+    assert re.findall(r"with (\d+) inputs", caplog.text) == ["40", "20", "20"]
+    assert sum(size > 12 for size in sizes) == 3
+
+
+def test_completions_that_begin_alike_are_read_once() -> None:
+    """Each step reads as many rows as there are different beginnings, until all completions have parted."""
+    model, sizes = writer("Llama"), list[int]()
+    write = sampler(model, Decoding(5))
+    whole = [each.finish == "length" for each in write(["w8"], [list(range(60))])[0]]
+    seeds = [seed for seed in range(60) if whole[seed]]
+    model.get_input_embeddings().register_forward_pre_hook(Memory(10**9, sizes))
+    rollouts = write(["w8"], [seeds])[0]
+    rows = [rollout.completion.split() for rollout in rollouts]
+    assert {len(row) for row in rows} == {5}
+    beginnings = [len({tuple(row[:length]) for row in rows}) for length in range(5)]
+    assert sizes == beginnings
+    assert beginnings[1] < len(rows)  # some do begin alike
 
 
 def test_rows_that_ended_leave_the_batch() -> None:

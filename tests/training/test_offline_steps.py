@@ -136,8 +136,8 @@ def test_a_checkpoint_of_16_bits_is_read_into_the_model(tmp_path: Path) -> None:
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_states_are_recorded_once_for_all_runs_of_a_process(tmp_path: Path) -> None:
-    """A second run reads no group again, and both train as runs do that record for themselves."""
+def test_states_are_recorded_once_for_all_runs(tmp_path: Path) -> None:
+    """A second run reads no group again, nor one with a file of them; all train as runs that record for themselves."""
     groups = [make_group(name) for name in ("a", "bb", "ccc", "dddd")]
     settings = OfflineSettings(steps=2, prompts_a_step=2, completions=8, layers=1, cache_states=True, beta=0.3)
 
@@ -167,12 +167,18 @@ def test_states_are_recorded_once_for_all_runs_of_a_process(tmp_path: Path) -> N
     known = dict(recorded.by_tokens)
     second, less = fit("2", recorded)
     alone, as_many = fit("3", None)
+    recorded.save(tmp_path / "states.safetensors")
+    loaded = RecordedStates.load(tmp_path / "states.safetensors")
+    third, as_few = fit("4", loaded)
 
     assert len(known) == 4
     assert all(recorded.by_tokens[key] is value for key, value in known.items())
-    assert less < read == as_many
+    assert less == as_few < read == as_many
     for name, weight in alone.items():
         assert torch.equal(weight, first[name])
         assert torch.equal(weight, second[name])
+        assert torch.equal(weight, third[name])
+    loaded.open("")
+    assert loaded.by_tokens.keys() == known.keys()
     recorded.open("other weights")
     assert not recorded.by_tokens

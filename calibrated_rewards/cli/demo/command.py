@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards import __version__
+from calibrated_rewards.cli.demo.side_by_side import count_cores, run_side_by_side, silence_loading
 from calibrated_rewards.cli.options import Whole
 from calibrated_rewards.files import write_file
 
@@ -39,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("demo"), metavar="DIR", help="the folder of all results (%(default)s)")
     add("--quick", action="store_true", help="use tiny random models, to see that everything works here")
     add("--identity", action="store_true", help="train for the calibrated score without a transform as well")
+    text = "parts that run side by side, which small models need to keep a CPU busy (2 on a CPU of two cores or more)"
+    add("--processes", type=Whole(1), metavar="N", help=text)
     add("--seed", type=Whole(0), default=0, metavar="N", help="the seed of everything that is drawn (%(default)s)")
     cache = Path("~/.cache/calibrated-rewards")
     add("--cache", type=Path, default=cache, metavar="DIR", help="downloads and the reward models (%(default)s)")
@@ -48,19 +52,14 @@ def run(options: argparse.Namespace) -> int:
     """Run all steps, each of which goes on where an earlier run stopped."""
     # Read when torch is first imported: threads that wait busily are many times slower where a core is shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    import transformers
-
     from calibrated_rewards.cli.demo import pipeline
     from calibrated_rewards.evaluation.report import report
 
-    # The progress bars and reports of transformers are about many small loads; the demo has its own.
-    logging: Any = transformers.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    silence_loading()
     out: Path = options.out
     scale = pipeline.QUICK if options.quick else pipeline.FULL
     arms = pipeline.ARMS | (pipeline.IDENTITY_ARM if options.identity else {})
-    diary = Diary.open(out, scale, options.seed, steps=5 + len(arms))
+    diary = Diary.open(out, scale, options.seed, steps=6)
     with diary.step(1, "reference policy, reward model, judge"):
         parts = (
             pipeline.make_tiny_parts(out / "miniature", scale)
@@ -68,29 +67,32 @@ def run(options: argparse.Namespace) -> int:
             else pipeline.make_real_parts(options.cache, scale)
         )
         demo = pipeline.Demo(parts, scale, out, options.seed)
+        processes = options.processes or (1 if options.quick or demo.has_gpu else min(2, count_cores()))
         print_line(f"{parts.description} The language model computes in {demo.dtype}.")
-    with diary.step(2, f"calibration: {scale.k} rollouts of the reference policy for each of {scale.prompts} prompts"):
-        table = demo.calibrate()
-        reward = demo.save_reward(table)
-        print_line(format_calibration(table))
-    with diary.step(3, f"{scale.held_out} held-out prompts, {scale.held_out_k} rollouts each, and what is possible"):
-        frontier = demo.estimate_frontier(demo.draw_held_out())
-        print_line(format_frontier(frontier))
-    models = {}
-    for number, (name, description) in enumerate(arms.items(), 4):
-        with diary.step(number, f"training for {description}"):
-            models[name] = demo.train(name)
-            print_line(format_training(json.loads((models[name] / "training.json").read_text()), scale))
-    with diary.step(4 + len(arms), f"comparison on the held-out rollouts, at KL {scale.kl:g}"):
-        compared = demo.compare(models, reward)
+    # The steps of another object: no model that is loaded here goes along to other processes.
+    fresh, side_by_side = replace(demo), partial(run_side_by_side, folder=out / "logs", processes=processes)
+    drawn = f"{scale.k} rollouts of the reference policy for each of {scale.prompts} prompts"
+    with diary.step(2, f"calibration: {drawn}, and {scale.held_out_k} for each of {scale.held_out} held-out ones"):
+        side_by_side({"calibration": fresh.calibrate, "held out": fresh.draw_held_out})
+        reward = demo.save_reward()
+        print_line(format_calibration(reward.table))
+    with diary.step(3, "what is possible on the held-out prompts"):
+        print_line(format_frontier(demo.estimate_frontier()))
+    with diary.step(4, "training " + ", and ".join(f"for {each}" for each in arms.values())):
+        side_by_side({name: partial(fresh.train, name) for name in arms if not demo.log_ratios(name).exists()})
+        for name in arms:
+            outcome = json.loads((out / name / "model" / "training.json").read_text())
+            print_line(f"{name}: {format_training(outcome, scale)}")
+    with diary.step(5, f"comparison on the held-out rollouts, at KL {scale.kl:g}"):
+        compared = demo.compare([*arms])
         claim = compared.claim(pipeline.OPTIMUM, pipeline.RAW, pipeline.SERVED)
         print_line(f"{claim}\n{compared}")
-    with diary.step(5 + len(arms), "report"):
+    with diary.step(6, "report"):
         lines = {
             report(out): "all of this as a page, with figures",
             out / "table": "the table and its rollouts: calibrated-rewards inspect",
             out / "reward": "the reward for your own trainer: calibrated-rewards train, calibrated-rewards serve",
-            models[pipeline.OPTIMUM]: "the trained policy",
+            out / pipeline.OPTIMUM / "model": "the trained policy",
             out / "held_out.json": "the comparison",
         }
         width = max(len(str(each)) for each in lines)

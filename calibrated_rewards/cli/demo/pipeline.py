@@ -1,10 +1,14 @@
 """The demo's models, sizes and steps: the library's public functions, in the order of use for a policy of your own."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.demo import assets, reward_models
@@ -15,6 +19,7 @@ from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
 from calibrated_rewards.evaluation.held_out_results import HeldOutPolicies, compare_held_out
 from calibrated_rewards.evaluation.objectives import OBJECTIVES, OptimumAtKL
 from calibrated_rewards.evaluation.references import read_scores
+from calibrated_rewards.files import replace_file
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.policy import Policy
@@ -23,11 +28,12 @@ from calibrated_rewards.scorers.loading import load_scorer
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.named import parse_transform
 from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
-from calibrated_rewards.training.held_out import HeldOutRollouts
-from calibrated_rewards.training.launch import Launch, load_policy
+from calibrated_rewards.training.launch import Launch, digest_weights, load_policy
 from calibrated_rewards.training.offline import OfflineSettings
-from calibrated_rewards.training.offline.groups import RecordedStates
+from calibrated_rewards.training.offline.groups import PromptGroup, RecordedStates, load_groups
+from calibrated_rewards.training.offline.log_probabilities import GroupReader
 from calibrated_rewards.training.offline.train import train_from_files
+from calibrated_rewards.training.offline.trained_weights import select_weights
 
 # What the policy is served with: an attacker, or bad luck, picks the worst of 16 completions.
 SERVED = WorstOf(16)
@@ -41,6 +47,8 @@ ARMS = {
 }
 # Asked for by --identity: it tells what calibration does from what the transform does.
 IDENTITY_ARM = {IDENTITY: "the calibrated score as it is, for comparison"}
+# Folders of the two calibrations: of the prompts that are trained on, and of those that results are measured on.
+TABLE, HELD_OUT = "table", "held-out"
 # Prompts of a shard, which is what a Ctrl-C loses.
 SHARD = 16
 # Prompts that are drawn for together: their completions are short, and a CPU spends its time reading weights.
@@ -133,15 +141,13 @@ class Demo:
     @cached_property
     def dtype(self) -> str:
         """The dtype of the language model: 16 bits are twice as fast where tiles are multiplied, else half as fast."""
-        import torch
-
         multiplies_tiles: Any = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        return "bfloat16" if torch.cuda.is_available() or multiplies_tiles() else "float32"
+        return "bfloat16" if self.has_gpu or multiplies_tiles() else "float32"
 
-    @cached_property
-    def recorded(self) -> RecordedStates:
-        """The rollouts as the layers see them that are not trained: read once for all policies."""
-        return RecordedStates()
+    @property
+    def has_gpu(self) -> bool:
+        """Tell if there is a GPU to compute on."""
+        return torch.cuda.is_available()
 
     @cached_property
     def scorers(self) -> dict[str, Any]:
@@ -155,14 +161,41 @@ class Demo:
         decoding = Decoding(self.scale.tokens, self.scale.temperature)
         return load_sampler(self.parts.policy, decoding, dtype=self.dtype, prompts_at_once=PROMPTS_AT_ONCE)
 
-    def calibrate(self) -> ReferenceTable:
+    def calibrate(self) -> None:
         """Draw K rollouts of the reference for each prompt, scored by the reward model."""
         scorers = {"reward": self.scorers["reward"]}
         options = {"k": self.scale.k, "seed": self.seed, "prompts_per_shard": SHARD}
-        return calibrate(self.parts.prompts, self.sampler, scorers, self.out / "table", **options)["reward"]
+        calibrate(self.parts.prompts, self.sampler, scorers, self.out / TABLE, **options)
+        self.read_reference(TABLE)
 
-    def save_reward(self, table: ReferenceTable) -> CalibratedReward:
+    def draw_held_out(self) -> None:
+        """Draw rollouts of the reference for the held-out prompts, scored by the reward model and by the judge."""
+        options = {"k": self.scale.held_out_k, "seed": self.seed, "prompts_per_shard": SHARD}
+        calibrate(self.parts.held_out, self.sampler, self.scorers, self.out / HELD_OUT, **options)
+        self.read_reference(HELD_OUT)
+
+    def read_reference(self, run: str) -> None:
+        """Read rollouts with the reference, once for all policies: below the trained layers they are the same model."""
+        path = self.out / "states" / f"{run}.safetensors"
+        if path.exists():
+            return
+        policy = self._load_policy(self.parts.policy, run)
+        groups = self._load_groups(run, policy)
+        sys.stderr.write(f"reading the rollouts of {len(groups)} prompts with the reference, which takes minutes\n")
+        recorded = RecordedStates(digest_weights(policy.model, self.dtype))
+        for _ in recorded.read(self._make_reader(policy), groups):
+            pass
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recorded.save(path)
+
+    @cached_property
+    def held_out(self) -> Samples:
+        """The scores of the held-out rollouts, by the reward model and by the judge."""
+        return read_scores(self.out / HELD_OUT, "reward", "judge")
+
+    def save_reward(self) -> CalibratedReward:
         """Join reward model, table and transform in one reward, with the beta of its KL, verify it, and save it."""
+        table = ReferenceTable.load(self.out / TABLE / "reward")
         named = parse_transform(f"worst-of:{SERVED.n}:{self.scale.far}")
         beta = expect(table, named.transform, kl=named.kl, estimator="posterior").beta
         reward = CalibratedReward(self.scorers["reward"], table, named.transform, beta=beta, estimator="posterior")
@@ -170,29 +203,23 @@ class Demo:
         reward.save_pretrained(self.out / "reward")
         return reward
 
-    def draw_held_out(self) -> Samples:
-        """Draw rollouts of the reference for the held-out prompts, scored by the reward model and by the judge."""
-        options = {"k": self.scale.held_out_k, "seed": self.seed, "prompts_per_shard": SHARD}
-        calibrate(self.parts.held_out, self.sampler, self.scorers, self.out / "held-out", **options)
-        return read_scores(self.out / "held-out", "reward", "judge")
-
-    def estimate_frontier(self, rollouts: Samples) -> FrontierEstimate:
+    def estimate_frontier(self) -> FrontierEstimate:
         """Estimate the optimum of each reward on the held-out prompts, by weights on the rollouts: no training."""
         objectives = {RAW: OBJECTIVES["raw"], IDENTITY: OBJECTIVES["identity"], "worst-of:16": OptimumAtKL(SERVED)}
         objectives["best-of:4"] = OptimumAtKL(BestOf(4))
-        frontier = estimate_frontier(rollouts, objectives, [self.scale.kl], PROCEDURES, estimator="posterior")
+        frontier = estimate_frontier(self.held_out, objectives, [self.scale.kl], PROCEDURES, estimator="posterior")
         frontier.save(self.out / "frontier.json")
         return frontier
 
-    def train(self, name: str) -> Path:
-        """Train on the rollouts of the calibration, without drawing any; all policies in the same way."""
+    def train(self, name: str) -> None:
+        """Train on the rollouts of the calibration, without drawing any, and compute the held-out log-ratios."""
         scale = self.scale
         reward: dict[str, Any] = {}  # the saved one
         if name == IDENTITY:
             reward["transform"] = parse_transform(f"identity:{scale.far}")
         if name == RAW:
             # No theory knows the raw score's beta: it depends on how scores spread within a prompt.
-            scores = read_scores(self.out / "table", "reward")
+            scores = read_scores(self.out / TABLE, "reward")
             (point,) = estimate_frontier(scores, {RAW: OBJECTIVES["raw"]}, [scale.far], [Standard()]).points
             reward = {"raw": True, "beta": point.beta}
         settings = OfflineSettings(
@@ -209,35 +236,44 @@ class Demo:
         parts: dict[str, Any] = {
             "policy": str(self.parts.policy),
             "reward": str(self.out / "reward"),
-            "rollouts": self.out / "table",
+            "rollouts": self.out / TABLE,
         }
-        train_from_files(Launch(**parts, out=self.out / name, dtype=self.dtype, **reward), settings, self.recorded)
-        return self.out / name / "model"
+        launch = Launch(**parts, out=self.out / name, dtype=self.dtype, **reward)
+        train_from_files(launch, settings, self._load_states(TABLE))
+        if not self.log_ratios(name).exists():
+            with replace_file(self.log_ratios(name)) as file:
+                np.save(file, self._compute_log_ratios(self.out / name / "model"))
 
-    def compare(self, models: Mapping[str, Path], reward: CalibratedReward) -> HeldOutPolicies:
+    def log_ratios(self, name: str) -> Path:
+        """The file of a policy's log-ratios to the reference on the held-out rollouts."""
+        return self.out / name / "held_out.npy"
+
+    def _compute_log_ratios(self, model: Path) -> Any:
+        policy = self._load_policy(model, HELD_OUT)
+        reader, states = self._make_reader(policy), self._load_states(HELD_OUT)
+        known = [*states.read(reader, self._load_groups(HELD_OUT, policy))]
+        own = reader.read(group.tokens._replace(states=states) for group, (_, states) in known)
+        return np.stack([(a - b).double().numpy() for a, (_, (b, _)) in zip(own, known, strict=True)])
+
+    def _load_states(self, run: str) -> RecordedStates:
+        return RecordedStates.load(self.out / "states" / f"{run}.safetensors")
+
+    def _load_policy(self, at: Path, run: str) -> Policy:
+        # In the dtype of the reference: rounding is the same on both sides of a log-ratio.
+        launch = Launch(str(at), str(self.out / "reward"), out=self.out, dtype=self.dtype, any_policy=True)
+        return load_policy(launch, ReferenceTable.load(self.out / run / "reward").meta)
+
+    def _load_groups(self, run: str, policy: Policy) -> list[PromptGroup]:
+        reward = CalibratedReward(None, ReferenceTable.load(self.out / run / "reward"))
+        return load_groups(self.out / run, reward, policy, beta=1.0).groups
+
+    def _make_reader(self, policy: Policy) -> GroupReader:
+        model = select_weights(policy.model, self.scale.layers, 0, 0).eval()
+        return GroupReader(model, policy.decoding.temperature, max(self.scale.k, self.scale.held_out_k))
+
+    def compare(self, names: Sequence[str]) -> HeldOutPolicies:
         """Compare the policies on the held-out rollouts of the reference: paired, and nothing is drawn."""
-        path = self.out / "held_out.json"
-        if path.exists() and {*(saved := HeldOutPolicies.load(path)).checks} == {*models}:
-            return saved
-
-        def load(at: Path) -> Policy:
-            launch = Launch(
-                policy=str(at), reward=str(self.out / "reward"), out=self.out, dtype=self.dtype, any_policy=True
-            )
-            return load_policy(launch, reward.table.meta)
-
-        rollouts = HeldOutRollouts.load(
-            self.out / "held-out",
-            reward,
-            load(self.parts.policy),
-            judge="judge",
-            prompts=self.scale.held_out,
-            rollouts=self.scale.held_out_k,
-            rows=self.scale.held_out_k,
-            layers=self.scale.layers,
-        )
-        # Read in the dtype of the reference: rounding is the same on both sides of a log-ratio.
-        log_ratios = {name: rollouts.compute_log_ratios(load(at).model) for name, at in models.items()}
-        compared = compare_held_out(log_ratios, rollouts.samples, PROCEDURES)
-        compared.save(path)
+        log_ratios = {name: np.load(self.log_ratios(name)) for name in names}
+        compared = compare_held_out(log_ratios, self.held_out, PROCEDURES)
+        compared.save(self.out / "held_out.json")
         return compared

@@ -177,7 +177,7 @@ class ReferenceFile:
 
 @dataclass(eq=False)
 class RecordedStates:
-    """Log-probabilities and hidden states of groups that were read, for other runs of the same process."""
+    """Log-probabilities and hidden states of groups that were read, for other runs of this process, or of others."""
 
     weights: str = ""
     """The digest of the policy's weights."""
@@ -187,6 +187,27 @@ class RecordedStates:
         """Prepare for a policy: what is of another one is dropped."""
         if weights != self.weights:
             self.weights, self.by_tokens = weights, {}
+
+    def save(self, path: Path) -> None:
+        """Write all of it to a file, for processes of their own."""
+        tensors: dict[str, Tensor] = {}
+        for key, (logprobs, states) in self.by_tokens.items():
+            lengths = torch.tensor([len(row) for row in states.completions])
+            parts = (logprobs, states.prompt, torch.cat(states.completions), lengths)
+            tensors |= {f"{key.hex()} {i}": part.contiguous() for i, part in enumerate(parts)}
+        with replace_file(path) as file:
+            file.write(save(tensors, {"weights": self.weights}))
+
+    @classmethod
+    def load(cls, path: Path) -> "RecordedStates":
+        """Read what was saved."""
+        with safe_open(path, "pt") as file:
+            by_tokens = {}
+            for key in {name.partition(" ")[0] for name in file.keys()}:  # noqa: SIM118
+                logprobs, prompt, completions, lengths = (file.get_tensor(f"{key} {i}") for i in range(4))
+                states = GroupStates(prompt, list(torch.split(completions, lengths.tolist())))
+                by_tokens[bytes.fromhex(key)] = logprobs, states
+            return cls((file.metadata() or {})["weights"], by_tokens)
 
     def read(
         self, reader: GroupReader, groups: Sequence[PromptGroup]

@@ -1,0 +1,31 @@
+"""Functions for processes of their own, which wait for files and for one another."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+DEADLINE = 120.0
+
+
+def note_and_wait(path: Path) -> None:
+    """Write the number of this process into a file, and wait for what will not come."""
+    path.write_text(str(os.getpid()))
+    sys.stdout.write("waiting\n")
+    sys.stdout.flush()
+    time.sleep(DEADLINE)
+
+
+def wait_and_fail(path: Path) -> None:
+    """Fail once a file is there."""
+    wait_for(path)
+    int("three")
+
+
+def wait_for(path: Path) -> str:
+    """Wait until a file has content, and return it."""
+    end = time.monotonic() + DEADLINE
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.05)
+    return path.read_text()
