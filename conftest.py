@@ -3,14 +3,24 @@
 Shapes and types of the same functions are checked wherever other tests call them.
 """
 
+import gc
+
 import jaxtyping
 import pytest
 import typecheck
+
+gc.disable()  # until all is imported and collected: nothing of it goes away, and looking for what does takes a sixth
 
 jaxtyping.jaxtyped = typecheck.check  # before the import of the first module that it checks
 
 SOLVE = ("tests/theory/test_optimum.py", "calibrated_rewards/theory/optimum.py", "calibrated_rewards/theory/named.py")
 EXAMPLES = ("tests/test_readme.py::test_examples_run", "tests/evaluation/test_report.py::test_the_reward_is_promised")
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again from here on, and leave out what is there for good."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
