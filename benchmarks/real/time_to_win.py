@@ -9,10 +9,10 @@ training ranks among them. Each arm is run with several numbers of steps, each a
 rate falls to the end. All are commands of the library:
 
 - `rloo`: TRL's RLOOTrainer as it is, with the calibrated reward, and LoRA on the last ten layers;
-- `online`: `train grpo --plain`, the same adapters, rate and completions;
 - `offline`: `train offline --kl 0.25`, the last ten layers, from the rollouts of the calibration alone: a short run
   goes a short way, and a factor on the weights' difference brings it to that KL on 24 prompts that it holds out;
-- `offline, online`: `train grpo --plain --start` from the shortest offline run.
+- `offline, online`: `train grpo --plain --start` from the shortest offline run, with the adapters, rate and completions
+  of `rloo`.
 
 Each model then writes 16 completions for each of 200 prompts that nothing was trained or chosen on. Seconds are of the
 processor, by the child processes, loading included; how many a win rate costs is read from the line between the points
@@ -76,7 +76,6 @@ RUNS = (
     *(Run("offline", steps, ("train", "offline", *OFFLINE)) for steps in (8, 16, 32)),
     *(Run("offline, online", steps, ("train", "grpo", "--plain", *ONLINE), "offline_8") for steps in (2, 4)),
     *(Run("rloo", steps, ("train", "rloo", *ONLINE, *TRL)) for steps in (8, 16)),
-    Run("online", 8, ("train", "grpo", "--plain", *ONLINE)),
 )
 
 

@@ -82,6 +82,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("generate needs --policy PATH|ID|URL")
     procedure = choose_procedure(options)
     rows = [*prompts_from(options.prompts, **{name: getattr(options, name) for name in ("column", "split", "limit")})]
+    if not rows:
+        raise ValueError(f"{options.prompts} has no prompts")
     ids = [row.id for row in rows]
     reward = load_reward(options)
     sampler = model_options.load_policy(options, decoding=choose_decoding(options, reward))

@@ -45,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
 
     source = {name: getattr(options, name) for name in ("options", "answer", "column", "split", "limit")}
     questions = [*read_questions(options.questions, **source)]
+    if not questions:
+        raise ValueError(f"{options.questions} has no questions")
     answers = answer_questions(questions, load_scorers(options))
     sys.stdout.write(f"{json.dumps(answers.as_json(), indent=2) if options.json else answers}\n")
     return 0

@@ -107,7 +107,8 @@ def parse_pairs(row: Mapping[str, Any], place: str = "a row", task: str = "") ->
         prompt = _get(row, "prompt", place)
         return _pair_choices(prompt, [str(each) for each in row["choices"]], row["label"], place, task, name)
     for column in ("chosen", "rejected"):
-        _get(row, column, place)
+        if not isinstance(value := _get(row, column, place), str | Sequence | np.ndarray):
+            raise TypeError(f"{place}: {column} is a text or a list of messages, got {start_of(value)}")
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     if _is_chat(chosen) != _is_chat(rejected):
         raise TypeError(f"{place}: chosen and rejected are both texts or both messages, got {start_of(rejected)}")
@@ -200,6 +201,8 @@ def _pair_choices(prompt: Any, answers: Sequence[str], label: Any, place: str, t
 
 def _checked(pair: Pair, place: str) -> Pair:
     """Convert messages to plain ones; refuse a pair that is one completion twice, or the completion of a prompt."""
+    if _is_chat(pair.prompt) and not len(pair.prompt):
+        raise ValueError(f"{place}: chats without a prompt begin with it, both alike, got {start_of(pair.chosen)}")
     prompt = plain_messages(pair.prompt) if _is_chat(pair.prompt) else pair.prompt
     both = [completion_messages(each) if _is_chat(each) else each for each in (pair.chosen, pair.rejected)]
     if both[0] == both[1]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -38,12 +39,12 @@ from calibrated_rewards.models.adapters import activate, ignore_peft_warning
 from calibrated_rewards.models.checkpoints import find_checkpoint
 from calibrated_rewards.models.fingerprint import weights_digest, weights_with
 from calibrated_rewards.models.loading import Placement, Source, load_complete
-from calibrated_rewards.models.parts import body_of, device_of, for_scoring, lock_of, pad_right, positions_of
+from calibrated_rewards.models.parts import body_of, device_of, for_scoring, lock_of, pad_right, positions_of, unwrap
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.models.vocabulary_head import Logits, logits_of, output_layer
 from calibrated_rewards.prompts import Completion, Prompt
 
-# The name of the head's own adapter among those of a policy.
+# The name of the head's own adapter among those of a policy; a second head's has a number behind it.
 ADAPTER = "preference_head"
 # Values of each weight that the digest of a base model reads.
 SAMPLED = 256
@@ -52,10 +53,11 @@ SAMPLED = 256
 class HeadedModel(nn.Module):
     """A causal language model with a preference head; `model` may carry PEFT adapters, one of them the head's."""
 
-    def __init__(self, model: Any, tokenizer: Any, head: PreferenceHead) -> None:
+    def __init__(self, model: Any, tokenizer: Any, head: PreferenceHead, adapter_name: str = ADAPTER) -> None:
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
-        self.head = head.to(device_of(model))
+        self.model, self.tokenizer = unwrap(model), tokenizer
+        self.head = head.to(device_of(self.model))
+        self.adapter_name = adapter_name
 
     @classmethod
     def build(
@@ -65,27 +67,27 @@ class HeadedModel(nn.Module):
 
         `lora` is PEFT's LoraConfig, in place of adapters of this rank on all linear layers but the output.
         """
+        model = unwrap(model)
         text = settings.pop("text", None) or Text()
         end = find_turn_end(tokenizer, text, settings.pop("end_token", None))
         config = model.config.get_text_config()
-        size, count = config.hidden_size, config.num_hidden_layers + 1
-        if not all(-count <= layer < count for layer in settings.get("layers", ())):
+        most = config.num_hidden_layers
+        if not all(-most - 1 <= layer <= most for layer in settings.get("layers", ())):
             layers = setting("layers", ",".join(map(str, settings["layers"])))
-            raise ValueError(Message(f"the model has hidden states from {-count} to {count - 1}, got {layers}"))
+            raise ValueError(Message(f"the model has hidden states from {-most - 1} to {most}, got {layers}"))
+        size, name = size_of_states(model, settings.get("layers", (-1,))), name_adapter(model)
         head = PreferenceHead(HeadSettings(size, end_token=end.token, text=text, backbone=backbone, **settings))
         model.requires_grad_(False)
         if backbone == "lora":
-            model = add_lora(model, lora or build_lora_config(rank))
+            model = add_lora(model, lora or build_lora_config(rank), name)
         if backbone == "full":
             if hasattr(model, "peft_config"):
                 raise ValueError("all weights of a model are trained without adapters: merge_and_unload() them first")
             body_of(model).requires_grad_(True)
-        base: dict[str, Any] = {
-            "base": getattr(model.config, "_name_or_path", None) or None,
-            "base_weights": digest_base(model),
-        }
-        head.settings = replace(head.settings, **({} if backbone == "full" else base))
-        return cls(model, tokenizer, head)
+        else:
+            base = getattr(model.config, "_name_or_path", None) or None
+            head.settings = replace(head.settings, base=base, base_weights=digest_base(model))
+        return cls(model, tokenizer, head, name)
 
     @property
     def settings(self) -> HeadSettings:
@@ -100,7 +102,7 @@ class HeadedModel(nn.Module):
     @property
     def adapter(self) -> str | None:
         """The name of the head's own adapter; None for a head that reads the base, or a model trained whole."""
-        return ADAPTER if self.settings.backbone == "lora" else None
+        return self.adapter_name if self.settings.backbone == "lora" else None
 
     @property
     def turn_end(self) -> TurnEnd:
@@ -255,12 +257,13 @@ class HeadedModel(nn.Module):
         revision: str | None = None,
         any_base: bool = False,
     ) -> "HeadedModel":
-        """Put a saved head, with its adapter, on a model in memory, whose other adapters and modes stay as they are."""
-        head = PreferenceHead.from_pretrained(name_or_path, revision=revision)
+        """Put a saved head, with an adapter of its own, on a model in memory, whose others stay as they are."""
+        model = unwrap(model)
+        head, name = PreferenceHead.from_pretrained(name_or_path, revision=revision), name_adapter(model)
         check_base(model, head.settings, any_base)
         if head.settings.backbone == "lora":
-            model = load_adapter(model, str(name_or_path), revision)
-        return cls(model, tokenizer, head)
+            model = load_adapter(model, str(name_or_path), name, revision)
+        return cls(model, tokenizer, head, name)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, revision: str | None = None
@@ -311,7 +314,7 @@ def digest_base(model: Any) -> str:
 
 def check_base(model: Any, settings: HeadSettings, any_base: bool = False) -> None:
     """Refuse a model of another hidden size, or with other weights than the head was trained on."""
-    size = model.config.get_text_config().hidden_size
+    size = size_of_states(model, settings.layers)
     if size != settings.hidden_size:
         raise ValueError(f"the head reads {settings.hidden_size} numbers, the model has hidden states of {size}")
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -326,6 +329,19 @@ def check_base(model: Any, settings: HeadSettings, any_base: bool = False) -> No
         )
 
 
+def size_of_states(model: Any, layers: Sequence[int]) -> int:
+    """Return the size of the hidden states of some layers; OPT-350M's last ones are narrower than the others."""
+    config = model.config.get_text_config()
+    narrow = getattr(config, "word_embed_proj_dim", config.hidden_size)
+    return int(narrow if tuple(layers) == (-1,) else config.hidden_size)
+
+
+def name_adapter(model: Any) -> str:
+    """Choose a name for a head's adapter that none of the model's adapters has."""
+    taken = getattr(model, "peft_config", {})
+    return next(name for name in chain([ADAPTER], (f"{ADAPTER}_{i}" for i in count(1))) if name not in taken)
+
+
 def build_lora_config(rank: int) -> Any:
     """Choose PEFT's settings: all linear layers but the output, alpha twice the rank, and no dropout."""
     from peft import LoraConfig
@@ -333,32 +349,32 @@ def build_lora_config(rank: int) -> Any:
     return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def add_lora(model: Any, config: Any) -> Any:
+def add_lora(model: Any, config: Any, adapter: str) -> Any:
     """Add the head's adapter to a model, beside those that it carries; the head's alone is trained."""
     from peft import PeftModel, get_peft_model
 
     with ignore_peft_warning():
         if isinstance(model, PeftModel):
-            model.add_adapter(ADAPTER, config)
+            model.add_adapter(adapter, config)
         else:
-            model = get_peft_model(model, config, adapter_name=ADAPTER)
+            model = get_peft_model(model, config, adapter_name=adapter)
     for name, weight in model.named_parameters():
-        weight.requires_grad_(f".{ADAPTER}." in name)
+        weight.requires_grad_(f".{adapter}." in name)
         if weight.requires_grad:
             weight.data = weight.data.float()
     return model
 
 
-def load_adapter(model: Any, place: str, revision: str | None = None) -> Any:
+def load_adapter(model: Any, place: str, adapter: str, revision: str | None = None) -> Any:
     """Load the head's adapter from beside a head onto a model; the adapters that were active stay so."""
     from peft import PeftModel
 
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     with ignore_peft_warning():
         if not isinstance(model, PeftModel):
-            return PeftModel.from_pretrained(model, place, adapter_name=ADAPTER, **options)
+            return PeftModel.from_pretrained(model, place, adapter_name=adapter, **options)
         training = [part for part in model.modules() if part.training]
-        model.load_adapter(place, ADAPTER, **options)  # leaves the model in evaluation mode
+        model.load_adapter(place, adapter, **options)  # leaves the model in evaluation mode
     for part in training:
         part.training = True
     return model

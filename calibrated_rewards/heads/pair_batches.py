@@ -49,8 +49,11 @@ def encode_pairs(headed: HeadedModel, pairs: Sequence[Pair]) -> list[EncodedPair
     """Turn pairs into tokens, truncated to what the model reads; a prompt's beginning goes first."""
     names = {name: i for i, name in enumerate(headed.head.names)}
     if unknown := sorted({pair.head for pair in pairs} - {*names, ""}):
-        known = ", ".join(names)
-        raise ValueError(Message(f"the head has the scores {known}, and pairs name {setting('head', unknown[0])}"))
+        named = sorted({*names, *unknown})
+        more = setting("names", repr(tuple(named)), option=f"--heads {','.join(named)}")
+        raise ValueError(
+            Message(f"the head has the scores {', '.join(names)}, and pairs name {', '.join(unknown)}: say {more}")
+        )
     return [each for at in range(0, len(pairs), AT_ONCE) for each in _encode(headed, pairs[at : at + AT_ONCE], names)]
 
 

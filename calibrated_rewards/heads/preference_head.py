@@ -70,7 +70,7 @@ class HeadSettings:
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise TypeError(Message(f"a head needs {name} to be a tuple with one entry or more, got {values!r}"))
             object.__setattr__(self, name, tuple(values))
-            if len({*values}) < len(values):
+            if len({*values}) < len(values) or "" in values:
                 raise ValueError(Message(f"a head needs different {name}, got {setting(name, str(values))}"))
         if not 0 <= self.dropout < 1:
             raise ValueError(Message(f"a head needs 0 <= dropout < 1, got {setting('dropout', str(self.dropout))}"))

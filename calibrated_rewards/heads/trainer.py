@@ -69,7 +69,7 @@ class PreferenceHeadTrainer(Trainer):
         callbacks: Any = None,
     ) -> None:
         loss = loss or JointLoss()
-        check_joint(headed, loss, prior_decay)
+        check_joint(headed.settings.backbone, loss, prior_decay)
         if window and pairs[0].states is None:
             check_packing(headed, pairs, window)
         self.joint_loss, self.head_lr, self.head_decay = loss, head_lr, head_decay
@@ -224,9 +224,9 @@ def measure_pairs(scores: npt.NDArray[np.floating[Any]]) -> dict[str, float]:
     }
 
 
-def check_joint(headed: HeadedModel, loss: JointLoss, prior_decay: float) -> None:
+def check_joint(backbone: str, loss: JointLoss, prior_decay: float) -> None:
     """Refuse losses on the language model, and decay to its start, where no weight of it is trained."""
-    if headed.settings.backbone != "frozen":
+    if backbone != "frozen":
         return
     name = next((each for each in ("dpo_weight", "sft_weight") if getattr(loss, each) > 0), None)
     if name is None and prior_decay > 0:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, AutoTokenizer
 
 from calibrated_rewards.files import Message, setting
+from calibrated_rewards.models.adapters import ignore_peft_warning
 from calibrated_rewards.models.checkpoints import Checkpoint, find_checkpoint
 from calibrated_rewards.models.parts import vocabulary
 
@@ -195,7 +196,8 @@ def add_adapter(model: Any, adapter: Checkpoint) -> Any:
             f"the adapter {adapter.name} names modules for peft to import (megatron_config): take that out"
         )
     revision: dict[str, Any] = {} if adapter.revision is None else {"revision": adapter.revision}
-    return PeftModel.from_pretrained(model, adapter.name, **revision)
+    with ignore_peft_warning():
+        return PeftModel.from_pretrained(model, adapter.name, **revision)
 
 
 def check_same_tokens(tokenizer: Any, reference: Source, model: nn.Module) -> None:

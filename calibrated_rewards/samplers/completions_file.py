@@ -19,7 +19,7 @@ from calibrated_rewards.files import claim, write_file
 from calibrated_rewards.prompts import Prompt, prompt_key, start_of
 from calibrated_rewards.samplers.protocol import PATIENCE, Particular, Rollout, Sampler, sample, seeds_of
 from calibrated_rewards.samplers.reranking import Choice, Reranked
-from calibrated_rewards.scorers.differences import differences
+from calibrated_rewards.scorers.differences import Difference, differences
 from calibrated_rewards.scorers.protocol import fingerprint, to_plain
 
 # Beside the completions: how they were drawn, which a run that goes on compares with its own.
@@ -80,8 +80,8 @@ def write_completions(
     _claim_settings(path, settings)
     tasks = list(_tasks(prompts, seed, samples))
     with claim(_settings_of(path)) as mine:
-        if not mine:
-            raise ValueError(f"{path} is being written by another process: wait for it, or name another file")
+        if not mine or _find_difference(_settings_of(path), settings):
+            raise ValueError(_busy(path))
         with open(path, "ab+") as file:
             before = _find_end(file, path, prompts, ids, samples, samples * prompts_at_once)
             groups = range(before // samples, len(prompts), prompts_at_once)
@@ -165,18 +165,32 @@ def _settings_of(path: Path) -> Path:
 
 def _claim_settings(path: Path, settings: dict[str, Any]) -> None:
     """Write how the completions are drawn; refuse a file whose completions were drawn in another way."""
-    place = _settings_of(path)
-    if place.exists():
-        there = json.loads(place.read_text("utf-8"))
-        for difference in differences(there, settings):
-            raise ValueError(
-                f"{path} was begun with {difference.place} {difference.there!r:.80}, got {difference.here!r:.80}: name "
-                "another file, or make the call that began it"
-            )
+    place, empty = _settings_of(path), not path.exists() or not path.stat().st_size
+    if not place.exists():
+        if not empty:
+            raise ValueError(f"{path} is there, and no {place.name} beside it says how it was made: name another file")
+        write_file(place, json.dumps(settings, indent=2) + "\n")
         return
-    if path.exists() and path.stat().st_size:
-        raise ValueError(f"{path} is there, and no {place.name} beside it says how it was made: name another file")
-    write_file(place, json.dumps(settings, indent=2) + "\n")
+    difference = _find_difference(place, settings)
+    if difference is None:
+        return
+    if not empty:
+        raise ValueError(
+            f"{path} was begun with {difference.place} {difference.there!r:.80}, got {difference.here!r:.80}: name "
+            "another file, or make the call that began it"
+        )
+    with claim(place) as mine:  # a call that failed before its first completion holds nobody up
+        if not mine:
+            raise ValueError(_busy(path))
+        write_file(place, json.dumps(settings, indent=2) + "\n")
+
+
+def _find_difference(place: Path, settings: dict[str, Any]) -> Difference | None:
+    return next(iter(differences(json.loads(place.read_text("utf-8")), settings)), None)
+
+
+def _busy(path: Path) -> str:
+    return f"{path} is being written by another process: wait for it, or name another file"
 
 
 def _find_end(
@@ -186,8 +200,13 @@ def _find_end(
     file.seek(0)
     ends = [0]
     for number, line in enumerate(file):
-        if not line.endswith(b"\n") or number >= samples * len(prompts):
+        if not line.endswith(b"\n"):
             break
+        if number == samples * len(prompts):
+            raise ValueError(
+                f"{path} has completions of more prompts than the {len(prompts)} of this call, which would be lost: "
+                "give all prompts, or name another file"
+            )
         row = json.loads(line)
         at = number // samples
         if prompt_key(row["prompt"]) != prompt_key(prompts[at]) or (ids is not None and row.get("id") != ids[at]):

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float32, Float64
 
+from calibrated_rewards.files import Message, setting
 from calibrated_rewards.prompts import Prompt, prompt_key, start_of
 from calibrated_rewards.samplers.protocol import Particular, Rendering, Rollout, Sampler, Seeds, sample, seeds_of
 from calibrated_rewards.scorers.protocol import Scorer, fingerprint, is_thread_safe, name_of, score
@@ -147,10 +148,13 @@ class Reranked:
         wrong = np.flatnonzero((scores < 0) | (scores > 1))
         if len(wrong):
             prompt, completion = pairs[int(wrong[0])]
+            quantiles = setting("scorer", "reward.Quantiles(reward)", option="--reward DIR")
             raise ValueError(
-                f"{self.procedure!r} compares calibrated scores, in [0, 1], with its threshold; "
-                f"{name_of(self.scorer)} gave {scores[wrong[0]]} for {start_of(completion)} of prompt "
-                f"{start_of(prompt)}: give it the quantiles of a calibrated reward, reward.Quantiles(reward)"
+                Message(
+                    f"{self.procedure!r} compares calibrated scores, in [0, 1], with its threshold; "
+                    f"{name_of(self.scorer)} gave {scores[wrong[0]]} for {start_of(completion)} of prompt "
+                    f"{start_of(prompt)}: choose by the quantiles of a calibrated reward, {quantiles}"
+                )
             )
 
     def _passes(self, scores: Sequence[float]) -> bool:

@@ -23,7 +23,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.heads.headed_model import ADAPTER, HeadedModel, SelectedLayers
+from calibrated_rewards.heads.headed_model import ADAPTER, HeadedModel, SelectedLayers, name_adapter
 from calibrated_rewards.heads.turn_end import TurnEnd, encode_turns
 from calibrated_rewards.models.adapters import active_adapters, adapter_layers, ignore_peft_warning
 from calibrated_rewards.models.fingerprint import (
@@ -224,8 +224,7 @@ class PreferenceHeadScorer:
         adapter = self.headed.adapter
         if adapter is None:
             return replace(self, headed=HeadedModel(model, self.tokenizer, head))
-        name = copy_adapter(model, adapter)
-        return replace(self, headed=_OnAdapter(model, self.tokenizer, head, name))
+        return replace(self, headed=HeadedModel(model, self.tokenizer, head, copy_adapter(model, adapter)))
 
     def fingerprint(self) -> dict[str, Any]:
         """Name all that the scores depend on; not what the policy's other adapters learn."""
@@ -289,24 +288,11 @@ class PreferenceHeadScorer:
         return ModelReader(self.model, self.tokenizer, self.headed.settings.text, *options)
 
 
-class _OnAdapter(HeadedModel):
-    """A headed model that reads by an adapter of another name."""
-
-    def __init__(self, model: Any, tokenizer: Any, head: Any, name: str) -> None:
-        super().__init__(model, tokenizer, head)
-        self.adapter_name = name
-
-    @property
-    def adapter(self) -> str | None:
-        """The name of the copied adapter in the policy, by which it is switched on."""
-        return self.adapter_name
-
-
 def copy_adapter(model: Any, adapter: str) -> str:
     """Copy an adapter of a PEFT model under a new name, not to be trained; all else about the model stays."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    name = next(f"{adapter}_{i}" for i in range(1, 10_000) if f"{adapter}_{i}" not in model.peft_config)
+    name = name_adapter(model)
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = [part for part in model.modules() if part.training]
     before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in adapter_layers(model).values()]

@@ -319,12 +319,12 @@ def convert_head_row(entry: Mapping[str, Any]) -> dict[str, Any] | None:
 
     >>> convert_head_row({"loss": 1.2, "accuracy": 0.5, "step": 3, "epoch": 0.1})
     {'step': 2, 'loss': 1.2, 'accuracy': 0.5}
-    >>> convert_head_row({"eval_accuracy": 0.75, "eval_runtime": 1.0, "step": 3})
-    {'step': 2, 'held_out/accuracy': 0.75}
+    >>> convert_head_row({"eval_loss": 1.5, "eval_accuracy": 0.75, "eval_runtime": 1.0, "step": 3})
+    {'step': 2, 'held_out/accuracy': 0.75, 'held_out/loss': 1.5}
     """
     step = {"step": int(entry["step"]) - 1}
     if "loss" in entry:
         return step | {name: float(entry[name]) for name in LOGGED if name in entry}
     timing = ("_runtime", "_per_second")
     checks = {name: value for name, value in entry.items() if name.startswith("eval_") and not name.endswith(timing)}
-    return step | {f"held_out/{name[5:]}": float(value) for name, value in checks.items()} if checks else None
+    return step | {f"held_out/{name[5:]}": float(value) for name, value in sorted(checks.items())} if checks else None

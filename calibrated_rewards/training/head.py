@@ -35,10 +35,11 @@ from calibrated_rewards.heads.headed_model import HeadedModel
 from calibrated_rewards.heads.losses import ConservativeDPO, HeadLoss, JointLoss
 from calibrated_rewards.heads.pair_batches import EncodedPair, encode_pairs
 from calibrated_rewards.heads.preference_head import BACKBONES, POOLERS
-from calibrated_rewards.heads.trainer import PreferenceHeadTrainer, add_references, cache_states
+from calibrated_rewards.heads.trainer import PreferenceHeadTrainer, add_references, cache_states, check_joint
 from calibrated_rewards.models.loading import Placement, find_source
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import prompt_key
+from calibrated_rewards.samplers.loading import check_policy
 from calibrated_rewards.training.callbacks import HeadLog
 from calibrated_rewards.training.launch import check_numbers, option
 from calibrated_rewards.training.loop import check_shares, find_processes
@@ -111,13 +112,20 @@ class HeadTraining:
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("steps", "epochs", "warmup", "window", "max_length", "seed"), 0)
-        check_numbers(self, **counts, pairs_a_step=1, eval_steps=1, lora_rank=1)
-        self.joint_loss()
+        check_numbers(self, **counts, pairs_a_step=1, eval_steps=1, lora_rank=1, head_decay=0, prior_decay=0)
+        check_joint(self.backbone, self.joint_loss(), 0.0)
+        if len({*self.names}) < len(self.names) or "" in self.names:
+            raise ValueError(Message(f"scores have names, each its own, got {setting('heads', repr(self.heads))}"))
         self.layer_indices(1)
         if not 0 <= self.held_out < 1:
             raise ValueError(
                 Message(f"a share is 0 or more and below 1, got {setting('held_out', str(self.held_out))}")
             )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the scores."""
+        return tuple(name.strip() for name in self.heads.split(","))
 
     def joint_loss(self) -> JointLoss:
         """Make the loss; ValueError for numbers that none has."""
@@ -209,7 +217,13 @@ def build_model(launch: HeadLaunch, settings: HeadTraining) -> HeadedModel:
     device = find_processes().device
     placement = Placement(launch.dtype, device, trust_remote_code=launch.trust_remote_code)
     source = find_source(resolve_policy(launch.policy), None, None, placement)
+    check_policy(source)
     model = source.model(AutoModelForCausalLM)
+    if source.checkpoint.adapter and find_processes().is_main_process:
+        sys.stderr.write(
+            f"{launch.policy} is an adapter: the head is put on its base, {source.base.name}, and reads without the "
+            "adapter; to read the policy itself, merge_and_unload() the adapter first\n"
+        )
     tokenizer = source.tokenizer(model)
     set_seed(settings.seed)
     return HeadedModel.build(
@@ -219,7 +233,7 @@ def build_model(launch: HeadLaunch, settings: HeadTraining) -> HeadedModel:
         rank=settings.lora_rank,
         pooler=settings.pooler,
         layers=settings.layer_indices(model.config.get_text_config().num_hidden_layers),
-        names=tuple(settings.heads.split(",")),
+        names=settings.names,
         dropout=settings.dropout,
         end_token=launch.end_token,
         text=Text(max_length=settings.max_length or None, chat=launch.chat),
@@ -329,10 +343,12 @@ def describe_size(
     """Describe how much a run reads."""
     tokens = sum(pair.tokens for pair in pairs)
     tasks = len({pair.task for pair in pairs})
+    equal = sum(pair.chosen == pair.rejected for pair in pairs)  # truncated, or trimmed by the template
     return (
         f"{steps:,} steps of {settings.pairs_a_step:,} pairs; {len(pairs):,} pairs of {tasks} task{'s' * (tasks > 1)} "
         f"with {tokens:,} tokens come about {steps * settings.pairs_a_step / len(pairs):.2g} times; "
         f"{len(held_out):,} pairs are held out"
+        + (f"; {equal:,} pairs are the same tokens twice, and teach nothing" if equal else "")
     )
 
 

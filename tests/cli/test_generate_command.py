@@ -165,11 +165,11 @@ def test_an_adapter_on_the_heads_model(models, head, tmp_path):
         get_peft_model(AutoModelForCausalLM.from_pretrained(models / "policy"), options).save_pretrained(
             tmp_path / "lora"
         )
-        headed, sampler = load_scorer(head), load_sampler(tmp_path / "lora", Decoding(5))
-        shared, apart = share_model(sampler, headed), load_sampler(tmp_path / "lora", Decoding(5))
-        own = {each.data_ptr() for each in shared.model.parameters()}
-        assert {each.data_ptr() for each in headed.scorer.model.parameters()} == own
-        written, expected = (sample(each, CHATS, [[1, 2, 3]] * 3) for each in (shared, apart))
+    headed, sampler = load_scorer(head), load_sampler(tmp_path / "lora", Decoding(5))
+    shared, apart = share_model(sampler, headed), load_sampler(tmp_path / "lora", Decoding(5))
+    own = {each.data_ptr() for each in shared.model.parameters()}
+    assert {each.data_ptr() for each in headed.scorer.model.parameters()} == own
+    written, expected = (sample(each, CHATS, [[1, 2, 3]] * 3) for each in (shared, apart))
     assert [r.completion for own in written for r in own] == [r.completion for own in expected for r in own]
     assert shared.fingerprint() == apart.fingerprint()
     pairs = [c for c in CHATS for _ in range(3)], [r.completion for own in written for r in own]
@@ -183,7 +183,10 @@ def test_an_adapter_on_the_heads_model(models, head, tmp_path):
     [
         (["--best-of", "2", "--max-tokens", "5"], "needs --reward-model PATH|ID|URL, or --reward DIR"),
         (["--reward-model", "RM", "--reward", "REWARD"], "leave --reward-model out"),
-        (["--rewind", "0.7", "--reward-model", "RM", "--max-tokens", "5"], "reward.Quantiles"),
+        (
+            ["--rewind", "0.7", "--reward-model", "RM", "--max-tokens", "5"],
+            "quantiles of a calibrated reward, --reward DIR",
+        ),
         (["--best-of", "2", "--reward-model", "RM"], "--max-tokens N"),
     ],
 )
@@ -234,3 +237,11 @@ def test_multiple_choice(models, scorer, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("reward is right on ")
     assert main(["multiple-choice", "--questions", str(tmp_path / "q.jsonl")]) == 2
     assert "needs --reward-model" in capsys.readouterr().err
+    (tmp_path / "none.jsonl").write_text("")
+    assert main(["multiple-choice", "--questions", str(tmp_path / "none.jsonl"), *words]) == 2
+    assert "none.jsonl has no questions" in capsys.readouterr().err
+    words[3] = str(models / "rm")
+    assert (
+        main(["generate", *words, "--prompts", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "a.jsonl")]) == 2
+    )
+    assert "none.jsonl has no prompts" in capsys.readouterr().err

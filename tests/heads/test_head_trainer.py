@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import log_softmax
 from transformers import TrainingArguments
 
@@ -25,6 +26,7 @@ from calibrated_rewards.heads import (
     order_pairs,
 )
 from calibrated_rewards.heads.pair_batches import EncodedPair, check_packing, move, pack
+from calibrated_rewards.models.adapters import ignore_peft_warning
 
 WORDS = tiny.texts(24, seed=2, longest=12)
 
@@ -101,6 +103,16 @@ def test_cached_states_train_as_the_whole_model(tmp_path: Path) -> None:
     assert runs[True].keys() == {"head.mix", "head.pooler_out.weight", "head.score.weight"}
     for name, weight in runs[True].items():
         torch.testing.assert_close(weight, runs[False][name], atol=2e-4, rtol=1e-3)
+
+
+def test_states_are_cached_without_the_policys_adapter() -> None:
+    """Those of the base, which a head on a frozen backbone reads."""
+    settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    with ignore_peft_warning():
+        adapted = build(model=get_peft_model(tiny.causal(), settings))
+    pairs = encode_pairs(adapted, pairs_of(4))
+    for cached, expected in zip(cache_states(adapted, pairs), cache_states(build(), pairs), strict=True):
+        torch.testing.assert_close(cached.states, expected.states)
 
 
 def test_a_head_ends_at_the_closed_form(tmp_path: Path) -> None:
@@ -258,6 +270,15 @@ def test_the_joint_step_is_the_sum_of_its_parts(tmp_path: Path) -> None:
         torch.testing.assert_close(weight, other, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_references_are_read_without_dropout() -> None:
+    """Before training, whatever mode the model is in, and which it is in again afterwards."""
+    headed = build("lora", model=tiny.causal(attention_dropout=0.5))
+    pairs = encode_pairs(headed, pairs_of())
+    expected = [pair.reference for pair in add_references(headed.eval(), pairs)]
+    assert [pair.reference for pair in add_references(headed.train(), pairs)] == expected
+    assert headed.training
+
+
 def test_rates_and_decays_by_group(tmp_path: Path) -> None:
     """The head has its own learning rate and decays to 0, the backbone to its start; both are in the optimiser."""
     headed = build("lora")
@@ -282,7 +303,9 @@ def test_named_heads_learn_from_their_pairs(tmp_path: Path) -> None:
     train(headed, cache_states(headed, encode_pairs(headed, both)), tmp_path, head_decay=0.0)
     assert torch.equal(headed.head.score.weight[0], before[0])
     assert not torch.equal(headed.head.score.weight[1], before[1])
-    with pytest.raises(ValueError, match="the head has the scores help, harm, and pairs name head=truth"):
+    with pytest.raises(
+        ValueError, match=r"scores help, harm, and pairs name truth: say names=\('harm', 'help', 'truth'\)"
+    ):
         encode_pairs(headed, [both[0]._replace(head="truth")])
 
 

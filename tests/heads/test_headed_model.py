@@ -1,5 +1,7 @@
 """A head on a model: what is trained, which adapter it reads with, and that it comes back from its files."""
 
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +9,12 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import OPTConfig, OPTForCausalLM
 
 from calibrated_rewards.heads import HeadedModel, SelectedLayers
 from calibrated_rewards.models.adapters import ignore_peft_warning
 from calibrated_rewards.models.parts import body_of, pad_right
+from calibrated_rewards.scorers import PreferenceHeadScorer
 
 PROMPTS = ["Hi", [{"role": "user", "content": "Who are you?"}], "2+2=", "Hi"]
 COMPLETIONS = ["hello there", "a llama", "4", ""]
@@ -200,3 +204,54 @@ def test_a_model_in_16_bits_has_scores_in_float32(policy: str, tokenizer: Any) -
     assert headed.model.dtype == torch.bfloat16
     assert scores.dtype == torch.float32
     assert not torch.equal(scores, scores.bfloat16().float())
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_two_heads_read_one_policy(policy: str, tokenizer: Any, tmp_path: Path, wrapped: bool) -> None:
+    """Each by its own adapter, also where both were attached to the model without PEFT's wrapper."""
+    rows, scores = [], []
+    for seed in range(2):
+        headed = build(policy, tokenizer, backbone="lora")
+        disturb(headed, seed)
+        headed.save_pretrained(tmp_path / str(seed))
+        rows = headed.encode(PROMPTS, COMPLETIONS)
+        scores.append(headed.score_rows(rows))
+    assert not torch.allclose(*scores, atol=0.01)
+
+    model = load(policy)
+    first = HeadedModel.attach(tmp_path / "0", model, tokenizer)
+    with ignore_peft_warning(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`|You are trying to modify a model with PEFT")
+        second = HeadedModel.attach(tmp_path / "1", first.model if wrapped else model, tokenizer)
+
+    torch.testing.assert_close(first.score_rows(rows), scores[0])
+    torch.testing.assert_close(second.score_rows(rows), scores[1])
+    second.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(HeadedModel.from_pretrained(tmp_path / "again").score_rows(rows), scores[1])
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, partial(torch.compile, backend="eager")])
+def test_a_wrapped_model_is_the_one_inside(policy: str, tokenizer: Any, tmp_path: Path, wrap: Any) -> None:
+    """torch.compile's and data-parallel wrappers change neither scores nor the fingerprint."""
+    headed = build(policy, tokenizer)
+    headed.save_pretrained(tmp_path / "head")
+    for each in (
+        HeadedModel.attach(tmp_path / "head", wrap(load(policy)), tokenizer),
+        HeadedModel.build(wrap(load(policy)), tokenizer),
+    ):
+        each.head.load_state_dict(headed.head.state_dict())
+        rows = each.encode(PROMPTS, COMPLETIONS)
+        assert torch.equal(each.score_rows(rows), headed.score_rows(rows))
+        assert PreferenceHeadScorer(each).fingerprint() == PreferenceHeadScorer(headed).fingerprint()
+
+
+def test_last_states_that_are_narrower(tokenizer: Any, tmp_path: Path) -> None:
+    """OPT-350M's last hidden states are projected: a head of the last layer reads those, of another the wide ones."""
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 48, "num_hidden_layers": 2}
+    model = OPTForCausalLM(OPTConfig(vocab_size=tiny.VOCABULARY, num_attention_heads=4, **sizes)).eval()
+    for layers, size in (((-1,), 16), ((1,), 32)):
+        headed = HeadedModel.build(model, tokenizer, layers=layers)
+        assert headed.settings.hidden_size == size
+        headed.save_pretrained(tmp_path)
+        rows = headed.encode(PROMPTS, COMPLETIONS)
+        assert torch.equal(HeadedModel.attach(tmp_path, model, tokenizer).score_rows(rows), headed.score_rows(rows))

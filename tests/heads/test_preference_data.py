@@ -74,6 +74,12 @@ def test_implicit_texts_stay_whole(shared: str, good: str, bad: str) -> None:
         ({"prompt": "a", "chosen": "b"}, ValueError, "row 7 has no 'rejected', it has prompt, chosen"),
         ({"prompt": "a", "chosen": "b", "rejected": [BAD]}, TypeError, "both texts or both messages"),
         ({"chosen": [USER, GOOD], "rejected": [USER, TURNS[2]]}, ValueError, "ends with an assistant's message"),
+        (
+            {"prompt": "a", "chosen": 1, "rejected": 2},
+            TypeError,
+            "row 7: chosen is a text or a list of messages, got 1",
+        ),
+        ({"chosen": [GOOD], "rejected": [BAD]}, ValueError, "row 7: chats without a prompt begin with it, both alike"),
         ({"prompt": "a", "choices": ["b", "c"], "label": 2}, ValueError, "one of 2 answers from 0 on, got 2"),
         ({"prompt": "a", "choices": ["b", "c"], "label": True}, ValueError, "got True"),
     ],

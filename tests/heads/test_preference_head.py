@@ -140,6 +140,7 @@ def test_files_of_something_else(tmp_path: Path) -> None:
         ({"pooler": "mean"}, "pooler to be one of identity, tanh, swiglu, got pooler=mean"),
         ({"backbone": "half"}, "backbone to be one of frozen, lora, full"),
         ({"names": ("a", "a")}, "different names"),
+        ({"names": ("a", "")}, "different names"),
         ({"dropout": 1.0}, "0 <= dropout < 1"),
     ],
 )
@@ -147,6 +148,19 @@ def test_settings_that_no_head_has(settings: dict[str, Any], message: str) -> No
     """Settings are checked where they are made."""
     with pytest.raises(ValueError, match=message):
         HeadSettings(SIZE, **settings)
+
+
+def test_dropout_is_before_and_behind_the_pooler(hidden_states: tuple[Tensor, ...]) -> None:
+    """In training, of the hidden state and of the pooler's output, as by hand with the same random numbers."""
+    head, state = head_of(pooler="tanh", dropout=0.5), hidden_states[-1][:, 0]
+    torch.manual_seed(3)
+    scores = head.train()(state)
+    torch.manual_seed(3)
+    assert head.pooler_out is not None
+    pooled = torch.tanh(head.pooler_out(torch.dropout(state, 0.5, True)))
+    expected = head.score(torch.dropout(pooled, 0.5, True))
+    torch.testing.assert_close(scores, expected)
+    assert not torch.allclose(scores, head.eval()(state))
 
 
 def test_states_of_another_size() -> None:

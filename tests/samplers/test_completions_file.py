@@ -93,6 +93,29 @@ def test_more_prompts_go_on(tmp_path):
     assert a.read_bytes() == b.read_bytes()
 
 
+def test_fewer_prompts_lose_nothing(tmp_path):
+    """A call with some of the prompts, as by --limit, is refused: completions of the others would go."""
+    path = tmp_path / "a.jsonl"
+    write_completions(path, PROMPTS, BEST)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="of more prompts than the 3 of this call"):
+        write_completions(path, PROMPTS[:3], BEST)
+    assert path.read_bytes() == before
+
+
+def test_a_call_that_failed_at_once_holds_nobody_up(tmp_path):
+    """Without a completion in the file, one with other settings begins it."""
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        write_completions(path, PROMPTS, Mortal_reranked(), seed=1)
+    with claim(tmp_path / "a.jsonl.run.json"), pytest.raises(ValueError, match="another process"):
+        write_completions(path, PROMPTS, BEST)
+    assert write_completions(path, PROMPTS, BEST).before == 0
+    write_completions(tmp_path / "b.jsonl", PROMPTS, BEST)
+    assert path.read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    assert (tmp_path / "a.jsonl.run.json").read_bytes() == (tmp_path / "b.jsonl.run.json").read_bytes()
+
+
 def test_a_repeated_prompt_gets_further_completions(tmp_path):
     """Those that it would have with more samples."""
     write_completions(tmp_path / "a.jsonl", ["x", "y", "x"], BEST, samples=2)

@@ -115,6 +115,7 @@ def test_rewinding_stops_drawing():
     sampler = UniformSampler()
     Reranked(sampler, NumberScorer(), RewindAndRepeat(0.5, 64))(["x"], [range(300)])
     assert 300 * 1.9 < sum(sampler.drawn) < 300 * 3.2
+    assert len(sampler.drawn) <= 7  # rounds of 1, 1, 2, 4, ..., 32 for those that go on
     sampler.drawn.clear()
     Reranked(sampler, lambda p, c: [1.0] * len(c), RewindAndRepeat(0.5, 64))(["x"], [range(10)])
     assert sampler.drawn == [10]

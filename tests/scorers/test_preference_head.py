@@ -205,6 +205,27 @@ def test_another_policy_is_not_scored_for_free(caplog: Any) -> None:
     )
 
 
+def test_a_merged_adapter_is_not_read() -> None:
+    """The head's own adapter, merged into the base, is no base and no adapter to read by."""
+    headed = build(backbone="lora")
+    scorer = PreferenceHeadScorer(headed)
+    headed.model.set_adapter(headed.adapter)
+    assert scorer.reads(headed.model)
+    headed.model.merge_adapter()
+    assert not scorer.reads(headed.model)
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        score(scorer, *PAIRS)
+
+
+def test_the_fingerprint_is_of_the_heads_weights_and_name() -> None:
+    """Scores under another name, or of a head that was trained on, are others."""
+    headed = build(names=("help", "harm"))
+    one, other = (PreferenceHeadScorer(headed, name=name).fingerprint() for name in headed.head.names)
+    assert one != other
+    train(headed.head.requires_grad_(True).parameters())
+    assert PreferenceHeadScorer(headed, name="help").fingerprint() != one
+
+
 def test_a_wrong_state_would_be_noticed(caplog: Any) -> None:
     """States of another layer: the first batch is read again, and nothing is kept."""
     headed = build()

@@ -4,17 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
+import tiny
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from training_files import head_command as words, write_head_files
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.heads import HeadedModel, Pair, measure_pairs
+from calibrated_rewards.models.adapters import ignore_peft_warning
+from calibrated_rewards.models.text import TruncationWarning
 from calibrated_rewards.training import head as head_run
 from calibrated_rewards.training.callbacks import HeadLog
 from calibrated_rewards.training.head import HeadTraining, read_pairs, split_pairs
+from calibrated_rewards.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +96,21 @@ def test_interrupted_and_started_again(backbone: str, files: Path, tmp_path: Pat
 
 def test_the_split_is_by_prompt() -> None:
     """Pairs of one prompt are on one side; the seed decides which; a share of 0 holds nothing out."""
-    pairs = [Pair(f"prompt {i % 200}", "a", "b") for i in range(600)]
+    pairs = [Pair(f"prompt {i % 200}", "a", f"b{i}") for i in range(600)]
     training, held_out = split_pairs(pairs, 0.2, 0)
     assert not {pair.prompt for pair in training} & {pair.prompt for pair in held_out}
     assert 60 < len(held_out) < 190
     assert split_pairs(pairs, 0.2, 1)[1] != held_out
     assert split_pairs(pairs, 0.0, 0) == (pairs, [])
+
+
+@pytest.mark.parametrize(("backbone", "batches"), [("frozen", 1), ("lora", 4)])
+def test_a_step_has_all_its_pairs(backbone: str, batches: int, tmp_path: Path) -> None:
+    """Of all processes together, in as many batches as --rows asks for."""
+    settings = HeadTraining(backbone=backbone, pairs_a_step=24, rows=9)
+    args = head_run.configure(settings, RunFolder(tmp_path), 5, 2, False, ())
+    assert args.gradient_accumulation_steps == batches
+    assert 2 * args.per_device_train_batch_size * batches == 24
 
 
 class Lines(TrainerCallback):
@@ -135,12 +150,52 @@ def test_a_tracker_gets_the_numbers(files: Path, tmp_path: Path, monkeypatch: An
         (["--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--head-lr", "0"], "a run needs a finite head_lr > 0"),
         (["--window", "8", "--backbone", "lora"], "holds the longest text"),
+        (["--heads", "a, a"], "scores have names, each its own, got --heads 'a, a'"),
+        (["--heads", ""], "scores have names, each its own"),
+        (["--prior-decay", "-1"], "a run needs prior_decay >= 0, got --prior-decay -1.0"),
+        (["--head-decay", "-1"], "a run needs head_decay >= 0, got --head-decay -1.0"),
     ],
 )
 def test_what_is_refused(options: list[str], message: str, files: Path, tmp_path: Path, capsys: Any) -> None:
     """Wrong settings end the command with a line that names the option."""
     assert main(words(files, tmp_path / "run", *options)) != 0
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "reason"), [("T5", "is an encoder-decoder"), ("Bert", "fills in words")])
+def test_a_policy_that_cannot_write(name: str, reason: str, files: Path, tmp_path: Path, capsys: Any) -> None:
+    """An encoder, and an encoder with a decoder, are refused in a sentence."""
+    model = tiny.saved(architectures.ALL[name].classifier(), tmp_path / "model", tiny.tokenizer())
+    assert main([*words(files, tmp_path / "run"), "--policy", model]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_policy_that_is_an_adapter(files: Path, tmp_path: Path, capsys: Any) -> None:
+    """The head goes on its base, which the command says."""
+    with ignore_peft_warning():
+        options = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model = AutoModelForCausalLM.from_pretrained(files / "policy")
+        get_peft_model(model, options).save_pretrained(tmp_path / "lora")
+    assert main([*words(files, tmp_path / "run"), "--policy", str(tmp_path / "lora"), "--steps", "1"]) == 0
+    assert f"lora is an adapter: the head is put on its base, {files / 'policy'}" in capsys.readouterr().err
+    assert HeadedModel.from_pretrained(tmp_path / "run" / "model").settings.base == str(files / "policy")
+
+
+def test_pairs_that_are_cut_to_the_same_tokens(files: Path, tmp_path: Path, capsys: Any) -> None:
+    """Where both completions end alike and what differs was cut off, the command counts them."""
+    rows = [{"prompt": f"{i}", "chosen": "good" + "x" * 40, "rejected": "bad" + "x" * 40} for i in range(3)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    places = [
+        "--policy",
+        str(files / "policy"),
+        "--pairs",
+        str(tmp_path / "long.jsonl"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    with pytest.warns(TruncationWarning):
+        assert main(["train", "head", *places, "--steps", "1", "--held-out", "0", "--max-length", "16"]) == 0
+    assert "3 pairs are the same tokens twice" in capsys.readouterr().err
 
 
 def test_settings_by_default() -> None:

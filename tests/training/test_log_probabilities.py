@@ -20,6 +20,7 @@ from calibrated_rewards.samplers.protocol import Decoding, Rollout
 from calibrated_rewards.training.offline.group_batches import Group
 from calibrated_rewards.training.offline.groups import PromptGroup, ReferenceFile, record_states
 from calibrated_rewards.training.offline.log_probabilities import GroupReader
+from calibrated_rewards.training.offline.routes import Route
 from calibrated_rewards.training.offline.trained_weights import select_weights
 
 TEMPERATURE = 0.7
@@ -343,3 +344,161 @@ def test_states_are_compared_at_the_longest_group(
     assert ("no states are kept" in capsys.readouterr().err) is not kept
     for each in recorded:
         np.testing.assert_allclose(reader(each.tokens), logprobs[each.key], rtol=1e-5)
+
+
+ALIKE = [
+    [20, 21, 22, 23],
+    [20, 21, 22, 24],
+    [20, 21, 30, 23],
+    [20, 21, 22, 23],
+    [],
+    [20],
+    [40, 41, 42, 43, 44, 45],
+    [20, 50, 22, 23, 60, 61],
+    [40, 41, 42, 43, 44, 46],
+    [50],
+]
+
+
+def alike(*prompts: int) -> list[Group]:
+    """Groups whose completions begin alike, some of which are equal, empty, or one token."""
+    rng = np.random.default_rng(2)
+    return [
+        Group(rng.integers(8, 200, n).tolist(), [[token + 7 * i for token in row] for row in ALIKE])
+        for i, n in enumerate(prompts)
+    ]
+
+
+def assert_all_equal(model: Any, reader: GroupReader, groups: list[Group]) -> None:
+    """Values with and without gradients, and gradients, of groups that are read at once."""
+    expected, slopes = zip(*(one_by_one(model, each) for each in groups), strict=True)
+
+    results = reader.accumulate_gradients(groups, [loss_of] * len(groups))
+
+    own, total = gradients(model), torch.stack(slopes).sum(0)
+    assert (own - total).norm() < 1e-5 * total.norm()
+    for (_, values), read, each in zip(results, reader.read(groups), expected, strict=True):
+        np.testing.assert_allclose(values, each, rtol=1e-5)
+        np.testing.assert_allclose(read, each, rtol=1e-5)
+
+
+def reads_trees(reader: GroupReader, groups: list[Group]) -> bool:
+    """Whether all groups are read as trees."""
+    return all(batch.trees for batch in reader.batch(groups))
+
+
+# Their caches forget what is outside a window, their positions are made of the mask, or none are taken.
+WITHOUT_TREES = {"Mistral", "Gemma2", "Gemma3", "GptOss", "Mixtral", "FalconAlibi", "Bloom", "Jamba"}
+
+
+@pytest.mark.parametrize(("prompts", "rows"), [((5, 12, 3), 32), ((30,), 4)])
+@pytest.mark.parametrize(
+    "name",
+    ["Llama", "Qwen2", "Qwen3Moe", "Gemma", "GPT2", "GPTNeoX", "OPT", "Phi3", "Falcon", *sorted(WITHOUT_TREES)],
+)
+def test_completions_that_begin_alike_are_read_as_a_tree(name: str, prompts: tuple[int, ...], rows: int) -> None:
+    """All weights' gradients, of ragged prompts and of some completions at a time; or another way is found."""
+    model, groups = writer(name), alike(*prompts)
+    reader = GroupReader(model, TEMPERATURE, rows)
+
+    assert_all_equal(model, reader, groups)
+
+    assert reads_trees(reader, groups) == (name not in WITHOUT_TREES)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_trees_are_masked_for_each_kind_of_attention(implementation: str) -> None:
+    """One adds the mask to its scores, the other takes truth values."""
+    model, groups = writer("Llama"), alike(5, 12)
+    model.set_attn_implementation(implementation)
+    reader = GroupReader(model, TEMPERATURE)
+
+    assert_all_equal(model, reader, groups)
+
+    assert reads_trees(reader, groups)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+@pytest.mark.parametrize("cells", [2**26, 3 * tiny.VOCABULARY])
+def test_trees_have_the_gradients_of_adapters(name: str, cells: int) -> None:
+    """The head is not trained: a state's logits are computed once for all tokens that follow it."""
+    model, groups = with_adapter(writer(name)), alike(5, 12)
+    reader = GroupReader(model, TEMPERATURE, cells=cells)
+
+    assert_all_equal(model, reader, groups)
+
+    assert reads_trees(reader, groups)
+
+
+@pytest.mark.parametrize("rows", [32, 4])
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Gemma"])
+def test_trees_start_from_states(name: str, rows: int) -> None:
+    """States are those of completions, whichever way they are recorded; some completions may be left out."""
+    model, groups = select_weights(writer(name), 1, 0, 0), alike(30, 7)
+    reader, other = (
+        GroupReader(model, TEMPERATURE, rows),
+        GroupReader(model, TEMPERATURE, rows, route=Route(trees=False)),
+    )
+
+    recorded, plain = [*reader.record(groups)], [*other.record(groups)]
+
+    assert reads_trees(reader, groups)
+    for (values, states), (expected, rows_alone) in zip(recorded, plain, strict=True):
+        np.testing.assert_allclose(values, expected, rtol=1e-5)
+        for one, two in zip(states.completions, rows_alone.completions, strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+    kept = [each._replace(states=states) for each, (_, states) in zip(groups, recorded, strict=True)]
+    assert_all_equal(model, reader, kept)
+    assert reads_trees(reader, kept)
+    few = [each.take([7, 0, 4, 1, 3]) for each in kept]
+    for read, (values, _) in zip(reader.read(few), recorded, strict=True):
+        np.testing.assert_allclose(read, values[[7, 0, 4, 1, 3]], rtol=1e-5)
+
+
+def test_trees_are_read_once_completions_branch_after_a_token() -> None:
+    """Equal completions would not show a mask that hides too little."""
+    model, (whole,) = writer("Llama"), alike(9)
+    same = Group(whole.prompt, [whole.completions[0]] * 6)
+    reader = GroupReader(model, TEMPERATURE)
+
+    assert not reads_trees(reader, [same])
+    assert reads_trees(reader, [whole])
+    assert reads_trees(reader, [same])
+
+
+def test_a_model_that_takes_a_tree_for_a_row_is_found() -> None:
+    """A hook leaves out the mask of nodes: each then sees those of other completions before it."""
+    model, groups = writer("Llama"), alike(9)
+
+    def widen(_: Any, inputs: Any, options: Any) -> Any:
+        mask = options.get("attention_mask")
+        if mask is not None and mask.ndim == 4 and mask.shape[2] < mask.shape[3]:
+            nodes = mask.shape[2]
+            mask = torch.cat([mask[..., :-nodes], torch.ones_like(mask[..., -nodes:]).tril()], -1)
+            options = {**options, "attention_mask": mask}
+        return inputs, options
+
+    model.model.register_forward_pre_hook(widen, with_kwargs=True)
+    reader = GroupReader(model, TEMPERATURE)
+
+    assert_all_equal(model, reader, groups)
+
+    assert not reader.route.trees
+
+
+def test_longer_trees_are_compared_again() -> None:
+    """A model that goes wrong for trees behind long prompts alone."""
+    model, (short, long) = writer("Llama"), alike(8, 60)
+
+    def spoil(_: Any, inputs: Any, options: Any) -> Any:
+        mask = options.get("attention_mask")
+        if mask is not None and mask.ndim == 4 and mask.shape[3] > 50:
+            options = {**options, "position_ids": options["position_ids"] * 2}
+        return inputs, options
+
+    model.model.register_forward_pre_hook(spoil, with_kwargs=True)
+    reader = GroupReader(model, TEMPERATURE)
+
+    assert reads_trees(reader, [short])
+    assert_all_equal(model, reader, [long])
+    assert not reader.route.trees

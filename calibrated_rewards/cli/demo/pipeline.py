@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.demo import assets, reward_models
@@ -141,12 +140,16 @@ class Demo:
     @cached_property
     def dtype(self) -> str:
         """The dtype of the language model: 16 bits are twice as fast where tiles are multiplied, else half as fast."""
+        import torch
+
         multiplies_tiles: Any = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         return "bfloat16" if self.has_gpu or multiplies_tiles() else "float32"
 
     @property
     def has_gpu(self) -> bool:
         """Tell if there is a GPU to compute on."""
+        import torch
+
         return torch.cuda.is_available()
 
     @cached_property

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicLayer
 
 from calibrated_rewards.models.shared_prefix import repeated
 from calibrated_rewards.training.offline.frozen_layers import GroupStates
@@ -46,6 +46,8 @@ class Batch:
     """Groups that are read together: all their completions in one list, each with the number of its group."""
 
     groups: Sequence[Group]
+    trees: bool = False
+    """The completions of a group are read as a tree: what several begin with is read once."""
 
     @cached_property
     def completions(self) -> list[list[int]]:
@@ -92,6 +94,11 @@ class Opening(NamedTuple):
         layers: Any = self.cache.layers
         return [self.hidden, *(each for layer in layers for each in (layer.keys, layer.values))]
 
+    @property
+    def keeps_all(self) -> bool:
+        """Tell if every layer keeps the keys and values of all tokens: none has a window."""
+        return {*map(type, self.cache.layers)} == {DynamicLayer}
+
     def detach(self) -> "Opening":
         """Cut the graph: the tensors are leaves, which collect the gradients of several backward passes."""
         return self._replace(cache=self._change(_leaf), hidden=_leaf(self.hidden))
@@ -102,6 +109,10 @@ class Opening(NamedTuple):
             return repeated(self.cache, len(owners))
         return self._change(lambda tensor: tensor.index_select(0, owners))
 
+    def copy_cache(self) -> Cache:
+        """Return keys and values that others may be added behind, while these stay as they are."""
+        return self._change(_keep)
+
     def _change(self, change: Any) -> Cache:
         cache = copy.copy(self.cache)
         layers: Any = [copy.copy(layer) for layer in self.cache.layers]
@@ -109,6 +120,10 @@ class Opening(NamedTuple):
             layer.keys, layer.values = change(layer.keys), change(layer.values)
         cache.layers = layers
         return cache
+
+
+def _keep(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -3,31 +3,30 @@
 A group is a prompt and its completions, as tokens. One forward of the prompt leaves keys and values, behind which all
 completions are read; gradients flow back through them. The head is applied to completion tokens alone. Of more than
 `rows` completions, some are read at a time: their gradients by the prompt's keys and values are added up, and one
-backward pass goes through the prompt in the end. Small groups go through the model several at a time.
+backward pass goes through the prompt in the end. Small groups go through the model several at a time. What several
+completions of a group begin with is read once, where that is worth it (token_trees.py).
 
 Models whose completions cannot share a prompt (recurrent states, some windows) are found by comparing values and
 gradients of a group with rows read alone. They are read in whole rows. Groups that are read together are compared with
-the same groups read one after the other.
+the same groups read one after the other, and trees with the same groups without them.
 
 Where the lower layers are frozen, `GroupReader.record` keeps the hidden states that enter the first trained one, and
 groups with states are read from there on.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float32
 from torch import Tensor
-from transformers import DynamicLayer
 
-from calibrated_rewards.models.batches import Rounding, coarsest, moved_by_rounding
+from calibrated_rewards.models.batches import moved_by_rounding
 from calibrated_rewards.models.parts import RAISED, body_of, device_of, pad_right, rope_turn
-from calibrated_rewards.models.shared_prefix import CHECKED_ROWS, FARTHER, repeatable
+from calibrated_rewards.models.shared_prefix import FARTHER, repeatable
 from calibrated_rewards.training.offline.frozen_layers import (
     GroupStates,
     count_frozen,
@@ -38,31 +37,17 @@ from calibrated_rewards.training.offline.frozen_layers import (
 )
 from calibrated_rewards.training.offline.group_batches import Batch, Group, Opening, split_by_length
 from calibrated_rewards.training.offline.output_layer import CELLS, OutputLayer
+from calibrated_rewards.training.offline.routes import Answer, Route, Size, agree, choose_ends, take_few
+from calibrated_rewards.training.offline.token_trees import TreeRows, grow_tree, save_enough
 
 # Groups are read together until they have so many tokens: fewer leave a processor to read weights, more are no faster.
 TOKENS = 2048
 # Keys and values of so many tokens at most are then held in each layer, those of a prompt once for each completion.
 POSITIONS = 2**14
-# Gradients that are the same but for rounding: the norm of their difference, as a part of the norm.
-SAME_GRADIENT = {torch.float32: 1e-3, torch.float64: 1e-3}
-SAME_GRADIENT_16_BIT = 0.2
 # So many of the first weights that are trained are compared: a gradient that is lost on the way is missing there.
 COMPARED_WEIGHTS = 8
 
 ComputeLoss = Callable[[Tensor], Tensor]
-
-
-@dataclass
-class Route:
-    """How groups are read: behind a shared prompt, in padded rows, or each row alone; as far as groups have shown."""
-
-    shared: bool = True
-    padded: bool = True
-    together: bool = True
-    longest: int = 0
-    """The longest prompt of a group that was compared."""
-    padding: int = -1
-    """The most tokens that a prompt was padded with among groups that were read together and compared."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +138,7 @@ class GroupReader:
         # A part of completions of one token is not fed behind a shared prompt.
         parts = [part for part in self._split(batch) if not shared or any(lengths[i] for i in part)]
         for part, own in zip(parts, inputs[1:] if shared else inputs, strict=True):
-            for i, row in zip(part, own, strict=True):
+            for i, row in zip(part, self._trees(batch, part).spread_states(own) if batch.trees else own, strict=True):
                 states[i] = row[past : past + lengths[i]].clone()
         own_states = [
             [row for row, at in zip(states, batch.owners, strict=True) if at == i] for i in range(len(prompts))
@@ -166,11 +151,20 @@ class GroupReader:
         for group in groups:
             self.check(group)
             if batch and not self._fits([*batch, group]):
-                yield Batch(batch)
+                yield self._grow(Batch(batch))
                 batch = []
             batch.append(group)
         if batch:
-            yield Batch(batch)
+            yield self._grow(Batch(batch))
+
+    def _grow(self, batch: Batch) -> Batch:
+        """Choose trees for a batch where that saves tokens, and the model gives with them what it gives without."""
+        takes_trees = "position_ids" in self._parameters and self._attention in ("sdpa", "eager")
+        if not (self.route.trees and takes_trees and self._shares(batch)):
+            return batch
+        grown = replace(batch, trees=True)
+        parts = [self._trees(grown, part) for part in self._split(grown)]
+        return grown if save_enough(parts) and self._check_trees(grown, max(each.width for each in parts)) else batch
 
     def _fits(self, groups: Sequence[Group]) -> bool:
         """Tell if groups are read together: all are small, and the model gives what it gives for each of them."""
@@ -208,40 +202,44 @@ class GroupReader:
 
     def _check_together(self, groups: Sequence[Group]) -> bool:
         """Tell if groups give together what each gives alone; compared where prompts are padded more than before."""
-        order = sorted(groups, key=lambda group: len(group.prompt))
-        padding = len(order[-1].prompt) - len(order[0].prompt)
+        ends = choose_ends(groups)
+        padding = len(ends[1].prompt) - len(ends[0].prompt)
         if self.route.padding < 0 or padding > FARTHER * self.route.padding:
             self.route.padding = padding
-            some = [take_few(order[0]), take_few(order[-1])]
+            some = [take_few(group) for group in ends]
             alone = self._try([Batch([group]) for group in some], self.route)
             # A window would count the padding behind a shorter prompt.
-            layers = self._open(Batch(some[:1])).cache.layers
-            whole = {*map(type, layers)} == {DynamicLayer}
+            whole = self._open(Batch(some[:1])).keeps_all
             self.route.together = whole and alone is not None and self._agrees([Batch(some)], alone, self.route)
         return self.route.together
 
-    def _agrees(self, batches: Sequence[Batch], alone: tuple[Tensor, list[Tensor]], route: Route) -> bool:
+    def _check_trees(self, batch: Batch, width: int) -> bool:
+        """Tell if trees give what the same groups give without them; compared where they are larger than before."""
+        ends = choose_ends(batch.groups)
+        size = Size(len(ends[-1].prompt) + width, len(ends[-1].prompt) - len(ends[0].prompt))
+        if not self.route.covers_trees(batch.has_states, size):
+            widest = max(batch.groups, key=lambda group: len(grow_tree(group.completions).tokens))
+            some = ends if any(group is widest for group in ends) else [*ends, widest]
+            if not any(grow_tree(group.completions).branches for group in some):
+                return False  # A mask of all that came before would do: others will show more.
+            self.route.add_trees(batch.has_states, size)
+            rows = self._try([Batch(some)], self.route)
+            whole = self._open(Batch(ends[:1])).keeps_all
+            self.route.trees = whole and rows is not None and self._agrees([Batch(some, trees=True)], rows, self.route)
+        return self.route.trees
+
+    def _agrees(self, batches: Sequence[Batch], alone: Answer, route: Route) -> bool:
         """Tell if a route gives the values and gradients of another one, but for rounding."""
         answer = self._try(batches, route)
-        if answer is None:
-            return False
-        kind = coarsest(self.model)
-        limit = SAME_GRADIENT.get(kind, SAME_GRADIENT_16_BIT)
-        pairs = list(zip(answer[1], alone[1], strict=True))
-        apart = math.sqrt(sum(float((a - b).float().square().sum()) for a, b in pairs))
-        size = math.sqrt(sum(float(b.float().square().sum()) for _, b in pairs))
-        excess = Rounding(farthest=math.inf).excess(
-            answer[0], alone[0], lambda: (alone[0], self._move(batches, alone[0])), self.model
-        )
-        return excess <= 1 and apart <= limit * size
+        return answer is not None and agree(answer, alone, lambda: self._move(batches, alone.values), self.model)
 
     def _move(self, batches: Sequence[Batch], alone: Tensor) -> Tensor:
         groups = [Batch([group]) for batch in batches for group in batch.groups]
         with moved_by_rounding(self.model):
             moved = self._try(groups, Route(shared=False, padded=False))
-        return alone if moved is None else moved[0]
+        return alone if moved is None else moved.values
 
-    def _try(self, batches: Sequence[Batch], route: Route) -> tuple[Tensor, list[Tensor]] | None:
+    def _try(self, batches: Sequence[Batch], route: Route) -> Answer | None:
         """Read batches by a route: values, (rows, 1), and gradients of some weights; None where the model fails."""
         reader = GroupReader(self.model, self.temperature, self.rows, self.cells, route)
         weights = [weight for weight in self.model.parameters() if weight.requires_grad][:COMPARED_WEIGHTS]
@@ -265,7 +263,7 @@ class GroupReader:
                     joined.append(reader._join(batch, parts, values))
         except RAISED:
             return None
-        return torch.cat(joined).cpu()[:, None], total
+        return Answer(torch.cat(joined).cpu()[:, None], total)
 
     def _can_share(self, batch: Batch) -> bool:
         """Tell if the model takes and returns a cache of keys and values alone."""
@@ -289,6 +287,10 @@ class GroupReader:
     def _split(self, batch: Batch) -> list[list[int]]:
         """Split the completions of a batch into parts of nearly one length, of at most `rows` where it is one group."""
         most = len(batch.completions) if len(batch.groups) > 1 else self.rows
+        if batch.trees:  # those that begin alike together
+            pairs = [*zip(batch.owners, batch.completions, strict=True)]
+            order = sorted((i for i, (_, row) in enumerate(pairs) if row), key=pairs.__getitem__)
+            return [order[start : start + most] for start in range(0, len(order), most)]
         if not (self.route.padded or self._shares(batch)):
             most = 1
         return list(split_by_length([len(each) for each in batch.completions], most))
@@ -321,6 +323,8 @@ class GroupReader:
             body, inputs, mask = self._feed([prompt + row for row in fed], whole)
             hidden = body(**inputs, attention_mask=mask, use_cache=False)
             return self._output.sum(hidden.last_hidden_state[:, len(prompt) - 1 :], rows)
+        if batch.trees:
+            return self._read_trees(self._trees(batch, part), own, opening)
         device = opening.hidden.device
         owners = torch.tensor([batch.owners[i] for i in part], device=device)
         firsts = torch.tensor([row[0] for row in rows], device=device)
@@ -333,6 +337,29 @@ class GroupReader:
             hidden = body(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True)
             values = values + self._output.sum(hidden.last_hidden_state, [row[1:] for row in rows])
         return values
+
+    def _trees(self, batch: Batch, part: list[int]) -> TreeRows:
+        rows, owners = [batch.completions[i] for i in part], [batch.owners[i] for i in part]
+        return TreeRows(rows, owners, len(batch.groups))
+
+    def _read_trees(self, trees: TreeRows, states: list[Tensor] | None, opening: Opening) -> Tensor:
+        """Read completions as trees, each behind its prompt."""
+        hidden = opening.hidden
+        if trees.width:
+            ids, mask, depths = trees.pad(hidden.device)
+            positions = opening.mask.sum(1, keepdim=True) + depths
+            sees = trees.mask_attention(opening.mask)
+            if self._attention == "eager":  # it adds the mask
+                sees = torch.zeros_like(sees, dtype=hidden.dtype).masked_fill(~sees, torch.finfo(hidden.dtype).min)
+            options = {"position_ids": positions, "attention_mask": sees, "past_key_values": opening.copy_cache()}
+            if states is None:
+                answer = self._body(input_ids=ids, use_cache=True, **options)
+            else:
+                stacked = stack_states(trees.gather_states(states), hidden.device)
+                answer = self._upper(inputs_embeds=stacked, use_cache=True, **options)
+            hidden = torch.cat([hidden, answer.last_hidden_state[mask]])
+        steps = torch.tensor(trees.steps[0], device=hidden.device)
+        return trees.sum_steps(self._output.score(hidden, steps[:, 0], steps[:, 1]))
 
     def _feed(
         self, rows: list[list[int]], states: list[Tensor] | None, past: Tensor | int = 0
@@ -357,6 +384,10 @@ class GroupReader:
     def _parameters(self) -> set[str]:
         return set(inspect.signature(self._body.forward).parameters)
 
+    @property
+    def _attention(self) -> str | None:
+        return getattr(self.model.config.get_text_config(), "_attn_implementation", None)
+
     @cached_property
     def _output(self) -> OutputLayer:
         return OutputLayer(self.model, self.temperature, self.cells)
@@ -364,10 +395,3 @@ class GroupReader:
     @cached_property
     def _turn(self) -> int | None:
         return rope_turn(self.model)
-
-
-def take_few(group: Group) -> Group:
-    """Take completions of a group to compare routes by: the shortest, the longest and some between."""
-    order = sorted(range(len(group.completions)), key=lambda i: len(group.completions[i]))
-    some = [order[i * (len(order) - 1) // (CHECKED_ROWS - 1)] for i in range(CHECKED_ROWS)]
-    return group.take(some if len(order) > CHECKED_ROWS else order)
