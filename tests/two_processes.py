@@ -1,11 +1,14 @@
-"""What tests/training/test_trl.py starts in two processes: a gradient, a plain loop and TRL's."""
+"""What tests/training/test_two_processes.py starts: a gradient, plain loops, TRL's, and commands of a file."""
 
+import json
+import runpy
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tiny
 import torch
 from torch import distributed
@@ -65,8 +68,8 @@ class Counted:
         return self.reward(prompts, completions, **more)
 
 
-def main(policy: str, out: Path) -> None:
-    """All three."""
+def main(policy: str, out: Path, commands: Path) -> None:
+    """Train in all ways; `commands` is a JSON list of command lines."""
     same_gradient()
     rng = np.random.default_rng(0)
     prompts = tiny.texts(4)
@@ -83,8 +86,12 @@ def main(policy: str, out: Path) -> None:
     settings, counted = TRLSettings(**size, lora_rank=2), Counted(reward)
     train_rloo(policy, counted, asked, Decoding(4), settings, out / "train_rloo", show_progress=False)
     assert counted.sizes == [2, 2]  # half of each step's
+    for words in json.loads(commands.read_text()):
+        sys.argv = ["calibrated-rewards", *words]
+        with pytest.raises(SystemExit, match=r"^0$"):
+            runpy.run_module("calibrated_rewards", run_name="__main__")  # as `accelerate launch -m` does
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

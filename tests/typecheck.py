@@ -18,6 +18,10 @@ from jaxtyping import AbstractArray
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=jaxtyping.TypeCheckError))
 jaxtyped = jaxtyping.jaxtyped
+# Of a function that a test calls more than MOST times, as an integrator calls a slope, one call in EVERY is checked.
+MOST, EVERY = 1000, 16
+calls: dict[Any, int] = {}
+"""How often each function was called in this test."""
 
 
 def parts(annotation: Any) -> list[Any]:
@@ -46,13 +50,20 @@ def check(function: Any = None, *, typechecker: Any) -> Any:
     shapes = [part.dim_str for part in annotations if isinstance(part, type) and issubclass(part, AbstractArray)]
     if any("{" in shape for shape in shapes):
         return jaxtyped(function, typechecker=typechecker)
-    typed = typechecker(function)
+    return count_and_check(function, typechecker(function), bool(shapes))
+
+
+def count_and_check(function: Any, typed: Any, has_shapes: bool) -> Any:
+    """Wrap a function: call it checked, or as it is where checks are off or it was called so often."""
 
     @functools.wraps(function)
     def run_checked(*args: Any, **kwargs: Any) -> Any:
         if jaxtyping.config.jaxtyping_disable:
             return function(*args, **kwargs)
-        if not shapes:
+        calls[function] = count = calls.get(function, 0) + 1
+        if count > MOST and count % EVERY:
+            return function(*args, **kwargs)
+        if not has_shapes:
             return typed(*args, **kwargs)
         with jaxtyped("context"):
             return typed(*args, **kwargs)

@@ -29,7 +29,7 @@ A policy that learns only what prompts have in common cannot fit the gaps, and s
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, exp, isfinite, log
 from typing import TypeAlias
@@ -239,13 +239,11 @@ class TableRewards:
         for at, scores in self.table.blocks(self.rows):
             vector = values(self.transform, scores.shape[1], self.estimator)
             if self.tolerance:
-                parts = [self._atoms(self.rows[at], scores, vector)]
+                mass, rewards, atoms = self._atoms(self.rows[at], scores, vector)
             elif few is not None:
-                parts = [few.laws(scores, vector, rng) for _ in range(draws if few.varies else 1)]
+                mass, rewards, atoms = few.laws(np.tile(scores, (draws if few.varies else 1, 1)), vector, rng)
             else:
-                common = self.common_shares
-                parts = [draw_gaps(scores, vector, rng, common, self.top_gaps) for _ in range(draws)]
-            mass, rewards, atoms = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+                mass, rewards, atoms = draw_gaps(scores, vector, rng, self.common_shares, self.top_gaps, draws)
             there = mass.any(axis=0)  # without places that are empty in every row
             mass = mass[:, there] / mass.sum(axis=1, keepdims=True)
             ends = np.hstack([np.zeros((len(mass), 1)), np.cumsum(mass, axis=1)])
@@ -293,9 +291,11 @@ class TableRewards:
         """Average the KL from the reference over prompts."""
         return float(np.concatenate([block.kl(beta) for block in self.blocks]).mean())
 
-    def win_rate(self, beta: float) -> float:
-        """Average the win rate over prompts, policy and reference both under the procedure."""
-        return float(np.concatenate([block.win_rates(beta) for block in self.blocks]).mean())
+    def win_rate(self, beta: float, procedure: Procedure | None = None) -> float:
+        """Average the win rate over prompts, policy and reference both under the procedure, or under another one."""
+        side = self.procedure if procedure is None else procedure
+        blocks = [replace(block, procedure=side, base=side) for block in self.blocks]
+        return float(np.concatenate([block.win_rates(beta) for block in blocks]).mean())
 
     @cached_property
     def most_kls(self) -> Array:

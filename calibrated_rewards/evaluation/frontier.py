@@ -167,7 +167,7 @@ def _make_exact(result: Reweighted, reward: Transformed, rollouts: RolloutsAtKL,
     by_judge = result.corrected and len(rollouts.beaten) > 1 and rollouts.known_by_rank
     for column, procedure in enumerate(rollouts.procedures):
         if in_theory is None:
-            rates[:, column] = replace(trained, procedure=procedure).win_rate(beta)
+            rates[:, column] = trained.win_rate(beta, procedure)
             continue
         rates[:, column] = win_rate(transform, in_theory, procedure)
         if by_judge:

@@ -186,8 +186,12 @@ def draw_gaps(
     rng: np.random.Generator,
     common: ValueShares | None,
     tops: TopGaps,
+    draws: int = 1,
 ) -> Laws:
-    """Draw the law of gap, reference, gap, reference ... gap in each row, with the common values that a row misses."""
+    """Draw the law of gap, reference, gap, reference ... gap in each row, with the common values that a row misses.
+
+    All rows are drawn `draws` times, one time after the other.
+    """
     n, K = scores.shape
     below, upto = tie_spans(scores)
     equal, first = upto - below, below == np.arange(K)
@@ -202,11 +206,18 @@ def draw_gaps(
     masses = mean_masses(equal[first & ~shared], K)
     atoms = np.where(first & ~shared, masses[equal], 0.0)
     counts = np.zeros((n, 1), np.int64) if common is None else count_common(values, scores)
-    shares = np.ones((n, 1)) if common is None else common.draw_shares(counts, rng)
+    drawn_shares, drawn_gaps = [], []
+    for _ in range(draws):
+        drawn_shares.append(np.ones((n, 1)) if common is None else common.draw_shares(counts, rng))
+        drawn_gaps.append(rng.exponential(size=there.shape))
+    n, shares, gaps = n * draws, np.concatenate(drawn_shares), np.concatenate(drawn_gaps)
+    scores, below, equal, shared, there, atoms, counts = (
+        np.tile(x, (draws, 1)) for x in (scores, below, equal, shared, there, atoms, counts)
+    )
     alone = ((equal == 1) & ~shared).mean(axis=1)
     # At least a quarter of what the untied references are: the masses of the others are means.
     rest = np.where(alone > 0, np.maximum(shares[:, -1] - atoms.sum(axis=1), alone / 4), 0.0)
-    gaps = rng.exponential(size=there.shape) * there
+    gaps *= there
     gaps[:, -1] = np.where(shared[:, -1], gaps[:, -1], tops.rescale(gaps[:, -1], equal[:, -1] > 1))
     total = gaps.sum(axis=1, keepdims=True)
 

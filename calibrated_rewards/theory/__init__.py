@@ -4,7 +4,7 @@ A *transform* (`transforms`) maps a calibrated reward u to the reward that is tr
 range or variance. A *procedure* (`procedures`) is the way the policy is served, such as best of N; `mixtures` has one
 for an N that is not known. `tilted_policy` computes what training for a transform gives, `optimum` the best transform
 for a procedure, `named` reads the names of both. `finite_k`, `fixed_references` and `bands` say what K references can
-tell, `quadrature` integrates over u.
+tell, `quadrature` integrates over u, `shared_results` keeps what took long.
 """
 
 from calibrated_rewards.theory.bands import band as band, coverage as coverage, dkw as dkw

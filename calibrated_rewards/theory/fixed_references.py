@@ -14,7 +14,8 @@ from numpy.polynomial import legendre
 from scipy.special import xlogy
 
 from calibrated_rewards.theory.finite_k import Estimator, values
-from calibrated_rewards.theory.procedures import CalibratedProcedure, Procedure
+from calibrated_rewards.theory.mixtures import BestOfUpTo
+from calibrated_rewards.theory.procedures import BestOf, CalibratedProcedure, Procedure, Standard, WorstOf
 from calibrated_rewards.theory.quadrature import Array, NodeLaw
 from calibrated_rewards.theory.transforms import Transform
 
@@ -135,8 +136,10 @@ class StepPolicies:
 
     @property
     def order(self) -> int:
-        """Nodes on each panel: exact between two polynomials, as best-of-n and worst-of-n of n <= 128 have."""
-        return min(128, max(16, self.procedure.draws, self.base.draws))
+        """Nodes on each panel: with as many as draws the integral of two polynomials is exact, as of best-of-n."""
+        sides = self.procedure, self.base
+        polynomials = all(isinstance(each, Standard | BestOf | BestOfUpTo | WorstOf) for each in sides)
+        return min(128, max(1 if polynomials else 16, *(each.draws for each in sides)))
 
     def _win_rates(self, ends: Array, density: Array, atoms: npt.NDArray[np.bool_]) -> Array:
         """Integrate the policies' output density against the CDF of the base's output (Thm 4)."""

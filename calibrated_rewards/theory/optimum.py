@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from math import asinh, exp, expm1, inf, isfinite, log, log1p, sinh
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,7 @@ from scipy.special import expit, logit
 from calibrated_rewards.theory.procedures import CalibratedProcedure, Procedure, Rank
 from calibrated_rewards.theory.quadrature import WINDOW, Array, Grid, Law, normalised, reference_law
 from calibrated_rewards.theory.scale import scaled, span
+from calibrated_rewards.theory.shared_results import share_results
 from calibrated_rewards.theory.tilted_policy import beta_for_kl, kl_of, win_rate, win_rate_of
 from calibrated_rewards.theory.transforms import Exponential, Identity, Transform, Values
 
@@ -53,8 +55,7 @@ class Iteration:
 class Optimal:
     """The transform that maximises win rate - beta KL (Def. 5) for calibrated procedures; Phi(1) = 0.
 
-    It holds the question, not the answer: equality, repr and pickle are those of three small fields, and the curve is
-    solved for (in some 50 ms) when it is first needed.
+    It holds a question in three small fields; the curve is solved for when first needed, once for all equal objects.
 
     >>> from calibrated_rewards.theory.procedures import Standard
     >>> Optimal(Standard(), beta=0.1)([0.0, 0.5, 1.0]).round(6)  # Corollary 1: the identity
@@ -119,6 +120,7 @@ class Optimal:
         return Iteration(grid.u, self.beta * curve, np.array(changes))
 
     @cached_property
+    @share_results
     def _solved(self) -> tuple[Grid, Array]:
         """Phi/beta on a grid that resolves it: the best of the stationary points that could be solved for."""
         solutions = []
@@ -193,12 +195,9 @@ class Optimal:
         """
         from scipy.integrate import odeint
 
-        path = np.concatenate([[TOP], s])
         first = [start, exp(start) * float(expit(-TOP))]
-        shot = odeint(
-            self._slope_at, first, path, rtol=tolerance, atol=tolerance / 1000, mxstep=20000, hmax=LARGEST_STEP
-        )
-        return np.asarray(shot[1:])
+        limits: Any = {"rtol": tolerance, "atol": tolerance / 1000, "mxstep": 20000, "hmax": LARGEST_STEP}
+        return np.asarray(odeint(self._slope_at, first, np.concatenate([[TOP], s]), **limits)[1:])
 
     def _miss(self, start: float, tolerance: float = 1e-9) -> float:
         """Return F(0) when log f(1) = start."""
@@ -306,6 +305,7 @@ def optimal_transform(
     return Optimal(procedure, _beta_of_optimum(procedure, base, float(kl or 0)), base)
 
 
+@share_results
 def _beta_of_optimum(procedure: CalibratedProcedure, base: CalibratedProcedure | None, kl: float) -> float:
     """Find the beta for a KL by secant steps on log KL against log beta, kept within betas that bracket it."""
     if not (isfinite(kl) and kl > 0):

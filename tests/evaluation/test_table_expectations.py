@@ -10,6 +10,7 @@ from scipy import stats
 
 from calibrated_rewards import CalibratedReward
 from calibrated_rewards.evaluation.expectations import TableRewards, check_resolved, expect, expect_of
+from calibrated_rewards.evaluation.table_laws import draw_gaps
 from calibrated_rewards.reward.calibrators import EmpiricalCDF, ZScore
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.testing.suites import HashScorer
@@ -198,6 +199,20 @@ def test_a_value_that_is_common_in_the_table() -> None:
     assert (count == 1).sum() > 50
     assert highest[count > 0] == pytest.approx(1 - count[count > 0] / 16)
     assert highest[count == 0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("cap", [0.4, 9.0])
+def test_rows_drawn_three_times_are_three_draws(cap: float) -> None:
+    """With and without a common value: the very numbers of drawing them one time after the other."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(30, 12)) + rng.normal(size=(30, 1))  # prompts differ in how often they have the cap
+    rows = np.sort(np.minimum(scores, cap), axis=1).astype(np.float32)
+    rewards = TableRewards(table_of(rows))
+    vector, parts = values(Identity(), 12, "empirical"), (rewards.common_shares, rewards.top_gaps)
+    one, other = np.random.default_rng(1), np.random.default_rng(1)
+    single = [draw_gaps(rows, vector, one, *parts) for _ in range(3)]
+    for found, expected in zip(draw_gaps(rows, vector, other, *parts, 3), zip(*single, strict=True), strict=True):
+        np.testing.assert_array_equal(found, np.concatenate(expected))
 
 
 @pytest.mark.parametrize(

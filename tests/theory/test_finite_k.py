@@ -18,7 +18,8 @@ from strategies import procedures, transforms
 
 from calibrated_rewards.theory.bands import band
 from calibrated_rewards.theory.finite_k import bias, log_partition, randomised, references_needed, rmse, values
-from calibrated_rewards.theory.fixed_references import win_rate_at_k, win_rate_at_kl
+from calibrated_rewards.theory.fixed_references import StepPolicies, win_rate_at_k, win_rate_at_kl
+from calibrated_rewards.theory.mixtures import BestOfUpTo
 from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, SoftBestOf, Standard, WorstOf
 from calibrated_rewards.theory.tilted_policy import win_rate
 from calibrated_rewards.theory.transforms import (
@@ -582,6 +583,19 @@ def test_win_rate_at_kl_agrees_with_win_rate_at_k(transform):
     found = win_rate_at_kl(transform, 0.3, WorstOf(2), 10, "posterior", draws=50, seed=4)
     again = win_rate_at_k(transform, found.beta, WorstOf(2), 10, "posterior", draws=50, seed=4)
     assert (again.win_rate, again.kl) == pytest.approx((found.win_rate, found.kl), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("procedure", "base"),
+    [(BestOf(4), BestOf(4)), (WorstOf(7), Standard()), (BestOfUpTo(5), WorstOf(3)), (Standard(), Standard())],
+)
+def test_as_many_nodes_as_draws_are_exact(procedure, base, monkeypatch):
+    """Win rates of polynomials change by rounding alone where each panel has 64 nodes."""
+    few = win_rate_at_k(Exponential(5.0), 0.3, procedure, 12, base=base, draws=40)
+    monkeypatch.setattr(StepPolicies, "order", 64)
+    assert few.win_rate == pytest.approx(
+        win_rate_at_k(Exponential(5.0), 0.3, procedure, 12, base=base, draws=40).win_rate, abs=1e-13
+    )
 
 
 def test_the_most_kl_that_references_give():

@@ -203,6 +203,18 @@ def test_it_pickles_as_its_question():
     assert eval(repr(solved)) == solved
 
 
+def test_equal_questions_are_solved_once():
+    """At a KL, and for an equal object that was pickled or made anew; a g without a hash is solved each time."""
+    first = optimal_transform(BestOf(3), kl=0.4)
+    assert optimal_transform(BestOf(3), kl=0.4)._solved is first._solved
+    assert pickle.loads(pickle.dumps(first))._solved is first._solved
+    assert optimal_transform(BestOf(3), kl=0.41).beta != first.beta
+    odd = Calibrated(np.poly1d([4.0, 0.0, 0.0, 0.0]))
+    best = optimal_transform(BestOf(4), kl=0.5)
+    assert optimal_transform(odd, kl=0.5).beta == pytest.approx(best.beta, rel=1e-9)
+    assert Optimal(odd, best.beta)(0.3) == pytest.approx(best(0.3), abs=1e-9)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

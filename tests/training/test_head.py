@@ -1,18 +1,15 @@
 """The command `train head`: from files to a head, in one go or two, and what it refuses."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import architectures
-import numpy as np
 import pytest
 import tiny
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from training_files import head_command as words, write_head_files
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -25,28 +22,11 @@ from calibrated_rewards.training.callbacks import HeadLog
 from calibrated_rewards.training.head import HeadTraining, read_pairs, split_pairs
 from calibrated_rewards.training.run_folder import RunFolder
 
-TEMPLATES = {"even": {"prompt": "Even? {question}", "answers": ["even", "odd"], "chat": True}}
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy, pairs of two tasks, and templates."""
-    root = Path(tmp_path_factory.mktemp("head"))
-    tiny.saved(tiny.causal(), root / "policy", tiny.tokenizer())
-    words = sorted(set(tiny.texts(40, seed=1, longest=10)))
-    rows = [{"prompt": word, "chosen": f"{word}!", "rejected": f"{word}?"} for word in words]
-    (root / "marks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    labels = [{"question": word, "label": len(word) % 2} for word in words]
-    (root / "even.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
-    (root / "templates.json").write_text(json.dumps(TEMPLATES))
-    return root
-
-
-def words(files: Path, out: Path, *options: str) -> list[str]:
-    """The command line of a short run."""
-    pairs = [f"marks={files / 'marks.jsonl'}", f"even={files / 'even.jsonl'}"]
-    usual = ["--templates", str(files / "templates.json"), "--pairs-a-step", "8", "--held-out", "0.25", "--steps", "6"]
-    return ["train", "head", "--policy", str(files / "policy"), "--pairs", *pairs, "--out", str(out), *usual, *options]
+    return write_head_files(Path(tmp_path_factory.mktemp("head")))
 
 
 def test_from_files_to_a_head(files: Path, tmp_path: Path, capsys: Any) -> None:
@@ -112,26 +92,6 @@ def test_interrupted_and_started_again(backbone: str, files: Path, tmp_path: Pat
     logs = [(tmp_path / run / "log.jsonl").read_text() for run in ("whole", "two")]
     assert logs[0] == logs[1]
     assert not (tmp_path / "two" / "checkpoints").exists()
-
-
-def test_two_processes_train_as_one(files: Path, tmp_path: Path) -> None:
-    """Started by torchrun in two processes, a run has the log and the weights of one process, but for rounding."""
-    options = ["--backbone", "lora", "--rows", "4", "--lr", "1e-3"]
-    assert main(words(files, tmp_path / "one", *options)) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "calibrated_rewards"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    command = [*launch, *words(files, tmp_path / "two", *options)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [
-        [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("one", "two")
-    ]
-    assert len(rows[0]) == len(rows[1])
-    for one, two in zip(*rows, strict=True):
-        assert two == pytest.approx(one, abs=1e-5)
-    weights = [load_file(tmp_path / run / "model" / "adapter_model.safetensors") for run in ("one", "two")]
-    for name, weight in weights[0].items():
-        np.testing.assert_allclose(weight, weights[1][name], atol=1e-5)
 
 
 def test_the_split_is_by_prompt() -> None:

@@ -15,17 +15,15 @@ import tiny
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from training_files import BETA, PROMPTS, SMALL, TEMPERATURE, TOKENS, offline_command as words, write_offline_files
 from transformers import AutoModelForCausalLM
 
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
-from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.models.adapters import ignore_peft_warning
 from calibrated_rewards.models.text import Text
-from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.policy import Policy
 from calibrated_rewards.samplers.protocol import Decoding
-from calibrated_rewards.testing.suites import HashScorer
 from calibrated_rewards.theory.finite_k import log_partition
 from calibrated_rewards.training.offline import trained_weights
 from calibrated_rewards.training.offline.group_batches import Group
@@ -35,35 +33,14 @@ from calibrated_rewards.training.offline.train import OfflineSettings, choose_co
 from calibrated_rewards.training.offline.trained_weights import TrainedWeights, find_factor, named_trainable
 from calibrated_rewards.training.run_folder import RunFolder
 
-PROMPTS = ["a", "bc", "d", "efg", "cc", "ab", "fe", "gg", "ddd", "eb", "fd", "ca"]
-TEMPERATURE, TOKENS, BETA = 0.8, 5, 0.3
 # Tokens of a completion in the exact world.
 LENGTH = 1
-# A run of 16 steps, of two prompts each: 8 prompts, of which each comes four times, and 4 that are held out.
-SMALL = (
-    "--layers 0 --epochs 4 --prompts-a-step 2 --completions 6 --held-out 0.3 --check-steps 3 --save-steps 2 --lr 0.1"
-)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy with a token a letter, its calibration, and the reward, without a model."""
-    root = tmp_path_factory.mktemp("offline")
-    model = tiny.causal(vocab_size=1 + enumerable.LETTERS, eos_token_id=0, pad_token_id=0, bos_token_id=None)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    tiny.saved(model, root / "policy", enumerable.tokenizer())
-    decoding = Decoding(TOKENS, TEMPERATURE)
-    sampler = HfSampler(model, enumerable.tokenizer(), decoding, show_progress=False)
-    table = calibrate(PROMPTS, sampler, HashScorer(), k=8, out=root / "table", show_progress=False)
-    CalibratedReward(HashScorer(), table, beta=BETA).save_pretrained(root / "reward")
-    return Path(root)
-
-
-def words(files: Path, out: Path, *more: str) -> list[str]:
-    """The command of a small run."""
-    named = {"policy": files / "policy", "reward": files / "reward", "rollouts": files / "table", "out": out}
-    return ["train", "offline", *(word for name, path in named.items() for word in (f"--{name}", str(path))), *more]
+    return write_offline_files(Path(tmp_path_factory.mktemp("offline")))
 
 
 def small(files: Path, out: Path, *more: str) -> list[str]:
@@ -211,23 +188,6 @@ def test_another_run_in_the_folder_is_refused(files: Path, whole: Path, capsys: 
     assert "has a run with other settings" in capsys.readouterr().err
     assert main(small(files, whole)) == 0
     assert "nothing to do" in capsys.readouterr().err
-
-
-def test_two_processes_train_as_one(files: Path, whole: Path) -> None:
-    """By `accelerate launch`: the log and the weights are those of one process, but for rounding."""
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*launch.split(), "--main_process_port", "0", "-m", "calibrated_rewards", *small(files, files / "two")]
-
-    done = subprocess.run([sys.executable, *command], env=env, check=False, timeout=300, capture_output=True, text=True)
-
-    assert done.returncode == 0, done.stderr[-3000:]
-    for ours, theirs in zip(logged(files / "two"), logged(whole), strict=True):
-        for name, value in ours.items():
-            assert value == pytest.approx(theirs[name], rel=2e-3, abs=2e-4), name
-    one, two = (AutoModelForCausalLM.from_pretrained(files / name / "model") for name in ("whole", "two"))
-    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(

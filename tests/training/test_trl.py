@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -364,36 +362,6 @@ def test_end_tokens_of_the_table_end_completions(policy: Path, tmp_path: Path) -
     train_rloo(policy, seen, ASKED, ends, settings, tmp_path, show_progress=False)
     assert all(token < 4 for own in seen.ids[0] for token in own[:-1])
     assert min(len(own) for own in seen.ids[0]) < 5
-
-
-def test_two_processes_train_as_one(policy: Path, tmp_path: Path) -> None:
-    """By `accelerate launch`: gradients are those of one process on all, both loops write one log and one model."""
-    script = Path(__file__).parents[1] / "two_processes.py"
-    words = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *words, "--main_process_port", "0", str(script), str(policy), str(tmp_path)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("the same gradient") == 2
-    for name in ("grpo", "ppo", "train_rloo"):
-        assert [row["step"] for row in logged(tmp_path / name)] == [0, 1]
-    assert (tmp_path / "train_rloo/model/adapter_model.safetensors").exists()
 
 
 def test_functions_as_trl_calls_them_are_timed() -> None:
