@@ -143,7 +143,7 @@ class Experiment:
             name: load_scorer(at, kind="sequence-classifier", show_progress=False) for name, at in models.items()
         }
         prompts = make_prompts(self.cache, HELD_OUT.stop)[HELD_OUT]
-        reference = load_sampler(fetch_language_model(self.cache), decoding, dtype="float32")
+        reference = load_sampler(fetch_language_model(self.cache), decoding, dtype="float32", prompts_at_once=8)
         policies = Trained({run.name: self.out / run.name / "model" for run in RUNS}, decoding)
         at = self.out / "evaluation"
         return evaluate(policies, reference, prompts, scorers, at, m=M, select="reward", procedures=PROCEDURES)
@@ -157,7 +157,7 @@ class Trained(Mapping[str, Any]):
     decoding: Decoding
 
     def __getitem__(self, name: str) -> Any:
-        return load_sampler(self.folders[name], self.decoding, dtype="float32")
+        return load_sampler(self.folders[name], self.decoding, dtype="float32", prompts_at_once=8)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.folders)

@@ -54,7 +54,8 @@ class OutputLayer:
 
     def score_part(self, hidden: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
         """Compute the log-probability of each target behind its source."""
-        return self.compute_logits(hidden).log_softmax(-1)[sources, targets]
+        logprobs: Tensor = self.compute_logits(hidden).log_softmax(-1)
+        return logprobs[sources, targets]
 
     def compute_slopes(self, hidden: Tensor, sources: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Compute the gradient by the hidden states of a weighted sum of single logits."""
@@ -125,7 +126,7 @@ class FrozenHead(torch.autograd.Function):
         # Of a state without targets, any will do.
         first = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
         first[sources.flip(0)] = torch.arange(len(sources), device=hidden.device).flip(0)
-        for (some, at, places), own in zip(split_states(hidden, sources, most), first.split(most), strict=True):
+        for (some, at, places), own in zip(split_states(hidden, sources, most), torch.split(first, most), strict=True):
             leaf = some.detach().requires_grad_(needed)
             with torch.set_grad_enabled(needed):
                 logits = output.compute_logits(leaf)
