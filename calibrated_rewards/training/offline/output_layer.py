@@ -46,7 +46,7 @@ class OutputLayer:
             return score(hidden, sources, targets, self, max(1, some // 8))  # type: ignore[no-any-return]
         if len(hidden) <= some:
             return self.score_part(hidden, sources, targets)
-        values, order = [], []
+        values, order = list[Tensor](), list[Tensor]()
         for part, at, places in split_states(hidden, sources, some):
             values.append(checkpoint(self.score_part, part, places, targets[at], use_reentrant=False))
             order.append(at)
