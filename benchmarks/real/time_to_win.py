@@ -146,7 +146,8 @@ class Experiment:
         reference = load_sampler(fetch_language_model(self.cache), decoding, dtype="float32", prompts_at_once=8)
         policies = Trained({run.name: self.out / run.name / "model" for run in RUNS}, decoding)
         at = self.out / "evaluation"
-        return evaluate(policies, reference, prompts, scorers, at, m=M, select="reward", procedures=PROCEDURES)
+        options: dict[str, Any] = {"select": "reward", "procedures": PROCEDURES, "divergence": {}}  # no KL: win rates
+        return evaluate(policies, reference, prompts, scorers, at, m=M, **options)
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,6 @@ def collect(evaluation: Evaluation, costs: Mapping[str, Mapping[str, float]]) ->
                 "steps": run.steps,
                 "processor_seconds": sum(costs[part]["processor_seconds"] for part in parts),
                 "seconds": sum(costs[part]["seconds"] for part in parts),
-                "kl": None if result.kl is None else result.kl.value,
                 "best_of_4": rate.value,
                 "interval": [rate.low, rate.high],
                 "one_draw": result.win_rates["judge"]["Standard()"].value,
