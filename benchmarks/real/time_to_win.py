@@ -11,8 +11,7 @@ rate falls to the end. All are commands of the library:
 - `rloo`: TRL's RLOOTrainer as it is, with the calibrated reward, and LoRA on the last ten layers;
 - `offline`: `train offline --kl 0.25`, the last ten layers, from the rollouts of the calibration alone: a short run
   goes a short way, and a factor on the weights' difference brings it to that KL on 24 prompts that it holds out;
-- `offline, online`: `train grpo --plain --start` from the shortest offline run, with the adapters, rate and completions
-  of `rloo`.
+- `offline, online`: `train grpo --plain --start` from an offline run, with adapters, rate and completions of `rloo`.
 
 Each model then writes 16 completions for each of 200 prompts that nothing was trained or chosen on. Seconds are of the
 processor, by the child processes, loading included; how many a win rate costs is read from the line between the points
@@ -53,6 +52,7 @@ WINS = "BestOf(n=4)"
 LORA = ("--lora-rank", "16", "--lora-layers", "10", "--lr", "1e-3", "--dtype", "float32")
 ONLINE = (*LORA, "--prompts-a-step", "32", "--completions", "8", "--rows", "64")
 TRL = ("--save-steps", "1000")
+ONWARDS = ("train", "grpo", "--plain", *ONLINE)
 OFFLINE = ("--dtype", "float32", "--cache-states", "--kl", "0.25", "--held-out", "0.0625", "--save-steps", "1000")
 TARGETS = 0.60, 0.62, 0.64, 0.66, 0.68, 0.70
 
@@ -69,12 +69,14 @@ class Run:
     @property
     def name(self) -> str:
         """The name of its folder."""
-        return f"{self.arm.replace(', ', '_')}_{self.steps}"
+        return f"{self.start}_online_{self.steps}" if self.start else f"{self.arm}_{self.steps}"
 
 
 RUNS = (
     *(Run("offline", steps, ("train", "offline", *OFFLINE)) for steps in (8, 16, 32)),
-    *(Run("offline, online", steps, ("train", "grpo", "--plain", *ONLINE), "offline_8") for steps in (2, 4)),
+    Run("offline, online", 2, ONWARDS, "offline_8"),
+    Run("offline, online", 4, ONWARDS, "offline_8"),
+    Run("offline, online", 2, ONWARDS, "offline_16"),
     *(Run("rloo", steps, ("train", "rloo", *ONLINE, *TRL)) for steps in (8, 16)),
 )
 
@@ -179,6 +181,7 @@ def collect(evaluation: Evaluation, costs: Mapping[str, Mapping[str, float]]) ->
             {
                 "arm": run.arm,
                 "steps": run.steps,
+                "start": run.start,
                 "processor_seconds": sum(costs[part]["processor_seconds"] for part in parts),
                 "seconds": sum(costs[part]["seconds"] for part in parts),
                 "best_of_4": rate.value,
