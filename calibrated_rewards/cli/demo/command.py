@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     """Run all steps, each of which goes on where an earlier run stopped."""
     # Read when torch is first imported: threads that wait busily are many times slower where a core is shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from calibrated_rewards.cli.demo import pipeline
+    from calibrated_rewards.cli.demo import pipeline, reward_models
     from calibrated_rewards.evaluation.report import report
 
     silence_loading()
@@ -60,17 +60,17 @@ def run(options: argparse.Namespace) -> int:
     scale = pipeline.QUICK if options.quick else pipeline.FULL
     arms = pipeline.ARMS | (pipeline.IDENTITY_ARM if options.identity else {})
     diary = Diary.open(out, scale, options.seed, steps=6)
+    processes = options.processes or (1 if options.quick or pipeline.has_gpu() else min(2, count_cores()))
+    side_by_side = partial(run_side_by_side, folder=out / "logs", processes=processes)
     with diary.step(1, "reference policy, reward model, judge"):
-        parts = (
-            pipeline.make_tiny_parts(out / "miniature", scale)
-            if options.quick
-            else pipeline.make_real_parts(options.cache, scale)
-        )
+        if options.quick:
+            parts = pipeline.make_tiny_parts(out / "miniature", scale)
+        else:
+            side_by_side(reward_models.list_missing(options.cache, scale.texts))
+            parts = pipeline.make_real_parts(options.cache, scale)
         demo = pipeline.Demo(parts, scale, out, options.seed)
-        processes = options.processes or (1 if options.quick or demo.has_gpu else min(2, count_cores()))
         print_line(f"{parts.description} The language model computes in {demo.dtype}.")
-    # The steps of another object: no model that is loaded here goes along to other processes.
-    fresh, side_by_side = replace(demo), partial(run_side_by_side, folder=out / "logs", processes=processes)
+    fresh = replace(demo)  # without the models that are loaded here, which would go along to other processes
     drawn = f"{scale.k} rollouts of the reference policy for each of {scale.prompts} prompts"
     with diary.step(2, f"calibration: {drawn}, and {scale.held_out_k} for each of {scale.held_out} held-out ones"):
         side_by_side({"calibration": fresh.calibrate, "held out": fresh.draw_held_out})

@@ -128,6 +128,13 @@ def make_tiny_parts(folder: Path, scale: Scale) -> Parts:
     )
 
 
+def has_gpu() -> bool:
+    """Tell if there is a GPU to compute on."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 @dataclass(frozen=True)
 class Demo:
     """The steps of a demo, each of which goes on where an earlier run stopped."""
@@ -143,14 +150,7 @@ class Demo:
         import torch
 
         multiplies_tiles: Any = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        return "bfloat16" if self.has_gpu or multiplies_tiles() else "float32"
-
-    @property
-    def has_gpu(self) -> bool:
-        """Tell if there is a GPU to compute on."""
-        import torch
-
-        return torch.cuda.is_available()
+        return "bfloat16" if has_gpu() or multiplies_tiles() else "float32"
 
     @cached_property
     def scorers(self) -> dict[str, Any]:

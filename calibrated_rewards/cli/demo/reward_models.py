@@ -9,8 +9,9 @@ made of their first words.
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,8 +70,24 @@ def train_judge(cache: Path, texts: int | None = None) -> Path:
     return _train_half(cache, "judge", texts)
 
 
+def list_missing(cache: Path, texts: int) -> dict[str, Callable[[], Path]]:
+    """List what trains the models that are missing, by their names; the downloads are made first."""
+    fetch_encoder(cache)
+    fetch_ratings(cache)
+    makers = {"reward-model": train_reward_model, "judge": train_judge}
+    return {
+        name: partial(make, cache, texts)
+        for name, make in makers.items()
+        if not (cache.expanduser() / _name_folder(name, texts)).exists()
+    }
+
+
+def _name_folder(name: str, count: int | None) -> str:
+    return name if count is None else f"{name}-{count}"
+
+
 def _train_half(cache: Path, name: str, count: int | None) -> Path:
-    folder_name = name if count is None else f"{name}-{count}"
+    folder_name = _name_folder(name, count)
     checkpoint = cache.expanduser() / f"{folder_name}.so-far"
 
     def make(folder: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 # Seconds from one look at the processes to the next, and until one that was asked to stop is killed.
-LOOK, PATIENCE = 0.2, 20.0
+LOOK, PATIENCE = 0.5, 20.0
 # The ending of the file with an error's traceback, beside the log.
 ERROR = ".error"
 
