@@ -214,7 +214,11 @@ def test_world_4_averages_the_paired_gains_of_its_seeds(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     references = Samples(rng.normal(size=(12, 32)), rng.normal(size=(12, 32)))
     names = ("worst-of:4", "raw")
-    bench: Any = SimpleNamespace(references=references, folder=tmp_path, world=held_out_prompts.World(kl=0.2))
+    bench: Any = SimpleNamespace(
+        references=references,
+        world=held_out_prompts.World(kl=0.2),
+        log_ratios=lambda arm, seed: tmp_path / f"{arm}-{seed}.npy",
+    )
     fresh = {"rates": {"judge": {"worst of 4": rng.uniform(size=12).tolist()}}}
     beside = {"factor": 1.0, "kl_dev": 0.2, "correlation": 0.5, "training_seconds": 1, "seconds": 1, "fresh": fresh}
     rows = [{"arm": name, "seed": seed, **beside} for name in names for seed in (0, 1)]
