@@ -68,7 +68,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """Name the run's folder by its arm, its steps and the run that it goes on from."""
         return f"{self.start}_online_{self.steps}" if self.start else f"{self.arm}_{self.steps}"
 
 

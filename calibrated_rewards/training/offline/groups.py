@@ -200,7 +200,7 @@ class RecordedStates:
 
     @classmethod
     def load(cls, path: Path) -> "RecordedStates":
-        """Read what was saved."""
+        """Read the log-probabilities and states of a file that `save` wrote."""
         with safe_open(path, "pt") as file:
             by_tokens = {}
             for key in {name.partition(" ")[0] for name in file.keys()}:  # noqa: SIM118
