@@ -16,8 +16,11 @@ from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, Aut
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.models.adapters import ignore_peft_warning
 from calibrated_rewards.models.checkpoints import Checkpoint, find_checkpoint
-from calibrated_rewards.models.parts import vocabulary
+from calibrated_rewards.models.parts import device_of, dtype_of, multiplies_bfloat16, vocabulary
 
+logger = logging.getLogger(__name__)
+# Weights of a model that is slow in no precision.
+SMALL = 10_000_000
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 
 
@@ -149,7 +152,16 @@ def load_complete(auto: Any, base: Checkpoint, stored: Collection[str] = (), **o
             f"{base.name} has no weights for {names}: they were initialised at random, and so would be the scores. "
             f"It is no {type(model).__name__}, or its head was not saved"
         )
+    warn_of_slow_dtype(model, base.name)
     return model
+
+
+def warn_of_slow_dtype(model: nn.Module, name: str) -> None:
+    """Log it if a model of some size is of 16 bits on a processor that has no instructions for them."""
+    dtype, size = dtype_of(model), sum(weight.numel() for weight in model.parameters())
+    if dtype in (torch.bfloat16, torch.float16) and size > SMALL and not multiplies_bfloat16(device_of(model)):
+        message = "%s is in %s, which this processor computes tens of times slower than float32: load it as float32"
+        logger.warning(message, name, str(dtype).removeprefix("torch."))
 
 
 def find_body_config(base: Checkpoint) -> Any:

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
 
+from calibrated_rewards.models import loading
 from calibrated_rewards.models.checkpoints import find_checkpoint
-from calibrated_rewards.models.loading import Placement, add_adapter, default_device
+from calibrated_rewards.models.loading import Placement, add_adapter, default_device, find_source
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers.loading import load_sampler
 from calibrated_rewards.samplers.protocol import Decoding
@@ -125,3 +127,19 @@ def test_a_chat_template_runs_in_a_sandbox() -> None:
     ):
         with pytest.raises(ValueError, match="unsafe"):
             text.render(tokenizer, [{"role": "user", "content": "Hi"}], "Hello")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_it", "is_told"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)]
+)
+def test_a_slow_precision_is_told(
+    dtype: str, has_it: bool, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """A model of 16 bits on a processor without instructions for them is said to be slow, if it is not tiny."""
+    source = find_source(tiny.saved(tiny.causal(), tmp_path, tiny.tokenizer()), None, None, Placement(dtype))
+    monkeypatch.setattr(loading, "multiplies_bfloat16", lambda _: has_it)
+    source.model(AutoModelForCausalLM)
+    assert not caplog.messages
+    monkeypatch.setattr(loading, "SMALL", 0)
+    source.model(AutoModelForCausalLM)
+    assert ["slower than float32" in message for message in caplog.messages] == [True] * is_told

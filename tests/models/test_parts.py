@@ -1,7 +1,9 @@
 """The parts of models of every architecture, the modes in which they are read, and the errors of their forwards."""
 
 import gc
+import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from calibrated_rewards.models.parts import (
     heads_of,
     in_float32,
     lock_of,
+    multiplies_bfloat16,
     pad_right,
     reading_errors,
     rope_turn,
@@ -89,6 +92,16 @@ def test_precisions() -> None:
     part = nn.Sequential(nn.Linear(2, 2).half())
     part.codes = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
     assert dtype_of(part) == torch.float16
+
+
+def test_bfloat16_on_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is as the kernel lists the processor's instructions; what is no CPU has bfloat16."""
+    listed = Path("/proc/cpuinfo")
+    flags = set(re.findall(r"avx512_bf16|amx_tile|bf16", listed.read_text())) if listed.exists() else set()
+    assert multiplies_bfloat16(torch.device("cpu")) == bool(flags)
+    assert multiplies_bfloat16(torch.device("cuda"))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert multiplies_bfloat16(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", [*DECODERS, *HYBRIDS, *ENCODERS, *SEQUENCE_TO_SEQUENCE])

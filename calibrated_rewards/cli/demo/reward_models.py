@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_
 
 from calibrated_rewards.cli.demo.assets import MOVIES, Rated, fetch_encoder, fetch_ratings, make_folder
 from calibrated_rewards.files import replace_file
-from calibrated_rewards.models.parts import pad_right
+from calibrated_rewards.models.parts import multiplies_bfloat16, pad_right
 from calibrated_rewards.models.text import Text
 
 HELD_OUT = 1_500
@@ -130,8 +130,9 @@ class Learner:
         return int(state["done"])
 
     def step(self, rows: Tensor, mask: Tensor, targets: Tensor) -> None:
-        """Train on a batch by least squares, in bfloat16 but for the weights."""
-        with torch.autocast(self.model.device.type, torch.bfloat16):
+        """Train on a batch by least squares, in bfloat16 but for the weights where the processor has it."""
+        device = self.model.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
             scores = self.model(input_ids=rows, attention_mask=mask).logits[:, 0]
         torch.autograd.backward(nn.functional.mse_loss(scores.float(), targets))
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
