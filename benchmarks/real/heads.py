@@ -1,16 +1,18 @@
 """A preference head on SmolLM2 against a reward model of its own: accuracy on people's ratings, best of 8, resolution.
 
-    python benchmarks/real/heads.py --out runs/heads            # goes on where it stopped; about an hour of one core
+    python benchmarks/real/heads.py --out runs/heads            # goes on where it stopped;    hours of one core
     python benchmarks/real/heads.py --out runs/heads --seeds 1
 
 Pairs are made of texts of one source (movie reviews, products, editorials, tweets) whose mean human ratings differ by
 .5 or more: those to learn from are of the reward model's half of the texts, those to measure on are 750 pairs of movie
 reviews that nothing learned from. A head is trained by `train head` on the frozen model, under LoRA, and with all
 weights; the rivals are all-MiniLM-L6-v2 with one label, trained on the same pairs by the same loss, and the model's
-own log-probability of the text. Best of 8: each chooses among rollouts of the reference behind film-review prompts, and
-the demo's judge, which learned from other texts, says how often the choice beats a single draw. Resolution: the share
-of pairs of rollouts that tie, and best of 8, of float32 scores, of the same scores in bfloat16, and of the quantile
-among 32 references. Writes benchmarks/results/heads.json.
+own log-probability of the text. One more head learns from pairs of rollouts, ordered by the demo's reward model: texts
+like those that it will choose among. Best of 8: each chooses among 48 rollouts of 4 tokens behind film-review prompts,
+and the demo's judge, which learned from other texts, says how often the choice beats a single draw. Resolution: the
+share of pairs of rollouts that tie, and best of 8, of float32 scores, of the same scores in bfloat16, and of the
+quantile among 32 references. Serving: memory, and the time of eight completions with their scores, of one model with
+its head and of two models. Writes benchmarks/results/heads.json.
 """
 
 from __future__ import annotations
@@ -20,57 +22,102 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from head_measures import N, Scores, compare_choices, describe_resolution, find_right, summarise_accuracy
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "proof"))
 from environment import save
-from held_out_prompts import Bench, World, make_parts
+from sampling import in_rounds
 
+from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.calibration.run_directory import RunDirectory
-from calibrated_rewards.cli.demo.assets import CACHE, Rated, fetch_encoder, fetch_language_model
+from calibrated_rewards.cli.demo.assets import CACHE, Rated, fetch_encoder
+from calibrated_rewards.cli.demo.pipeline import FULL, Demo, Parts, make_real_parts
 from calibrated_rewards.cli.demo.reward_models import split_ratings
-from calibrated_rewards.evaluation.estimates import Estimate, difference
+from calibrated_rewards.evaluation.references import read_scores
+from calibrated_rewards.heads import HeadedModel, PreferenceHead
 from calibrated_rewards.models.parts import pad_right
 from calibrated_rewards.models.text import Text
+from calibrated_rewards.samplers.hf import HfSampler
+from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.loading import load_scorer
+from calibrated_rewards.scorers.preference_head import PreferenceHeadScorer
 from calibrated_rewards.scorers.protocol import score
-from calibrated_rewards.theory.procedures import BestOf
 from calibrated_rewards.training.head import HeadLaunch, HeadTraining, run
 from calibrated_rewards.training.offline.group_batches import Group
 from calibrated_rewards.training.offline.log_probabilities import GroupReader
 
 LEAST, CHECKED = 0.5, 750
 SMALL, LARGE = 400, 1200
-N = 8
-# References of the calibration; best of N chooses among the other rollouts.
-K = 32
 Pairs = list[tuple[str, str, str]]
-Scores = npt.NDArray[np.float64]
-# Prompts of the best of N.
-PROMPTS = 80
+# Prompts of the best of N, and prompts whose rollouts a head learns from.
+PROMPTS, LEARNED = 80, 128
 # The head whose best of 8 is compared with that of the others.
-SERVED = "frozen, contrastive"
+SERVED = "frozen, rollouts"
 # A name, the number of pairs, and the settings of `train head`.
 HEADS: dict[str, tuple[int, dict[str, Any]]] = {
-    "frozen, separable": (LARGE, {"backbone": "frozen"}),
     "frozen, contrastive": (LARGE, {"backbone": "frozen", "loss": "contrastive"}),
+    "frozen, separable": (LARGE, {"backbone": "frozen"}),
+    SERVED: (LARGE, {"backbone": "frozen", "loss": "contrastive"}),
     "lora, separable": (SMALL, {"backbone": "lora", "epochs": 1, "pairs_a_step": 16, "lr": 5e-4}),
     "full, separable": (SMALL, {"backbone": "full", "epochs": 1, "pairs_a_step": 16, "lr": 3e-5}),
 }
+# Heads of which the accuracy is not the question.
+ONE_SEED = ("frozen, separable", SERVED)
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Rollouts of some prompts, with their scores by the demo's reward model and by its judge."""
+
+    prompts: list[str]
+    texts: list[list[str]]
+    reward: Scores
+    judge: Scores
+
+    @classmethod
+    def draw(cls, demo: Demo, prompts: list[str], k: int, folder: Path) -> Pool:
+        """Draw k rollouts of the reference for each prompt, or read them if they are there."""
+        calibrate(prompts, demo.sampler, demo.scorers, folder, k=k, prompts_per_shard=16)
+        scores = read_scores(folder, "reward", "judge")
+        reward, judge = (
+            np.stack([np.asarray(row, np.float64) for row in own]) for own in (scores.select, scores.judge)
+        )
+        return cls(prompts, read_texts(folder, prompts), reward, judge)
+
+    @property
+    def flat(self) -> tuple[list[str], list[str]]:
+        """Each rollout's prompt, and its text."""
+        return [prompt for prompt, own in zip(self.prompts, self.texts, strict=True) for _ in own], [
+            *chain(*self.texts)
+        ]
+
+    def make_pairs(self, count: int, seed: int) -> Pairs:
+        """Make pairs of rollouts of one prompt, the one with the higher reward first."""
+        rng = np.random.default_rng([seed, 2])
+        pairs: Pairs = []
+        while len(pairs) < count:
+            for prompt, texts, reward in zip(self.prompts, self.texts, self.reward, strict=True):
+                i, j = rng.choice(len(texts), 2, replace=False)
+                first, second = (i, j) if reward[i] > reward[j] else (j, i)
+                if reward[i] != reward[j]:
+                    pairs.append((prompt, texts[first], texts[second]))
+        return pairs[:count]
 
 
 def make_pairs(texts: Sequence[Rated], count: int, seed: int) -> Pairs:
     """Make pairs of texts of one source, the better rated first; each text comes about as often as any other."""
-    rng, pairs = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    pairs: Pairs = []
     by_source: dict[str, list[Rated]] = {}
     for each in texts:
         by_source.setdefault(each.opening, []).append(each)
@@ -92,14 +139,8 @@ def score_pairs(score_texts: Callable[[list[str], list[str]], Any], pairs: Pairs
     return np.asarray(score_texts(prompts, texts), np.float64).reshape(2, -1).T
 
 
-def measure_accuracy(scores: Scores) -> dict[str, float]:
-    """Compute the share of pairs in the right order, ties half, with its standard error."""
-    right = (scores[:, 0] > scores[:, 1]) + 0.5 * (scores[:, 0] == scores[:, 1])
-    return {"accuracy": float(right.mean()), "standard_error": float(right.std() / np.sqrt(len(right)))}
-
-
-def train_head(out: Path, policy: Path, pairs: Pairs, settings: Mapping[str, Any], seed: int) -> dict[str, float]:
-    """Train a head by the library's command; return the processor seconds and the trained weights."""
+def train_head(out: Path, policy: Path, pairs: Pairs, settings: Mapping[str, Any], seed: int) -> float:
+    """Train a head by the library's command, if it is not there; return the processor seconds."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "model").exists():
         rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in pairs]
@@ -110,7 +151,7 @@ def train_head(out: Path, policy: Path, pairs: Pairs, settings: Mapping[str, Any
             HeadTraining(**{"held_out": 0.0, "save_steps": 10_000, "seed": seed, **settings}),
         )
         (out / "seconds.json").write_text(json.dumps(time.process_time() - began))
-    return {"seconds": json.loads((out / "seconds.json").read_text())}
+    return float(json.loads((out / "seconds.json").read_text()))
 
 
 def train_encoder(base: Path, pairs: Pairs, out: Path, seed: int, epochs: int = 1, rate: float = 1e-4) -> None:
@@ -142,7 +183,7 @@ def train_encoder(base: Path, pairs: Pairs, out: Path, seed: int, epochs: int = 
     (out / "seconds.json").write_text(json.dumps(time.process_time() - began))
 
 
-def score_by_log_probability(model: Any, tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]) -> Scores:
+def mean_log_probability(model: Any, tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]) -> Scores:
     """Compute the mean log-probability of a token of each text behind its prompt."""
     groups = [
         Group(tokenizer(prompt)["input_ids"], [tokenizer(text)["input_ids"]])
@@ -152,122 +193,185 @@ def score_by_log_probability(model: Any, tokenizer: Any, prompts: Sequence[str],
     return np.array([value / len(group.completions[0]) for value, group in zip(values, groups, strict=True)])
 
 
-def win_rates(scores: Scores, judge: Scores, n: int = N) -> Scores:
-    """Compute for each prompt how often the best of n by the scores beats a single draw, by the judge; ties half."""
-    rates = []
-    for own, judged in zip(scores, judge, strict=True):
-        wins = (judged[:, None] > judged) + 0.5 * (judged[:, None] == judged)
-        beaten = (wins.sum(1) - 0.5) / (len(judged) - 1)
-        rates.append(float(BestOf(n).pool_weights(own) @ beaten))
-    return np.array(rates)
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """Models, texts and pools, and the folder in which everything is kept."""
+
+    cache: Path
+    out: Path
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The demo's models, and its prompts."""
+        return make_real_parts(self.cache, replace(FULL, prompts=LEARNED, held_out=PROMPTS))
+
+    @cached_property
+    def demo(self) -> Demo:
+        """The demo's loaders."""
+        return Demo(self.parts, FULL, self.out)
+
+    @cached_property
+    def learned(self) -> Pool:
+        """The rollouts that a head learns from."""
+        return Pool.draw(self.demo, self.parts.prompts, FULL.k, self.out / "learned")
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The rollouts to choose among."""
+        return Pool.draw(self.demo, self.parts.held_out, FULL.held_out_k, self.out / "pool")
+
+    @cached_property
+    def checked(self) -> Pairs:
+        """The pairs that accuracy is measured on."""
+        return make_pairs(split_ratings(self.cache).held_out, CHECKED, 7)
+
+    def train(self, name: str, seed: int) -> tuple[Path, dict[str, Any]]:
+        """Train a scorer, if it is not there; return its folder and what it cost."""
+        out = self.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+        texts = split_ratings(self.cache).reward_model
+        if name in HEADS:
+            count, settings = HEADS[name]
+            pairs = self.learned.make_pairs(count, seed) if name == SERVED else make_pairs(texts, count, seed)
+            seconds = train_head(out, self.parts.policy, pairs, settings, seed)
+            return out / "model", {"seconds": seconds, "pairs": count}
+        count = int(name.split()[1])
+        train_encoder(fetch_encoder(self.cache), make_pairs(texts, count, seed), out, seed)
+        return out, {"seconds": json.loads((out / "seconds.json").read_text()), "pairs": count}
+
+    def score(self, name: str, seed: int, folder: Path) -> Mapping[str, Scores]:
+        """Score the pairs, and the pool by the scorers that are served; read the scores if they are there."""
+        place = folder / "scores.npz"
+        if not place.exists():
+            is_head = name in HEADS
+            if name.startswith("frozen"):
+                scorer: Any = FrozenHead(self, PreferenceHead.from_pretrained(folder))
+            else:
+                scorer = load_scorer(folder, kind=None if is_head else "sequence-classifier", show_progress=False)
+            is_served = seed == 0 and not name.startswith(("lora", "full"))
+            scores: dict[str, Any] = {"pairs": score_pairs(partial(score, scorer), self.checked)}
+            if is_served:
+                scores["pool"] = np.asarray(score(scorer, *self.pool.flat), np.float64).reshape(self.pool.judge.shape)
+            np.savez(place, **scores)
+        return dict(np.load(place))
+
+    def read_states(self, prompts: Sequence[str], texts: Sequence[str]) -> torch.Tensor:
+        """Read the frozen model's states at the end of each text, or load them: all frozen heads read the same ones."""
+        place = self.out / f"states-{len(texts)}.npy"
+        if not place.exists():
+            model = HeadedModel.from_pretrained(self.train("frozen, contrastive", 0)[0])
+            rows = model.encode(prompts, texts)
+            order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+            batches = [order[i : i + 32] for i in range(0, len(order), 32)]
+            states = torch.cat([model.states_at_end([rows[i] for i in batch]) for batch in batches])
+            np.save(place, states[np.argsort(order)].numpy())
+        return torch.from_numpy(np.load(place))
+
+    def score_by_log_probability(self) -> Mapping[str, Scores]:
+        """Score by the policy's own log-probability: its mean a token for texts of any length, its sum for rollouts."""
+        place = self.out / "log-probability.npz"
+        if not place.exists():
+            policy = self.demo.sampler
+            model, tokenizer = policy.model, policy.tokenizer
+            pairs = score_pairs(lambda p, t: mean_log_probability(model, tokenizer, p, t), self.checked)
+            groups = [
+                Group(tokenizer(prompt)["input_ids"], [tokenizer(text)["input_ids"] or [0] for text in own])
+                for prompt, own in zip(self.pool.prompts, self.pool.texts, strict=True)
+            ]
+            reader = GroupReader(model, FULL.temperature, FULL.held_out_k)
+            np.savez(place, pairs=pairs, pool=np.stack([each.numpy() for each in reader.read(groups)]))
+        return dict(np.load(place))
 
 
-def count_ties(scores: Scores) -> float:
-    """Compute the share of pairs of one prompt's completions that tie."""
-    k = scores.shape[1]
-    equal = (scores[:, :, None] == scores[:, None]).sum((1, 2)) - k
-    return float(equal.mean() / (k * (k - 1)))
+@dataclass(frozen=True, eq=False)
+class FrozenHead:
+    """A scorer by a head on the frozen model, whose states are read once for all such heads."""
+
+    bench: Bench
+    head: PreferenceHead
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> Scores:
+        """Score each text behind its prompt."""
+        return np.asarray(self.head.eval()(self.bench.read_states(prompts, texts))[:, 0].double())
 
 
-def rank(scores: Scores) -> Scores:
-    """Compute the quantile of each rollout behind the first K among those, ties half."""
-    references, rest = scores[:, None, :K], scores[:, K:, None]
-    return np.asarray(((references < rest) + 0.5 * (references == rest)).mean(2))
+def list_cases(seeds: int) -> Iterator[tuple[str, int]]:
+    """List the scorers with their seeds, those of one seed after the other."""
+    for seed in range(seeds):
+        yield from ((f"MiniLM, {count} pairs", seed) for count in (SMALL, LARGE))
+        yield from ((name, seed) for name in HEADS if seed == 0 or name not in ONE_SEED)
 
 
-def describe_resolution(scores: Scores, judge: Scores) -> dict[str, Any]:
-    """Compare scores in float32, in bfloat16, and as quantiles, on the rollouts that are no references."""
-    half = torch.from_numpy(scores).bfloat16().double().numpy()
-    views = {
-        "float32": scores[:, K:], "bfloat16": half[:, K:], "quantile of float32": rank(scores),
-        "quantile of bfloat16": rank(half),
+def measure_serving(policy: Path, head: Path, encoder: Path, rounds: int) -> dict[str, Any]:
+    """Measure the weights in memory, and the time of 8 completions a prompt with their scores: one model, and two."""
+    headed = HeadedModel.from_pretrained(head, base=str(policy))
+    scorer = PreferenceHeadScorer(headed, show_progress=False)
+    other = load_scorer(encoder, kind="sequence-classifier", show_progress=False)
+    prompts = [f"Movie review: {word}" for word in ("This", "The", "A", "It", "An", "If", "One", "What")]
+    decoding, seeds = Decoding(32, FULL.temperature), [list(range(N))] * len(prompts)
+    plain = HfSampler(headed.model, headed.tokenizer, decoding, show_progress=False)
+    with_head = HfSampler(headed.model, headed.tokenizer, decoding, scorer=scorer, show_progress=False)
+
+    def draw_and_score(sampler: HfSampler, by: Any) -> Any:
+        drawn = sampler(prompts, seeds)
+        flat = [(prompt, each.completion) for prompt, own in zip(prompts, drawn, strict=True) for each in own]
+        return by([prompt for prompt, _ in flat], [text for _, text in flat])
+
+    sides: dict[str, Callable[[], Any]] = {
+        "completions": lambda: plain(prompts, seeds),
+        "head": lambda: draw_and_score(with_head, scorer),
+        "MiniLM": lambda: draw_and_score(plain, other),
+    }
+    times = in_rounds(rounds, sides)
+    ratio = {
+        name: float(np.median([row[1] / alone[1] for row, alone in zip(own, times["completions"], strict=True)])) - 1
+        for name, own in times.items()
+    }
+    classifier = AutoModelForSequenceClassification.from_pretrained(encoder)
+    sizes = {"policy": headed.model, "head": headed.head, "MiniLM": classifier}
+    return {
+        "prompts": len(prompts), "completions": N, "tokens": 32, "rounds": rounds, "cost_by_processor_time": ratio,
+        "megabytes": {name: sum(w.nbytes for w in part.parameters()) / 1e6 for name, part in sizes.items()},
     }  # fmt: skip
-    found = {}
-    for name, view in views.items():
-        rates = Estimate(win_rates(view, judge[:, K:]))
-        found[name] = {"ties": count_ties(view), "best_of_8": rates.value, "interval": rates.interval()}
-    spread = scores.std(1).mean()
-    return {"spread": float(spread), "level_between_prompts": float(scores.mean(1).std()), **found}
-
-
-def iterate_scorers(args: argparse.Namespace, cache: Path) -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
-    """Train and load every scorer, one after the other: name, seed, scorer, and what it cost."""
-    texts, policy = split_ratings(cache).reward_model, fetch_language_model(cache)
-    for seed in range(args.seeds):
-        for count in (SMALL, LARGE):
-            out = args.out / f"minilm-{count}-{seed}"
-            train_encoder(fetch_encoder(cache), make_pairs(texts, count, seed), out, seed)
-            cost = {"seconds": json.loads((out / "seconds.json").read_text()), "pairs": count}
-            yield (
-                f"MiniLM, {count} pairs",
-                seed,
-                load_scorer(out, kind="sequence-classifier", show_progress=False),
-                cost,
-            )
-        for name, (count, settings) in HEADS.items():
-            out = args.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-            cost = train_head(out, policy, make_pairs(texts, count, seed), settings, seed)
-            yield name, seed, load_scorer(out / "model", show_progress=False), {**cost, "pairs": count}
 
 
 def main() -> None:
     """Train all scorers, measure them, and write the results after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="heads, encoders and scores")
+    parser.add_argument("--out", type=Path, required=True, help="heads, encoders, rollouts and scores")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--train", nargs="+", metavar="NAME:SEED", help="only train these, as MiniLM, 400 pairs:0")
+    parser.add_argument("--rounds", type=int, default=5, help="of drawing and scoring by one model and by two")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    cache = args.cache.expanduser()
     args.out.mkdir(parents=True, exist_ok=True)
-    checked = make_pairs(split_ratings(cache).held_out, CHECKED, 7)
-    world = World()
-    bench = Bench(world, make_parts(cache, world, None), cache / "proof-held-out-prompts")
-    pools = bench.references
-    judge, reward = (np.stack([np.asarray(row, np.float64) for row in each]) for each in (pools.judge, pools.select))
-    judge, reward, prompts = judge[:PROMPTS], reward[:PROMPTS], bench.parts.held_out[:PROMPTS]
-    texts = read_texts(bench.folder / "test", prompts)
-    flat = [(prompt, text) for prompt, own in zip(prompts, texts, strict=True) for text in own]
-
-    def score_pool(scorer: Any) -> Scores:
-        values = score(scorer, [prompt for prompt, _ in flat], [text for _, text in flat])
-        return np.asarray(values, np.float64).reshape(judge.shape)
-
+    bench = Bench(args.cache.expanduser(), args.out)
+    if args.train:
+        for case in args.train:
+            name, _, seed = case.rpartition(":")
+            print(case, bench.train(name, int(seed))[1], flush=True)
+        return
     rows: list[dict[str, Any]] = []
-    served: dict[str, Scores] = {}
-    for name, seed, scorer, cost in iterate_scorers(args, cache):
-        place = args.out / f"scores-{name.replace(', ', '-').replace(' ', '-')}-{seed}.npz"
-        if not place.exists():
-            pairs = score_pairs(partial(score, scorer), checked)
-            np.savez(place, pairs=pairs, pool=score_pool(scorer) if seed == 0 and is_served(name) else np.zeros(0))
-        scores = np.load(place)
-        row = {"name": name, "seed": seed, **cost, **measure_accuracy(scores["pairs"])}
-        if len(scores["pool"]):
+    served: dict[str, Scores] = {"the demo's reward model": bench.pool.reward}
+    for name, seed in list_cases(args.seeds):
+        folder, cost = bench.train(name, seed)
+        scores = bench.score(name, seed, folder)
+        row = {"name": name, "seed": seed, **cost, "right": find_right(scores["pairs"])}
+        if "pool" in scores:
             served[name] = scores["pool"]
-            row["resolution"] = describe_resolution(scores["pool"], judge)
+            row["resolution"] = describe_resolution(scores["pool"], bench.pool.judge)
         rows.append(row)
-        print(row["name"], seed, round(row["accuracy"], 4), round(row["seconds"]), "s", flush=True)
-        results = summarise(rows, served | {"the demo's reward model": reward}, judge)
-        save("heads", results)
-    model, tokenizer = bench.policy.model, bench.policy.tokenizer
-    place = args.out / "scores-log-probability.npz"
-    if not place.exists():
-        pairs = score_pairs(lambda p, t: score_by_log_probability(model, tokenizer, p, t), checked)
-        reader = GroupReader(model, bench.policy.decoding.temperature, world.test_k)
-        groups = [
-            Group(tokenizer(prompt)["input_ids"], [tokenizer(text)["input_ids"] or [0] for text in own])
-            for prompt, own in zip(prompts, texts, strict=True)
-        ]
-        np.savez(place, pairs=pairs, pool=np.stack([each.numpy() for each in reader.read(groups)]))
-    scores = np.load(place)
-    rows.append({"name": "log-probability", "seed": 0, "seconds": 0.0, "pairs": 0, **measure_accuracy(scores["pairs"])})
+        print(row["name"], seed, round(row["right"].mean(), 4), round(row["seconds"]), "s", flush=True)
+        save("heads", summarise(rows, served, bench.pool.judge))
+    scores = bench.score_by_log_probability()
+    rows.append(
+        {"name": "log-probability", "seed": 0, "seconds": 0.0, "pairs": 0, "right": find_right(scores["pairs"])}
+    )
     served["log-probability"] = scores["pool"]
-    save("heads", summarise(rows, served | {"the demo's reward model": reward}, judge))
-
-
-def is_served(name: str) -> bool:
-    """Tell if a scorer chooses among rollouts: reading them takes minutes."""
-    return name.startswith(("frozen", "MiniLM"))
+    head, encoder = (bench.train(name, 0)[0] for name in (SERVED, f"MiniLM, {LARGE} pairs"))
+    serving = measure_serving(bench.parts.policy, head, encoder, args.rounds)
+    save("heads", {**summarise(rows, served, bench.pool.judge), "serving": serving})
 
 
 def read_texts(folder: Path, prompts: Sequence[str]) -> list[list[str]]:
@@ -282,30 +386,11 @@ def read_texts(folder: Path, prompts: Sequence[str]) -> list[list[str]]:
 
 
 def summarise(rows: Sequence[dict[str, Any]], served: Mapping[str, Scores], judge: Scores) -> dict[str, Any]:
-    """Average the accuracy over seeds, and compare best of 8 with the first of those that are served."""
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    accuracy = []
-    for name in names:
-        own = [row for row in rows if row["name"] == name]
-        each = [row["accuracy"] for row in own]
-        accuracy.append(
-            {
-                "name": name, "pairs": own[0]["pairs"], "seeds": len(own), "accuracy": float(np.mean(each)),
-                "by_seed": each, "standard_error_over_pairs": own[0]["standard_error"],
-                "seconds": float(np.mean([row["seconds"] for row in own])),
-            }
-        )  # fmt: skip
-    first = Estimate(win_rates(served[SERVED], judge)) if SERVED in served else None
-    best = []
-    for name, scores in served.items():
-        rate = Estimate(win_rates(scores, judge))
-        best.append({"name": name, "best_of_8": rate.value, "interval": rate.interval()})
-        if first is not None and name != SERVED:
-            gain = difference(first, rate)
-            best[-1] |= {"head_gains": gain.value, "gain_interval": gain.interval()}
+    """Gather what is known so far."""
     return {
-        "checked_pairs": CHECKED, "prompts": len(judge), "rollouts": judge.shape[1], "accuracy": accuracy,
-        "best_of_8": best, "resolution": {row["name"]: row["resolution"] for row in rows if "resolution" in row},
+        "checked_pairs": CHECKED, "prompts": len(judge), "rollouts": judge.shape[1],
+        "accuracy": summarise_accuracy(rows), "best_of_8": compare_choices(served, judge, SERVED),
+        "resolution": {row["name"]: row["resolution"] for row in rows if "resolution" in row},
     }  # fmt: skip
 
 
