@@ -2,8 +2,9 @@
 
     python benchmarks/demo_kills.py --runs 20    # a minute each at most
 
-Ctrl-C and SIGKILL in turns, at a moment between the start and the time that a whole demo took. What is compared are the
-bytes of the tables, the trained weights, the frontier and the evaluation. Writes benchmarks/results/demo_kills.json.
+Ctrl-C and SIGKILL in turns, at a moment between the start and the time that a whole demo took. The stopped ones run
+their parts side by side, in two processes; the whole one and those that go on do not. What is compared are the bytes of
+the tables, the trained weights, the frontier and the evaluation. Writes benchmarks/results/demo_kills.json.
 """
 
 import argparse
@@ -28,9 +29,10 @@ COMPARED = (
 )
 
 
-def started(out: Path) -> subprocess.Popen[bytes]:
-    """A demo on its way."""
-    command = [sys.executable, "-m", "calibrated_rewards", "demo", "--quick", "--out", str(out)]
+def start_demo(out: Path, processes: int = 1) -> subprocess.Popen[bytes]:
+    """Start a demo."""
+    options = ["--quick", "--out", str(out), "--processes", str(processes)]
+    command = [sys.executable, "-m", "calibrated_rewards", "demo", *options]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -43,17 +45,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
         start = time.perf_counter()
-        assert started(whole).wait() == 0
+        assert start_demo(whole).wait() == 0
         took = time.perf_counter() - start
         for run in tqdm(range(args.runs), unit="run"):
             out, how = Path(folder) / str(run), (signal.SIGINT, signal.SIGKILL)[run % 2]
-            process, after = started(out), draw.uniform(0, took)
+            process, after = start_demo(out, processes=2), draw.uniform(0, took)
             try:
                 process.wait(after)
             except subprocess.TimeoutExpired:
                 process.send_signal(how)
             code = process.wait()
-            again = started(out).wait()
+            again = start_demo(out).wait()
             differ = [name for name in COMPARED if (out / name).read_bytes() != (whole / name).read_bytes()]
             found.append({"signal": how.name, "after": round(after, 1), "exit": code, "again": again, "differ": differ})
     right = sum(not each["differ"] and each["again"] == 0 for each in found)

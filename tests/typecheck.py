@@ -42,6 +42,33 @@ def check(function: Any = None, *, typechecker: Any) -> Any:
         return function
     if not inspect.isfunction(function):
         return jaxtyped(function, typechecker=typechecker)
+    return check_from_first_call(function, typechecker)
+
+
+def check_from_first_call(function: Any, typechecker: Any) -> Any:
+    """Wrap a function: call it checked, or as it is where checks are off or it was called so often.
+
+    The checker is made at the first call that it is asked for: most tests call few of the thousands of functions.
+    """
+    typed: Any = None
+
+    @functools.wraps(function)
+    def run_checked(*args: Any, **kwargs: Any) -> Any:
+        nonlocal typed
+        if jaxtyping.config.jaxtyping_disable:
+            return function(*args, **kwargs)
+        calls[function] = count = calls.get(function, 0) + 1
+        if count > MOST and count % EVERY:
+            return function(*args, **kwargs)
+        if typed is None:
+            typed = make_checked(function, typechecker)
+        return typed(*args, **kwargs)
+
+    return run_checked
+
+
+def make_checked(function: Any, typechecker: Any) -> Any:
+    """Return the function with all of its calls checked."""
     try:
         function.__annotations__ = get_type_hints(function, include_extras=True)
     except (NameError, TypeError):
@@ -50,22 +77,13 @@ def check(function: Any = None, *, typechecker: Any) -> Any:
     shapes = [part.dim_str for part in annotations if isinstance(part, type) and issubclass(part, AbstractArray)]
     if any("{" in shape for shape in shapes):
         return jaxtyped(function, typechecker=typechecker)
-    return count_and_check(function, typechecker(function), bool(shapes))
+    typed = typechecker(function)
+    if not shapes:
+        return typed
 
-
-def count_and_check(function: Any, typed: Any, has_shapes: bool) -> Any:
-    """Wrap a function: call it checked, or as it is where checks are off or it was called so often."""
-
-    @functools.wraps(function)
-    def run_checked(*args: Any, **kwargs: Any) -> Any:
-        if jaxtyping.config.jaxtyping_disable:
-            return function(*args, **kwargs)
-        calls[function] = count = calls.get(function, 0) + 1
-        if count > MOST and count % EVERY:
-            return function(*args, **kwargs)
-        if not has_shapes:
-            return typed(*args, **kwargs)
+    @functools.wraps(typed)
+    def run_in_context(*args: Any, **kwargs: Any) -> Any:
         with jaxtyped("context"):
             return typed(*args, **kwargs)
 
-    return run_checked
+    return run_in_context

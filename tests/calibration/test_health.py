@@ -17,7 +17,11 @@ scores = st.lists(
     st.lists(st.sampled_from([-1e30, -2.5, -0.0, 0.0, 1.0, 1.0000001, 7.0, 3e38]), min_size=1, max_size=9), min_size=1
 )
 
-NEEDED = references_needed(Identity(), 0.05), references_needed(Identity(), 0.05, delta=0.05)
+
+@pytest.fixture(scope="module")
+def needed():
+    """How many references an error of .05 needs, at a quantile and at all at once."""
+    return references_needed(Identity(), 0.05), references_needed(Identity(), 0.05, delta=0.05)
 
 
 def table_of(rows, **meta):
@@ -76,7 +80,7 @@ def test_a_clipping_reward_model_is_seen():
 
 
 @pytest.mark.parametrize("K", [1, 10, 100, 1001])
-def test_precision_is_of_the_beta_laws(K):
+def test_precision_is_of_the_beta_laws(K, needed):
     """Clopper and Pearson's ends by scipy; for all at once wider, or not told for a large K."""
     found = measure_precision(describe_rows(table_of([range(K)] * 3)), 0.0)
 
@@ -85,7 +89,7 @@ def test_precision_is_of_the_beta_laws(K):
         ends = stats.beta.ppf(0.025, K // 2, K // 2 + 1), stats.beta.ppf(0.975, K // 2 + 1, K // 2)
         assert found.middle == pytest.approx((ends[1] - ends[0]) / 2)
     assert found.rms == pytest.approx(1 / np.sqrt(6 * K))
-    assert (found.needed, found.needed_at_once) == NEEDED
+    assert (found.needed, found.needed_at_once) == needed
     if K > 1000:
         assert found.middle_at_once is found.above_all_at_once is None
     elif K > 1:
