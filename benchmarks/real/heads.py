@@ -341,16 +341,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="heads, encoders, rollouts and scores")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--train", nargs="+", metavar="NAME:SEED", help="only train these, as MiniLM, 400 pairs:0")
+    parser.add_argument("--only", nargs="+", metavar="NAME:SEED", help="train and score these alone")
     parser.add_argument("--rounds", type=int, default=5, help="of drawing and scoring by one model and by two")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.cache.expanduser(), args.out)
-    if args.train:
-        for case in args.train:
+    if args.only:
+        for case in args.only:
             name, _, seed = case.rpartition(":")
-            print(case, bench.train(name, int(seed))[1], flush=True)
+            folder, cost = bench.train(name, int(seed))
+            bench.score(name, int(seed), folder)
+            print(case, cost, flush=True)
         return
     rows: list[dict[str, Any]] = []
     served: dict[str, Scores] = {"the demo's reward model": bench.pool.reward}
