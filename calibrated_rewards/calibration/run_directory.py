@@ -5,6 +5,7 @@ run.json                  what the rollouts depend on, and the fingerprint of ea
 prompts/00000.parquet     the prompts of a shard; written once
 rollouts/00000.parquet    their rollouts, a row each, with a column `score:NAME` for each reward model
 aliases/00000.parquet     ids that lead to prompts
+.reward_models.json       where the command loaded each reward model from
 ```
 
 The table stands beside them; of several reward models each in a folder of its own.
@@ -42,6 +43,8 @@ from calibrated_rewards.files import claim, write_file
 from calibrated_rewards.scorers.differences import Difference, differences, merge
 
 FORMAT, VERSION = "calibrated-rewards run", 1
+# Where the reward models were loaded from, which the next command names.
+REWARD_MODELS = ".reward_models.json"
 # Names that a reward model cannot have, whose table is in a folder of that name.
 RESERVED_NAMES = ("prompts", "rollouts", "aliases", "run.json", "table.json", "table.safetensors")
 
@@ -73,6 +76,18 @@ class RunDirectory:
             return
         text = json.dumps({"format": FORMAT, "version": VERSION, **settings}, indent=2, sort_keys=True)
         write_file(self.path / "run.json", text + "\n")
+
+    def reward_models(self) -> dict[str, str]:
+        """Read where each reward model was loaded from, by its name; empty where no command has written it down."""
+        try:
+            return dict(json.loads((self.path / REWARD_MODELS).read_text()))
+        except (OSError, ValueError):
+            return {}
+
+    def note_reward_models(self, places: Mapping[str, str]) -> None:
+        """Write down where reward models were loaded from: beside the settings, for no score depends on it."""
+        if {**self.reward_models(), **places} != self.reward_models():
+            write_file(self.path / REWARD_MODELS, json.dumps({**self.reward_models(), **places}, indent=2) + "\n")
 
     def update_settings(
         self, seed: int, sampler: Mapping[str, Any] | None, scorers: Mapping[str, Mapping[str, Any]]

@@ -4,12 +4,15 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrated_rewards.cli import model_options
 from calibrated_rewards.cli.generate import share_with_head
 from calibrated_rewards.cli.options import Real, Whole, add_prompt_options, add_run_options, refuse_options
+from calibrated_rewards.scorers.protocol import Loaded
 from calibrated_rewards.theory.named import OPTIMUM_NAMES, TRANSFORM_NAMES, NamedTransform, parse_transform
 from calibrated_rewards.theory.procedures import BestOf, WorstOf
 from calibrated_rewards.theory.transforms import Identity
@@ -116,7 +119,21 @@ def make_tables(options: argparse.Namespace) -> Any:
         for scorer in scorers.values() if isinstance(scorers, dict) else [scorers]:
             sampler = share_with_head(sampler, scorer)
     settings = {"k": options.k, "seed": options.seed, "adaptive": rounds, **collect_run_settings(options)}
-    return calibrate(prompts, sampler, scorers, options.out, **settings, **source)
+    tables = calibrate(prompts, sampler, scorers, options.out, **settings, **source)
+    note_reward_models(options.out, scorers)
+    return tables
+
+
+def note_reward_models(out: Path, scorers: Any) -> None:
+    """Write down where the reward models were loaded from, for the command that `recommend` prints."""
+    from calibrated_rewards.calibration.calibrate import REWARD
+    from calibrated_rewards.calibration.run_directory import RunDirectory
+
+    named = scorers if isinstance(scorers, Mapping) else {REWARD: scorers}
+    names = {name: scorer.recipe.name for name, scorer in named.items() if isinstance(scorer, Loaded)}
+    places = {name: os.path.abspath(place) if os.path.exists(place) else place for name, place in names.items()}
+    if places:
+        RunDirectory(out).note_reward_models(places)
 
 
 def check_prompts(place: str, source: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -208,7 +225,9 @@ def import_tables(options: argparse.Namespace) -> Any:
         raise ValueError(f"--rollouts {options.rollouts} has no rollouts")
     scorers = model_options.load_reward_models(options) if options.reward_model else None
     settings = collect_run_settings(options)
-    return import_rollouts(options.rollouts, options.out, scorers, scores=scores, **settings, **source)
+    tables = import_rollouts(options.rollouts, options.out, scorers, scores=scores, **settings, **source)
+    note_reward_models(options.out, scorers)
+    return tables
 
 
 def parse_score_columns(texts: list[str]) -> str | dict[str, str] | None:

@@ -142,7 +142,7 @@ def _summarise(
         judged_by=judged,
         frontier=frontier,
         source=str(references.table.path or "table/"),
-        scorer=RecordedScorer.of(references.table.meta),
+        scorer=RecordedScorer.of(references.table.meta, references.table.path),
     )
 
 

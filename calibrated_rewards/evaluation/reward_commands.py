@@ -7,14 +7,19 @@
 'PATH: the reward model that gave the scores of the column score, which were imported; for a function, in Python: ...'
 """
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from keyword import iskeyword
+from pathlib import Path
 from typing import Any
 
+from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.theory.finite_k import Estimator
 
+# The name of the only reward model of a run.
+REWARD = "reward"
 # Scorers of one's own code: no option of the command line names them.
 IN_PYTHON = ("callable", "function", "ensemble", "mean win")
 # The options that ask for each API of a server, by the dialect's name in a fingerprint.
@@ -23,7 +28,7 @@ SERVERS = {"native": "native", "vllm": "vllm", "vllm score": "vllm-score", "open
 
 @dataclass(frozen=True)
 class RecordedScorer:
-    """What a table says of the reward model that gave its scores; never where the model lies."""
+    """What a table and its run say of the reward model that gave its scores."""
 
     kind: str = ""
     """That of its fingerprint: "callable", "imported", "remote", ...; empty where the table says nothing."""
@@ -35,17 +40,24 @@ class RecordedScorer:
     """True if the scores are the reward model's times -1."""
     probes: bool = False
     """True if the table has probes, which a reward is verified by."""
+    place: str = ""
+    """The folder or repository that `calibrate` loaded it from; empty where the run does not say."""
+    head: str = ""
+    """The name of its score, of a preference head that has several."""
 
     @classmethod
-    def of(cls, meta: Mapping[str, Any]) -> "RecordedScorer":
-        """Read it from a table's metadata."""
+    def of(cls, meta: Mapping[str, Any], table: str | None = None) -> "RecordedScorer":
+        """Read it from a table's metadata, and its place from the run that the table lies in."""
         scorer = meta.get("scorer") or {}
         cost = scorer.get("kind") == "cost"
         scorer = scorer.get("of") or {} if cost else scorer
         kind = str(scorer.get("kind", ""))
         name = {"callable": "name", "function": "name", "imported": "column", "remote": "model"}.get(kind, "")
         server = SERVERS.get(str(scorer.get("dialect")), "") if kind == "remote" else ""
-        return cls(kind, str(scorer.get(name) or ""), server, cost, bool(meta.get("probes")))
+        several = kind == "preference head" and len(scorer.get("head", {}).get("names", ())) > 1
+        head = str(scorer.get("name", "")) if several else ""
+        place = "" if table is None else find_reward_model(table)
+        return cls(kind, str(scorer.get(name) or ""), server, cost, bool(meta.get("probes")), place, head)
 
     @property
     def note(self) -> str:
@@ -53,7 +65,9 @@ class RecordedScorer:
         if self.kind in IN_PYTHON or self.server:
             return ""
         if self.kind not in ("", "imported"):
-            return "./rm: the reward model that the table was made with, with the options that it was loaded with."
+            place = self.place or self._placeholder
+            what = "preference head" if self.kind == "preference head" else "reward model"
+            return f"{place}: the {what} that the table was made with; add the options that it was loaded with, if any."
         where = f"the scores of the column {self.name}, which were imported" if self.name else "the table's scores"
         return (
             f"PATH: the reward model that gave {where}; for a function, in Python: "
@@ -64,13 +78,20 @@ class RecordedScorer:
         """Write the command that makes the reward, or the lines of Python."""
         if self.kind in IN_PYTHON:
             return self._write_python(table, transform, beta, estimator)
-        model = "URL" if self.server else "./rm" if self.kind not in ("", "imported") else "PATH"
+        model = "URL" if self.server else "PATH"
+        if not self.server and self.kind not in ("", "imported"):
+            model = self.place or self._placeholder
         words = ["calibrated-rewards", "reward", table, "--reward-model", model]
         words += ["--server", self.server] * bool(self.server)
         words += ["--served-model", self.name] * bool(self.server and self.name)
+        words += ["--option", f"name={self.head}"] * bool(self.head)
         words += ["--cost"] * self.cost + ["--transform", transform]
         words += ["--estimator", estimator] * (estimator != "empirical")
         return shlex.join([*words, *["--no-verify"] * (not self.probes), "--out", "reward/"])
+
+    @property
+    def _placeholder(self) -> str:
+        return "./head" if self.kind == "preference head" else "./rm"
 
     def _write_python(self, table: str, transform: str, beta: float, estimator: Estimator) -> str:
         module, _, function = self.name.rpartition(".")
@@ -96,3 +117,16 @@ class RecordedScorer:
         if not importable:
             lines.insert(2, "scorer = ...  # the function that `calibrate` was called with")
         return "\n".join(lines)
+
+
+def find_reward_model(table: str) -> str:
+    """Find where a table's reward model was loaded from: a path, from here if it lies below, or an id; "" if unknown.
+
+    A run with one reward model has its table in its own folder, one with several a folder for each by its name.
+    """
+    for run, name in ((Path(table), REWARD), (Path(table).parent, Path(table).name)):
+        place = RunDirectory(run).reward_models().get(name, "")
+        if place and not (os.path.isabs(place) and not os.path.exists(place)):
+            below = os.path.relpath(place) if os.path.isabs(place) else place
+            return place if below.startswith("..") else below
+    return ""

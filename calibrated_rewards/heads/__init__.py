@@ -1,7 +1,8 @@
 """Direct Preference Heads: a small reward head on a language model's own hidden states (arXiv 2405.20053).
 
 `preference_head.py` has the head itself: pooler, layers, names, files. `headed_model.py` puts it on a model, frozen,
-with an adapter or trained whole, and `turn_end.py` makes every input end in the token at which it reads.
+with an adapter or trained whole, `base_weights.py` recognises that model again, and `turn_end.py` makes every input
+end in the token at which it reads.
 `data.py` reads preference data and orders tasks,
 `losses.py` has what a head is trained with, and decay towards the initial weights.
 """

@@ -47,7 +47,7 @@ class TaskTemplate:
     choices: str = "choices"
     """The column of a row's own list of answers, where there are no `answers`."""
     label: str = "label"
-    """The column with the number of the right answer."""
+    """The column with the number of the right answer, from 0 on; a text such as "1" is read as one."""
     system: str = ""
     """A system message in front of the prompt."""
     chat: bool = False
@@ -192,11 +192,27 @@ def _round_to(numbers: npt.NDArray[np.float64], total: int) -> npt.NDArray[np.in
 
 def _pair_choices(prompt: Any, answers: Sequence[str], label: Any, place: str, task: str, head: str) -> list[Pair]:
     """Pair the right answer with each of the others."""
-    if isinstance(label, bool) or not isinstance(label, int | np.integer) or not 0 <= label < len(answers):
-        raise ValueError(f"{place}: a label is the number of one of {len(answers)} answers from 0 on, got {label!r}")
-    right = answers[int(label)]
-    wrong = [answer for i, answer in enumerate(answers) if i != label]
+    number = _read_number(label)
+    if number is None or not 0 <= number < len(answers):
+        raise ValueError(
+            f"{place}: a label is the number of one of {len(answers)} answers, from 0 to {len(answers) - 1}, "
+            f"got {label!r:.80}"
+        )
+    right = answers[number]
+    if isinstance(label, str) and label in answers and label != right:
+        raise ValueError(
+            f"{place}: the label {label!r} is the number of the answer {start_of(right)}, and is an answer itself: "
+            "write it as a number, without quotes"
+        )
+    wrong = [answer for i, answer in enumerate(answers) if i != number]
     return [_checked(Pair(prompt, right, answer, task, head), place) for answer in wrong]
+
+
+def _read_number(label: Any) -> int | None:
+    """Read a whole number, or a text of one such as "1"; None for anything else."""
+    if isinstance(label, str):
+        return int(label) if re.fullmatch(r"\s*[0-9]+\s*", label) else None
+    return int(label) if isinstance(label, int | np.integer) and not isinstance(label, bool) else None
 
 
 def _checked(pair: Pair, place: str) -> Pair:

@@ -27,6 +27,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from calibrated_rewards.files import Message, setting
+from calibrated_rewards.heads.base_weights import digest_base, find_other_weight, sample_base
 from calibrated_rewards.heads.preference_head import (
     SETTINGS_FILE,
     HeadSettings,
@@ -37,7 +38,6 @@ from calibrated_rewards.heads.preference_head import (
 from calibrated_rewards.heads.turn_end import TurnEnd, encode_turns, find_turn_end
 from calibrated_rewards.models.adapters import activate, ignore_peft_warning
 from calibrated_rewards.models.checkpoints import find_checkpoint
-from calibrated_rewards.models.fingerprint import weights_digest, weights_with
 from calibrated_rewards.models.loading import Placement, Source, load_complete
 from calibrated_rewards.models.parts import body_of, device_of, for_scoring, lock_of, pad_right, positions_of, unwrap
 from calibrated_rewards.models.text import Text
@@ -46,8 +46,6 @@ from calibrated_rewards.prompts import Completion, Prompt
 
 # The name of the head's own adapter among those of a policy; a second head's has a number behind it.
 ADAPTER = "preference_head"
-# Values of each weight that the digest of a base model reads.
-SAMPLED = 256
 
 
 class HeadedModel(nn.Module):
@@ -86,7 +84,8 @@ class HeadedModel(nn.Module):
             body_of(model).requires_grad_(True)
         else:
             base = getattr(model.config, "_name_or_path", None) or None
-            head.settings = replace(head.settings, base=base, base_weights=digest_base(model))
+            digest, sample = digest_base(model), sample_base(model)
+            head.settings = replace(head.settings, base=base, base_weights=digest, base_sample=sample)
         return cls(model, tokenizer, head, name)
 
     @property
@@ -301,30 +300,18 @@ def read_settings(name_or_path: str | Path, revision: str | None = None) -> Head
     return HeadSettings.from_json(json.loads(find_file(name_or_path, SETTINGS_FILE, revision=revision).read_text()))
 
 
-def digest_base(model: Any) -> str:
-    """Digest a sample of a model's weights without adapters, in bfloat16: the same for float32 and bfloat16."""
-    weights = weights_with(model, set()) if hasattr(model, "peft_config") else model.state_dict()
-    sampled = {}
-    for name, weight in weights.items():
-        if weight.is_floating_point() and weight.device.type != "meta":
-            flat = weight.detach().flatten()
-            sampled[name.removeprefix("base_model.model.")] = flat[:: max(1, len(flat) // SAMPLED)].bfloat16()
-    return weights_digest(sampled)
-
-
 def check_base(model: Any, settings: HeadSettings, any_base: bool = False) -> None:
     """Refuse a model of another hidden size, or with other weights than the head was trained on."""
     size = size_of_states(model, settings.layers)
     if size != settings.hidden_size:
         raise ValueError(f"the head reads {settings.hidden_size} numbers, the model has hidden states of {size}")
-    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if any_base or settings.base_weights is None or not kinds <= {torch.float32, torch.bfloat16}:
-        return  # float16 and quantised weights are rounded in another way
-    if digest_base(model) != settings.base_weights:
+    if any_base:
+        return
+    if other := find_other_weight(model, settings.base_weights, settings.base_sample):
         raise ValueError(
             Message(
-                f"the head was trained on other weights ({settings.base}) than the model's, and its scores would be "
-                f"others: load it on that model, or go on with {setting('any_base', 'True')}"
+                f"the head was trained on other weights ({settings.base}) than the model's, which {other} shows, and "
+                f"its scores would be others: load it on that model, or go on with {setting('any_base', 'True')}"
             )
         )
 

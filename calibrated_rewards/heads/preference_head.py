@@ -58,6 +58,8 @@ class HeadSettings:
     """The folder or repository of the model that the head was trained on."""
     base_weights: str | None = None
     """A digest of that model's weights, by which another model is noticed."""
+    base_sample: Mapping[str, str] | None = field(default=None, hash=False, repr=False)
+    """A few values of each of that model's weights, by which another one is noticed in float16 too."""
 
     def __post_init__(self) -> None:
         for name, choices in (("pooler", POOLERS), ("backbone", BACKBONES)):

@@ -7,7 +7,7 @@
 
 A frozen backbone is read once (`cache_states`): epochs then cost the head alone. Pairs are trained on in the order that
 they are given in, `order_pairs`'s, so that a resumed run goes on as it would have: bit for bit. Evaluation has
-pairwise accuracy, ties and how well the sigmoid of the margin is calibrated (`measure_pairs`), by task too.
+pairwise accuracy, ties and how well the sigmoid of the margin is calibrated (`measure_pairs`), by task and head too.
 """
 
 from collections import defaultdict
@@ -70,11 +70,13 @@ class PreferenceHeadTrainer(Trainer):
     ) -> None:
         loss = loss or JointLoss()
         check_joint(headed.settings.backbone, loss, prior_decay)
-        if window and pairs[0].states is None:
+        check_window(pairs[0].states is not None, window)
+        if window:
             check_packing(headed, pairs, window)
         self.joint_loss, self.head_lr, self.head_decay = loss, head_lr, head_decay
         args.remove_unused_columns = False
         tasks = tuple(sorted({pair.task for pair in (*pairs, *(eval_pairs or ()))}))
+        metrics = PairMetrics(tasks, headed.head.names)
         targets = loss.needs_log_probabilities
         if targets and headed.settings.backbone == "full":
             output_layer(headed.model).requires_grad_(True)
@@ -84,7 +86,7 @@ class PreferenceHeadTrainer(Trainer):
             data_collator=PairCollator(window, targets, tasks=tasks),
             train_dataset=OrderedPairs(pairs, order),
             eval_dataset=None if eval_pairs is None else OrderedPairs(eval_pairs),
-            compute_metrics=PairMetrics(tasks),
+            compute_metrics=metrics,
             callbacks=callbacks,
         )
         self.headed = headed
@@ -133,11 +135,12 @@ class PreferenceHeadTrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Evaluate a batch: its loss, the scores of its pairs, and the numbers of their tasks."""
+        """Evaluate a batch: its loss, the scores of its pairs, and the numbers of their tasks and of their heads."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, scores = self.compute_loss(model, inputs, return_outputs=True)
-        rest = (None, None) if prediction_loss_only else (scores.detach().float(), inputs["task_ids"])
+        groups = torch.stack([inputs["task_ids"], inputs["heads"]], 1)
+        rest = (None, None) if prediction_loss_only else (scores.detach().float(), groups)
         return (loss.detach(), *rest)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -184,20 +187,30 @@ class PreferenceHeadTrainer(Trainer):
 
 @dataclass(frozen=True)
 class PairMetrics:
-    """The metrics of an evaluation from the scores of its pairs, of all and of each task."""
+    """The metrics of an evaluation from the scores of its pairs: of all, of each task and of each head."""
 
     tasks: tuple[str, ...] = ("",)
+    heads: tuple[str, ...] = ("",)
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Measure all pairs, and, of several tasks, each by its name."""
-        scores, tasks = np.asarray(prediction.predictions, dtype=np.float64), np.asarray(prediction.label_ids)
+        """Measure all pairs, and of several tasks or heads each by its name."""
+        scores, groups = np.asarray(prediction.predictions, dtype=np.float64), np.asarray(prediction.label_ids)
         metrics = measure_pairs(scores)
-        if len(self.tasks) > 1:
-            for number, task in enumerate(self.tasks):
-                if (tasks == number).any():
-                    own = measure_pairs(scores[tasks == number])
-                    metrics |= {f"{task or 'other'}/{name}": value for name, value in own.items()}
+        tasks = [task or "other" for task in self.tasks]
+        for column, names in enumerate((tasks, [name_metrics(head) for head in self.heads])):
+            for number, group in enumerate(names if len(names) > 1 else []):
+                if (mine := groups[:, column] == number).any():
+                    metrics |= {f"{group}/{name}": value for name, value in measure_pairs(scores[mine]).items()}
         return metrics
+
+
+def name_metrics(head: str) -> str:
+    """Name the group of metrics of a head's pairs, apart from a task of that name.
+
+    >>> name_metrics("helpful")
+    'head_helpful'
+    """
+    return f"head_{head}"
 
 
 def measure_pairs(scores: npt.NDArray[np.floating[Any]]) -> dict[str, float]:
@@ -237,6 +250,17 @@ def check_joint(backbone: str, loss: JointLoss, prior_decay: float) -> None:
             Message(
                 f"a frozen backbone learns nothing, got {setting(name, str(value))}: train an adapter or all weights, "
                 f"{setting('backbone', 'lora')} or {setting('backbone', 'full')}"
+            )
+        )
+
+
+def check_window(cached: bool, window: int) -> None:
+    """Refuse to pack texts that are not read in training, since their states were read once before it."""
+    if cached and window:
+        raise ValueError(
+            Message(
+                f"texts under a frozen backbone are read once, before training, and never packed, got "
+                f"{setting('window', str(window))}: leave it out, or train {setting('backbone', 'lora')}"
             )
         )
 

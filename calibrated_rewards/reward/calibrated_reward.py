@@ -207,6 +207,10 @@ class CalibratedReward:
             raise_unknown_prompt(self.table, rows, prompts, ids)
         return rows
 
+    def check(self, prompts: Sequence[Any]) -> None:
+        """Refuse a prompt without references, before anything is drawn for it: UnknownPromptError (`on_missing`)."""
+        self.rows(prompts)
+
     def from_scores(self, prompts: Any, raw: Any, ids: Sequence[Any] | None = None) -> Any:
         """Compute the rewards of raw scores: (P,) for P prompts, or (P, G) for G completions of each.
 

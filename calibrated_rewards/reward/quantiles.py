@@ -31,6 +31,10 @@ class Quantiles:
         """Score each completion of its prompt; UnknownPromptError for one without references (`on_missing`)."""
         return self.reward.calibrated(prompts, completions).astype(np.float32)
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse a prompt without references, before anything is drawn for it: UnknownPromptError (`on_missing`)."""
+        self.reward.check(prompts)
+
     def fingerprint(self) -> dict[str, Any]:
         """Name all that the scores depend on: the reward model, and the references."""
         reward = self.reward

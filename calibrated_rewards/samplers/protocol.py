@@ -106,7 +106,7 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class Particular(Protocol):
-    """A sampler that knows beforehand which prompts it cannot complete."""
+    """A sampler that knows beforehand which prompts it cannot complete, or a scorer which ones it cannot score."""
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Refuse a prompt that is empty, too long with its completion, or refused by the template: ValueError."""

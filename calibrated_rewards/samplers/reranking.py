@@ -177,9 +177,10 @@ class Reranked:
         return Choice(rollout, index, task.drawn, task.scores)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse a prompt that the sampler cannot complete: ValueError."""
-        if isinstance(self.sampler, Particular):
-            self.sampler.check(prompts)
+        """Refuse a prompt that the scorer has no references for, or that the sampler cannot complete."""
+        for part in (self.scorer, self.sampler):
+            if isinstance(part, Particular):
+                part.check(prompts)
 
     def rendered(self, prompt: Prompt) -> str:
         """Return the text that the policy reads; "" where only a server knows."""

@@ -18,6 +18,7 @@ train head ...`.
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -29,13 +30,21 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainingArguments, set_seed
 
 from calibrated_rewards.calibration.sources import read_rows
+from calibrated_rewards.evaluation.wording import format_count
 from calibrated_rewards.files import Message, setting, write_file
 from calibrated_rewards.heads.data import Pair, PairReader, TaskTemplate, order_pairs
 from calibrated_rewards.heads.headed_model import HeadedModel
 from calibrated_rewards.heads.losses import ConservativeDPO, HeadLoss, JointLoss
 from calibrated_rewards.heads.pair_batches import EncodedPair, encode_pairs
 from calibrated_rewards.heads.preference_head import BACKBONES, POOLERS
-from calibrated_rewards.heads.trainer import PreferenceHeadTrainer, add_references, cache_states, check_joint
+from calibrated_rewards.heads.trainer import (
+    PreferenceHeadTrainer,
+    add_references,
+    cache_states,
+    check_joint,
+    check_window,
+    name_metrics,
+)
 from calibrated_rewards.models.loading import Placement, find_source
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import prompt_key
@@ -92,7 +101,7 @@ class HeadTraining:
     steps: int = option(0, "updates; 0: as --epochs says")
     pairs_a_step: int = option(64, "pairs of a step, of all processes together")
     rows: int = option(8, "pairs that a process reads at once; memory, not the result")
-    window: int = option(0, "pack texts into rows of so many tokens; 0 pads each")
+    window: int = option(0, "pack texts into rows of so many tokens; 0 pads each; not over a frozen backbone")
     max_length: int = option(0, "most tokens of a text, whose beginning goes; 0: what the model reads")
     mix: str = option("size", "how often a task comes: by its pairs, or as often as any other", "size", "uniform")
     lr: float = option(1e-4, "highest learning rate of the backbone: 1e-4 for LoRA, 3e-6 to 1e-5 for all weights")
@@ -114,6 +123,7 @@ class HeadTraining:
         counts = dict.fromkeys(("steps", "epochs", "warmup", "window", "max_length", "seed"), 0)
         check_numbers(self, **counts, pairs_a_step=1, eval_steps=1, lora_rank=1, head_decay=0, prior_decay=0)
         check_joint(self.backbone, self.joint_loss(), 0.0)
+        check_window(self.backbone == "frozen", self.window)
         if len({*self.names}) < len(self.names) or "" in self.names:
             raise ValueError(Message(f"scores have names, each its own, got {setting('heads', repr(self.heads))}"))
         self.layer_indices(1)
@@ -168,10 +178,12 @@ def run(launch: HeadLaunch, settings: HeadTraining) -> None:
         metrics = trainer.evaluate(metric_key_prefix="held_out") if held_out else {}
         trainer.save_model(str(folder.unfinished_model))
         if processes.is_main_process:
-            result = {name: value for name, value in metrics.items() if isinstance(value, float)}
+            # Without timings: the same command ends with the same bytes.
+            result = {name: metrics[name] for name in metrics if not name.endswith(("_runtime", "_per_second"))}
             write_file(folder.unfinished_model / "training.json", json.dumps(result, indent=2))
             folder.publish_model()
-            sys.stdout.write(f"{summarise(result, len(held_out))}head: {folder.model_folder}\nlog: {folder.log}\n")
+            verdict = summarise(result, Counter(pair.head or settings.names[0] for pair in held_out))
+            sys.stdout.write(f"{verdict}head: {folder.model_folder}\nlog: {folder.log}\n")
     processes.wait_for_everyone()
 
 
@@ -345,26 +357,36 @@ def describe_size(
     tasks = len({pair.task for pair in pairs})
     equal = sum(pair.chosen == pair.rejected for pair in pairs)  # truncated, or trimmed by the template
     return (
-        f"{steps:,} steps of {settings.pairs_a_step:,} pairs; {len(pairs):,} pairs of {tasks} task{'s' * (tasks > 1)} "
-        f"with {tokens:,} tokens come about {steps * settings.pairs_a_step / len(pairs):.2g} times; "
-        f"{len(held_out):,} pairs are held out"
-        + (f"; {equal:,} pairs are the same tokens twice, and teach nothing" if equal else "")
+        f"{format_count(steps, 'step')} of {format_count(settings.pairs_a_step, 'pair')}; "
+        f"{format_count(len(pairs), 'pair')} of {format_count(tasks, 'task')} with {format_count(tokens, 'token')}, "
+        f"each about {steps * settings.pairs_a_step / len(pairs):.2g} times; "
+        f"{format_count(len(held_out), 'pair')} held out"
+        + (f"; {format_count(equal, 'pair')} with the same tokens twice: nothing to learn there" * (equal > 0))
     )
 
 
-def summarise(metrics: Mapping[str, float], count: int) -> str:
-    """Say what came of a run on the held-out pairs; empty without any.
+def summarise(metrics: Mapping[str, float], counts: Mapping[str, int]) -> str:
+    """Say what came of a run on the held-out pairs of each head, in a line for all and one for each of several heads.
 
     >>> metrics = {"accuracy": 0.8125, "ties": 0.0, "ece": 0.031, "brier": 0.14, "margin": 1.5}
-    >>> print(summarise({f"held_out_{name}": value for name, value in metrics.items()}, 400), end="")
+    >>> print(summarise({f"held_out_{name}": value for name, value in metrics.items()}, {"reward": 400}), end="")
     pairwise accuracy 81.2 % +- 2.0 on 400 held-out pairs; calibration error 0.031, Brier score 0.140, ties 0.0 %
     """
-    if not count or "held_out_accuracy" not in metrics:
+    if "held_out_accuracy" not in metrics:
         return ""
-    accuracy, ties = metrics["held_out_accuracy"], metrics["held_out_ties"]
+    lines = [_summarise_pairs(metrics, "held_out_", sum(counts.values()))]
+    for head, count in counts.items():
+        prefix = f"held_out_{name_metrics(head)}/"
+        if f"{prefix}accuracy" in metrics:
+            lines.append(f"head {head}: {_summarise_pairs(metrics, prefix, count)}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _summarise_pairs(metrics: Mapping[str, float], prefix: str, count: int) -> str:
+    accuracy, ties, ece, brier = (metrics[f"{prefix}{name}"] for name in ("accuracy", "ties", "ece", "brier"))
     share = (accuracy * count + 2) / (count + 4)  # Agresti and Coull's: 0 errors of 14 are no certainty
     error = math.sqrt(share * (1 - share) / (count + 4))
     return (
-        f"pairwise accuracy {100 * accuracy:.1f} % +- {100 * error:.1f} on {count:,} held-out pairs; calibration error "
-        f"{metrics['held_out_ece']:.3f}, Brier score {metrics['held_out_brier']:.3f}, ties {100 * ties:.1f} %\n"
+        f"pairwise accuracy {100 * accuracy:.1f} % +- {100 * error:.1f} on {format_count(count, 'held-out pair')}; "
+        f"calibration error {ece:.3f}, Brier score {brier:.3f}, ties {100 * ties:.1f} %"
     )

@@ -1,6 +1,10 @@
 """`calibrated-rewards generate` and `multiple-choice` with tiny models: the files, the numbers, and what is refused."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from calibrated_rewards import BestOf, CalibratedReward, ReferenceTable, RewindA
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.evaluation import Question, answer_questions
+from calibrated_rewards.files import claim
 from calibrated_rewards.heads import HeadedModel
 from calibrated_rewards.models.adapters import ignore_peft_warning
 from calibrated_rewards.reward import Quantiles
@@ -111,6 +116,62 @@ def test_soft_best_of_and_no_choice(models, tmp_path, capsys):
     assert main(asked(models, tmp_path / "b.jsonl", "--max-tokens", "5")) == 0
     assert (tmp_path / "b.jsonl").read_bytes() == before
     assert "3 completions (3 were there) of 3 prompts\n" in capsys.readouterr().out
+
+
+KILLED = """
+import os, signal, sys
+from calibrated_rewards.samplers import completions_file
+complete, count = completions_file._complete, 0
+def complete_or_die(*arguments):
+    global count
+    count += 1
+    if count == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return complete(*arguments)
+completions_file._complete = complete_or_die
+from calibrated_rewards.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(models, tmp_path, capsys):
+    """SIGKILL while the second prompt is drawn, and the same command again: the same bytes, and one prompt kept."""
+    words = ["--best-of", "2", "--reward-model", str(models / "rm"), "--max-tokens", "5", "--prompts-at-once", "1"]
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, *asked(models, path, *words)]
+    assert subprocess.run(command, env=env, check=False, timeout=500).returncode == -signal.SIGKILL
+    assert len(path.read_text().splitlines()) == 1
+    assert main(asked(models, whole, *words)) == 0
+    assert main(asked(models, path, *words)) == 0
+    assert path.read_bytes() == whole.read_bytes()
+    assert "3 completions (1 were there)" in capsys.readouterr().out
+
+
+def test_a_second_process_on_a_file_is_refused(models, tmp_path, capsys):
+    """While another one has it, the command names the file, and changes nothing."""
+    words = asked(models, tmp_path / "a.jsonl", "--max-tokens", "5")
+    assert main(words) == 0
+    before = (tmp_path / "a.jsonl").read_bytes()
+    with claim(tmp_path / "a.jsonl.run.json"):
+        assert main(words) == 2
+    assert f"{tmp_path / 'a.jsonl'} is being written by another process" in capsys.readouterr().err
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("words", [["--soft-best-of", "2:0.1"], ["--rewind", "0.7:2"]], ids=["soft", "rewind"])
+def test_a_prompt_without_references_is_refused_before_drawing(models, tmp_path, capsys, words):
+    """The last one is not in the table: nothing was drawn, and no file was begun. The best of N needs no table."""
+    unknown = [{"role": "user", "content": "unheard of"}]
+    rows = [{"prompt": each} for each in (*CHATS, unknown)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    places = ["--policy", str(models / "policy"), "--prompts", str(tmp_path / "p.jsonl"), "--prompts-at-once", "1"]
+    words = ["generate", *places, "--quiet", "--reward", str(models / "reward"), *words]
+    assert main([*words, "--out", str(tmp_path / "a.jsonl")]) == 2
+    assert "unheard of" in capsys.readouterr().err
+    assert not (tmp_path / "a.jsonl").exists()
+    words[-2:] = ["--best-of", "2"]
+    assert main([*words, "--out", str(tmp_path / "b.jsonl")]) == 0
 
 
 @pytest.fixture(scope="module")

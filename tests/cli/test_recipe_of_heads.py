@@ -64,10 +64,14 @@ def test_the_recipe_runs(folder, monkeypatch, caplog, capsys):
         *("train", "check-scorer", "calibrate", "recommend", "reward", "train", "generate"),
     ]
     for words in commands:
+        capsys.readouterr()
         with caplog.at_level("INFO"):
             code = main(shrink(words))
         # What so small a model is worth is not the question here.
-        assert code == 0 or words[0] in ("check-scorer",), (words, capsys.readouterr().err)
+        output = capsys.readouterr()
+        assert code == 0 or words[0] in ("check-scorer",), (words, output.err)
+        if words[0] == "recommend":  # what it says to do next is the next command of the guide
+            assert "--reward-model head/model --transform best-of:8:0.5" in output.out
     assert "sft: one model writes and scores" in caplog.text
     rows = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     assert [row["draws"] for row in rows] == [8, 8]

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from calibrated_rewards import ReferenceTable, recommend
 from calibrated_rewards.calibration.calibrate import calibrate, import_rollouts
+from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.cli.main import load_command
 from calibrated_rewards.evaluation.reward_commands import SERVERS, RecordedScorer
+from calibrated_rewards.heads import HeadedModel
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
-from calibrated_rewards.scorers import Cost, Function, fingerprint
+from calibrated_rewards.scorers import Cost, Function, PreferenceHeadScorer, fingerprint
 from calibrated_rewards.scorers.remote import Native, Remote
 from calibrated_rewards.testing.suites import NumberSampler, NumberScorer
 from calibrated_rewards.theory.procedures import BestOf
@@ -83,6 +86,39 @@ def test_options_follow_the_scorer(scorer, expected):
     options = parse(recorded.write_command("a table/", "exp:5:0.5", 0.1, "posterior"))
     assert {name: getattr(options, name) for name in expected} == expected
     assert (options.table, options.estimator, options.no_verify) == ("a table/", "posterior", False)
+
+
+def test_the_command_names_what_calibrate_loaded(tmp_path, monkeypatch):
+    """By its path from here, or its id, for the scorer that selects; a folder that has gone is left to fill in."""
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "models" / "rm"
+    model.mkdir(parents=True)
+    scorers = {"reward": NumberScorer(), "judge": Cost(NumberScorer())}
+    calibrate(PROMPTS, NumberSampler(), scorers, "run", k=24, show_progress=False)
+    RunDirectory(Path("run")).note_reward_models({"reward": str(model)})
+    RunDirectory(Path("run")).note_reward_models({"judge": "org/judge"})
+
+    answer = recommend("run", BestOf(2), kl=0.2)
+    assert parse(answer.command).reward_model == "models/rm"
+    assert "\nmodels/rm: the reward model that the table was made with" in str(answer)
+    assert parse(recommend("run", BestOf(2), kl=0.2, select="judge").command).reward_model == "org/judge"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert parse(recommend(tmp_path / "run", BestOf(2), kl=0.2).command).reward_model == str(model)
+    monkeypatch.chdir(tmp_path)
+    model.rmdir()
+    assert parse(recommend("run", BestOf(2), kl=0.2).command).reward_model == "./rm"
+
+
+def test_a_head_of_several_names_is_asked_for_its_score():
+    """Without the option, the next command would ask which one; a head of one name needs none."""
+    for names, expected in ((("help", "safe"), ["name=safe"]), (("safe",), [])):
+        headed = HeadedModel.build(tiny.causal(), tiny.tokenizer(), names=names)
+        recorded = RecordedScorer.of({"scorer": PreferenceHeadScorer(headed, "safe").fingerprint(), "probes": [{}]})
+        words = shlex.split(recorded.write_command("table/", "exp:5:0.5", 0.1, "posterior"))
+        assert words[3:5] == ["--reward-model", "./head"]
+        assert [words[i + 1] for i, word in enumerate(words) if word == "--option"] == expected
+        assert recorded.note.startswith("./head: the preference head that")
 
 
 @pytest.mark.parametrize("name", ["__main__.own", "module.<lambda>", "module.make.<locals>.own", ""])

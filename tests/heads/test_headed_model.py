@@ -1,5 +1,6 @@
 """A head on a model: what is trained, which adapter it reads with, and that it comes back from its files."""
 
+import json
 import warnings
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import OPTConfig, OPTForCausalLM
 
 from calibrated_rewards.heads import HeadedModel, SelectedLayers
+from calibrated_rewards.heads.preference_head import SETTINGS_FILE
 from calibrated_rewards.models.adapters import ignore_peft_warning
 from calibrated_rewards.models.parts import body_of, pad_right
 from calibrated_rewards.scorers import PreferenceHeadScorer
@@ -195,6 +197,58 @@ def test_another_base_is_refused(policy: str, tokenizer: Any, tmp_path: Path) ->
     adapted = adapt(load(policy))
     with pytest.raises(ValueError, match="without adapters: merge_and_unload"):
         HeadedModel.build(adapted, tokenizer, backbone="full")
+
+
+PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("there", PRECISIONS, ids=str)
+@pytest.mark.parametrize("here", PRECISIONS, ids=str)
+def test_another_base_is_noticed_in_every_precision(
+    tokenizer: Any, tmp_path: Path, there: torch.dtype, here: torch.dtype
+) -> None:
+    """Casts of one checkpoint are one base; a layer that was trained a little is another, and so is another name."""
+    HeadedModel.build(tiny.causal().to(there), tokenizer).save_pretrained(tmp_path)
+
+    HeadedModel.attach(tmp_path, tiny.causal().to(here), tokenizer)
+
+    other = tiny.causal()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    with pytest.raises(ValueError, match=r"other weights .* which (model.layers.1.mlp.up_proj.weight|a digest)"):
+        HeadedModel.attach(tmp_path, other.to(here), tokenizer)
+    shorter = tiny.causal()
+    shorter.model.layers = shorter.model.layers[:1]
+    with pytest.raises(ValueError, match=r"which model.layers.1.* shows"):
+        HeadedModel.attach(tmp_path, shorter.to(here), tokenizer)
+
+
+def test_a_head_of_before_has_a_digest_alone(policy: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Saved without values of the weights: in float32 and bfloat16 the digest tells, in float16 nothing does."""
+    build(policy, tokenizer).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / SETTINGS_FILE).read_text())
+    del settings["base_sample"]
+    (tmp_path / SETTINGS_FILE).write_text(json.dumps(settings))
+    for kind in PRECISIONS[:2]:
+        HeadedModel.attach(tmp_path, load(policy).to(kind), tokenizer)
+        with pytest.raises(ValueError, match="other weights"):
+            HeadedModel.attach(tmp_path, tiny.causal(seed=5).to(kind), tokenizer)
+    HeadedModel.attach(tmp_path, tiny.causal(seed=5).half(), tokenizer)
+
+
+def test_a_quantised_base_is_known_by_what_is_not_quantised(policy: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Its whole numbers are not compared; its norms and embeddings are."""
+    build(policy, tokenizer).save_pretrained(tmp_path)
+    for seed, same in ((None, True), (5, False)):
+        model = load(policy) if seed is None else tiny.causal(seed)
+        for layer in model.model.layers:
+            linear = layer.mlp.up_proj
+            linear.weight = torch.nn.Parameter(linear.weight.mul(100).to(torch.int8), requires_grad=False)
+        if same:
+            HeadedModel.attach(tmp_path, model, tokenizer)
+        else:
+            with pytest.raises(ValueError, match=r"which model.embed_tokens.weight shows"):
+                HeadedModel.attach(tmp_path, model, tokenizer)
 
 
 def test_a_model_in_16_bits_has_scores_in_float32(policy: str, tokenizer: Any) -> None:

@@ -80,8 +80,12 @@ def test_implicit_texts_stay_whole(shared: str, good: str, bad: str) -> None:
             "row 7: chosen is a text or a list of messages, got 1",
         ),
         ({"chosen": [GOOD], "rejected": [BAD]}, ValueError, "row 7: chats without a prompt begin with it, both alike"),
-        ({"prompt": "a", "choices": ["b", "c"], "label": 2}, ValueError, "one of 2 answers from 0 on, got 2"),
+        ({"prompt": "a", "choices": ["b", "c"], "label": 2}, ValueError, "one of 2 answers, from 0 to 1, got 2"),
         ({"prompt": "a", "choices": ["b", "c"], "label": True}, ValueError, "got True"),
+        ({"prompt": "a", "choices": ["b", "c"], "label": 1.0}, ValueError, "got 1.0"),
+        ({"prompt": "a", "choices": ["b", "c"], "label": "c"}, ValueError, "from 0 to 1, got 'c'"),
+        ({"prompt": "a", "choices": ["b", "c"], "label": "-1"}, ValueError, "from 0 to 1, got '-1'"),
+        ({"prompt": "a", "choices": ["1", "2"], "label": "1"}, ValueError, "is the number of the answer '2', and is"),
     ],
 )
 def test_rows_without_a_pair(row: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -90,6 +94,13 @@ def test_rows_without_a_pair(row: dict[str, Any], error: type[Exception], messag
         list(PairReader().read([("row 7", row)]))
     with pytest.raises(TypeError, match="row 8: a preference is a row with chosen and rejected, got 'text'"):
         list(PairReader().read([("row 8", "text")]))
+
+
+@pytest.mark.parametrize("label", [1, "1", " 1\n", np.int64(1)], ids=repr)
+def test_a_label_may_be_a_text(label: Any) -> None:
+    """A whole number in quotes, as CSV files and many data sets have it, is the number."""
+    assert parse_pairs({"prompt": "a", "choices": ["b", "c"], "label": label}) == [Pair("a", "c", "b")]
+    assert TaskTemplate("{x}", answers=("b", "c")).make_pairs({"x": "a", "label": label}) == [Pair("a", "c", "b")]
 
 
 def test_templates_of_tasks() -> None:

@@ -30,6 +30,7 @@ PROMPTS = [*tiny.texts(3, 1), [{"role": "user", "content": "Who are you?"}]]
 # Without a space, and so of the first tokens alone: what is written with those is text, and is read back as it was.
 SPACELESS = [*(text.replace(" ", "x") for text in tiny.texts(3, 1)), [{"role": "user", "content": "Who?"}]]
 ASCII = len(tiny.SPECIALS) + 94
+END = tiny.SPECIALS.index("<|end|>")
 PAIRS = [p for p in PROMPTS for _ in range(4)], tiny.texts(16, 2)
 BACKBONES = ["frozen", "lora", "full"]
 LAYERS = [(-1,), (0, 1, -1)]
@@ -146,6 +147,34 @@ def test_scores_from_the_pass_that_writes(backbone: str, layers: Any, prompts_at
     expected = score(apart, prompts, completions)
     assert sum(counts) > 0
     np.testing.assert_allclose(free, expected, atol=1e-4 * expected.std())
+
+
+@pytest.mark.parametrize("ends", [[tiny.EOS], [END], [tiny.EOS, END, 5]], ids=str)
+def test_whichever_token_ended_a_turn_the_head_reads_at_its_own(ends: list[int]) -> None:
+    """A generation config may have several end tokens; text does not say which was drawn, and the score is the same."""
+    model = base(vocab_size=ASCII)
+    with torch.no_grad():
+        model.lm_head.weight[END] = model.lm_head.weight[tiny.EOS]
+    model.generation_config.eos_token_id = ends
+    headed = build(model, pooler="tanh")
+    assert headed.turn_end.id == END
+    scorer, apart = PreferenceHeadScorer(headed), PreferenceHeadScorer(headed)
+    sampler = HfSampler(headed.model, headed.tokenizer, Decoding(12), scorer=scorer)
+    drawn = sample(sampler, SPACELESS, [range(8 * i, 8 * i + 8) for i in range(4)])
+    whole = [  # without special tokens inside, which are no text
+        (p, r.completion)
+        for p, each in zip(SPACELESS, drawn, strict=True)
+        for r in each
+        if r.finish == "stop" and r.tokens == len(r.completion) + 1
+    ]
+    assert len(whole) > 5
+    prompts, completions = [p for p, _ in whole], [c for _, c in whole]
+    free = score(scorer, prompts, completions)
+    assert scorer.memory.used == len(whole)
+    expected = score(apart, prompts, completions)
+    np.testing.assert_allclose(free, expected, atol=1e-4 * expected.std())
+    rows = [[*headed.encode([p], [""])[0][:-1], *headed.tokenizer(c)["input_ids"][1:], END] for p, c in whole]
+    np.testing.assert_allclose(free, headed.score_rows(rows)[:, 0], atol=1e-4 * expected.std())
 
 
 def test_one_more_step_is_all_that_it_takes() -> None:

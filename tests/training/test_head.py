@@ -1,6 +1,10 @@
 """The command `train head`: from files to a head, in one go or two, and what it refuses."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from calibrated_rewards.cli.main import main
+from calibrated_rewards.files import claim
 from calibrated_rewards.heads import HeadedModel, Pair, measure_pairs
 from calibrated_rewards.models.adapters import ignore_peft_warning
 from calibrated_rewards.models.text import TruncationWarning
@@ -94,6 +99,95 @@ def test_interrupted_and_started_again(backbone: str, files: Path, tmp_path: Pat
     assert not (tmp_path / "two" / "checkpoints").exists()
 
 
+KILLED = """
+import os, signal, sys
+from calibrated_rewards.heads import preference_head
+write, count = preference_head.write_file, 0
+def write_or_die(path, content):
+    global count
+    count += 1
+    if count == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, content)
+preference_head.write_file = write_or_die
+from calibrated_rewards.cli.main import main
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(("backbone", "write", "kept"), [("lora", 3, 2), ("frozen", 8, 6)])
+def test_killed_while_a_head_is_saved(backbone: str, write: int, kept: int, files: Path, tmp_path: Path) -> None:
+    """SIGKILL behind the adapter of the second checkpoint, or before the last file: the same bytes after a new start.
+
+    A head has two files; a checkpoint comes every two of six steps, and the model behind the last one.
+    """
+    options, env = ["--backbone", backbone, "--save-steps", "2"], {**os.environ, "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED, str(write), *words(files, out, *options)]
+    assert subprocess.run(command, env=env, check=False, timeout=500).returncode == -signal.SIGKILL
+    assert not (out / "model").exists()
+    assert RunFolder(out).find_checkpoint() == str(out / "checkpoints" / f"checkpoint-{kept}")
+
+    assert main(words(files, out, *options)) == 0
+    assert main(words(files, tmp_path / "whole", *options)) == 0
+
+    both = [
+        {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        for run in (out, tmp_path / "whole")
+    ]
+    assert both[0] == both[1]
+
+
+def test_a_second_process_in_the_folder_is_refused(files: Path, tmp_path: Path, capsys: Any) -> None:
+    """While another one trains there, the command names the folder, and leaves it as it is."""
+    (tmp_path / "run").mkdir()
+    lock = tmp_path / "run" / ".lock"
+    lock.touch()
+    with claim(lock):
+        assert main(words(files, tmp_path / "run")) == 2
+    assert f"{tmp_path / 'run'} is for one run at a time" in capsys.readouterr().err
+    assert [*(tmp_path / "run").iterdir()] == [lock]
+
+
+def test_each_head_is_measured(files: Path, tmp_path: Path, capsys: Any) -> None:
+    """Of several names, accuracy and calibration of each by its own pairs: in print, in the result and in the log."""
+    rows = [{"prompt": f"{i}", "chosen": "a" * 5, "rejected": "b" * 5, "head": "first"} for i in range(40)]
+    rows += [{"prompt": f"{i}", "chosen": "b" * 5, "rejected": "a" * 5, "head": "second"} for i in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out, options = tmp_path / "run", ["--steps", "20", "--held-out", "0.3", "--heads", "first,second"]
+    options += ["--head-lr", "0.05", "--eval-steps", "10"]
+    places = ["--policy", str(files / "policy"), "--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(out)]
+    assert main(["train", "head", *places, *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+
+    _, held_out = split_pairs(read_pairs([str(tmp_path / "pairs.jsonl")], None), 0.3, 0)
+    headed = HeadedModel.from_pretrained(out / "model")
+    result = json.loads((out / "model" / "training.json").read_text())
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for column, name in enumerate(headed.head.names):
+        own = [pair for pair in held_out if pair.head == name]
+        sides = [headed.encode([p.prompt for p in own], [p[at] for p in own]) for at in (1, 2)]
+        scores = head_run.torch.stack([headed.score_rows(side)[:, column] for side in sides], 1)
+        for metric, value in measure_pairs(scores.double().numpy()).items():
+            assert result[f"held_out_head_{name}/{metric}"] == pytest.approx(value, abs=1e-5)
+        assert lines[1 + column].startswith(f"head {name}: pairwise accuracy 100.0 % +- ")
+        assert f"on {len(own)} held-out pairs; calibration error " in lines[1 + column]
+        assert [f"held_out/head_{name}/accuracy" in row for row in log].count(True) == 2
+    assert f"on {len(held_out)} held-out pairs" in lines[0]
+
+
+def test_one_is_not_many(files: Path, tmp_path: Path, capsys: Any) -> None:
+    """One step, one pair, one task: in the singular."""
+    (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    pairs = ["--pairs", str(tmp_path / "one.jsonl"), "--eval-pairs", str(tmp_path / "one.jsonl")]
+    places = ["--policy", str(files / "policy"), "--out", str(tmp_path / "run")]
+    assert main(["train", "head", *pairs, *places, "--steps", "1", "--pairs-a-step", "1"]) == 0
+    said = capsys.readouterr()
+    assert "1 step of 1 pair; 1 pair of 1 task with " in said.err
+    assert "1 pair held out" in said.err
+    assert "on 1 held-out pair; " in said.out
+
+
 def test_the_split_is_by_prompt() -> None:
     """Pairs of one prompt are on one side; the seed decides which; a share of 0 holds nothing out."""
     pairs = [Pair(f"prompt {i % 200}", "a", f"b{i}") for i in range(600)]
@@ -150,6 +244,7 @@ def test_a_tracker_gets_the_numbers(files: Path, tmp_path: Path, monkeypatch: An
         (["--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--head-lr", "0"], "a run needs a finite head_lr > 0"),
         (["--window", "8", "--backbone", "lora"], "holds the longest text"),
+        (["--window", "512"], "never packed, got --window 512: leave it out, or train --backbone lora"),
         (["--heads", "a, a"], "scores have names, each its own, got --heads 'a, a'"),
         (["--heads", ""], "scores have names, each its own"),
         (["--prior-decay", "-1"], "a run needs prior_decay >= 0, got --prior-decay -1.0"),
@@ -195,11 +290,13 @@ def test_pairs_that_are_cut_to_the_same_tokens(files: Path, tmp_path: Path, caps
     ]
     with pytest.warns(TruncationWarning):
         assert main(["train", "head", *places, "--steps", "1", "--held-out", "0", "--max-length", "16"]) == 0
-    assert "3 pairs are the same tokens twice" in capsys.readouterr().err
+    assert "3 pairs with the same tokens twice" in capsys.readouterr().err
 
 
 def test_settings_by_default() -> None:
     """All layers are a mix of each, with the embeddings; the defaults are the paper's loss."""
+    with pytest.raises(ValueError, match="never packed, got window=8"):  # before anything is loaded
+        HeadTraining(window=8)
     settings = HeadTraining(layers="all")
     assert settings.layer_indices(3) == (0, 1, 2, 3)
     loss = HeadTraining().joint_loss()
