@@ -8,6 +8,7 @@ from typing import Any
 
 import held_out_prompts
 import numpy as np
+import predict
 import pytest
 import torch
 from arms import Point, choose_best_other, compare, compute_targets, interpolate, measure, predict_optima, weigh
@@ -239,3 +240,61 @@ def test_world_4_averages_the_paired_gains_of_its_seeds(tmp_path: Path) -> None:
     assert row["gain"]["value"] == pytest.approx(np.mean(by_seed))
     assert row["gap"] == pytest.approx(by_seed[0])
     assert row["fresh"]["value"] == 0
+
+
+def make_world_of_pilots() -> dict[str, Any]:
+    """Two sizes of one comparison: levels and shares that follow the noise exactly, with no limit."""
+    optima = {"raw": 0.7, "identity": 0.72, "best-of:16": 0.9}
+    known = {128: {"raw": 0.4, "identity": 0.3, "best-of:16": 0.5}}
+    # Correlations of signal and noise: K times the completions divide the noise's variance by K.
+    known[1024] = {arm: 1 / np.sqrt(1 + (1 / s**2 - 1) / 8) for arm, s in known[128].items()}
+    levels = {k: {arm: 0.5 + s * (optima[arm] - 0.5) for arm, s in own.items()} for k, own in known.items()}
+    arms, shares = [], []
+    for k, own in levels.items():
+        arms += [{"arm": a, "k": k, "at 0.5": {"win_rates": {"judge": {"best of 16": w}}}} for a, w in own.items()]
+        gain = own["best-of:16"] - max(own["raw"], own["identity"])
+        row = {"arm": "best-of:16", "k": k, "kl": 0.5, "procedure": "best of 16", "judge": "judge", "seeds": 5}
+        row |= {"against": "best other", "gap": 0.18, "share": {"value": gain / 0.18}}
+        shares.append({**row, "gain": {"value": gain, "interval": [gain - 0.001, gain + 0.001]}})
+    judged = {arm: {"judge": {"best of 16": rate}} for arm, rate in optima.items()}
+    return {"optima": {"0.5": judged}, "arms": arms, "shares": shares}
+
+
+def test_predictions_from_a_pilot() -> None:
+    """Where only noise separates the sizes, one prediction is exact and the other one the pilot's gain."""
+    world = make_world_of_pilots()
+    (row,) = predict.compare_same_prompts(world)
+    assert row["predicted"]["less noise"] == pytest.approx(row["trained"])
+    assert row["predicted"]["same share"] == pytest.approx(world["shares"][0]["gain"]["value"])
+    assert row["inside"] == {"same share": False, "less noise": True}
+    for level in predict.predict_levels(world):
+        assert level["predicted"]["less noise"] == pytest.approx(level["trained"])
+    summary = predict.summarise([row])
+    assert (summary["less noise"]["inside"], summary["same share"]["inside"]) == (1, 0)
+    assert summary["same share"]["error"] == pytest.approx(100 * (row["predicted"]["same share"] - row["trained"]))
+
+
+def test_less_noise_is_what_simulated_noise_gives() -> None:
+    """The part of the target in a log-ratio of fixed length, with noise and with an eighth of its variance."""
+    rng = np.random.default_rng(0)
+    target = rng.normal(size=4000)
+    target -= target.mean()
+
+    def simulate(variance: float) -> float:
+        learned = target + rng.normal(scale=np.sqrt(variance), size=(50, 4000))
+        learned *= np.linalg.norm(target) / np.linalg.norm(learned, axis=1, keepdims=True)
+        return float((learned @ target).mean() / (target @ target))
+
+    assert predict.grow(simulate(4.0), 8) == pytest.approx(simulate(0.5), abs=0.01)
+
+
+def test_held_out_pilots_are_compared_seed_by_seed() -> None:
+    """Only seeds that both runs have; the share of the pilot's gap is that of the longer run's."""
+    case = {"arm": "worst-of:16", "other": "raw", "procedure": "worst of 4"}
+    before = {**case, "seeds": [0, 1], "gap": 0.1, "by_seed": [[0.02, 0, 0], [0.03, 0, 0]]}
+    after = {**case, "seeds": [1, 2], "gap": 0.2, "by_seed": [[0.07, 0.05, 0.09], [0.0, 0, 0]]}
+    runs = ({"gains": [{**each, "fresh_by_seed": each["by_seed"]}]} for each in (before, after))
+    rows = list(predict.compare_held_out(*runs))
+    assert [row["seed"] for row in rows] == [1, 1]
+    assert rows[0]["predicted"]["same share"] == pytest.approx(0.06)
+    assert rows[0]["inside"]["same share"]
