@@ -31,8 +31,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from tqdm import tqdm
-from trainers import known
-from world import KLS, PROCEDURES, TRANSFORMS, Exact, save, valued
+from world import KLS, PROCEDURES, TRANSFORMS, Exact, known, save, valued
 
 from calibrated_rewards.theory.finite_k import log_partition, values
 from calibrated_rewards.theory.fixed_references import win_rate_at_kl

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from trainers import known
-from world import KLS, LENGTH, LETTERS, PROMPTS, TRANSFORMS, World, enumerable, laws, save
+from world import KLS, LENGTH, LETTERS, PROMPTS, TRANSFORMS, World, enumerable, known, laws, save
 
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.models.text import Text

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from trainers import TRAINERS, known
-from world import KLS, PROMPTS, TRANSFORMS, RoundedScorer, World, laws, save
+from trainers import TRAINERS
+from world import KLS, PROMPTS, TRANSFORMS, RoundedScorer, World, known, laws, save
 
 from calibrated_rewards.calibration.on_demand import OnTheSpot
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward

@@ -14,8 +14,8 @@ import numpy as np
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-from trainers import TRAINERS, known
-from world import KLS, TRANSFORMS
+from trainers import TRAINERS
+from world import KLS, TRANSFORMS, known
 
 FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
 COLOURS = dict(zip(TRAINERS, ("#0072B2", "#D55E00", "#009E73", "#999999"), strict=True))

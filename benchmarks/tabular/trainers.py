@@ -13,12 +13,10 @@ sampling stands between the weights after the last step and the numbers. Beta is
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-from world import KLS, LENGTH, LETTERS, PROMPTS, TRANSFORMS, World, enumerable, laws, save
+from world import KLS, LENGTH, LETTERS, PROMPTS, TRANSFORMS, World, enumerable, known, laws, save
 
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.models.text import Text
@@ -128,12 +126,6 @@ def told(row: dict[str, Any]) -> str:
     missed = " ".join(f"{100 * value:6.2f}" for value in row["missed"].values())
     numbers = f"{row['kl']:.3f} {row['tv']:.4f} {missed} {row['seconds']:5.0f}s"
     return f"{row['trainer']:<11} {row['transform']:<10} {row['seed']} {numbers}"
-
-
-def known(name: str) -> list[dict[str, Any]]:
-    """What was written before."""
-    path = Path(__file__).resolve().parents[1] / "results" / f"{name}.json"
-    return json.loads(path.read_text())["results"] if path.exists() else []
 
 
 def far() -> None:

@@ -9,6 +9,7 @@ each prompt, from 1/4 to 4, as a reward model's may be: what is calibrated does 
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +49,12 @@ TRANSFORMS: dict[str, Transform] = {
 # What the trainers are asked for. With transforms for worst-of-n a larger KL has a beta far below the reward's spread.
 KLS = {name: 0.25 if name in ("-e^{-10u}", "worst of 4") else 0.5 for name in TRANSFORMS}
 PROCEDURES = {repr(each): each for each in (Standard(), BestOf(4), WorstOf(4), RewindAndRepeat())}
+
+
+def known(name: str) -> list[dict[str, Any]]:
+    """What was written before."""
+    path = Path(__file__).resolve().parents[1] / "results" / f"{name}.json"
+    return json.loads(path.read_text())["results"] if path.exists() else []
 
 
 @dataclass(frozen=True)
