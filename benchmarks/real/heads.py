@@ -45,6 +45,7 @@ from calibrated_rewards.cli.demo.pipeline import FULL, Demo, Parts, make_real_pa
 from calibrated_rewards.cli.demo.reward_models import split_ratings
 from calibrated_rewards.evaluation.references import read_scores
 from calibrated_rewards.heads import HeadedModel, PreferenceHead
+from calibrated_rewards.models.loading import Placement
 from calibrated_rewards.models.parts import pad_right
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers.hf import HfSampler
@@ -246,7 +247,8 @@ class Bench:
             if name.startswith("frozen"):
                 scorer: Any = FrozenHead(self, PreferenceHead.from_pretrained(folder))
             else:
-                scorer = load_scorer(folder, kind=None if is_head else "sequence-classifier", show_progress=False)
+                kind = None if is_head else "sequence-classifier"
+                scorer = load_scorer(folder, kind=kind, dtype="float32", show_progress=False)
             is_served = seed == 0 and not name.startswith(("lora", "full"))
             scores: dict[str, Any] = {"pairs": score_pairs(partial(score, scorer), self.checked)}
             if is_served:
@@ -258,7 +260,7 @@ class Bench:
         """Read the frozen model's states at the end of each text, or load them: all frozen heads read the same ones."""
         place = self.out / f"states-{len(texts)}.npy"
         if not place.exists():
-            model = HeadedModel.from_pretrained(self.train("frozen, contrastive", 0)[0])
+            model = load_headed(self.train("frozen, contrastive", 0)[0])
             rows = model.encode(prompts, texts)
             order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
             batches = [order[i : i + 32] for i in range(0, len(order), 32)]
@@ -302,9 +304,14 @@ def list_cases(seeds: int) -> Iterator[tuple[str, int]]:
         yield from ((name, seed) for name in HEADS if seed == 0 or name not in ONE_SEED)
 
 
-def measure_serving(policy: Path, head: Path, encoder: Path, rounds: int) -> dict[str, Any]:
+def load_headed(folder: Path) -> HeadedModel:
+    """Load a head with its model in float32, in which it was trained."""
+    return HeadedModel.from_pretrained(folder, placement=Placement("float32"))
+
+
+def measure_serving(head: Path, encoder: Path, rounds: int) -> dict[str, Any]:
     """Measure the weights in memory, and the time of 8 completions a prompt with their scores: one model, and two."""
-    headed = HeadedModel.from_pretrained(head, base=str(policy))
+    headed = load_headed(head)
     scorer = PreferenceHeadScorer(headed, show_progress=False)
     other = load_scorer(encoder, kind="sequence-classifier", show_progress=False)
     prompts = [f"Movie review: {word}" for word in ("This", "The", "A", "It", "An", "If", "One", "What")]
@@ -372,7 +379,7 @@ def main() -> None:
     )
     served["log-probability"] = scores["pool"]
     head, encoder = (bench.train(name, 0)[0] for name in (SERVED, f"MiniLM, {LARGE} pairs"))
-    serving = measure_serving(bench.parts.policy, head, encoder, args.rounds)
+    serving = measure_serving(head, encoder, args.rounds)
     save("heads", {**summarise(rows, served, bench.pool.judge), "serving": serving})
 
 
