@@ -30,7 +30,7 @@ COMPARED = (
 
 
 def start_demo(out: Path, processes: int = 1) -> subprocess.Popen[bytes]:
-    """Start a demo."""
+    """Start a miniature demo in a process of its own, which starts others for its parts."""
     options = ["--quick", "--out", str(out), "--processes", str(processes)]
     command = [sys.executable, "-m", "calibrated_rewards", "demo", *options]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

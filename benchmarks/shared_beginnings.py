@@ -188,7 +188,7 @@ def compare_reading(model: Any, words: Any, case: str, args: argparse.Namespace)
 
 
 def main() -> None:
-    """Measure, print, save."""
+    """Measure both ways on all cases, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint's folder; without, a small Llama of random weights")
     parser.add_argument("--dtype", default="float32")

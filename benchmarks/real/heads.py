@@ -1,18 +1,18 @@
 """A preference head on SmolLM2 against a reward model of its own: accuracy on people's ratings, best of 8, resolution.
 
-    python benchmarks/real/heads.py --out runs/heads            # goes on where it stopped;    hours of one core
+    python benchmarks/real/heads.py --out runs/heads            # goes on where it stopped; hours of one core
     python benchmarks/real/heads.py --out runs/heads --seeds 1
 
 Pairs are made of texts of one source (movie reviews, products, editorials, tweets) whose mean human ratings differ by
 .5 or more: those to learn from are of the reward model's half of the texts, those to measure on are 750 pairs of movie
 reviews that nothing learned from. A head is trained by `train head` on the frozen model, under LoRA, and with all
-weights; the rivals are all-MiniLM-L6-v2 with one label, trained on the same pairs by the same loss, and the model's
-own log-probability of the text. One more head learns from pairs of rollouts, ordered by the demo's reward model: texts
-like those that it will choose among. Best of 8: each chooses among 48 rollouts of 4 tokens behind film-review prompts,
-and the demo's judge, which learned from other texts, says how often the choice beats a single draw. Resolution: the
-share of pairs of rollouts that tie, and best of 8, of float32 scores, of the same scores in bfloat16, and of the
-quantile among 32 references. Serving: memory, and the time of eight completions with their scores, of one model with
-its head and of two models. Writes benchmarks/results/heads.json.
+weights (one of them with every seed, `ALL_SEEDS`); the rivals are all-MiniLM-L6-v2 with one label, trained on the same
+pairs by the same loss, and the model's own log-probability of the text. One more head learns from pairs of rollouts,
+ordered by the demo's reward model: texts like those that it will choose among. Best of 8: each chooses among 48
+rollouts of 4 tokens behind film-review prompts, and the demo's judge, which learned from other texts, says how often
+the choice beats a single draw. Resolution: the share of pairs of rollouts that tie, and best of 8, of float32 scores,
+of the same scores in bfloat16, and of the quantile among 32 references. Serving: memory, and the time of eight
+completions with their scores, of one model with its head and of two models. Writes benchmarks/results/heads.json.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Bench:
 
     @cached_property
     def demo(self) -> Demo:
-        """The demo's loaders."""
+        """What loads the policy, the reward model and the judge of the demo."""
         return Demo(self.parts, FULL, self.out)
 
     @cached_property

@@ -52,7 +52,7 @@ PROCEDURES = {repr(each): each for each in (Standard(), BestOf(4), WorstOf(4), R
 
 
 def known(name: str) -> list[dict[str, Any]]:
-    """What was written before."""
+    """Read the results that earlier runs of a script wrote; none if it has not run."""
     path = Path(__file__).resolve().parents[1] / "results" / f"{name}.json"
     return json.loads(path.read_text())["results"] if path.exists() else []
 
