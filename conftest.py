@@ -26,7 +26,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def typed_calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Count calls anew for each test, and leave out the type checks of one that solves for an optimum."""
-    typecheck.calls.clear()
+    typecheck.count_anew()
     name = request.node.nodeid
     if any(f"{path}::" in name for path in SOLVE) or any(example in name for example in EXAMPLES):
         monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

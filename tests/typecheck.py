@@ -10,6 +10,7 @@ annotations that cannot be evaluated yet, which it takes for Any, and sizes comp
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jaxtyping
@@ -20,8 +21,15 @@ checked = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=jaxtyp
 jaxtyped = jaxtyping.jaxtyped
 # Of a function that a test calls more than MOST times, as an integrator calls a slope, one call in EVERY is checked.
 MOST, EVERY = 1000, 16
-calls: dict[Any, int] = {}
-"""How often each function was called in this test."""
+called: list[Callable[[], None]] = []
+"""What sets the counts of functions that were called in this test back to 0."""
+
+
+def count_anew() -> None:
+    """Count the calls of every function from 0, as at the start of a test."""
+    for forget in called:
+        forget()
+    called.clear()
 
 
 def parts(annotation: Any) -> list[Any]:
@@ -51,14 +59,22 @@ def check_from_first_call(function: Any, typechecker: Any) -> Any:
     The checker is made at the first call that it is asked for: most tests call few of the thousands of functions.
     """
     typed: Any = None
+    count = 0
 
+    def forget() -> None:
+        nonlocal count
+        count = 0
+
+    # An optimum takes millions of calls: those that are not checked cost no more than a sum and a remainder.
     @functools.wraps(function)
     def run_checked(*args: Any, **kwargs: Any) -> Any:
-        nonlocal typed
-        if jaxtyping.config.jaxtyping_disable:
-            return function(*args, **kwargs)
-        calls[function] = count = calls.get(function, 0) + 1
+        nonlocal typed, count
+        count += 1
         if count > MOST and count % EVERY:
+            return function(*args, **kwargs)
+        if count == 1:
+            called.append(forget)
+        if jaxtyping.config.jaxtyping_disable:
             return function(*args, **kwargs)
         if typed is None:
             typed = make_checked(function, typechecker)

@@ -32,8 +32,6 @@ from calibrated_rewards.scorers.remote import Native, OpenRlhf, Remote
 from calibrated_rewards.scorers.remote_vllm import Vllm, VllmScore
 from calibrated_rewards.testing.check_scorer import CHECKS, Examination
 
-MODULE = [sys.executable, "-m", "calibrated_rewards"]
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -49,17 +47,16 @@ def check(*words: str) -> int:
     return main(["check-scorer", *words])
 
 
-def test_a_model_is_checked_in_a_process_of_its_own(model, tmp_path):
-    """The whole way, from the shell: what was loaded, a line a check, the speed, and exit code 0."""
-    command = [*MODULE, "check-scorer", "--reward-model", model, "--no-sign", *QUICK]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+def test_a_model_is_checked(model, capsys):
+    """The whole way: what was loaded, a line a check, the speed, and exit code 0."""
+    assert check("--reward-model", model, "--no-sign", *QUICK) == PASSED
 
-    assert done.returncode == PASSED, done.stderr
-    assert f"Loaded('{model}', SequenceClassifier, Label(index=0), max_length=512)" in done.stdout
-    assert "\n  text: max_length=512, template=yes\n" in done.stdout
-    assert [done.stdout.count(f"  {name}") for name in (check.name for check in CHECKS)] == [1] * len(CHECKS)
-    assert re.search(r"\n  64 completions in [\d.]+ s: [\d,]+ completions, [\d,]+ tokens a second\n", done.stdout)
-    assert re.search(r"\n\d+ ok, 0 failed, \d+ not asked\n$", done.stdout)
+    told = capsys.readouterr().out
+    assert f"Loaded('{model}', SequenceClassifier, Label(index=0), max_length=512)" in told
+    assert "\n  text: max_length=512, template=yes\n" in told
+    assert [told.count(f"  {name}") for name in (check.name for check in CHECKS)] == [1] * len(CHECKS)
+    assert re.search(r"\n  64 completions in [\d.]+ s: [\d,]+ completions, [\d,]+ tokens a second\n", told)
+    assert re.search(r"\n\d+ ok, 0 failed, \d+ not asked\n$", told)
 
 
 def test_a_failed_check_exits_with_one(model, tmp_path, capsys):

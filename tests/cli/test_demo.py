@@ -3,9 +3,7 @@
 import contextlib
 import io
 import json
-import signal
-import subprocess
-import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 from calibrated_rewards.cli.demo import assets, reward_models
 from calibrated_rewards.cli.demo.assets import Rated, make_folder, make_tiny_prompts
 from calibrated_rewards.cli.demo.command import format_frontier
-from calibrated_rewards.cli.main import main
+from calibrated_rewards.cli.demo.pipeline import ARMS
+from calibrated_rewards.cli.demo.side_by_side import Part
+from calibrated_rewards.cli.main import STOPPED, main
 from calibrated_rewards.evaluation.frontier_results import FrontierEstimate
 from calibrated_rewards.evaluation.held_out_results import HeldOutPolicies
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.theory.procedures import WorstOf
-
-COMMAND = [sys.executable, "-m", "calibrated_rewards", "demo", "--quick", "--out"]
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +81,27 @@ def test_the_comparison_is_that_of_the_saved_policies(whole: Path) -> None:
     assert compared.checks["raw"].kl.value == pytest.approx(kl, rel=0.15)  # those of the demo are read in bfloat16
 
 
-def test_goes_on_after_ctrl_c_with_the_same_numbers(whole: Path, tmp_path: Path) -> None:
+def test_goes_on_after_ctrl_c_with_the_same_numbers(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Stopped while it trains side by side, it finishes in one process when called again, as if nothing had been."""
     out = tmp_path / "stopped"
-    command = [*COMMAND, str(out), "--processes", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
-        assert run.stdout is not None
-        for line in run.stdout:
-            if line.startswith("[4/"):
-                break
-        run.send_signal(signal.SIGINT)
-        run.stdout.read()
-        assert run.wait(60) == 130
+    trains: list[BaseProcess] = []
+
+    def stop_when_all_train(part: Part) -> None:
+        show(part)
+        if part.name in ARMS:
+            trains.append(part.process)
+        if len(trains) == len(ARMS):
+            assert all(process.is_alive() for process in trains)
+            raise KeyboardInterrupt
+
+    show = Part.show
+    with monkeypatch.context() as patched:
+        patched.setattr(Part, "show", stop_when_all_train)
+        assert main(["demo", "--quick", "--out", str(out), "--processes", "2"]) == STOPPED
+    assert not any(process.is_alive() for process in trains)
+    assert capfd.readouterr().err.endswith("calibrated-rewards demo: stopped\n")
     assert not (out / "held_out.json").exists()
     assert main(["demo", "--quick", "--out", str(out)]) == 0
     for name in ("held_out.json", "frontier.json"):

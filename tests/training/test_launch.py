@@ -276,9 +276,9 @@ def test_a_loop_leaves_alone_what_it_must(run: Path, tmp_path: Path, capsys: Any
     ("error", "code", "told"), [("KeyboardInterrupt", 130, "stopped"), ("ValueError('why')", 2, "error: why (--debug")]
 )
 def test_ctrl_c_in_the_imports_is_no_traceback(error: str, code: int, told: str, tmp_path: Path) -> None:
-    """An import of the trainer, in its place one that fails: one line, and an error says what it is."""
-    (tmp_path / "trl").mkdir()
-    (tmp_path / "trl/__init__.py").write_text(f"raise {error}")
+    """The first long import of the trainer, in its place one that fails: one line, and an error says what it is."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(f"raise {error}")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     words = [sys.executable, "-m", "calibrated_rewards", "train", "rloo", "--help"]
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -16,13 +18,35 @@ from transformers import AutoModelForCausalLM
 
 from calibrated_rewards.cli.main import main
 
-LAUNCH = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
 SCRIPT = Path(__file__).parents[1] / "two_processes.py"
+
+
+def run_in_two(*arguments: Path) -> str:
+    """Run a script in two processes with what torchrun sets, without it: it imports torch as well; what they said."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    with TemporaryFile("w+") as said:
+        ranks = [
+            subprocess.Popen(command, env={**environment, "RANK": rank, "LOCAL_RANK": rank}, stdout=said, stderr=said)
+            for rank in ("0", "1")
+        ]
+        try:
+            codes = [rank.wait(300) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        said.seek(0)
+        text = said.read()
+    assert codes == [0, 0], text[-3000:]
+    return text
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs of `two_processes.py` by one `accelerate launch`, for each imports torch, and beside them one process's.
+    """All runs of `two_processes.py` by one pair of processes, for each imports torch, and beside them one process's.
 
     `two/` has those of two processes, `one/` those of one.
     """
@@ -43,12 +67,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert main(words) == 0
     commands = root / "commands.json"
     commands.write_text(json.dumps(two))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    arguments = [*LAUNCH.split(), "--main_process_port", "0", SCRIPT, head / "policy", root / "two", commands]
-    command = [sys.executable, "-m", *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("the same gradient") == 2
+    said = run_in_two(SCRIPT, head / "policy", root / "two", commands)
+    assert said.count("the same gradient") == 2
     return root
 
 
