@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import multiprocessing
-import operator
 import os
 import pickle
 import subprocess
@@ -11,7 +9,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -594,19 +592,6 @@ def model_reward(tmp_path: Path, **settings: Any) -> CalibratedReward:
     return CalibratedReward(scorer, table, Exponential(5.0), **settings)
 
 
-def test_spawned_workers_give_the_same_rewards(tmp_path: Path) -> None:
-    """The reward pickles without weights, in a few kilobytes, and loads them where it arrives."""
-    reward = model_reward(tmp_path)
-    pairs = ["prompt 0", "prompt 1"], ["Hello", "Go away"]
-    data = pickle.dumps(reward)
-
-    assert len(data) < 10_000
-    # A function that a spawned process can import, unlike those of a test.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(operator.call, reward, *pairs).result(timeout=120) == reward(*pairs)
-    assert pickle.loads(data)(*pairs) == reward(*pairs)
-
-
 def test_thirty_two_threads_give_the_same_rewards(tmp_path: Path) -> None:
     """All at once, one sample each and in lists, of a real model."""
     reward = model_reward(tmp_path)
@@ -628,19 +613,27 @@ def test_thirty_two_threads_give_the_same_rewards(tmp_path: Path) -> None:
 
 
 def test_two_ranks_give_the_same_rewards(tmp_path: Path) -> None:
-    """Each of two processes, started as torchrun starts them, loads the saved reward and scores its half of a batch."""
+    """Each of two processes, started as torchrun starts them, scores its half of a batch, by two ways to the reward.
+
+    It loads the saved one, and one that was pickled: without weights, in a few kilobytes, which it loads on arrival.
+    """
     reward = model_reward(tmp_path)
     reward.save_pretrained(tmp_path / "reward")
+    data = pickle.dumps(reward)
+    assert len(data) < 10_000
+    (tmp_path / "reward.pickle").write_bytes(data)
     completions = tiny.texts(8)
     script = tmp_path / "rank.py"
     script.write_text(
-        "import json, os, sys\n"
+        "import json, os, pickle, sys\n"
         "from calibrated_rewards import CalibratedReward\n"
         "where, out, asked = sys.argv[1:]\n"
+        "sent = pickle.load(open(f'{where}.pickle', 'rb'))\n"
         "rank = int(os.environ['RANK'])\n"
         "prompts, completions = json.loads(asked)\n"
         "mine = slice(rank, None, 2)\n"
-        "found = CalibratedReward.from_pretrained(where)(prompts[mine], completions[mine])\n"
+        "loaded = CalibratedReward.from_pretrained(where)\n"
+        "found = [each(prompts[mine], completions[mine]) for each in (loaded, sent)]\n"
         "open(f'{out}/{rank}.json', 'w').write(json.dumps(found))\n"
     )
     prompts = [PROMPTS[i % 6] for i in range(8)]
@@ -651,7 +644,10 @@ def test_two_ranks_give_the_same_rewards(tmp_path: Path) -> None:
     assert [rank.wait(300) for rank in ranks] == [0, 0]
     halves = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
 
-    assert [halves[i % 2][i // 2] for i in range(8)] == reward(prompts, completions)
+    expected = reward(prompts, completions)
+    for way in (0, 1):
+        assert [halves[i % 2][way][i // 2] for i in range(8)] == expected
+    assert pickle.loads(data)(prompts, completions) == expected
 
 
 def test_a_saved_reward_comes_back(tmp_path: Path) -> None:
