@@ -20,7 +20,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,14 @@ def run(launch: HeadLaunch, settings: HeadTraining) -> None:
     if launch.eval_pairs:
         training, held_out = pairs, read_pairs(launch.eval_pairs, launch.templates)
     if not training:
-        raise ValueError(Message(f"no pair is left to train on, of {len(pairs)}: {setting('held_out', '0')}"))
+        share = setting("held_out", str(settings.held_out))
+        others = f"say {setting('held_out', '0')}, or evaluate on others, {setting('eval_pairs', 'FILE')}"
+        raise ValueError(Message(f"all of {format_count(len(pairs), 'pair')} are held out, got {share}: {others}"))
+    if launch.templates and processes.is_main_process:
+        tasks = {pair.task for pair in (*training, *held_out)}
+        for task in sorted({*load_templates(launch.templates)} - {"", *tasks}):
+            known = ", ".join(sorted(tasks - {""})) or "no task"
+            sys.stderr.write(f"the template {task} is not used: the pairs are of {known}\n")
     described = describe(launch, settings, training, held_out)
     if folder.is_finished(described):
         sys.stderr.write(f"{folder.model_folder} is this run's head: nothing to do\n")
@@ -105,15 +112,18 @@ def read_pairs(sources: Sequence[str], templates: Path | None) -> list[Pair]:
 
 def load_templates(path: Path) -> dict[str, TaskTemplate]:
     """Load templates by task from a JSON file, each with the fields of `TaskTemplate`."""
-    content = json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, Mapping) or not all(isinstance(each, Mapping) for each in content.values()):
         raise ValueError(f'{path} holds templates by task, as {{"nli": {{"prompt": "{{premise}}"}}}}')
-    try:
-        return {
-            task: TaskTemplate(**{**each, "answers": tuple(each.get("answers", ()))}) for task, each in content.items()
-        }
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from None
+    names = [each.name for each in fields(TaskTemplate)]
+    for task, each in content.items():
+        if "prompt" not in each or not {*each} <= {*names}:
+            rule = f"the template {task} needs a prompt, and may have {', '.join(names[1:])}"
+            raise ValueError(f"{path}: {rule}, got {', '.join(each) or 'nothing'}")
+    return {task: TaskTemplate(**{**each, "answers": tuple(each.get("answers", ()))}) for task, each in content.items()}
 
 
 def split_pairs(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -274,7 +284,7 @@ def summarise(metrics: Mapping[str, float], counts: Mapping[str, int]) -> str:
     pairwise accuracy 81.2 % +- 2.0 on 400 held-out pairs; calibration error 0.031, Brier score 0.140, ties 0.0 %
     """
     if "held_out_accuracy" not in metrics:
-        return ""
+        return "no pair was held out, so how well the head orders pairs is not known: --held-out 0.2, or --eval-pairs\n"
     lines = [_summarise_pairs(metrics, "held_out_", sum(counts.values()))]
     for head, count in counts.items():
         prefix = f"held_out_{name_metrics(head)}/"

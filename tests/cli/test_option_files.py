@@ -66,20 +66,7 @@ TRAINERS = {
     "grpo": [*LAUNCH, "--raw", "--beta", "2"],
     "grpo --plain": [*LAUNCH, "--plain", "--baseline", "group-mean", "--force"],
     "ppo": [*LAUNCH, "--whiten", "no", "--device", "cpu"],
-    "head": [
-        "--policy",
-        "./sft",
-        "--pairs",
-        "a=a.jsonl",
-        "b",
-        "--out",
-        "run",
-        "--chat",
-        "--layers=-1,4",
-        "--backbone",
-        "lora",
-        "--bf16",
-    ],
+    "head": "--policy ./sft --pairs a=a.jsonl b --out run --chat --layers=-1,4 --backbone lora --bf16".split(),
 }
 
 

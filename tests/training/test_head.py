@@ -271,6 +271,7 @@ def test_a_tracker_gets_the_numbers(files: Path, tmp_path: Path, monkeypatch: An
         (["--smoothing", "0.5"], "0 <= eps < 0.5, got --smoothing 0.5"),
         (["--layers", "last"], "whole numbers with commas between, or all, got --layers last"),
         (["--layers", "7"], "the model has hidden states from -3 to 2, got --layers 7"),
+        (["--held-out", "0.999999"], "pairs are held out, got --held-out 0.999999: say --held-out 0, or evaluate on"),
         (["--held-out", "1"], "below 1, got --held-out 1.0"),
         (["--end-token", "<|im_end|>"], "that the tokenizer knows, got --end-token <|im_end|>"),
         (["--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
@@ -340,3 +341,29 @@ def test_settings_by_default() -> None:
     assert settings.layer_indices(3) == (0, 1, 2, 3)
     loss = HeadTraining().joint_loss()
     assert (loss.head.kind, loss.head.smoothing, loss.head_weight, loss.dpo_weight) == ("separable", 0.1, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "templates.json is not JSON: "),
+        ('{"nli": {"promt": "{question}"}}', "the template nli needs a prompt, and may have answers, choices, label"),
+        ('{"nli": {"prompt": "{question}", "answer": []}}', "system, chat, got prompt, answer"),
+    ],
+)
+def test_templates_that_are_none(content: str, message: str, files: Path, tmp_path: Path, capsys: Any) -> None:
+    """A file that is not JSON, and fields that a template does not have, are named."""
+    (tmp_path / "templates.json").write_text(content)
+    assert main([*words(files, tmp_path / "run"), "--templates", str(tmp_path / "templates.json")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_template_of_no_task_is_named(files: Path, tmp_path: Path, capsys: Any) -> None:
+    """A misspelled task would leave its template unused without a word."""
+    content = json.loads((files / "templates.json").read_text())
+    (tmp_path / "more.json").write_text(json.dumps(content | {"evn": {"prompt": "{question}"}}))
+    options = ["--templates", str(tmp_path / "more.json"), "--steps", "1", "--held-out", "0"]
+    assert main([*words(files, tmp_path / "run"), *options]) == 0
+    said = capsys.readouterr()
+    assert "the template evn is not used: the pairs are of even, marks\n" in said.err
+    assert said.out.startswith("no pair was held out, so how well the head orders pairs is not known: --held-out 0.2")
