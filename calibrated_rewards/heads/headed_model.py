@@ -319,7 +319,8 @@ def check_base(model: Any, settings: HeadSettings, any_base: bool = False) -> No
         raise ValueError(
             Message(
                 f"the head was trained on other weights ({settings.base}) than the model's, which {other} shows, and "
-                f"its scores would be others: load it on that model, or go on with {setting('any_base', 'True')}"
+                f"its scores would be others: load it on that model, or go on with "
+                f"{setting('any_base', 'True', option='--option any_base=true')}"
             )
         )
 
@@ -363,13 +364,23 @@ def add_lora(model: Any, config: Any, adapter: str) -> Any:
 def load_adapter(model: Any, place: str, adapter: str, revision: str | None = None) -> Any:
     """Load the head's adapter from beside a head onto a model; the adapters that were active stay so."""
     from peft import PeftModel
+    from safetensors import SafetensorError
 
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if Path(place).expanduser().is_dir() and not (Path(place).expanduser() / file).is_file():
+            raise FileNotFoundError(
+                f"{place} has no {file}, and its head reads with an adapter: copy it beside the head"
+            )
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
-    with ignore_peft_warning():
-        if not isinstance(model, PeftModel):
-            return PeftModel.from_pretrained(model, place, adapter_name=adapter, **options)
-        training = [part for part in model.modules() if part.training]
-        model.load_adapter(place, adapter, **options)  # leaves the model in evaluation mode
+    training: list[Any] = []
+    try:
+        with ignore_peft_warning():
+            if not isinstance(model, PeftModel):
+                return PeftModel.from_pretrained(model, place, adapter_name=adapter, **options)
+            training = [part for part in model.modules() if part.training]
+            model.load_adapter(place, adapter, **options)  # leaves the model in evaluation mode
+    except SafetensorError as error:
+        raise ValueError(f"adapter_model.safetensors of {place} cannot be read, copy it again: {error}") from error
     for part in training:
         part.training = True
     return model

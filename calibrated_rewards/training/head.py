@@ -173,6 +173,7 @@ def build_trainer(
 ) -> PreferenceHeadTrainer:
     """Encode the pairs, read what is read once, and make the trainer."""
     processes, loss = find_processes(), settings.joint_loss()
+    check_template(headed, [*training, *held_out])
     pairs, checked = encode_pairs(headed, training), encode_pairs(headed, held_out) if held_out else []
     if settings.backbone == "frozen":
         states = cache_states(headed, [*pairs, *checked])
@@ -202,6 +203,19 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)  # which writes all numbers of each step to stdout
     place_files(trainer.callback_handler.callbacks, folder)
     return trainer
+
+
+def check_template(headed: HeadedModel, pairs: Sequence[Pair]) -> None:
+    """Refuse chats, and prompts that become chats, where the policy's tokenizer has no template to write them."""
+    text, template = headed.settings.text, headed.tokenizer.chat_template
+    if template is None and (text.chat or not all(isinstance(pair.prompt, str) for pair in pairs)):
+        wanted = setting("chat", "True", option="--chat") + " needs" if text.chat else "pairs of messages need"
+        raise ValueError(
+            Message(
+                f"the policy's tokenizer has no chat template, which {wanted}: put chat_template.jinja into the "
+                "policy's folder, or train on texts"
+            )
+        )
 
 
 def configure(

@@ -212,6 +212,21 @@ def test_a_base_that_has_moved(policy: str, tokenizer: Any, tmp_path: Path) -> N
     assert HeadedModel.from_pretrained(tmp_path / "head", base=str(tmp_path / "moved")).settings.base == str(base)
 
 
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_is_missing_or_cut_off(policy: str, tokenizer: Any, tmp_path: Path, file: str) -> None:
+    """A head with an adapter of its own is refused without it, by the name of the file."""
+    build(policy, tokenizer, backbone="lora").save_pretrained(tmp_path / "head")
+    weights = tmp_path / "head" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:200])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors of .*head cannot be read, copy it again"):
+        HeadedModel.from_pretrained(tmp_path / "head")
+    weights.write_bytes(whole)
+    (tmp_path / "head" / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"head has no {file}, and its head reads with an adapter"):
+        HeadedModel.from_pretrained(tmp_path / "head")
+
+
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
 
 

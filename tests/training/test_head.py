@@ -274,6 +274,7 @@ def test_a_tracker_gets_the_numbers(files: Path, tmp_path: Path, monkeypatch: An
         (["--held-out", "0.999999"], "pairs are held out, got --held-out 0.999999: say --held-out 0, or evaluate on"),
         (["--held-out", "1"], "below 1, got --held-out 1.0"),
         (["--end-token", "<|im_end|>"], "that the tokenizer knows, got --end-token <|im_end|>"),
+        (["--end-token", ""], "that the tokenizer knows, got --end-token ''"),
         (["--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--head-lr", "0"], "a run needs a finite head_lr > 0"),
         (["--window", "8", "--backbone", "lora"], "holds the longest text"),
@@ -367,3 +368,16 @@ def test_a_template_of_no_task_is_named(files: Path, tmp_path: Path, capsys: Any
     said = capsys.readouterr()
     assert "the template evn is not used: the pairs are of even, marks\n" in said.err
     assert said.out.startswith("no pair was held out, so how well the head orders pairs is not known: --held-out 0.2")
+
+
+def test_a_policy_without_a_template(files: Path, tmp_path: Path, capsys: Any) -> None:
+    """Messages, and texts that are to be messages, are refused in a sentence; texts are not."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    policy = ["--policy", tiny.saved(tiny.causal(), tmp_path / "plain", tokenizer)]
+    texts = ["--pairs", f"marks={files / 'marks.jsonl'}"]
+    assert main([*words(files, tmp_path / "run"), *policy]) == 2  # the task even has chats
+    assert "no chat template, which pairs of messages need: put chat_template.jinja" in capsys.readouterr().err
+    assert main([*words(files, tmp_path / "chat"), *policy, *texts, "--chat"]) == 2
+    assert "no chat template, which --chat needs" in capsys.readouterr().err
+    assert main([*words(files, tmp_path / "texts"), *policy, *texts]) == 0
