@@ -4,6 +4,7 @@ A row is in TRL's preference format, conversational or plain text, with or witho
 several; or it has choices and the number of the right one. `order_pairs` shuffles tasks and interleaves them.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,8 +70,9 @@ class TaskTemplate:
         """Make the pairs of a row: its own chosen and rejected, or the right answer with each wrong one."""
         prompt = self.write_prompt(row, place)
         if not self.answers and {"chosen", "rejected"} <= row.keys():
-            return [_checked(Pair(prompt, row["chosen"], row["rejected"], task, str(row.get("head") or "")), place)]
-        answers = [str(each) for each in self.answers or _get(row, self.choices, place)]
+            chosen, rejected = (_read_side(row, column, place) for column in ("chosen", "rejected"))
+            return [_checked(Pair(prompt, chosen, rejected, task, str(row.get("head") or "")), place)]
+        answers = self.answers or _read_choices(row, self.choices, place)
         return _pair_choices(prompt, answers, _get(row, self.label, place), place, task, str(row.get("head") or ""))
 
 
@@ -95,6 +97,7 @@ class PairReader:
 def parse_pairs(row: Mapping[str, Any], place: str = "a row", task: str = "") -> list[Pair]:
     """Read the pairs of a row: one of `chosen` and `rejected`, or one for each wrong answer among `choices`.
 
+    `label` is the number of the right choice.
     Without a prompt, chats begin with it: the turns that both share. Texts share what they begin with alike.
 
     >>> parse_pairs({"chosen": "2+2= 4", "rejected": "2+2= five"})
@@ -103,13 +106,11 @@ def parse_pairs(row: Mapping[str, Any], place: str = "a row", task: str = "") ->
     ['3', '5']
     """
     name = str(row.get("head") or "")
-    if "choices" in row and "label" in row:
-        prompt = _get(row, "prompt", place)
-        return _pair_choices(prompt, [str(each) for each in row["choices"]], row["label"], place, task, name)
-    for column in ("chosen", "rejected"):
-        if not isinstance(value := _get(row, column, place), str | Sequence | np.ndarray):
-            raise TypeError(f"{place}: {column} is a text or a list of messages, got {start_of(value)}")
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    if row.get("choices") is not None and (row.get("label") is not None or row.get("chosen") is None):
+        prompt, label = _read_side(row, "prompt", place), _get(row, "label", place)
+        return _pair_choices(prompt, _read_choices(row, "choices", place), label, place, task, name)
+    chosen, rejected = (_read_side(row, column, place) for column in ("chosen", "rejected"))
+    prompt = None if row.get("prompt") is None else _read_side(row, "prompt", place)
     if _is_chat(chosen) != _is_chat(rejected):
         raise TypeError(f"{place}: chosen and rejected are both texts or both messages, got {start_of(rejected)}")
     if prompt is not None and len(prompt):
@@ -192,6 +193,8 @@ def _round_to(numbers: npt.NDArray[np.float64], total: int) -> npt.NDArray[np.in
 
 def _pair_choices(prompt: Any, answers: Sequence[str], label: Any, place: str, task: str, head: str) -> list[Pair]:
     """Pair the right answer with each of the others."""
+    if len(answers) < 2:
+        raise ValueError(f"{place}: the right answer is preferred to others, which needs 2 answers, got {len(answers)}")
     number = _read_number(label)
     if number is None or not 0 <= number < len(answers):
         raise ValueError(
@@ -229,7 +232,33 @@ def _checked(pair: Pair, place: str) -> Pair:
             raise ValueError(f"{place}: a completion ends with an assistant's message, got {start_of(each)}")
     if isinstance(prompt, str) and not all(isinstance(each, str) for each in both):
         raise TypeError(f"{place}: completions that are messages need a prompt of messages, got {start_of(prompt)}")
+    for each in (prompt, *both):
+        if re.search("[\ud800-\udfff]", json.dumps(each, ensure_ascii=False, default=str)):
+            raise ValueError(f"{place}: a text is whole characters, got half of one in {start_of(each)}")
     return pair._replace(prompt=prompt, chosen=both[0], rejected=both[1])
+
+
+def _read_side(row: Mapping[str, Any], column: str, place: str) -> Any:
+    """Read a text or messages of a row, as they are; an error names the row and the column."""
+    value = _get(row, column, place)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Sequence | np.ndarray):
+        raise TypeError(f"{place}: {column} is a text or a list of messages, got {start_of(value)}")
+    if len(value):
+        try:
+            plain_messages(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{place}: {column} is a text or a list of messages: {error}") from None
+    return value
+
+
+def _read_choices(row: Mapping[str, Any], column: str, place: str) -> list[str]:
+    """Read the answers of a row as texts."""
+    value = _get(row, column, place)
+    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+        raise TypeError(f"{place}: {column} is a list of answers, got {start_of(value)}")
+    return [str(each) for each in value]
 
 
 def _starts_with(messages: Any, prompt: Any) -> bool:

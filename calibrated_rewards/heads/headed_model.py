@@ -11,7 +11,6 @@ the only active one: those that the policy carries are off, and a frozen backbon
 """
 
 import inspect
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -33,11 +32,12 @@ from calibrated_rewards.heads.preference_head import (
     HeadSettings,
     PreferenceHead,
     find_file,
+    read_settings,
     upload,
 )
 from calibrated_rewards.heads.turn_end import TurnEnd, encode_turns, find_turn_end
 from calibrated_rewards.models.adapters import activate, ignore_peft_warning
-from calibrated_rewards.models.checkpoints import find_checkpoint
+from calibrated_rewards.models.checkpoints import Checkpoint, find_checkpoint
 from calibrated_rewards.models.loading import Placement, Source, load_complete
 from calibrated_rewards.models.parts import body_of, device_of, for_scoring, lock_of, pad_right, positions_of, unwrap
 from calibrated_rewards.models.text import Text
@@ -230,7 +230,7 @@ class HeadedModel(nn.Module):
         A model with other weights than those is refused, but with `any_base`.
         """
         placement = placement or Placement()
-        settings = read_settings(name_or_path, revision)
+        settings = read_settings(find_file(name_or_path, SETTINGS_FILE, revision=revision))
         at = find_checkpoint(str(name_or_path), revision)
         if not at.config:
             place = base or settings.base
@@ -238,7 +238,7 @@ class HeadedModel(nn.Module):
                 raise ValueError(
                     Message(f"{name_or_path} does not say on which model its head is: say {setting('base')}")
                 )
-            at = find_checkpoint(place)
+            at = find_base(place, None if base else str(name_or_path))
         from transformers import AutoModelForCausalLM
 
         model = load_complete(AutoModelForCausalLM, at, **placement.options())
@@ -295,9 +295,17 @@ class SelectedLayers(nn.Module):
         return SimpleNamespace(last_hidden_state=joined, past_key_values=getattr(answer, "past_key_values", None))
 
 
-def read_settings(name_or_path: str | Path, revision: str | None = None) -> HeadSettings:
-    """Read the settings of a saved head alone."""
-    return HeadSettings.from_json(json.loads(find_file(name_or_path, SETTINGS_FILE, revision=revision).read_text()))
+def find_base(place: str, head: str | None) -> Checkpoint:
+    """Find the checkpoint of a base; the error about one that a head names says what to do."""
+    try:
+        return find_checkpoint(place)
+    except FileNotFoundError as error:
+        if head is None:
+            raise
+        where = setting("base", "PATH")
+        raise FileNotFoundError(
+            Message(f"the head {head} was trained on {place}, which is not there: say where that model is, {where}")
+        ) from error
 
 
 def check_base(model: Any, settings: HeadSettings, any_base: bool = False) -> None:
@@ -311,7 +319,8 @@ def check_base(model: Any, settings: HeadSettings, any_base: bool = False) -> No
         raise ValueError(
             Message(
                 f"the head was trained on other weights ({settings.base}) than the model's, which {other} shows, and "
-                f"its scores would be others: load it on that model, or go on with {setting('any_base', 'True')}"
+                f"its scores would be others: load it on that model, or go on with "
+                f"{setting('any_base', 'True', option='--option any_base=true')}"
             )
         )
 
@@ -355,13 +364,23 @@ def add_lora(model: Any, config: Any, adapter: str) -> Any:
 def load_adapter(model: Any, place: str, adapter: str, revision: str | None = None) -> Any:
     """Load the head's adapter from beside a head onto a model; the adapters that were active stay so."""
     from peft import PeftModel
+    from safetensors import SafetensorError
 
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if Path(place).expanduser().is_dir() and not (Path(place).expanduser() / file).is_file():
+            raise FileNotFoundError(
+                f"{place} has no {file}, and its head reads with an adapter: copy it beside the head"
+            )
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
-    with ignore_peft_warning():
-        if not isinstance(model, PeftModel):
-            return PeftModel.from_pretrained(model, place, adapter_name=adapter, **options)
-        training = [part for part in model.modules() if part.training]
-        model.load_adapter(place, adapter, **options)  # leaves the model in evaluation mode
+    training: list[Any] = []
+    try:
+        with ignore_peft_warning():
+            if not isinstance(model, PeftModel):
+                return PeftModel.from_pretrained(model, place, adapter_name=adapter, **options)
+            training = [part for part in model.modules() if part.training]
+            model.load_adapter(place, adapter, **options)  # leaves the model in evaluation mode
+    except SafetensorError as error:
+        raise ValueError(f"adapter_model.safetensors of {place} cannot be read, copy it again: {error}") from error
     for part in training:
         part.training = True
     return model

@@ -13,7 +13,7 @@ are float32, also in a model of 16 bits and under autocast: 16 bits turn close s
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,11 @@ class HeadSettings:
             raise ValueError(
                 f"{SETTINGS_FILE} needs format {FORMAT!r}, got {found!r}: a newer release may have written it"
             )
+        known = [each.name for each in fields(cls)]
+        missing = [name for name in ("hidden_size", "names", "layers") if name not in rest]
+        if missing or (unknown := [name for name in rest if name not in known]):
+            problem = f"has no {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which no head has"
+            raise ValueError(f"{SETTINGS_FILE} {problem}: a newer release, or another program, may have written it")
         text = rest.pop("text", {})
         text = Text(**{**text, "strip": tuple(text.get("strip", ()))})
         return cls(**{**rest, "names": tuple(rest["names"]), "layers": tuple(rest["layers"]), "text": text})
@@ -171,13 +176,20 @@ class PreferenceHead(nn.Module):
         cls, name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None
     ) -> "PreferenceHead":
         """Load a head from a folder or a repository of the Hub, ready to score: in evaluation mode, on the CPU."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         settings_file, weights_file = (
             find_file(name_or_path, name, revision=revision, token=token) for name in (SETTINGS_FILE, WEIGHTS_FILE)
         )
-        head = cls(HeadSettings.from_json(json.loads(settings_file.read_text())))
-        head.load_state_dict(load_file(weights_file))
+        head = cls(read_settings(settings_file))
+        try:
+            head.load_state_dict(load_file(weights_file))
+        except SafetensorError as error:
+            raise ValueError(f"{weights_file} cannot be read, copy it again: {error}") from error
+        except RuntimeError as error:
+            reason = " ".join(str(error).split()[6:])
+            raise ValueError(f"{weights_file} holds other weights than its {SETTINGS_FILE} says: {reason}") from error
         return head.eval()
 
     def push_to_hub(
@@ -219,6 +231,17 @@ class _Wide:
         if converted.is_floating_point() and converted.element_size() < 4:
             return weight.float().to(converted.device)
         return converted
+
+
+def read_settings(file: Path) -> HeadSettings:
+    """Read the settings of a saved head from their file; ValueError names it."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON, copy it again: {error}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{file} holds a JSON object, got {type(content).__name__}")
+    return HeadSettings.from_json(content)
 
 
 def find_file(

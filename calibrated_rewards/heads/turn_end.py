@@ -52,7 +52,7 @@ def find_turn_end(tokenizer: Any, text: Text | None = None, token: str | None = 
     else:
         at = tokenizer.convert_tokens_to_ids(token)
         if at is None or (at == tokenizer.unk_token_id and token != tokenizer.unk_token):
-            end = setting("end_token", token)
+            end = setting("end_token", token or "''")
             raise ValueError(Message(f"a head reads at an end-of-turn token that the tokenizer knows, got {end}"))
     tail = behind[behind.index(at) + 1 :] if at in behind else []
     return TurnEnd(str(tokenizer.convert_ids_to_tokens(at)), int(at), tuple(tail))

@@ -210,6 +210,8 @@ class CalibratedReward:
     def check(self, prompts: Sequence[Any]) -> None:
         """Refuse a prompt without references, before anything is drawn for it: UnknownPromptError (`on_missing`)."""
         self.rows(prompts)
+        if callable(check := getattr(self.scorer, "check", None)):  # a combined reward has tables of its own
+            check(prompts)
 
     def from_scores(self, prompts: Any, raw: Any, ids: Sequence[Any] | None = None) -> Any:
         """Compute the rewards of raw scores: (P,) for P prompts, or (P, G) for G completions of each.

@@ -187,6 +187,11 @@ class CombinedReward:
         scores = {n: each.score(prompts, completions, own[n], watch=watch) for n, each in self.rewards.items()}
         return self._join(scores, {name: _find_least(each, prompts, own[name]) for name, each in self.rewards.items()})
 
+    def check(self, prompts: Sequence[Any]) -> None:
+        """Refuse a prompt that a component has no references for, before anything is drawn for it."""
+        for reward in self.rewards.values():
+            reward.check(prompts)
+
     def score_texts(self, texts: Sequence[str]) -> Scores:
         """`score` for texts in which the completion follows its prompt, the longest that a component knows."""
         scores = {name: reward.score_texts(texts) for name, reward in self.rewards.items()}

@@ -18,6 +18,11 @@ from typing import TYPE_CHECKING, Any
 from calibrated_rewards.scorers.protocol import Scorer as Scorer, fingerprint as fingerprint, score as score
 
 if TYPE_CHECKING:
+    from calibrated_rewards.scorers.classifiers import (
+        CrossEncoder as CrossEncoder,
+        MultiAttribute as MultiAttribute,
+        SequenceClassifier as SequenceClassifier,
+    )
     from calibrated_rewards.scorers.ensemble import (
         Cost as Cost,
         Ensemble as Ensemble,
@@ -33,9 +38,20 @@ if TYPE_CHECKING:
         Graded as Graded,
         find_dimensions as find_dimensions,
     )
+    from calibrated_rewards.scorers.implicit import ImplicitReward as ImplicitReward
+    from calibrated_rewards.scorers.judge import (
+        ExpectedRating as ExpectedRating,
+        Judge as Judge,
+        RatedJudge as RatedJudge,
+        TokenLogit as TokenLogit,
+    )
     from calibrated_rewards.scorers.loading import load_scorer as load_scorer
+    from calibrated_rewards.scorers.pair_models import PairJudge as PairJudge
+    from calibrated_rewards.scorers.pairwise import MeanWin as MeanWin
     from calibrated_rewards.scorers.preference_head import PreferenceHeadScorer as PreferenceHeadScorer
+    from calibrated_rewards.scorers.process import ProcessReward as ProcessReward
     from calibrated_rewards.scorers.remote import Remote as Remote
+    from calibrated_rewards.scorers.value_head import SharedBase as SharedBase, ValueHead as ValueHead
 
 # Loaded when they are asked for: they bring heavy libraries.
 _COMBINED = ("Cost", "Ensemble", "Function", "LowerBound", "Mean", "Min")
@@ -44,6 +60,13 @@ LAZY = {
     "Remote": "remote",
     "PreferenceHeadScorer": "preference_head",
     **dict.fromkeys(_COMBINED, "ensemble"),
+    **dict.fromkeys(("CrossEncoder", "MultiAttribute", "SequenceClassifier"), "classifiers"),
+    **dict.fromkeys(("ExpectedRating", "Judge", "RatedJudge", "TokenLogit"), "judge"),
+    **dict.fromkeys(("SharedBase", "ValueHead"), "value_head"),
+    "ImplicitReward": "implicit",
+    "MeanWin": "pairwise",
+    "PairJudge": "pair_models",
+    "ProcessReward": "process",
     **dict.fromkeys(("FLAMES", "FLAMES_TEXT", "Dimension", "Graded", "find_dimensions"), "graded"),
 }
 

@@ -115,9 +115,8 @@ class PreferenceHeadScorer:
         if self.name is None and len(names) > 1:
             raise ValueError(Message(f"the head has the names {', '.join(names)}: say which, {setting('name')}"))
         if self.name is not None and self.name not in names:
-            raise ValueError(
-                Message(f"the head has the names {', '.join(names)}, got {setting('name', repr(self.name))}")
-            )
+            got = setting("name", repr(self.name), option=f"--option name={self.name}")
+            raise ValueError(Message(f"the head has the names {', '.join(names)}, got {got}"))
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """Score each completion of its prompt."""

@@ -20,7 +20,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,11 @@ from calibrated_rewards.evaluation.wording import format_count
 from calibrated_rewards.files import Message, setting, write_file
 from calibrated_rewards.heads.data import Pair, PairReader, TaskTemplate, order_pairs
 from calibrated_rewards.heads.headed_model import HeadedModel
-from calibrated_rewards.heads.losses import ConservativeDPO, HeadLoss, JointLoss
 from calibrated_rewards.heads.pair_batches import EncodedPair, encode_pairs
-from calibrated_rewards.heads.preference_head import BACKBONES, POOLERS
 from calibrated_rewards.heads.trainer import (
     PreferenceHeadTrainer,
     add_references,
     cache_states,
-    check_joint,
-    check_window,
     name_metrics,
 )
 from calibrated_rewards.models.loading import Placement, find_source
@@ -50,108 +46,13 @@ from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import prompt_key
 from calibrated_rewards.samplers.loading import check_policy
 from calibrated_rewards.training.callbacks import HeadLog
-from calibrated_rewards.training.launch import check_numbers, option
+from calibrated_rewards.training.head_settings import HeadLaunch, HeadTraining
 from calibrated_rewards.training.loop import check_shares, find_processes
 from calibrated_rewards.training.run_folder import RunFolder, resolve_policy
 from calibrated_rewards.training.trackers import check_trackers, name_run, place_files
 
 # How often each pair comes, unless a run says so.
 EPOCHS, FROZEN_EPOCHS = 3, 30
-
-
-@dataclass(frozen=True)
-class HeadLaunch:
-    """The parts of a run and where it leaves its files, beside its settings."""
-
-    policy: str
-    pairs: Sequence[str]
-    """Sources of preferences, each as task=source or without a task."""
-    out: Path
-    eval_pairs: Sequence[str] = ()
-    """Sources of the pairs of evaluation, in place of a share of the others."""
-    templates: Path | None = None
-    """A JSON file of templates by task."""
-    end_token: str | None = None
-    """The end-of-turn token; None: what the template writes behind an answer, else EOS."""
-    chat: bool | None = None
-    """True makes a user's message of each prompt that is text."""
-    dtype: str = "float32"
-    trust_remote_code: bool = False
-    report_to: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class HeadTraining:
-    """Settings of the run; each is an option of the command."""
-
-    backbone: str = option("frozen", "what is trained under the head: nothing, an adapter, or all weights", *BACKBONES)
-    pooler: str = option("identity", "f in the score w . f(h)", *POOLERS)
-    layers: str = option("-1", "the layer that is read, -1 for the last; several as 8,16,-1, or all: a learned mix")
-    heads: str = option("reward", "names of the scores, as helpful,harmless; a pair's column head names its own")
-    loss: str = option("separable", "chosen up and rejected down each, or their difference", "separable", "contrastive")
-    smoothing: float = option(0.1, "share of pairs taken to be labelled the wrong way round")
-    penalty: float = option(0.0, "weight of the squared scores")
-    centring: float = option(0.0, "weight of the squared sum of a pair's scores")
-    dpo_weight: float = option(0.0, "weight of cDPO on the policy beside the head's loss; 1 in the paper")
-    dpo_beta: float = option(0.1, "cDPO's beta")
-    sft_weight: float = option(0.0, "weight of the chosen completions' negative log-likelihood")
-    epochs: int = option(
-        0, "how often each pair comes; 0: 3 times, and 30 over a frozen backbone, where it costs little"
-    )
-    steps: int = option(0, "updates; 0: as --epochs says")
-    pairs_a_step: int = option(64, "pairs of a step, of all processes together")
-    rows: int = option(8, "pairs that a process reads at once; memory, not the result")
-    window: int = option(0, "pack texts into rows of so many tokens; 0 pads each; not over a frozen backbone")
-    max_length: int = option(0, "most tokens of a text, whose beginning goes; 0: what the model reads")
-    mix: str = option("size", "how often a task comes: by its pairs, or as often as any other", "size", "uniform")
-    lr: float = option(1e-4, "highest learning rate of the backbone: 1e-4 for LoRA, 3e-6 to 1e-5 for all weights")
-    head_lr: float = option(1e-3, "highest learning rate of the head")
-    warmup: int = option(20, "steps in which the learning rates rise; they then fall to 0 along a cosine")
-    head_decay: float = option(0.1, "weight decay of the head")
-    prior_decay: float = option(0.1, "decay of the backbone's weights towards the initial ones")
-    max_grad_norm: float = option(1.0, "longer gradients are cut to this length")
-    dropout: float = option(0.0, "dropout within the head")
-    lora_rank: int = option(16, "rank of the adapter of --backbone lora")
-    bf16: bool = option(False, "compute the backbone in bfloat16, and keep what is trained in --dtype")
-    checkpoint_activations: bool = option(False, "compute activations twice: less memory, more time")
-    held_out: float = option(0.05, "share of the prompts whose pairs are held out for evaluation; 0: none")
-    eval_steps: int = option(100, "steps from one evaluation to the next")
-    save_steps: int = option(100, "steps from checkpoint to checkpoint, from which the run can go on")
-    seed: int = option(0, "of the pairs' order, the held-out prompts, the head and the adapter")
-
-    def __post_init__(self) -> None:
-        counts = dict.fromkeys(("steps", "epochs", "warmup", "window", "max_length", "seed"), 0)
-        check_numbers(self, **counts, pairs_a_step=1, eval_steps=1, lora_rank=1, head_decay=0, prior_decay=0)
-        check_joint(self.backbone, self.joint_loss(), 0.0)
-        check_window(self.backbone == "frozen", self.window)
-        if len({*self.names}) < len(self.names) or "" in self.names:
-            raise ValueError(Message(f"scores have names, each its own, got {setting('heads', repr(self.heads))}"))
-        self.layer_indices(1)
-        if not 0 <= self.held_out < 1:
-            raise ValueError(
-                Message(f"a share is 0 or more and below 1, got {setting('held_out', str(self.held_out))}")
-            )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the scores."""
-        return tuple(name.strip() for name in self.heads.split(","))
-
-    def joint_loss(self) -> JointLoss:
-        """Make the loss; ValueError for numbers that none has."""
-        head = HeadLoss(self.loss, self.smoothing, self.penalty, self.centring)
-        dpo = ConservativeDPO(self.dpo_beta, self.smoothing)
-        return JointLoss(head, dpo, dpo_weight=self.dpo_weight, sft_weight=self.sft_weight)
-
-    def layer_indices(self, layers: int) -> tuple[int, ...]:
-        """Return the indices into the hidden states of a model of so many layers."""
-        if self.layers == "all":
-            return tuple(range(layers + 1))
-        try:
-            return tuple(int(each) for each in self.layers.split(","))
-        except ValueError:
-            number = setting("layers", self.layers)
-            raise ValueError(Message(f"layers are whole numbers with commas between, or all, got {number}")) from None
 
 
 def run(launch: HeadLaunch, settings: HeadTraining) -> None:
@@ -164,7 +65,14 @@ def run(launch: HeadLaunch, settings: HeadTraining) -> None:
     if launch.eval_pairs:
         training, held_out = pairs, read_pairs(launch.eval_pairs, launch.templates)
     if not training:
-        raise ValueError(Message(f"no pair is left to train on, of {len(pairs)}: {setting('held_out', '0')}"))
+        share = setting("held_out", str(settings.held_out))
+        others = f"say {setting('held_out', '0')}, or evaluate on others, {setting('eval_pairs', 'FILE')}"
+        raise ValueError(Message(f"all of {format_count(len(pairs), 'pair')} are held out, got {share}: {others}"))
+    if launch.templates and processes.is_main_process:
+        tasks = {pair.task for pair in (*training, *held_out)}
+        for task in sorted({*load_templates(launch.templates)} - {"", *tasks}):
+            known = ", ".join(sorted(tasks - {""})) or "no task"
+            sys.stderr.write(f"the template {task} is not used: the pairs are of {known}\n")
     described = describe(launch, settings, training, held_out)
     if folder.is_finished(described):
         sys.stderr.write(f"{folder.model_folder} is this run's head: nothing to do\n")
@@ -204,15 +112,18 @@ def read_pairs(sources: Sequence[str], templates: Path | None) -> list[Pair]:
 
 def load_templates(path: Path) -> dict[str, TaskTemplate]:
     """Load templates by task from a JSON file, each with the fields of `TaskTemplate`."""
-    content = json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, Mapping) or not all(isinstance(each, Mapping) for each in content.values()):
         raise ValueError(f'{path} holds templates by task, as {{"nli": {{"prompt": "{{premise}}"}}}}')
-    try:
-        return {
-            task: TaskTemplate(**{**each, "answers": tuple(each.get("answers", ()))}) for task, each in content.items()
-        }
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from None
+    names = [each.name for each in fields(TaskTemplate)]
+    for task, each in content.items():
+        if "prompt" not in each or not {*each} <= {*names}:
+            rule = f"the template {task} needs a prompt, and may have {', '.join(names[1:])}"
+            raise ValueError(f"{path}: {rule}, got {', '.join(each) or 'nothing'}")
+    return {task: TaskTemplate(**{**each, "answers": tuple(each.get("answers", ()))}) for task, each in content.items()}
 
 
 def split_pairs(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -262,6 +173,7 @@ def build_trainer(
 ) -> PreferenceHeadTrainer:
     """Encode the pairs, read what is read once, and make the trainer."""
     processes, loss = find_processes(), settings.joint_loss()
+    check_template(headed, [*training, *held_out])
     pairs, checked = encode_pairs(headed, training), encode_pairs(headed, held_out) if held_out else []
     if settings.backbone == "frozen":
         states = cache_states(headed, [*pairs, *checked])
@@ -291,6 +203,19 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)  # which writes all numbers of each step to stdout
     place_files(trainer.callback_handler.callbacks, folder)
     return trainer
+
+
+def check_template(headed: HeadedModel, pairs: Sequence[Pair]) -> None:
+    """Refuse chats, and prompts that become chats, where the policy's tokenizer has no template to write them."""
+    text, template = headed.settings.text, headed.tokenizer.chat_template
+    if template is None and (text.chat or not all(isinstance(pair.prompt, str) for pair in pairs)):
+        wanted = setting("chat", "True", option="--chat") + " needs" if text.chat else "pairs of messages need"
+        raise ValueError(
+            Message(
+                f"the policy's tokenizer has no chat template, which {wanted}: put chat_template.jinja into the "
+                "policy's folder, or train on texts"
+            )
+        )
 
 
 def configure(
@@ -373,7 +298,7 @@ def summarise(metrics: Mapping[str, float], counts: Mapping[str, int]) -> str:
     pairwise accuracy 81.2 % +- 2.0 on 400 held-out pairs; calibration error 0.031, Brier score 0.140, ties 0.0 %
     """
     if "held_out_accuracy" not in metrics:
-        return ""
+        return "no pair was held out, so how well the head orders pairs is not known: --held-out 0.2, or --eval-pairs\n"
     lines = [_summarise_pairs(metrics, "held_out_", sum(counts.values()))]
     for head, count in counts.items():
         prefix = f"held_out_{name_metrics(head)}/"

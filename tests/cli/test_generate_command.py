@@ -12,14 +12,14 @@ import tiny
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from calibrated_rewards import BestOf, CalibratedReward, ReferenceTable, RewindAndRepeat, WorstOf
+from calibrated_rewards import BestOf, CalibratedReward, Identity, ReferenceTable, RewindAndRepeat, WorstOf
 from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.evaluation import Question, answer_questions
 from calibrated_rewards.files import claim
 from calibrated_rewards.heads import HeadedModel
 from calibrated_rewards.models.adapters import ignore_peft_warning
-from calibrated_rewards.reward import Quantiles
+from calibrated_rewards.reward import CombinedReward, Quantiles
 from calibrated_rewards.samplers import Reranked, load_sampler, sample, share_model, write_completions
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.loading import LoadedSampler
@@ -172,6 +172,19 @@ def test_a_prompt_without_references_is_refused_before_drawing(models, tmp_path,
     assert not (tmp_path / "a.jsonl").exists()
     words[-2:] = ["--best-of", "2"]
     assert main([*words, "--out", str(tmp_path / "b.jsonl")]) == 0
+
+
+@pytest.mark.parametrize("words", [["--soft-best-of", "2:0.1"], ["--rewind", "0.7:2"], ["--best-of", "2"]])
+def test_a_combined_reward_refuses_before_drawing(models, tmp_path, capsys, words):
+    """A prompt that one component does not know: nothing was drawn. Without that prompt the command does its work."""
+    reward = CalibratedReward.from_pretrained(models / "reward", transform=Identity())
+    short = CalibratedReward(reward.scorer, ReferenceTable.build([(chat, [-1.0, 0.0, 1.0]) for chat in CHATS[:2]]))
+    CombinedReward({"rm": reward, "short": short}).save_pretrained(tmp_path / "combined")
+    words = [*words, "--reward", str(tmp_path / "combined"), "--max-tokens", "5", "--prompts-at-once", "1"]
+    assert main(asked(models, tmp_path / "a.jsonl", *words)) == 2
+    assert "question 2" in capsys.readouterr().err
+    assert not (tmp_path / "a.jsonl").exists()
+    assert main(asked(models, tmp_path / "b.jsonl", *words, "--limit", "2")) == 0
 
 
 @pytest.fixture(scope="module")

@@ -61,12 +61,13 @@ WORDS: dict[str, list[str]] = {
     "cp": ["trl_reward", "there", "--force"],
 }
 LAUNCH = ["--policy", "./sft", "--reward", "reward", "--prompts", "p.jsonl", "--out", "run", "--lr", "1e-4"]
+HEAD = ["--policy", "./sft", "--pairs", "a=a.jsonl", "b"]
 TRAINERS = {
     "rloo": [*LAUNCH, "--transform", "exp:5:0.5", "--lora-rank", "16", "--report-to", "trackio", "tensorboard"],
     "grpo": [*LAUNCH, "--raw", "--beta", "2"],
     "grpo --plain": [*LAUNCH, "--plain", "--baseline", "group-mean", "--force"],
     "ppo": [*LAUNCH, "--whiten", "no", "--device", "cpu"],
-    "head": ["--policy", "./sft", "--pairs", "a=a.jsonl", "b", "--out", "run", "--chat", "--layers=-1,4", "--bf16"],
+    "head": [*HEAD, "--out", "run", "--chat", "--layers=-1,4", "--backbone", "lora", "--bf16"],
 }
 
 

@@ -55,7 +55,7 @@ def _answer(text):
     return {"role": "assistant", "content": text}
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 def test_the_recipe_runs(folder, monkeypatch, caplog, capsys):
     """Every command of it, in order; what is served are the best of 8 by the head that was trained."""
     monkeypatch.chdir(folder)
@@ -79,3 +79,18 @@ def test_the_recipe_runs(folder, monkeypatch, caplog, capsys):
     scores = reward.raw([row["prompt"] for row in rows], [row["completion"] for row in rows])
     np.testing.assert_allclose(scores, [row["score"] for row in rows], atol=1e-4)
     assert reward.verify().worst < 1e-3
+    run_snippets()
+
+
+def run_snippets():
+    """The guide's Python, with the files that its commands left, as one script: on a CPU, and without a log."""
+    script = "\n".join(re.findall(r"^```python3\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL))
+    here = 'RLOOConfig("run-trl", bf16=False, use_cpu=True, report_to="none", max_steps=2, '
+    script = script.replace("max_tokens=256", "max_tokens=6").replace('RLOOConfig("run-trl", ', here)
+    assert here in script
+    names = {}
+    exec(compile(script, str(GUIDE), "exec"), names)
+    choice = names["best"].choose([[{"role": "user", "content": "question 1"}]], [[0]])[0][0]
+    assert choice.score == max(choice.scores)
+    assert names["scorer"].headed.model is not names["headed"].model  # the second block's, on the policy
+    assert names["reward"].scorer is names["scorer"]

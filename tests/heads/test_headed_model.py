@@ -1,6 +1,7 @@
 """A head on a model: what is trained, which adapter it reads with, and that it comes back from its files."""
 
 import json
+import shutil
 import warnings
 from functools import partial
 from pathlib import Path
@@ -197,6 +198,33 @@ def test_another_base_is_refused(policy: str, tokenizer: Any, tmp_path: Path) ->
     adapted = adapt(load(policy))
     with pytest.raises(ValueError, match="without adapters: merge_and_unload"):
         HeadedModel.build(adapted, tokenizer, backbone="full")
+
+
+def test_a_base_that_has_moved(policy: str, tokenizer: Any, tmp_path: Path) -> None:
+    """The error names the head and its base, and what to say; where it is said, that name is the one."""
+    base = shutil.copytree(policy, tmp_path / "base")
+    build(str(base), tokenizer).save_pretrained(tmp_path / "head")
+    base.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"head was trained on .*base, which is not there: say .*, base=PATH"):
+        HeadedModel.from_pretrained(tmp_path / "head")
+    with pytest.raises(FileNotFoundError, match="no folder '/nowhere'"):
+        HeadedModel.from_pretrained(tmp_path / "head", base="/nowhere")
+    assert HeadedModel.from_pretrained(tmp_path / "head", base=str(tmp_path / "moved")).settings.base == str(base)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_is_missing_or_cut_off(policy: str, tokenizer: Any, tmp_path: Path, file: str) -> None:
+    """A head with an adapter of its own is refused without it, by the name of the file."""
+    build(policy, tokenizer, backbone="lora").save_pretrained(tmp_path / "head")
+    weights = tmp_path / "head" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:200])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors of .*head cannot be read, copy it again"):
+        HeadedModel.from_pretrained(tmp_path / "head")
+    weights.write_bytes(whole)
+    (tmp_path / "head" / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"head has no {file}, and its head reads with an adapter"):
+        HeadedModel.from_pretrained(tmp_path / "head")
 
 
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]

@@ -86,6 +86,33 @@ def test_implicit_texts_stay_whole(shared: str, good: str, bad: str) -> None:
         ({"prompt": "a", "choices": ["b", "c"], "label": "c"}, ValueError, "from 0 to 1, got 'c'"),
         ({"prompt": "a", "choices": ["b", "c"], "label": "-1"}, ValueError, "from 0 to 1, got '-1'"),
         ({"prompt": "a", "choices": ["1", "2"], "label": "1"}, ValueError, "is the number of the answer '2', and is"),
+        (
+            {"prompt": 5, "chosen": "a", "rejected": "b"},
+            TypeError,
+            "row 7: prompt is a text or a list of messages, got 5",
+        ),
+        ({"prompt": {"a": 1}, "chosen": "a", "rejected": "b"}, TypeError, "row 7: prompt is a text or a list of"),
+        ({"prompt": [{"content": "x"}], "chosen": [GOOD], "rejected": [BAD]}, TypeError, "row 7: prompt is .*role"),
+        (
+            {"prompt": "a", "chosen": ["a"], "rejected": ["b"]},
+            TypeError,
+            "row 7: chosen is a text or a list of messages",
+        ),
+        ({"prompt": "a", "chosen": "b\ud83d", "rejected": "c"}, ValueError, "row 7: a text is whole characters"),
+        ({"prompt": "a", "choices": "bc", "label": 0}, TypeError, "row 7: choices is a list of answers, got 'bc'"),
+        (
+            {"prompt": "a", "choices": {"text": ["b"]}, "label": 0},
+            TypeError,
+            "row 7: choices is a list of answers, got",
+        ),
+        ({"prompt": "a", "choices": ["b"], "label": 0}, ValueError, "row 7: .* which needs 2 answers, got 1"),
+        ({"prompt": "a", "choices": [], "label": 0}, ValueError, "which needs 2 answers, got 0"),
+        (
+            {"prompt": "a", "choices": ["b", "c"], "answer": 1},
+            ValueError,
+            "row 7 has no 'label', it has prompt, choices",
+        ),
+        ({"choices": ["b", "c"], "label": 1}, ValueError, "row 7 has no 'prompt', it has choices, label"),
     ],
 )
 def test_rows_without_a_pair(row: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -170,3 +197,10 @@ def test_tasks_are_interleaved_and_shuffled() -> None:
     assert (np.diff(order[:40]) != 1).sum() > 30
     with pytest.raises(ValueError, match="mixed by size or uniform, got mix=root"):
         order_pairs(tasks, mix="root")
+
+
+def test_columns_that_are_null() -> None:
+    """Rows of both kinds in one Parquet file have each other's columns, without values."""
+    both = {"prompt": "a", "chosen": None, "rejected": None, "choices": None, "label": None}
+    assert parse_pairs(both | {"chosen": "b", "rejected": "c"}) == [Pair("a", "b", "c")]
+    assert parse_pairs(both | {"choices": ["b", "c"], "label": 1}) == [Pair("a", "c", "b")]

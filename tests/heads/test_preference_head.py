@@ -134,6 +134,41 @@ def test_files_of_something_else(tmp_path: Path) -> None:
         PreferenceHead.from_pretrained(tmp_path)
 
 
+def edit(folder: Path, **changes: Any) -> None:
+    """Change fields of a saved head's settings; None removes one."""
+    settings = json.loads((folder / "preference_head.json").read_text()) | changes
+    rest = {name: value for name, value in settings.items() if value is not None}
+    (folder / "preference_head.json").write_text(json.dumps(rest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:90]), "preference_head.safetensors cannot be read, copy it"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-9]), "preference_head.safetensors cannot be read, copy it"),
+        (lambda file: file.write_bytes(b""), "preference_head.safetensors cannot be read, copy it again"),
+        (
+            lambda file: file.with_suffix(".json").write_text('{"form'),
+            "preference_head.json is not JSON, copy it again",
+        ),
+        (lambda file: file.with_suffix(".json").write_text("[]"), "preference_head.json holds a JSON object, got list"),
+        (lambda file: edit(file.parent, layers=None), "preference_head.json has no layers: a newer release"),
+        (lambda file: edit(file.parent, colour="red"), "preference_head.json has colour, which no head has"),
+        (lambda file: edit(file.parent, names=["a", "b"]), r"other weights than its preference_head.json says: size"),
+        (
+            lambda file: edit(file.parent, pooler="tanh"),
+            r"json says: Missing key\(s\) in state_dict: \"pooler_out.weight",
+        ),
+    ],
+)
+def test_files_that_are_damaged(damage: Any, message: str, tmp_path: Path) -> None:
+    """A copy that was cut off, and files that do not belong together, are refused by the name of the file."""
+    head_of().save_pretrained(tmp_path)
+    damage(tmp_path / "preference_head.safetensors")
+    with pytest.raises(ValueError, match=message):
+        PreferenceHead.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

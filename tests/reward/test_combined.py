@@ -1,5 +1,6 @@
 """Combined rewards: the combinations by hand, constraints, and that a combination can be calibrated again."""
 
+from dataclasses import replace
 from typing import Any
 
 import jaxtyping
@@ -11,6 +12,7 @@ from scipy import stats
 
 from calibrated_rewards import CalibratedReward, Exponential, ReferenceTable
 from calibrated_rewards.calibration.calibrate import calibrate
+from calibrated_rewards.prompts import UnknownPromptError
 from calibrated_rewards.reward.calibrators import ZScore
 from calibrated_rewards.reward.combined import And, CombinedReward, Lowest, Or, WeightedMean
 from calibrated_rewards.testing.suites import HashScorer, NumberSampler, NumberScorer
@@ -169,3 +171,17 @@ def test_an_unknown_prompt_is_loud() -> None:
         CombinedReward(components())(["stranger"], ["1"])
     neutral = CombinedReward(components(on_missing="neutral"))
     assert neutral(["stranger"], ["1"]) == [0.5]
+
+
+def test_a_prompt_that_a_component_does_not_know() -> None:
+    """`check` refuses it, also under a reward that was calibrated for the combination, and draws nothing."""
+    rewards = components()
+    rewards["short"] = CalibratedReward(HashScorer(3), calibrate(PROMPTS[:1], NumberSampler(), HashScorer(3), k=4))
+    combined = CombinedReward(rewards)
+    table = ReferenceTable.build([(prompt, [0.1, 0.2, 0.9]) for prompt in PROMPTS])
+    for reward in (combined, CalibratedReward(combined, table)):
+        reward.check(PROMPTS[:1])
+        with pytest.raises(UnknownPromptError, match="two"):
+            reward.check(PROMPTS)
+    lenient = dict(rewards, short=replace(rewards["short"], on_missing="neutral"))
+    CombinedReward(lenient).check(PROMPTS)

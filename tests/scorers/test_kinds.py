@@ -1,5 +1,6 @@
 """What `load_scorer` is told, refused before any weight is there to load."""
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
+from calibrated_rewards import scorers
 from calibrated_rewards.models.checkpoints import Kind
 from calibrated_rewards.models.labels import Expected, Label
 from calibrated_rewards.models.text import Text
@@ -89,3 +91,13 @@ def test_references() -> None:
         check_options("implicit", {"beta": 0.1}, False, False)
     with pytest.raises(TypeError, match="reference= is for implicit rewards, this is a judge model"):
         check_options("judge", {}, True, False)
+
+
+def test_classes_of_the_guide_are_in_the_room() -> None:
+    """The classes that docs/guides/reward_models.md says are in `scorers` can be imported from there."""
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "reward_models.md").read_text()
+    table = guide.partition("| class in `scorers` |")[2].partition("\n\n")[0]
+    names = {name for row in table.splitlines() for name in re.findall(r"`([A-Z][A-Za-z]+)", row.rpartition(" | ")[2])}
+    assert {"SequenceClassifier", "MultiAttribute", "ImplicitReward", "Graded"} <= names
+    missing = [name for name in sorted(names - {"PairRM"}) if not hasattr(scorers, name)]
+    assert not missing

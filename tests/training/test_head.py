@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from training_files import head_command as words, write_head_files
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from calibrated_rewards.cli.main import main
 from calibrated_rewards.files import claim
@@ -72,7 +73,8 @@ class CrashError(Exception):
 @pytest.mark.parametrize("backbone", ["frozen", "lora", "full"])
 def test_interrupted_and_started_again(backbone: str, files: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """The same command after a crash ends with the files of a run that was not interrupted, bit for bit."""
-    options = ["--backbone", backbone, "--save-steps", "2", "--rows", "4", "--lr", "1e-3"]
+    options = ["--backbone", backbone, "--save-steps", "2", "--rows", "4"]
+    options += [] if backbone == "frozen" else ["--lr", "1e-3"]
     options += ["--dpo-weight", "1", "--window", "128"] if backbone == "lora" else []
     assert main(words(files, tmp_path / "whole", *options)) == 0
     log = HeadLog.on_log
@@ -207,6 +209,36 @@ def test_a_step_has_all_its_pairs(backbone: str, batches: int, tmp_path: Path) -
     assert 2 * args.per_device_train_batch_size * batches == 24
 
 
+@pytest.mark.parametrize("backbone", ["lora", "full"])
+def test_activations_are_computed_twice(backbone: str, files: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """`--checkpoint-activations` runs each layer again in the backward pass, and ends with the same bytes."""
+    forward, calls, counts, weights = LlamaAttention.forward, [], [], []
+
+    def count(self: Any, *args: Any, **options: Any) -> Any:
+        calls.append(self)
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(LlamaAttention, "forward", count)
+    for name, options in {"once": [], "twice": ["--checkpoint-activations"]}.items():
+        calls.clear()
+        out = tmp_path / name
+        assert main(words(files, out, "--backbone", backbone, "--held-out", "0", *options)) == 0
+        counts.append(len(calls))
+        weights.append({path.name: path.read_bytes() for path in (out / "model").glob("*.safetensors")})
+    assert counts[1] == 2 * counts[0]
+    assert weights[0] == weights[1]
+
+
+def test_a_backbone_in_bfloat16(files: Path, tmp_path: Path) -> None:
+    """`--bf16` computes a trained backbone in 16 bits: other scores, and an adapter that is kept in float32."""
+    heads = {}
+    for name, options in {"float32": [], "bfloat16": ["--bf16"]}.items():
+        assert main(words(files, tmp_path / name, "--backbone", "lora", *options)) == 0
+        heads[name] = load_file(tmp_path / name / "model" / "adapter_model.safetensors")
+    assert {str(weight.dtype) for weight in heads["bfloat16"].values()} == {"torch.float32"}
+    assert any((heads["float32"][key] != heads["bfloat16"][key]).any() for key in heads["float32"])
+
+
 class Lines(TrainerCallback):
     """A tracker that keeps what it is sent."""
 
@@ -239,14 +271,23 @@ def test_a_tracker_gets_the_numbers(files: Path, tmp_path: Path, monkeypatch: An
         (["--smoothing", "0.5"], "0 <= eps < 0.5, got --smoothing 0.5"),
         (["--layers", "last"], "whole numbers with commas between, or all, got --layers last"),
         (["--layers", "7"], "the model has hidden states from -3 to 2, got --layers 7"),
+        (["--held-out", "0.999999"], "pairs are held out, got --held-out 0.999999: say --held-out 0, or evaluate on"),
         (["--held-out", "1"], "below 1, got --held-out 1.0"),
         (["--end-token", "<|im_end|>"], "that the tokenizer knows, got --end-token <|im_end|>"),
+        (["--end-token", ""], "that the tokenizer knows, got --end-token ''"),
         (["--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--head-lr", "0"], "a run needs a finite head_lr > 0"),
         (["--window", "8", "--backbone", "lora"], "holds the longest text"),
         (["--window", "512"], "never packed, got --window 512: leave it out, or train --backbone lora"),
         (["--heads", "a, a"], "scores have names, each its own, got --heads 'a, a'"),
         (["--heads", ""], "scores have names, each its own"),
+        (["--bf16"], "read once, in the precision of its weights, got --bf16: say --dtype bfloat16, or leave it out"),
+        (["--checkpoint-activations"], "without activations to keep, got --checkpoint-activations: leave it out"),
+        (["--lr", "0.01"], "has no learning rate, got --lr 0.01: say the head's, --head-lr 0.01"),
+        (["--prior-decay", "0.2"], "stays at its initial weights, got --prior-decay 0.2: leave it out"),
+        (["--lora-rank", "4"], "--backbone frozen has no adapter, got --lora-rank 4"),
+        (["--lora-rank", "4", "--backbone", "full"], "--backbone full has no adapter, got --lora-rank 4"),
+        (["--dpo-beta", "0.3", "--backbone", "lora"], "got --dpo-beta 0.3: leave it out, or say --dpo-weight 1"),
         (["--prior-decay", "-1"], "a run needs prior_decay >= 0, got --prior-decay -1.0"),
         (["--head-decay", "-1"], "a run needs head_decay >= 0, got --head-decay -1.0"),
     ],
@@ -301,3 +342,42 @@ def test_settings_by_default() -> None:
     assert settings.layer_indices(3) == (0, 1, 2, 3)
     loss = HeadTraining().joint_loss()
     assert (loss.head.kind, loss.head.smoothing, loss.head_weight, loss.dpo_weight) == ("separable", 0.1, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "templates.json is not JSON: "),
+        ('{"nli": {"promt": "{question}"}}', "the template nli needs a prompt, and may have answers, choices, label"),
+        ('{"nli": {"prompt": "{question}", "answer": []}}', "system, chat, got prompt, answer"),
+    ],
+)
+def test_templates_that_are_none(content: str, message: str, files: Path, tmp_path: Path, capsys: Any) -> None:
+    """A file that is not JSON, and fields that a template does not have, are named."""
+    (tmp_path / "templates.json").write_text(content)
+    assert main([*words(files, tmp_path / "run"), "--templates", str(tmp_path / "templates.json")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_template_of_no_task_is_named(files: Path, tmp_path: Path, capsys: Any) -> None:
+    """A misspelled task would leave its template unused without a word."""
+    content = json.loads((files / "templates.json").read_text())
+    (tmp_path / "more.json").write_text(json.dumps(content | {"evn": {"prompt": "{question}"}}))
+    options = ["--templates", str(tmp_path / "more.json"), "--steps", "1", "--held-out", "0"]
+    assert main([*words(files, tmp_path / "run"), *options]) == 0
+    said = capsys.readouterr()
+    assert "the template evn is not used: the pairs are of even, marks\n" in said.err
+    assert said.out.startswith("no pair was held out, so how well the head orders pairs is not known: --held-out 0.2")
+
+
+def test_a_policy_without_a_template(files: Path, tmp_path: Path, capsys: Any) -> None:
+    """Messages, and texts that are to be messages, are refused in a sentence; texts are not."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    policy = ["--policy", tiny.saved(tiny.causal(), tmp_path / "plain", tokenizer)]
+    texts = ["--pairs", f"marks={files / 'marks.jsonl'}"]
+    assert main([*words(files, tmp_path / "run"), *policy]) == 2  # the task even has chats
+    assert "no chat template, which pairs of messages need: put chat_template.jinja" in capsys.readouterr().err
+    assert main([*words(files, tmp_path / "chat"), *policy, *texts, "--chat"]) == 2
+    assert "no chat template, which --chat needs" in capsys.readouterr().err
+    assert main([*words(files, tmp_path / "texts"), *policy, *texts]) == 0
