@@ -294,7 +294,8 @@ def _read_folder(path: Path, split: str | None) -> Iterator[Row]:
         raise ValueError(
             f"a run of calibrate has its prompts in {path / 'prompts'} and its rollouts beside, got {path}"
         )
-    files = sorted(file for file in path.iterdir() if _find_reader(file) and not file.name.startswith("."))
+    own = (file for file in path.iterdir() if not file.name.startswith(".") and file.name != "export.json")
+    files = sorted(file for file in own if _find_reader(file))  # an export is described beside its rows
     if not files:
         raise ValueError(f"a folder of rows has files that end in {', '.join(_READERS)}, got none in {path}")
     matches = [_SPLIT_FILE.match(file.name) for file in files]

@@ -286,6 +286,13 @@ def test_broken_files_say_where(tmp_path: Path) -> None:
         prompts_from(tmp_path / "folder")
 
 
+def test_a_folder_that_export_wrote_is_read_without_its_description(tmp_path: Path) -> None:
+    """`export` writes export.json beside the rows; it is no row."""
+    (tmp_path / "export.json").write_text('{\n  "prompts": 2\n}')
+    (tmp_path / "train.jsonl").write_text('{"prompt": "Hi"}\n')
+    assert [row.value for row in read_rows(tmp_path)] == [{"prompt": "Hi"}]
+
+
 def test_splits_are_chosen_by_name(tmp_path: Path) -> None:
     """A set of two splits needs split=, in memory, saved or as files; one of one split does not; a file has none."""
     both = {name: datasets.Dataset.from_list([{"prompt": name}]) for name in ("train_sft", "test_sft")}
