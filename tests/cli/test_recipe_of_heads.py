@@ -23,11 +23,10 @@ SMALL = {
 }
 
 
-def read_commands() -> list[list[str]]:
-    """The words of each command of the first block of the guide."""
-    block = re.search(r"^```bash\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
-    assert block
-    lines = block[1].replace("\\\n", " ").splitlines()
+def read_commands(block: int = 0) -> list[list[str]]:
+    """The words of each command of a block of the guide."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+    lines = blocks[block].replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
@@ -43,6 +42,7 @@ def folder(tmp_path_factory):
     """A policy, preferences and prompts under the names of the guide."""
     folder = tmp_path_factory.mktemp("recipe")
     tiny.saved(tiny.causal(3), folder / "sft", tiny.tokenizer())
+    tiny.saved(tiny.classifier(4), folder / "rm", tiny.tokenizer())
     chats = [[{"role": "user", "content": f"question {i}"}] for i in range(12)]
     rows = [{"prompt": chat, "chosen": [_answer("a" * 5)], "rejected": [_answer("b" * 5)]} for chat in chats]
     for name, own in {"preferences": rows, "prompts": chats[:4], "test": chats[4:6]}.items():
@@ -80,6 +80,16 @@ def test_the_recipe_runs(folder, monkeypatch, caplog, capsys):
     np.testing.assert_allclose(scores, [row["score"] for row in rows], atol=1e-4)
     assert reward.verify().worst < 1e-3
     run_snippets()
+
+
+def test_a_head_learns_the_order_of_a_reward_model(folder, monkeypatch, capsys):
+    """The guide's second recipe: rollouts, pairs of two by the reward model's scores, a head from them."""
+    monkeypatch.chdir(folder)
+    for words in read_commands(1):
+        capsys.readouterr()
+        short = [{"head/": "head-of-rm/", "32": "12"}.get(word, word) for word in words]
+        assert main(shrink(short)) == 0, capsys.readouterr().err
+    assert (folder / "head-of-rm" / "model" / "preference_head.safetensors").exists()
 
 
 def run_snippets():
