@@ -2,13 +2,14 @@
 
     python benchmarks/proof/held_out_prompts.py                # goes on where it was; one core, about two hours
     python benchmarks/proof/held_out_prompts.py --steps 48     # twice as many prompts and completions, other results
+    python benchmarks/proof/held_out_prompts.py --task harmlessness     # another task, of `harmlessness.py`
     python benchmarks/proof/held_out_prompts.py --quick OUT    # tiny random models, in the folder OUT
 
 It writes four tokens of a film review behind its first three words. The reward model and the judge are the demo's. A
 seed is other prompts to train on, out of one pool, and another order. Each arm is trained offline to its optimum at KL
-.5, brought to KL .25 on other prompts by a factor on the weights' difference, and measured on prompts that no setting
-was chosen on: by importance weights on the reference's rollouts, paired between arms, and by fresh draws. Results:
-benchmarks/results/proof_held_out_prompts.json.
+.5, brought to KL .25 on the prompts that it is measured on by a factor on the weights' difference, and measured there,
+where no setting was chosen: by importance weights on the reference's rollouts, paired between arms, and by fresh draws.
+Results: benchmarks/results/proof_held_out_prompts*.json.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import harmlessness
 import numpy as np
 import torch
 from arms import OTHERS, PROCEDURES, compute_targets, measure
+from lines import Line
+from safetensors.torch import load_file, save_file
 from shares import FOR, average
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,9 +41,9 @@ from calibrated_rewards.calibration.calibrate import calibrate
 from calibrated_rewards.cli.demo import pipeline
 from calibrated_rewards.cli.demo.assets import CACHE
 from calibrated_rewards.evaluation.estimates import Estimate, Samples, difference
-from calibrated_rewards.evaluation.held_out import check_log_ratios
 from calibrated_rewards.evaluation.held_out_results import HeldOutPolicies, compare_held_out
 from calibrated_rewards.evaluation.references import read_scores
+from calibrated_rewards.files import write_file
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers.protocol import score
@@ -57,6 +61,9 @@ MAIN = ("raw", "worst-of:16", "identity", "worst-of:4", "z-score", "par")
 FURTHER = ("best-of:16", "best-of:4")
 # Prompts from here on were read by nobody who chose a setting, and not by the demo.
 UNSEEN = 860
+# So many prompts there are beside them, by task.
+HARMLESSNESS = "harmlessness"
+PROMPTS = {"reviews": 1_258, HARMLESSNESS: 463}
 # By weights a procedure needs twice as many rollouts as it draws.
 NAMES = {name: procedure for name, procedure in PROCEDURES.items() if name != "best of 32"}
 MEASURED = [*NAMES.values()]
@@ -83,7 +90,15 @@ class World:
     kl: float = 0.25
     far: float = 0.5
     """KL of the optimum that training aims at."""
+    lr: float = 0.0035
     unseen: int = UNSEEN
+    task: str = "reviews"
+
+    @property
+    def name(self) -> str:
+        """The name of the results: the task, and the steps where they are others."""
+        task = f"_{self.task}" if self.task == HARMLESSNESS else ""
+        return f"proof_held_out_prompts{task}{'' if self.steps == World.steps else f'_{self.steps}'}"
 
 
 QUICK = World(12, 32, 8, 4, 6, 32, 32, 3, 1, 4, kl=0.01, unseen=12)
@@ -142,6 +157,7 @@ class Bench:
     def test(self) -> tuple[list[Group], list[torch.Tensor]]:
         """The groups of the test prompts with their states, and the reference's log-probabilities."""
         _ = self.references
+        self.reset()
         reward = CalibratedReward(None, ReferenceTable.load(self.folder / "test" / "reward"))
         groups = load_groups(self.folder / "test", reward, self.policy, 1.0).groups
         reader = GroupReader(self.policy.model.eval(), self.policy.decoding.temperature, self.world.test_k)
@@ -152,8 +168,9 @@ class Bench:
     @torch.no_grad()
     def reset(self) -> None:
         """Set the weights to the reference's."""
+        start = self.start  # the first time, they are
         for name, weight in named_trainable(self.policy.model):
-            weight.copy_(self.start[name])
+            weight.copy_(start[name])
         self.policy.model.zero_grad()
 
     def choose(self, arm: str, seed: int) -> tuple[list[PromptGroup], list[PromptGroup]]:
@@ -169,16 +186,31 @@ class Bench:
         return groups[: self.world.prompts], groups[self.world.prompts :]
 
     def run(self, arm: str, seed: int) -> dict[str, Any]:
-        """Train an arm, bring it to the KL, and measure it in both ways."""
+        """Train an arm, bring it to the KL on the test prompts, and measure it in both ways."""
         began = time.process_time()
-        tests, reference = self.test
-        _ = self.start
+        known = self.place(arm, seed, "json")
+        if not known.exists():
+            self.train(arm, seed)
+        line = self.line(arm, seed)
+        factor, log_ratios = line.stretch(self.world.kl)
+        np.save(self.place(arm, seed, "npy"), log_ratios)
+        kl = line.measure_kl(log_ratios)
+        fresh = measure(factor, self.draw(seed), self.references, np.full(len(log_ratios), kl))
+        outcome = json.loads(known.read_text())
+        return {
+            "arm": arm, "seed": seed, **outcome, "factor": factor * outcome["factor"], "kl": kl,
+            "seconds": round(time.process_time() - began), "fresh": fresh.to_json(),
+        }  # fmt: skip
+
+    def train(self, arm: str, seed: int) -> None:
+        """Train an arm, and save its weights and what came of it."""
+        began = time.process_time()
         self.reset()
         training, dev = self.choose(arm, seed)
         world = self.world
         settings = OfflineSettings(
             beta=training[0].beta, kl=world.kl, steps=world.steps, layers=world.layers, cache_states=True, seed=seed,
-            check_steps=world.steps, save_steps=world.steps + 1, completions=world.k,
+            check_steps=world.steps, save_steps=world.steps + 1, completions=world.k, lr=world.lr,
             prompts_a_step=min(12, world.prompts),
         )  # fmt: skip
         folder = self.folder / "run"
@@ -187,21 +219,25 @@ class Bench:
         reader = GroupReader(self.policy.model.eval(), self.policy.decoding.temperature, world.test_k)
         known = ReferenceFile(folder / "reference.safetensors", "")
         _, outcome = train(reader, training, dev, settings, RunFolder(folder), known, recorded=self.recorded)
-        trained = time.process_time() - began
-        log_ratios = np.stack([(a.cpu() - b).numpy() for a, b in zip(reader.read(tests), reference, strict=True)])
-        np.save(self.log_ratios(arm, seed), log_ratios)
-        kl = check_log_ratios(log_ratios, self.references).kl.value
-        fresh = measure(outcome["alpha"], self.draw(seed), self.references, np.full(len(tests), kl))
-        return {
-            "arm": arm, "seed": seed, "factor": outcome["alpha"], "kl_dev": outcome["held_out"]["held_out/kl"],
-            "correlation": outcome["held_out"]["held_out/correlation"], "kl": kl,
-            "training_seconds": round(trained), "seconds": round(time.process_time() - began),
-            "fresh": fresh.to_json(),
+        trained = {name: value.detach() for name, value in named_trainable(self.policy.model)}
+        save_file(trained, self.place(arm, seed, "safetensors"))
+        check = outcome["held_out"]
+        described = {
+            "factor": outcome["alpha"], "kl_dev": check["held_out/kl"], "correlation": check["held_out/correlation"],
+            "training_seconds": round(time.process_time() - began),
         }  # fmt: skip
+        write_file(self.place(arm, seed, "json"), json.dumps(described))
 
-    def log_ratios(self, arm: str, seed: int) -> Path:
-        """The file of a trained arm's log-ratios on the test rollouts."""
-        return self.folder / f"{arm}-{seed}-{self.world.steps}.npy"
+    def place(self, arm: str, seed: int, ending: str) -> Path:
+        """Name a file of a trained arm: its weights, what came of its training, its log-ratios on the test rollouts."""
+        return self.folder / f"{arm}-{seed}-{self.world.steps}.{ending}"
+
+    def line(self, arm: str, seed: int) -> Line:
+        """The line of policies through a trained arm, on the test rollouts."""
+        tokens, reference = self.test
+        return Line(
+            self.policy, self.start, load_file(self.place(arm, seed, "safetensors")), tokens, reference, self.references
+        )  # fmt: skip
 
     def draw(self, seed: int) -> Samples:
         """Draw from the model as it is, and score by reward model and judge."""
@@ -235,7 +271,7 @@ def summarise(bench: Bench, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     seeds = {}
     for seed in sorted({seed for _, seed in by_case}):
         there = [arm for arm in names if (arm, seed) in by_case]
-        log_ratios = {arm: np.load(bench.log_ratios(arm, seed)) for arm in there}
+        log_ratios = {arm: np.load(bench.place(arm, seed, "npy")) for arm in there}
         seeds[seed] = compare_held_out(log_ratios, bench.references, MEASURED)
     gains = []
     for arm, procedures in FOR.items():
@@ -282,14 +318,38 @@ def compare(
     }  # fmt: skip
 
 
-def make_parts(cache: Path, world: World, quick: Path | None) -> pipeline.Parts:
-    """Fetch or train the demo's models, and split the prompts into those to train on and those to measure on."""
+def make_world(steps: int, lr: float, task: str) -> World:
+    """Make a world of so many steps, each of prompts of its own."""
+    prompts, there = 12 * steps, PROMPTS[task]
+    return World(
+        steps=steps,
+        prompts=prompts,
+        pool=min(prompts + 192, there),
+        dev=min(World.dev, there - prompts),
+        lr=lr,
+        task=task,
+    )
+
+
+def find_folder(cache: Path, task: str) -> Path:
+    """Find the folder of a task's rollouts and results."""
+    return cache / f"proof-held-out-{'prompts' if task == 'reviews' else task}"
+
+
+def make_parts(cache: Path, world: World, quick: Path | None, tweets: Path | None = None) -> pipeline.Parts:
+    """Fetch or train the models, and split the prompts into those to train on and those to measure on."""
+    if world.task == HARMLESSNESS:
+        return harmlessness.make_parts(cache, world.pool, world.test, tweets)
     scale = replace(pipeline.FULL, prompts=world.pool, held_out=world.test)
     if quick is not None:
         return pipeline.make_tiny_parts(quick, scale)
     parts = pipeline.make_real_parts(cache, scale)
-    prompts = pipeline.reward_models.make_prompts(cache, world.unseen + world.test)
-    return replace(parts, prompts=prompts[: world.pool], held_out=prompts[world.unseen :])
+    first, after = world.unseen, world.unseen + world.test
+    prompts = pipeline.reward_models.make_prompts(cache, world.pool + world.test + first)
+    others = prompts[:first] + prompts[after:]
+    if len(others) < world.pool:
+        raise ValueError(f"a world of {world.steps} steps needs {world.pool} prompts to train on, got {len(others)}.")
+    return replace(parts, prompts=others[: world.pool], held_out=prompts[first:after])
 
 
 def main() -> None:
@@ -298,17 +358,19 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=World.steps, help="of 12 prompts x 32 completions, each seen once")
+    parser.add_argument("--task", choices=PROMPTS, default="reviews")
+    parser.add_argument("--tweets", type=Path, metavar="CSV", help="a copy of what harmlessness.py fetches")
+    parser.add_argument("--lr", type=float, default=World.lr, help="highest learning rate, of all arms")
     parser.add_argument("--arms", nargs="+", choices=MAIN + FURTHER, default=MAIN + FURTHER, metavar="ARM")
     parser.add_argument("--quick", type=Path, metavar="OUT")
     parser.add_argument("--summarise", action="store_true", help="train nothing: write the results of what is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    prompts = 12 * args.steps
-    world = QUICK if args.quick else World(steps=args.steps, prompts=prompts, pool=prompts + 192)
+    world = QUICK if args.quick else make_world(args.steps, args.lr, args.task)
     cache = args.cache.expanduser()
-    folder: Path = args.quick or cache / "proof-held-out-prompts"
+    folder: Path = args.quick or find_folder(cache, args.task)
     folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(world, make_parts(cache, world, args.quick), folder)
+    bench = Bench(world, make_parts(cache, world, args.quick, args.tweets), folder)
     lines = folder / f"arms-{world.steps}.jsonl"
     rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     there = {(row["arm"], row["seed"]) for row in rows}
@@ -326,8 +388,7 @@ def write(bench: Bench, rows: Sequence[dict[str, Any]], quick: Path | None) -> N
     """Write the results of all arms so far."""
     results = {"world": asdict(bench.world), **summarise(bench, rows)}
     if quick is None:
-        steps = "" if bench.world.steps == World.steps else f"_{bench.world.steps}"
-        save(f"proof_held_out_prompts{steps}", results)
+        save(bench.world.name, results)
     else:
         (quick / "results.json").write_text(json.dumps(results))
 

@@ -6,9 +6,9 @@
 Pairs are made of texts of one source (movie reviews, products, editorials, tweets) whose mean human ratings differ by
 .5 or more: those to learn from are of the reward model's half of the texts, those to measure on are 750 pairs of movie
 reviews that nothing learned from. A head is trained by `train head` on the frozen model, under LoRA, and with all
-weights (one of them with every seed, `ALL_SEEDS`); the rivals are all-MiniLM-L6-v2 with one label, trained on the same
-pairs by the same loss, and the model's own log-probability of the text. One more head learns from pairs of rollouts,
-ordered by the demo's reward model: texts like those that it will choose among. Best of 8: each chooses among 48
+weights (these three with every seed, `ALL_SEEDS`); the rivals are all-MiniLM-L6-v2 with one label, trained on the same
+pairs by the same loss, and the model's own log-probability of the text. Two more heads learn from pairs of rollouts,
+ordered by the demo's reward model: texts like those that they will choose among. Best of 8: each chooses among 48
 rollouts of 4 tokens behind film-review prompts, and the demo's judge, which learned from other texts, says how often
 the choice beats a single draw. Resolution: the share of pairs of rollouts that tie, and best of 8, of float32 scores,
 of the same scores in bfloat16, and of the quantile among 32 references. Serving: memory, and the time of eight
@@ -63,17 +63,18 @@ Pairs = list[tuple[str, str, str]]
 # Prompts of the best of N, and prompts whose rollouts a head learns from.
 PROMPTS, LEARNED = 80, 128
 # The head whose best of 8 is compared with that of the others.
-SERVED = "frozen, rollouts"
+SERVED = "lora, rollouts"
 # A name, the number of pairs, and the settings of `train head`.
 HEADS: dict[str, tuple[int, dict[str, Any]]] = {
     "frozen, contrastive": (LARGE, {"backbone": "frozen", "loss": "contrastive"}),
     "frozen, separable": (LARGE, {"backbone": "frozen"}),
-    SERVED: (LARGE, {"backbone": "frozen", "loss": "contrastive"}),
+    "frozen, rollouts": (LARGE, {"backbone": "frozen", "loss": "contrastive"}),
     "lora, separable": (SMALL, {"backbone": "lora", "epochs": 1, "pairs_a_step": 16, "lr": 5e-4}),
     "full, separable": (SMALL, {"backbone": "full", "epochs": 1, "pairs_a_step": 16, "lr": 3e-5}),
+    SERVED: (LARGE, {"backbone": "lora", "loss": "contrastive", "epochs": 2, "pairs_a_step": 16, "lr": 5e-4}),
 }
-# The head that is trained with every seed; the others are trained with the first one, which takes hours less.
-ALL_SEEDS = "frozen, contrastive"
+# The heads that are trained with every seed; the others with the first one, which takes hours less.
+ALL_SEEDS = ("frozen, contrastive", "lora, separable", "full, separable")
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +233,8 @@ class Bench:
         texts = split_ratings(self.cache).reward_model
         if name in HEADS:
             count, settings = HEADS[name]
-            pairs = self.learned.make_pairs(count, seed) if name == SERVED else make_pairs(texts, count, seed)
+            is_own = name.endswith("rollouts")
+            pairs = self.learned.make_pairs(count, seed) if is_own else make_pairs(texts, count, seed)
             seconds = train_head(out, self.parts.policy, pairs, settings, seed)
             return out / "model", {"seconds": seconds, "pairs": count}
         count = int(name.split()[1])
@@ -249,9 +251,8 @@ class Bench:
             else:
                 kind = None if is_head else "sequence-classifier"
                 scorer = load_scorer(folder, kind=kind, dtype="float32", show_progress=False)
-            is_served = seed == 0 and not name.startswith(("lora", "full"))
             scores: dict[str, Any] = {"pairs": score_pairs(partial(score, scorer), self.checked)}
-            if is_served:
+            if seed == 0:
                 scores["pool"] = np.asarray(score(scorer, *self.pool.flat), np.float64).reshape(self.pool.judge.shape)
             np.savez(place, **scores)
         return dict(np.load(place))
@@ -260,7 +261,7 @@ class Bench:
         """Read the frozen model's states at the end of each text, or load them: all frozen heads read the same ones."""
         place = self.out / f"states-{len(texts)}.npy"
         if not place.exists():
-            model = load_headed(self.train(ALL_SEEDS, 0)[0])
+            model = load_headed(self.train(ALL_SEEDS[0], 0)[0])
             rows = model.encode(prompts, texts)
             order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
             batches = [order[i : i + 32] for i in range(0, len(order), 32)]
@@ -272,7 +273,7 @@ class Bench:
         """Score by the policy's own log-probability: its mean a token for texts of any length, its sum for rollouts."""
         place = self.out / "log-probability.npz"
         if not place.exists():
-            headed = load_headed(self.train(ALL_SEEDS, 0)[0])  # the policy itself, under a head that is not read
+            headed = load_headed(self.train(ALL_SEEDS[0], 0)[0])  # the policy itself, under a head that is not read
             model, tokenizer = headed.model, headed.tokenizer
             pairs = score_pairs(lambda p, t: mean_log_probability(model, tokenizer, p, t), self.checked)
             groups = [
@@ -301,7 +302,7 @@ def list_cases(seeds: int) -> Iterator[tuple[str, int]]:
     """List the scorers with their seeds, those of one seed after the other."""
     for seed in range(seeds):
         yield from ((f"MiniLM, {count} pairs", seed) for count in (SMALL, LARGE))
-        yield from ((name, seed) for name in HEADS if seed == 0 or name == ALL_SEEDS)
+        yield from ((name, seed) for name in HEADS if seed == 0 or name in ALL_SEEDS)
 
 
 def load_headed(folder: Path) -> HeadedModel:

@@ -6,7 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import harmlessness
 import held_out_prompts
+import mixtures
 import numpy as np
 import predict
 import pytest
@@ -21,6 +23,7 @@ from small_language_model import Size, build_model
 from tree import Tree
 
 from calibrated_rewards.evaluation.estimates import Samples
+from calibrated_rewards.evaluation.held_out import check_log_ratios
 from calibrated_rewards.evaluation.held_out_results import compare_held_out
 from calibrated_rewards.theory.procedures import WorstOf
 
@@ -218,7 +221,7 @@ def test_world_4_averages_the_paired_gains_of_its_seeds(tmp_path: Path) -> None:
     bench: Any = SimpleNamespace(
         references=references,
         world=held_out_prompts.World(kl=0.2),
-        log_ratios=lambda arm, seed: tmp_path / f"{arm}-{seed}.npy",
+        place=lambda arm, seed, ending: tmp_path / f"{arm}-{seed}.{ending}",
     )
     fresh = {"rates": {"judge": {"worst of 4": rng.uniform(size=12).tolist()}}}
     beside = {"factor": 1.0, "kl_dev": 0.2, "correlation": 0.5, "training_seconds": 1, "seconds": 1, "fresh": fresh}
@@ -240,6 +243,32 @@ def test_world_4_averages_the_paired_gains_of_its_seeds(tmp_path: Path) -> None:
     assert row["gain"]["value"] == pytest.approx(np.mean(by_seed))
     assert row["gap"] == pytest.approx(by_seed[0])
     assert row["fresh"]["value"] == 0
+
+
+def test_a_mixture_is_a_policy_of_its_two_parts() -> None:
+    """Its probabilities are those of the parts, p of the far one, and `find_share` finds the p of a KL."""
+    rng = np.random.default_rng(6)
+    scores = rng.normal(size=(8, 64))
+    far = compute_targets("raw", scores, 1.5).log_ratios
+    mixed = mixtures.mix(far, 0.3)
+    assert np.exp(mixed) == pytest.approx(0.7 + 0.3 * np.exp(far))
+    line: Any = SimpleNamespace(measure_kl=lambda log_ratios: check_log_ratios(log_ratios, Samples(scores)).kl.value)
+    p = mixtures.find_share(line, far, 0.25)
+    weights = 1 - p + p * np.exp(far)
+    assert 0 < p < 1
+    assert (weights * np.log(weights) - weights + 1).mean() == pytest.approx(0.25)
+
+
+def test_rated_tweets_are_read_without_names_and_links(tmp_path: Path) -> None:
+    """A rating is the mean over people: -4 for hate speech, -2 for offensive, 0 for neither."""
+    (tmp_path / "tweets.csv").write_text(
+        ",count,hate_speech,offensive_language,neither,class,tweet\n"
+        '0,3,0,0,3,2,"!!! RT @one: nice &amp; kind words, @two http://t.co/x"\n'
+        "1,4,2,1,1,0,four people said so\n"
+        "2,3,3,0,0,0,too short\n"
+    )
+    texts = {each.text: each.rating for each in harmlessness.read_tweets(tmp_path / "tweets.csv")}
+    assert texts == {"nice & kind words,": 0.0, "four people said so": -(2 * 4 + 1 * 2) / 4}
 
 
 def make_world_of_pilots() -> dict[str, Any]:
