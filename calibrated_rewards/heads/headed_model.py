@@ -235,9 +235,8 @@ class HeadedModel(nn.Module):
         if not at.config:
             place = base or settings.base
             if place is None:
-                raise ValueError(
-                    Message(f"{name_or_path} does not say on which model its head is: say {setting('base')}")
-                )
+                unknown = f"{name_or_path} does not say on which model its head is: say {setting('base')}"
+                raise ValueError(Message(unknown))
             at = find_base(place, None if base else str(name_or_path))
         from transformers import AutoModelForCausalLM
 
@@ -302,10 +301,8 @@ def find_base(place: str, head: str | None) -> Checkpoint:
     except FileNotFoundError as error:
         if head is None:
             raise
-        where = setting("base", "PATH")
-        raise FileNotFoundError(
-            Message(f"the head {head} was trained on {place}, which is not there: say where that model is, {where}")
-        ) from error
+        gone = f"the head {head} was trained on {place}, which is not there: say where that model is, "
+        raise FileNotFoundError(Message(gone + setting("base", "PATH"))) from error
 
 
 def check_base(model: Any, settings: HeadSettings, any_base: bool = False) -> None:
@@ -366,11 +363,10 @@ def load_adapter(model: Any, place: str, adapter: str, revision: str | None = No
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if Path(place).expanduser().is_dir() and not (Path(place).expanduser() / file).is_file():
-            raise FileNotFoundError(
-                f"{place} has no {file}, and its head reads with an adapter: copy it beside the head"
-            )
+    folder, files = Path(place).expanduser(), ("adapter_config.json", "adapter_model.safetensors")
+    missing = [name for name in files if folder.is_dir() and not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{place} has no {missing[0]}, and its head reads with an adapter: copy it beside it")
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     training: list[Any] = []
     try:
