@@ -310,10 +310,15 @@ def load_headed(folder: Path) -> HeadedModel:
     return HeadedModel.from_pretrained(folder, placement=Placement("float32"))
 
 
-def measure_serving(head: Path, encoder: Path, rounds: int) -> dict[str, Any]:
-    """Measure the weights in memory, and the time of 8 completions a prompt with their scores: one model, and two."""
-    headed = load_headed(head)
-    scorer = PreferenceHeadScorer(headed, show_progress=False)
+def measure_serving(frozen: Path, lora: Path, encoder: Path, rounds: int) -> dict[str, Any]:
+    """Measure the weights in memory, and the time of 8 completions a prompt with their scores: one model, and two.
+
+    A frozen head's scores come from the pass that writes. A head with LoRA reads the completions afterwards, with its
+    adapter, which is off while the model writes.
+    """
+    headed, adapted = load_headed(frozen), load_headed(lora)
+    adapted.model.base_model.disable_adapter_layers()
+    scorer, reader = (PreferenceHeadScorer(each, show_progress=False) for each in (headed, adapted))
     other = load_scorer(encoder, kind="sequence-classifier", show_progress=False)
     prompts = [f"Movie review: {word}" for word in ("This", "The", "A", "It", "An", "If", "One", "What")]
     decoding, seeds = Decoding(32, FULL.temperature), [list(range(N))] * len(prompts)
@@ -327,7 +332,8 @@ def measure_serving(head: Path, encoder: Path, rounds: int) -> dict[str, Any]:
 
     sides: dict[str, Callable[[], Any]] = {
         "completions": lambda: plain(prompts, seeds),
-        "head": lambda: draw_and_score(with_head, scorer),
+        "head, frozen": lambda: draw_and_score(with_head, scorer),
+        "head, LoRA": lambda: draw_and_score(plain, reader),
         "MiniLM": lambda: draw_and_score(plain, other),
     }
     times = in_rounds(rounds, sides)
@@ -336,10 +342,14 @@ def measure_serving(head: Path, encoder: Path, rounds: int) -> dict[str, Any]:
         for name, own in times.items()
     }
     classifier = AutoModelForSequenceClassification.from_pretrained(encoder)
-    sizes = {"policy": headed.model, "head": headed.head, "MiniLM": classifier}
+    sizes = {
+        name: sum(weight.nbytes for weight in part.parameters()) / 1e6
+        for name, part in {"policy": headed.model, "head": headed.head, "MiniLM": classifier}.items()
+    }
+    adapter = [weight.nbytes for name, weight in adapted.model.named_parameters() if "lora_" in name]
     return {
         "prompts": len(prompts), "completions": N, "tokens": 32, "rounds": rounds, "cost_by_processor_time": ratio,
-        "megabytes": {name: sum(w.nbytes for w in part.parameters()) / 1e6 for name, part in sizes.items()},
+        "megabytes": {**sizes, "adapter": sum(adapter) / 1e6},
     }  # fmt: skip
 
 
@@ -379,8 +389,8 @@ def main() -> None:
         {"name": "log-probability", "seed": 0, "seconds": 0.0, "pairs": 0, "right": find_right(scores["pairs"])}
     )
     served["log-probability"] = scores["pool"]
-    head, encoder = (bench.train(name, 0)[0] for name in (SERVED, f"MiniLM, {LARGE} pairs"))
-    serving = measure_serving(head, encoder, args.rounds)
+    folders = [bench.train(name, 0)[0] for name in ("frozen, rollouts", SERVED, f"MiniLM, {LARGE} pairs")]
+    serving = measure_serving(*folders, args.rounds)
     save("heads", {**summarise(rows, served, bench.pool.judge), "serving": serving})
 
 

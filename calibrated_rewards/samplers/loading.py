@@ -20,6 +20,7 @@ from calibrated_rewards.models.checkpoints import (
 )
 from calibrated_rewards.models.lazy import Lazy, fields_only
 from calibrated_rewards.models.loading import Placement, Source, add_adapter, find_source
+from calibrated_rewards.models.parts import without_peft
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.continuous import ContinuousSampler
@@ -148,9 +149,10 @@ class LoadedSampler:
 def share_model(sampler: Sampler, scorer: Scorer) -> Sampler:
     """Return a sampler that writes with the very model that a preference head reads, so that one is in memory.
 
-    If the policy is that model, its completions are scored by the pass that writes them. If it is a PEFT adapter on
-    the model of a head with a frozen backbone, the adapter is put on the scorer's model, and is off while the head
-    reads. Any other pair is left as it is: a head with an adapter of its own, another precision, another engine.
+    If the policy is that model, its completions are scored by the pass that writes them; the adapter of a head that has
+    one is off while the policy writes, and the head reads afterwards. If it is a PEFT adapter on the model of a head
+    with a frozen backbone, the adapter is put on the scorer's model, and is off while the head reads. Any other pair is
+    left as it is: two adapters, another precision, another engine.
     """
     inner: Any = scorer.scorer if isinstance(scorer, Loaded) else scorer
     is_cost = isinstance(inner, Cost)
@@ -168,6 +170,10 @@ def share_model(sampler: Sampler, scorer: Scorer) -> Sampler:
     if is_same(policy.checkpoint, head.checkpoint) or (frozen and is_same(policy.checkpoint, head.base)):
         logger.info("%s: one model writes and scores", sampler.name)
         return HfSampler(inner.model, inner.tokenizer, *settings, scorer=inner, **sampler.options)
+    if is_same(policy.checkpoint, head.base):
+        logger.info("%s: one model writes, and the head reads it with its adapter", sampler.name)
+        inner.model.base_model.disable_adapter_layers()
+        return HfSampler(without_peft(inner.model), inner.tokenizer, *settings, **sampler.options)
     if not (frozen and policy.checkpoint.adapter and is_same(policy.base, head.base)):
         return sampler
     logger.info("%s: the adapter is put on the model that the head reads", sampler.name)

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tiny
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -249,6 +250,28 @@ def test_an_adapter_on_the_heads_model(models, head, tmp_path):
     pairs = [c for c in CHATS for _ in range(3)], [r.completion for own in written for r in own]
     alone = load_scorer(head)
     np.testing.assert_allclose(score(headed, *pairs), score(alone, *pairs), atol=1e-5)
+    assert headed.fingerprint() == alone.fingerprint()
+
+
+def test_a_head_with_an_adapter_of_its_own(models, tmp_path):
+    """One base in memory: the policy writes without the head's adapter, the head reads with it, as two models would."""
+    policy = AutoModelForCausalLM.from_pretrained(models / "policy")
+    own = HeadedModel.build(policy, tiny.tokenizer(), backbone="lora")
+    with torch.no_grad():
+        for name, weight in own.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    own.save_pretrained(tmp_path / "head")
+    headed, alone = (load_scorer(tmp_path / "head") for _ in range(2))
+    sampler, apart = (load_sampler(models / "policy", Decoding(5)) for _ in range(2))
+    shared = share_model(sampler, headed)
+    assert shared.model is headed.scorer.model.get_base_model()
+    assert shared.fingerprint() == apart.fingerprint()
+    for _ in range(2):  # also after the head has read
+        written, expected = (sample(each, CHATS, [[1, 2, 3]] * 3) for each in (shared, apart))
+        assert [r.completion for own in written for r in own] == [r.completion for own in expected for r in own]
+        pairs = [c for c in CHATS for _ in range(3)], [r.completion for own in written for r in own]
+        np.testing.assert_allclose(score(headed, *pairs), score(alone, *pairs), atol=1e-5)
     assert headed.fingerprint() == alone.fingerprint()
 
 
