@@ -113,7 +113,7 @@ def read_tweets(path: Path) -> list[Rated]:
 
 
 def clean(tweet: str) -> str:
-    """Clean a tweet.
+    """Strip a tweet of names, links, entities, and what a retweet begins with.
 
     >>> clean('!!!!! RT @someone: boy dats cold &amp; @other at http://t.co/x')
     'boy dats cold & at'

@@ -87,7 +87,7 @@ class HeadTraining:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the scores."""
+        """The name of each score that the head gives, in the order of `heads`."""
         return tuple(name.strip() for name in self.heads.split(","))
 
     def joint_loss(self) -> JointLoss:
