@@ -10,9 +10,9 @@ DEADLINE = 120.0
 
 def note_and_wait(path: Path) -> None:
     """Write the number of this process into a file, and wait for what will not come."""
-    path.write_text(str(os.getpid()))
     sys.stdout.write("waiting\n")
     sys.stdout.flush()
+    path.write_text(str(os.getpid()))
     time.sleep(DEADLINE)
 
 

@@ -56,10 +56,10 @@ def run_side_by_side(parts: Mapping[str, Callable[[], object]], folder: Path, pr
                 running.append(Part.start(name, waiting.pop(name), folder / f"{name}.log", threads))
             time.sleep(LOOK)
             ended = [part for part in running if not part.process.is_alive()]
-            for part in ended:
-                part.check()
             for part in running:
                 part.show()
+            for part in ended:
+                part.check()
             running = [part for part in running if part not in ended]
     except BaseException:
         for part in running:
