@@ -59,7 +59,7 @@ class Rated:
 
 def fetch_language_model(cache: Path) -> Path:
     """Fetch SmolLM2-135M-Instruct as a checkpoint of bfloat16 safetensors; return its folder."""
-    return make_folder(cache, "smollm2-135m-instruct", _convert_language_model)
+    return make_folder(cache, "SmolLM2-135M-Instruct", _convert_language_model)
 
 
 def fetch_encoder(cache: Path) -> Path:
@@ -150,7 +150,12 @@ def _convert_language_model(folder: Path) -> None:
     plain: Any = cast(Any, AutoModelForCausalLM).from_config(config, dtype=torch.bfloat16)
     plain.load_state_dict(read.state_dict())
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # Lost on the way from GGUF: SmolLM2 splits digits off before all else, so that the line breaks before "1." are one
+    # token, as it was trained to read and write them.
+    words = tokenizer.backend_tokenizer
+    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), words.pre_tokenizer])
+    tokenizer.save_pretrained(folder)
     sys.path.remove(str(packages))
     shutil.rmtree(packages)
 
