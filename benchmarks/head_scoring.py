@@ -2,13 +2,15 @@
 
     python benchmarks/head_scoring.py                              # a Llama of 4 layers, 256 wide, float32, one thread
     python benchmarks/head_scoring.py --model SmolLM2-135M-Instruct    # a checkpoint: its folder, in its own precision
+    python benchmarks/head_scoring.py --model SmolLM2-135M-Instruct --dtype float32    # for CPUs without bfloat16
     python benchmarks/head_scoring.py --device cuda --dtype bfloat16 --layers 16 --width 2048 --cases 16,64,256
 
 Three sides take turns in one run, on the same prompts and seeds: completions alone; completions by a sampler that has
 the head's scorer, and then their scores; completions alone, and then their scores by a forward of their own. What
 counts is the median over the rounds of the ratio to the completions alone within a round, by the clock and by the
-processor's time. `share_free` is the share of completions whose text makes the tokens that were drawn: the others are
-read again, and that is in the time. `farthest` is the largest difference of the two ways, in standard deviations.
+processor's time. `share_free` is the share of completions that had their score from the pass: for the others a forward
+is run, and that is in the time. `share_as_drawn` is the share whose text makes the tokens that were drawn: of the others
+some tokens are read again. `farthest` is the largest difference of the two ways, in standard deviations.
 """
 
 from __future__ import annotations
@@ -62,8 +64,9 @@ def words_of_32000() -> Any:
 def loaded(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model and its tokenizer."""
     if args.model:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(args.device).eval()
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype or "auto").to(args.device).eval()
         return model, AutoTokenizer.from_pretrained(args.model)
+    args.dtype = args.dtype or "float32"
     return small_llama(args), words_of_32000()
 
 
@@ -81,8 +84,9 @@ def compared(model: Any, words: Any, case: tuple[int, int, int], args: argparse.
     headed = HeadedModel.build(model, words, pooler=args.pooler)
     free, apart = (PreferenceHeadScorer(headed, show_progress=False) for _ in range(2))
     options = {"show_progress": False}
-    plain = HfSampler(model, words, Decoding(new), **options)
-    with_head = HfSampler(model, words, Decoding(new), scorer=free, **options)
+    decoding = Decoding(new, temperature=args.temperature)
+    plain = HfSampler(model, words, decoding, **options)
+    with_head = HfSampler(model, words, decoding, scorer=free, **options)
     pairs = [prompt for prompt in prompts for _ in range(k)]
 
     def score(sampler: Any, scorer: Any) -> np.ndarray:
@@ -96,6 +100,9 @@ def compared(model: Any, words: Any, case: tuple[int, int, int], args: argparse.
     times = in_rounds(args.rounds, sides)
     used = free.memory.used
     scores, expected = score(with_head, free), score(plain, apart)
+    rollouts = [rollout for own in plain(prompts, seeds) for rollout in own]
+    made = [words(rollout.completion, add_special_tokens=False)["input_ids"] for rollout in rollouts]
+    as_drawn = [len(ids) + (each.finish == "stop") == each.tokens for ids, each in zip(made, rollouts, strict=True)]
     ratios = {
         name: [[row[at] / alone[at] for row, alone in zip(own, times["completions"], strict=True)] for at in (0, 1)]
         for name, own in times.items()
@@ -108,6 +115,7 @@ def compared(model: Any, words: Any, case: tuple[int, int, int], args: argparse.
         "cost_by_clock": {name: statistics.median(own[0]) - 1 for name, own in ratios.items()},
         "cost_by_processor_time": {name: statistics.median(own[1]) - 1 for name, own in ratios.items()},
         "cost_by_round": {name: [x - 1 for x in own[1]] for name, own in ratios.items()},
+        "share_as_drawn": float(np.mean(as_drawn)),
         "share_free": (free.memory.used - used) / len(pairs),
         "farthest": float(np.abs(scores - expected).max() / expected.std()),
     }
@@ -118,9 +126,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint's folder; without, a small Llama of random weights")
     parser.add_argument("--cases", nargs="*", default=CASES, help="PROMPTS,K,NEW ...")
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--pooler", default="tanh")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="of the small Llama")
+    parser.add_argument("--dtype", help="by default the checkpoint's own, and float32 for the small Llama")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=15)
@@ -141,13 +150,15 @@ def main() -> None:
         ]
         print(
             f"{number:7d} {k:3d} {new:4d}  {'  '.join(costs)}  free {row['share_free']:.0%}, "
+            f"as drawn {row['share_as_drawn']:.0%}, "
             f"apart by {row['farthest']:.0e} sd",
             flush=True,
         )
     if not args.quick:
         kind = Path(args.model).name if args.model else "small_llama"
         told = {**vars(args), "model": kind, "dtype": str(model.dtype).removeprefix("torch.")}
-        print(save(f"head_scoring_{kind}_{args.device}_{told['dtype']}", {**told, "cases": found}))
+        name = f"head_scoring_{kind}_{args.device}_{told['dtype']}"
+        print(save(name + (f"_{args.temperature}" if args.temperature != 1 else ""), {**told, "cases": found}))
 
 
 if __name__ == "__main__":

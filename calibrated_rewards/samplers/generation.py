@@ -1,40 +1,28 @@
-"""Write completions token by token: read rows through the model's own forward, draw, drop rows that have ended.
+"""Read rows of tokens through a model's own forward, behind a cache of their keys and values.
 
-`Writer` writes completions. `Reader` reads rows of tokens behind a cache of keys and values, which `add_room` gives
-room for the tokens that are yet to come. `drawing.py` draws the next token.
+`Reader` opens rows, reads more tokens of each, selects some, and reads other tokens behind a part of them. `add_room`
+gives the cache room for the tokens that are yet to come.
 """
 
+import copy
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Float64
 from torch import Tensor
-from transformers import (
-    Cache,
-    DynamicCache,
-    EncoderDecoderCache,
-    LogitsProcessorList,
-)
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
-from calibrated_rewards.models.parts import body_of, device_of, reading_errors, rope_turn
-from calibrated_rewards.samplers.drawing import HALVINGS, Drawn, draw, uniforms
-from calibrated_rewards.samplers.policy import Draft, Endings
+from calibrated_rewards.models.parts import body_of, device_of, pad_right, reading_errors, rope_turn
 
 # A full cache gets room for at least so many tokens more, and for this part of its tokens.
 ROOM, PART = 32, 4
 # Names of the cache that models take and return; recurrent ones have names of their own.
 CACHES = ("past_key_values", "cache_params", "state")
-# Tokens for which a row's uniforms are made at a time.
-AHEAD = 16
-# Rows that have ended leave the batch when no more than this part goes on: taking the others out copies their cache.
-CROWD = 0.75
 
 
 class Roomy(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -64,6 +52,13 @@ class Roomy(DynamicLayer):  # type: ignore[no-untyped-call]
         """Select rows, in the order given, into tensors of their own."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._space = None
+
+    def take(self, rows: Tensor, length: int) -> "Roomy":
+        """Copy the first tokens of some rows."""
+        other = copy.copy(self)
+        other.keys, other.values = self.keys[rows, :, :length], self.values[rows, :, :length]  # type: ignore[index]
+        other._space = None
+        return other
 
 
 def _lengthen(tensor: Tensor, size: int) -> Tensor:
@@ -155,6 +150,31 @@ class Reader:
             rows.cache.reorder_cache(index)
         mask = None if rows.mask is None else rows.mask[index]
         return Rows(rows.ids[index], mask, rows.cache, rows.logits[index.to(rows.logits.device)])
+
+    def read_others(self, rows: Rows, at: Sequence[int], kept: Sequence[int], tokens: Sequence[list[int]]) -> Tensor:
+        """Read tokens behind the first `kept[i]` tokens of rows at[i]; return the hidden states at the last of each.
+
+        The rows stay as they are: it is a copy of their cache that is read behind, with the tokens that were not kept
+        masked out.
+        """
+        index = torch.tensor(list(at), device=rows.ids.device)
+        mask = (torch.ones_like(rows.ids) if rows.mask is None else rows.mask)[index]
+        mask = mask * (mask.cumsum(1) <= torch.tensor(kept, device=mask.device)[:, None])
+        length = int((mask * torch.arange(1, 1 + mask.shape[1], device=mask.device)).max())
+        cache = copy.copy(rows.cache)
+        cache.layers = [layer.take(index, length) for layer in rows.cache.layers]
+        fed, is_fed = pad_right([*tokens], 0, rows.ids.device)
+        whole: Tensor | None = torch.cat([mask[:, :length], is_fed], 1)
+        if len(tokens) == 1:  # faster
+            whole = None if bool(whole.all()) else whole  # type: ignore[union-attr]
+        ids = torch.cat([rows.ids[index, :length], fed], 1)
+        states = self._forward(Rows(ids, whole, cache, rows.logits), fed, fed.shape[1], going_on=False).states
+        return torch.stack([own[len(each) - 1] for own, each in zip(states, tokens, strict=True)])  # type: ignore[arg-type]
+
+    def can_read_others(self, rows: Rows) -> bool:
+        """Check that all of a row that later tokens depend on are keys and values, each of one token, and positions."""
+        plain = type(rows.cache) is DynamicCache and has_room(rows.cache)
+        return plain and self._body is not None and self._turn is None and "position_ids" in self._parameters
 
     def can_select(self, rows: Rows) -> bool:
         """Check that rows can go on without the others; not where sharing, which selects too, went wrong."""
@@ -271,121 +291,3 @@ def left_padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor
         return ids, None
     blank = torch.tensor([longest - len(row) for row in rows], device=device)
     return ids, (torch.arange(longest, device=device) >= blank[:, None]).long()
-
-
-@dataclass(frozen=True, eq=False)
-class Writer:
-    """Writes completions of prompts, each of which depends on its prompt and its seed, not on those beside it."""
-
-    reader: Reader
-    processors: LogitsProcessorList
-    endings: Endings
-    max_tokens: int
-    turn_end: int | None = None
-    """A token that is read behind each completion, in place of the one that ended it, for its hidden states there."""
-    positions: int | None = None
-    """Most tokens of a row; a completion that was cut there has no room for the end of a turn."""
-
-    def __call__(self, prompts: Sequence[list[int]], of: Sequence[int], seeds: Sequence[int]) -> list[Draft]:
-        """Write a draft for each seed: the i-th continues prompts[of[i]]."""
-        drafts = [Draft() for _ in seeds]
-        # The draft of each row of the batch, those that have ended but not left among them.
-        members = list(range(len(drafts)))
-        chances = np.empty((len(drafts), 0, HALVINGS))
-        (rows, places), read = self._open(prompts, of), set[int]()
-        for written in range(self.max_tokens):
-            if written % AHEAD == 0:
-                chances = uniforms([seeds[i] for i in members], written, AHEAD)
-            drawn = self._draw(rows, places, chances[:, written % AHEAD])
-            self._append([drafts[i] for i in members], drawn)
-            last = written + 1 == self.max_tokens
-            going = [] if last and not self._has_room(rows) else [i for i in members if drafts[i].end is None]
-            due = [i for i in members if self._reads_end(drafts[i]) and i not in read]
-            if not going and not due:
-                break
-            stays = {*going, *due}
-            tokens, staying = drawn.tokens.tolist(), [at for at, i in enumerate(members) if i in stays]
-            if self.reader.can_select(rows) and len(staying) <= CROWD * len(members):
-                members, chances = [members[at] for at in staying], chances[staying]
-                places, tokens = [places[at] for at in staying], [tokens[at] for at in staying]
-            rows, places, fed = self._part_ways(rows, places, tokens)
-            rows = self._next(rows, fed, drafts, members, due, going if last else ())
-            read.update(due)
-            if last or not going:
-                break
-        return drafts
-
-    def _open(self, prompts: Sequence[list[int]], of: Sequence[int]) -> tuple[Rows, list[int]]:
-        """Read the prompts; return the rows, and the row of each draft: drafts of a prompt begin as one row."""
-        reader = self.reader
-        if reader.share and self.turn_end is None:  # the end of a turn is read by each draft at a time of its own
-            rows = reader.open(prompts, range(len(prompts)))
-            if reader.can_select(rows):
-                return rows, list(of)
-            reader = replace(reader, share=False)
-        return reader.open(prompts, of), list(range(len(of)))
-
-    def _part_ways(self, rows: Rows, places: Sequence[int], tokens: Sequence[int]) -> tuple[Rows, list[int], Tensor]:
-        """Copy a row for each token that its drafts go on with: drafts that have the same tokens so far stay one row.
-
-        Return the rows, the row of each draft, and the token that each row reads next.
-        """
-        pairs = list(zip(places, tokens, strict=True))
-        ways = {way: row for row, way in enumerate(dict.fromkeys(pairs))}
-        parents = [parent for parent, _ in ways]
-        if parents != list(range(len(rows.ids))):
-            rows = self.reader.select(rows, parents)
-        fed = torch.tensor([token for _, token in ways], device=rows.ids.device)
-        return rows, [ways[pair] for pair in pairs], fed
-
-    def _reads_end(self, draft: Draft) -> bool:
-        return self.turn_end is not None and draft.end == "token"
-
-    def _has_room(self, rows: Rows) -> bool:
-        """Tell if completions that are cut here are to be read on, to the end of their turn."""
-        return self.turn_end is not None and (self.positions is None or rows.ids.shape[1] + 2 <= self.positions)
-
-    def _next(
-        self,
-        rows: Rows,
-        tokens: Tensor,
-        drafts: Sequence[Draft],
-        members: Sequence[int],
-        due: Collection[int],
-        cut: Collection[int],
-    ) -> Rows:
-        """Read the next token of each row, and keep the hidden states at the ends of turns.
-
-        The end stands in the place of the next token of drafts that are due, and behind that of drafts that are cut.
-        """
-        if self.turn_end is None or not (due or cut):
-            return self.reader.next(rows, tokens[:, None])
-        at_end, cut = {*due}, {*cut}
-        ends = torch.tensor([i in at_end for i in members], device=tokens.device)
-        tokens = torch.where(ends, self.turn_end, tokens)[:, None]
-        if cut:
-            tokens = torch.cat([tokens, torch.full_like(tokens, self.turn_end)], 1)
-        going_on = not cut and any(draft.end is None for draft in drafts)
-        rows = self.reader.next(rows, tokens, tokens.shape[1], going_on)
-        if rows.states is not None:
-            for at, i in enumerate(members):
-                if i in at_end or i in cut:
-                    drafts[i].state = rows.states[at, 0 if i in at_end else -1]
-        return rows
-
-    def _draw(self, rows: Rows, places: Sequence[int], chances: Float64[np.ndarray, "drafts halvings"]) -> Drawn:
-        logits = rows.logits.float()
-        scores = self.processors(rows.ids.to(logits.device), logits)  # type: ignore[arg-type]
-        if list(places) != list(range(len(rows.ids))):
-            scores = scores[torch.tensor(places, device=scores.device)]
-        return draw(scores, torch.from_numpy(chances))
-
-    def _append(self, drafts: Sequence[Draft], drawn: Drawn) -> None:
-        """Append the tokens of the drafts that go on, and mark those that they end."""
-        going = []
-        for draft, token, logprob in zip(drafts, drawn.tokens.tolist(), drawn.logprobs.tolist(), strict=True):
-            if draft.end is None:
-                draft.ids.append(token)
-                draft.logprob += logprob
-                going.append(draft)
-        self.endings.mark(going)

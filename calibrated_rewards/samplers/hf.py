@@ -30,10 +30,11 @@ from calibrated_rewards.models.parts import (
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.prompts import Prompt, start_of
 from calibrated_rewards.samplers.drawing import ADVICE, processors
-from calibrated_rewards.samplers.generation import Reader, Writer, bytes_of, contiguous_input
+from calibrated_rewards.samplers.generation import Reader, bytes_of, contiguous_input
 from calibrated_rewards.samplers.policy import Draft, Policy
 from calibrated_rewards.samplers.protocol import PATIENCE, Decoding, Rollout, Seeds
 from calibrated_rewards.samplers.turn_ends import ReadsTurnEnds, TurnEnds
+from calibrated_rewards.samplers.writer import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +102,8 @@ class HfSampler:
         hidden = None if self.show_progress else True
         bar = tqdm(total=len(tasks), desc="sampling", unit=" completions", delay=PATIENCE, leave=False, disable=hidden)
         with for_scoring(self._model, lock_of(self.model)), bar:
-            if self.scorer is not None:
-                self.scorer.forget()
+            if self._turn_ends is not None:
+                self._turn_ends.begin(prompts)
             for batch in self._batches(rows, tasks):
                 try:
                     written = self._write(rows, [tasks[i] for i in batch])
@@ -110,7 +111,7 @@ class HfSampler:
                     first = start_of(prompts[tasks[batch[0]].prompt])
                     raise FloatingPointError(f"{error}; the first prompt of the batch is {first}") from error
                 if self._turn_ends is not None:
-                    self._turn_ends.keep([rows[tasks[i].prompt] for i in batch], written)
+                    self._turn_ends.keep(written)
                 for i, draft in zip(batch, written, strict=True):
                     drafts[i] = draft
                 bar.update(len(batch))
@@ -175,8 +176,10 @@ class HfSampler:
         return self._write(rows, tasks)
 
     def _write_at_once(self, rows: Sequence[list[int]], tasks: Sequence[Task]) -> list[Draft]:
-        end = None if self._turn_ends is None else self._turn_ends.find_token(self.model)
-        options = (processors(self.decoding), self._policy.endings, self.decoding.max_tokens, end, self._policy.limit)
+        endings, turns = self._policy.endings, None
+        if self._turn_ends is not None:
+            turns = self._turn_ends.make_turns(self.model, endings, [task.prompt for task in tasks])
+        options = (processors(self.decoding), endings, self.decoding.max_tokens, turns, self._policy.limit)
         return Writer(self._reader, *options)(*_distinct_prompts(rows, tasks), [task.seed for task in tasks])
 
     @cached_property

@@ -16,14 +16,24 @@ SLACK = 8
 
 
 @dataclass
+class Turn:
+    """How a preference head reads a completion: the whole row of tokens, up to the end of the turn."""
+
+    row: list[int]
+    as_drawn: bool
+    """The tokens are those that were drawn: other tokens may make the same text."""
+    state: Any = None
+    """The hidden states at the last token, a tensor of one axis; None if they were not read."""
+
+
+@dataclass
 class Draft:
     """A completion that is being written."""
 
     ids: list[int] = field(default_factory=list)
     logprob: float = 0.0
     end: Literal["token", "text"] | None = None
-    state: Any = None
-    """The hidden states at the end of its turn, where a preference head is to read them; a tensor of one axis."""
+    turn: Turn | None = None
 
 
 @dataclass(frozen=True, eq=False)

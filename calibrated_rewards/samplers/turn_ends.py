@@ -1,18 +1,21 @@
 """Score completions in the pass that writes them: hand the states at the ends of their turns to a preference head.
 
 A preference head reads one hidden state, at the end-of-turn token. The pass that writes a completion comes to that
-token anyway: reading it takes one more step of the rows that have ended, no second forward of the whole.
+token anyway: reading it takes one more step of the rows that have ended, no second forward of the whole. What the head
+reads is the completion's text, and the text may make other tokens than those that were drawn: "U", "b" is read as "Ub".
+Then only the tokens from the first other one on are read again, behind the keys and values of those before.
 """
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from calibrated_rewards.samplers.policy import Draft
+from calibrated_rewards.prompts import Completion, Prompt
+from calibrated_rewards.samplers.policy import Draft, Endings, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +39,11 @@ class ReadsTurnEnds(Protocol):
     def reads(self, model: Any) -> bool:
         """Tell if a model, as its adapters are now, is the one that it reads."""
 
+    def encode_whole(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[list[int]]:
+        """Encode pairs as the rows that it reads, which end in that token, however long they are."""
+
     def forget(self) -> None:
-        """Drop the scores that were kept before: what a call scores for free depends on that call alone."""
+        """Drop the scores that were kept before."""
 
     def keep(self, rows: Sequence[list[int]], states: Tensor) -> None:
         """Keep the scores of rows that end in the token, of their states there."""
@@ -46,17 +52,51 @@ class ReadsTurnEnds(Protocol):
         """Measure how far scores of some of these states are from those of a separate forward."""
 
 
+@dataclass(frozen=True, eq=False)
+class Turns:
+    """Turns of drafts: the rows of tokens that a scorer reads of them."""
+
+    scorer: ReadsTurnEnds
+    endings: Endings
+    prompts: Sequence[Prompt]
+    """The prompt of each draft."""
+
+    @property
+    def end(self) -> int:
+        """The token at which turns are read, behind each completion."""
+        return int(self.scorer.turn_end.id)
+
+    def begin(self, at: Sequence[int], drafts: Sequence[Draft], starts: Sequence[list[int]]) -> list[Turn]:
+        """Make the turns of drafts that have ended or are cut, numbers `at`; number i follows the tokens starts[i]."""
+        texts = [rollout.completion for rollout in self.endings.rollouts(drafts)]
+        rows = self.scorer.encode_whole([self.prompts[i] for i in at], texts)
+        drawn = [
+            [*starts[i], *(draft.ids[:-1] if draft.end == "token" else draft.ids), self.end]
+            for i, draft in zip(at, drafts, strict=True)
+        ]
+        return [
+            Turn(row, row == own and draft.end != "text") for row, own, draft in zip(rows, drawn, drafts, strict=True)
+        ]
+
+
 @dataclass
 class TurnEnds:
     """Hands states to a scorer, which keeps their scores, unless they were found to be those of something else."""
 
     scorer: ReadsTurnEnds
+    prompts: Sequence[Prompt] = ()
     agree: bool = True
-    checked: bool = False
+    checked: set[bool] = field(default_factory=set)
+    """Of turns as drawn, and of others: which were compared."""
     warned: bool = False
 
-    def find_token(self, model: Any) -> int | None:
-        """Return the token to read behind each completion; None if the model writes with other weights."""
+    def begin(self, prompts: Sequence[Prompt]) -> None:
+        """Begin a call for some prompts: what a call scores for free depends on that call alone."""
+        self.prompts = prompts
+        self.scorer.forget()
+
+    def make_turns(self, model: Any, endings: Endings, at: Sequence[int]) -> Turns | None:
+        """Make what says how drafts of prompts at[i] are read; None if the model writes with other weights."""
         if not self.agree:
             return None
         if not self.scorer.reads(model):
@@ -64,26 +104,21 @@ class TurnEnds:
                 logger.warning("the policy writes with other weights or adapters than the head reads: reading again")
             self.warned = True
             return None
-        return int(self.scorer.turn_end.id)
+        return Turns(self.scorer, endings, [self.prompts[i] for i in at])
 
-    def keep(self, prompts: Sequence[list[int]], drafts: Sequence[Draft]) -> None:
+    def keep(self, drafts: Sequence[Draft]) -> None:
         """Hand over the states of drafts that have one; the first are compared with forwards of their own."""
-        end, rows, states = int(self.scorer.turn_end.id), [], []
-        for prompt, draft in zip(prompts, drafts, strict=True):
-            if draft.state is not None:
-                rows.append([*prompt, *(draft.ids[:-1] if draft.end == "token" else draft.ids), end])
-                states.append(draft.state)
-                draft.state = None
-        if not rows:
-            return
-        joined = torch.stack(states)
-        if not self.checked:
-            self._judge(self.scorer.measure_gap(rows, joined))
-        if self.agree:
-            self.scorer.keep(rows, joined)
+        turns = [draft.turn for draft in drafts if draft.turn is not None and draft.turn.state is not None]
+        for draft in drafts:
+            draft.turn = None
+        for as_drawn in {turn.as_drawn for turn in turns} - self.checked:
+            self._judge([turn for turn in turns if turn.as_drawn == as_drawn])
+            self.checked.add(as_drawn)
+        if turns and self.agree:
+            self.scorer.keep([turn.row for turn in turns], torch.stack([turn.state for turn in turns]))
 
-    def _judge(self, gap: float) -> None:
-        self.checked = True
+    def _judge(self, turns: Sequence[Turn]) -> None:
+        gap = self.scorer.measure_gap([turn.row for turn in turns], torch.stack([turn.state for turn in turns]))
         if not gap <= self.scorer.largest_gap:  # nan agrees with nothing
             logger.warning("scores of the pass that writes are %.1e off: completions are read again for them", gap)
             self.agree = False

@@ -35,6 +35,7 @@ from calibrated_rewards.models.fingerprint import (
 )
 from calibrated_rewards.models.parts import body_of, dtype_of, for_scoring, lock_of, without_peft
 from calibrated_rewards.models.shared_prefix import Decoder, ModelReader, ModuleHead, Row, group_of
+from calibrated_rewards.models.text import NO_LIMIT
 from calibrated_rewards.prompts import Completion, Prompt
 from calibrated_rewards.scorers.protocol import refuse_pickle, score_with
 
@@ -140,9 +141,12 @@ class PreferenceHeadScorer:
 
     def encode(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[list[int]]:
         """Encode pairs as rows that end in the end-of-turn token, at which the head reads."""
+        return self._encode(prompts, completions, self._access.limit)
+
+    def _encode(self, prompts: Sequence[Prompt], completions: Sequence[Completion], limit: int) -> list[list[int]]:
         text = self.headed.settings.text
         with lock_of(self.model):  # fast tokenizers do not bear two threads
-            return encode_turns(self.tokenizer, text, self.turn_end, prompts, completions, self._access.limit)
+            return encode_turns(self.tokenizer, text, self.turn_end, prompts, completions, limit)
 
     def _read(self, rows: list[list[int]], groups: Sequence[Any]) -> Float32[np.ndarray, "n names"]:
         """Read rows at their last token, by a forward of their own."""
@@ -174,6 +178,10 @@ class PreferenceHeadScorer:
             return True
         merged = any(getattr(layer, "merged_adapters", ()) for layer in adapter_layers(carrier).values())
         return not merged and {*active_adapters(carrier)} == {*self._adapters}
+
+    def encode_whole(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[list[int]]:
+        """Encode pairs as `encode` does, however long they are."""
+        return self._encode(prompts, completions, NO_LIMIT)
 
     def forget(self) -> None:
         """Drop the scores that were kept."""

@@ -1,12 +1,14 @@
-"""A cache with room: what DynamicLayer holds, however it grows and whichever rows are kept."""
+"""A cache with room: what DynamicLayer holds, however it grows and whichever rows are kept. Other tokens behind it."""
 
+import pytest
 import torch
+from architectures import DECODERS
 from hypothesis import given, strategies as st
 from tiny import causal
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from calibrated_rewards.samplers.generation import Roomy, add_room, bytes_of, has_room
+from calibrated_rewards.samplers.generation import Reader, Roomy, add_room, bytes_of, has_room
 
 # Grow by so many tokens, or keep these rows.
 steps = st.lists(st.one_of(st.integers(1, 60), st.lists(st.integers(0, 1), min_size=2, max_size=3)), max_size=8)
@@ -68,3 +70,31 @@ def test_windows_stay_windows() -> None:
     assert has_room(add_room(model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values))
     assert add_room(None) is None
     assert bytes_of("state") == 0
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("lengths", [(20, 20), (20, 13)], ids=["equal", "padded"])
+def test_other_tokens_are_read_as_in_a_row_of_their_own(name: str, lengths: tuple[int, int]) -> None:
+    """Behind any part of some rows, of any lengths; and the rows go on as if nothing else had been read."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(DECODERS[name].config()).eval()
+    reader, draw = Reader(model), torch.Generator().manual_seed(1)
+    ids = [torch.randint(5, 90, (n,), generator=draw).tolist() for n in (*lengths, 6, 3, 1, 6)]
+    prompts, others = ids[:2], ids[2:]
+    with torch.no_grad():
+        rows = reader.open(prompts, [0, 1, 1])
+        if not reader.can_read_others(rows):
+            assert name not in {"Llama", "Qwen2", "Qwen3", "Gemma", "Phi3", "GPT2", "GPTNeoX", "Qwen3Moe"}
+            return
+        fed = torch.randint(5, 90, (2, 3, 1), generator=draw)
+        rows = reader.next(rows, fed[0])
+        whole = [prompts[of] + [int(token)] for of, token in zip((0, 1, 1), fed[0], strict=True)]
+        at, kept = [2, 0, 2, 1], [14, 7, 3, 12]
+        states = reader.read_others(rows, at, kept, others)
+        for row, n, own, state in zip(at, kept, others, states, strict=True):
+            alone = model(input_ids=torch.tensor([whole[row][:n] + own]), output_hidden_states=True).hidden_states[-1]
+            torch.testing.assert_close(state, alone[0, -1], atol=1e-5, rtol=1e-4)
+        rows = reader.next(rows, fed[1])
+        for row, token, logits in zip(whole, fed[1], rows.logits, strict=True):
+            alone = model(input_ids=torch.tensor([[*row, int(token)]])).logits[0, -1]
+            torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-4)

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import MistralConfig, MistralForCausalLM
 
 from calibrated_rewards import BestOf, CalibratedReward
 from calibrated_rewards.calibration.calibrate import calibrate
@@ -179,33 +180,64 @@ def test_whichever_token_ended_a_turn_the_head_reads_at_its_own(ends: list[int])
 
 def test_one_more_step_is_all_that_it_takes() -> None:
     """Of a batch of which all are cut two steps more, and never a second reading of what was written."""
-    headed = build()
+    headed = build(base(vocab_size=ASCII))
     headed.model.generation_config.eos_token_id = None
-    decoding, seeds = Decoding(10), [range(5)]
-    counts = count_tokens(headed.model)
+    decoding = Decoding(10)
     sampler = HfSampler(headed.model, headed.tokenizer, decoding)
+    first = sampler(SPACELESS[:1], [range(40)])[0]
+    as_drawn = [seed for seed, rollout in enumerate(first) if len(rollout.completion) == rollout.tokens]
+    assert len(as_drawn) > 5
+    seeds = [as_drawn]
+    counts = count_tokens(headed.model)
     with_head = HfSampler(headed.model, headed.tokenizer, decoding, scorer=PreferenceHeadScorer(headed))
     for each in (sampler, with_head):
-        each(["warm up"], [range(3)])
+        each(["warmup"], [range(3)])
     counts.clear()
-    sampler(PROMPTS[:1], seeds)
-    plain = len(counts)
+    sampler(SPACELESS[:1], seeds)
+    steps, tokens = len(counts), sum(counts)
     counts.clear()
-    with_head(PROMPTS[:1], seeds)
-    assert plain <= len(counts) <= plain + 2
+    with_head(SPACELESS[:1], seeds)
+    assert (len(counts), sum(counts)) == (steps + 1, tokens + 2 * len(as_drawn))
 
 
-def test_stop_texts_are_read_again() -> None:
-    """What a stop text cut is not what was written: it has no score yet, and gets its own."""
-    headed = build()
-    scorer = PreferenceHeadScorer(headed)
-    decoding = Decoding(12, stop=("a", "e", "\x10"))
-    drawn = sample(HfSampler(headed.model, headed.tokenizer, decoding, scorer=scorer), PROMPTS, [range(9)] * 4)
+@pytest.mark.parametrize("layers", LAYERS, ids=str)
+@pytest.mark.parametrize("prompts_at_once", [None, 4])
+@pytest.mark.parametrize("stop", [(), ("a", "e", "\x10")], ids=["", "stop texts"])
+def test_texts_of_other_tokens_than_were_drawn(stop: tuple[str, ...], prompts_at_once: int | None, layers: Any) -> None:
+    """What differs is read again in the pass, from the first other token on: no forward is left to run for scores."""
+    headed = build(layers=layers, pooler="tanh")
+    scorer, apart = PreferenceHeadScorer(headed), PreferenceHeadScorer(headed)
+    options = (headed.model, headed.tokenizer, Decoding(12, stop=stop))
+    seeds = [range(8 * i, 8 * i + 8) for i in range(4)]
+    plain = HfSampler(*options, prompts_at_once=prompts_at_once)(PROMPTS, seeds)
+    drawn = HfSampler(*options, prompts_at_once=prompts_at_once, scorer=scorer)(PROMPTS, seeds)
+    assert [[r.completion for r in each] for each in drawn] == [[r.completion for r in each] for each in plain]
+
     prompts = [p for p, each in zip(PROMPTS, drawn, strict=True) for _ in each]
+    rollouts = [r for each in drawn for r in each]
+    lengths = [len(headed.tokenizer(r.completion)["input_ids"]) - 1 for r in rollouts]
+    others = sum(n + (r.finish == "stop") != r.tokens for n, r in zip(lengths, rollouts, strict=True))
+    assert others > 8
+    counts = count_tokens(headed.model)
+    free = score(scorer, prompts, [r.completion for r in rollouts])
+    assert (sum(counts), scorer.memory.used) == (0, len(rollouts))
+    expected = score(apart, prompts, [r.completion for r in rollouts])
+    np.testing.assert_allclose(free, expected, atol=1e-4 * expected.std())
+
+
+def test_behind_a_window_of_attention_nothing_is_read_again() -> None:
+    """What was before the window is gone: those texts are scored by a forward of their own, to the same scores."""
+    torch.manual_seed(0)
+    options = tiny.config(vocab_size=ASCII).to_diff_dict() | {"sliding_window": 8}
+    headed = build(MistralForCausalLM(MistralConfig(**options)).eval())
+    scorer, apart = PreferenceHeadScorer(headed), PreferenceHeadScorer(headed)
+    drawn = HfSampler(headed.model, headed.tokenizer, Decoding(12), scorer=scorer)(SPACELESS, [range(8)] * 4)
+    prompts = [p for p in SPACELESS for _ in range(8)]
     completions = [r.completion for each in drawn for r in each]
-    np.testing.assert_allclose(
-        score(scorer, prompts, completions), score(PreferenceHeadScorer(headed), prompts, completions), atol=1e-4
-    )
+    free = score(scorer, prompts, completions)
+    assert 0 < scorer.memory.used < len(completions)
+    expected = score(apart, prompts, completions)
+    np.testing.assert_allclose(free, expected, atol=1e-4 * expected.std())
 
 
 def test_a_row_that_fills_the_positions() -> None:
