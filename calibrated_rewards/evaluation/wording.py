@@ -8,7 +8,7 @@ from calibrated_rewards.evaluation.estimates import FEW_PROMPTS, IntervalEstimat
 from calibrated_rewards.theory.mixtures import BestOfUpTo
 from calibrated_rewards.theory.named import ByRank, parse_procedure, parse_repr, parse_transform
 from calibrated_rewards.theory.optimum import Optimal
-from calibrated_rewards.theory.procedures import BestOf, Standard, WorstOf
+from calibrated_rewards.theory.procedures import BestOf, RewindAndRepeat, SoftBestOf, Standard, WorstOf
 from calibrated_rewards.theory.transforms import Chain, Exponential, Identity, Log, Transform
 
 OBJECTIVE_WORDS = {
@@ -59,8 +59,10 @@ def format_transform_repr(text: str) -> str:
 def format_procedure(procedure: object) -> str:
     """Write a procedure in words, from itself or its repr.
 
-    >>> format_procedure("BestOf(n=4)"), format_procedure("Standard()"), format_procedure("SoftBestOf(4, 1.0)")
-    ('best of 4', 'one draw', 'SoftBestOf(4, 1.0)')
+    >>> format_procedure("BestOf(n=4)"), format_procedure("Standard()"), format_procedure("MyOwn(4)")
+    ('best of 4', 'one draw', 'MyOwn(4)')
+    >>> format_procedure(SoftBestOf(4, 0.1)), format_procedure(RewindAndRepeat(0.85, 32))
+    ('one of 4, softly the best (temperature 0.1)', 'rewind and repeat up to quantile 0.85, at most 32 draws')
     >>> format_procedure("best-of:1-16"), format_procedure("BestOfUpTo(n=2, weights=(1.0, 3.0))")
     ('best of 1 to 16', 'best of 1 to 2 with weights (1, 3)')
     """
@@ -80,6 +82,10 @@ def format_procedure(procedure: object) -> str:
             return f"best of 1 to {n} with weights ({', '.join(f'{weight:g}' for weight in weights)})"
         case WorstOf(n=n):
             return f"worst of {n}"
+        case SoftBestOf(n=n, temperature=temperature):
+            return f"one of {n}, softly the best (temperature {temperature:g})"
+        case RewindAndRepeat(threshold=threshold, max_tries=tries):
+            return f"rewind and repeat up to quantile {threshold:g}, at most {tries} draws"
     return repr(procedure)
 
 

@@ -1,7 +1,7 @@
 """Samplers: K completions of the reference policy for each prompt. A plain function of prompts and seeds is one.
 
 `protocol.py` has `Decoding`, `Rollout`, the protocol and `sample`, which calls any sampler. `loading.py` has
-`load_sampler`, which loads a policy (`policy.py`) into an engine: transformers (`hf.py`, which writes by
+`load_sampler`, which loads a policy (`policy.py`) into an engine: transformers (`hf.py`, which writes by `writer.py`,
 `generation.py` and `drawing.py`), its continuous batching (`continuous.py`), or vLLM (`vllm.py`, `vllm_engine.py`).
 `openai.py` asks a server. `reranking.py` has `Reranked`, the best of N of a sampler as a sampler, and
 `completions_file.py` writes completions to a file.

@@ -66,7 +66,7 @@ class Writer:
 
     def __call__(self, prompts: Sequence[list[int]], of: Sequence[int], seeds: Sequence[int]) -> list[Draft]:
         """Write a draft for each seed: the i-th continues prompts[of[i]]."""
-        drafts = [Draft() for _ in seeds]
+        drafts, starts = [Draft() for _ in seeds], [prompts[i] for i in of]
         chances = np.empty((len(drafts), 0, HALVINGS))
         batch = self._open(prompts, of)
         for written in range(self.max_tokens):
@@ -76,7 +76,7 @@ class Writer:
             self._append([drafts[i] for i in batch.members], drawn)
             last = written + 1 == self.max_tokens
             going = set() if last else {i for i in batch.members if drafts[i].end is None}
-            due = self._begin_turns(batch, drafts, [prompts[i] for i in of], going)
+            due = self._begin_turns(batch, drafts, starts, going)
             if not going and not due:
                 break
             tokens = drawn.tokens.tolist()
@@ -107,10 +107,10 @@ class Writer:
 
         Turns of other tokens than were drawn are read at once, behind a copy of what comes before the first of them.
         """
-        places = dict(zip(batch.members, batch.places, strict=True))
-        ended = [] if self.turns is None else [i for i in places if i not in going and drafts[i].turn is None]
+        ended = [i for i in batch.members if i not in going and drafts[i].turn is None]
         if self.turns is None or not ended:
             return {}
+        places = dict(zip(batch.members, batch.places, strict=True))
         due, others = dict[int, Turn](), list[Other]()
         for i, turn in zip(ended, self.turns.begin(ended, [drafts[i] for i in ended], starts), strict=True):
             draft, draft.turn = drafts[i], turn

@@ -245,7 +245,7 @@ def test_what_a_server_is_not_told(words, said, capsys):
 
 
 def test_what_only_servers_are_told(model, capsys):
-    """And the other way round."""
+    """Options of a server, with a reward model that is loaded here, are refused by name."""
     assert check("--reward-model", model, "--server", "vllm", "--tokenizer", "x") == UNUSABLE
     assert "--server, --tokenizer: --reward-model is no URL" in capsys.readouterr().err
 

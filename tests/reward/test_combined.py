@@ -60,7 +60,7 @@ def test_and_and_or_are_chances() -> None:
 
 @given(st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=4))
 def test_combinations_rise_with_each_component(quantiles: list[list[float]]) -> None:
-    """And are finite at the ends."""
+    """No component that rises lowers the reward, and it is finite at the ends of the quantiles."""
     u = np.array(quantiles)
     least = np.full_like(u, 0.01)
     for how in (WeightedMean(), Lowest(), And(), Or()):
@@ -166,7 +166,7 @@ def test_what_cannot_be_combined_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_unknown_prompt_is_loud() -> None:
-    """As of each component."""
+    """A prompt that no component has references of is named in a KeyError."""
     with pytest.raises(KeyError, match="stranger"):
         CombinedReward(components())(["stranger"], ["1"])
     neutral = CombinedReward(components(on_missing="neutral"))

@@ -756,7 +756,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', "\0", "[" * 100_000])
 def test_settings_that_cannot_be_read_name_the_file(tmp_path: Path, text: str) -> None:
-    """Whatever is wrong with it."""
+    """Empty, cut, of another kind, or too deep: the error says which file cannot be read."""
     reward_of().save_pretrained(tmp_path / "reward")
     (tmp_path / "reward" / "reward.json").write_text(text)
     with pytest.raises(ValueError, match=r"reward\.json"):

@@ -20,6 +20,7 @@ from calibrated_rewards.models.adapters import ignore_peft_warning
 from calibrated_rewards.models.checkpoints import PREFERENCE_HEAD
 from calibrated_rewards.models.text import Text
 from calibrated_rewards.samplers import Reranked, sample
+from calibrated_rewards.samplers.generation import Reader
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.scorers import score
@@ -295,6 +296,20 @@ def test_a_wrong_state_would_be_noticed(caplog: Any) -> None:
         sample(HfSampler(headed.model, headed.tokenizer, Decoding(6), scorer=scorer), PROMPTS[:1], [range(4)])
     assert "completions are read again" in caplog.text
     assert not scorer.memory.scores
+
+
+def test_wrong_states_of_other_tokens_would_be_noticed(caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read again in the pass is compared too: were it wrong, all would be read by a forward."""
+    right = Reader.read_others
+    monkeypatch.setattr(Reader, "read_others", lambda *given: right(*given) + 1.0)
+    headed = build(pooler="tanh")
+    scorer = PreferenceHeadScorer(headed)
+    with caplog.at_level(logging.WARNING):
+        drawn = HfSampler(headed.model, headed.tokenizer, Decoding(6), scorer=scorer)(PROMPTS[:1], [range(4)])[0]
+    assert "completions are read again" in caplog.text
+    assert not scorer.memory.scores
+    pairs = PROMPTS[:1] * 4, [rollout.completion for rollout in drawn]
+    np.testing.assert_array_equal(score(scorer, *pairs), score(PreferenceHeadScorer(headed), *pairs))
 
 
 class _OtherLayer(PreferenceHeadScorer):

@@ -229,7 +229,7 @@ class Stopping:
     """A trained model at whose saving somebody presses Ctrl-C."""
 
     def save_pretrained(self, at: Path) -> None:
-        """Half of it."""
+        """Write the first of its files, and be interrupted."""
         at.mkdir()
         (at / "config.json").write_text("{}")
         raise KeyboardInterrupt

