@@ -77,17 +77,28 @@ def prompts_of(args: argparse.Namespace, number: int) -> list[Any]:
     return [[{"role": "user", "content": texts[i % len(texts)]}] for i in range(number)]
 
 
+def find_as_drawn(words: Any, rollouts: list[list[Any]]) -> list[list[bool]]:
+    """Find the completions whose text makes as many tokens as were drawn."""
+    made = [[words(each.completion, add_special_tokens=False)["input_ids"] for each in own] for own in rollouts]
+    return [
+        [len(ids) + (each.finish == "stop") == each.tokens for ids, each in zip(*both, strict=True)]
+        for both in zip(made, rollouts, strict=True)
+    ]
+
+
 def compared(model: Any, words: Any, case: tuple[int, int, int], args: argparse.Namespace) -> dict[str, Any]:
     """One case: seconds of each side, and its ratio to the completions alone."""
     number, k, new = case
-    prompts, seeds = prompts_of(args, number), [list(range(k))] * number
+    prompts, decoding, options = prompts_of(args, number), Decoding(new, args.temperature), {"show_progress": False}
+    plain = HfSampler(model, words, decoding, **options)
+    seeds = [list(range(k))] * number
+    if args.as_drawn:
+        more = [list(range(2 * k))] * number
+        seeds = [[i for i, own in enumerate(each) if own][:k] for each in find_as_drawn(words, plain(prompts, more))]
     headed = HeadedModel.build(model, words, pooler=args.pooler)
     free, apart = (PreferenceHeadScorer(headed, show_progress=False) for _ in range(2))
-    options = {"show_progress": False}
-    decoding = Decoding(new, temperature=args.temperature)
-    plain = HfSampler(model, words, decoding, **options)
     with_head = HfSampler(model, words, decoding, scorer=free, **options)
-    pairs = [prompt for prompt in prompts for _ in range(k)]
+    pairs = [prompt for prompt, own in zip(prompts, seeds, strict=True) for _ in own]
 
     def score(sampler: Any, scorer: Any) -> np.ndarray:
         return scorer(pairs, [rollout.completion for own in sampler(prompts, seeds) for rollout in own])
@@ -100,9 +111,7 @@ def compared(model: Any, words: Any, case: tuple[int, int, int], args: argparse.
     times = in_rounds(args.rounds, sides)
     used = free.memory.used
     scores, expected = score(with_head, free), score(plain, apart)
-    rollouts = [rollout for own in plain(prompts, seeds) for rollout in own]
-    made = [words(rollout.completion, add_special_tokens=False)["input_ids"] for rollout in rollouts]
-    as_drawn = [len(ids) + (each.finish == "stop") == each.tokens for ids, each in zip(made, rollouts, strict=True)]
+    as_drawn = [each for own in find_as_drawn(words, plain(prompts, seeds)) for each in own]
     ratios = {
         name: [[row[at] / alone[at] for row, alone in zip(own, times["completions"], strict=True)] for at in (0, 1)]
         for name, own in times.items()
@@ -127,6 +136,7 @@ def main() -> None:
     parser.add_argument("--model", help="a checkpoint's folder; without, a small Llama of random weights")
     parser.add_argument("--cases", nargs="*", default=CASES, help="PROMPTS,K,NEW ...")
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--as-drawn", action="store_true", help="only completions whose text makes the tokens drawn")
     parser.add_argument("--pooler", default="tanh")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="by default the checkpoint's own, and float32 for the small Llama")
@@ -158,7 +168,8 @@ def main() -> None:
         kind = Path(args.model).name if args.model else "small_llama"
         told = {**vars(args), "model": kind, "dtype": str(model.dtype).removeprefix("torch.")}
         name = f"head_scoring_{kind}_{args.device}_{told['dtype']}"
-        print(save(name + (f"_{args.temperature}" if args.temperature != 1 else ""), {**told, "cases": found}))
+        name += ("_as_drawn" if args.as_drawn else "") + (f"_{args.temperature}" if args.temperature != 1 else "")
+        print(save(name, {**told, "cases": found}))
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def main() -> None:
         "gains": summarise(bench, rows, trained),
     }
     if args.quick is None:
-        save(f"proof_mixtures_{world.steps}", results)
+        save(world.name.replace("held_out_prompts", "mixtures"), results)
     else:
         (folder / "mixtures.json").write_text(json.dumps(results))
 

@@ -68,6 +68,8 @@ class RunFolder:
         if not main:
             yield
             return
+        if (self.out / "config.json").exists():
+            raise ValueError(f"{self.out} is a model's folder: a run needs one of its own, in which it makes model/")
         self.out.mkdir(parents=True, exist_ok=True)
         lock = self.out / ".lock"
         lock.touch()

@@ -269,6 +269,7 @@ def test_a_loop_leaves_alone_what_it_must(run: Path, tmp_path: Path, capsys: Any
     kept = Path(tiny.saved(tiny.causal(), tmp_path / "model", tiny.tokenizer()))
     refused(capsys, asked(run, tmp_path), f"{kept} is of another run")
     refused(capsys, asked(run, tmp_path, "--force", policy=kept), f"--policy is {kept}")
+    refused(capsys, asked(run, kept), f"{kept} is a model's folder")
     assert (kept / "model.safetensors").exists()
 
 
