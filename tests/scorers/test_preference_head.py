@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import given, strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -224,6 +225,32 @@ def test_texts_of_other_tokens_than_were_drawn(stop: tuple[str, ...], prompts_at
     assert (sum(counts), scorer.memory.used) == (0, len(rollouts))
     expected = score(apart, prompts, [r.completion for r in rollouts])
     np.testing.assert_allclose(free, expected, atol=1e-4 * expected.std())
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(PROMPTS[:2] + SPACELESS[:2] + ["", "x"]), st.integers(0, 3)), min_size=1, max_size=4
+    ),
+    st.integers(1, 6),
+    st.sampled_from([(), ("a",), ("a", "e", " ")]),
+    st.sampled_from([None, 4]),
+    st.sampled_from([tiny.EOS, END, None]),
+)
+def test_every_completion_has_its_score_from_the_pass(
+    asked: list[tuple[str, int]], tokens: int, stop: tuple[str, ...], at_once: int | None, end: int | None
+) -> None:
+    """None or one or many of a prompt, repeated prompts, of one token and more, however they end: scores as apart."""
+    headed = build(pooler="tanh")
+    headed.model.generation_config.eos_token_id = end
+    scorer, apart = PreferenceHeadScorer(headed), PreferenceHeadScorer(headed)
+    prompts, seeds = [prompt for prompt, _ in asked], [range(k) for _, k in asked]
+    options = (headed.model, headed.tokenizer, Decoding(tokens, stop=stop))
+    drawn = HfSampler(*options, prompts_at_once=at_once, scorer=scorer)(prompts, seeds)
+    assert drawn == HfSampler(*options, prompts_at_once=at_once)(prompts, seeds)
+    pairs = [p for p, each in zip(prompts, drawn, strict=True) for _ in each], [r.completion for e in drawn for r in e]
+    free = score(scorer, *pairs)
+    assert scorer.memory.used == len(pairs[0])
+    np.testing.assert_allclose(free, score(apart, *pairs), atol=1e-4)
 
 
 def test_behind_a_window_of_attention_nothing_is_read_again() -> None:
