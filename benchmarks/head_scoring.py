@@ -8,9 +8,12 @@
 Three sides take turns in one run, on the same prompts and seeds: completions alone; completions by a sampler that has
 the head's scorer, and then their scores; completions alone, and then their scores by a forward of their own. What
 counts is the median over the rounds of the ratio to the completions alone within a round, by the clock and by the
-processor's time. `share_free` is the share of completions that had their score from the pass: for others a forward is
-run, and that is in the time. `share_as_drawn` is the share whose text makes the tokens that were drawn: of others some
-tokens are read again. `farthest` is the largest difference of the two ways, in standard deviations.
+processor's time. On a busy machine rounds differ by more than what is measured: `extra_work` is measured within each
+run of the second side, as the processor's time of all that is done for the scores over that of the rest.
+
+`share_free` is the share of completions that had their score from the pass: for others a forward is run, and that is in
+the time. `share_as_drawn` is the share whose text makes the tokens that were drawn: of others some tokens are read
+again. `farthest` is the largest difference of the two ways, in standard deviations.
 """
 
 from __future__ import annotations
@@ -29,10 +32,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from calibrated_rewards.heads import HeadedModel
+from calibrated_rewards.samplers.generation import Reader
 from calibrated_rewards.samplers.hf import HfSampler
 from calibrated_rewards.samplers.protocol import Decoding
+from calibrated_rewards.samplers.turn_ends import TurnEnds, Turns
 from calibrated_rewards.scorers.preference_head import PreferenceHeadScorer
 
+# What is done for scores: steps to the end of a turn, tokens that are read again, and what belongs to it.
+TIMED = (
+    (Reader, "next"),
+    (Reader, "read_others"),
+    (Turns, "begin"),
+    (TurnEnds, "keep"),
+    (PreferenceHeadScorer, "_scores"),
+)
 # Prompts, completions of each, tokens of each.
 CASES = ["1,16,64", "1,16,128"]
 QUESTIONS = [
@@ -86,6 +99,43 @@ def find_as_drawn(words: Any, rollouts: list[list[Any]]) -> list[list[bool]]:
     ]
 
 
+@dataclass
+class ExtraWork:
+    """Processor's time of what is done for scores alone; of a step that others need too, the share of its rows."""
+
+    end: int
+    seconds: list[float] = field(default_factory=list)
+
+    def run(self, work: Callable[[], Any]) -> float:
+        """Run a sampler and its scorer; return the time of the extra work over that of the rest."""
+        self.seconds.clear()
+        start = time.process_time()
+        with ExitStack() as patched:
+            for owner, name in TIMED:
+                patched.enter_context(mock.patch.object(owner, name, self.time(getattr(owner, name))))
+            work()
+        whole, extra = time.process_time() - start, sum(self.seconds)
+        return extra / (whole - extra)
+
+    def time(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Make a method that is timed."""
+
+        def timed(*given: Any) -> Any:
+            start = time.process_time()
+            answer = call(*given)
+            part = self.share(*given) if call.__name__ == "next" else 1.0
+            self.seconds.append(part * (time.process_time() - start))
+            return answer
+
+        return timed
+
+    def share(self, _reader: Any, _rows: Any, tokens: torch.Tensor, states: int = 0, going_on: bool = True) -> float:
+        """The share of a step's rows that are read for their scores."""
+        if not states:
+            return 0.0
+        return float((tokens[:, 0] == self.end).float().mean()) if going_on else 1.0
+
+
 def compared(model: Any, words: Any, case: tuple[int, int, int], args: argparse.Namespace) -> dict[str, Any]:
     """One case: seconds of each side, and its ratio to the completions alone."""
     number, k, new = case
@@ -109,6 +159,8 @@ def compared(model: Any, words: Any, case: tuple[int, int, int], args: argparse.
         "scored_apart": lambda: score(plain, apart),
     }
     times = in_rounds(args.rounds, sides)
+    extra = ExtraWork(int(headed.turn_end.id))
+    extra_work = [extra.run(sides["scored_in_the_pass"]) for _ in range(args.rounds)]
     used = free.memory.used
     scores, expected = score(with_head, free), score(plain, apart)
     as_drawn = [each for own in find_as_drawn(words, plain(prompts, seeds)) for each in own]
@@ -124,6 +176,8 @@ def compared(model: Any, words: Any, case: tuple[int, int, int], args: argparse.
         "cost_by_clock": {name: statistics.median(own[0]) - 1 for name, own in ratios.items()},
         "cost_by_processor_time": {name: statistics.median(own[1]) - 1 for name, own in ratios.items()},
         "cost_by_round": {name: [x - 1 for x in own[1]] for name, own in ratios.items()},
+        "extra_work": statistics.median(extra_work),
+        "extra_work_by_round": extra_work,
         "share_as_drawn": float(np.mean(as_drawn)),
         "share_free": (free.memory.used - used) / len(pairs),
         "farthest": float(np.abs(scores - expected).max() / expected.std()),
@@ -160,7 +214,7 @@ def main() -> None:
         ]
         print(
             f"{number:7d} {k:3d} {new:4d}  {'  '.join(costs)}  free {row['share_free']:.0%}, "
-            f"as drawn {row['share_as_drawn']:.0%}, "
+            f"as drawn {row['share_as_drawn']:.0%}, extra work {row['extra_work']:.1%}, "
             f"apart by {row['farthest']:.0e} sd",
             flush=True,
         )
