@@ -98,6 +98,7 @@ def make_folder(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
 
 
 def run_pip(*arguments: str | os.PathLike[str]) -> None:
+    """Run pip quietly, without the dependencies of what it fetches; OSError with what it said if it fails."""
     quiet = ["--quiet", "--disable-pip-version-check", "--no-deps"]
     command = [sys.executable, "-m", "pip", *(os.fspath(each) for each in arguments), *quiet]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
