@@ -41,7 +41,7 @@ from calibrated_rewards.training.offline.log_probabilities import GroupReader
 
 # KLs that a policy is stretched to, as multiples of the one asked for; the other prompts choose among them.
 FAR = (2, 4, 8)
-PROCEDURES = ("one draw", "best of 4", "best of 16", "worst of 4")
+PROCEDURES = ("one draw", "best of 4", "best of 16", "best of 32", "worst of 4")
 CHOOSE_BY = BestOf(4)
 
 
@@ -133,7 +133,9 @@ def summarise(bench: Bench, rows: Sequence[dict[str, Any]], trained: Sequence[di
                 for row in pairs
             ]
             for procedure in PROCEDURES if pairs else ():
-                gains = [each.gain(f"mixture of {arm}", other, NAMES[procedure]) for each in policies]
+                # 48 rollouts are too few for the weights of best of 32: fresh draws alone.
+                by_weights = procedure in NAMES
+                gains = [each.gain(f"mixture of {arm}", other, NAMES[procedure]) for each in policies if by_weights]
                 fresh = [
                     difference(
                         *(
@@ -146,7 +148,7 @@ def summarise(bench: Bench, rows: Sequence[dict[str, Any]], trained: Sequence[di
                 found.append(
                     {
                         "mixture_of": arm, "over": other, "under": procedure, "seeds": [row["seed"] for row in pairs],
-                        "gain": average(np.array([each.value for each in gains])),
+                        "gain": average(np.array([each.value for each in gains])) if gains else None,
                         "by_seed": [[each.value, each.low, each.high] for each in gains],
                         "fresh": average(np.array([each.value for each in fresh])),
                         "fresh_by_seed": [[each.value, *each.interval()] for each in fresh],
@@ -165,6 +167,7 @@ def main() -> None:
     parser.add_argument("--task", choices=PROMPTS, default="reviews")
     parser.add_argument("--arms", nargs="+", default=["raw", "identity"], metavar="ARM")
     parser.add_argument("--quick", type=Path, metavar="OUT")
+    parser.add_argument("--summarise", action="store_true", help="measure nothing: write the results of what is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
     world = QUICK if args.quick else make_world(args.steps, args.lr, args.task)
@@ -177,7 +180,7 @@ def main() -> None:
     there = {(row["arm"], row["seed"]) for row in rows}
     for row in trained:
         case = row["arm"], row["seed"]
-        if row["arm"] in args.arms and case not in there:
+        if row["arm"] in args.arms and case not in there and not args.summarise:
             rows.append(run(bench, *case))
             with lines.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
