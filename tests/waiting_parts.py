@@ -17,7 +17,7 @@ def note_and_wait(path: Path) -> None:
 
 
 def wait_and_fail(path: Path) -> None:
-    """Fail once a file is there."""
+    """Wait until a file is there, then raise, as a part of the demo that fails late."""
     wait_for(path)
     int("three")
 

@@ -90,12 +90,12 @@ class HeadedModel(nn.Module):
 
     @property
     def settings(self) -> HeadSettings:
-        """The head's settings."""
+        """What the head reads and how: its layers, pooler, names and end of the turn."""
         return self.head.settings
 
     @property
     def config(self) -> Any:
-        """The model's config."""
+        """The config of the language model that carries the head."""
         return self.model.config
 
     @property

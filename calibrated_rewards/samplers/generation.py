@@ -164,11 +164,11 @@ class Reader:
         cache = copy.copy(rows.cache)
         cache.layers = [layer.take(index, length) for layer in rows.cache.layers]
         fed, is_fed = pad_right([*tokens], 0, rows.ids.device)
-        whole: Tensor | None = torch.cat([mask[:, :length], is_fed], 1)
-        if len(tokens) == 1:  # faster
-            whole = None if bool(whole.all()) else whole  # type: ignore[union-attr]
-        ids = torch.cat([rows.ids[index, :length], fed], 1)
-        states = self._forward(Rows(ids, whole, cache, rows.logits), fed, fed.shape[1], going_on=False).states
+        whole, ids = torch.cat([mask[:, :length], is_fed], 1), torch.cat([rows.ids[index, :length], fed], 1)
+        unmasked = len(tokens) == 1 and bool(whole.all())  # attention is faster then
+        states = self._forward(
+            Rows(ids, None if unmasked else whole, cache, rows.logits), fed, fed.shape[1], going_on=False
+        ).states
         return torch.stack([own[len(each) - 1] for own, each in zip(states, tokens, strict=True)])  # type: ignore[arg-type]
 
     def can_read_others(self, rows: Rows) -> bool:

@@ -295,7 +295,7 @@ def test_a_server_needs_no_models_here(library):
 
 
 def test_a_server_needs_httpx():
-    """It says what to install."""
+    """Without httpx, the command names the extra that brings it."""
     told = without("httpx", "check-scorer", "--reward-model", "http://127.0.0.1:1")
 
     assert "pip install 'calibrated-rewards[http]'" in told

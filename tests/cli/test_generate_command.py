@@ -52,7 +52,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy():
-    """The policy that is on disk."""
+    """A sampler of the model that the commands load from disk."""
     return HfSampler(tiny.causal(), tiny.tokenizer(), Decoding(5))
 
 
@@ -63,7 +63,7 @@ def scorer():
 
 
 def asked(models, out, *more):
-    """The words of a call."""
+    """The command line of `generate`, as a list of words."""
     places = ["--policy", str(models / "policy"), "--prompts", str(models / "prompts.jsonl"), "--out", str(out)]
     return ["generate", *places, "--quiet", *more]
 

@@ -342,7 +342,7 @@ def test_wrong_states_of_other_tokens_would_be_noticed(caplog: Any, monkeypatch:
 class _OtherLayer(PreferenceHeadScorer):
     @property
     def layers(self) -> tuple[int, ...]:
-        """Not what the head reads."""
+        """The first layer, where the head reads the last."""
         return (0,)
 
 
@@ -374,7 +374,7 @@ def test_scores_do_not_depend_on_earlier_calls() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    """The oldest go first."""
+    """Beyond the most that are kept, the scores that were kept first are dropped first."""
     memory = Memory(2)
     memory.add([[1], [2], [3]], np.arange(3, dtype=np.float32)[:, None], version=0)
     assert [each if each is None else float(each[0]) for each in memory.find([[1], [2], [3]], 0)] == [None, 1.0, 2.0]

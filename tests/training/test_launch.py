@@ -51,7 +51,7 @@ CHAT = [{"role": "user", "content": "Hi"}]
 
 
 def asked(run: Path, out: Path, *options: str, **changes: Path) -> list[str]:
-    """A command of one step."""
+    """The options of a run of one step, as a list of words."""
     named = {"policy": run / "policy", "reward": run / "reward", "prompts": run / "prompts.jsonl", "out": out}
     words = [word for name, path in (named | changes).items() for word in (f"--{name}", str(path))]
     return [*words, "--completions", "2", "--prompts-a-step", "2", "--steps", "1", *options]
