@@ -213,7 +213,7 @@ class Bench:
             check_steps=world.steps, save_steps=world.steps + 1, completions=world.k, lr=world.lr,
             prompts_a_step=min(12, world.prompts),
         )  # fmt: skip
-        folder = self.folder / "run"
+        folder = self.place(arm, seed, "run")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         reader = GroupReader(self.policy.model.eval(), self.policy.decoding.temperature, world.test_k)
@@ -227,6 +227,7 @@ class Bench:
             "training_seconds": round(time.process_time() - began),
         }  # fmt: skip
         write_file(self.place(arm, seed, "json"), json.dumps(described))
+        shutil.rmtree(folder)
 
     def place(self, arm: str, seed: int, ending: str) -> Path:
         """Name a file of a trained arm: its weights, what came of its training, its log-ratios on the test rollouts."""
@@ -324,7 +325,7 @@ def make_world(steps: int, lr: float, task: str) -> World:
     return World(
         steps=steps,
         prompts=prompts,
-        pool=min(prompts + 192, there),
+        pool=there if task == HARMLESSNESS else min(prompts + 192, there),
         dev=min(World.dev, there - prompts),
         lr=lr,
         task=task,

@@ -6,9 +6,10 @@
 What best of N wants is convex in the quantile: little changes below, and the top comes far more often. A line of
 weights does not learn that from few completions. A mixture has the shape by construction: the ratio to the reference
 is 1 - p + p rho, where rho is that of a trained arm whose weights are stretched to a larger KL; each draw chooses
-between the two by its seed. How far to stretch is chosen on the arm's 32 other prompts by the reward model; p is the
-one with KL .25 on the prompts that it is measured on. Measured as in held_out_prompts.py, by the judge, against the
-arms that were trained there: by weights, paired, and by fresh draws. Results: benchmarks/results/proof_mixtures*.json.
+between the two by its seed. The larger KL is chosen on the arm's 32 other prompts, by best of 16 and the reward model;
+the factor that reaches it, and the p whose mixture is at KL .25, are found on the prompts that are measured, as the
+factors of the other arms are. Measured as in held_out_prompts.py, by the judge, against the arms that were trained
+there: by weights, paired, and by fresh draws. Results: benchmarks/results/proof_mixtures*.json.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from calibrated_rewards.theory.procedures import BestOf
 from calibrated_rewards.training.offline.log_probabilities import GroupReader
 
 # KLs that a policy is stretched to, as multiples of the one asked for; the other prompts choose among them.
-FAR = (2, 4, 8)
+FAR = (1.5, 2, 3, 4)
 PROCEDURES = ("one draw", "best of 4", "best of 16", "best of 32", "worst of 4")
-CHOOSE_BY = BestOf(4)
+CHOOSE_BY = BestOf(16)
 
 
 def mix(log_ratios: np.ndarray, p: float) -> np.ndarray:
@@ -55,8 +56,8 @@ def find_share(line: Line, log_ratios: np.ndarray, kl: float) -> float:
     return float(brentq(lambda p: line.measure_kl(mix(log_ratios, p)) - kl, 1e-6, 1.0))
 
 
-def choose_mixture(dev: Line, kl: float) -> dict[str, float]:
-    """Choose factor and p on a line's prompts: of those with the KL, what wins most under best of 4 by the reward."""
+def choose_far(dev: Line, kl: float) -> dict[str, Any]:
+    """Choose the KL to stretch to on a line's prompts: the one whose mixture wins most, by the reward."""
     found = []
     for times in FAR:
         factor, log_ratios = dev.stretch(times * kl)
@@ -64,10 +65,10 @@ def choose_mixture(dev: Line, kl: float) -> dict[str, float]:
         check = compare_held_out({"mixture": mix(log_ratios, p)}, dev.scores, [CHOOSE_BY]).checks["mixture"]
         rate = check.win_rates["select"][repr(CHOOSE_BY)].value
         found.append({"far": dev.measure_kl(log_ratios), "factor": factor, "p": p, "win_rate": rate})
-    return {**max(found, key=lambda each: each["win_rate"]), "tried": found}
+    return {"far": max(found, key=lambda each: each["win_rate"])["far"], "tried": found}
 
 
-def draw_mixture(bench: Bench, line: Line, choice: dict[str, float], seed: int) -> Samples:
+def draw_mixture(bench: Bench, line: Line, factor: float, p: float, seed: int) -> Samples:
     """Draw from the mixture by fresh seeds, the far policy where the seed says so, and score."""
     place = bench.folder / f"fresh-reference-{seed}.npz"
     if not place.exists():
@@ -75,9 +76,9 @@ def draw_mixture(bench: Bench, line: Line, choice: dict[str, float], seed: int) 
         own = bench.draw(seed)
         np.savez(place, select=np.stack(own.select), judge=np.stack(own.judge or ()))
     reference = np.load(place)
-    line.set(choice["factor"])
+    line.set(factor)
     far = bench.draw(seed + 100)
-    is_far = np.random.default_rng([seed, 5]).random(reference["select"].shape) < choice["p"]
+    is_far = np.random.default_rng([seed, 5]).random(reference["select"].shape) < p
     return Samples(
         *(
             np.where(is_far, np.stack(own), reference[name])
@@ -101,18 +102,18 @@ def run(bench: Bench, arm: str, seed: int) -> dict[str, Any]:
         reference=[known for _, (known, _) in read],
         scores=Samples(np.stack([group.scores for group, _ in read])),
     )
-    choice = choose_mixture(dev, world.kl)
-    far = test.read(choice["factor"])
-    choice["p"] = find_share(test, far, world.kl)
-    log_ratios = mix(far, choice["p"])
+    choice = choose_far(dev, world.kl)
+    factor, far = test.stretch(choice["far"])
+    p = find_share(test, far, world.kl)
+    log_ratios = mix(far, p)
     np.save(bench.place(f"mixture of {arm}", seed, "npy"), log_ratios)
     kl = test.measure_kl(log_ratios)
     fresh = measure(
-        choice["factor"], draw_mixture(bench, test, choice, seed), bench.references, np.full(len(bench.references), kl)
+        factor, draw_mixture(bench, test, factor, p, seed), bench.references, np.full(len(bench.references), kl)
     )
     return {
-        "arm": arm, "seed": seed, "kl": kl, **choice, "seconds": round(time.process_time() - began),
-        "fresh": fresh.to_json(),
+        "arm": arm, "seed": seed, "kl": kl, "far": test.measure_kl(far), "factor": factor, "p": p,
+        "tried": choice["tried"], "seconds": round(time.process_time() - began), "fresh": fresh.to_json(),
     }  # fmt: skip
 
 

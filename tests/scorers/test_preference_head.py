@@ -478,7 +478,7 @@ def test_load_scorer_recognises_it(backbone: str, tmp_path: Path) -> None:
 
 
 def test_a_head_without_a_base(tmp_path: Path) -> None:
-    """It says what it needs."""
+    """A saved head alone asks for base=, the model that it is on."""
     headed = build()
     headed.head.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="on which model its head is: say base="):

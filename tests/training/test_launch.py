@@ -64,13 +64,13 @@ def launched(run: Path, **changes: Any) -> Launch:
 
 
 def train(name: str, words: list[str]) -> int:
-    """Run the command."""
+    """Train with a trainer of the command line; its exit status."""
     trainer, *plain = name.split()
     return main(["train", trainer, *plain, *words])
 
 
 def train_plain(words: list[str]) -> int:
-    """Run the plain loop of GRPO."""
+    """Train with the plain loop of GRPO, without TRL; its exit status."""
     return train("grpo --plain", words)
 
 

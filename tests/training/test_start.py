@@ -41,7 +41,7 @@ def adapter(run: Path, tmp_path: Path) -> Path:
 
 
 def train(loop_words: list[str], run: Path, out: Path, *options: str) -> int:
-    """Run the command."""
+    """Train two short steps by the command line; its exit status."""
     words = [f"--{name}={run / name}" for name in ("policy", "reward")] + [f"--prompts={run / 'prompts.jsonl'}"]
     words += [f"--out={out}", "--completions=16", "--prompts-a-step=2", "--steps=2", "--lr=1e-6", *options]
     return main(["train", *loop_words, *words])
