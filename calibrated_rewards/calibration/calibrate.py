@@ -23,7 +23,7 @@ import numpy as np
 
 from calibrated_rewards.calibration.adaptive import Adaptive
 from calibrated_rewards.calibration.importing import add_imported, read_rollouts
-from calibrated_rewards.calibration.run import Cluster, Filling, Progress, add_prompts, replan
+from calibrated_rewards.calibration.run import Cluster, Filling, Progress, add_prompts, check_known_prompts, replan
 from calibrated_rewards.calibration.run_directory import RESERVED_NAMES, RunDirectory
 from calibrated_rewards.calibration.shards import decode_text, encode_text, read_table
 from calibrated_rewards.calibration.sources import Asked, prompts_from
@@ -233,6 +233,7 @@ def _prepare(
     if asked is None and not directory.names():
         raise ValueError(Message(f"{directory.path} has no prompts yet: name them with {setting('prompts')}"))
     identity.check(directory, work)
+    check_known_prompts(directory, work)
     with directory.lock():
         directory.remove_stale_files()
         before, settings = directory.settings(), identity.settings(directory)
@@ -240,7 +241,7 @@ def _prepare(
         if other and work.sampler is not None and not directory.has_rollouts():
             replan(directory, work.sampler)
         if asked is not None:
-            new = add_prompts(directory, asked, work.sampler, per_shard, settings, show_progress)
+            new = add_prompts(directory, asked, work, per_shard, settings, show_progress)
             counts = new.new, new.known, new.repeated
             logger.info("%s: %d new prompts, %d known, %d repeated", directory.path, *counts)
         if not directory.names():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from calibrated_rewards.calibration.run import NewPrompts, plan_prompts
+from calibrated_rewards.calibration.run import NewPrompts, check_known_prompts, plan_prompts
 from calibrated_rewards.calibration.run_directory import RunDirectory
 from calibrated_rewards.calibration.shards import Planned, new_shard, write_shard
 from calibrated_rewards.calibration.sources import Asked
@@ -75,10 +75,11 @@ def forecast(
     """Count the rollouts and scores that a run would add, after the same checks; time a trial of one prompt's."""
     k = k or directory.max_drawn() or 100
     RunIdentity.of(work).check(directory, work)
+    check_known_prompts(directory, work)
     new, first = NewPrompts(directory), None
     for prompts in new.read(asked or (), CHECKED_AT_ONCE):
         first = prompts[0] if first is None else first
-        plan_prompts(prompts, work.sampler)
+        plan_prompts(prompts, work.sampler, work.scorers.values())
     draws, scores = k * new.new, dict.fromkeys(work.scorers, k * new.new)
     for name in directory.names():
         state, size = directory.state(name), directory.size(name)

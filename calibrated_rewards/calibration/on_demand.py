@@ -20,7 +20,7 @@ from calibrated_rewards.calibration.work import Task, Work
 from calibrated_rewards.prompts import Prompt, prompt_key
 from calibrated_rewards.samplers.protocol import Particular, Sampler
 from calibrated_rewards.scorers.differences import differences
-from calibrated_rewards.scorers.protocol import Scorer, fingerprint
+from calibrated_rewards.scorers.protocol import Scorer, check_prompts, fingerprint
 from calibrated_rewards.table.reference_table import ReferenceTable, Row
 
 
@@ -118,6 +118,7 @@ class OnTheSpot:
         """Draw and score prompts by the same work that `calibrate` does."""
         if isinstance(self.sampler, Particular):
             self.sampler.check(list(prompts.values()))
+        check_prompts(self.scorer, list(prompts.values()))
         planned = [Planned(key, prompt) for key, prompt in prompts.items()]
         work = Work(self.sampler, {"reward": self.scorer}, int(self.seed or 0))
         shard = work(Task("", new_shard(planned), [int(self.k or 0)] * len(planned))).shard

@@ -22,6 +22,7 @@ from calibrated_rewards.calibration.work import RunIdentity, Task, Work
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.prompts import Prompt, id_key, prompt_key, start_of
 from calibrated_rewards.samplers.protocol import Particular, Rendering, Sampler
+from calibrated_rewards.scorers.protocol import Scorer, check_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ PAUSE = 0.5
 def add_prompts(
     directory: RunDirectory,
     asked: Iterable[Asked],
-    sampler: Sampler | None,
+    work: Work,
     per_shard: int,
     settings: Mapping[str, Any],
     show_progress: bool = True,
@@ -47,14 +48,14 @@ def add_prompts(
     names = filter(directory.is_free, directory.free_names())
     with undo_on_error(directory):
         for prompts in new.read(show_bar(asked, "prompts", " prompts", show_progress), per_shard):
-            if sampler is None:
+            if work.sampler is None:
                 raise ValueError(
                     Message(
                         f"there is no sampler to draw rollouts of the new prompt {start_of(prompts[0])}: "
                         f"name one, {setting('sampler')}"
                     )
                 )
-            planned = plan_prompts(prompts, sampler)
+            planned = plan_prompts(prompts, work.sampler, work.scorers.values())
             if directory.settings() != settings:
                 directory.write_settings(settings)
             directory.write_prompts(next(names), planned)
@@ -108,14 +109,16 @@ class Ids:
             raise ValueError(f"an id leads to one prompt, got id {asked.id!r} again for {start_of(asked.prompt)}")
 
 
-def plan_prompts(prompts: list[Prompt], sampler: Sampler | None) -> list[Planned]:
-    """Check that prompts can be kept and completed by the sampler; add their keys, and the texts that it reads."""
+def plan_prompts(prompts: list[Prompt], sampler: Sampler | None, scorers: Iterable[Scorer] = ()) -> list[Planned]:
+    """Check that prompts can be kept, completed and scored; add their keys, and the texts that the sampler reads."""
     for prompt in prompts:
         text, _ = encode_text(prompt)
         if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"a prompt is whole characters, got half of one in {start_of(prompt)}")
     if isinstance(sampler, Particular):
         sampler.check(prompts)
+    for scorer in scorers:
+        check_prompts(scorer, prompts)
     if not isinstance(sampler, Rendering):
         return [Planned(prompt_key(prompt), prompt) for prompt in prompts]
     rendered = [sampler.rendered(prompt) for prompt in prompts]
@@ -124,6 +127,15 @@ def plan_prompts(prompts: list[Prompt], sampler: Sampler | None) -> list[Planned
         Planned(prompt_key(prompt), prompt, None if text == prompt else text or None)
         for prompt, text in zip(prompts, rendered, strict=True)
     ]
+
+
+def check_known_prompts(directory: RunDirectory, work: Work) -> None:
+    """Let the scorers refuse prompts of the directory that they cannot score, before more is drawn for them."""
+    checking = any(callable(getattr(scorer, "check", None)) for scorer in work.scorers.values())
+    for name in directory.names() if checking else []:
+        prompts = [planned.prompt for planned in directory.prompts(name)]
+        for scorer in work.scorers.values():
+            check_prompts(scorer, prompts)
 
 
 def replan(directory: RunDirectory, sampler: Sampler) -> None:

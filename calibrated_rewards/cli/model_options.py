@@ -146,19 +146,24 @@ def parse_labels(text: str) -> Labels:
     Levels(values=(3.0, 2.0, 1.0), first=6)
     """
     name, _, numbers = text.partition(":")
+    make: Callable[..., Labels] = Ordinal
+    arguments: tuple[Any, ...] = ()
     try:
         if name in LABELS_OF_NUMBERS:
-            return LABELS_OF_NUMBERS[name](tuple(map(float, numbers.split(","))))
-        if text == "ordinal":
-            return Ordinal()
-        if name == "levels":
+            make, arguments = LABELS_OF_NUMBERS[name], (tuple(map(float, numbers.split(","))),)
+        elif name == "levels":
             first, _, values = numbers.partition(":")
-            return Levels(tuple(map(float, values.split(","))), int(first))
-        good, minus, bad = text.partition("-")
-        return Difference(int(good), int(bad)) if minus else Label(int(good))
+            make, arguments = Levels, (tuple(map(float, values.split(","))), int(first))
+        elif text != "ordinal":
+            good, minus, bad = text.partition("-")
+            make, arguments = (Difference, (int(good), int(bad))) if minus else (Label, (int(good),))
     except ValueError:
         forms = "3, 1-0, expected:1,2,3, levels:FIRST:3,2,1, weighted:1,-0.5 or ordinal"
         raise argparse.ArgumentTypeError(f"a label is {forms}, got {text!r}") from None
+    try:
+        return make(*arguments)
+    except ValueError as error:  # the rule that the numbers break
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def is_url(model: str) -> bool:

@@ -49,7 +49,7 @@ def encode_pairs(headed: HeadedModel, pairs: Sequence[Pair]) -> list[EncodedPair
     """Turn pairs into tokens, truncated to what the model reads; a prompt's beginning goes first."""
     names = {name: i for i, name in enumerate(headed.head.names)}
     if unknown := sorted({pair.head for pair in pairs} - {*names, ""}):
-        named = sorted({*names, *unknown})
+        named = sorted({pair.head or headed.head.names[0] for pair in pairs})
         more = setting("names", repr(tuple(named)), option=f"--heads {','.join(named)}")
         raise ValueError(
             Message(f"the head has the scores {', '.join(names)}, and pairs name {', '.join(unknown)}: say {more}")

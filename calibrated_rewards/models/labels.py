@@ -96,8 +96,8 @@ class Levels:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", tuple(map(float, self.values)))
-        if len(self.values) < 2 or self.first < 0:
-            raise ValueError(f"Levels needs two values or more and first >= 0, got {self!r}")
+        if len({*self.values}) < 2 or not np.isfinite(self.values).all() or self.first < 0:
+            raise ValueError(f"Levels needs finite values, two different ones or more, and first >= 0, got {self!r}")
 
     def __call__(self, logits: Float32[np.ndarray, "n L"], /) -> Float32[np.ndarray, " n"]:
         """Return softmax(logits[:, first:...]) @ values."""
@@ -173,7 +173,8 @@ FIRST_PAIRS = {
 HOW = "say how they make one score, with " + setting(
     "labels",
     "Difference(good, bad), Label(i), Expected(values), Ordinal() or Weighted(weights) of calibrated_rewards.models",
-    option="--label HOW: 1-0 (logit 1 less logit 0), 2, expected:1,2,3, ordinal or weighted:1,-0.5",
+    option="--label HOW: 1-0 (logit 1 less logit 0), 2, expected:1,2,3, levels:3:3,2,1 (of logits 3 to 5), "
+    "ordinal or weighted:1,-0.5",
 )
 COST = setting("cost", "True", option="--cost")
 ASK_COST = f"say {COST}, which makes the score minus that, or " + (
@@ -229,14 +230,20 @@ def resolve_labels(labels: Labels | None, config: Any, cost: bool | None = None)
 
 
 def check_direction(labels: Labels, names: list[str], cost: bool | None) -> None:
-    """Refuse a score that rises from the label whose name says good to the one whose name says bad."""
+    """Refuse a score that rises from the label whose name says good to the one whose name says bad.
+
+    `Levels` reads a part of the labels, and those of other dimensions say nothing of it.
+    """
+    first = labels.first if isinstance(labels, Levels) else 0
+    read = Expected(labels.values) if isinstance(labels, Levels) else labels
+    names = names[first : first + len(labels.values)] if isinstance(labels, Levels) else names
     sides = [None if is_generic(name) else find_side(name) for name in names]
     values = find_values(names) or tuple(0.0 if s is None else float(s) for s in sides)
     if not any(sides) or len({*values}) < 2 or (cost is False):
         return
     best, worst = int(np.argmax(values)), int(np.argmin(values))
     try:
-        rise = float(_score_if_sure(labels, best, len(names)) - _score_if_sure(labels, worst, len(names)))
+        rise = float(_score_if_sure(read, best, len(names)) - _score_if_sure(read, worst, len(names)))
     except (ValueError, IndexError):
         return  # labels that do not fit the head are refused where the head's outputs are counted
     if rise * (-1 if cost else 1) >= 0:

@@ -38,8 +38,11 @@ def body_of(model: Any) -> nn.Module:
     """Return the transformer without its head; under PEFT, with the adapter in it."""
     inner = without_peft(model)
     body: Any = getattr(inner, inner.base_model_prefix, inner)
-    # Llama 4 keeps its body under another name than the one it gives.
-    return getattr(inner, "get_decoder", lambda: None)() or inner if body is inner else body  # type: ignore[no-any-return]
+    if body is inner:
+        body = getattr(inner, "get_decoder", lambda: None)() or inner
+    if body is inner and hasattr(inner, "lm_head"):  # Llama 4 keeps its body under another name than the one it gives
+        body = getattr(inner, "model", inner)
+    return body  # type: ignore[no-any-return]
 
 
 def without_peft(model: Any) -> Any:

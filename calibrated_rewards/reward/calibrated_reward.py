@@ -43,7 +43,15 @@ from calibrated_rewards.reward.find_prompts import (
 from calibrated_rewards.reward.lookup import OnMissing, RawScores, Scores, Valuation, are_rows, is_tensor
 from calibrated_rewards.reward.monitoring import ENOUGH, Alarm, Responses, compute_metrics
 from calibrated_rewards.reward.verification import Verification, verify_scorer
-from calibrated_rewards.scorers.protocol import Loaded, Scorer, check_pairs, fingerprint, is_thread_safe, score
+from calibrated_rewards.scorers.protocol import (
+    Loaded,
+    Scorer,
+    check_pairs,
+    check_prompts,
+    fingerprint,
+    is_thread_safe,
+    score,
+)
 from calibrated_rewards.table.reference_table import ReferenceTable
 from calibrated_rewards.theory.finite_k import Estimator
 from calibrated_rewards.theory.optimum import Optimal
@@ -210,8 +218,7 @@ class CalibratedReward:
     def check(self, prompts: Sequence[Any]) -> None:
         """Refuse a prompt without references, before anything is drawn for it: UnknownPromptError (`on_missing`)."""
         self.rows(prompts)
-        if callable(check := getattr(self.scorer, "check", None)):  # a combined reward has tables of its own
-            check(prompts)
+        check_prompts(self.scorer, prompts)  # a combined reward has tables of its own
 
     def from_scores(self, prompts: Any, raw: Any, ids: Sequence[Any] | None = None) -> Any:
         """Compute the rewards of raw scores: (P,) for P prompts, or (P, G) for G completions of each.

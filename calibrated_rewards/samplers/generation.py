@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from calibrated_rewards.models.parts import body_of, device_of, pad_right, reading_errors, rope_turn
 
@@ -170,6 +170,12 @@ class Reader:
             Rows(ids, None if unmasked else whole, cache, rows.logits), fed, fed.shape[1], going_on=False
         ).states
         return torch.stack([own[len(each) - 1] for own, each in zip(states, tokens, strict=True)])  # type: ignore[arg-type]
+
+    def reads_ahead(self, rows: Rows) -> bool:
+        """Check that several tokens may be read at once behind the cache: recurrent models take one there."""
+        plain = type(rows.cache) in (DynamicCache, EncoderDecoderCache)
+        kinds = {Roomy, DynamicLayer, DynamicSlidingWindowLayer}
+        return rows.cache is None or (plain and {*map(type, layers_of(rows.cache))} <= kinds)
 
     def can_read_others(self, rows: Rows) -> bool:
         """Check that all of a row that later tokens depend on are keys and values, each of one token, and positions."""

@@ -271,10 +271,8 @@ class Route:
         """Compare completions, of which i follows prompts[of[i]]; False if they have to be written another way."""
         padded = len({*map(len, prompts)}) > 1
         way = (self.shares, padded)
-        # A completion of one token shows nothing of what follows a token.
-        chosen = sorted(range(len(of)), key=lambda i: -len(completions[i]))[:CHECKED_ROWS]
-        chosen = [i for i in chosen if len(completions[i]) > 1]
-        if way in self.checked or not chosen:
+        chosen = [] if way in self.checked else choose_rows(list(map(len, prompts)), of, list(map(len, completions)))
+        if not chosen:
             return True
         # With all of the prompts, for their padding may disturb.
         gap = measure_gap(reader, prompts, [of[i] for i in chosen], [completions[i][:CHECKED_TOKENS] for i in chosen])
@@ -310,6 +308,26 @@ class Route:
         else:
             return False
         return True
+
+
+def choose_rows(prompts: Sequence[int], of: Sequence[int], completions: Sequence[int]) -> list[int]:
+    """Choose completions to compare, by the lengths of prompts and of completions: long ones.
+
+    Where prompts are padded, one of the longest prompt, which they are padded to, and two that are padded. None where
+    there are no such completions of two tokens: one token shows nothing of what follows a token.
+
+    >>> choose_rows([9, 9, 5, 7], [0, 0, 0, 0, 1, 1, 2, 2, 3], [4, 4, 4, 4, 4, 3, 4, 4, 4])
+    [0, 6, 7, 1]
+    >>> choose_rows([9, 5], [0, 0, 1], [4, 4, 1])
+    []
+    """
+    longest = sorted((i for i in range(len(of)) if completions[i] > 1), key=lambda i: -completions[i])
+    whole = [i for i in longest if prompts[of[i]] == max(prompts)]
+    padded = [i for i in longest if prompts[of[i]] < max(prompts)]
+    if len({*prompts}) > 1 and not (whole and padded):
+        return []
+    padded.sort(key=lambda i: (-min(completions[i], CHECKED_TOKENS), prompts[of[i]]))
+    return list(dict.fromkeys([*whole[:1], *padded[:2], *longest]))[:CHECKED_ROWS]
 
 
 def check_causal(model: Any) -> None:

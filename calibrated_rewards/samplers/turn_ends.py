@@ -86,8 +86,8 @@ class TurnEnds:
     scorer: ReadsTurnEnds
     prompts: Sequence[Prompt] = ()
     agree: bool = True
-    checked: set[bool] = field(default_factory=set)
-    """Of turns as drawn, and of others: which were compared."""
+    checked: set[str] = field(default_factory=set)
+    """The ways to the end of a turn that were compared."""
     warned: bool = False
 
     def begin(self, prompts: Sequence[Prompt]) -> None:
@@ -108,12 +108,17 @@ class TurnEnds:
 
     def keep(self, drafts: Sequence[Draft]) -> None:
         """Hand over the states of drafts that have one; the first are compared with forwards of their own."""
-        turns = [draft.turn for draft in drafts if draft.turn is not None and draft.turn.state is not None]
+        by_way: dict[str, list[Turn]] = {}
         for draft in drafts:
-            draft.turn = None
-        for as_drawn in {turn.as_drawn for turn in turns} - self.checked:
-            self._judge([turn for turn in turns if turn.as_drawn == as_drawn])
-            self.checked.add(as_drawn)
+            turn, draft.turn = draft.turn, None
+            if turn is not None and turn.state is not None:
+                way = "others" if not turn.as_drawn else "cut" if draft.end is None else "ended"
+                by_way.setdefault(way, []).append(turn)
+        for way, own in by_way.items():
+            if way not in self.checked:
+                self._judge(own)
+                self.checked.add(way)
+        turns = [turn for own in by_way.values() for turn in own]
         if turns and self.agree:
             self.scorer.keep([turn.row for turn in turns], torch.stack([turn.state for turn in turns]))
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float64
+from torch import Tensor
 from transformers import LogitsProcessorList
 
 from calibrated_rewards.models.shared_prefix import common_prefix
@@ -155,11 +156,15 @@ class Writer:
         if parents != list(range(len(rows.ids))):
             rows = self.reader.select(rows, parents)
         fed = torch.tensor([[token, end] if cut else [token] for _, token in ways], device=rows.ids.device)
-        rows, places = self.reader.next(rows, fed, fed.shape[1] if due else 0, going_on), [ways[pair] for pair in pairs]
-        if rows.states is not None:
-            for i, place in zip(batch.members, places, strict=True):
-                if i in due:
-                    due[i].state = rows.states[place, -1 if i in cut else 0]
+        states, places = list[Tensor](), [ways[pair] for pair in pairs]
+        for step in [fed] if self.reader.reads_ahead(rows) else fed.chunk(fed.shape[1], dim=1):
+            more = len(states) + step.shape[1] < fed.shape[1]
+            rows = self.reader.next(rows, step, step.shape[1] if due else 0, going_on or more)
+            if rows.states is not None:
+                states += rows.states.unbind(1)
+        for i, place in zip(batch.members, places, strict=True):
+            if i in due:
+                due[i].state = states[-1 if i in cut else 0][place]
         return Batch(rows, places, batch.members)
 
     def _draw(self, batch: Batch, chances: Float64[np.ndarray, "drafts halvings"]) -> Drawn:

@@ -15,6 +15,7 @@ from calibrated_rewards.prompts import Completion, Prompt, start_of
 from calibrated_rewards.scorers.protocol import (
     Scorer,
     check_pairs,
+    check_prompts,
     check_scores,
     fingerprint,
     is_thread_safe,
@@ -101,6 +102,10 @@ class Cost:
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Float32[np.ndarray, " n"]:
         """Return minus the cost of each pair."""
         return -score(self.scorer, prompts, completions)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse prompts that the scorer refuses."""
+        check_prompts(self.scorer, prompts)
 
     def fingerprint(self) -> dict[str, Any]:
         """Name all that the scores depend on."""
@@ -230,6 +235,11 @@ class Ensemble:
         shifts, scales = np.asarray(self.shifts)[:, None], np.asarray(self.scales)[:, None]
         scores = self.how((members - shifts) / scales)
         return check_scores(scores, prompts, completions, f"the ensemble's {name_of(self.how)}")
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse prompts that a member refuses."""
+        for scorer in self.scorers:
+            check_prompts(scorer, prompts)
 
     @property
     def thread_safe(self) -> bool:

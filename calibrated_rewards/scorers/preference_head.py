@@ -196,7 +196,9 @@ class PreferenceHeadScorer:
 
     def measure_gap(self, rows: Sequence[list[int]], states: Float[Tensor, "n features"]) -> float:
         """Measure how far scores of some states are from those of a separate forward, for scores of size 1."""
-        rows, states = [*rows[:CHECKED_ROWS]], states[:CHECKED_ROWS]
+        # From all over the batch: prompts are of several lengths, and the longest, which come first, are not padded.
+        at = np.unique(np.linspace(0, len(rows) - 1, CHECKED_ROWS).astype(int)).tolist()
+        rows, states = [rows[i] for i in at], states[at]
         with for_scoring(self.model, lock_of(self.model)):
             scores = ModuleHead(self.headed.head)(states.float(), torch.full((len(rows),), -1)).float().cpu()
             again = np.concatenate([self._read([row], [i]) for i, row in enumerate(rows)])

@@ -206,6 +206,12 @@ def reads_messages(scorer: object) -> bool:
     return type(scorer).__module__.startswith("calibrated_rewards.")
 
 
+def check_prompts(scorer: object, prompts: Sequence[Prompt]) -> None:
+    """Let a scorer that has a `check` refuse the prompts that it cannot score, before anything is drawn for them."""
+    if callable(check := getattr(scorer, "check", None)):
+        check(prompts)
+
+
 def is_thread_safe(scorer: object) -> bool:
     """Return whether several threads may call a scorer at once: only if it says so.
 

@@ -68,6 +68,11 @@ def run(launch: HeadLaunch, settings: HeadTraining) -> None:
         share = setting("held_out", str(settings.held_out))
         others = f"say {setting('held_out', '0')}, or evaluate on others, {setting('eval_pairs', 'FILE')}"
         raise ValueError(Message(f"all of {format_count(len(pairs), 'pair')} are held out, got {share}: {others}"))
+    named = {pair.head or settings.names[0] for pair in training}
+    lacking = [name for name in settings.names if name not in named]
+    if lacking and named <= {*settings.names}:  # of names that the head does not have, `encode_pairs` says more
+        rule = "a head learns from the pairs whose column head names it"
+        raise ValueError(Message(f"{rule}, got none for {', '.join(lacking)} of {setting('heads', settings.heads)}"))
     if launch.templates and processes.is_main_process:
         tasks = {pair.task for pair in (*training, *held_out)}
         for task in sorted({*load_templates(launch.templates)} - {"", *tasks}):

@@ -442,6 +442,21 @@ def test_labels_that_are_none(how):
 
 
 @pytest.mark.parametrize(
+    ("how", "rule"),
+    [
+        ("levels:0:3,3", "two different ones or more.*3.0, 3.0"),
+        ("levels:0:nan,3", "finite values.*nan"),
+        ("levels:-1:3,1", "first >= 0.*first=-1"),
+        ("1-1", "of two labels"),
+    ],
+)
+def test_labels_that_break_a_rule(how, rule):
+    """The form is right and the numbers are not: the error says which rule they break."""
+    with pytest.raises(ArgumentTypeError, match=rule):
+        parse_labels(how)
+
+
+@pytest.mark.parametrize(
     ("words", "asked"),
     [
         ([], Native("http://rm:8000")),

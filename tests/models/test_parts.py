@@ -12,7 +12,7 @@ import torch
 from architectures import ALL, DECODERS, ENCODERS, HYBRIDS, SEQUENCE_TO_SEQUENCE, Architecture
 from tiny import BOS, VOCABULARY, causal, classifier, saved, tokenizer
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Llama4ForCausalLM, Llama4TextConfig
 
 from calibrated_rewards.models import parts as body
 from calibrated_rewards.models.fingerprint import config_digest, model_fingerprint, tokenizer_digest, weights_digest
@@ -307,3 +307,12 @@ def test_memory_that_does_not_suffice_is_not_that() -> None:
     ):
         with pytest.raises(type(error)), reading_errors(nn.Linear(1, 1), 2):
             raise error
+
+
+def test_the_body_of_llama_4() -> None:
+    """It names its body otherwise than it says, and gives itself as its decoder: a head would read logits."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "intermediate_size_mlp": 16, "head_dim": 8, "vocab_size": 32}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = Llama4ForCausalLM(Llama4TextConfig(**small, **heads, pad_token_id=0)).eval()
+    assert body_of(model) is model.model
+    assert body_of(model.model) is model.model

@@ -288,6 +288,21 @@ def test_a_model_that_padding_disturbs_is_not_padded(caplog: pytest.LogCaptureFi
     assert said(caplog) == ["not padding"]
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_padding_is_judged_by_rows_that_are_padded(share: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """All completions are as long, and those of the longest prompt, which is not padded, come first."""
+    small = {"vocab_size": WORDS, "hidden_size": 16, "num_hidden_layers": 1, "eos_token_id": 0, "pad_token_id": 1}
+    model, tokenizer = spread(AutoModelForCausalLM.from_config(MambaConfig(**small))), words()
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    options, seeds = {"tokenizer": tokenizer, "share_prefill": share}, [range(5)] * len(PROMPTS)
+    with caplog.at_level(logging.WARNING):
+        rollouts = sampler(model, Decoding(3), prompts_at_once=4, **options)(PROMPTS, seeds)
+
+    assert {rollout.finish for own in rollouts for rollout in own} == {"length"}
+    assert texts(rollouts) == texts(sampler(model, Decoding(3), **options)(PROMPTS, seeds))
+    assert said(caplog) == ["not padding"]
+
+
 class Broken:
     """A forward of a model that gives nan: always, or where a batch is padded, or without a cache."""
 

@@ -9,10 +9,11 @@ import tiny
 import torch
 from hypothesis import given, strategies as st
 from torch import nn
+from transformers import PretrainedConfig
 
 from calibrated_rewards import BestOf, CalibratedReward, Exponential, WorstOf
 from calibrated_rewards.calibration.calibrate import calibrate
-from calibrated_rewards.models.labels import Expected, Levels
+from calibrated_rewards.models.labels import Expected, Levels, resolve_labels
 from calibrated_rewards.models.own_forward import pick_output
 from calibrated_rewards.reward import And, CombinedReward, Lowest
 from calibrated_rewards.samplers import Reranked
@@ -185,6 +186,18 @@ def test_levels_read_a_part_of_the_logits(row: list[float], first: int) -> None:
     """As the expected value of that part alone."""
     rows = np.array([row], np.float32)
     assert Levels((1, 2, 4), first)(rows) == Expected((1, 2, 4))(rows[:, first : first + 3])
+
+
+def test_the_direction_of_a_dimension_is_that_of_its_own_labels() -> None:
+    """Other dimensions of the same model say nothing of it: 3 for legal is no better than 3 for safe, and no worse."""
+    names = ["safety 3", "safety 2", "safety 1", "legality 3", "legality 1", "safe", "unsafe"]
+    config = PretrainedConfig(id2label=dict(enumerate(names)))
+    for labels in (Levels((3, 2, 1)), Levels((3, 1), first=3), Levels((3, 1), first=5)):
+        assert resolve_labels(labels, config) == labels
+    with pytest.raises(ValueError, match="gives 'unsafe' a higher score than 'safe'"):
+        resolve_labels(Levels((1, 3), first=5), config)
+    with pytest.raises(ValueError, match="already gives 'safe' a higher score than 'unsafe'"):
+        resolve_labels(Levels((3, 1), first=5), config, cost=True)
 
 
 def test_what_is_refused() -> None:

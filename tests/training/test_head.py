@@ -280,6 +280,10 @@ def test_a_tracker_gets_the_numbers(files: Path, tmp_path: Path, monkeypatch: An
         (["--window", "8", "--backbone", "lora"], "holds the longest text"),
         (["--window", "512"], "never packed, got --window 512: leave it out, or train --backbone lora"),
         (["--heads", "a, a"], "scores have names, each its own, got --heads 'a, a'"),
+        (
+            ["--heads", "reward,other"],
+            "whose column head names it, got none for other of --heads reward,other",
+        ),
         (["--heads", ""], "scores have names, each its own"),
         (["--bf16"], "read once, in the precision of its weights, got --bf16: say --dtype bfloat16, or leave it out"),
         (["--checkpoint-activations"], "without activations to keep, got --checkpoint-activations: leave it out"),
