@@ -36,7 +36,7 @@ from calibrated_rewards.heads.preference_head import (
     upload,
 )
 from calibrated_rewards.heads.turn_end import TurnEnd, encode_turns, find_turn_end
-from calibrated_rewards.models.adapters import activate, ignore_peft_warning
+from calibrated_rewards.models.adapters import activate, ignore_peft_warning, list_linear_layers
 from calibrated_rewards.models.checkpoints import Checkpoint, find_checkpoint
 from calibrated_rewards.models.loading import Placement, Source, load_complete
 from calibrated_rewards.models.parts import body_of, device_of, for_scoring, lock_of, pad_right, positions_of, unwrap
@@ -77,7 +77,7 @@ class HeadedModel(nn.Module):
         head = PreferenceHead(HeadSettings(size, end_token=end.token, text=text, backbone=backbone, **settings))
         model.requires_grad_(False)
         if backbone == "lora":
-            model = add_lora(model, lora or build_lora_config(rank), name)
+            model = add_lora(model, lora or build_lora_config(model, rank), name)
         if backbone == "full":
             if hasattr(model, "peft_config"):
                 raise ValueError("all weights of a model are trained without adapters: merge_and_unload() them first")
@@ -335,11 +335,12 @@ def name_adapter(model: Any) -> str:
     return next(name for name in chain([ADAPTER], (f"{ADAPTER}_{i}" for i in count(1))) if name not in taken)
 
 
-def build_lora_config(rank: int) -> Any:
-    """Choose PEFT's settings: all linear layers but the output, alpha twice the rank, and no dropout."""
+def build_lora_config(model: Any, rank: int) -> Any:
+    """Choose PEFT's settings: linear layers but the output and experts, alpha twice the rank, and no dropout."""
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    where = list_linear_layers(model)  # "all-linear" has experts too, whose weights PEFT changes in each forward
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=where, task_type="CAUSAL_LM")
 
 
 def add_lora(model: Any, config: Any, adapter: str) -> Any:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 def active_adapters(model: Any) -> list[str]:
@@ -57,3 +58,15 @@ def ignore_peft_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield
+
+
+def list_linear_layers(model: Any) -> list[str]:
+    """List the last parts of the names of linear layers, but the output's; the experts of a mixture are none.
+
+    Of an adapted layer it is the layer itself, not what the adapter adds.
+    """
+    head, added = model.get_output_embeddings(), tuple(f"{at}." for at in adapter_layers(model))
+    parts = ((at, part) for at, part in model.named_modules() if part is not head)
+    layers = [at for at, part in parts if isinstance(part, nn.Linear | Conv1D)]
+    own = [at.removesuffix(".base_layer") for at in layers if at.endswith(".base_layer") or not at.startswith(added)]
+    return sorted({at.rpartition(".")[2] for at in own})

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.models.adapters import ignore_peft_warning
+from calibrated_rewards.models.adapters import ignore_peft_warning, list_linear_layers
 from calibrated_rewards.models.parts import device_of
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.policy import Draft, Policy
@@ -107,17 +107,8 @@ def build_lora_config(model: Any, rank: int, layers: int = 0) -> Any:
             number = setting("lora_layers", str(layers))
             raise ValueError(Message(f"the model has {most} layers to adapt, got {number}"))
         where["layers_to_transform"] = list(range(most - layers, most))
-        where["target_modules"] = sorted(list_linear_layers(model))
+        where["target_modules"] = list_linear_layers(model)
     return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **where)
-
-
-def list_linear_layers(model: Any) -> set[str]:
-    """List the last parts of the names of linear layers, without the head's."""
-    from transformers.pytorch_utils import Conv1D
-
-    head = model.get_output_embeddings()
-    layers = ((name, module) for name, module in model.named_modules() if module is not head)
-    return {name.rpartition(".")[2] for name, module in layers if isinstance(module, torch.nn.Linear | Conv1D)}
 
 
 def make_head_contiguous(model: Any) -> None:

@@ -7,17 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 
 from calibrated_rewards.heads import HeadedModel, SelectedLayers
 from calibrated_rewards.heads.preference_head import SETTINGS_FILE
-from calibrated_rewards.models.adapters import ignore_peft_warning
+from calibrated_rewards.models.adapters import adapter_layers, ignore_peft_warning, list_linear_layers
 from calibrated_rewards.models.parts import body_of, pad_right
 from calibrated_rewards.scorers import PreferenceHeadScorer
+from calibrated_rewards.scorers.protocol import score
 
 PROMPTS = ["Hi", [{"role": "user", "content": "Who are you?"}], "2+2=", "Hi"]
 COMPLETIONS = ["hello there", "a llama", "4", ""]
@@ -48,6 +50,11 @@ def adapt(model: Any) -> Any:
     """The policy with a LoRA adapter of its own."""
     with ignore_peft_warning():
         return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def gpt2() -> Any:
+    """A policy whose linear layers are transformers' Conv1D."""
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2))
 
 
 def disturb(model: Any, seed: int = 0) -> None:
@@ -182,6 +189,30 @@ def test_built_on_a_policy_with_an_adapter(policy: str, tokenizer: Any, backbone
     with torch.no_grad():  # a fresh adapter changes nothing
         states = load(policy)(input_ids=torch.tensor([rows[0]]), output_hidden_states=True).hidden_states[-1][:, -1]
         torch.testing.assert_close(headed.score_rows(rows)[:1], headed.head.eval()(states))
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("of", [tiny.causal, gpt2])
+def test_an_adapter_is_on_pefts_linear_layers(of: Any, adapted: bool) -> None:
+    """Those that PEFT finds for "all-linear", also on a policy that carries an adapter."""
+    where = list_linear_layers(adapt(of()) if adapted else of())
+    with ignore_peft_warning():
+        own = get_peft_model(of(), LoraConfig(target_modules=where, task_type="CAUSAL_LM"))
+    assert {*adapter_layers(own)} == {*adapter_layers(adapt(of()))}
+
+
+def test_an_adapter_leaves_experts_alone() -> None:
+    """A mixture of experts is scored: PEFT would move the experts' weights in each forward."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=300, num_key_value_heads=2, num_local_experts=4, **shape))
+    headed = HeadedModel.build(model.eval(), tiny.tokenizer(), backbone="lora")
+    disturb(headed)
+    scores = score(PreferenceHeadScorer(headed.eval()), PROMPTS, COMPLETIONS)
+    alone = [headed.score_rows([row]).item() for row in headed.encode(PROMPTS, COMPLETIONS)]
+    np.testing.assert_allclose(scores, alone, atol=1e-5)
+    assert np.ptp(scores) > 1e-3
 
 
 def test_another_base_is_refused(policy: str, tokenizer: Any, tmp_path: Path) -> None:
