@@ -75,6 +75,8 @@ class Expected:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", tuple(map(float, self.values)))
+        if len({*self.values}) < 2 or not np.isfinite(self.values).all():
+            raise ValueError(f"Expected needs finite values, two different ones or more, got {self.values}")
 
     def __call__(self, logits: Float32[np.ndarray, "n L"], /) -> Float32[np.ndarray, " n"]:
         """Return softmax(logits) @ values."""
@@ -133,6 +135,8 @@ class Weighted:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(map(float, self.weights)))
+        if not any(self.weights) or not np.isfinite(self.weights).all():
+            raise ValueError(f"Weighted needs finite weights, one that is not 0 or more, got {self.weights}")
 
     def __call__(self, logits: Float32[np.ndarray, "n L"], /) -> Float32[np.ndarray, " n"]:
         """Return logits @ weights."""

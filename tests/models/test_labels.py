@@ -37,6 +37,22 @@ BY_TORCH = {
 }
 
 
+@pytest.mark.parametrize(
+    ("make", "numbers"),
+    [
+        (Expected, (1, float("nan"))),
+        (Expected, (2, 2)),
+        (Expected, ()),
+        (Weighted, (1, float("inf"))),
+        (Weighted, (0, 0)),
+    ],
+)
+def test_numbers_that_make_no_score_are_refused(make: Any, numbers: tuple[float, ...]) -> None:
+    """All scores would be the same, or no numbers."""
+    with pytest.raises(ValueError, match=f"{make.__name__} needs finite .* got "):
+        make(numbers)
+
+
 @pytest.mark.parametrize("labels", BY_TORCH, ids=repr)
 def test_each_rule_is_its_formula(labels: Labels) -> None:
     """In float32, one number for each row."""
