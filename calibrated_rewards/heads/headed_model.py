@@ -339,8 +339,7 @@ def build_lora_config(model: Any, rank: int) -> Any:
     """Choose PEFT's settings: linear layers but the output and experts, alpha twice the rank, and no dropout."""
     from peft import LoraConfig
 
-    where = list_linear_layers(model)  # "all-linear" has experts too, whose weights PEFT changes in each forward
-    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=where, task_type="CAUSAL_LM")
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list_linear_layers(model), task_type="CAUSAL_LM")
 
 
 def add_lora(model: Any, config: Any, adapter: str) -> Any:
