@@ -3,8 +3,7 @@
     python benchmarks/proof/predict.py    # seconds; reads the results of small_model.py and held_out_prompts.py
 
 A pilot is the same run with fewer completions: K = 1,024 for 8,192 and K = 128 for 1,024 on the same prompts (an
-eighth); on held-out prompts 24 steps for 48 of film reviews (a half), 4 for 36 of harmless completions (a ninth, at
-four times the learning rate, for it has to get as far). Two predictions of an arm's gain over another one at equal KL,
+eighth), 24 steps for 48 on held-out prompts (a half). Two predictions of an arm's gain over another one at equal KL,
 both from the pilot and from the optima, which are known before training:
 
 - "same share": the pilot's realised share of the gap between the optima, times the gap.
@@ -36,11 +35,6 @@ from plots import read
 WAYS = ("same share", "less noise")
 # The pilot's size and that of the run that it is for.
 PILOTS = ((1024, 8192), (128, 1024))
-# The same on held-out prompts: names of results, and how many times the pilot's completions the run has.
-HELD_OUT_PILOTS = (
-    ("held_out_prompts", "held_out_prompts_48", 2.0),
-    ("held_out_prompts_harmlessness_4", "held_out_prompts_harmlessness_36", 9.0),
-)
 AIM = 0.8
 
 
@@ -105,7 +99,9 @@ def compare_same_prompts(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]
             yield judge_predictions(found, predicted, trained["gain"]["value"], trained["gain"]["interval"])
 
 
-def compare_held_out(pilot: Mapping[str, Any], longer: Mapping[str, Any], times: float) -> Iterator[dict[str, Any]]:
+def compare_held_out(
+    pilot: Mapping[str, Any], longer: Mapping[str, Any], times: float = 2.0
+) -> Iterator[dict[str, Any]]:
     """Predict the gains on held-out prompts, seed by seed, by weights and by fresh draws."""
     keys = ("arm", "other", "procedure")
     before = {tuple(row[key] for key in keys): row for row in pilot["gains"]}
@@ -118,7 +114,7 @@ def compare_held_out(pilot: Mapping[str, Any], longer: Mapping[str, Any], times:
                 value, *interval = row[column][row["seeds"].index(seed)]
                 predicted = {"same share": gain / first["gap"] * row["gap"]}
                 predicted["less noise"] = grow(gain / first["gap"], times) * row["gap"]
-                found = {**{key: row[key] for key in keys}, "seed": seed, "measured by": way, "times": times}
+                found = {**{key: row[key] for key in keys}, "seed": seed, "measured by": way}
                 yield judge_predictions(found, predicted, value, interval)
 
 
@@ -148,13 +144,7 @@ def list_groups(same: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any
         f"same prompts, of 16, K = {pilot:,} for {k:,}": [row for row in main if row["k"] == k] for pilot, k in PILOTS
     }
     ways = ("weights", "fresh draws")
-    held = {
-        f"held-out prompts, {way}, a pilot of 1 / {times:.0f}": [
-            row for row in held_out if row["measured by"] == way and row["times"] == times
-        ]
-        for *_, times in HELD_OUT_PILOTS
-        for way in ways
-    }
+    held = {f"held-out prompts, {way}": [row for row in held_out if row["measured by"] == way] for way in ways}
     return {"same prompts, of 16, over the best other": main, **parts, "same prompts, all": list(same), **held}
 
 
@@ -170,18 +160,14 @@ def format_row(name: str, found: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Predict, count and save."""
-    names = ["small_model", *(name for *pair, _ in HELD_OUT_PILOTS for name in pair)]
-    worlds = {name: results for name in names if (results := read(f"proof_{name}")) is not None}
-    missing = [name for name in names if name not in worlds]
+    worlds = {name: read(f"proof_{name}") for name in ("small_model", "held_out_prompts", "held_out_prompts_48")}
+    missing = [name for name, results in worlds.items() if results is None]
     if missing:
         raise SystemExit(f"predict.py needs the results of {', '.join(missing)} in benchmarks/results.")
-    small = worlds["small_model"]
-    same, levels = [*compare_same_prompts(small)], [*predict_levels(small)]
-    held_out = [
-        row
-        for pilot, longer, times in HELD_OUT_PILOTS
-        for row in compare_held_out(worlds[pilot], worlds[longer], times)
-    ]
+    small, pilot, longer = (results for results in worlds.values() if results)
+    same, held_out, levels = (
+        [*rows] for rows in (compare_same_prompts(small), compare_held_out(pilot, longer), predict_levels(small))
+    )
     summary = {name: summarise(rows) for name, rows in list_groups(same, held_out).items()}
     summary |= {f"levels, K = {p:,} for {k:,}": summarise([row for row in levels if row["k"] == k]) for p, k in PILOTS}
     for name, found in summary.items():

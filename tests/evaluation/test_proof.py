@@ -323,7 +323,7 @@ def test_held_out_pilots_are_compared_seed_by_seed() -> None:
     before = {**case, "seeds": [0, 1], "gap": 0.1, "by_seed": [[0.02, 0, 0], [0.03, 0, 0]]}
     after = {**case, "seeds": [1, 2], "gap": 0.2, "by_seed": [[0.07, 0.05, 0.09], [0.0, 0, 0]]}
     runs = ({"gains": [{**each, "fresh_by_seed": each["by_seed"]}]} for each in (before, after))
-    rows = list(predict.compare_held_out(*runs, times=2.0))
+    rows = list(predict.compare_held_out(*runs))
     assert [row["seed"] for row in rows] == [1, 1]
     assert rows[0]["predicted"]["same share"] == pytest.approx(0.06)
     assert rows[0]["inside"]["same share"]
