@@ -88,7 +88,7 @@ if not child:
 
 @pytest.fixture
 def file(tmp_path):
-    """What is claimed."""
+    """An empty file, which tests claim."""
     (tmp_path / "file").touch()
     return tmp_path / "file"
 
@@ -387,6 +387,6 @@ def test_the_path_is_put_back(tmp_path: Path, monkeypatch: Any) -> None:
 
 @pytest.mark.parametrize("place", ["", "json", ":dumps", "json:", "json:a-b", "../x:f", "json:dumps:x", ".json:dumps"])
 def test_only_names_are_imported(place: str) -> None:
-    """A module, a colon, a name."""
+    """What is not a module, a colon and a name is refused, and nothing is imported."""
     with pytest.raises(ValueError, match="module:name"):
         import_function(place)

@@ -204,7 +204,7 @@ class Progress:
             self._log()
 
     def add(self, prompts: int = 0, completions: int = 0, tokens: int = 0) -> None:
-        """Count work of this process."""
+        """Add prompts, completions and tokens that this process has done, and show them now and then."""
         self.done += prompts
         self.completions += completions
         self.tokens += tokens

@@ -238,9 +238,9 @@ def check_direction(labels: Labels, names: list[str], cost: bool | None) -> None
 
     `Levels` reads a part of the labels, and those of other dimensions say nothing of it.
     """
-    first = labels.first if isinstance(labels, Levels) else 0
-    read = Expected(labels.values) if isinstance(labels, Levels) else labels
-    names = names[first : first + len(labels.values)] if isinstance(labels, Levels) else names
+    read = labels
+    if isinstance(labels, Levels):
+        read, names = Expected(labels.values), names[labels.first : labels.first + len(labels.values)]
     sides = [None if is_generic(name) else find_side(name) for name in names]
     values = find_values(names) or tuple(0.0 if s is None else float(s) for s in sides)
     if not any(sides) or len({*values}) < 2 or (cost is False):

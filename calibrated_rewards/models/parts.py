@@ -37,12 +37,12 @@ def unwrap(model: Any) -> Any:
 def body_of(model: Any) -> nn.Module:
     """Return the transformer without its head; under PEFT, with the adapter in it."""
     inner = without_peft(model)
-    body: Any = getattr(inner, inner.base_model_prefix, inner)
+    body: nn.Module = getattr(inner, inner.base_model_prefix, inner)
     if body is inner:
         body = getattr(inner, "get_decoder", lambda: None)() or inner
     if body is inner and hasattr(inner, "lm_head"):  # Llama 4 keeps its body under another name than the one it gives
         body = getattr(inner, "model", inner)
-    return body  # type: ignore[no-any-return]
+    return body
 
 
 def without_peft(model: Any) -> Any:

@@ -67,7 +67,7 @@ def train(headed: HeadedModel, pairs: list[EncodedPair], out: Path, resume: Any 
 
 
 def trained_weights(headed: HeadedModel) -> dict[str, torch.Tensor]:
-    """What a run changes."""
+    """Copies of the weights that training may change, by name."""
     return {name: weight.detach().clone() for name, weight in headed.named_parameters() if weight.requires_grad}
 
 

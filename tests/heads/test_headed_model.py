@@ -35,7 +35,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def policy(tmp_path: Path, tokenizer: Any) -> str:
-    """A tiny policy in a folder."""
+    """The folder of a saved tiny policy, which tests load as transformers does."""
     return tiny.saved(tiny.causal(), tmp_path / "policy", tokenizer)
 
 

@@ -48,7 +48,7 @@ BY_TORCH = {
     ],
 )
 def test_numbers_that_make_no_score_are_refused(make: Any, numbers: tuple[float, ...]) -> None:
-    """All scores would be the same, or no numbers."""
+    """With equal values, or weights of 0, all scores would be the same; with nan they would be none."""
     with pytest.raises(ValueError, match=f"{make.__name__} needs finite .* got "):
         make(numbers)
 
@@ -83,7 +83,7 @@ def test_two_labels_order_alike() -> None:
 
 
 def test_a_label_minus_itself_is_no_score() -> None:
-    """All scores would be 0."""
+    """A difference of a label with itself is refused: all scores would be 0."""
     with pytest.raises(ValueError, match="a difference is of two labels"):
         Difference(good=1, bad=1)
 
@@ -239,7 +239,7 @@ def test_no_numbers(names: list[str]) -> None:
 
 
 def config(*names: str, **settings: Any) -> Any:
-    """A config with these labels."""
+    """A model's config that names its labels so, as far as labels are read from it."""
     held = {"problem_type": None, **settings}
     return SimpleNamespace(id2label=dict(enumerate(names)), to_dict=lambda: held, **held)
 

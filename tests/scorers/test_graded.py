@@ -39,12 +39,12 @@ class Counting:
         self.read = 0
 
     def logits(self, prompts: Any, completions: Any) -> np.ndarray:
-        """Those of `logits`."""
+        """Return what the function `logits` returns, and count the pairs."""
         self.read += len(prompts)
         return logits(prompts, completions)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Nothing that counts."""
+        """Name the scorer, without the count of pairs: its scores do not depend on that."""
         return {"kind": "counting", "labels": "Label(0)"}
 
 
@@ -121,7 +121,7 @@ class InParts(nn.Module):
         self.inner, self.config, self.dtype = inner, inner.config, inner.dtype
 
     def get_input_embeddings(self) -> Any:
-        """Those of the model."""
+        """Return the embeddings of the model inside."""
         return self.inner.get_input_embeddings()
 
     def forward(self, **inputs: Any) -> dict[str, Any]:

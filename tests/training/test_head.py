@@ -245,7 +245,7 @@ class Lines(TrainerCallback):
     events: list[Any] = []  # noqa: RUF012  (transformers makes the object: only its class is known here)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Keep the numbers."""
+        """Keep the run's name and the numbers of a step."""
         self.events.append((args.run_name, dict(logs)))
 
 

@@ -48,7 +48,7 @@ def train(loop_words: list[str], run: Path, out: Path, *options: str) -> int:
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """The rows of a log."""
+    """Read the rows of a run's log.jsonl, one for each step."""
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
