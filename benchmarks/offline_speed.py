@@ -103,7 +103,7 @@ def time_trl(case: dict[str, int]) -> list[float]:
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from calibrated_rewards.training.loop import build_lora_config
+    from calibrated_rewards.models.adapters import build_lora_config
 
     seconds: list[float] = []
 

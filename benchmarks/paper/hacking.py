@@ -241,12 +241,8 @@ def draw(accuracies: dict[str, dict[str, float]], rows: list[dict[str, Any]]) ->
     figure.savefig(FIGURES / "hacking.png", dpi=130)
 
 
-def main() -> None:
-    """Train, calibrate, distil, optimise, draw and save."""
-    options = parser(__doc__).parse_args()
-    cache, run = options.cache.expanduser(), find_rollouts(options)[0]
-    learned, pool = read_pool(run, 0, DISTILLED), read_pool(run, DISTILLED, TESTED)
-    hacked = train_hacked(cache)
+def distil_both(cache: Path, hacked: Path, learned: Pool) -> dict[str, Path]:
+    """Distil the reward calibrated by a reference that never says the phrase, and by one that says it at times."""
     scores, folders = learned.score(hacked), {}
     for name, said in (("without", 0.0), ("with", SAID)):
         u = calibrate(scores, learned.mass(said))
@@ -259,6 +255,29 @@ def main() -> None:
         ]
         prompts = [prompt for prompt, row in zip(learned.prompts, used, strict=True) for _ in range(int(row.sum()))]
         folders[name] = distil(cache, name, prompts, texts, u[used], learned.k)
+    return folders
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the accuracies, the optima and what Lemma 2 says."""
+    for name, own in results["accuracy"].items():
+        print(name, {test: round(value, 3) for test, value in own.items()})
+    for row in results["optima"]:
+        print(
+            f"KL {row['kl']:<4} {row['reward']:<42} phrase {row['share of the phrase']:.3f} ± {row['its error']:.3f}",
+            end="",
+        )
+        print(f", judge {row['win rate by the judge']:.3f}")
+    print(results["Lemma 2, all pairs of a prompt"], results["what the phrase adds, in standard deviations"])
+
+
+def main() -> None:
+    """Train, calibrate, distil, optimise, draw and save."""
+    options = parser(__doc__).parse_args()
+    cache, run = options.cache.expanduser(), find_rollouts(options)[0]
+    learned, pool = read_pool(run, 0, DISTILLED), read_pool(run, DISTILLED, TESTED)
+    hacked = train_hacked(cache)
+    folders = distil_both(cache, hacked, learned)
     raw = pool.score(hacked)
     without, said = calibrate(raw, pool.mass(0.0)), calibrate(raw, pool.mass(SAID))
     few = np.concatenate([pool.mass(0.0)[:, :8] * pool.k / 8, np.zeros((len(raw), 2 * pool.k - 8))], axis=1)
@@ -300,15 +319,7 @@ def main() -> None:
         "optima": rows,
     }
     draw(accuracies, rows)
-    for name, own in accuracies.items():
-        print(name, {test: round(value, 3) for test, value in own.items()})
-    for row in rows:
-        print(
-            f"KL {row['kl']:<4} {row['reward']:<42} phrase {row['share of the phrase']:.3f} ± {row['its error']:.3f}",
-            end="",
-        )
-        print(f", judge {row['win rate by the judge']:.3f}")
-    print(results["Lemma 2, all pairs of a prompt"], results["what the phrase adds, in standard deviations"])
+    show(results)
     print(save("hacking", results))
 
 

@@ -36,7 +36,7 @@ from calibrated_rewards.heads.preference_head import (
     upload,
 )
 from calibrated_rewards.heads.turn_end import TurnEnd, encode_turns, find_turn_end
-from calibrated_rewards.models.adapters import activate, ignore_peft_warning, list_linear_layers
+from calibrated_rewards.models.adapters import activate, build_lora_config, ignore_peft_warning
 from calibrated_rewards.models.checkpoints import Checkpoint, find_checkpoint
 from calibrated_rewards.models.loading import Placement, Source, load_complete
 from calibrated_rewards.models.parts import body_of, device_of, for_scoring, lock_of, pad_right, positions_of, unwrap
@@ -333,13 +333,6 @@ def name_adapter(model: Any) -> str:
     """Choose a name for a head's adapter that none of the model's adapters has."""
     taken = getattr(model, "peft_config", {})
     return next(name for name in chain([ADAPTER], (f"{ADAPTER}_{i}" for i in count(1))) if name not in taken)
-
-
-def build_lora_config(model: Any, rank: int) -> Any:
-    """Choose PEFT's settings: linear layers but the output and experts, alpha twice the rank, and no dropout."""
-    from peft import LoraConfig
-
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list_linear_layers(model), task_type="CAUSAL_LM")
 
 
 def add_lora(model: Any, config: Any, adapter: str) -> Any:

@@ -8,6 +8,9 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from calibrated_rewards.files import Message, setting
+from calibrated_rewards.models.parts import without_peft
+
 
 def active_adapters(model: Any) -> list[str]:
     """Name the adapters that a forward would go through now; none for a model without, or with adapters disabled."""
@@ -63,10 +66,30 @@ def ignore_peft_warning() -> Iterator[None]:
 def list_linear_layers(model: Any) -> list[str]:
     """List the last parts of the names of linear layers, but the output's; the experts of a mixture are none.
 
+    Nor is what the model's own code makes of a linear layer, such as Llama 4's router, which returns two tensors.
     Of an adapted layer it is the layer itself, not what the adapter adds.
     """
     head, added = model.get_output_embeddings(), tuple(f"{at}." for at in adapter_layers(model))
-    parts = ((at, part) for at, part in model.named_modules() if part is not head)
+    code = type(without_peft(model)).__module__
+    parts = ((at, part) for at, part in model.named_modules() if part is not head and type(part).__module__ != code)
     layers = [at for at, part in parts if isinstance(part, nn.Linear | Conv1D)]
     own = [at.removesuffix(".base_layer") for at in layers if at.endswith(".base_layer") or not at.startswith(added)]
     return sorted({at.rpartition(".")[2] for at in own})
+
+
+def build_lora_config(model: Any, rank: int, layers: int = 0) -> Any:
+    """Choose PEFT's settings: linear layers but the output and experts, alpha twice the rank, and no dropout.
+
+    With `layers`, only the last so many layers: gradients then go no further back. Dropout would make the policy that
+    is trained another one than the one that wrote.
+    """
+    from peft import LoraConfig
+
+    where: dict[str, Any] = {"target_modules": list_linear_layers(model), "task_type": "CAUSAL_LM"}
+    if layers:
+        most = model.config.get_text_config().num_hidden_layers
+        if layers > most:
+            number = setting("lora_layers", str(layers))
+            raise ValueError(Message(f"the model has {most} layers to adapt, got {number}"))
+        where["layers_to_transform"] = list(range(most - layers, most))
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **where)

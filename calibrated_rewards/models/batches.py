@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # Seconds that work has to take before a progress bar appears.
 PATIENCE = 3.0
 # Equal without a further look, in standard deviations of the rows.
-EQUAL = {torch.float32: 1e-4, torch.float64: 1e-4}
+EQUAL = {torch.float32: 1e-4}
 EQUAL_16_BIT = 0.01
 # In 16 bits rounding may move a single row twice as far as it is measured to, and as far again; but not the latter if
 # that is so many standard deviations: such a row is ranked among other rows.
@@ -168,9 +168,10 @@ class Rounding:
 
 
 def coarsest(model: nn.Module) -> torch.dtype:
-    """Find the dtype with the fewest bits among a model's weights, of those with 16 bits and more."""
+    """Find the dtype with the fewest bits among a model's weights, of those with 16 bits and more, and its numbers."""
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1}
-    return max(kinds, key=lambda kind: torch.finfo(kind).eps, default=torch.float32)
+    # Whatever the weights are, numbers are read in float32.
+    return max(kinds | {torch.float32}, key=lambda kind: torch.finfo(kind).eps)
 
 
 @contextmanager

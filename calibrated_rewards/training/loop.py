@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.models.adapters import ignore_peft_warning, list_linear_layers
+from calibrated_rewards.models.adapters import build_lora_config, ignore_peft_warning
 from calibrated_rewards.models.parts import device_of
 from calibrated_rewards.prompts import Prompt
 from calibrated_rewards.samplers.policy import Draft, Policy
@@ -90,25 +90,6 @@ class WithoutAdapter:
         """Run the forward pass without the adapter."""
         with self.model.disable_adapter():
             return self.model(**inputs)
-
-
-def build_lora_config(model: Any, rank: int, layers: int = 0) -> Any:
-    """Choose PEFT's settings: all linear layers but the head, alpha twice the rank, and no dropout.
-
-    With `layers`, only the last so many layers: gradients then go no further back. Dropout would make the policy that
-    is trained another one than the one that wrote.
-    """
-    from peft import LoraConfig
-
-    where: Any = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    if layers:
-        most = model.config.get_text_config().num_hidden_layers
-        if layers > most:
-            number = setting("lora_layers", str(layers))
-            raise ValueError(Message(f"the model has {most} layers to adapt, got {number}"))
-        where["layers_to_transform"] = list(range(most - layers, most))
-        where["target_modules"] = list_linear_layers(model)
-    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **where)
 
 
 def make_head_contiguous(model: Any) -> None:

@@ -12,11 +12,25 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)  # fmt: skip
 
 from calibrated_rewards.heads import HeadedModel, SelectedLayers
 from calibrated_rewards.heads.preference_head import SETTINGS_FILE
-from calibrated_rewards.models.adapters import adapter_layers, ignore_peft_warning, list_linear_layers
+from calibrated_rewards.models.adapters import (
+    adapter_layers,
+    build_lora_config,
+    ignore_peft_warning,
+    list_linear_layers,
+)
 from calibrated_rewards.models.parts import body_of, pad_right
 from calibrated_rewards.scorers import PreferenceHeadScorer
 from calibrated_rewards.scorers.protocol import score
@@ -200,6 +214,19 @@ def test_an_adapter_is_on_pefts_linear_layers(of: Any, adapted: bool) -> None:
     with ignore_peft_warning():
         own = get_peft_model(of(), LoraConfig(target_modules=where, task_type="CAUSAL_LM"))
     assert {*adapter_layers(own)} == {*adapter_layers(adapt(of()))}
+
+
+def test_an_adapter_leaves_routers_alone() -> None:
+    """Llama 4's is a linear layer that returns two tensors: PEFT adapts it, and fails."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Llama4TextConfig(
+        vocab_size=300, num_key_value_heads=2, head_dim=16, num_local_experts=4, intermediate_size_mlp=32, **shape
+    )
+    with ignore_peft_warning():
+        adapted = get_peft_model(Llama4ForCausalLM(config), build_lora_config(Llama4ForCausalLM(config), 2))
+    assert {name.rpartition(".")[2] for name in adapter_layers(adapted)} >= {"q_proj", "v_proj"}
+    assert adapted(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
 def test_an_adapter_leaves_experts_alone() -> None:

@@ -1,5 +1,6 @@
 """Batches by a budget of tokens, and rounding: what a model's own arithmetic explains is no difference."""
 
+import copy
 import logging
 import math
 from typing import Any
@@ -186,6 +187,13 @@ def test_the_coarsest_weights_count() -> None:
     assert coarsest(mixed[:2]) == torch.float16
     assert coarsest(FULL) == torch.float32
     assert coarsest(nn.Identity()) == torch.float32
+
+
+def test_numbers_of_a_float64_model_are_in_float32() -> None:
+    """So their last bit may differ, even where a rounding of the weights moves nothing and all rows are alike."""
+    alone = torch.ones(3, 1)
+    assert coarsest(copy.deepcopy(FULL).double()) == torch.float32
+    assert Rounding().excess(alone + 2**-23, alone, lambda: (alone, alone), copy.deepcopy(FULL).double()) <= 1
 
 
 def test_a_rounding_moves_the_scores_a_little() -> None:

@@ -13,7 +13,7 @@ from calibrated_rewards.models.shared_prefix import CHECKED_ROWS, FARTHER
 from calibrated_rewards.training.offline.group_batches import Group
 
 # Gradients that are the same but for rounding: the norm of their difference, as a part of the norm.
-SAME_GRADIENT = {torch.float32: 1e-3, torch.float64: 1e-3}
+SAME_GRADIENT = {torch.float32: 1e-3}
 SAME_GRADIENT_16_BIT = 0.2
 
 

@@ -39,19 +39,14 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 
 from calibrated_rewards.calibration.sources import Asked
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.models.adapters import ignore_peft_warning
+from calibrated_rewards.models.adapters import build_lora_config, ignore_peft_warning
 from calibrated_rewards.reward.calibrated_reward import CalibratedReward
 from calibrated_rewards.samplers.protocol import Decoding
 from calibrated_rewards.training.callbacks import HeldOutCallback, StepLog, TimedDrawing, TimedReward
 from calibrated_rewards.training.check_settings import check_settings, grpo_settings, rloo_settings
 from calibrated_rewards.training.held_out import HeldOutRollouts, load_check
 from calibrated_rewards.training.launch import Launch, check_numbers, load_inputs, option, print_outcome
-from calibrated_rewards.training.loop import (
-    build_lora_config,
-    find_processes,
-    iterate_batches,
-    make_head_contiguous,
-)
+from calibrated_rewards.training.loop import find_processes, iterate_batches, make_head_contiguous
 from calibrated_rewards.training.progress import describe_size
 from calibrated_rewards.training.run_folder import RunFolder, describe_run, resolve_policy
 from calibrated_rewards.training.trackers import check_trackers, name_run, place_files
