@@ -30,8 +30,8 @@ from calibrated_rewards.scorers.protocol import score
 SCORERS = {"reward": "reward-model-1500", "judge": "judge-1500"}
 # In the order in which they are run. 0 stands for infinitely many: the law itself.
 SIZES = (8192, 1024, 128, 0, 65536)
-MAIN = ("raw", "identity", "worst-of:16", "best-of:16")
-FURTHER = ("z-score", "worst-of:4", "best-of:4", "exp:10", "log")
+MAIN = ("raw", "identity", "worst-of:16", "best-of:16", "z-score")
+FURTHER = ("worst-of:4", "best-of:4", "exp:10", "log")
 TRAINED_KL = 0.5
 # Steps of the runs that show what more steps would give.
 LONGEST = 400

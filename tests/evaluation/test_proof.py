@@ -295,12 +295,32 @@ def test_predictions_from_a_pilot() -> None:
     (row,) = predict.compare_same_prompts(world)
     assert row["predicted"]["less noise"] == pytest.approx(row["trained"])
     assert row["predicted"]["same share"] == pytest.approx(world["shares"][0]["gain"]["value"])
-    assert row["inside"] == {"same share": False, "less noise": True}
+    assert row["inside"] == {"same share": False, "less noise": True, "noise and a limit": None}
     for level in predict.predict_levels(world):
         assert level["predicted"]["less noise"] == pytest.approx(level["trained"])
     summary = predict.summarise([row])
     assert (summary["less noise"]["inside"], summary["same share"]["inside"]) == (1, 0)
     assert summary["same share"]["error"] == pytest.approx(100 * (row["predicted"]["same share"] - row["trained"]))
+
+
+def test_a_second_pilot_tells_the_limit() -> None:
+    """Levels whose noise falls to a limit of the arm's own: exact, where noise alone foretells too much."""
+    world, limits = make_world_of_pilots(), {"raw": 1.2, "identity": 2.0, "best-of:16": 1.5}
+    world["arms"] = [
+        {"arm": arm, "k": k, "at 0.5": {"win_rates": {"judge": {"best of 16": 0.5 + share * (rate - 0.5)}}}}
+        for k in (16, 128, 1024)
+        for arm, by_judge in world["optima"]["0.5"].items()
+        for rate in by_judge["judge"].values()
+        for share in [(limits[arm] + 60 / k) ** -0.5]
+    ]
+    levels = [level for level in predict.predict_levels(world) if level["k"] == 1024]
+    assert len(levels) == 3
+    for level in levels:
+        assert level["predicted"]["noise and a limit"] == pytest.approx(level["trained"])
+        assert level["predicted"]["less noise"] > level["trained"] + 0.001
+    (row,) = predict.compare_same_prompts(world)
+    own, *others = (level["trained"] for level in sorted(levels, key=lambda level: level["arm"]))
+    assert row["predicted"]["noise and a limit"] == pytest.approx(own - max(others))
 
 
 def test_less_noise_is_what_simulated_noise_gives() -> None:
