@@ -80,11 +80,12 @@ def list_cases(seeds: int, sizes: Sequence[int], further: bool) -> Iterator[dict
         if k == sizes[0] and seeds > 1:
             yield from list_seed(k, 1)
     yield {"part": "gradients"}
-    # How much of what is missing is a matter of steps.
-    yield from ({"arm": arm, "k": sizes[0], "seed": 0, "longest": LONGEST} for arm in MAIN)
     for k in filter(None, sizes):  # of the law itself there is one
         for seed in range(2 if k == sizes[0] else 1, seeds):
             yield from list_seed(k, seed)
+    # How much of what is missing is a matter of steps.
+    for seed in range(seeds):
+        yield from ({"arm": arm, "k": sizes[0], "seed": seed, "longest": LONGEST} for arm in MAIN)
     if further:
         yield from ({"arm": arm, "k": k, "seed": 0} for k in sizes for arm in FURTHER)
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,7 @@ def list_cases(seeds: int, arms: Sequence[str]) -> Iterator[tuple[str, int]]:
 
 
 def summarise(bench: Bench, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Gather KL and win rates of each arm, and what the arms for a procedure gain over the others, seed by seed."""
+    """Gather KL and win rates of each arm, and what the arms for a procedure gain over the others by all of them."""
     by_case = {(row["arm"], row["seed"]): row for row in rows}
     names = sorted({arm for arm, _ in by_case}, key=lambda arm: arm not in OTHERS)
     optima = {arm: compute_targets(arm, np.stack(bench.references.select), bench.world.kl).log_ratios for arm in names}
@@ -275,12 +276,10 @@ def summarise(bench: Bench, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         log_ratios = {arm: np.load(bench.place(arm, seed, "npy")) for arm in there}
         seeds[seed] = compare_held_out(log_ratios, bench.references, MEASURED)
     gains = []
-    for arm, procedures in FOR.items():
-        for other in names if arm in names else ():
-            for procedure in procedures if other in OTHERS else ():
-                pairs = [seed for seed, found in seeds.items() if {arm, other} <= {*found.checks}]
-                if pairs and procedure in NAMES:
-                    gains.append(compare(seeds, by_case, best, (arm, other, procedure), pairs))
+    for arm, other in product([name for name in names if name in FOR], [name for name in names if name in OTHERS]):
+        pairs = [seed for seed, found in seeds.items() if {arm, other} <= {*found.checks}]
+        if pairs:
+            gains += [compare(seeds, by_case, best, (arm, other, procedure), pairs) for procedure in NAMES]
     arms = [describe(arm, seed, found, by_case[arm, seed]) for seed, found in seeds.items() for arm in found.checks]
     return {"arms": arms, "gains": gains}
 

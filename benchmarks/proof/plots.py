@@ -126,12 +126,7 @@ def list_tables(results: dict[str, Any]) -> Iterator[str]:
                     f"{100 * ours['gap']:.1f}",
                 ]
                 yield f"| {' | '.join(cells)} |"
-    for row in results.get("longer", {"shares": [], "arms": []})["shares"]:
-        if row["judge"] == "judge" and row["against"] == "best other" and row["procedure"] in PROCEDURES.values():
-            value, gain = row["share"]["value"], 100 * row["gain"]["value"]
-            yield f"\nmore steps, K = {row['k']}, KL {row['kl']}: {row['procedure']}, {value:.2f}, {gain:.1f} points"
-    for row in results.get("longer", {"shares": [], "arms": []})["arms"]:
-        yield f"{row['arm']}: step {row['kept']:.0f}, KL {row['kl']:.3f}, correlation {row['correlation']:.2f}"
+    yield from list_longer(results.get("longer", {}))
     yield "\n| arm | K | mass of the law seen | step kept | KL reached | corr with the target | density ratio |"
     yield "|---|---|---|---|---|---|---|"
     for row in sorted(results["arms"], key=lambda row: (row["arm"], row["k"] or np.inf)):
@@ -143,6 +138,21 @@ def list_tables(results: dict[str, Any]) -> Iterator[str]:
     for arm, deciles in results["optimum_deciles"].items():
         yield f"optimum {arm}: {' '.join(f'{x:.2f}' for x in deciles)}"
     yield from list_gradients(results["gradients"])
+
+
+def list_longer(longer: dict[str, Any]) -> Iterator[str]:
+    """List what more steps gave: shares at a KL, gains as trained, and the density ratio by tenth of u."""
+    for row in longer.get("shares", ()):
+        if row["judge"] == "judge" and row["against"] == "best other" and row["procedure"] in PROCEDURES.values():
+            share, gain = format_average(row["share"]), format_average(row["gain"], 100, 1)
+            yield f"\nmore steps, K = {row['k']}, KL {row['kl']}: {row['procedure']}, {share}, {gain} points"
+    for row in longer.get("as_trained", ()):
+        if row["judge"] == "judge" and row["procedure"] in PROCEDURES.values():
+            gain, kl = format_average(row["gain"], 100, 1), ", ".join(f"{each:.3f}" for each in row["kl"])
+            yield f"\nmore steps, as trained, KL {kl}: {row['procedure']}, {gain} of {100 * row['gap']:.1f} points"
+    for row in longer.get("arms", ()):
+        told = f"step {row['kept']:.0f}, KL {row['kl']:.3f}, correlation {row['correlation']:.2f}"
+        yield f"{row['arm']}: {told}, {_numbers(row['deciles'])}"
 
 
 def list_gradients(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

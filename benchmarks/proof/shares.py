@@ -8,6 +8,7 @@ Student's t over seeds, which are other rollouts of the same prompts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,9 @@ def gather(rows: Sequence[Mapping[str, Any]], laws: Laws, kls: Sequence[float] =
         "arms": [summarise(trained, arm, k) for arm in arms for k in sorted({row["k"] for row in trained})],
         "shares": shares,
         "longer": {
-            "arms": [summarise(longer, row["arm"], row["k"]) for row in longer],
+            "arms": [summarise(longer, *case) for case in dict.fromkeys((row["arm"], row["k"]) for row in longer)],
             "shares": [share for kl in kls for share in compute_shares(longer, optima[kl], kl)],
+            "as_trained": [*compare_as_trained(longer, optima[kls[-1]])],
         },
         "gradients": [row for row in rows if row.get("part") == "gradients"],
     }
@@ -100,6 +102,33 @@ def compute_shares(
                             "seeds": len(found), "gain": average(gains), "gap": float(gaps.mean()),
                             "share": average(gains / gaps),
                         }  # fmt: skip
+
+
+def compare_as_trained(rows: Sequence[Mapping[str, Any]], optima: Mapping[str, Point]) -> Iterable[dict[str, Any]]:
+    """Compare arms with the best other one as they were trained: each at its own KL, which is given.
+
+    Where a long training has nearly reached its optimum, the line through its weights may come to a KL twice.
+    """
+    by_seed: dict[int, dict[str, Point]] = {}
+    for row in rows:
+        by_seed.setdefault(row["seed"], {})[row["arm"]] = Point.from_json(row["own"])
+    for arm, procedures in FOR.items():
+        for procedure, judge in product(procedures, ("reward", "judge")):
+            gains, kls = [], []
+            for points in (each for each in by_seed.values() if arm in each):
+                rates = {name: float(point.rates[judge][procedure].mean()) for name, point in points.items()}
+                others = {name: rate for name, rate in rates.items() if name in OTHERS}
+                if others:
+                    other = max(others, key=others.__getitem__)
+                    gains.append(rates[arm] - rates[other])
+                    kls.append([float(points[name].kl.mean()) for name in (arm, other)])
+            if gains:
+                best = {name: float(point.rates[judge][procedure].mean()) for name, point in optima.items()}
+                gap = best[arm] - max(rate for name, rate in best.items() if name in OTHERS)
+                yield {
+                    "arm": arm, "procedure": procedure, "judge": judge, "seeds": len(gains),
+                    "kl": np.mean(kls, 0).tolist(), "gain": average(np.array(gains)), "gap": gap,
+                }  # fmt: skip
 
 
 def _gain(

@@ -18,7 +18,7 @@ from experiment import run_all
 from laws import Laws, Rollouts
 from learn import Batch, Policy, Settings, compute_gradient, train
 from same_prompts import make_policy
-from shares import average, compute_shares
+from shares import average, compare_as_trained, compute_shares
 from small_language_model import Size, build_model
 from tree import Tree
 
@@ -183,6 +183,25 @@ def test_shares_are_gains_over_the_best_other_arm() -> None:
     assert average(np.array([0.3]))["interval"] is None
 
 
+def test_long_runs_are_compared_as_trained() -> None:
+    """With the best other arm of each seed, at KLs that are told; the gap is that of the optima."""
+    optima = {"raw": make_point(0.70), "identity": make_point(0.74), "worst-of:16": make_point(0.84)}
+    points = [
+        {"raw": make_point(0.66, 0.49), "identity": make_point(0.64), "worst-of:16": make_point(0.70, 0.51)},
+        {"raw": make_point(0.60), "identity": make_point(0.68, 0.51), "worst-of:16": make_point(0.74, 0.53)},
+    ]
+    rows = [
+        {"arm": arm, "seed": seed, "own": point.to_json()}
+        for seed, own in enumerate(points)
+        for arm, point in own.items()
+    ]
+    found = {(row["procedure"], row["judge"]): row for row in compare_as_trained(rows, optima)}
+    row = found["worst of 16", "judge"]
+    assert (row["seeds"], row["kl"]) == (2, pytest.approx([0.52, 0.50]))
+    assert (row["gain"]["value"], row["gap"]) == (pytest.approx((0.04 + 0.06) / 2), pytest.approx(0.10))
+    assert {arm["arm"] for arm in found.values()} == {"worst-of:16"}
+
+
 def test_lines_are_read_at_a_kl() -> None:
     """Half-way between two points, both numbers are; a line that does not reach so far is refused."""
     line = [make_point(0.5, 0.0), make_point(0.7, 0.4)]
@@ -223,7 +242,7 @@ def test_world_4_averages_the_paired_gains_of_its_seeds(tmp_path: Path) -> None:
         world=held_out_prompts.World(kl=0.2),
         place=lambda arm, seed, ending: tmp_path / f"{arm}-{seed}.{ending}",
     )
-    fresh = {"rates": {"judge": {"worst of 4": rng.uniform(size=12).tolist()}}}
+    fresh = {"rates": {"judge": {name: rng.uniform(size=12).tolist() for name in held_out_prompts.NAMES}}}
     beside = {"factor": 1.0, "kl_dev": 0.2, "correlation": 0.5, "training_seconds": 1, "seconds": 1, "fresh": fresh}
     rows = [{"arm": name, "seed": seed, **beside} for name in names for seed in (0, 1)]
     optima = {name: compute_targets(name, np.stack(references.select), 0.2).log_ratios for name in names}
@@ -231,8 +250,9 @@ def test_world_4_averages_the_paired_gains_of_its_seeds(tmp_path: Path) -> None:
         np.save(tmp_path / f"{name}-0.npy", optima[name])
         np.save(tmp_path / f"{name}-1.npy", 0.5 * optima[name])
 
-    (row,) = held_out_prompts.summarise(bench, rows)["gains"]
-
+    rows = held_out_prompts.summarise(bench, rows)["gains"]
+    assert [row["procedure"] for row in rows] == [*held_out_prompts.NAMES]
+    (row,) = (row for row in rows if row["procedure"] == "worst of 4")
     by_seed = [
         compare_held_out({"raw": scale * optima["raw"], "mine": scale * optima["worst-of:4"]}, references, [WorstOf(4)])
         .gain("mine", "raw", WorstOf(4))
