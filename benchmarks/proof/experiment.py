@@ -154,16 +154,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def run_all(policy: Policy, lines: Path, cases: Sequence[dict[str, Any]], settings: Settings) -> Iterator[list[Any]]:
-    """Run the cases that have no line yet, and yield all rows after each."""
+    """Run the cases that have no line yet, and yield all rows after each, or once if there is none."""
     rows = read_lines(lines)
     done = [{name: row[name] for name in ("part", "arm", "k", "seed", "longest") if name in row} for row in rows]
-    for case in cases:
-        if case in done:
-            continue
+    left = [case for case in cases if case not in done]
+    for case in left:
         rows.append(compare_gradients(policy, settings) if "part" in case else run(policy, case, settings))
         with lines.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         print(*(f"{name}={value}" for name, value in case.items()), _tell(rows[-1]), flush=True)
+        yield rows
+    if not left:
         yield rows
 
 
