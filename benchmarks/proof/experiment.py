@@ -91,7 +91,7 @@ def list_cases(seeds: int, sizes: Sequence[int], further: bool) -> Iterator[dict
 
 
 def run(policy: Policy, case: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """Train and measure one arm."""
+    """Train an arm on K rollouts of each prompt, or on the law itself, and measure exactly what came of it."""
     arm, k, seed = case["arm"], case["k"], case["seed"]
     settings = replace(settings, steps=case.get("longest", settings.steps))
     if k:
@@ -180,7 +180,7 @@ def _tell(row: dict[str, Any]) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, settings: Settings) -> None:
-    """Add the options of a run."""
+    """Add the options that the scripts of both worlds have."""
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="K, rollouts of each prompt; 0: the law")

@@ -195,7 +195,7 @@ def format_row(name: str, found: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """Predict, count and save."""
+    """Predict the gains, count those inside the trained intervals, print and save them."""
     worlds = {name: read(f"proof_{name}") for name in ("small_model", "held_out_prompts", "held_out_prompts_48")}
     missing = [name for name, results in worlds.items() if results is None]
     if missing:

@@ -9,7 +9,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from calibrated_rewards.files import Message, setting
-from calibrated_rewards.models.parts import without_peft
 
 
 def active_adapters(model: Any) -> list[str]:
@@ -66,13 +65,12 @@ def ignore_peft_warning() -> Iterator[None]:
 def list_linear_layers(model: Any) -> list[str]:
     """List the last parts of the names of linear layers, but the output's; the experts of a mixture are none.
 
-    Nor is what the model's own code makes of a linear layer, such as Llama 4's router, which returns two tensors.
+    Nor is a router that is a linear layer, as Llama 4's is: it returns two tensors, which PEFT does not expect.
     Of an adapted layer it is the layer itself, not what the adapter adds.
     """
     head, added = model.get_output_embeddings(), tuple(f"{at}." for at in adapter_layers(model))
-    code = type(without_peft(model)).__module__
-    parts = ((at, part) for at, part in model.named_modules() if part is not head and type(part).__module__ != code)
-    layers = [at for at, part in parts if isinstance(part, nn.Linear | Conv1D)]
+    parts = ((at, part) for at, part in model.named_modules() if isinstance(part, nn.Linear | Conv1D))
+    layers = [at for at, part in parts if part is not head and not type(part).__name__.endswith("Router")]
     own = [at.removesuffix(".base_layer") for at in layers if at.endswith(".base_layer") or not at.startswith(added)]
     return sorted({at.rpartition(".")[2] for at in own})
 

@@ -49,7 +49,7 @@ def make_laws(prompts: int = 2, size: int = 16, seed: int = 0) -> Laws:
 
 
 def make_tiny_policy() -> Policy:
-    """The tiny model as a policy."""
+    """A policy in training: a tiny random model, and the law and scores of its completions."""
     model, tree = tiny()
     law = np.exp(tree.law(model.model, model.lm_head.weight))
     laws = make_laws()

@@ -13,6 +13,8 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     Llama4ForCausalLM,
@@ -21,7 +23,7 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
-)  # fmt: skip
+)
 
 from calibrated_rewards.heads import HeadedModel, SelectedLayers
 from calibrated_rewards.heads.preference_head import SETTINGS_FILE
@@ -64,6 +66,14 @@ def adapt(model: Any) -> Any:
     """The policy with a LoRA adapter of its own."""
     with ignore_peft_warning():
         return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def falcon() -> Any:
+    """A model whose linear layers are of a class of its own."""
+    torch.manual_seed(0)
+    return FalconForCausalLM(
+        FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    ).eval()
 
 
 def gpt2() -> Any:
@@ -207,7 +217,7 @@ def test_built_on_a_policy_with_an_adapter(policy: str, tokenizer: Any, backbone
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
-@pytest.mark.parametrize("of", [tiny.causal, gpt2])
+@pytest.mark.parametrize("of", [tiny.causal, gpt2, falcon])
 def test_an_adapter_is_on_pefts_linear_layers(of: Any, adapted: bool) -> None:
     """Those that PEFT finds for "all-linear", also on a policy that carries an adapter."""
     where = list_linear_layers(adapt(of()) if adapted else of())

@@ -104,7 +104,7 @@ def test_what_halving_does_not_mend(error: RuntimeError, size: int) -> None:
 
 
 def test_a_budget_of_nothing() -> None:
-    """It needs a token."""
+    """A batch that may not hold a single token is refused."""
     with pytest.raises(ValueError, match="a batch needs batch_tokens >= 1, got batch_tokens=0"):
         Budget(0)
 
@@ -151,7 +151,7 @@ def test_a_single_row_far_off() -> None:
 
 
 def test_rounding_is_measured_only_where_it_matters() -> None:
-    """Equal rows cost no forward."""
+    """Rows that are equal are not read again with moved embeddings."""
 
     def unasked() -> tuple[Tensor, Tensor]:
         raise AssertionError
