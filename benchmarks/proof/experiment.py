@@ -192,7 +192,11 @@ def add_options(parser: argparse.ArgumentParser, settings: Settings) -> None:
 
 
 def run_world(policy: Policy, about: dict[str, Any], folder: Path, args: argparse.Namespace, name: str | None) -> None:
-    """Run all that is not there yet, and write the results after each arm; without a name, to the folder."""
+    """Run all that is not there yet, and write the results after each arm; without a name, to the folder.
+
+    Another optimizer has arms and results of its own.
+    """
+    other = "" if args.optimizer == Settings.optimizer else f"_{args.optimizer}"
     settings = Settings(args.optimizer, args.rate, steps=args.steps)
     cases = list_cases(args.seeds, args.sizes, args.further)
     if name is None:
@@ -201,9 +205,9 @@ def run_world(policy: Policy, about: dict[str, Any], folder: Path, args: argpars
             (each for each in list_cases(2, (64, 512, 0), False) if "longest" not in each),
         )
     print(json.dumps(about, indent=1), flush=True)
-    for rows in run_all(policy, folder / "arms.jsonl", [*cases], settings):
+    for rows in run_all(policy, folder / f"arms{other}.jsonl", [*cases], settings):
         results = {"world": about, **gather(rows, policy.laws)}
         if name is None:
             (folder / "results.json").write_text(json.dumps(results))
         else:
-            save(name, results)
+            save(name + other, results)

@@ -2,10 +2,11 @@
 
     python benchmarks/proof/held_out_prompts.py                # goes on where it was; one core, about two hours
     python benchmarks/proof/held_out_prompts.py --steps 48     # twice as many prompts and completions, other results
+    python benchmarks/proof/held_out_prompts.py --tokens 2     # shorter completions, other results
     python benchmarks/proof/held_out_prompts.py --task harmlessness     # another task, of `harmlessness.py`
     python benchmarks/proof/held_out_prompts.py --quick OUT    # tiny random models, in the folder OUT
 
-It writes four tokens of a film review behind its first three words. The reward model and the judge are the demo's. A
+It writes some tokens of a film review behind its first three words. The reward model and the judge are the demo's. A
 seed is other prompts to train on, out of one pool, and another order. Each arm is trained offline to its optimum at KL
 .5, brought to KL .25 on the prompts that it is measured on by a factor on the weights' difference, and measured there,
 where no setting was chosen: by importance weights on the reference's rollouts, paired between arms, and by fresh draws.
@@ -97,9 +98,10 @@ class World:
 
     @property
     def name(self) -> str:
-        """The name of the results: the task, and the steps where they are others."""
+        """The name of the results: the task, and the steps and tokens where they are others."""
         task = f"_{self.task}" if self.task == HARMLESSNESS else ""
-        return f"proof_held_out_prompts{task}{'' if self.steps == World.steps else f'_{self.steps}'}"
+        steps = "" if self.steps == World.steps else f"_{self.steps}"
+        return f"proof_held_out_prompts{task}{steps}{'' if self.tokens == World.tokens else f'_{self.tokens}_tokens'}"
 
 
 QUICK = World(12, 32, 8, 4, 6, 32, 32, 3, 1, 4, kl=0.01, unseen=12)
@@ -200,8 +202,18 @@ class Bench:
         outcome = json.loads(known.read_text())
         return {
             "arm": arm, "seed": seed, **outcome, "factor": factor * outcome["factor"], "kl": kl,
-            "seconds": round(time.process_time() - began), "fresh": fresh.to_json(),
+            "seconds": round(time.process_time() - began), "drawn": self.world.fresh, "fresh": fresh.to_json(),
         }  # fmt: skip
+
+    def draw_more(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Draw more often from an arm that was measured; the first completions are those of before."""
+        arm, seed = row["arm"], row["seed"]
+        self.reset()
+        factor = row["factor"] / json.loads(self.place(arm, seed, "json").read_text())["factor"]
+        trained = load_file(self.place(arm, seed, "safetensors"))
+        Line(self.policy, self.start, trained, (), (), self.references).set(factor)
+        fresh = measure(factor, self.draw(seed), self.references, row["fresh"]["kl"])
+        return {**row, "drawn": self.world.fresh, "fresh": fresh.to_json()}
 
     def train(self, arm: str, seed: int) -> None:
         """Train an arm, and save its weights and what came of it."""
@@ -290,7 +302,9 @@ def describe(arm: str, seed: int, found: HeldOutPolicies, row: dict[str, Any]) -
     rates = {each: asdict(check.win_rates[found.judged_by][repr(NAMES[each])]) for each in NAMES}
     beside = {name: row[name] for name in ("factor", "kl_dev", "correlation", "training_seconds", "seconds")}
     fresh = {name: float(np.mean(each)) for name, each in row["fresh"]["rates"]["judge"].items()}
-    return {"arm": arm, "seed": seed, "kl": check.kl.value, **beside, "win_rates": rates, "fresh_win_rates": fresh}
+    drawn = row.get("drawn", World.fresh)
+    told = {"arm": arm, "seed": seed, "kl": check.kl.value, **beside, "drawn": drawn}
+    return {**told, "win_rates": rates, "fresh_win_rates": fresh}
 
 
 def compare(
@@ -300,13 +314,18 @@ def compare(
     case: tuple[str, str, str],
     pairs: Sequence[int],
 ) -> dict[str, Any]:
-    """Compare two arms by the judge: by weights and by fresh draws, each seed, their mean, and the realised share."""
+    """Compare two arms by the judge: by weights and by fresh draws, each seed, their mean, and the realised share.
+
+    `fresh` has an interval over seeds, `fresh_over_prompts` one over prompts, of the mean of these seeds' policies.
+    """
     arm, other, procedure = case
     weighted = [seeds[seed].gain(arm, other, NAMES[procedure]) for seed in pairs]
-    drawn = []
-    for seed in pairs:
-        ours, theirs = (by_case[each, seed]["fresh"]["rates"]["judge"][procedure] for each in (arm, other))
-        drawn.append(difference(Estimate(np.array(ours)), Estimate(np.array(theirs))))
+    rates = {
+        each: [np.array(by_case[each, seed]["fresh"]["rates"]["judge"][procedure]) for seed in pairs]
+        for each in (arm, other)
+    }
+    drawn = [difference(Estimate(a), Estimate(b)) for a, b in zip(rates[arm], rates[other], strict=True)]
+    together = difference(*(Estimate(np.mean(rates[each], axis=0)) for each in (arm, other)))
     gap = best.gain(arm, other, NAMES[procedure]).value
     means = [average(np.array([each.value for each in way])) for way in (weighted, drawn)]
     return {
@@ -315,10 +334,11 @@ def compare(
         "kl": [[seeds[seed].checks[each].kl.value for each in (arm, other)] for seed in pairs],
         "by_seed": [[each.value, each.low, each.high] for each in weighted],
         "fresh": means[1], "fresh_by_seed": [[each.value, *each.interval()] for each in drawn],
+        "fresh_over_prompts": [together.value, *together.interval()],
     }  # fmt: skip
 
 
-def make_world(steps: int, lr: float, task: str) -> World:
+def make_world(steps: int, lr: float, task: str, tokens: int = World.tokens) -> World:
     """Make a world of so many steps, each of prompts of its own."""
     prompts, there = 12 * steps, PROMPTS[task]
     return World(
@@ -326,14 +346,16 @@ def make_world(steps: int, lr: float, task: str) -> World:
         prompts=prompts,
         pool=there if task == HARMLESSNESS else min(prompts + 192, there),
         dev=min(World.dev, there - prompts),
+        tokens=tokens,
         lr=lr,
         task=task,
     )
 
 
-def find_folder(cache: Path, task: str) -> Path:
+def find_folder(cache: Path, task: str, tokens: int = World.tokens) -> Path:
     """Find the folder of a task's rollouts and results."""
-    return cache / f"proof-held-out-{'prompts' if task == 'reviews' else task}"
+    length = "" if tokens == World.tokens else f"-{tokens}"
+    return cache / f"proof-held-out-{'prompts' if task == 'reviews' else task}{length}"
 
 
 def make_parts(cache: Path, world: World, quick: Path | None, tweets: Path | None = None) -> pipeline.Parts:
@@ -358,6 +380,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=World.steps, help="of 12 prompts x 32 completions, each seen once")
+    parser.add_argument("--tokens", type=int, default=World.tokens, help="of a completion")
+    parser.add_argument("--fresh", type=int, default=World.fresh, help="draws of each test prompt, also of known arms")
     parser.add_argument("--task", choices=PROMPTS, default="reviews")
     parser.add_argument("--tweets", type=Path, metavar="CSV", help="a copy of what harmlessness.py fetches")
     parser.add_argument("--lr", type=float, default=World.lr, help="highest learning rate, of all arms")
@@ -366,17 +390,19 @@ def main() -> None:
     parser.add_argument("--summarise", action="store_true", help="train nothing: write the results of what is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    world = QUICK if args.quick else make_world(args.steps, args.lr, args.task)
+    world = QUICK if args.quick else make_world(args.steps, args.lr, args.task, args.tokens)
+    world = replace(world, fresh=args.fresh)
     cache = args.cache.expanduser()
-    folder: Path = args.quick or find_folder(cache, args.task)
+    folder: Path = args.quick or find_folder(cache, args.task, args.tokens)
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(world, make_parts(cache, world, args.quick, args.tweets), folder)
     lines = folder / f"arms-{world.steps}.jsonl"
     rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-    there = {(row["arm"], row["seed"]) for row in rows}
+    there = {(row["arm"], row["seed"]): row for row in rows}
     for arm, seed in list_cases(args.seeds, args.arms):
-        if (arm, seed) not in there and not args.summarise:
-            rows.append(bench.run(arm, seed))
+        known = there.get((arm, seed))
+        if not args.summarise and (known is None or known.get("drawn", World.fresh) < world.fresh):
+            rows.append(bench.draw_more(known) if known else bench.run(arm, seed))
             with lines.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             write(bench, rows, args.quick)

@@ -58,6 +58,7 @@ SMALL, LARGE = 400, 1200
 Pairs = list[tuple[str, str, str]]
 # Prompts of the best of N, and prompts whose rollouts a head learns from.
 PROMPTS, LEARNED = 80, 128
+SCALE = replace(FULL, prompts=LEARNED, held_out=PROMPTS, tokens=4)
 # The head whose best of 8 is compared with that of the others.
 SERVED = "lora, rollouts"
 # A name, the number of pairs, and the settings of `train head`.
@@ -201,12 +202,12 @@ class Bench:
     @cached_property
     def parts(self) -> Parts:
         """The demo's models, and its prompts."""
-        return make_real_parts(self.cache, replace(FULL, prompts=LEARNED, held_out=PROMPTS))
+        return make_real_parts(self.cache, SCALE)
 
     @cached_property
     def demo(self) -> Demo:
         """What loads the policy, the reward model and the judge of the demo."""
-        return Demo(self.parts, FULL, self.out)
+        return Demo(self.parts, SCALE, self.out)
 
     @cached_property
     def learned(self) -> Pool:

@@ -22,7 +22,7 @@ from jaxtyping import Float32, Float64
 from calibrated_rewards.files import Message, setting
 from calibrated_rewards.prompts import Prompt, prompt_key, start_of
 from calibrated_rewards.samplers.protocol import Particular, Rendering, Rollout, Sampler, Seeds, sample, seeds_of
-from calibrated_rewards.scorers.protocol import Scorer, fingerprint, is_thread_safe, name_of, score
+from calibrated_rewards.scorers.protocol import Scorer, fingerprint, is_thread_safe, score
 
 
 @runtime_checkable
@@ -152,8 +152,8 @@ class Reranked:
             raise ValueError(
                 Message(
                     f"{self.procedure!r} compares calibrated scores, in [0, 1], with its threshold; "
-                    f"{name_of(self.scorer)} gave {scores[wrong[0]]} for {start_of(completion)} of prompt "
-                    f"{start_of(prompt)}: choose by the quantiles of a calibrated reward, {quantiles}"
+                    f"got {scores[wrong[0]]} for {start_of(completion)} of prompt {start_of(prompt)}: "
+                    f"choose by the quantiles of a calibrated reward, {quantiles}"
                 )
             )
 

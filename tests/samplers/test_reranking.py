@@ -131,8 +131,8 @@ def test_a_score_at_the_threshold_passes(threshold):
 
 
 def test_a_raw_score_has_no_threshold():
-    """The error names the procedure, the scorer and the quantiles that it takes."""
-    with pytest.raises(ValueError, match=r"RewindAndRepeat\(.*NumberScorer.* gave 7.0 .*reward.Quantiles"):
+    """The error names the procedure, the score and the quantiles that it takes."""
+    with pytest.raises(ValueError, match=r"RewindAndRepeat\(.* got 7.0 .*reward.Quantiles"):
         Reranked(lambda p, s: [["7"] * len(own) for own in s], NumberScorer(), RewindAndRepeat(0.9, 4))(["x"], [[1]])
 
 

@@ -84,7 +84,7 @@ class Scale:
     temperature: float = 0.8
 
 
-FULL = Scale(320, 32, 160, 48, 4, 1_500, 24, 12, 10)
+FULL = Scale(320, 32, 160, 48, 2, 1_500, 24, 12, 10)
 QUICK = Scale(12, 32, 6, 32, 4, 0, 3, 4, 1, kl=0.01)
 
 
@@ -104,8 +104,8 @@ def make_real_parts(cache: Path, scale: Scale) -> Parts:
     """Fetch SmolLM2-135M-Instruct, which continues movie reviews, and train models of how people rate them."""
     prompts = reward_models.make_prompts(cache, UNSEEN + scale.held_out)
     return Parts(
-        "SmolLM2-135M-Instruct goes on from the first three words of movie reviews. Reward model and judge are MiniLM "
-        f"encoders, each trained on {scale.texts:,} reviews of its own that people have rated.",
+        f"SmolLM2-135M-Instruct continues the first three words of movie reviews by {scale.tokens} tokens. The reward"
+        f" model and the judge are MiniLM encoders, each trained on {scale.texts:,} reviews that people have rated.",
         assets.fetch_language_model(cache),
         reward_models.train_reward_model(cache, scale.texts),
         reward_models.train_judge(cache, scale.texts),
